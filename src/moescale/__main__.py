@@ -1,0 +1,6 @@
+"""``python -m moescale``."""
+
+from moescale.cli import main
+
+if __name__ == "__main__":
+    main()

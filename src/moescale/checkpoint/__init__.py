@@ -1,0 +1,1 @@
+"""The format: safetensors headers, dtypes, and the rewriting of a byte stream."""

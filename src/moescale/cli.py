@@ -1,0 +1,253 @@
+"""The command: text, options and exit codes; no logic."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
+
+import typer
+
+from moescale import errors
+from moescale.version import __version__
+
+if TYPE_CHECKING:
+    from moescale.plan import Plan
+
+EXIT_CODES: dict[type[errors.MoescaleError], int] = {
+    errors.UsageError: 2,
+    errors.SourceError: 3,
+    errors.DestinationError: 3,
+    errors.VerificationError: 4,
+    errors.TemporaryError: 5,
+    errors.InterruptedRun: 130,
+}
+"""By error; every other one is 1."""
+
+HELP = """Run a mixture-of-experts model with another number of active experts.
+
+Examples:
+
+\b
+  moescale ./Mixtral-8x7B ./Mixtral-8x7B-3 --experts 3 --dry-run
+  moescale ./Mixtral-8x7B ./Mixtral-8x7B-3 --experts 3 --verify
+  moescale ./merged ./merged-4 --experts 4 --trained-experts 1
+
+SRC is a directory with a checkpoint in safetensors, DST the directory to write. The routed
+experts' down-projections are multiplied by a factor that keeps the expected norm of the routed
+output, and the number in config.json is set. SRC is never written to; an interrupted run
+is continued by the same command.
+"""
+
+app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"moescale {__version__}")
+        raise typer.Exit
+
+
+@app.command(help=HELP, no_args_is_help=True)
+def _command(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="The checkpoint to read.")],
+    destination: Annotated[
+        Optional[str],  # noqa: UP045 - Typer shows it
+        typer.Argument(metavar="[DST]", help="Where to write; may be left out with --dry-run."),
+    ] = None,
+    experts: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("-k", "--experts", metavar="M", help="Experts per token of the output."),
+    ] = None,
+    trained_experts: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "-n",
+            "--trained-experts",
+            metavar="N",
+            help="Experts per token that the weights were trained for; default: the config's."
+            " 1 restores a merge of dense models.",
+        ),
+    ] = None,
+    rule: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="RULE", help="preserve (default), published, or none."),
+    ] = None,
+    fold: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="WHERE", help="weights (default)."),
+    ] = None,
+    rho: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(metavar="R", help="Correlation of expert outputs, 0 to 1; default 0."),
+    ] = None,
+    factor: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(metavar="F", help="This factor instead of a rule."),
+    ] = None,
+    factors: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            metavar="FILE", help="Factors by layer as JSON, or an earlier output's moescale.json."
+        ),
+    ] = None,
+    part: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME", help="Which MoE of a checkpoint that has several."),
+    ] = None,
+    arch: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="TYPE", help="Treat the model as this model type."),
+    ] = None,
+    pattern: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="REGEX",
+            help="The names of the down-projections, for an architecture that is not known.",
+        ),
+    ] = None,
+    experts_key: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="KEY", help="The config key of the experts per token, likewise."),
+    ] = None,
+    jobs: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "-j", "--jobs", metavar="N", min=1, help="Shards at once; default: cores, at most 8."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and write nothing.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Afterwards read everything again and prove it.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a destination that holds something else.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object on stdout.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("-q", "--quiet", help="Print the destination only.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="List every tensor and every file.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    options: dict[str, Any] = {
+        "experts": experts,
+        "trained_experts": trained_experts,
+        "rule": rule,
+        "rho": rho,
+        "factor": factor,
+        "part": part,
+        "arch": arch,
+        "pattern": pattern,
+        "experts_key": experts_key,
+    }
+    try:
+        if fold not in (None, "weights"):
+            raise errors.UsageError(f"--fold {fold} is not there yet", hint="Use --fold weights.")
+        if factors is not None:
+            options["factors"] = _read_factors(factors)
+        if dry_run:
+            _show_plan(source, destination, options, as_json, quiet, verbose)
+        elif destination is None:
+            raise errors.UsageError("DST is missing", hint="Only --dry-run does without it.")
+        else:
+            run = {"jobs": jobs, "overwrite": overwrite, "check": verify}
+            _convert(source, destination, options, run, as_json, quiet, verbose)
+    except KeyboardInterrupt:
+        raise errors.InterruptedRun("interrupted; the same command resumes") from None
+
+
+def _read_factors(path: Path) -> dict[str, float]:
+    from moescale.options import parse_factors
+
+    try:
+        return parse_factors(path.read_text(), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise errors.UsageError(f"--factors {path}: {error}") from None
+
+
+def _show_plan(
+    source: str,
+    destination: str | None,
+    options: dict[str, Any],
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    from moescale import api, report
+
+    plan = api.plan(source, destination, **options)
+    _warn(plan)
+    if as_json:
+        print(json.dumps(plan.as_json(), indent=2))
+    elif not quiet:
+        print(report.plan_text(plan, verbose))
+    elif destination is not None:
+        print(destination)
+
+
+def _convert(
+    source: str,
+    destination: str,
+    options: dict[str, Any],
+    run: dict[str, Any],
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    from moescale import api, report
+
+    talk = not (quiet or as_json)
+    start = time.monotonic()
+    with report.Progress(sys.stderr if talk else None) as progress:
+
+        def planned(plan: Plan) -> None:
+            _warn(plan)
+            if talk:
+                print(report.plan_text(plan, verbose), end="\n\n", file=sys.stderr)
+            progress.expect(plan.bytes_streamed * (2 if run["check"] else 1))
+
+        result = api.convert(
+            source, destination, progress=progress.step, planned=planned, **run, **options
+        )
+    if as_json:
+        outcome = {"status": result.status, "verified": result.verified}
+        print(json.dumps({**result.plan.as_json(), "result": outcome}, indent=2))
+        return
+    if talk:
+        print(report.summary(result, time.monotonic() - start), file=sys.stderr)
+    print(destination)
+
+
+def _warn(plan: Plan) -> None:
+    for warning in plan.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def main() -> None:
+    """The entry point: runs the command and turns errors into text and exit codes."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        app(prog_name="moescale")
+    except errors.MoescaleError as error:
+        _fail(error)
+    except OSError as error:
+        _fail(errors.MoescaleError(f"{error.filename}: {error.strerror}"))
+
+
+def _fail(error: errors.MoescaleError) -> NoReturn:
+    code = next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1)
+    print(f"moescale: {error}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,215 @@
+"""Runs a plan: source to rewriting to sink, shard by shard, resumable."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from moescale import card, provenance
+from moescale.checkpoint.rewrite import rewrite, segments
+from moescale.errors import DestinationError, InterruptedRun, MoescaleError, RewriteError
+from moescale.files import CARD, PROVENANCE, PlannedFile
+from moescale.model.count import CONFIG
+from moescale.plan import Plan, PlannedTensor
+from moescale.repos.base import Progress, Sink, Source, Written
+
+Status = Literal["new", "resume", "replace", "done", "stale"]
+"""``stale``: done, but the source has changed since, or at least its times have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run did: whether it had anything to do, and what stands in the output."""
+
+    status: Status
+    written: Mapping[str, Written]
+
+
+def status_of(plan: Plan, source: Source, sink: Sink, overwrite: bool) -> Status:
+    """Whether the destination is empty, ours and unfinished, ours and done, or in the way.
+
+    Raises:
+        DestinationError: it holds something else, and `overwrite` was not given.
+    """
+    wanted, unfinished = provenance.job(plan), sink.unfinished()
+    if unfinished is not None:
+        if unfinished == wanted:
+            return "resume"
+        difference = provenance.job_difference(unfinished, wanted)
+        return _replace(sink, overwrite, f"holds an unfinished run of {difference}")
+    existing = sink.existing()
+    if not existing:
+        return "new"
+    if _is_done(plan, source, sink, existing):
+        if source.newest_change() <= sink.changed_at(PROVENANCE):
+            return "done"
+        return "replace" if overwrite else "stale"
+    what = "another output of moescale" if PROVENANCE in existing else "something else"
+    return _replace(sink, overwrite, f"already holds {what}")
+
+
+def _replace(sink: Sink, overwrite: bool, why: str) -> Status:
+    if not overwrite:
+        raise DestinationError(
+            f"{sink.identity}: {why}",
+            hint="Give another destination, or --overwrite to replace what is there.",
+        )
+    sink.check_replaceable()
+    return "replace"
+
+
+def _is_done(plan: Plan, source: Source, sink: Sink, existing: Mapping[str, int]) -> bool:
+    """Whether the destination is the finished output of this very job."""
+    if PROVENANCE not in existing:
+        return False
+    try:
+        found = json.loads(sink.read(PROVENANCE))
+    except ValueError:
+        return False
+    sizes = {f.name: Written(f.size or 0) for f in plan.large_files}
+    small = {name: _written(data) for name, data in small_files(plan, source).items()}
+    if not provenance.same_job(found, provenance.provenance(plan, {**sizes, **small})):
+        return False
+    return all(existing.get(f["name"]) == f["size"] for f in found["files"])
+
+
+def run(
+    plan: Plan,
+    source: Source,
+    sink: Sink,
+    *,
+    jobs: int,
+    overwrite: bool = False,
+    progress: Progress = lambda name, size: None,
+) -> Outcome:
+    """Do what the plan says; does nothing where it is done.
+
+    Args:
+        plan: what to do.
+        source: where the checkpoint is read.
+        sink: where the output goes.
+        jobs: shards that are rewritten at once.
+        overwrite: replace a destination that holds something else.
+        progress: is told of every piece, from several threads.
+
+    Raises:
+        DestinationError: the destination holds something else.
+        RewriteError: a file could not be written, or a value would overflow.
+        InterruptedRun: the user stopped it; the same call resumes.
+    """
+    status = status_of(plan, source, sink, overwrite)
+    if status in ("done", "stale"):
+        return Outcome(status, {})
+    sink.begin(provenance.job(plan), replace=status == "replace")
+    try:
+        written = _stream(plan, source, sink, jobs, progress)
+        small = small_files(plan, source)
+        written |= {name: _written(data) for name, data in small.items()}
+        if CARD in small:
+            sink.put(CARD, small.pop(CARD))
+        last = {PROVENANCE: provenance.encode(provenance.provenance(plan, written))}
+        config = small.pop(CONFIG)
+        sink.publish({**last, **small, CONFIG: config}, keep=frozenset(written) | {PROVENANCE})
+    finally:
+        sink.close()
+    return Outcome(status, written)
+
+
+def small_files(plan: Plan, source: Source) -> dict[str, bytes]:
+    """The files that are made or edited, and the index: card, index, config."""
+    old_card = next((f for f in plan.files if f.name == CARD and f.action == "edit"), None)
+    result = {CARD: card.render(plan, source.read(CARD) if old_card else None)}
+    if plan.index is not None:
+        name, made = plan.index
+        result[name] = source.read(name) if made is None else made
+    return {**result, CONFIG: plan.config}
+
+
+def _written(data: bytes) -> Written:
+    return Written(len(data), hashlib.sha256(data).hexdigest())
+
+
+def _stream(
+    plan: Plan, source: Source, sink: Sink, jobs: int, progress: Progress
+) -> dict[str, Written]:
+    """Write every large file that an earlier run has not finished."""
+    by_shard: dict[str, list[PlannedTensor]] = defaultdict(list)
+    for tensor in plan.changed_tensors:
+        by_shard[tensor.shard].append(tensor)
+    finished = sink.finished()
+    done = {f.name: finished[f.name] for f in plan.large_files if f.name in finished}
+    left = [file for file in plan.large_files if file.name not in done]
+    for name, written in done.items():
+        progress(name, written.size)
+    stop = threading.Event()
+
+    def one(file: PlannedFile) -> Written:
+        def advance(size: int) -> None:
+            if stop.is_set():
+                raise InterruptedRun(f"{file.name}: stopped")
+            progress(file.name, size)
+
+        return _write(file, by_shard[file.name], source, sink, advance)
+
+    with ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="moescale") as pool:
+        futures = {file.name: pool.submit(one, file) for file in left}
+        try:
+            wait(futures.values(), return_when=FIRST_EXCEPTION)
+        finally:  # Ctrl-C arrives here too: what runs stops at its next piece
+            pool.shutdown(wait=False, cancel_futures=True)
+            if not all(future.done() for future in futures.values()):
+                stop.set()
+    _raise_first([f.exception() for f in futures.values() if not f.cancelled()])
+    return done | {name: future.result() for name, future in futures.items()}
+
+
+def _raise_first(errors: list[BaseException | None]) -> None:
+    """Raise the error that ended the run, not those of the threads that it stopped."""
+    real = [e for e in errors if e is not None]
+    real.sort(key=lambda error: isinstance(error, InterruptedRun))
+    if real:
+        raise real[0]
+
+
+def _write(
+    file: PlannedFile,
+    tensors: list[PlannedTensor],
+    source: Source,
+    sink: Sink,
+    advance: Callable[[int], None],
+) -> Written:
+    """Write one large file."""
+    size = file.size or 0
+    factors = {t.tensor.name: t.factor for t in tensors}
+    parts = segments((t.tensor for t in tensors), factors, size)
+    try:
+        with sink.shard(file.name, size) as writer:
+            with source.open(file.name) as reader:
+                rewrite(reader, writer, parts, file.name, advance)
+            return writer.finish()
+    except OSError as error:
+        raise _failed(file.name, error) from error
+
+
+def _failed(name: str, error: OSError) -> MoescaleError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RewriteError(
+            f"{name}: the disk is full",
+            hint="Free some space and run the same command again; it resumes.",
+        )
+    return RewriteError(
+        f"{name}: {error.strerror or error}",
+        hint="Run the same command again when the cause is mended; it resumes.",
+    )
+
+
+def fill_digests(sink: Any, plan: Plan, written: Mapping[str, Written]) -> None:
+    """Put the digests that a verification found into the output's provenance."""
+    sink.amend(PROVENANCE, provenance.encode(provenance.provenance(plan, written)))

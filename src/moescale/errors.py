@@ -1,0 +1,66 @@
+"""Everything that moescale raises on purpose.
+
+::
+
+    MoescaleError                  something failed
+    ├── UsageError                 a value that is wrong by itself
+    ├── SourceError                the source cannot be used, nothing was written
+    │   ├── CheckpointError        a file of the checkpoint is not what it should be
+    │   └── UnsupportedError       the checkpoint is well formed, but cannot be rescaled so
+    ├── DestinationError           the destination holds something else or cannot take the output
+    ├── RewriteError               a shard could not be rewritten
+    ├── VerificationError          the output is not what the plan says
+    ├── TemporaryError             a rerun of the same command resumes
+    └── InterruptedRun             the user stopped the run; a rerun resumes
+"""
+
+from __future__ import annotations
+
+
+class MoescaleError(Exception):
+    """A failure that a user can act on: what and why in one line, what to do in a second."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        """`message` says what failed, on which object and why; `hint` what to do about it."""
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\n{self.hint}"
+
+
+class UsageError(MoescaleError):
+    """A value is wrong by itself, whatever the source."""
+
+
+class SourceError(MoescaleError):
+    """The source cannot be used; nothing was written."""
+
+
+class CheckpointError(SourceError):
+    """A file of the checkpoint is malformed or does not fit the others."""
+
+
+class UnsupportedError(SourceError):
+    """The checkpoint is well formed, but what was asked for cannot be done to it exactly."""
+
+
+class DestinationError(MoescaleError):
+    """The destination holds something else, or cannot take the output."""
+
+
+class RewriteError(MoescaleError):
+    """A shard could not be rewritten as planned."""
+
+
+class VerificationError(MoescaleError):
+    """The output differs from what the plan says."""
+
+
+class TemporaryError(MoescaleError):
+    """Something outside failed for now; the same command resumes."""
+
+
+class InterruptedRun(MoescaleError):  # noqa: N818 - it is an answer to the user, not a fault
+    """The user stopped the run; the same command resumes."""

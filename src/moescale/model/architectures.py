@@ -1,0 +1,431 @@
+"""The table of architectures: one row a model type.
+
+A row says how the routed experts' down-projections are called, at which config keys the number
+of experts per token stands, how the router forms its weights, and what stands in the way of
+rescaling. Facts are those of transformers 5.23 (modeling and configuration files of each type),
+where they were checked on small models; rows under "remote code" follow the published code.
+
+To add an architecture, add a row: the names of one checkpoint (its index lists them) and its
+config are enough. Names are templates: ``{L}`` is the layer, ``{E}`` the expert; without ``{E}``
+one tensor holds all experts. Whatever stands before the template (``model.``,
+``language_model.model.``, ``mtp.``) is allowed, and what follows it (``.weight``,
+``.weight_scale_inv``, ``_bias``) is the business of `formats`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from moescale.errors import UnsupportedError
+
+# How the down-projections are called -----------------------------------------------------------
+
+MLP: Final = ("layers.{L}.mlp.experts.{E}.down_proj", "layers.{L}.mlp.experts.down_proj")
+"""The usual names: one tensor an expert, or all experts of a layer in one."""
+SPARSE_MOE: Final = (
+    "layers.{L}.block_sparse_moe.experts.{E}.w2",
+    "layers.{L}.mlp.experts.down_proj",
+)
+FEED_FORWARD: Final = (
+    "layers.{L}.feed_forward.experts.{E}.down_proj",
+    "layers.{L}.feed_forward.experts.down_proj",
+)
+MIXER: Final = (
+    "layers.{L}.mixer.experts.{E}.down_proj",
+    "layers.{L}.mixer.experts.down_proj",
+    "layers.{L}.mixer.experts.down_projs",
+)
+GRANITE: Final = (
+    "layers.{L}.block_sparse_moe.output_linear",
+    "layers.{L}.block_sparse_moe.experts.down_proj",
+)
+ARIA: Final = ("layers.{L}.mlp.experts.fc2", "layers.{L}.mlp.experts.down_proj")
+INKLING: Final = ("layers.{L}.mlp.experts.w2", "layers.{L}.mlp.experts.down_proj")
+GEMMA: Final = ("layers.{L}.experts.down_proj",)
+
+# How the router weighs the experts that it chose -----------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """The config key that switches renormalisation; `default` is what the class takes without."""
+
+    key: str
+    default: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SharedSum:
+    """Routed and shared experts' weights sum to 1 together; `key` counts the shared experts."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class PowerNorm:
+    """Weights are divided by their p-norm; `key` holds p, null for no normalisation."""
+
+    key: str
+
+
+Weights = bool | Flag | SharedSum | PowerNorm
+ALWAYS: Final = True
+"""The weights of the chosen experts sum to 1 (times a constant)."""
+NEVER: Final = False
+"""They are what the score function gave them, so their sum grows with the number chosen."""
+NORM_TRUE: Final = Flag("norm_topk_prob", True)
+NORM_FALSE: Final = Flag("norm_topk_prob", False)
+
+# Which layers are MoE layers -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class All:
+    """Every layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class SparseStep:
+    """Every ``decoder_sparse_step``-th layer that is not in ``mlp_only_layers``."""
+
+
+@dataclass(frozen=True, slots=True)
+class FirstDense:
+    """All after ``first_k_dense_replace``, or as ``mlp_layer_types`` says."""
+
+    default: int
+
+
+MoeLayers = All | SparseStep | FirstDense
+
+# The rows ----------------------------------------------------------------------------------------
+
+TEXT_SECTIONS: Final = ("text_config", "language_config", "llm_config", "")
+"""Where the MoE keys of a config may stand; the first that has one is what transformers reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What has to be known of one model type.
+
+    Attributes:
+        model_type: as in ``config.json``.
+        experts: templates of the routed down-projections' names.
+        weights: how the weights of the chosen experts are normalised.
+        count: config keys of the experts per token; of several that are present, transformers
+            reads the first. All of them are set. Empty: the number is fixed in the code.
+        sections: config sections that may hold the keys, in the order of precedence.
+        moe_layers: which layers have experts; None where only the tensors can tell.
+        groups: the router may be limited to ``topk_group`` of ``n_group`` groups of experts.
+        total: config keys of the number of experts of a layer, where unusual.
+        part: the name of this MoE where a checkpoint has several with a count each.
+        stacks: the stacks of layers that belong to `part`; None for all that no other part has.
+        moes: MoEs in one layer that share count and numbering.
+        fixed: why another count is refused.
+        fixed_tensor: `fixed` holds only where the checkpoint has a tensor that ends so.
+        no_effect: why scaling the down-projections has no effect on this model.
+        partly: what scaling the down-projections does not reach.
+        scale_key: config key of a constant that multiplies the routed output.
+    """
+
+    model_type: str
+    experts: Sequence[str]
+    weights: Weights
+    count: Sequence[str] = ("num_experts_per_tok",)
+    sections: Sequence[str] = TEXT_SECTIONS
+    moe_layers: MoeLayers | None = None
+    groups: bool = False
+    total: Sequence[str] = ("num_local_experts", "num_experts", "n_routed_experts")
+    part: str | None = None
+    stacks: frozenset[str] | None = None
+    moes: int = 1
+    fixed: str | None = None
+    fixed_tensor: str | None = None
+    no_effect: str | None = None
+    partly: str | None = None
+    scale_key: str | None = None
+
+
+_POST_NORM = (
+    "a norm on the routed output alone removes every factor, so only the choice of experts changes"
+)
+_JOINT_NORM = (
+    "a norm follows the sum of routed and shared experts: scaling changes the share of the routed"
+    " experts in it, not its size"
+)
+_PER_TOKEN = ("num_experts_per_token", "num_experts_per_tok")
+_MOE_TOPK = ("num_experts_per_tok", "moe_topk")
+_MOE_TOTAL = ("moe_num_experts", "num_experts")
+_SCALE = "routed_scaling_factor"
+
+
+def _group_limited(model_type: str, weights: Weights, **more: Any) -> Architecture:
+    """A row of the DeepSeek kind: groups, a routed scaling factor, usually dense first layers."""
+    return Architecture(
+        model_type,
+        more.pop("experts", MLP),
+        weights,
+        groups=True,
+        scale_key=more.pop("scale_key", _SCALE),
+        **more,
+    )
+
+
+ROWS: Final[tuple[Architecture, ...]] = (
+    # Mixtral and its likes
+    Architecture("mixtral", SPARSE_MOE, ALWAYS, moe_layers=All()),
+    Architecture("minimax", SPARSE_MOE, ALWAYS, moe_layers=All()),
+    Architecture("minimax_m2", SPARSE_MOE, ALWAYS, moe_layers=All()),
+    Architecture("minimax_m3_vl", SPARSE_MOE, ALWAYS, scale_key=_SCALE),
+    Architecture(
+        "phimoe",
+        SPARSE_MOE,
+        NEVER,
+        moe_layers=All(),
+        fixed="its router (sparsemixer) always takes 2 experts and ignores the config",
+    ),
+    # Qwen
+    Architecture("qwen2_moe", MLP, NORM_FALSE, moe_layers=SparseStep()),
+    Architecture("qwen3_moe", MLP, NORM_FALSE, moe_layers=SparseStep()),
+    Architecture("qwen3_next", MLP, NORM_TRUE, moe_layers=SparseStep()),
+    Architecture("qwen3_vl_moe", MLP, ALWAYS, moe_layers=SparseStep()),
+    Architecture("qwen3_vl_moe_text", MLP, ALWAYS, moe_layers=SparseStep()),
+    Architecture("qwen3_5_moe", MLP, ALWAYS, moe_layers=All()),
+    Architecture("qwen3_5_moe_text", MLP, ALWAYS, moe_layers=All()),
+    Architecture("qwen4_exp", MLP, NORM_TRUE),
+    Architecture(
+        "qwen3_omni_moe",
+        MLP,
+        NORM_TRUE,
+        part="thinker",
+        sections=("thinker_config.text_config",),
+        moe_layers=SparseStep(),
+    ),
+    Architecture(
+        "qwen3_omni_moe",
+        MLP,
+        NORM_FALSE,
+        part="talker",
+        stacks=frozenset({"talker"}),
+        sections=("talker_config.text_config",),
+        moe_layers=SparseStep(),
+    ),
+    # DeepSeek and what is built like it
+    _group_limited("deepseek_v2", NEVER, moe_layers=FirstDense(0)),
+    _group_limited("deepseek_ocr2", NEVER),
+    _group_limited("unlimited_ocr", NEVER),
+    _group_limited("deepseek_v3", NORM_TRUE, moe_layers=FirstDense(3)),
+    _group_limited("deepseek_v32", NORM_TRUE, moe_layers=FirstDense(3)),
+    _group_limited("kimi_k25", NORM_TRUE, moe_layers=FirstDense(3)),
+    _group_limited(
+        "kimi_linear", Flag("moe_renormalize", True), experts=SPARSE_MOE, count=_PER_TOKEN
+    ),
+    _group_limited("bailing_hybrid", Flag("moe_renormalize", True), count=_PER_TOKEN),
+    _group_limited("exaone_moe", NORM_TRUE),
+    _group_limited("dots1", NORM_FALSE),
+    _group_limited("glm4_moe", NORM_TRUE, moe_layers=FirstDense(1)),
+    _group_limited("glm4_moe_lite", NORM_TRUE),
+    _group_limited("glm4v_moe", NORM_TRUE, moe_layers=FirstDense(1)),
+    _group_limited("glm_moe_dsa", NORM_TRUE),
+    _group_limited("glm5_next", NORM_TRUE),
+    _group_limited(
+        "hy_v4", NORM_TRUE, experts=(*MLP, "mtp_layers.{L}.mlp.experts.down_proj")
+    ),
+    _group_limited("mimo_v2_flash", NORM_TRUE),
+    _group_limited("solar_open", NORM_TRUE),
+    _group_limited("axk1", NORM_TRUE, partly=_JOINT_NORM),
+    _group_limited("axk2", NORM_TRUE),
+    _group_limited("beam", NORM_TRUE, no_effect=_POST_NORM),
+    _group_limited("nemotron_h", NORM_TRUE, experts=MIXER),
+    _group_limited("nemotron_h_omni", NORM_TRUE, experts=MIXER),
+    _group_limited("nemo_speechlm", NORM_TRUE, experts=MIXER),
+    _group_limited("mistral4", NORM_TRUE),
+    _group_limited("mistral3", NORM_TRUE),
+    _group_limited(
+        "mistral_large4",
+        ALWAYS,
+        experts=("layers.{L}.experts.{E}.w2", "layers.{L}.mlp.experts.down_proj"),
+    ),
+    _group_limited("dots3_note", NORM_TRUE, part="text"),
+    Architecture(
+        "dots3_note",
+        ("blocks.{L}.mlp.experts.{E}.fc2", "blocks.{L}.mlp.experts.down_proj"),
+        ALWAYS,
+        part="vision",
+        stacks=frozenset({"vision_encoder", "vision_tower"}),
+        count=("num_experts_per_tok", "capacity_factor"),
+        sections=("vision_config",),
+        scale_key="router_scaling_factor",
+    ),
+    Architecture(
+        "deepseek_v4",
+        (
+            "layers.{L}.ffn.experts.{E}.w2",
+            "mtp.{L}.ffn.experts.{E}.w2",
+            "layers.{L}.mlp.experts.down_proj",
+            "mtp.{L}.mlp.experts.down_proj",
+        ),
+        ALWAYS,
+        moe_layers=All(),
+        fixed="its hash layers choose experts from a table with one column an expert per token"
+        " (gate.tid2eid), which would have to be cut or invented",
+        fixed_tensor="gate.tid2eid",
+        scale_key=_SCALE,
+    ),
+    # One each
+    Architecture("olmoe", MLP, NORM_FALSE, moe_layers=All()),
+    Architecture("flex_olmo", MLP, NORM_FALSE, moe_layers=All(), no_effect=_POST_NORM),
+    Architecture("mellum", MLP, NORM_TRUE),
+    Architecture("hunyuan_v1_moe", MLP, ALWAYS, count=_MOE_TOPK),
+    Architecture("jamba", FEED_FORWARD, NEVER),
+    Architecture(
+        "ernie4_5_moe", MLP, ALWAYS, count=("num_experts_per_tok", "moe_k"), total=_MOE_TOTAL
+    ),
+    Architecture(
+        "ernie4_5_vl_moe",
+        (
+            MLP[0],
+            "layers.{L}.mlp.text_moe.experts.down_proj",
+            "layers.{L}.mlp.vision_moe.experts.down_proj",
+        ),
+        ALWAYS,
+        count=("num_experts_per_tok", "moe_k"),
+        total=_MOE_TOTAL,
+        moes=2,
+    ),
+    Architecture("flint", MLP, NORM_FALSE),
+    Architecture("cohere2_moe", MLP, ALWAYS),
+    Architecture("afmoe", MLP, ALWAYS, partly=_JOINT_NORM, scale_key="route_scale"),
+    Architecture("kolibri1", MLP, NORM_FALSE, partly=_JOINT_NORM),
+    Architecture("laguna", MLP, ALWAYS, scale_key="moe_routed_scaling_factor"),
+    Architecture(
+        "lfm2_moe",
+        (
+            "layers.{L}.feed_forward.experts.{E}.w2",
+            "layers.{L}.feed_forward.experts.down_proj",
+        ),
+        NORM_TRUE,
+        scale_key=_SCALE,
+    ),
+    Architecture("hy_v3", MLP, ALWAYS, scale_key="router_scaling_factor"),
+    Architecture(
+        "step3p7",
+        ("layers.{L}.moe.down_proj", "layers.{L}.mlp.experts.down_proj"),
+        ALWAYS,
+        count=("moe_top_k", "num_experts_per_tok"),
+        total=("n_routed_experts", "moe_num_experts"),
+        scale_key="moe_router_scaling_factor",
+    ),
+    Architecture("granitemoe", GRANITE, ALWAYS, moe_layers=All()),
+    Architecture("granitemoeshared", GRANITE, ALWAYS, moe_layers=All()),
+    Architecture("granitemoehybrid", GRANITE, ALWAYS),
+    Architecture("granitemoe_swa", GRANITE, ALWAYS),
+    Architecture("gpt_oss", MLP, ALWAYS, count=("num_experts_per_tok", "experts_per_token")),
+    Architecture("openai_privacy_filter", MLP, ALWAYS),
+    Architecture("aria", ARIA, ALWAYS, count=("moe_topk",), total=_MOE_TOTAL),
+    Architecture("aria_text", ARIA, ALWAYS, count=("moe_topk",), total=_MOE_TOTAL),
+    Architecture(
+        "dbrx",
+        ("blocks.{L}.ffn.experts.mlp.w2",),
+        PowerNorm("moe_normalize_expert_weights"),
+        count=("moe_top_k",),
+        sections=("ffn_config",),
+        total=_MOE_TOTAL,
+    ),
+    Architecture("doge", ("layers.{L}.mlp.up_embed",), ALWAYS),
+    Architecture(
+        "jetmoe",
+        ("layers.{L}.mlp.output_linear",),
+        ALWAYS,
+        fixed="the same number also sets how many attention heads it has",
+    ),
+    Architecture("llama4", FEED_FORWARD, NEVER),
+    Architecture("llama4_text", FEED_FORWARD, NEVER),
+    Architecture(
+        "longcat_flash",
+        MLP,
+        NEVER,
+        count=_MOE_TOPK,
+        partly="its identity experts have no weights: the share of the tokens that chose one"
+        " stays as it was",
+        scale_key=_SCALE,
+    ),
+    Architecture("gemma4", GEMMA, ALWAYS, count=("top_k_experts",), no_effect=_POST_NORM),
+    Architecture("gemma4_text", GEMMA, ALWAYS, count=("top_k_experts",), no_effect=_POST_NORM),
+    Architecture("diffusion_gemma", GEMMA, ALWAYS, count=("top_k_experts",), no_effect=_POST_NORM),
+    Architecture(
+        "muse_spark",
+        MLP,
+        ALWAYS,
+        no_effect="the output of each expert is normalised before its gate weight",
+        scale_key=_SCALE,
+    ),
+    Architecture(
+        "inkling_mm_model",
+        INKLING,
+        SharedSum("n_shared_experts"),
+        partly="routed and shared experts share one normalisation: another number of routed"
+        " experts also changes the weight of the shared ones, which is not scaled",
+        scale_key="route_scale",
+    ),
+    Architecture("inkling2", INKLING, ALWAYS, scale_key="route_scale"),
+    Architecture("inkling2_text", INKLING, ALWAYS, scale_key="route_scale"),
+    Architecture("zaya", MLP, NEVER, fixed="its configuration allows one expert a token only"),
+    Architecture(
+        "nllb-moe",
+        ("layers.{L}.ffn.experts.expert_{E}.fc2",),
+        ALWAYS,
+        count=(),
+        fixed="its router always takes 2 experts",
+    ),
+    Architecture(
+        "switch_transformers",
+        (
+            "block.{L}.layer.1.mlp.experts.expert_{E}.wo",
+            "block.{L}.layer.2.mlp.experts.expert_{E}.wo",
+        ),
+        NEVER,
+        count=(),
+        fixed="its router always takes 1 expert",
+    ),
+    # Remote code: types that transformers does not know under this name
+    _group_limited("kimi_k2", NORM_TRUE, moe_layers=FirstDense(3)),
+    _group_limited("deepseek_vl_v2", NORM_FALSE, moe_layers=FirstDense(0)),
+)
+
+
+def find(model_type: str, part: str | None = None) -> Architecture:
+    """The row of a model type; of a type with several MoEs, the one that is called `part`.
+
+    Raises:
+        KeyError: no row has this type.
+        UnsupportedError: the type has no such part.
+    """
+    rows = parts(model_type)
+    if not rows:
+        raise KeyError(model_type)
+    if part is None:
+        return rows[0]
+    for row in rows:
+        if row.part == part:
+            return row
+    names = ", ".join(repr(row.part) for row in rows if row.part)
+    raise UnsupportedError(
+        f"model type {model_type!r} has no part {part!r}",
+        hint=f"Its parts are {names}." if names else "It has one MoE only; leave --part out.",
+    )
+
+
+def parts(model_type: str) -> tuple[Architecture, ...]:
+    """All rows of a model type; the first is the text model."""
+    return tuple(row for row in ROWS if row.model_type == model_type)
+
+
+def known_types() -> tuple[str, ...]:
+    """The model types of the table, sorted."""
+    return tuple(sorted({row.model_type for row in ROWS}))
+
+
+Effect = Literal["all", "part", "none"]

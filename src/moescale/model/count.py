@@ -1,0 +1,111 @@
+"""The number of experts per token in a ``config.json``: read it, and set every spelling of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moescale.checkpoint.json_text import (
+    Path,
+    parse_lenient,
+    replace_spans,
+    value_spans,
+)
+from moescale.errors import CheckpointError
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A ``config.json`` as text and as value."""
+
+    text: str
+    value: Mapping[str, Any]
+
+    def section(self, dotted: str) -> Mapping[str, Any] | None:
+        """The object at a dotted path; the whole config for an empty one, None if absent."""
+        value: Any = self.value
+        for key in dotted.split(".") if dotted else ():
+            value = value.get(key) if isinstance(value, dict) else None
+        return value if isinstance(value, dict) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """One place in the config where the count stands: a number, or a number for each layer."""
+
+    section: str
+    key: str
+    value: int | tuple[int, ...]
+
+    @property
+    def path(self) -> str:
+        """The dotted path, for people."""
+        return f"{self.section}.{self.key}" if self.section else self.key
+
+
+def parse_config(data: bytes) -> Config:
+    """Decode a ``config.json``.
+
+    Raises:
+        CheckpointError: it is not a JSON object in UTF-8.
+    """
+    try:
+        text = data.decode()
+        value = parse_lenient(text)
+    except ValueError as error:
+        raise CheckpointError(f"{CONFIG}: is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{CONFIG}: is not a JSON object")
+    return Config(text, value)
+
+
+def spellings(config: Config, sections: Sequence[str], keys: Sequence[str]) -> list[Spelling]:
+    """Every place where the count stands, the one that transformers reads first.
+
+    Raises:
+        CheckpointError: one of them is not a whole number above 0, nor a list of such.
+    """
+    return [
+        Spelling(section, key, _count(value, f"{section}.{key}" if section else key))
+        for section, key, value in _present(config, sections, keys)
+    ]
+
+
+def _present(
+    config: Config, sections: Sequence[str], keys: Sequence[str]
+) -> Iterator[tuple[str, str, Any]]:
+    for section in sections:
+        content = config.section(section)
+        for key in keys if content is not None else ():
+            if content is not None and content.get(key) is not None:
+                yield section, key, content[key]
+
+
+def _count(value: Any, path: str) -> int | tuple[int, ...]:
+    if type(value) is int and value > 0:
+        return value
+    if isinstance(value, list) and value and all(type(v) is int and v > 0 for v in value):
+        return tuple(value)
+    raise CheckpointError(f"{CONFIG}: {path} is {value!r}, not a number of experts")
+
+
+def set_count(config: Config, places: Sequence[Spelling], new: int) -> bytes:
+    """The config with `new` at all `places`; every other byte stays."""
+    paths = {(*_keys(place.section), place.key) for place in places}
+
+    def wanted(path: Path) -> bool:
+        return path in paths or path[:-1] in paths
+
+    edits = [
+        (span, str(new))
+        for path, span in value_spans(config.text, wanted)
+        if config.text[span[0]] not in "[{"
+    ]
+    return replace_spans(config.text, edits).encode()
+
+
+def _keys(dotted: str) -> tuple[str, ...]:
+    return tuple(dotted.split(".")) if dotted else ()

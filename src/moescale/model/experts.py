@@ -1,0 +1,351 @@
+"""The routed experts' down-projections of this checkpoint: found, counted and complete."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moescale.checkpoint.header import Tensor
+from moescale.errors import CheckpointError, UnsupportedError, UsageError
+from moescale.model.architectures import (
+    All,
+    Architecture,
+    FirstDense,
+    MoeLayers,
+    SparseStep,
+)
+from moescale.model.formats import leaf_name
+
+_GENERIC = frozenset(
+    "model language_model text_model llm backbone transformer base_model module layers blocks"
+    " block thinker_model".split()
+)
+"""Parts of a tensor's name that do not tell one stack of layers from another."""
+
+
+@dataclass(slots=True)
+class Projection:
+    """One down-projection, of one expert or of all experts of a layer."""
+
+    module: str
+    layer: Layer
+    expert: int | None
+    number_at: tuple[int, int]  # where the layer's number stands in the module's name
+    leaves: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Layer:
+    """A layer by its stack ("" for the main one) and its number; written ``3`` or ``mtp.0``."""
+
+    stack: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.stack}.{self.number}" if self.stack else str(self.number)
+
+
+def find_projections(
+    tensors: Iterable[Tensor], architecture: Architecture, others: Iterable[Architecture] = ()
+) -> list[Projection]:
+    """All tensors whose names are those of routed down-projections, module by module.
+
+    Args:
+        tensors: the whole checkpoint.
+        architecture: the row whose names and stacks count.
+        others: the other parts of the same model type, whose stacks are left alone.
+    """
+    pattern = _name_pattern(architecture.experts)
+    foreign = frozenset().union(*(row.stacks or frozenset() for row in others))
+    found: dict[str, Projection] = {}
+    for tensor in tensors:
+        match = pattern.fullmatch(tensor.name)
+        if match is None:
+            continue
+        projection = _projection(match)
+        stack = projection.layer.stack
+        if stack in foreign or (architecture.stacks and stack not in architecture.stacks):
+            continue
+        leaves = found.setdefault(projection.module, projection).leaves
+        leaf = leaf_name(match["leaf"])
+        if leaf in leaves:
+            raise CheckpointError(f"{projection.module}: has two tensors that are its {leaf}")
+        leaves[leaf] = tensor
+    return sorted(found.values(), key=lambda p: (p.layer, p.module, p.expert or 0))
+
+
+def _name_pattern(templates: Iterable[str]) -> re.Pattern[str]:
+    """One expression for all templates: groups for prefix, layer, expert and leaf."""
+    choices = []
+    for i, template in enumerate(templates):
+        escaped = re.escape(template).replace(r"\{L\}", rf"(?P<L{i}>\d+)")
+        choices.append(escaped.replace(r"\{E\}", rf"(?P<E{i}>\d+)"))
+    return re.compile(rf"(?P<prefix>(?:.*\.)?)(?:{'|'.join(choices)})(?P<leaf>(?:[._].*)?)")
+
+
+def _projection(match: re.Match[str]) -> Projection:
+    groups = match.groupdict()
+    layer = next(key for key, value in groups.items() if key[0] == "L" and value is not None)
+    expert = groups.get("E" + layer[1:])
+    words = match.string[: match.start(layer)].split(".")
+    stack = ".".join(word for word in words if word and word not in _GENERIC)
+    module = match.string[: match.start("leaf")]
+    number = Layer(stack, int(groups[layer]))
+    return Projection(module, number, None if expert is None else int(expert), match.span(layer))
+
+
+def find_by_pattern(tensors: Iterable[Tensor], pattern: str) -> list[Projection]:
+    """Projections by a user's expression, which has to match the whole tensor name.
+
+    The groups ``layer`` and ``expert`` name the numbers; without them, the first number between
+    dots is the layer and the second the expert.
+
+    Raises:
+        UsageError: the expression is not valid, takes too long, or matches a name without number.
+    """
+    by_name = {tensor.name: tensor for tensor in tensors}
+    found: dict[str, Projection] = {}
+    for name, layer, expert in _search_in_child(pattern, list(by_name)):
+        if layer is None:
+            raise UsageError(f"--pattern matches {name!r}, in which no layer number can be found")
+        module, _, leaf = name.rpartition(".")
+        if leaf not in _LEAVES:
+            module, leaf = name, "weight"
+        start, stop = layer
+        words = [word for word in name[:start].split(".") if word and word not in _GENERIC]
+        projection = Projection(
+            module,
+            Layer(".".join(words), int(name[start:stop])),
+            None if expert is None else int(name[slice(*expert)]),
+            (start, stop),
+        )
+        found.setdefault(module, projection).leaves[leaf] = by_name[name]
+    return sorted(found.values(), key=lambda p: (p.layer, p.module, p.expert or 0))
+
+
+_LEAVES = frozenset({"weight", "bias", "qweight", "scales", "qzeros", "weight_scale"})
+
+_SEARCH = r"""
+import json, re, sys
+pattern, names = json.load(sys.stdin)
+try:
+    pattern = re.compile(pattern)
+except re.error as error:
+    sys.exit(f"is not a valid expression: {error}")
+found = []
+for name in names:
+    match = pattern.fullmatch(name)
+    if match:
+        spans = [m.span() for m in re.finditer(r"(?<![^.])\d+(?![^.])", name)] + [None, None]
+        groups = {key: match.span(key) for key, value in match.groupdict().items() if value}
+        layer = groups.get("layer", spans[0])
+        expert = groups.get("expert", None if "layer" in groups else spans[1])
+        found.append((name, layer, expert))
+json.dump(found, sys.stdout)
+"""
+
+_SEARCH_SECONDS = 10.0
+
+
+def _search_in_child(
+    pattern: str, names: list[str]
+) -> list[tuple[str, list[int] | None, list[int] | None]]:
+    """Match in a child process, since an expression can backtrack without end."""
+    try:
+        child = subprocess.run(
+            [sys.executable, "-I", "-c", _SEARCH],
+            input=json.dumps([pattern, names]),
+            capture_output=True,
+            text=True,
+            timeout=_SEARCH_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise UsageError(
+            f"--pattern {pattern!r} took longer than {_SEARCH_SECONDS:g} s",
+            hint="It backtracks; write it without nested repetitions.",
+        ) from None
+    if child.returncode:
+        raise UsageError(f"--pattern {pattern!r} {child.stderr.strip().splitlines()[-1]}")
+    result: list[tuple[str, list[int] | None, list[int] | None]] = json.loads(child.stdout)
+    return result
+
+
+def check_complete(
+    projections: list[Projection],
+    names: Iterable[str],
+    architecture: Architecture,
+    section: Mapping[str, Any],
+    total: int,
+) -> None:
+    """Refuse a checkpoint in which any routed down-projection is missing or surplus.
+
+    Args:
+        projections: what was found.
+        names: the names of all tensors of the checkpoint.
+        architecture: the row that they were found with.
+        section: the config section that describes this MoE.
+        total: routed experts of a layer, as the config says.
+
+    Raises:
+        CheckpointError: with the first layer or expert that is not as the config says.
+    """
+    by_layer: dict[Layer, list[Projection]] = defaultdict(list)
+    for projection in projections:
+        by_layer[projection.layer].append(projection)
+    for layer, members in by_layer.items():
+        _check_layer(layer, members, total, architecture.moes)
+    _check_layers(set(by_layer), architecture, section)
+    _check_siblings(projections, list(names))
+
+
+def _check_layer(layer: Layer, members: list[Projection], total: int, moes: int) -> None:
+    numbers = sorted(p.expert for p in members if p.expert is not None)
+    stacked = [p for p in members if p.expert is None]
+    if stacked and numbers:
+        raise CheckpointError(
+            f"layer {layer}: its experts are there twice, one by one and all in one tensor"
+            f" ({members[0].module})"
+        )
+    if stacked and len(stacked) != moes:
+        raise CheckpointError(f"layer {layer}: has {len(stacked)} tensors with all experts")
+    if numbers and numbers != list(range(total * moes)):
+        missing = sorted(set(range(total * moes)) - set(numbers))
+        what = f"expert {missing[0]} is missing" if missing else "it has more"
+        raise CheckpointError(
+            f"layer {layer}: the config says {total * moes} routed experts, but {what}"
+            f" ({len(numbers)} down-projections found)",
+            hint="The checkpoint is incomplete, or its config belongs to another one.",
+        )
+    for projection in stacked:
+        for tensor in projection.leaves.values():
+            _check_stacked(tensor, total)
+
+
+def _check_stacked(tensor: Tensor, total: int) -> None:
+    experts = tensor.shape[0] if tensor.shape else 0
+    one_each = experts == total or (len(tensor.shape) == 2 and experts and experts % total == 0)
+    if not one_each:
+        raise CheckpointError(
+            f"{tensor.name}: its shape {list(tensor.shape)} does not hold {total} experts",
+            hint="The config belongs to another checkpoint, or the tensor has another layout.",
+        )
+
+
+def _check_layers(
+    found: set[Layer], architecture: Architecture, section: Mapping[str, Any]
+) -> None:
+    count = section.get("num_hidden_layers")
+    if architecture.moe_layers is None or type(count) is not int:
+        return
+    main = {layer.number for layer in found if layer.stack == _main_stack(found)}
+    expected = {i for i in range(count) if _is_moe(i, architecture.moe_layers, section)}
+    missing, surplus = sorted(expected - main), sorted(i for i in main - expected if i < count)
+    if missing:
+        raise CheckpointError(
+            f"layer {missing[0]}: the config makes it a MoE layer, but it has no routed"
+            f" down-projections ({len(missing)} of {len(expected)} MoE layers are missing)",
+            hint="The checkpoint is incomplete, or its config belongs to another one.",
+        )
+    if surplus:
+        raise CheckpointError(
+            f"layer {surplus[0]}: has routed experts, but the config makes it a dense layer"
+        )
+
+
+def _main_stack(found: set[Layer]) -> str:
+    """The stack with the most layers; beside it there are only MTP blocks."""
+    stacks = [layer.stack for layer in found]
+    return max(set(stacks), key=stacks.count)
+
+
+def _is_moe(layer: int, rule: MoeLayers, section: Mapping[str, Any]) -> bool:
+    if isinstance(rule, All):
+        return True
+    if isinstance(rule, SparseStep):
+        step = section.get("decoder_sparse_step") or 1
+        dense = section.get("mlp_only_layers") or ()
+        return layer not in dense and (layer + 1) % step == 0
+    assert isinstance(rule, FirstDense)
+    types = section.get("mlp_layer_types")
+    if isinstance(types, list) and layer < len(types):
+        return bool(types[layer] != "dense")
+    first = section.get("first_k_dense_replace")
+    step = section.get("moe_layer_freq")
+    every = step if type(step) is int and step > 0 else 1
+    return layer >= (rule.default if first is None else first) and layer % every == 0
+
+
+def _check_siblings(projections: list[Projection], names: list[str]) -> None:
+    """Every layer that has a router, and every expert that has any tensor, needs its projection.
+
+    This needs no config, so it also holds where the config does not tell the MoE layers.
+    """
+    places: dict[tuple[str, str], set[tuple[str, str | None]]] = defaultdict(set)
+    for projection in projections:
+        head, number, block, expert = _place(projection)
+        places[head, block].add((number, expert))
+    for (head, block), present in places.items():
+        layers = {number for number, _ in present}
+        pattern = re.compile(rf"{re.escape(head)}(\d+){re.escape(block)}{_SIBLING}")
+        for name in names:
+            match = pattern.match(name)
+            if match is None:
+                continue
+            if match[1] not in layers:
+                raise _orphan(name, f"layer {match[1]} has no routed down-projections")
+            if match[2] is not None and not present & {(match[1], match[2]), (match[1], None)}:
+                raise _orphan(name, f"expert {match[2]} of its layer has no down-projection")
+
+
+_SIBLING = r"(?:(?:gate|router)(?:\.|_weight|_gate)|experts\.(?:expert_)?(\d+)\.)"
+"""What follows the name of a MoE block in the names of its router and of its experts."""
+
+
+def _place(projection: Projection) -> tuple[str, str, str, str | None]:
+    """What stands before the layer's number, the number, and the rest of the MoE block's name."""
+    start, stop = projection.number_at
+    head, number, rest = (
+        projection.module[:start],
+        projection.module[start:stop],
+        projection.module[stop:],
+    )
+    block = re.split(r"experts\b", rest)[0] if "experts" in rest else rest.rpartition(".")[0] + "."
+    return head, number, block, (
+        None if projection.expert is None else str(projection.expert)
+    )
+
+
+def _orphan(name: str, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{name}: belongs to a MoE layer, but {why}",
+        hint="The checkpoint is incomplete; fetch the missing shard again.",
+    )
+
+
+def total_experts(architecture: Architecture, section: Mapping[str, Any]) -> int:
+    """Routed experts of a layer, as the config says.
+
+    Raises:
+        UnsupportedError: the config does not say.
+    """
+    for key in architecture.total:
+        value = section.get(key)
+        if type(value) is int and value > 0:
+            return value
+    keys = " or ".join(architecture.total)
+    raise UnsupportedError(
+        f"config.json: does not say how many routed experts a layer has ({keys})"
+    )
+
+
+def looks_routed(names: Iterable[str], limit: int = 3) -> list[str]:
+    """Names that look like routed down-projections, for a model type that is not known."""
+    pattern = re.compile(r"experts?\b.*(?:down|w2|fc2|wo|output)")
+    return [name for name in names if pattern.search(name) and "shared" not in name][:limit]

@@ -1,0 +1,183 @@
+"""From a config and tensor names to the MoE that shall be rescaled, known row or not."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moescale.checkpoint.header import Tensor
+from moescale.errors import CheckpointError, UnsupportedError
+from moescale.model import architectures
+from moescale.model.architectures import TEXT_SECTIONS, Architecture, Flag
+from moescale.model.count import CONFIG, Config, Spelling, spellings
+from moescale.model.experts import (
+    Projection,
+    check_complete,
+    find_by_pattern,
+    find_projections,
+    looks_routed,
+    total_experts,
+)
+from moescale.model.router import Router, router_of
+
+
+@dataclass(frozen=True, slots=True)
+class Moe:
+    """The MoE of a checkpoint that a run is about.
+
+    Attributes:
+        architecture: its row of the table.
+        model_type: what the config or the user calls it.
+        section: the config section that describes it.
+        places: where the experts per token stand; the first is what counts.
+        count: the experts per token, or those of each layer.
+        total: routed experts of a layer.
+        router: how it weighs them; None where that is not known.
+        projections: the routed down-projections, complete.
+        warnings: what the user should know.
+    """
+
+    architecture: Architecture
+    model_type: str
+    section: Mapping[str, Any]
+    places: Sequence[Spelling]
+    count: int | tuple[int, ...]
+    total: int
+    router: Router | None
+    projections: Sequence[Projection]
+    warnings: list[str]
+
+
+def find_moe(
+    config: Config,
+    tensors: Sequence[Tensor],
+    arch: str | None,
+    part: str | None,
+    pattern: str | None,
+    experts_key: str | None,
+) -> Moe:
+    """Find the MoE and check that it is complete.
+
+    Args:
+        config: the checkpoint's config.
+        tensors: all its tensors.
+        arch: treat it as this model type.
+        part: which MoE of a type that has several.
+        pattern: expression for the names of the down-projections.
+        experts_key: config key of the experts per token; goes with `pattern`.
+
+    Raises:
+        UnsupportedError: the type is not known, or has no such part.
+        CheckpointError: config and tensors do not fit.
+    """
+    model_type, row = _row(config, tensors, arch, part, pattern is not None)
+    if experts_key is not None:
+        row = _with_key(row, experts_key)
+    places = spellings(config, row.sections, row.count)
+    if not places:
+        raise UnsupportedError(
+            f"{CONFIG}: has no {' or '.join(row.count)}, the experts per token",
+            hint="Add the key with the number that the model was trained with.",
+        )
+    section = config.section(places[0].section) or {}
+    if pattern is not None:
+        projections = find_by_pattern(tensors, pattern)
+    else:
+        projections = find_projections(tensors, row, _other_parts(row))
+    if not projections:
+        names = repr(pattern) if pattern else row.experts[0]
+        raise CheckpointError(
+            f"no routed down-projections found for model type {model_type!r}: no tensor has a"
+            f" name like {names}",
+            hint="Name the layout with --arch, or with --pattern and --experts-key.",
+        )
+    total = total_experts(row, section)
+    names = [tensor.name for tensor in tensors]
+    check_complete(projections, names, row, section, total)
+    return Moe(
+        architecture=row,
+        model_type=model_type,
+        section=section,
+        places=places,
+        count=places[0].value,
+        total=total,
+        router=_router(row, section),
+        projections=projections,
+        warnings=_warnings(row, places, section),
+    )
+
+
+def _row(
+    config: Config, tensors: Sequence[Tensor], arch: str | None, part: str | None, named_by_user: bool
+) -> tuple[str, Architecture]:
+    """The row for `arch`, or for the first model type of the config that the table knows."""
+    named = [arch] if arch else _model_types(config)
+    for model_type in named:
+        if architectures.parts(model_type):
+            return model_type, architectures.find(model_type, part)
+    if named_by_user and not arch:
+        return (named or ["unknown"])[0], _UNKNOWN
+    raise _unknown(named, tensors)
+
+
+_UNKNOWN = Architecture("", experts=(), weights=Flag("norm_topk_prob", False))
+"""What is known of a model type that only --pattern describes."""
+
+
+def _with_key(row: Architecture, dotted: str) -> Architecture:
+    """The row with the user's config key of the experts per token."""
+    section, _, key = dotted.rpartition(".")
+    sections = (section,) if section else row.sections
+    return replace(row, count=(key,), sections=sections, moe_layers=None)
+
+
+def _router(row: Architecture, section: Mapping[str, Any]) -> Router | None:
+    """The router; None if the row is not of the table and the config does not tell either."""
+    if row.model_type or "norm_topk_prob" in section:
+        return router_of(row, section)
+    return None
+
+
+def _model_types(config: Config) -> list[str]:
+    """The config's own model type, then those of its text sections."""
+    sections = ("", *(s for s in TEXT_SECTIONS if s))
+    found = [(config.section(section) or {}).get("model_type") for section in sections]
+    return [model_type for model_type in found if isinstance(model_type, str)]
+
+
+def _unknown(named: Sequence[str], tensors: Sequence[Tensor]) -> UnsupportedError:
+    what = repr(named[0]) if named else "None"
+    close = difflib.get_close_matches(named[0] if named else "", architectures.known_types(), 3)
+    hint = f"Closest known types: {', '.join(close)}; --arch takes one of them. " if close else ""
+    if routed := looks_routed([tensor.name for tensor in tensors]):
+        hint += f"Tensors like {routed[0]!r} look like routed down-projections; try --pattern."
+    return UnsupportedError(f"model type {what} is not known", hint=hint or None)
+
+
+def _other_parts(row: Architecture) -> list[Architecture]:
+    return [other for other in architectures.parts(row.model_type) if other.part != row.part]
+
+
+def _warnings(
+    row: Architecture, places: Sequence[Spelling], section: Mapping[str, Any]
+) -> list[str]:
+    warnings = []
+    first = places[0]
+    for place in places[1:]:
+        if place.value != first.value:
+            warnings.append(
+                f"{CONFIG} says {place.value} at {place.path} and {first.value} at {first.path};"
+                f" {first.value} is taken"
+            )
+    if row.partly:
+        warnings.append(f"model type {row.model_type!r}: {row.partly}")
+    if row.model_type == "deepseek_v2" and section.get("norm_topk_prob"):
+        warnings.append(
+            "norm_topk_prob is true: transformers ignores it for deepseek_v2, as this plan does;"
+            " other engines renormalise"
+        )
+    for other in _other_parts(row):
+        warnings.append(f"the part {other.part!r} of this checkpoint is left alone")
+    return warnings

@@ -1,0 +1,69 @@
+"""How this checkpoint's router weighs the experts that it chose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moescale.errors import UnsupportedError
+from moescale.model.architectures import Architecture, Flag, PowerNorm, SharedSum
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """What the closed forms need to know.
+
+    Attributes:
+        renormalised: the weights of the chosen experts sum to a constant.
+        shared: how many shared experts take part in that sum.
+    """
+
+    renormalised: bool
+    shared: int = 0
+
+    def balanced_weight(self, k: int) -> float:
+        """The weight of each of `k` chosen experts at a balanced gate, up to a constant.
+
+        1/k where the weights are renormalised, constant (1/E, of which only ratios matter)
+        where they are not.
+        """
+        return 1.0 / (k + self.shared) if self.renormalised else 1.0
+
+
+def router_of(architecture: Architecture, section: Mapping[str, Any]) -> Router:
+    """The router that the config section describes.
+
+    Raises:
+        UnsupportedError: its normalisation is none that the closed forms know.
+    """
+    weights = architecture.weights
+    if isinstance(weights, Flag):
+        value = section.get(weights.key)
+        return Router(weights.default if value is None else bool(value))
+    if isinstance(weights, SharedSum):
+        return Router(True, int(section.get(weights.key) or 0))
+    if isinstance(weights, PowerNorm):
+        power = section.get(weights.key, 1)
+        if power not in (1, None):
+            raise UnsupportedError(
+                f"config.json: {weights.key} is {power!r}: only 1 and null are known",
+                hint="Give the factor yourself (--factor).",
+            )
+        return Router(power == 1)
+    return Router(weights)
+
+
+def largest_count(architecture: Architecture, section: Mapping[str, Any], total: int) -> int:
+    """The most experts per token that the router can choose in earnest.
+
+    A group-limited router masks all experts outside ``topk_group`` of ``n_group`` groups; asked
+    for more than those hold, it silently takes masked ones.
+    """
+    groups, chosen = section.get("n_group"), section.get("topk_group")
+    if groups is None:
+        groups = section.get("num_expert_group")
+    limited = section.get("topk_method") != "greedy"
+    if not architecture.groups or not groups or not chosen or groups <= 1 or not limited:
+        return total
+    return int(chosen * (total // groups))

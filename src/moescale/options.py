@@ -1,0 +1,122 @@
+"""What the user asked for, as one frozen object that refuses what is wrong by itself."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from moescale.errors import UsageError
+
+Rule = Literal["preserve", "published", "gates", "measured", "none"]
+
+RULES: tuple[Rule, ...] = ("preserve", "published", "gates", "measured", "none")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the user asked for; a value that is wrong by itself is refused here.
+
+    Attributes:
+        experts: experts per token of the output; None keeps the config's number.
+        trained_experts: experts per token that the weights were trained for; None: the config's.
+        rule: how the factor is found; None where `factor` or `factors` is given.
+        rho: correlation of expert outputs, 0 to 1.
+        factor: this constant instead of a rule.
+        factors: a factor for each MoE layer instead of a rule.
+        part: which MoE of a checkpoint that has several.
+        arch: treat the model as this model type.
+        pattern: expression for the names of the down-projections, for an unknown architecture.
+        experts_key: config key of the experts per token, for an unknown architecture.
+    """
+
+    experts: int | None = None
+    trained_experts: int | None = None
+    rule: Rule | None = None
+    rho: float | None = None
+    factor: float | None = None
+    factors: Mapping[str, float] | None = None
+    part: str | None = None
+    arch: str | None = None
+    pattern: str | None = None
+    experts_key: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check each value by itself and against the others."""
+        for name, value in (
+            ("--experts", self.experts),
+            ("--trained-experts", self.trained_experts),
+        ):
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}: it must be 1 or more")
+        given = [self.rule is not None, self.factor is not None, self.factors is not None]
+        if sum(given) > 1:
+            raise UsageError("--rule, --factor and --factors exclude each other")
+        if self.rule in ("gates", "measured"):
+            raise UsageError(f"--rule {self.rule} is not there yet", hint="Use --rule preserve.")
+        if self.rule is not None and self.rule not in RULES:
+            raise UsageError(f"--rule is {self.rule!r}: it must be one of {', '.join(RULES)}")
+        if self.experts is None and self.factor is None and self.factors is None:
+            raise UsageError(
+                "--experts is missing: how many experts a token shall be sent to",
+                hint="It may be left out only with --factor or --factors.",
+            )
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        if self.rho is not None and not 0 <= self.rho <= 1:
+            raise UsageError(f"--rho is {self.rho:g}: it must be from 0 to 1")
+        if self.rho is not None and self.method not in ("preserve", "gates"):
+            raise UsageError(f"--rho has no meaning for {self.method}; it goes with preserve")
+        if self.factor is not None:
+            check_factor(self.factor)
+        for factor in (self.factors or {}).values():
+            check_factor(factor)
+        if (self.pattern is None) != (self.experts_key is None):
+            raise UsageError(
+                "--pattern and --experts-key go together: the down-projections' names, and the"
+                " config key of the experts per token"
+            )
+
+    @property
+    def method(self) -> str:
+        """The rule, or ``factor`` or ``factors`` where those replace it."""
+        if self.factor is not None:
+            return "factor"
+        return "factors" if self.factors is not None else self.rule or "preserve"
+
+
+def check_factor(factor: float) -> None:
+    """Refuse a factor that cannot be multiplied by.
+
+    Raises:
+        UsageError: it is not a number above 0 that float32 can hold.
+    """
+    with np.errstate(all="ignore"):
+        usable = math.isfinite(factor) and factor > 0 and 0 < np.float32(factor) < np.inf
+    if not usable:
+        raise UsageError(f"the factor {factor!r} is not a finite number above 0")
+
+
+def parse_factors(text: str, where: str) -> dict[str, float]:
+    """Factors by layer from ``{"factors": {"0": 1.2}}``, the bare mapping, or a provenance file.
+
+    Raises:
+        UsageError: the text is none of these.
+    """
+    try:
+        content: Any = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where}: is not valid JSON: {error}") from None
+    if isinstance(content, dict) and isinstance(content.get("factors"), dict):
+        content = content["factors"]
+    if not isinstance(content, dict) or not content:
+        raise UsageError(f"{where}: holds no factors", hint='It needs {"factors": {"0": 1.2}}.')
+    for layer, factor in content.items():
+        if type(factor) not in (int, float):
+            raise UsageError(f"{where}: the factor of layer {layer} is {factor!r}, not a number")
+    return {layer: float(factor) for layer, factor in content.items()}

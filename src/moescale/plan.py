@@ -1,0 +1,371 @@
+"""The one place where everything is decided, before a weight is read.
+
+`make_plan` reads config, index and shard headers, and returns a frozen `Plan`. The dry run prints
+it, the run executes it, the card and the verification read it; none of them decides anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from moescale.checkpoint.header import LENGTH_BYTES, Header, Tensor, header_length, parse_header
+from moescale.checkpoint.index import (
+    INDEX,
+    Shards,
+    check_against_headers,
+    index_name,
+    make_index,
+    parse_index,
+    shards_without_index,
+)
+from moescale.errors import CheckpointError, SourceError, UnsupportedError, UsageError
+from moescale.files import PROVENANCE, PlannedFile, plan_files
+from moescale.model.count import CONFIG, parse_config, set_count
+from moescale.model.experts import Layer, Projection
+from moescale.model.formats import Role, scaled_tensors
+from moescale.model.lookup import Moe, find_moe
+from moescale.model.router import Router, largest_count
+from moescale.options import Options
+from moescale.repos.base import FileInfo, Source, SourceId, check_name
+from moescale.rules import closed_form
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """Experts per token that the weights were trained for, before, after; and in total."""
+
+    trained: int | tuple[int, ...]
+    before: int | tuple[int, ...]
+    after: int | tuple[int, ...]
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One tensor to multiply."""
+
+    tensor: Tensor
+    shard: str
+    role: Role
+    layer: Layer
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that a run will do, and why. Nothing is decided after it."""
+
+    source: SourceId
+    destination: str | None
+    options: Options
+    model_type: str
+    part: str | None
+    experts: Experts
+    router: Router | None
+    rho: float
+    factors: Mapping[str, float]
+    alternatives: Mapping[str, float]
+    predicted_norm: Mapping[str, float]
+    tensors: tuple[PlannedTensor, ...]
+    files: tuple[PlannedFile, ...]
+    config: bytes
+    index: tuple[str, bytes | None] | None  # its name; its content where it has to be made
+    warnings: tuple[str, ...] = ()
+    states: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def changed_tensors(self) -> tuple[PlannedTensor, ...]:
+        """The tensors whose bytes change; a factor of exactly 1 copies."""
+        return tuple(t for t in self.tensors if t.factor != 1.0)
+
+    @property
+    def large_files(self) -> tuple[PlannedFile, ...]:
+        """The files that are streamed: shards, and what is copied; config and index come last."""
+        last = {CONFIG, self.index[0] if self.index else CONFIG}
+        return tuple(f for f in self.files if f.action in ("rewrite", "copy") and f.name not in last)
+
+    @property
+    def bytes_streamed(self) -> int:
+        """Bytes of the large files."""
+        return sum(f.size or 0 for f in self.large_files)
+
+    @property
+    def bytes_changed(self) -> int:
+        """Bytes of the tensors that are multiplied."""
+        return sum(t.tensor.nbytes for t in self.changed_tensors)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the source that a run reads."""
+        return sum(f.size or 0 for f in self.files if f.action != "skip")
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of the output, without the card and the provenance, which are made at the end."""
+        index = self.index[1] if self.index else None
+        copied = sum(f.size or 0 for f in self.files if f.action in ("rewrite", "copy"))
+        config = len(self.config) if any(f.name == CONFIG and f.action == "edit" for f in self.files) else 0
+        return copied + config + len(index or b"")
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan as ``--dry-run --json`` prints it."""
+        return {
+            "source": {
+                "kind": self.source.kind,
+                "id": self.source.id,
+                "revision": self.source.revision,
+            },
+            "destination": self.destination,
+            **self.decisions(),
+            "tensors": [
+                {
+                    "name": t.tensor.name,
+                    "shard": t.shard,
+                    "dtype": t.tensor.dtype,
+                    "shape": list(t.tensor.shape),
+                    "role": t.role,
+                    "layer": str(t.layer) if t.layer.stack else t.layer.number,
+                    "factor": t.factor,
+                }
+                for t in self.tensors
+            ],
+            "files": [
+                {"name": f.name, "size": f.size, "action": f.action, "why": f.why}
+                for f in self.files
+            ],
+            "bytes": {
+                "read": self.bytes_read,
+                "changed": self.bytes_changed,
+                "written": self.bytes_written,
+            },
+            "warnings": list(self.warnings),
+        }
+
+    def decisions(self) -> dict[str, Any]:
+        """What was decided, without places and files."""
+        return {
+            "model_type": self.model_type,
+            **({"part": self.part} if self.part else {}),
+            "experts": {
+                "trained": self.experts.trained,
+                "from": self.experts.before,
+                "to": self.experts.after,
+                "total": self.experts.total,
+            },
+            "router": {"renormalised": self.router.renormalised if self.router else None},
+            "rule": self.options.method,
+            "rho": self.rho,
+            "factors": dict(self.factors),
+            "alternatives": dict(self.alternatives),
+            "predicted_norm": dict(self.predicted_norm),
+        }
+
+
+def make_plan(source: Source, options: Options, destination: str | None = None) -> Plan:
+    """Decide everything.
+
+    Args:
+        source: where the checkpoint is; its config, index and shard headers are read.
+        options: what the user asked for.
+        destination: what the user calls the place of the output, for the record.
+
+    Raises:
+        SourceError: the checkpoint is malformed, incomplete or cannot be rescaled so.
+        UsageError: the factors do not cover the checkpoint's MoE layers.
+    """
+    files = source.files()
+    if CONFIG not in files:
+        raise SourceError(
+            f"{source.identity.id}: has no {CONFIG}",
+            hint="Give the folder or the repo that holds a model in the Hugging Face layout.",
+        )
+    config = parse_config(source.read(CONFIG))
+    shards = _find_shards(source, files)
+    headers = _read_headers(source, files, shards.names)
+    warnings = check_against_headers(shards, headers)
+    tensors = [tensor for header in headers.values() for tensor in header.tensors.values()]
+    moe = find_moe(
+        config, tensors, options.arch, options.part, options.pattern, options.experts_key
+    )
+    warnings += moe.warnings
+    if PROVENANCE in files:
+        warnings.append(
+            f"the source is itself an output of moescale ({PROVENANCE}); its factors stay in it"
+        )
+    experts = _experts(moe, options)
+    factors = _factors(moe, experts, options)
+    planned = _planned_tensors(moe.projections, headers, factors)
+    index = _index(shards, headers)
+    new_config = config.text.encode()
+    if options.experts is not None:
+        new_config = set_count(config, moe.places, options.experts)
+    return Plan(
+        source=source.identity,
+        destination=destination,
+        options=options,
+        model_type=moe.model_type,
+        part=moe.architecture.part,
+        experts=experts,
+        router=moe.router,
+        rho=options.rho or 0.0,
+        factors=MappingProxyType({str(layer): factor for layer, factor in factors.items()}),
+        alternatives=MappingProxyType(_alternatives(moe, experts, options)),
+        predicted_norm=MappingProxyType(_predicted_norm(moe, experts, options)),
+        tensors=planned,
+        files=plan_files(
+            files,
+            shards.names,
+            {t.shard for t in planned if t.factor != 1.0},
+            index and index[0],
+            new_config != config.text.encode(),
+        ),
+        config=new_config,
+        index=index,
+        warnings=tuple(warnings),
+        states=MappingProxyType({name: source.state(name) for name in files}),
+    )
+
+
+def _find_shards(source: Source, files: Mapping[str, FileInfo]) -> Shards:
+    index = index_name(files)
+    if index is None:
+        return shards_without_index(files)
+    weight_map = parse_index(source.read(index), index)
+    names = tuple(sorted(set(weight_map.values())))
+    for name in names:
+        check_name(name, index)
+        if name not in files:
+            raise CheckpointError(
+                f"{index}: lists {name}, which is not there",
+                hint="The download is incomplete; fetch the missing file.",
+            )
+    return Shards(names, index, weight_map)
+
+
+def _read_headers(
+    source: Source, files: Mapping[str, FileInfo], names: Sequence[str]
+) -> dict[str, Header]:
+    """The headers of all shards; several at once, since each may be a request."""
+
+    def read(name: str) -> Header:
+        size = files[name].size
+        length = header_length(source.read(name, 0, LENGTH_BYTES), size, name)
+        return parse_header(source.read(name, LENGTH_BYTES, length), size, name)
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        return dict(zip(names, pool.map(read, names), strict=True))
+
+
+def _index(shards: Shards, headers: Mapping[str, Header]) -> tuple[str, bytes | None] | None:
+    if shards.index is not None:
+        return shards.index, None
+    return (INDEX, make_index(headers)) if len(shards.names) > 1 else None
+
+
+def _experts(moe: Moe, options: Options) -> Experts:
+    before: int | tuple[int, ...] = moe.count
+    after = before if options.experts is None else options.experts
+    trained = options.trained_experts or before
+    row = moe.architecture
+    if row.fixed and after != before:
+        raise UnsupportedError(
+            f"model type {moe.model_type!r} cannot run with {after} experts per token: {row.fixed}",
+            hint="--factor scales the experts and leaves their number as it is.",
+        )
+    largest = largest_count(row, moe.section, moe.total)
+    for name, count in (("--experts", after), ("--trained-experts", trained)):
+        if max(_as_tuple(count)) > largest:
+            limit = f"it has {moe.total} routed experts"
+            if largest < moe.total:
+                limit += f", of which its group-limited router can choose {largest}"
+            raise UnsupportedError(
+                f"{name} is {count}, but {limit}", hint=f"Choose from 1 to {largest}."
+            )
+    if row.no_effect and options.method != "none":
+        raise UnsupportedError(
+            f"scaling has no effect on model type {moe.model_type!r}: {row.no_effect}",
+            hint="--rule none changes the number of experts alone.",
+        )
+    return Experts(trained, before, after, moe.total)
+
+
+def _as_tuple(count: int | tuple[int, ...]) -> tuple[int, ...]:
+    return count if isinstance(count, tuple) else (count,)
+
+
+def _at(count: int | tuple[int, ...], layer: Layer) -> int:
+    """The count of one layer; a layer after the last of a list is an MTP block."""
+    if isinstance(count, int):
+        return count
+    return count[min(layer.number, len(count) - 1)]
+
+
+def _factors(moe: Moe, experts: Experts, options: Options) -> dict[Layer, float]:
+    layers = sorted({projection.layer for projection in moe.projections})
+    if options.factors is not None:
+        return _given_factors(layers, options.factors)
+    return {layer: _factor(moe, experts, options, layer) for layer in layers}
+
+
+def _given_factors(layers: Sequence[Layer], given: Mapping[str, float]) -> dict[Layer, float]:
+    names = {str(layer) for layer in layers}
+    if missing := [str(layer) for layer in layers if str(layer) not in given]:
+        raise UsageError(
+            f"--factors has no factor for layer {missing[0]} ({len(missing)} of {len(layers)}"
+            " MoE layers are missing)"
+        )
+    if surplus := sorted(given.keys() - names):
+        raise UsageError(f"--factors has a factor for layer {surplus[0]}, which is no MoE layer")
+    return {layer: given[str(layer)] for layer in layers}
+
+
+def _factor(moe: Moe, experts: Experts, options: Options, layer: Layer) -> float:
+    n, m = _at(experts.trained, layer), _at(experts.after, layer)
+    match options.method:
+        case "factor":
+            assert options.factor is not None
+            return options.factor
+        case "published":
+            return closed_form.published(n, m)
+        case "preserve":
+            if moe.router is None:
+                raise UnsupportedError(
+                    f"model type {moe.model_type!r}: how its router weighs experts is not known",
+                    hint="Use --arch with a type that routes alike, --factor, or --rule none.",
+                )
+            return closed_form.preserve(n, m, moe.router.balanced_weight, options.rho or 0.0)
+        case _:
+            return 1.0
+
+
+def _alternatives(moe: Moe, experts: Experts, options: Options) -> dict[str, float]:
+    """Both closed forms, for a model with one count for all layers."""
+    n, m = experts.trained, experts.after
+    if moe.router is None or not isinstance(n, int) or not isinstance(m, int):
+        return {}
+    return {
+        "preserve": closed_form.preserve(n, m, moe.router.balanced_weight, options.rho or 0.0),
+        "published": closed_form.published(n, m),
+    }
+
+
+def _predicted_norm(moe: Moe, experts: Experts, options: Options) -> dict[str, float]:
+    """What each way would do to the expected norm at a balanced gate."""
+    forms = _alternatives(moe, experts, options)
+    if not forms:
+        return {}
+    return {name: factor / forms["preserve"] for name, factor in {"none": 1.0, **forms}.items()}
+
+
+def _planned_tensors(
+    projections: Sequence[Projection], headers: Mapping[str, Header], factors: Mapping[Layer, float]
+) -> tuple[PlannedTensor, ...]:
+    home = {name: shard for shard, header in headers.items() for name in header.tensors}
+    return tuple(
+        PlannedTensor(tensor, home[tensor.name], role, p.layer, factors[p.layer])
+        for p in projections
+        for tensor, role in scaled_tensors(p.module, p.leaves)
+    )

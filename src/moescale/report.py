@@ -1,0 +1,215 @@
+"""Output for people: the plan at a glance, progress, and what was done."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, TextIO
+
+from moescale.files import PlannedFile
+from moescale.plan import Plan, PlannedTensor
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from moescale.api import Result
+
+LINE_SECONDS = 30.0
+"""Without a terminal, progress is one line this often."""
+
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def size(count: float) -> str:
+    """A number of bytes for people, in powers of 1,000 as the Hub shows them."""
+    for unit in _UNITS:
+        if count < 999.5 or unit == _UNITS[-1]:
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.1f} {unit}"
+
+
+def plan_text(plan: Plan, verbose: bool = False) -> str:
+    """The plan as a page of text."""
+    blocks = [
+        _table(_facts(plan)),
+        _rules(plan),
+        _table(_layer_rows(plan.tensors), header=("layers", "tensors", "of", "dtype", "factor")),
+        _table(_byte_rows(plan)),
+        _left_out(plan.files),
+    ]
+    if verbose:
+        blocks.append(
+            _table(
+                (
+                    (t.shard, t.tensor.name, t.tensor.dtype, str(list(t.tensor.shape)), f"{t.factor:.9g}")
+                    for t in plan.tensors
+                ),
+                header=("shard", "tensor", "dtype", "shape", "factor"),
+            )
+        )
+        blocks.append(_table(((f.action, f.name, f.why or "") for f in plan.files)))
+    return "\n\n".join(block for block in blocks if block)
+
+
+def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
+    where = "local directory" if plan.source.kind == "local" else f"Hub, commit {plan.source.revision}"
+    yield "source", f"{plan.source.id} ({where})"
+    yield "destination", plan.destination or "none given"
+    part = f", part {plan.part}" if plan.part else ""
+    yield "model", (
+        f"{plan.model_type}{part}: {len(plan.factors)} MoE layers of {plan.experts.total} routed experts"
+    )
+    if plan.router is not None:
+        sums = "sum to 1" if plan.router.renormalised else "are not renormalised"
+        yield "router", f"the weights of the chosen experts {sums}"
+    before, after = _count(plan.experts.before), _count(plan.experts.after)
+    trained = "" if plan.experts.trained == plan.experts.before else (
+        f" (weights trained with {_count(plan.experts.trained)})"
+    )
+    yield "experts per token", f"{before} -> {after}{trained}"
+
+
+def _count(count: int | tuple[int, ...]) -> str:
+    return str(count) if isinstance(count, int) else ",".join(map(str, count))
+
+
+def _rules(plan: Plan) -> str:
+    """Both closed forms, and what each does to the expected norm of the routed output."""
+    taken = plan.options.method
+    notes = {"none": "config edit alone", "published": "as printed in mergekit issue 294"}
+    rows = []
+    for name, norm in plan.predicted_norm.items():
+        factor = plan.alternatives.get(name, 1.0)
+        mark = "->" if name == taken else ""
+        rows.append((mark, name, f"{factor:.6g}", f"x {norm:.3f}", notes.get(name, "")))
+    if taken not in plan.predicted_norm:
+        low, high = min(plan.factors.values()), max(plan.factors.values())
+        shown = f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
+        norm = ""
+        if plan.alternatives and low == high:
+            norm = f"x {low / plan.alternatives['preserve']:.3f}"
+        rows.append(("->", f"--{taken}", shown, norm, ""))
+    return _table(rows, header=("", "rule", "factor", "expected norm", ""))
+
+
+def _layer_rows(tensors: Iterable[PlannedTensor]) -> Iterator[tuple[str, ...]]:
+    """One row for each run of layers that look alike."""
+    layers: dict[tuple[str, int], Counter[tuple[str, str, float]]] = {}
+    for t in tensors:
+        kinds = layers.setdefault((t.layer.stack, t.layer.number), Counter())
+        kinds[t.role, t.tensor.dtype, t.factor] += 1
+    runs: list[tuple[str, int, int, Counter[tuple[str, str, float]]]] = []
+    for (stack, number), kinds in layers.items():
+        if runs and runs[-1][0] == stack and runs[-1][2] == number - 1 and runs[-1][3] == kinds:
+            runs[-1] = (stack, runs[-1][1], number, kinds)
+        else:
+            runs.append((stack, number, number, kinds))
+    for stack, first, last, kinds in runs:
+        span = str(first) if first == last else f"{first}-{last}"
+        name = f"{stack}.{span}" if stack else span
+        for (role, dtype, factor), count in kinds.items():
+            total = count * (last - first + 1)
+            yield name, f"{total}", role, dtype, f"{factor:.6g}"
+
+
+def _byte_rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    actions = Counter(f.action for f in plan.files)
+    words = {"rewrite": "rewritten", "edit": "edited", "copy": "copied", "create": "made", "skip": "left out"}
+    yield "files", ", ".join(f"{actions[a]} {word}" for a, word in words.items() if actions[a])
+    yield "bytes", (
+        f"{size(plan.bytes_read)} read, {size(plan.bytes_changed)} changed,"
+        f" {size(plan.bytes_written)} written"
+    )
+
+
+def _left_out(files: Iterable[PlannedFile]) -> str:
+    return _table((("left out", f.name, f.why or "") for f in files if f.action == "skip"))
+
+
+def _table(rows: Iterable[tuple[str, ...]], header: tuple[str, ...] = ()) -> str:
+    lines = [*([header] if header else []), *rows]
+    if len(lines) <= bool(header):
+        return ""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+class Progress:
+    """A bar with bytes, rate and remaining time; without a terminal a line now and then.
+
+    `stream` None says nothing. Nothing is shown for what takes less than half a second.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+        self._bar: tqdm[None] | None = None
+        self._total = self._done = 0
+        self._start = self._last = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def expect(self, total: int) -> None:
+        """Say how many bytes there will be."""
+        self._total = total
+        if self._stream is not None and self._stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total,
+                unit="B",
+                unit_scale=True,
+                file=self._stream,
+                delay=0.5,
+                leave=False,
+                dynamic_ncols=True,
+            )
+
+    def step(self, name: str, count: int) -> None:
+        """Count bytes of a file; called from several threads."""
+        with self._lock:
+            self._done += count
+            if self._bar is not None:
+                self._bar.update(count)
+                return
+            now = time.monotonic()
+            if self._stream is not None and now - self._last >= LINE_SECONDS:
+                self._last = now
+                print(self._line(now), file=self._stream, flush=True)
+
+    def _line(self, now: float) -> str:
+        rate = self._done / (now - self._start)
+        left = (self._total - self._done) / rate if rate else 0
+        return (
+            f"{size(self._done)} of {size(self._total)}, {size(rate)}/s, {left:.0f} s left"
+        )
+
+
+def summary(result: Result, seconds: float) -> str:
+    """What was done, in two lines."""
+    plan = result.plan
+    if result.status in ("done", "stale"):
+        first = f"{plan.destination} was already done; nothing was written."
+    else:
+        word = "continued and finished" if result.status == "resume" else "written"
+        first = (
+            f"{plan.destination} {word}: {size(plan.bytes_written)} in {seconds:.1f} s"
+            f" ({size(plan.bytes_written / seconds)}/s), {len(plan.changed_tensors)} tensors scaled."
+        )
+    proof = (
+        "Verified: every byte is what the plan says."
+        if result.verified
+        else "Run the same command with --verify to prove the output."
+    )
+    return f"{first}\n{proof}"

@@ -1,0 +1,152 @@
+"""What a place to read from and a place to write to have to offer."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from moescale.checkpoint.rewrite import Reader, Writer
+from moescale.errors import CheckpointError
+
+SMALL_FILE_BYTES = 128 << 20
+"""Configs, indexes and cards are read whole; a larger one is refused."""
+
+_RESERVED = re.compile(r"[\x00-\x1f\x7f\\]|^[A-Za-z]:")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceId:
+    """Where a checkpoint comes from; `revision` is a commit, None for a directory."""
+
+    kind: Literal["local", "hub"]
+    id: str
+    revision: str | None = None
+    repo: str | None = None  # the Hub repo, where it is known
+
+    @property
+    def name(self) -> str:
+        """The name without the place on this machine."""
+        return self.repo or posixpath.basename(self.id.rstrip("/")) or self.id
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """A file of a repo: its name with forward slashes, its size in bytes."""
+
+    name: str
+    size: int
+    sha256: str | None = None  # where the repo states it
+
+
+class Source(Protocol):
+    """A repo to read from. Never written to."""
+
+    @property
+    def identity(self) -> SourceId:
+        """Where this is."""
+
+    def files(self) -> Mapping[str, FileInfo]:
+        """All files that belong to the checkpoint, by name; no symlink out of the repo."""
+
+    def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:
+        """A stretch of one file, the whole file by default; for small reads."""
+
+    def open(self, name: str) -> AbstractContextManager[Reader]:
+        """Open a large file for reading."""
+
+    def newest_change(self) -> int:
+        """When the youngest file was last changed, in nanoseconds; 0 for a commit."""
+
+    def state(self, name: str) -> Any:
+        """What changes when the file changes (JSON); compared between the runs of one job."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A finished file of the output."""
+
+    size: int
+    sha256: str | None = None  # where it is known without a second read
+
+
+class ShardWriter(Writer, Protocol):
+    """A file under a temporary name; it gets its own name in `finish`."""
+
+    def finish(self) -> Written:
+        """Make the file complete and durable, then visible."""
+
+
+class Sink(Protocol):
+    """A repo to write to. Nothing under a final name is ever incomplete."""
+
+    @property
+    def identity(self) -> str:
+        """How the user calls this place."""
+
+    def existing(self) -> Mapping[str, int]:
+        """Name and size of what is there, without the state of an unfinished run."""
+
+    def read(self, name: str) -> bytes:
+        """A small file of what is there."""
+
+    def changed_at(self, name: str) -> int:
+        """When a file of what is there was written, in nanoseconds."""
+
+    def unfinished(self) -> Any:
+        """The job of which an unfinished run is here; None if there is none."""
+
+    def check_replaceable(self) -> None:
+        """Refuse to remove what is no model."""
+
+    def begin(self, job: Any, replace: bool) -> None:
+        """Start a run of `job`, or go on with the unfinished one; let nobody else in."""
+
+    def finished(self) -> Mapping[str, Written]:
+        """The large files that an earlier run of the same job has finished."""
+
+    def shard(self, name: str, size: int) -> AbstractContextManager[ShardWriter]:
+        """Start a large file of `size` bytes; leaving the context without `finish` discards it."""
+
+    def put(self, name: str, data: bytes) -> Written:
+        """Write a small file whole."""
+
+    def publish(self, last: Mapping[str, bytes], keep: frozenset[str]) -> None:
+        """Write the files that make the output load, in order, and remove what is not in `keep`."""
+
+    def amend(self, name: str, data: bytes) -> None:
+        """Replace a small file of a finished output."""
+
+    def close(self) -> None:
+        """Let go of the place; an unfinished run can be continued."""
+
+
+Progress = Callable[[str, int], None]
+"""Called with a file's name and the number of bytes done since the last call."""
+
+
+def check_name(name: str, where: str) -> str:
+    """Refuse a file name that could leave the repo or the destination.
+
+    Raises:
+        CheckpointError: absolute, upwards, empty or with characters of another system's paths.
+    """
+    parts = name.split("/")
+    if not name or _RESERVED.search(name) or any(part in ("", ".", "..") for part in parts):
+        raise CheckpointError(
+            f"{where}: the file name {name!r} is not a plain path inside the repo",
+            hint="Such a name could write outside the destination; the repo is broken or hostile.",
+        )
+    return name
+
+
+def read_pieces(reader: Reader, start: int, stop: int, buffer: memoryview) -> Iterator[memoryview]:
+    """Yield the bytes from `start` to `stop` in pieces that fit the buffer."""
+    while start < stop:
+        piece = buffer[: min(len(buffer), stop - start)]
+        reader.read_into(piece, start)
+        yield piece
+        start += len(piece)

@@ -1,0 +1,552 @@
+"""Directories: the source on disk, and the sink on disk with its journal.
+
+A file is written under a temporary name inside ``.moescale/`` of the destination, synced, renamed
+to its own name, and its directory synced; then the journal says so. Whatever the moment of a
+crash, a file under its own name is complete, and what the journal does not list is done again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import stat
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moescale.checkpoint.rewrite import PIECE, Reader
+from moescale.errors import CheckpointError, DestinationError, RewriteError, SourceError
+from moescale.repos.base import SMALL_FILE_BYTES, FileInfo, SourceId, Written, check_name
+
+STATE = ".moescale"
+"""The folder in an unfinished destination that holds journal, lock and temporary files."""
+
+NOT_CHECKPOINT = frozenset({".git", ".cache"})
+
+_COPY_PIECE = 32 << 20
+_BLOCK = 4096
+_NO_KERNEL_COPY = {
+    errno.EXDEV,
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.EBADF,
+    errno.EPERM,
+    errno.ETXTBSY,
+}
+_BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+
+
+class LocalSource:
+    """A checkpoint in a directory, which may be a snapshot of the Hub's cache."""
+
+    def __init__(self, root: Path) -> None:
+        """`root` is an existing directory.
+
+        Raises:
+            SourceError: it is not a directory, or an output that is not finished.
+        """
+        if not root.is_dir():
+            raise SourceError(f"{root}: is not a directory")
+        if (root / STATE).exists():
+            raise SourceError(
+                f"{root}: holds an unfinished run of moescale ({STATE}/)",
+                hint="Run the command that started it again; it resumes.",
+            )
+        self.root = root.resolve()
+        self._files: dict[str, FileInfo] | None = None
+        self._states: dict[str, list[int]] = {}
+        repo, revision = _hub_cache_snapshot(self.root)
+        self.identity = SourceId("local", str(root), revision, repo)
+
+    def files(self) -> Mapping[str, FileInfo]:
+        """All regular files, by name relative to the root.
+
+        Raises:
+            CheckpointError: a link leads out of the repo or nowhere, or a file is no plain file.
+        """
+        if self._files is None:
+            self._files = dict(sorted(self._walk(self.root, "")))
+        return self._files
+
+    def _walk(self, folder: Path, prefix: str) -> Iterator[tuple[str, FileInfo]]:
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            if entry.name in NOT_CHECKPOINT and not prefix:
+                continue
+            name = check_name(prefix + entry.name, str(self.root))
+            if entry.is_symlink():
+                self._check_link(Path(entry.path), name)
+            if entry.is_dir(follow_symlinks=False):
+                yield from self._walk(Path(entry.path), name + "/")
+                continue
+            info = entry.stat()
+            if not stat.S_ISREG(info.st_mode):
+                raise CheckpointError(f"{self.root}: {name!r} is not a regular file")
+            self._states[name] = [info.st_size, info.st_mtime_ns]
+            yield name, FileInfo(name, info.st_size)
+
+    def _check_link(self, link: Path, name: str) -> None:
+        try:
+            target = link.resolve(strict=True)
+        except (OSError, RuntimeError):
+            raise CheckpointError(f"{self.root}: {name!r} is a link that leads nowhere") from None
+        blobs = self.root.parent.parent / "blobs"
+        in_cache = self.root.parent.name == "snapshots" and target.is_relative_to(blobs)
+        if not (in_cache or target.is_relative_to(self.root)):
+            raise CheckpointError(
+                f"{self.root}: {name!r} is a link out of the directory",
+                hint="Replace it by the file itself, or give the directory that it points to.",
+            )
+
+    def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:
+        """A stretch of one file; the whole file, if it is a small one, by default."""
+        if size is None:
+            size = self.files()[name].size - start
+            if size > SMALL_FILE_BYTES:
+                raise CheckpointError(f"{name}: {size} bytes are too many for a file of this kind")
+        with open(self.root / name, "rb") as file:
+            file.seek(start)
+            return file.read(size)
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[LocalReader]:
+        """Open a file, and check at the end that it is still what it was when planned."""
+        fd = os.open(self.root / name, os.O_RDONLY | _BINARY)
+        try:
+            self._check_unchanged(fd, name)
+            yield LocalReader(fd, name)
+            self._check_unchanged(fd, name)
+        finally:
+            os.close(fd)
+
+    def newest_change(self) -> int:
+        """When the youngest file was last changed, in nanoseconds."""
+        self.files()
+        return max(mtime for _, mtime in self._states.values())
+
+    def _check_unchanged(self, fd: int, name: str) -> None:
+        info = os.fstat(fd)
+        if [info.st_size, info.st_mtime_ns] != self.state(name):
+            raise RewriteError(
+                f"{name}: the source file changed while it was being read",
+                hint="Wait until nothing writes to the source, then run the command again.",
+            )
+
+    def state(self, name: str) -> list[int]:
+        """Size in bytes and time of the last change in nanoseconds."""
+        self.files()
+        return self._states[name]
+
+
+class LocalReader:
+    """Random access to one open file."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        self.fd = fd
+        self._name = name
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill the whole buffer from `offset` on.
+
+        Raises:
+            RewriteError: the file ends before.
+        """
+        done = 0
+        while done < len(buffer):
+            size = _read_at(self.fd, buffer[done:], offset + done)
+            if size == 0:
+                raise self.ended(offset + done)
+            done += size
+
+    def ended(self, offset: int) -> RewriteError:
+        """The error for a file that is shorter than its header says."""
+        return RewriteError(f"{self._name}: the source file ended early, at byte {offset}")
+
+
+if hasattr(os, "preadv"):
+
+    def _read_at(fd: int, buffer: memoryview, offset: int) -> int:
+        return os.preadv(fd, [buffer], offset)
+
+else:  # Windows, and macOS before 11; each reader is used by one thread only
+
+    def _read_at(fd: int, buffer: memoryview, offset: int) -> int:
+        os.lseek(fd, offset, os.SEEK_SET)
+        data = os.read(fd, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+class LocalWriter:
+    """A file under a temporary name."""
+
+    def __init__(self, sink: LocalSink, name: str, temporary: Path) -> None:
+        self._sink = sink
+        self._name = name
+        self._temporary = temporary
+        self._position = 0
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | _BINARY
+        self.fd = os.open(temporary, flags, 0o666)
+
+    def write(self, data: memoryview) -> None:
+        """Append the bytes."""
+        while data:
+            size = os.write(self.fd, data)
+            data = data[size:]
+            self._moved(size)
+
+    def copy_from(self, reader: Reader, start: int, stop: int) -> Iterator[int]:
+        """Append a stretch of another file, inside the kernel where it can."""
+        if isinstance(reader, LocalReader) and hasattr(os, "copy_file_range"):
+            while start < stop:
+                size = self._kernel_copy(reader, start, stop)
+                if not size:
+                    break
+                start += size
+                yield size
+        buffer = memoryview(bytearray(min(PIECE, stop - start)))
+        while start < stop:
+            piece = buffer[: stop - start]
+            reader.read_into(piece, start)
+            self.write(piece)
+            start += len(piece)
+            yield len(piece)
+
+    def _kernel_copy(self, reader: LocalReader, start: int, stop: int) -> int:
+        """Copy one piece; 0 where this pair of files has no copy inside the kernel.
+
+        File systems that share blocks do so from block to block only, so the first piece ends
+        where a block ends.
+        """
+        piece = -start % _BLOCK or _COPY_PIECE
+        try:
+            size = os.copy_file_range(
+                reader.fd, self.fd, min(piece, stop - start), start, self._position
+            )
+        except OSError as error:
+            if error.errno in _NO_KERNEL_COPY:
+                return 0
+            raise
+        if size == 0:
+            raise reader.ended(start)
+        os.lseek(self.fd, self._position + size, os.SEEK_SET)
+        self._moved(size)
+        return size
+
+    def _moved(self, size: int) -> None:
+        self._position += size
+
+    def finish(self, sha256: str | None = None) -> Written:
+        """Sync, rename to the file's own name, sync the directory, note it in the journal."""
+        os.fsync(self.fd)
+        self.close()
+        return self._sink.commit_file(self._temporary, self._name, sha256)
+
+    def close(self) -> None:
+        """Close the file; nothing is promised about it."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class LocalSink:
+    """An output directory."""
+
+    def __init__(self, root: Path) -> None:
+        """Nothing is created before `begin`."""
+        self.root = root.absolute()
+        self.identity = str(root)
+        self._state = self.root / STATE
+        self._journal: _Journal | None = None
+        self._lock = _Lock(self._state / "lock")
+
+    def existing(self) -> dict[str, int]:
+        """Name and size of what is there now, without the state of an unfinished run.
+
+        Raises:
+            DestinationError: there is something, and it is not a directory.
+        """
+        if not self.root.exists():
+            return {}
+        if not self.root.is_dir():
+            raise DestinationError(f"{self.root}: exists and is not a directory")
+        return {
+            name: (self.root / name).lstat().st_size
+            for name in _names(self.root, NOT_CHECKPOINT | {STATE})
+        }
+
+    def read(self, name: str) -> bytes:
+        """A small file of the output."""
+        return (self.root / name).read_bytes()
+
+    def unfinished(self) -> Any:
+        """The job whose unfinished run is here, or None; a text if the journal is not ours."""
+        return _Journal.job_of(self._state / "journal.jsonl")
+
+    def changed_at(self, name: str) -> int:
+        """When a file of the output was written, in nanoseconds."""
+        return (self.root / name).stat().st_mtime_ns
+
+    def check_replaceable(self) -> None:
+        """Refuse to remove what is no model: a home folder, say.
+
+        Raises:
+            DestinationError: nothing in the directory looks like a checkpoint.
+        """
+        names = [name for name in self.existing() if "/" not in name]
+        ours = any(n == "config.json" or n.endswith(".safetensors") for n in names)
+        if not ours and not self._state.exists():
+            raise DestinationError(
+                f"{self.root}: does not look like a model, so --overwrite does not remove it",
+                hint="Remove it yourself, or give another destination.",
+            )
+
+    def begin(self, job: Any, replace: bool) -> None:
+        """Take the lock; start a journal for `job`, or go on with the one that is there.
+
+        With `replace` the old content stops to load at once, and is gone at the end.
+
+        Raises:
+            DestinationError: another run holds the lock, or the place cannot be written to.
+        """
+        try:
+            self._state.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        except OSError as error:
+            raise DestinationError(
+                f"{self.root}: cannot be written to: {error.strerror}",
+                hint="Give another destination, or make this one writable.",
+            ) from None
+        journal = self._state / "journal.jsonl"
+        if replace:
+            journal.unlink(missing_ok=True)
+            for name in self.existing():
+                if name.endswith(("config.json", ".index.json")):
+                    (self.root / name).unlink()
+            sync_directory(self.root)
+        self._journal = _Journal(journal, job)
+        for leftover in self._state.glob("*.tmp"):
+            leftover.unlink()
+
+    def finished(self) -> dict[str, Written]:
+        """What the journal lists and the directory still holds unchanged."""
+        assert self._journal is not None
+        return {
+            name: Written(entry["size"], entry["sha256"])
+            for name, entry in self._journal.entries.items()
+            if _stamp(self.root / name) == entry["stamp"]
+        }
+
+    @contextmanager
+    def shard(self, name: str, size: int) -> Iterator[LocalWriter]:
+        """A writer for a file of `size` bytes; leaving without `finish` discards it."""
+        temporary = self._temporary(name)
+        writer = LocalWriter(self, name, temporary)
+        try:
+            yield writer
+        finally:
+            writer.close()
+            temporary.unlink(missing_ok=True)
+
+    def put(self, name: str, data: bytes) -> Written:
+        """Write a small file whole, as durable as a large one."""
+        with self.shard(name, len(data)) as writer:
+            writer.write(memoryview(data))
+            return writer.finish()
+
+    def publish(self, last: Mapping[str, bytes], keep: frozenset[str]) -> None:
+        """Remove what is not in `keep`, write the last files in order, drop the state."""
+        for name in self.existing():
+            if name not in keep:
+                (self.root / name).unlink()
+        _remove_empty_folders(self.root)
+        for name, data in last.items():
+            self.put(name, data)
+        self.close()
+        shutil.rmtree(self._state)
+        sync_directory(self.root)
+
+    def amend(self, name: str, data: bytes) -> None:
+        """Replace a small file of a finished output."""
+        new = self.root / f".{name}.tmp"
+        with open(new, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, self.root / name)
+        sync_directory(self.root)
+
+    def commit_file(self, temporary: Path, name: str, sha256: str | None) -> Written:
+        """Give a synced temporary file its own name, and note it."""
+        assert self._journal is not None
+        target = self.root / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(temporary, target)
+        sync_directory(target.parent)
+        written = Written(target.stat().st_size, sha256)
+        self._journal.add(name, written, _stamp(target))
+        return written
+
+    def _temporary(self, name: str) -> Path:
+        return self._state / (name.replace("%", "%%").replace("/", "%-") + ".tmp")
+
+    def close(self) -> None:
+        """Let go of journal and lock; the state stays for a rerun."""
+        if self._journal is not None:
+            self._journal.close()
+        self._lock.release()
+
+
+class _Journal:
+    """What an unfinished run has finished: one line the job, then one line a file.
+
+    A torn last line is what a crash leaves; it is not counted, so its file is done again.
+    """
+
+    def __init__(self, path: Path, job: Any) -> None:
+        self._mutex = threading.Lock()
+        self.entries: dict[str, Any] = {}
+        found = self.job_of(path)
+        if found is not None and found != job:
+            raise DestinationError(f"{path.parent.parent}: another run has just started here")
+        if found is None:
+            new = path.with_suffix(".tmp")
+            with open(new, "wb") as file:
+                file.write(json.dumps({"job": job}).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(new, path)
+            sync_directory(path.parent)
+        else:
+            self._read(path)
+        self._file = open(path, "ab")
+
+    @staticmethod
+    def job_of(path: Path) -> Any:
+        """The job of an existing journal, None where there is no journal."""
+        try:
+            with open(path, "rb") as file:
+                first = json.loads(file.readline())
+            return first["job"]
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (ValueError, TypeError, KeyError, RecursionError, IsADirectoryError):
+            return "not a journal of moescale"
+
+    def _read(self, path: Path) -> None:
+        lines = path.read_bytes().split(b"\n")
+        complete = lines[:-1]  # what follows the last line end is torn
+        for line in complete[1:]:
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                entry = json.loads(line)
+                self.entries[entry["file"]] = {
+                    "size": entry["size"],
+                    "sha256": entry["sha256"],
+                    "stamp": entry["stamp"],
+                }
+        if lines[-1]:
+            with open(path, "r+b") as file:
+                file.truncate(sum(len(line) + 1 for line in complete))
+
+    def add(self, name: str, written: Written, stamp: list[int] | None) -> None:
+        entry = {"file": name, "size": written.size, "sha256": written.sha256, "stamp": stamp}
+        with self._mutex:
+            self._file.write(json.dumps(entry).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Lock:
+    """One run at a time; the operating system lets go of it when the process dies."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fd = -1
+
+    def acquire(self) -> None:
+        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | _BINARY, 0o666)
+        try:
+            _lock_file(fd)
+            held = os.fstat(fd).st_ino == self._path.stat().st_ino
+        except OSError:
+            held = False
+        if not held:
+            os.close(fd)
+            raise DestinationError(
+                f"{self._path.parent.parent}: another run of moescale is writing here",
+                hint="Wait for it, or give another destination.",
+            )
+        self._fd = fd
+
+    def release(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock_file(fd: int) -> None:
+        msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+
+    def sync_directory(path: Path) -> None:
+        """Directories cannot be synced on Windows."""
+
+else:
+    import fcntl
+
+    def _lock_file(fd: int) -> None:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def sync_directory(path: Path) -> None:
+        """Make the names in a directory durable."""
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _stamp(path: Path) -> list[int] | None:
+    """What changes when the file does: size, time of last change, of content and of entry."""
+    try:
+        info = path.lstat()
+    except OSError:
+        return None
+    return [info.st_size, info.st_mtime_ns, info.st_ctime_ns]
+
+
+def _names(root: Path, skip: frozenset[str], prefix: str = "") -> Iterator[str]:
+    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+        if entry.name in skip and not prefix:
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            yield from _names(Path(entry.path), skip, prefix + entry.name + "/")
+        else:
+            yield prefix + entry.name
+
+
+def _remove_empty_folders(root: Path) -> None:
+    for folder, _, _ in os.walk(root, topdown=False):
+        path = Path(folder)
+        if path != root and path.relative_to(root).parts[0] not in NOT_CHECKPOINT | {STATE}:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def _hub_cache_snapshot(root: Path) -> tuple[str | None, str | None]:
+    """Repo id and commit of a ``models--org--name/snapshots/<commit>`` folder of the Hub cache."""
+    repo = root.parent.parent
+    if root.parent.name != "snapshots" or not repo.name.startswith("models--"):
+        return None, None
+    return repo.name.removeprefix("models--").replace("--", "/"), root.name

@@ -1,0 +1,1 @@
+"""How much: pure functions from router facts or samples to factors."""

@@ -1,0 +1,35 @@
+"""The factor from a formula: what keeps the expected norm of the routed output.
+
+``S_k`` is the sum of ``g_i v_i`` over the top ``k`` experts, with expert outputs ``v_i`` of norm
+``r`` and pairwise correlation ``rho``. Then ``E|S_k|^2 = r^2 [(1-rho) A_k + rho B_k]`` with
+``A_k = E[sum g_i^2]`` and ``B_k = E[(sum g_i)^2]``. A balanced gate gives all k experts the same
+weight g, so ``A_k = k g^2`` and ``B_k = (k g)^2``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+Weight = Callable[[int], float]
+"""From the number of experts per token to the weight of each, up to a constant."""
+
+
+def expected_square(k: int, weight: Weight, rho: float) -> float:
+    """``E|S_k|^2 / r^2`` of `k` experts with equal weights."""
+    g = weight(k)
+    return (1 - rho) * k * g**2 + rho * (k * g) ** 2
+
+
+def preserve(n: int, m: int, weight: Weight, rho: float = 0.0) -> float:
+    """The factor that keeps the expected norm when `n` experts per token become `m`.
+
+    ``sqrt(m/n)`` for weights that are renormalised, ``sqrt(n/m)`` for weights that are not, both
+    at ``rho = 0``.
+    """
+    return math.sqrt(expected_square(n, weight, rho) / expected_square(m, weight, rho))
+
+
+def published(n: int, m: int) -> float:
+    """``sqrt(n/m)``, as printed in mergekit issue 294 for every router."""
+    return math.sqrt(n / m)

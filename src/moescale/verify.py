@@ -1,0 +1,139 @@
+"""Proves an output: reads source and output again and compares them with the plan."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from moescale import provenance
+from moescale.checkpoint.rewrite import PIECE, Reader, Segment, scale_into, segments
+from moescale.checkpoint.scaling import scaler
+from moescale.convert import small_files
+from moescale.errors import VerificationError
+from moescale.files import PROVENANCE, PlannedFile
+from moescale.plan import Plan, PlannedTensor
+from moescale.repos.base import Progress, Source, Written
+
+
+def verify(
+    plan: Plan,
+    source: Source,
+    output: Source,
+    *,
+    jobs: int,
+    progress: Progress = lambda name, size: None,
+) -> dict[str, Written]:
+    """Compare every byte of the output with what the plan says.
+
+    Returns:
+        Size and SHA-256 of every file of the output, but the provenance.
+
+    Raises:
+        VerificationError: at the first difference, with file, tensor and offset.
+    """
+    small = small_files(plan, source)
+    _check_names(plan, output, small)
+    by_shard: dict[str, list[PlannedTensor]] = defaultdict(list)
+    for tensor in plan.changed_tensors:
+        by_shard[tensor.shard].append(tensor)
+
+    def one(file: PlannedFile) -> Written:
+        return _verify_large(file, by_shard[file.name], source, output, progress)
+
+    with ThreadPoolExecutor(max_workers=jobs) as pool:
+        large = dict(
+            zip((f.name for f in plan.large_files), pool.map(one, plan.large_files), strict=True)
+        )
+    written = large | {name: _verify_small(name, data, output) for name, data in small.items()}
+    _check_provenance(plan, output, written)
+    return written
+
+
+def _check_names(plan: Plan, output: Source, small: Mapping[str, bytes]) -> None:
+    wanted = {f.name for f in plan.large_files} | small.keys() | {PROVENANCE}
+    found = output.files().keys()
+    if missing := sorted(wanted - found):
+        raise VerificationError(f"{missing[0]}: is missing from the output")
+    if surplus := sorted(found - wanted):
+        raise VerificationError(f"{surplus[0]}: does not belong into the output")
+
+
+def _verify_small(name: str, wanted: bytes, output: Source) -> Written:
+    found = output.read(name)
+    if found != wanted:
+        offset = _first_difference(memoryview(found), memoryview(wanted))
+        raise VerificationError(f"{name}: differs from what the plan says, first at byte {offset}")
+    return Written(len(found), hashlib.sha256(found).hexdigest())
+
+
+def _check_provenance(plan: Plan, output: Source, written: Mapping[str, Written]) -> None:
+    wanted = provenance.provenance(plan, written)
+    try:
+        found = json.loads(output.read(PROVENANCE))
+    except ValueError as error:
+        raise VerificationError(f"{PROVENANCE}: is not valid JSON: {error}") from None
+    if not provenance.same_job(found, wanted):
+        raise VerificationError(f"{PROVENANCE}: does not say what was done")
+    for entry in found["files"]:
+        if entry["sha256"] not in (None, written[entry["name"]].sha256):
+            raise VerificationError(f"{entry['name']}: its SHA-256 is not the one noted")
+
+
+def _verify_large(
+    file: PlannedFile,
+    tensors: list[PlannedTensor],
+    source: Source,
+    output: Source,
+    progress: Progress,
+) -> Written:
+    size = output.files()[file.name].size
+    if size != file.size:
+        raise VerificationError(f"{file.name}: has {size} bytes instead of {file.size}")
+    factors = {t.tensor.name: t.factor for t in tensors}
+    digest = hashlib.sha256()
+    buffers = [memoryview(bytearray(PIECE)) for _ in range(3)]
+    with source.open(file.name) as original, output.open(file.name) as copy:
+        for part in segments((t.tensor for t in tensors), factors, size):
+            for start in range(part.start, part.stop, PIECE):
+                length = min(PIECE, part.stop - start)
+                wanted, found = _pieces(part, start, length, original, copy, buffers)
+                if wanted != found:
+                    raise _difference(file.name, part, start, found, wanted)
+                digest.update(found)
+                progress(file.name, length)
+    return Written(size, digest.hexdigest())
+
+
+def _pieces(
+    part: Segment,
+    start: int,
+    length: int,
+    original: Reader,
+    copy: Reader,
+    buffers: list[memoryview],
+) -> tuple[memoryview, memoryview]:
+    """What should be there, and what is."""
+    wanted, scaled, found = (buffer[:length] for buffer in buffers)
+    original.read_into(wanted, start)
+    copy.read_into(found, start)
+    if part.tensor is not None and part.factor is not None:
+        scale_into(scaler(part.tensor.dtype, part.factor), wanted, scaled)
+        wanted = scaled
+    return wanted, found
+
+
+def _difference(
+    name: str, part: Segment, start: int, found: memoryview, wanted: memoryview
+) -> VerificationError:
+    offset = start + _first_difference(found, wanted)
+    where = f"in tensor {part.tensor.name!r}" if part.tensor else "outside the planned tensors"
+    return VerificationError(f"{name}: differs from the plan at byte {offset}, {where}")
+
+
+def _first_difference(found: memoryview, wanted: memoryview) -> int:
+    pairs = enumerate(zip(found, wanted, strict=False))
+    shorter = min(len(found), len(wanted))
+    return next((i for i, (one, other) in pairs if one != other), shorter)
