@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moescale import convert as _convert
-from moescale import verify as _verify
-from moescale.convert import Status
+from moescale.convert import Status, fill_digests, run
 from moescale.errors import DestinationError, UsageError
 from moescale.options import Options
 from moescale.plan import Plan, make_plan
-from moescale.repos.base import Progress, Sink, Source
+from moescale.repos.base import Progress, Source
 from moescale.repos.local import LocalSink, LocalSource
+from moescale.verify import verify as compare
 
 Say = Callable[[str], None]
 
@@ -84,9 +83,7 @@ def convert(
     plan = make_plan(reader, Options(**options), str(destination))
     planned(plan)
     jobs = default_jobs() if jobs is None else jobs
-    outcome = _convert.run(
-        plan, reader, sink, jobs=jobs, overwrite=overwrite, progress=progress
-    )
+    outcome = run(plan, reader, sink, jobs=jobs, overwrite=overwrite, progress=progress)
     if outcome.status == "stale" and not check:
         raise DestinationError(
             f"{destination}: is an output of this job, but the source is younger than it",
@@ -119,10 +116,8 @@ def verify_output(
     progress: Progress = lambda name, size: None,
 ) -> None:
     """Verify a finished output, and note the digests in its provenance."""
-    written = _verify.verify(
-        plan, source, LocalSource(sink.root), jobs=jobs, progress=progress
-    )
-    _convert.fill_digests(sink, plan, written)
+    written = compare(plan, source, LocalSource(sink.root), jobs=jobs, progress=progress)
+    fill_digests(sink, plan, written)
 
 
 def default_jobs() -> int:

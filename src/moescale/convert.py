@@ -6,18 +6,17 @@ import errno
 import hashlib
 import json
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from moescale import card, provenance
-from moescale.checkpoint.rewrite import rewrite, segments
+from moescale.checkpoint.rewrite import rewrite
 from moescale.errors import DestinationError, InterruptedRun, MoescaleError, RewriteError
 from moescale.files import CARD, PROVENANCE, PlannedFile
 from moescale.model.count import CONFIG
-from moescale.plan import Plan, PlannedTensor
+from moescale.plan import Plan
 from moescale.repos.base import Progress, Sink, Source, Written
 
 Status = Literal["new", "resume", "replace", "done", "stale"]
@@ -73,7 +72,7 @@ def _is_done(plan: Plan, source: Source, sink: Sink, existing: Mapping[str, int]
         found = json.loads(sink.read(PROVENANCE))
     except ValueError:
         return False
-    sizes = {f.name: Written(f.size or 0) for f in plan.large_files}
+    sizes = {f.name: Written(plan.output_size(f)) for f in plan.large_files}
     small = {name: _written(data) for name, data in small_files(plan, source).items()}
     if not provenance.same_job(found, provenance.provenance(plan, {**sizes, **small})):
         return False
@@ -140,9 +139,6 @@ def _stream(
     plan: Plan, source: Source, sink: Sink, jobs: int, progress: Progress
 ) -> dict[str, Written]:
     """Write every large file that an earlier run has not finished."""
-    by_shard: dict[str, list[PlannedTensor]] = defaultdict(list)
-    for tensor in plan.changed_tensors:
-        by_shard[tensor.shard].append(tensor)
     finished = sink.finished()
     done = {f.name: finished[f.name] for f in plan.large_files if f.name in finished}
     left = [file for file in plan.large_files if file.name not in done]
@@ -156,7 +152,7 @@ def _stream(
                 raise InterruptedRun(f"{file.name}: stopped")
             progress(file.name, size)
 
-        return _write(file, by_shard[file.name], source, sink, advance)
+        return _write(file, plan, source, sink, advance)
 
     with ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="moescale") as pool:
         futures = {file.name: pool.submit(one, file) for file in left}
@@ -179,20 +175,13 @@ def _raise_first(errors: list[BaseException | None]) -> None:
 
 
 def _write(
-    file: PlannedFile,
-    tensors: list[PlannedTensor],
-    source: Source,
-    sink: Sink,
-    advance: Callable[[int], None],
+    file: PlannedFile, plan: Plan, source: Source, sink: Sink, advance: Callable[[int], None]
 ) -> Written:
     """Write one large file."""
-    size = file.size or 0
-    factors = {t.tensor.name: t.factor for t in tensors}
-    parts = segments((t.tensor for t in tensors), factors, size)
     try:
-        with sink.shard(file.name, size) as writer:
+        with sink.shard(file.name, plan.output_size(file)) as writer:
             with source.open(file.name) as reader:
-                rewrite(reader, writer, parts, file.name, advance)
+                rewrite(reader, writer, plan.segments(file), file.name, advance)
             return writer.finish()
     except OSError as error:
         raise _failed(file.name, error) from error

@@ -6,13 +6,14 @@ it, the run executes it, the card and the verification read it; none of them dec
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from moescale.checkpoint.header import LENGTH_BYTES, Header, Tensor, header_length, parse_header
+from moescale.checkpoint.header import LENGTH_BYTES, Header, header_length, parse_header
 from moescale.checkpoint.index import (
     INDEX,
     Shards,
@@ -22,6 +23,8 @@ from moescale.checkpoint.index import (
     parse_index,
     shards_without_index,
 )
+from moescale.checkpoint.rewrite import Segment, relaid_header, segments
+from moescale.checkpoint.scaling import Edit
 from moescale.errors import CheckpointError, SourceError, UnsupportedError, UsageError
 from moescale.files import PROVENANCE, PlannedFile, plan_files
 from moescale.model.count import CONFIG, parse_config, set_count
@@ -32,6 +35,7 @@ from moescale.model.router import Router, largest_count
 from moescale.options import Options
 from moescale.repos.base import FileInfo, Source, SourceId, check_name
 from moescale.rules import closed_form
+
 
 @dataclass(frozen=True, slots=True)
 class Experts:
@@ -45,13 +49,36 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """One tensor to multiply."""
+    """One tensor to scale, and what it is."""
 
-    tensor: Tensor
+    edit: Edit
     shard: str
     role: Role
     layer: Layer
-    factor: float
+
+    def as_json(self) -> dict[str, Any]:
+        """The tensor as ``--dry-run --json`` prints it; `operation` only where it is another."""
+        edit, tensor = self.edit, self.edit.tensor
+        return {
+            "name": tensor.name,
+            "shard": self.shard,
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "role": self.role,
+            "layer": str(self.layer) if self.layer.stack else self.layer.number,
+            "factor": edit.factor,
+            **({"operation": edit.operation} if edit.operation != "multiply" else {}),
+            **({"promoted_to": edit.promote} if edit.promote else {}),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class NewHeader:
+    """The first bytes of a re-laid shard, where the old data start, and the new size."""
+
+    data: bytes
+    data_start: int
+    file_size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,29 +100,45 @@ class Plan:
     files: tuple[PlannedFile, ...]
     config: bytes
     index: tuple[str, bytes | None] | None  # its name; its content where it has to be made
+    new_headers: Mapping[str, NewHeader]  # of the shards in which tensors change their size
     warnings: tuple[str, ...] = ()
     states: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def changed_tensors(self) -> tuple[PlannedTensor, ...]:
         """The tensors whose bytes change; a factor of exactly 1 copies."""
-        return tuple(t for t in self.tensors if t.factor != 1.0)
+        return tuple(t for t in self.tensors if t.edit.factor != 1.0)
+
+    def segments(self, file: PlannedFile) -> list[Segment]:
+        """How a large file is written: what is copied, and what is edited."""
+        edits = [t.edit for t in self.changed_tensors if t.shard == file.name]
+        new = self.new_headers.get(file.name)
+        if new is None:
+            return segments(edits, file.size or 0)
+        return segments(edits, file.size or 0, new.data, new.data_start)
+
+    def output_size(self, file: PlannedFile) -> int:
+        """Size in bytes that a large file has in the output."""
+        new = self.new_headers.get(file.name)
+        return (file.size or 0) if new is None else new.file_size
 
     @property
     def large_files(self) -> tuple[PlannedFile, ...]:
         """The files that are streamed: shards, and what is copied; config and index come last."""
         last = {CONFIG, self.index[0] if self.index else CONFIG}
-        return tuple(f for f in self.files if f.action in ("rewrite", "copy") and f.name not in last)
+        return tuple(
+            f for f in self.files if f.action in ("rewrite", "copy") and f.name not in last
+        )
 
     @property
     def bytes_streamed(self) -> int:
-        """Bytes of the large files."""
-        return sum(f.size or 0 for f in self.large_files)
+        """Bytes of the large files of the output."""
+        return sum(self.output_size(f) for f in self.large_files)
 
     @property
     def bytes_changed(self) -> int:
         """Bytes of the tensors that are multiplied."""
-        return sum(t.tensor.nbytes for t in self.changed_tensors)
+        return sum(t.edit.nbytes for t in self.changed_tensors)
 
     @property
     def bytes_read(self) -> int:
@@ -105,10 +148,10 @@ class Plan:
     @property
     def bytes_written(self) -> int:
         """Bytes of the output, without the card and the provenance, which are made at the end."""
-        index = self.index[1] if self.index else None
-        copied = sum(f.size or 0 for f in self.files if f.action in ("rewrite", "copy"))
-        config = len(self.config) if any(f.name == CONFIG and f.action == "edit" for f in self.files) else 0
-        return copied + config + len(index or b"")
+        name, made = self.index or (CONFIG, None)
+        actions = {f.name: f for f in self.files}
+        index = len(made) if made is not None else (actions[name].size or 0)
+        return self.bytes_streamed + len(self.config) + (index if self.index else 0)
 
     def as_json(self) -> dict[str, Any]:
         """The plan as ``--dry-run --json`` prints it."""
@@ -120,18 +163,7 @@ class Plan:
             },
             "destination": self.destination,
             **self.decisions(),
-            "tensors": [
-                {
-                    "name": t.tensor.name,
-                    "shard": t.shard,
-                    "dtype": t.tensor.dtype,
-                    "shape": list(t.tensor.shape),
-                    "role": t.role,
-                    "layer": str(t.layer) if t.layer.stack else t.layer.number,
-                    "factor": t.factor,
-                }
-                for t in self.tensors
-            ],
+            "tensors": [t.as_json() for t in self.tensors],
             "files": [
                 {"name": f.name, "size": f.size, "action": f.action, "why": f.why}
                 for f in self.files
@@ -218,12 +250,13 @@ def make_plan(source: Source, options: Options, destination: str | None = None) 
         files=plan_files(
             files,
             shards.names,
-            {t.shard for t in planned if t.factor != 1.0},
+            {t.shard for t in planned if t.edit.factor != 1.0},
             index and index[0],
             new_config != config.text.encode(),
         ),
         config=new_config,
         index=index,
+        new_headers=MappingProxyType(_new_headers(source, headers, planned)),
         warnings=tuple(warnings),
         states=MappingProxyType({name: source.state(name) for name in files}),
     )
@@ -365,7 +398,34 @@ def _planned_tensors(
 ) -> tuple[PlannedTensor, ...]:
     home = {name: shard for shard, header in headers.items() for name in header.tensors}
     return tuple(
-        PlannedTensor(tensor, home[tensor.name], role, p.layer, factors[p.layer])
+        PlannedTensor(
+            Edit(scaled.tensor, factors[p.layer], scaled.operation, scaled.promote),
+            home[scaled.tensor.name],
+            scaled.role,
+            p.layer,
+        )
         for p in projections
-        for tensor, role in scaled_tensors(p.module, p.leaves)
+        for scaled in scaled_tensors(p.module, p.leaves, factors[p.layer])
     )
+
+
+def _new_headers(
+    source: Source, headers: Mapping[str, Header], planned: Sequence[PlannedTensor]
+) -> dict[str, NewHeader]:
+    """The new beginnings of the shards in which a scale is promoted to a wider dtype."""
+    promoted: dict[str, dict[str, str]] = defaultdict(dict)
+    for t in planned:
+        if t.edit.promote is not None and t.edit.factor != 1.0:
+            promoted[t.shard][t.edit.tensor.name] = t.edit.promote
+    result = {}
+    for shard, names in promoted.items():
+        old = headers[shard]
+        data = relaid_header(source.read(shard, LENGTH_BYTES, old.data_start - LENGTH_BYTES), names)
+        grown = sum(
+            t.edit.nbytes - t.edit.tensor.nbytes
+            for t in planned
+            if t.shard == shard and t.edit.tensor.name in names
+        )
+        size = old.file_size - old.data_start + len(data) + grown
+        result[shard] = NewHeader(data, old.data_start, size)
+    return result

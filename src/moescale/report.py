@@ -6,9 +6,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from moescale.files import PlannedFile
+from moescale.files import Action, PlannedFile
 from moescale.plan import Plan, PlannedTensor
 
 if TYPE_CHECKING:
@@ -44,30 +44,39 @@ def plan_text(plan: Plan, verbose: bool = False) -> str:
         blocks.append(
             _table(
                 (
-                    (t.shard, t.tensor.name, t.tensor.dtype, str(list(t.tensor.shape)), f"{t.factor:.9g}")
+                    (
+                        t.shard,
+                        t.edit.tensor.name,
+                        t.edit.tensor.dtype,
+                        str(list(t.edit.tensor.shape)),
+                        f"{t.edit.factor:.9g}",
+                    )
                     for t in plan.tensors
                 ),
                 header=("shard", "tensor", "dtype", "shape", "factor"),
             )
         )
-        blocks.append(_table(((f.action, f.name, f.why or "") for f in plan.files)))
+        blocks.append(_table((f.action, f.name, f.why or "") for f in plan.files))
     return "\n\n".join(block for block in blocks if block)
 
 
 def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
-    where = "local directory" if plan.source.kind == "local" else f"Hub, commit {plan.source.revision}"
+    where = (
+        "local directory" if plan.source.kind == "local" else f"Hub, commit {plan.source.revision}"
+    )
     yield "source", f"{plan.source.id} ({where})"
     yield "destination", plan.destination or "none given"
     part = f", part {plan.part}" if plan.part else ""
-    yield "model", (
-        f"{plan.model_type}{part}: {len(plan.factors)} MoE layers of {plan.experts.total} routed experts"
-    )
+    layers = f"{len(plan.factors)} MoE layers of {plan.experts.total} routed experts"
+    yield "model", f"{plan.model_type}{part}: {layers}"
     if plan.router is not None:
         sums = "sum to 1" if plan.router.renormalised else "are not renormalised"
         yield "router", f"the weights of the chosen experts {sums}"
     before, after = _count(plan.experts.before), _count(plan.experts.after)
-    trained = "" if plan.experts.trained == plan.experts.before else (
-        f" (weights trained with {_count(plan.experts.trained)})"
+    trained = (
+        ""
+        if plan.experts.trained == plan.experts.before
+        else (f" (weights trained with {_count(plan.experts.trained)})")
     )
     yield "experts per token", f"{before} -> {after}{trained}"
 
@@ -81,10 +90,10 @@ def _rules(plan: Plan) -> str:
     taken = plan.options.method
     notes = {"none": "config edit alone", "published": "as printed in mergekit issue 294"}
     rows = []
-    for name, norm in plan.predicted_norm.items():
+    for name, relative in plan.predicted_norm.items():
         factor = plan.alternatives.get(name, 1.0)
         mark = "->" if name == taken else ""
-        rows.append((mark, name, f"{factor:.6g}", f"x {norm:.3f}", notes.get(name, "")))
+        rows.append((mark, name, f"{factor:.6g}", f"x {relative:.3f}", notes.get(name, "")))
     if taken not in plan.predicted_norm:
         low, high = min(plan.factors.values()), max(plan.factors.values())
         shown = f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
@@ -100,7 +109,7 @@ def _layer_rows(tensors: Iterable[PlannedTensor]) -> Iterator[tuple[str, ...]]:
     layers: dict[tuple[str, int], Counter[tuple[str, str, float]]] = {}
     for t in tensors:
         kinds = layers.setdefault((t.layer.stack, t.layer.number), Counter())
-        kinds[t.role, t.tensor.dtype, t.factor] += 1
+        kinds[t.role, t.edit.tensor.dtype, t.edit.factor] += 1
     runs: list[tuple[str, int, int, Counter[tuple[str, str, float]]]] = []
     for (stack, number), kinds in layers.items():
         if runs and runs[-1][0] == stack and runs[-1][2] == number - 1 and runs[-1][3] == kinds:
@@ -110,23 +119,31 @@ def _layer_rows(tensors: Iterable[PlannedTensor]) -> Iterator[tuple[str, ...]]:
     for stack, first, last, kinds in runs:
         span = str(first) if first == last else f"{first}-{last}"
         name = f"{stack}.{span}" if stack else span
-        for (role, dtype, factor), count in kinds.items():
-            total = count * (last - first + 1)
-            yield name, f"{total}", role, dtype, f"{factor:.6g}"
+        for (role, dtype, scaled_by), count in kinds.items():
+            yield name, str(count * (last - first + 1)), role, dtype, f"{scaled_by:.6g}"
 
 
 def _byte_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     actions = Counter(f.action for f in plan.files)
-    words = {"rewrite": "rewritten", "edit": "edited", "copy": "copied", "create": "made", "skip": "left out"}
+    words: dict[Action, str] = {
+        "rewrite": "rewritten",
+        "edit": "edited",
+        "copy": "copied",
+        "create": "made",
+        "skip": "left out",
+    }
     yield "files", ", ".join(f"{actions[a]} {word}" for a, word in words.items() if actions[a])
-    yield "bytes", (
-        f"{size(plan.bytes_read)} read, {size(plan.bytes_changed)} changed,"
-        f" {size(plan.bytes_written)} written"
+    yield (
+        "bytes",
+        (
+            f"{size(plan.bytes_read)} read, {size(plan.bytes_changed)} changed,"
+            f" {size(plan.bytes_written)} written"
+        ),
     )
 
 
 def _left_out(files: Iterable[PlannedFile]) -> str:
-    return _table((("left out", f.name, f.why or "") for f in files if f.action == "skip"))
+    return _table(("left out", f.name, f.why or "") for f in files if f.action == "skip")
 
 
 def _table(rows: Iterable[tuple[str, ...]], header: tuple[str, ...] = ()) -> str:
@@ -149,7 +166,7 @@ class Progress:
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
         self._lock = threading.Lock()
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Any] | None = None
         self._total = self._done = 0
         self._start = self._last = time.monotonic()
 
@@ -191,9 +208,7 @@ class Progress:
     def _line(self, now: float) -> str:
         rate = self._done / (now - self._start)
         left = (self._total - self._done) / rate if rate else 0
-        return (
-            f"{size(self._done)} of {size(self._total)}, {size(rate)}/s, {left:.0f} s left"
-        )
+        return f"{size(self._done)} of {size(self._total)}, {size(rate)}/s, {left:.0f} s left"
 
 
 def summary(result: Result, seconds: float) -> str:
@@ -203,9 +218,10 @@ def summary(result: Result, seconds: float) -> str:
         first = f"{plan.destination} was already done; nothing was written."
     else:
         word = "continued and finished" if result.status == "resume" else "written"
+        total = plan.bytes_written
         first = (
-            f"{plan.destination} {word}: {size(plan.bytes_written)} in {seconds:.1f} s"
-            f" ({size(plan.bytes_written / seconds)}/s), {len(plan.changed_tensors)} tensors scaled."
+            f"{plan.destination} {word}: {size(total)} in {seconds:.1f} s"
+            f" ({size(total / seconds)}/s), {len(plan.changed_tensors)} tensors scaled."
         )
     proof = (
         "Verified: every byte is what the plan says."

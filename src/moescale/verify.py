@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from moescale import provenance
-from moescale.checkpoint.rewrite import PIECE, Reader, Segment, scale_into, segments
-from moescale.checkpoint.scaling import scaler
+from moescale.checkpoint.rewrite import PIECE, Segment, expected
 from moescale.convert import small_files
 from moescale.errors import VerificationError
 from moescale.files import PROVENANCE, PlannedFile
-from moescale.plan import Plan, PlannedTensor
+from moescale.plan import Plan
 from moescale.repos.base import Progress, Source, Written
 
 
@@ -36,12 +34,9 @@ def verify(
     """
     small = small_files(plan, source)
     _check_names(plan, output, small)
-    by_shard: dict[str, list[PlannedTensor]] = defaultdict(list)
-    for tensor in plan.changed_tensors:
-        by_shard[tensor.shard].append(tensor)
 
     def one(file: PlannedFile) -> Written:
-        return _verify_large(file, by_shard[file.name], source, output, progress)
+        return _verify_large(file, plan, source, output, progress)
 
     with ThreadPoolExecutor(max_workers=jobs) as pool:
         large = dict(
@@ -83,53 +78,33 @@ def _check_provenance(plan: Plan, output: Source, written: Mapping[str, Written]
 
 
 def _verify_large(
-    file: PlannedFile,
-    tensors: list[PlannedTensor],
-    source: Source,
-    output: Source,
-    progress: Progress,
+    file: PlannedFile, plan: Plan, source: Source, output: Source, progress: Progress
 ) -> Written:
-    size = output.files()[file.name].size
-    if size != file.size:
-        raise VerificationError(f"{file.name}: has {size} bytes instead of {file.size}")
-    factors = {t.tensor.name: t.factor for t in tensors}
+    size, found_size = plan.output_size(file), output.files()[file.name].size
+    if size != found_size:
+        raise VerificationError(f"{file.name}: has {found_size} bytes instead of {size}")
     digest = hashlib.sha256()
-    buffers = [memoryview(bytearray(PIECE)) for _ in range(3)]
+    buffer = memoryview(bytearray(2 * PIECE))
+    position = 0
     with source.open(file.name) as original, output.open(file.name) as copy:
-        for part in segments((t.tensor for t in tensors), factors, size):
-            for start in range(part.start, part.stop, PIECE):
-                length = min(PIECE, part.stop - start)
-                wanted, found = _pieces(part, start, length, original, copy, buffers)
-                if wanted != found:
-                    raise _difference(file.name, part, start, found, wanted)
-                digest.update(found)
-                progress(file.name, length)
+        for part, wanted in expected(original, plan.segments(file)):
+            if len(wanted) > len(buffer):
+                buffer = memoryview(bytearray(len(wanted)))
+            found = buffer[: len(wanted)]
+            copy.read_into(found, position)
+            if found != wanted:
+                raise _difference(file.name, part, position, found, wanted)
+            digest.update(found)
+            position += len(wanted)
+            progress(file.name, len(wanted))
     return Written(size, digest.hexdigest())
-
-
-def _pieces(
-    part: Segment,
-    start: int,
-    length: int,
-    original: Reader,
-    copy: Reader,
-    buffers: list[memoryview],
-) -> tuple[memoryview, memoryview]:
-    """What should be there, and what is."""
-    wanted, scaled, found = (buffer[:length] for buffer in buffers)
-    original.read_into(wanted, start)
-    copy.read_into(found, start)
-    if part.tensor is not None and part.factor is not None:
-        scale_into(scaler(part.tensor.dtype, part.factor), wanted, scaled)
-        wanted = scaled
-    return wanted, found
 
 
 def _difference(
     name: str, part: Segment, start: int, found: memoryview, wanted: memoryview
 ) -> VerificationError:
     offset = start + _first_difference(found, wanted)
-    where = f"in tensor {part.tensor.name!r}" if part.tensor else "outside the planned tensors"
+    where = f"in tensor {part.edit.tensor.name!r}" if part.edit else "outside the planned tensors"
     return VerificationError(f"{name}: differs from the plan at byte {offset}, {where}")
 
 

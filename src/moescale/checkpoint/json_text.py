@@ -44,7 +44,7 @@ def parse_lenient(text: str) -> Any:
     return _parse(text)
 
 
-def _parse(text: str, *, check_surrogates: bool = False, **hooks: Callable[..., Any]) -> Any:
+def _parse(text: str, *, check_surrogates: bool = False, **hooks: Any) -> Any:
     if check_surrogates and re.search(r"\\u[dD][89a-fA-F]", text):
         # The only way to a lone surrogate is an escape; a pair decodes to one character.
         try:

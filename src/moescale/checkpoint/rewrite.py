@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from moescale.checkpoint.header import Tensor
-from moescale.checkpoint.scaling import Scale, scaler
+from moescale.checkpoint.dtypes import BITS
+from moescale.checkpoint.header import LENGTH_BYTES
+from moescale.checkpoint.scaling import Edit, scaler
 from moescale.errors import RewriteError
 
 PIECE = 1 << 20
@@ -35,37 +37,62 @@ class Writer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Bytes `start` to `stop` of a shard; `factor` is None where they are copied."""
+    """Bytes `start` to `stop` of a shard, to copy or to edit; or `data`, which replaces them."""
 
     start: int
     stop: int
-    tensor: Tensor | None = None
-    factor: float | None = None
+    edit: Edit | None = None
+    data: bytes | None = None
 
 
 def segments(
-    tensors: Iterable[Tensor], factors: Mapping[str, float], file_size: int
+    edits: Sequence[Edit], file_size: int, new_header: bytes | None = None, data_start: int = 0
 ) -> list[Segment]:
-    """Cut a shard into stretches to copy and tensors to scale; together they are the file.
+    """Cut a shard into stretches to copy and tensors to edit; together they are the file.
 
     Args:
-        tensors: the tensors of the shard, in any order.
-        factors: name to factor; a factor of exactly 1 copies.
+        edits: what happens to which tensor of the shard, in any order.
         file_size: size of the shard in bytes.
+        new_header: what replaces the bytes before `data_start`, where tensors change their size.
+        data_start: where the shard's data starts.
     """
-    scaled = sorted(
-        (t for t in tensors if t.nbytes and factors.get(t.name, 1.0) != 1.0),
-        key=lambda tensor: tensor.start,
-    )
     result, position = [], 0
-    for tensor in scaled:
-        if tensor.start > position:
-            result.append(Segment(position, tensor.start))
-        result.append(Segment(tensor.start, tensor.stop, tensor, factors[tensor.name]))
-        position = tensor.stop
+    if new_header is not None:
+        result.append(Segment(0, data_start, data=new_header))
+        position = data_start
+    for edit in sorted(edits, key=lambda edit: edit.tensor.start):
+        if edit.tensor.start > position:
+            result.append(Segment(position, edit.tensor.start))
+        if edit.tensor.nbytes:
+            result.append(Segment(edit.tensor.start, edit.tensor.stop, edit))
+        position = edit.tensor.stop
     if file_size > position:
         result.append(Segment(position, file_size))
     return result
+
+
+def relaid_header(data: bytes, promoted: Mapping[str, str]) -> bytes:
+    """The first bytes of a shard in which some tensors are stored in another dtype.
+
+    Everything keeps its order; dtypes and offsets are new, and the text is padded with spaces to
+    a multiple of eight bytes as safetensors does.
+
+    Args:
+        data: the old header's JSON.
+        promoted: tensor name to new dtype.
+    """
+    entries: dict[str, Any] = json.loads(data)
+    tensors = [(name, e) for name, e in entries.items() if name != "__metadata__"]
+    position = 0
+    for name, entry in sorted(tensors, key=lambda item: item[1]["data_offsets"]):
+        old, start = entry["dtype"], position
+        first, last = entry["data_offsets"]
+        entry["dtype"] = promoted.get(name, old)
+        position += (last - first) * BITS[entry["dtype"]] // BITS[old]
+        entry["data_offsets"] = [start, position]
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
 def rewrite(
@@ -80,37 +107,60 @@ def rewrite(
     `advance` is called with the size of each piece; what it raises ends the run.
 
     Raises:
-        RewriteError: a finite value became infinite.
+        RewriteError: a value has no finite result.
     """
-    source, result = bytearray(PIECE), bytearray(PIECE)
     for part in parts:
-        if part.tensor is None or part.factor is None:
+        if part.data is not None:
+            writer.write(memoryview(part.data))
+            advance(len(part.data))
+        elif part.edit is None:
             for size in writer.copy_from(reader, part.start, part.stop):
                 advance(size)
-            continue
-        scale = scaler(part.tensor.dtype, part.factor)
-        overflows = 0
-        for start in range(part.start, part.stop, PIECE):
-            size = min(PIECE, part.stop - start)
-            reader.read_into(memoryview(source)[:size], start)
-            overflows += scale_into(scale, memoryview(source)[:size], memoryview(result)[:size])
-            if not overflows:
-                writer.write(memoryview(result)[:size])
-            advance(size)
-        if overflows:
-            raise overflow_error(where, part.tensor, part.factor, overflows)
+        else:
+            total = 0
+            for piece, lost in edited(reader, part.edit):
+                total += lost
+                if not total:
+                    writer.write(piece)
+                advance(len(piece))
+            if total:
+                raise _lost_values(where, part.edit, total)
 
 
-def scale_into(scale: Scale, source: memoryview, result: memoryview) -> int:
-    """Scale whole elements from one buffer into another; returns the number of overflows."""
-    return scale(np.frombuffer(source, np.uint8), np.frombuffer(result, np.uint8))
+def expected(reader: Reader, parts: Iterable[Segment]) -> Iterator[tuple[Segment, memoryview]]:
+    """The bytes that the output must have, piece by piece, each with its segment."""
+    buffer = memoryview(bytearray(PIECE))
+    for part in parts:
+        if part.data is not None:
+            yield part, memoryview(part.data)
+        elif part.edit is None:
+            for start in range(part.start, part.stop, PIECE):
+                piece = buffer[: min(PIECE, part.stop - start)]
+                reader.read_into(piece, start)
+                yield part, piece
+        else:
+            for piece, _ in edited(reader, part.edit):
+                yield part, piece
 
 
-def overflow_error(where: str, tensor: Tensor, factor: float, count: int) -> RewriteError:
-    """The error for values that have no finite result in the tensor's dtype."""
+def edited(reader: Reader, edit: Edit) -> Iterator[tuple[memoryview, int]]:
+    """The edited bytes of a tensor in pieces; with each, how many values have no finite result."""
+    tensor, scale = edit.tensor, scaler(edit)
+    length = tensor.nbytes if edit.operation == "nested_offset" else min(PIECE, tensor.nbytes)
+    source = memoryview(bytearray(length))
+    result = memoryview(bytearray(length * edit.widening))
+    for start in range(tensor.start, tensor.stop, length):
+        size = min(length, tensor.stop - start)
+        reader.read_into(source[:size], start)
+        piece = result[: size * edit.widening]
+        lost = scale(np.frombuffer(source[:size], np.uint8), np.frombuffer(piece, np.uint8))
+        yield piece, lost
+
+
+def _lost_values(where: str, edit: Edit, count: int) -> RewriteError:
     values = "1 value" if count == 1 else f"{count} values"
     return RewriteError(
-        f"{where}: tensor {tensor.name!r}: {values} would overflow {tensor.dtype}"
-        f" when multiplied by {factor:.9g}",
+        f"{where}: tensor {edit.tensor.name!r}: {values} would leave the range of"
+        f" {edit.tensor.dtype} when scaled by {edit.factor:.9g}",
         hint="Use a smaller factor (--factor), another rule, or a checkpoint in a wider dtype.",
     )

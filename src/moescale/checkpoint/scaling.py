@@ -1,6 +1,6 @@
-"""The arithmetic: bytes of one dtype times a factor, rounded once and defined to the last bit.
+"""The arithmetic: bytes of one dtype by a factor, rounded once and defined to the last bit.
 
-``cast(float32(x) * float32(factor))`` with round to nearest even, in the tensor's own dtype; F64
+``cast(float32(x) * float32(factor))``, round to nearest even, in the tensor's own dtype; F64
 in float64 with the factor as float64. NaN keeps its bits, signed zeros and infinities stay.
 A 16-bit dtype has only 65,536 values, so all results are put into a table once and looked up:
 as fast as arithmetic, and exact by construction.
@@ -8,16 +8,49 @@ as fast as arithmetic, and exact by construction.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from math import frexp
+from typing import Any, Literal
 
 import numpy as np
 
+from moescale.checkpoint.dtypes import BITS
+from moescale.checkpoint.header import Tensor
+from moescale.checkpoint.json_text import value_spans
+
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Scale = Callable[[Bytes, Bytes], int]
-"""Reads the first array, fills the second of the same length, returns how many finite values
-became infinite. Both are whole elements of the dtype, little-endian."""
+"""Reads the first array, fills the second, returns how many values have no finite result. Both
+are whole elements of their dtypes, little-endian."""
+
+Operation = Literal["multiply", "divide", "shift", "nested_offset"]
+"""``divide`` is for scales that divide; ``shift`` for F8_E8M0 scales (also stored as U8), which
+hold powers of two only; ``nested_offset`` for the number in the JSON text of a bitsandbytes
+quantisation state."""
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """What happens to one tensor; `promote` names the dtype that it is stored in from then on."""
+
+    tensor: Tensor
+    factor: float
+    operation: Operation = "multiply"
+    promote: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the result in bytes."""
+        return self.tensor.nbytes * self.widening
+
+    @property
+    def widening(self) -> int:
+        """Bytes of the result for each byte of the source."""
+        return 1 if self.promote is None else BITS[self.promote] // BITS[self.tensor.dtype]
+
 
 _TABLE_PIECE = 64 * 1024
 """Elements looked up at once: source, result and table then stay in the second-level cache."""
@@ -25,12 +58,34 @@ _TABLE_PIECE = 64 * 1024
 _INFINITY_16 = {"F16": 0x7C00, "BF16": 0x7F80}
 
 
+def scaler(edit: Edit) -> Scale:
+    """The function that carries out an edit, piece by piece."""
+    if edit.operation == "nested_offset":
+        return _nested_offset_scaler(edit.factor)
+    return _scaler(edit.tensor.dtype, edit.factor, edit.operation, edit.promote)
+
+
 @lru_cache(maxsize=16)
-def scaler(dtype: str, factor: float) -> Scale:
-    """The function that multiplies values of `dtype` (F16, BF16, F32 or F64) by `factor`."""
+def _scaler(dtype: str, factor: float, operation: Operation, promote: str | None) -> Scale:
+    if operation == "shift":
+        return _shift_scaler(exponent(factor))
+    if promote is not None:
+        return _promoting_scaler(dtype, factor)
     if dtype in _INFINITY_16:
         return _table_scaler(table_16bit(dtype, factor), _INFINITY_16[dtype])
-    return _direct_scaler(np.dtype("<f4" if dtype == "F32" else "<f8"), factor)
+    return _direct_scaler(np.dtype("<f4" if dtype == "F32" else "<f8"), factor, operation)
+
+
+def exponent(factor: float) -> int:
+    """The k of a factor that is 2**k.
+
+    Raises:
+        ValueError: it is no power of two.
+    """
+    mantissa, k = frexp(factor)
+    if mantissa != 0.5:
+        raise ValueError(f"{factor!r} is not a power of two")
+    return k - 1
 
 
 def table_16bit(dtype: str, factor: float) -> np.ndarray[Any, np.dtype[np.uint16]]:
@@ -49,7 +104,8 @@ def _float_16bit(dtype: str) -> np.dtype[Any]:
         return np.dtype(np.float16)
     import ml_dtypes  # here, since only BF16 needs it and it costs start-up time
 
-    return np.dtype(ml_dtypes.bfloat16)
+    bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return bfloat16
 
 
 def _table_scaler(table: np.ndarray[Any, np.dtype[np.uint16]], infinity: int) -> Scale:
@@ -72,18 +128,71 @@ def _table_scaler(table: np.ndarray[Any, np.dtype[np.uint16]], infinity: int) ->
     return scale
 
 
-def _direct_scaler(dtype: np.dtype[Any], factor: float) -> Scale:
-    multiplier = dtype.type(factor)
+def _direct_scaler(dtype: np.dtype[Any], factor: float, operation: Operation) -> Scale:
+    operand = dtype.type(factor)
+    compute = np.divide if operation == "divide" else np.multiply
 
     def scale(source: Bytes, result: Bytes) -> int:
         values, scaled = source.view(dtype), result.view(dtype)
         with np.errstate(all="ignore"):
-            np.multiply(values, multiplier, out=scaled)
-        finite = np.isfinite(scaled)
-        if finite.all():
-            return 0
-        is_nan = np.isnan(values)
-        np.copyto(scaled, values, where=is_nan)  # not the processor's idea of a NaN's bits
-        return int(np.count_nonzero(np.isinf(scaled) & np.isfinite(values)))
+            compute(values, operand, out=scaled)
+        return _mend(values, scaled)
+
+    return scale
+
+
+def _promoting_scaler(dtype: str, factor: float) -> Scale:
+    """16-bit values to F32: the product is exact but for one rounding to float32."""
+    narrow = _float_16bit(dtype)
+
+    def scale(source: Bytes, result: Bytes) -> int:
+        values, scaled = source.view(narrow).astype(np.float32), result.view("<f4")
+        with np.errstate(all="ignore"):
+            np.multiply(values, np.float32(factor), out=scaled)
+        return _mend(values, scaled)
+
+    return scale
+
+
+def _mend(values: np.ndarray[Any, Any], scaled: np.ndarray[Any, Any]) -> int:
+    """Give NaNs the bits they had, whatever the processor made of them; count new infinities."""
+    if np.isfinite(scaled).all():
+        return 0
+    np.copyto(scaled, values, where=np.isnan(values))
+    return int(np.count_nonzero(np.isinf(scaled) & np.isfinite(values)))
+
+
+def _shift_scaler(k: int) -> Scale:
+    """E8M0: the byte b means 2**(b - 127); 0 marks blocks of zeros and 255 is NaN, both stay."""
+    codes = np.arange(256)
+    shifted = np.where((codes == 0) | (codes == 255), codes, codes + k)
+    lost = (codes > 0) & (codes < 255) & ((shifted < 1) | (shifted > 254))
+    table = np.clip(shifted, 0, 255).astype(np.uint8)
+
+    def scale(source: Bytes, result: Bytes) -> int:
+        np.take(table, source, out=result, mode="clip")
+        return int(np.count_nonzero(lost[source]))
+
+    return scale
+
+
+def _nested_offset_scaler(factor: float) -> Scale:
+    """The JSON text of a whole tensor, its ``nested_offset`` scaled, padded to the same length.
+
+    The offset is a float32; it is written as its shortest decimal, so that it fits.
+    """
+
+    def scale(source: Bytes, result: Bytes) -> int:
+        text = source.tobytes().decode()
+        old = json.loads(text)["nested_offset"]
+        new = np.float32(old) * np.float32(factor)
+        (path, (start, stop)) = next(value_spans(text, lambda path: path == ("nested_offset",)))
+        del path
+        replaced = text[:start] + str(new) + text[stop:]
+        padded = replaced.ljust(len(text)).encode()
+        if len(padded) != len(result) or not np.isfinite(new):
+            return 1
+        result[:] = np.frombuffer(padded, np.uint8)
+        return 0
 
     return scale

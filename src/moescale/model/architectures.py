@@ -230,9 +230,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
     _group_limited("glm4v_moe", NORM_TRUE, moe_layers=FirstDense(1)),
     _group_limited("glm_moe_dsa", NORM_TRUE),
     _group_limited("glm5_next", NORM_TRUE),
-    _group_limited(
-        "hy_v4", NORM_TRUE, experts=(*MLP, "mtp_layers.{L}.mlp.experts.down_proj")
-    ),
+    _group_limited("hy_v4", NORM_TRUE, experts=(*MLP, "mtp_layers.{L}.mlp.experts.down_proj")),
     _group_limited("mimo_v2_flash", NORM_TRUE),
     _group_limited("solar_open", NORM_TRUE),
     _group_limited("axk1", NORM_TRUE, partly=_JOINT_NORM),

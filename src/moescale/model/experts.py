@@ -23,8 +23,10 @@ from moescale.model.architectures import (
 from moescale.model.formats import leaf_name
 
 _GENERIC = frozenset(
-    "model language_model text_model llm backbone transformer base_model module layers blocks"
-    " block thinker_model".split()
+    (
+        *("model", "language_model", "text_model", "base_model", "llm", "transformer"),
+        *("backbone", "module", "layers", "blocks", "block"),
+    )
 )
 """Parts of a tensor's name that do not tell one stack of layers from another."""
 
@@ -317,9 +319,7 @@ def _place(projection: Projection) -> tuple[str, str, str, str | None]:
         projection.module[stop:],
     )
     block = re.split(r"experts\b", rest)[0] if "experts" in rest else rest.rpartition(".")[0] + "."
-    return head, number, block, (
-        None if projection.expert is None else str(projection.expert)
-    )
+    return head, number, block, (None if projection.expert is None else str(projection.expert))
 
 
 def _orphan(name: str, why: str) -> CheckpointError:

@@ -13,9 +13,19 @@ from typing import Final, Literal
 
 from moescale.checkpoint.dtypes import SCALABLE
 from moescale.checkpoint.header import Tensor
+from moescale.checkpoint.scaling import Operation
 from moescale.errors import UnsupportedError
 
 Role = Literal["weight", "bias", "scale"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A tensor of a format that changes when the projection is scaled."""
+
+    role: Role
+    operation: Operation = "multiply"
+    promote: bool = False  # store it as F32, where its own rounding would be the only error
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,20 +35,30 @@ class Format:
     Attributes:
         name: what people call it.
         dtypes: leaves that must be there, each with the dtypes it may have.
-        scaled: the leaves to multiply, with what they are.
+        scaled: the leaves that change.
     """
 
     name: str
     dtypes: Mapping[str, tuple[str, ...]]
-    scaled: Mapping[str, Role]
+    scaled: Mapping[str, Part]
 
 
 ROWS: Final[tuple[Format, ...]] = (
-    Format("plain", {"weight": SCALABLE}, {"weight": "weight"}),
+    Format("plain", {"weight": SCALABLE}, {"weight": Part("weight")}),
 )
 
 UNTOUCHED: Final = frozenset({"input_scale", "activation_scale", "act_scale"})
 """Leaves that describe the input of the projection; its output can scale without them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """One tensor to scale, and how."""
+
+    tensor: Tensor
+    role: Role
+    operation: Operation = "multiply"
+    promote: str | None = None
 
 
 def leaf_name(leaf: str) -> str:
@@ -46,26 +66,31 @@ def leaf_name(leaf: str) -> str:
     return leaf.lstrip("._") or "weight"
 
 
-def scaled_tensors(module: str, leaves: Mapping[str, Tensor]) -> list[tuple[Tensor, Role]]:
-    """The tensors of a down-projection to multiply.
+def scaled_tensors(module: str, leaves: Mapping[str, Tensor], factor: float) -> list[Scaled]:
+    """The tensors of a down-projection that change when it is multiplied by `factor`.
 
     Args:
         module: the projection's name, for errors.
         leaves: its tensors by leaf.
+        factor: what it is multiplied by.
 
     Raises:
         UnsupportedError: no row of the table fits, so scaling it would be a guess.
     """
     for row in ROWS:
         if all(leaf in leaves and leaves[leaf].dtype in row.dtypes[leaf] for leaf in row.dtypes):
-            scaled: dict[str, Role] = {**row.scaled}
+            parts = {**row.scaled}
             if "bias" in leaves:
-                scaled["bias"] = "bias"
-            left = leaves.keys() - scaled.keys() - row.dtypes.keys() - UNTOUCHED
-            if not left:
-                return [(leaves[leaf], role) for leaf, role in scaled.items()]
+                parts["bias"] = Part("bias")
+            if not leaves.keys() - parts.keys() - row.dtypes.keys() - UNTOUCHED:
+                return [_scaled(leaves[leaf], part) for leaf, part in parts.items()]
     found = ", ".join(f"{leaf} ({tensor.dtype})" for leaf, tensor in sorted(leaves.items()))
     raise UnsupportedError(
         f"{module}: is stored as {found}, which is no format that moescale can scale",
         hint="Rescale the unquantised checkpoint and quantise the result.",
     )
+
+
+def _scaled(tensor: Tensor, part: Part) -> Scaled:
+    promote = "F32" if part.promote and tensor.dtype in ("F16", "BF16") else None
+    return Scaled(tensor, part.role, part.operation, promote)

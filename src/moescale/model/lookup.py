@@ -87,10 +87,10 @@ def find_moe(
     else:
         projections = find_projections(tensors, row, _other_parts(row))
     if not projections:
-        names = repr(pattern) if pattern else row.experts[0]
+        looked_for = repr(pattern) if pattern else row.experts[0]
         raise CheckpointError(
             f"no routed down-projections found for model type {model_type!r}: no tensor has a"
-            f" name like {names}",
+            f" name like {looked_for}",
             hint="Name the layout with --arch, or with --pattern and --experts-key.",
         )
     total = total_experts(row, section)
@@ -110,7 +110,11 @@ def find_moe(
 
 
 def _row(
-    config: Config, tensors: Sequence[Tensor], arch: str | None, part: str | None, named_by_user: bool
+    config: Config,
+    tensors: Sequence[Tensor],
+    arch: str | None,
+    part: str | None,
+    named_by_user: bool,
 ) -> tuple[str, Architecture]:
     """The row for `arch`, or for the first model type of the config that the table knows."""
     named = [arch] if arch else _model_types(config)

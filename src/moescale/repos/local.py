@@ -425,7 +425,7 @@ class _Journal:
             sync_directory(path.parent)
         else:
             self._read(path)
-        self._file = open(path, "ab")
+        self._file = open(path, "ab")  # noqa: SIM115 - open as long as the run
 
     @staticmethod
     def job_of(path: Path) -> Any:
