@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 import stat
-import sys
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,11 +20,15 @@ from typing import Any
 from moescale.checkpoint.rewrite import PIECE, Reader
 from moescale.errors import CheckpointError, DestinationError, RewriteError, SourceError
 from moescale.repos.base import SMALL_FILE_BYTES, FileInfo, SourceId, Written, check_name
+from moescale.repos.journal import Journal, Lock, sync_directory
 
 STATE = ".moescale"
 """The folder in an unfinished destination that holds journal, lock and temporary files."""
 
-NOT_CHECKPOINT = frozenset({".git", ".cache"})
+JOURNAL = "journal.jsonl"
+
+NOT_CHECKPOINT = frozenset({".git", ".cache", STATE})
+"""Folders at the top of a repo that are no part of the checkpoint."""
 
 _COPY_PIECE = 32 << 20
 _BLOCK = 4096
@@ -54,7 +55,7 @@ class LocalSource:
         """
         if not root.is_dir():
             raise SourceError(f"{root}: is not a directory")
-        if (root / STATE).exists():
+        if (root / STATE / JOURNAL).exists():
             raise SourceError(
                 f"{root}: holds an unfinished run of moescale ({STATE}/)",
                 hint="Run the command that started it again; it resumes.",
@@ -263,8 +264,8 @@ class LocalSink:
         self.root = root.absolute()
         self.identity = str(root)
         self._state = self.root / STATE
-        self._journal: _Journal | None = None
-        self._lock = _Lock(self._state / "lock")
+        self._journal: Journal | None = None
+        self._lock = Lock(self._state / "lock")
 
     def existing(self) -> dict[str, int]:
         """Name and size of what is there now, without the state of an unfinished run.
@@ -277,8 +278,7 @@ class LocalSink:
         if not self.root.is_dir():
             raise DestinationError(f"{self.root}: exists and is not a directory")
         return {
-            name: (self.root / name).lstat().st_size
-            for name in _names(self.root, NOT_CHECKPOINT | {STATE})
+            name: (self.root / name).lstat().st_size for name in _names(self.root, NOT_CHECKPOINT)
         }
 
     def read(self, name: str) -> bytes:
@@ -287,7 +287,7 @@ class LocalSink:
 
     def unfinished(self) -> Any:
         """The job whose unfinished run is here, or None; a text if the journal is not ours."""
-        return _Journal.job_of(self._state / "journal.jsonl")
+        return Journal.job_of(self._state / JOURNAL)
 
     def changed_at(self, name: str) -> int:
         """When a file of the output was written, in nanoseconds."""
@@ -301,7 +301,7 @@ class LocalSink:
         """
         names = [name for name in self.existing() if "/" not in name]
         ours = any(n == "config.json" or n.endswith(".safetensors") for n in names)
-        if not ours and not self._state.exists():
+        if not ours and not (self._state / JOURNAL).exists():
             raise DestinationError(
                 f"{self.root}: does not look like a model, so --overwrite does not remove it",
                 hint="Remove it yourself, or give another destination.",
@@ -323,14 +323,14 @@ class LocalSink:
                 f"{self.root}: cannot be written to: {error.strerror}",
                 hint="Give another destination, or make this one writable.",
             ) from None
-        journal = self._state / "journal.jsonl"
+        journal = self._state / JOURNAL
         if replace:
             journal.unlink(missing_ok=True)
             for name in self.existing():
                 if name.endswith(("config.json", ".index.json")):
                     (self.root / name).unlink()
             sync_directory(self.root)
-        self._journal = _Journal(journal, job)
+        self._journal = Journal(journal, job)
         for leftover in self._state.glob("*.tmp"):
             leftover.unlink()
 
@@ -368,8 +368,17 @@ class LocalSink:
         _remove_empty_folders(self.root)
         for name, data in last.items():
             self.put(name, data)
-        self.close()
-        shutil.rmtree(self._state)
+        self._drop_state()
+
+    def _drop_state(self) -> None:
+        """Remove the state, the journal last: while it is there, a rerun comes here again."""
+        assert self._journal is not None
+        self._journal.close()
+        for leftover in self._state.glob("*.tmp"):
+            leftover.unlink()
+        (self._state / JOURNAL).unlink()
+        self._lock.release()
+        shutil.rmtree(self._state, ignore_errors=True)
         sync_directory(self.root)
 
     def amend(self, name: str, data: bytes) -> None:
@@ -403,120 +412,6 @@ class LocalSink:
         self._lock.release()
 
 
-class _Journal:
-    """What an unfinished run has finished: one line the job, then one line a file.
-
-    A torn last line is what a crash leaves; it is not counted, so its file is done again.
-    """
-
-    def __init__(self, path: Path, job: Any) -> None:
-        self._mutex = threading.Lock()
-        self.entries: dict[str, Any] = {}
-        found = self.job_of(path)
-        if found is not None and found != job:
-            raise DestinationError(f"{path.parent.parent}: another run has just started here")
-        if found is None:
-            new = path.with_suffix(".tmp")
-            with open(new, "wb") as file:
-                file.write(json.dumps({"job": job}).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(new, path)
-            sync_directory(path.parent)
-        else:
-            self._read(path)
-        self._file = open(path, "ab")  # noqa: SIM115 - open as long as the run
-
-    @staticmethod
-    def job_of(path: Path) -> Any:
-        """The job of an existing journal, None where there is no journal."""
-        try:
-            with open(path, "rb") as file:
-                first = json.loads(file.readline())
-            return first["job"]
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (ValueError, TypeError, KeyError, RecursionError, IsADirectoryError):
-            return "not a journal of moescale"
-
-    def _read(self, path: Path) -> None:
-        lines = path.read_bytes().split(b"\n")
-        complete = lines[:-1]  # what follows the last line end is torn
-        for line in complete[1:]:
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                entry = json.loads(line)
-                self.entries[entry["file"]] = {
-                    "size": entry["size"],
-                    "sha256": entry["sha256"],
-                    "stamp": entry["stamp"],
-                }
-        if lines[-1]:
-            with open(path, "r+b") as file:
-                file.truncate(sum(len(line) + 1 for line in complete))
-
-    def add(self, name: str, written: Written, stamp: list[int] | None) -> None:
-        entry = {"file": name, "size": written.size, "sha256": written.sha256, "stamp": stamp}
-        with self._mutex:
-            self._file.write(json.dumps(entry).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class _Lock:
-    """One run at a time; the operating system lets go of it when the process dies."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._fd = -1
-
-    def acquire(self) -> None:
-        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | _BINARY, 0o666)
-        try:
-            _lock_file(fd)
-            held = os.fstat(fd).st_ino == self._path.stat().st_ino
-        except OSError:
-            held = False
-        if not held:
-            os.close(fd)
-            raise DestinationError(
-                f"{self._path.parent.parent}: another run of moescale is writing here",
-                hint="Wait for it, or give another destination.",
-            )
-        self._fd = fd
-
-    def release(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _lock_file(fd: int) -> None:
-        msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-
-    def sync_directory(path: Path) -> None:
-        """Directories cannot be synced on Windows."""
-
-else:
-    import fcntl
-
-    def _lock_file(fd: int) -> None:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    def sync_directory(path: Path) -> None:
-        """Make the names in a directory durable."""
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
 def _stamp(path: Path) -> list[int] | None:
     """What changes when the file does: size, time of last change, of content and of entry."""
     try:
@@ -539,7 +434,7 @@ def _names(root: Path, skip: frozenset[str], prefix: str = "") -> Iterator[str]:
 def _remove_empty_folders(root: Path) -> None:
     for folder, _, _ in os.walk(root, topdown=False):
         path = Path(folder)
-        if path != root and path.relative_to(root).parts[0] not in NOT_CHECKPOINT | {STATE}:
+        if path != root and path.relative_to(root).parts[0] not in NOT_CHECKPOINT:
             with contextlib.suppress(OSError):
                 path.rmdir()
 
