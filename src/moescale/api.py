@@ -10,13 +10,13 @@ from typing import Any
 
 from moescale.convert import Status, fill_digests, run
 from moescale.errors import DestinationError, UsageError
+from moescale.files import PROVENANCE
 from moescale.options import Options
 from moescale.plan import Plan, make_plan
-from moescale.repos.base import Progress, Source
+from moescale.repos.base import Progress, Sink, Source
+from moescale.repos.hub import HubPlace, is_repo_id, parse_place
 from moescale.repos.local import LocalSink, LocalSource
 from moescale.verify import verify as compare
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,38 +27,54 @@ class Result:
         plan: what was to be done.
         status: ``new``, ``resume``, ``replace``, or ``done`` if there was nothing left to do.
         verified: the output was read again and compared.
+        url: where the output can be looked at, if it is on the Hub.
+        remarks: what else there is to know.
     """
 
     plan: Plan
     status: Status
     verified: bool
+    url: str | None = None
+    remarks: tuple[str, ...] = ()
 
 
-def plan(source: str | Path, destination: str | Path | None = None, **options: Any) -> Plan:
+def plan(
+    source: str | Path,
+    destination: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    **options: Any,
+) -> Plan:
     """Decide what a conversion would do; reads the config, the index and the shard headers.
 
     Args:
-        source: a directory.
-        destination: a directory, for the record only; nothing is written.
+        source: a directory, ``org/name``, or ``hf://org/name[@revision]``.
+        destination: a directory or ``hf://org/name[@branch]``, for the record only.
+        revision: of a source that is given as ``org/name``.
         options: the fields of `Options`.
 
     Raises:
         UsageError: an option is wrong by itself.
         SourceError: the checkpoint cannot be rescaled so.
     """
+    wanted = Options(**options)
     if destination is not None:
-        _check_places(Path(source), Path(destination))
+        check_places(str(source), str(destination), revision)
     name = None if destination is None else str(destination)
-    return make_plan(_source(source), Options(**options), name)
+    return make_plan(open_source(str(source), revision), wanted, name)
 
 
 def convert(
     source: str | Path,
     destination: str | Path,
     *,
+    revision: str | None = None,
     jobs: int | None = None,
     overwrite: bool = False,
     check: bool = False,
+    private: bool | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
     progress: Progress = lambda name, size: None,
     planned: Callable[[Plan], None] = lambda plan: None,
     **options: Any,
@@ -66,11 +82,16 @@ def convert(
     """Rescale a checkpoint; continues an interrupted run of the same job.
 
     Args:
-        source: a directory.
-        destination: a directory; nothing in it loads before everything is there.
-        jobs: shards at once; by default the number of cores, at most 8.
+        source: a directory, ``org/name``, or ``hf://org/name[@revision]``.
+        destination: a directory or ``hf://org/name[@branch]``; nothing in it loads before
+            everything is there.
+        revision: of a source that is given as ``org/name``.
+        jobs: shards at once; by default the number of cores, at most 8, and 2 to the Hub.
         overwrite: replace a destination that holds something else.
         check: afterwards read source and output again and prove the output.
+        private: whether a repo that has to be made is private; None for the Hub's default.
+        create_pr: open a pull request instead of changing the branch.
+        commit_message: of the commit that brings the output.
         progress: called with a file's name and a number of bytes, from several threads.
         planned: called with the plan before anything is written.
         options: the fields of `Options`.
@@ -78,11 +99,14 @@ def convert(
     Raises:
         MoescaleError: see `moescale.errors`; a rerun resumes wherever it can.
     """
-    _check_places(Path(source), Path(destination))
-    reader, sink = _source(source), LocalSink(Path(destination))
-    plan = make_plan(reader, Options(**options), str(destination))
+    wanted = Options(**options)
+    check_places(str(source), str(destination), revision)
+    sink = open_sink(str(destination), private, create_pr, commit_message)
+    reader = open_source(str(source), revision)
+    _check_not_source(reader, sink)
+    plan = make_plan(reader, wanted, str(destination))
     planned(plan)
-    jobs = default_jobs() if jobs is None else jobs
+    jobs = default_jobs(sink) if jobs is None else jobs
     outcome = run(plan, reader, sink, jobs=jobs, overwrite=overwrite, progress=progress)
     if outcome.status == "stale" and not check:
         raise DestinationError(
@@ -91,52 +115,126 @@ def convert(
         )
     if check:
         verify_output(plan, reader, sink, jobs, progress)
-    return Result(plan, outcome.status, check)
+    return Result(plan, outcome.status, check, sink.url, tuple(sink.remarks))
 
 
 def verify(
-    source: str | Path, destination: str | Path, *, jobs: int | None = None, **options: Any
+    source: str | Path,
+    destination: str | Path,
+    *,
+    revision: str | None = None,
+    jobs: int | None = None,
+    **options: Any,
 ) -> Result:
     """Prove that `destination` is what `convert` with the same options makes of `source`.
 
     Raises:
         VerificationError: with file, tensor and offset of the first difference.
     """
-    reader = _source(source)
-    plan = make_plan(reader, Options(**options), str(destination))
-    verify_output(plan, reader, LocalSink(Path(destination)), jobs or default_jobs())
+    wanted = Options(**options)
+    reader = open_source(str(source), revision)
+    sink = open_sink(str(destination))
+    plan = make_plan(reader, wanted, str(destination))
+    verify_output(plan, reader, sink, jobs or default_jobs(sink))
     return Result(plan, "done", True)
 
 
 def verify_output(
     plan: Plan,
     source: Source,
-    sink: LocalSink,
+    sink: Sink,
     jobs: int,
     progress: Progress = lambda name, size: None,
 ) -> None:
     """Verify a finished output, and note the digests in its provenance."""
-    written = compare(plan, source, LocalSource(sink.root), jobs=jobs, progress=progress)
-    fill_digests(sink, plan, written)
+    output = _as_source(sink)
+    written = compare(plan, source, output, jobs=jobs, progress=progress)
+    fill_digests(sink, plan, written, output.read(PROVENANCE))
 
 
-def default_jobs() -> int:
-    """As many shards at once as there are cores, at most 8."""
-    return min(8, os.cpu_count() or 1)
+def default_jobs(sink: Sink) -> int:
+    """As many shards at once as there are cores, at most 8; to the Hub 2, for the memory."""
+    return min(8 if isinstance(sink, LocalSink) else 2, os.cpu_count() or 1)
 
 
-def _source(source: str | Path) -> Source:
-    return LocalSource(Path(source))
+def open_source(text: str, revision: str | None = None) -> Source:
+    """An existing directory wins over a repo id.
+
+    Raises:
+        UsageError: a revision is given twice, or for a directory.
+        SourceError: it is neither a directory nor a repo that can be read.
+    """
+    if not text.startswith("hf://") and (Path(text).is_dir() or not is_repo_id(text)):
+        if revision is not None:
+            raise UsageError(f"--revision goes with a repo on the Hub; {text} is a directory")
+        return LocalSource(Path(text))
+    place = parse_place(text)
+    if revision is not None and place.revision is not None:
+        raise UsageError(f"{text} names a revision already; leave --revision out")
+    from moescale.repos.hub_source import open_hub_source
+
+    return open_hub_source(HubPlace(place.repo, revision or place.revision))
 
 
-def _check_places(source: Path, destination: Path) -> None:
+def open_sink(
+    text: str,
+    private: bool | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+) -> Sink:
+    """A directory, unless the text starts with ``hf://``.
+
+    Raises:
+        UsageError: an option of the Hub is given for a directory.
+    """
+    if not text.startswith("hf://"):
+        if private is not None or create_pr or commit_message is not None:
+            raise UsageError(f"--private, --create-pr and --commit-message need hf://, not {text}")
+        return LocalSink(Path(text))
+    from moescale.repos.hub_sink import HubOptions, HubSink
+
+    return HubSink(parse_place(text), HubOptions(private, create_pr, commit_message))
+
+
+def _as_source(sink: Sink) -> Source:
+    """What was written, for reading."""
+    if isinstance(sink, LocalSink):
+        return LocalSource(sink.root)
+    from moescale.repos.hub_sink import HubSink
+    from moescale.repos.hub_source import HubSource
+
+    assert isinstance(sink, HubSink)
+    return HubSource(HubPlace(sink.place.repo, sink.published or sink.branch))
+
+
+def check_places(source: str, destination: str, revision: str | None) -> None:
     """Refuse a destination that is the source, or inside it, or around it.
 
     Raises:
         UsageError: writing there would change the source.
     """
-    one, other = source.resolve(), destination.resolve()
-    if one == other:
+    if destination.startswith("hf://"):
+        place = parse_place(destination)
+        if source.startswith("hf://") or (not Path(source).is_dir() and is_repo_id(source)):
+            other = parse_place(source)
+            branches = (place.revision or "main", revision or other.revision or "main")
+            if place.repo == other.repo and branches[0] == branches[1]:
+                raise UsageError(f"{destination}: is the branch that the source is read from")
+        return
+    if source.startswith("hf://"):
+        return
+    one, other_folder = Path(source).resolve(), Path(destination).resolve()
+    if one == other_folder:
         raise UsageError(f"{destination}: source and destination are the same directory")
-    if other.is_relative_to(one) or one.is_relative_to(other):
+    if other_folder.is_relative_to(one) or one.is_relative_to(other_folder):
         raise UsageError(f"{destination}: source and destination lie inside one another")
+
+
+def _check_not_source(source: Source, sink: Sink) -> None:
+    """Refuse to write onto the branch whose head is the commit that is read.
+
+    Raises:
+        UsageError: the source was given as a commit or a tag of that branch.
+    """
+    if sink.is_at(source.identity):
+        raise UsageError(f"{sink.identity}: is the branch that the source is read from")

@@ -34,9 +34,12 @@ Examples:
 \b
   moescale ./Mixtral-8x7B ./Mixtral-8x7B-3 --experts 3 --dry-run
   moescale ./Mixtral-8x7B ./Mixtral-8x7B-3 --experts 3 --verify
+  moescale Qwen/Qwen3-30B-A3B ./Qwen3-30B-A3B-16 --experts 16
+  moescale Qwen/Qwen3-30B-A3B hf://me/Qwen3-30B-A3B-16 --experts 16 --private
   moescale ./merged ./merged-4 --experts 4 --trained-experts 1
 
-SRC is a directory with a checkpoint in safetensors, DST the directory to write. The routed
+SRC is a directory, a repo on the Hugging Face Hub (org/name or hf://org/name@revision), DST a
+directory or hf://org/name; nothing is uploaded unless hf:// says so. The routed
 experts' down-projections are multiplied by a factor that keeps the expected norm of the routed
 output, and the number in config.json is set. SRC is never written to; an interrupted run
 is continued by the same command.
@@ -94,6 +97,10 @@ def _command(
             metavar="FILE", help="Factors by layer as JSON, or an earlier output's moescale.json."
         ),
     ] = None,
+    revision: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="REV", help="Branch, tag or commit of a SRC given as org/name."),
+    ] = None,
     part: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(metavar="NAME", help="Which MoE of a checkpoint that has several."),
@@ -113,10 +120,27 @@ def _command(
         Optional[str],  # noqa: UP045
         typer.Option(metavar="KEY", help="The config key of the experts per token, likewise."),
     ] = None,
+    private: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(
+            "--private/--public", help="Of a repo that has to be made; default: the Hub's own."
+        ),
+    ] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request on the Hub instead.")
+    ] = False,
+    commit_message: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="TEXT", help="Of the commit on the Hub."),
+    ] = None,
     jobs: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(
-            "-j", "--jobs", metavar="N", min=1, help="Shards at once; default: cores, at most 8."
+            "-j",
+            "--jobs",
+            metavar="N",
+            min=1,
+            help="Shards at once; default: cores, at most 8, and 2 to the Hub.",
         ),
     ] = None,
     dry_run: Annotated[
@@ -159,11 +183,20 @@ def _command(
         if factors is not None:
             options["factors"] = _read_factors(factors)
         if dry_run:
+            options["revision"] = revision
             _show_plan(source, destination, options, as_json, quiet, verbose)
         elif destination is None:
             raise errors.UsageError("DST is missing", hint="Only --dry-run does without it.")
         else:
-            run = {"jobs": jobs, "overwrite": overwrite, "check": verify}
+            run = {
+                "revision": revision,
+                "jobs": jobs,
+                "overwrite": overwrite,
+                "check": verify,
+                "private": private,
+                "create_pr": create_pr,
+                "commit_message": commit_message,
+            }
             _convert(source, destination, options, run, as_json, quiet, verbose)
     except KeyboardInterrupt:
         raise errors.InterruptedRun("interrupted; the same command resumes") from None
@@ -223,7 +256,7 @@ def _convert(
             source, destination, progress=progress.step, planned=planned, **run, **options
         )
     if as_json:
-        outcome = {"status": result.status, "verified": result.verified}
+        outcome = {"status": result.status, "verified": result.verified, "url": result.url}
         print(json.dumps({**result.plan.as_json(), "result": outcome}, indent=2))
         return
     if talk:

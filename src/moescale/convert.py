@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from moescale import card, provenance
 from moescale.checkpoint.rewrite import rewrite
@@ -108,8 +108,9 @@ def run(
         return Outcome(status, {})
     sink.begin(provenance.job(plan), replace=status == "replace")
     try:
-        written = _stream(plan, source, sink, jobs, progress)
         small = small_files(plan, source)
+        sink.check_card(small[CARD])
+        written = _stream(plan, source, sink, jobs, progress)
         written |= {name: _written(data) for name, data in small.items()}
         if CARD in small:
             sink.put(CARD, small.pop(CARD))
@@ -139,7 +140,7 @@ def _stream(
     plan: Plan, source: Source, sink: Sink, jobs: int, progress: Progress
 ) -> dict[str, Written]:
     """Write every large file that an earlier run has not finished."""
-    finished = sink.finished()
+    finished = {**sink.finished(), **_copied(plan, source, sink)}
     done = {f.name: finished[f.name] for f in plan.large_files if f.name in finished}
     left = [file for file in plan.large_files if file.name not in done]
     for name, written in done.items():
@@ -162,8 +163,19 @@ def _stream(
             pool.shutdown(wait=False, cancel_futures=True)
             if not all(future.done() for future in futures.values()):
                 stop.set()
+                sink.cancel()
     _raise_first([f.exception() for f in futures.values() if not f.cancelled()])
     return done | {name: future.result() for name, future in futures.items()}
+
+
+def _copied(plan: Plan, source: Source, sink: Sink) -> Mapping[str, Written]:
+    """The files that stay as they are, as far as they can be copied where they lie."""
+    if source.identity.kind != "hub":
+        return {}
+    files = source.files()
+    return sink.copy(
+        [files[f.name] for f in plan.large_files if f.action == "copy"], source.identity
+    )
 
 
 def _raise_first(errors: list[BaseException | None]) -> None:
@@ -179,7 +191,8 @@ def _write(
 ) -> Written:
     """Write one large file."""
     try:
-        with sink.shard(file.name, plan.output_size(file)) as writer:
+        digest = source.identity.kind == "hub"  # the bytes come through memory in any case
+        with sink.shard(file.name, plan.output_size(file), digest) as writer:
             with source.open(file.name) as reader:
                 rewrite(reader, writer, plan.segments(file), file.name, advance)
             return writer.finish()
@@ -199,6 +212,8 @@ def _failed(name: str, error: OSError) -> MoescaleError:
     )
 
 
-def fill_digests(sink: Any, plan: Plan, written: Mapping[str, Written]) -> None:
+def fill_digests(sink: Sink, plan: Plan, written: Mapping[str, Written], found: bytes) -> None:
     """Put the digests that a verification found into the output's provenance."""
-    sink.amend(PROVENANCE, provenance.encode(provenance.provenance(plan, written)))
+    content = provenance.encode(provenance.provenance(plan, written))
+    if content != found:
+        sink.amend(PROVENANCE, content)

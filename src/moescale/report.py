@@ -228,4 +228,4 @@ def summary(result: Result, seconds: float) -> str:
         if result.verified
         else "Run the same command with --verify to prove the output."
     )
-    return f"{first}\n{proof}"
+    return "\n".join([first, *result.remarks, *([result.url] if result.url else []), proof])

@@ -111,6 +111,7 @@ def rewrite(
     """
     for part in parts:
         if part.data is not None:
+            _read_replaced(reader, part)
             writer.write(memoryview(part.data))
             advance(len(part.data))
         elif part.edit is None:
@@ -129,18 +130,32 @@ def rewrite(
 
 def expected(reader: Reader, parts: Iterable[Segment]) -> Iterator[tuple[Segment, memoryview]]:
     """The bytes that the output must have, piece by piece, each with its segment."""
-    buffer = memoryview(bytearray(PIECE))
     for part in parts:
         if part.data is not None:
+            _read_replaced(reader, part)
             yield part, memoryview(part.data)
         elif part.edit is None:
-            for start in range(part.start, part.stop, PIECE):
-                piece = buffer[: min(PIECE, part.stop - start)]
-                reader.read_into(piece, start)
+            for piece in pieces(reader, part.start, part.stop):
                 yield part, piece
         else:
             for piece, _ in edited(reader, part.edit):
                 yield part, piece
+
+
+def _read_replaced(reader: Reader, part: Segment) -> None:
+    """Read what is replaced all the same: a source may digest what it sends."""
+    for _ in pieces(reader, part.start, part.stop):
+        pass
+
+
+def pieces(reader: Reader, start: int, stop: int) -> Iterator[memoryview]:
+    """The bytes of a stretch, in pieces of at most 1 MiB; each is valid until the next."""
+    buffer = memoryview(bytearray(min(PIECE, stop - start)))
+    while start < stop:
+        piece = buffer[: stop - start]
+        reader.read_into(piece, start)
+        yield piece
+        start += len(piece)
 
 
 def edited(reader: Reader, edit: Edit) -> Iterator[tuple[memoryview, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -83,9 +83,17 @@ class ShardWriter(Writer, Protocol):
 class Sink(Protocol):
     """A repo to write to. Nothing under a final name is ever incomplete."""
 
+    remarks: list[str]
+    """What the user should hear at the end."""
+    url: str | None
+    """Where the output can be looked at, if it has an address."""
+
     @property
     def identity(self) -> str:
         """How the user calls this place."""
+
+    def is_at(self, source: SourceId) -> bool:
+        """Whether this place is where the source is read from."""
 
     def existing(self) -> Mapping[str, int]:
         """Name and size of what is there, without the state of an unfinished run."""
@@ -108,8 +116,17 @@ class Sink(Protocol):
     def finished(self) -> Mapping[str, Written]:
         """The large files that an earlier run of the same job has finished."""
 
-    def shard(self, name: str, size: int) -> AbstractContextManager[ShardWriter]:
-        """Start a large file of `size` bytes; leaving the context without `finish` discards it."""
+    def check_card(self, card: bytes) -> None:
+        """Refuse a card that the place would not take."""
+
+    def copy(self, files: Iterable[FileInfo], source: SourceId) -> Mapping[str, Written]:
+        """Copy files of the source without moving their bytes; those that this place can."""
+
+    def shard(self, name: str, size: int, digest: bool) -> AbstractContextManager[ShardWriter]:
+        """Start a large file of `size` bytes; leaving the context without `finish` discards it.
+
+        With `digest` its SHA-256 is wanted, although that keeps bytes from the kernel's copy.
+        """
 
     def put(self, name: str, data: bytes) -> Written:
         """Write a small file whole."""
@@ -119,6 +136,9 @@ class Sink(Protocol):
 
     def amend(self, name: str, data: bytes) -> None:
         """Replace a small file of a finished output."""
+
+    def cancel(self) -> None:
+        """Wake up the threads that wait for this place; the run ends."""
 
     def close(self) -> None:
         """Let go of the place; an unfinished run can be continued."""
@@ -141,12 +161,3 @@ def check_name(name: str, where: str) -> str:
             hint="Such a name could write outside the destination; the repo is broken or hostile.",
         )
     return name
-
-
-def read_pieces(reader: Reader, start: int, stop: int, buffer: memoryview) -> Iterator[memoryview]:
-    """Yield the bytes from `start` to `stop` in pieces that fit the buffer."""
-    while start < stop:
-        piece = buffer[: min(len(buffer), stop - start)]
-        reader.read_into(piece, start)
-        yield piece
-        start += len(piece)

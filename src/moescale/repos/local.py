@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moescale.checkpoint.rewrite import PIECE, Reader
+from moescale.checkpoint.rewrite import Reader, pieces
 from moescale.errors import CheckpointError, DestinationError, RewriteError, SourceError
 from moescale.repos.base import SMALL_FILE_BYTES, FileInfo, SourceId, Written, check_name
 from moescale.repos.journal import Journal, Lock, sync_directory
@@ -47,8 +48,8 @@ _BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 class LocalSource:
     """A checkpoint in a directory, which may be a snapshot of the Hub's cache."""
 
-    def __init__(self, root: Path) -> None:
-        """`root` is an existing directory.
+    def __init__(self, root: Path, identity: SourceId | None = None) -> None:
+        """`root` is an existing directory; `identity` says what it is a copy of.
 
         Raises:
             SourceError: it is not a directory, or an output that is not finished.
@@ -64,7 +65,7 @@ class LocalSource:
         self._files: dict[str, FileInfo] | None = None
         self._states: dict[str, list[int]] = {}
         repo, revision = _hub_cache_snapshot(self.root)
-        self.identity = SourceId("local", str(root), revision, repo)
+        self.identity = identity or SourceId("local", str(root), revision, repo)
 
     def files(self) -> Mapping[str, FileInfo]:
         """All regular files, by name relative to the root.
@@ -187,36 +188,37 @@ else:  # Windows, and macOS before 11; each reader is used by one thread only
 class LocalWriter:
     """A file under a temporary name."""
 
-    def __init__(self, sink: LocalSink, name: str, temporary: Path) -> None:
+    def __init__(self, sink: LocalSink, name: str, temporary: Path, digest: bool) -> None:
         self._sink = sink
         self._name = name
         self._temporary = temporary
         self._position = 0
+        self._digest = hashlib.sha256() if digest else None
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | _BINARY
         self.fd = os.open(temporary, flags, 0o666)
 
     def write(self, data: memoryview) -> None:
         """Append the bytes."""
+        if self._digest is not None:
+            self._digest.update(data)
         while data:
             size = os.write(self.fd, data)
             data = data[size:]
-            self._moved(size)
+            self._position += size
 
     def copy_from(self, reader: Reader, start: int, stop: int) -> Iterator[int]:
         """Append a stretch of another file, inside the kernel where it can."""
-        if isinstance(reader, LocalReader) and hasattr(os, "copy_file_range"):
+        in_kernel = isinstance(reader, LocalReader) and hasattr(os, "copy_file_range")
+        if in_kernel and self._digest is None:
+            assert isinstance(reader, LocalReader)
             while start < stop:
                 size = self._kernel_copy(reader, start, stop)
                 if not size:
                     break
                 start += size
                 yield size
-        buffer = memoryview(bytearray(min(PIECE, stop - start)))
-        while start < stop:
-            piece = buffer[: stop - start]
-            reader.read_into(piece, start)
+        for piece in pieces(reader, start, stop):
             self.write(piece)
-            start += len(piece)
             yield len(piece)
 
     def _kernel_copy(self, reader: LocalReader, start: int, stop: int) -> int:
@@ -237,16 +239,14 @@ class LocalWriter:
         if size == 0:
             raise reader.ended(start)
         os.lseek(self.fd, self._position + size, os.SEEK_SET)
-        self._moved(size)
+        self._position += size
         return size
 
-    def _moved(self, size: int) -> None:
-        self._position += size
-
-    def finish(self, sha256: str | None = None) -> Written:
+    def finish(self) -> Written:
         """Sync, rename to the file's own name, sync the directory, note it in the journal."""
         os.fsync(self.fd)
         self.close()
+        sha256 = None if self._digest is None else self._digest.hexdigest()
         return self._sink.commit_file(self._temporary, self._name, sha256)
 
     def close(self) -> None:
@@ -263,9 +263,15 @@ class LocalSink:
         """Nothing is created before `begin`."""
         self.root = root.absolute()
         self.identity = str(root)
+        self.remarks: list[str] = []
+        self.url: str | None = None
         self._state = self.root / STATE
         self._journal: Journal | None = None
         self._lock = Lock(self._state / "lock")
+
+    def is_at(self, source: SourceId) -> bool:
+        """Whether the source is this directory."""
+        return source.kind == "local" and Path(source.id).resolve() == self.root.resolve()
 
     def existing(self) -> dict[str, int]:
         """Name and size of what is there now, without the state of an unfinished run.
@@ -334,6 +340,16 @@ class LocalSink:
         for leftover in self._state.glob("*.tmp"):
             leftover.unlink()
 
+    def check_card(self, card: bytes) -> None:
+        """A directory takes every card."""
+
+    def copy(self, files: Iterable[FileInfo], source: SourceId) -> dict[str, Written]:
+        """Every file has to be read."""
+        return {}
+
+    def cancel(self) -> None:
+        """Nobody waits for a disk for ever."""
+
     def finished(self) -> dict[str, Written]:
         """What the journal lists and the directory still holds unchanged."""
         assert self._journal is not None
@@ -344,10 +360,10 @@ class LocalSink:
         }
 
     @contextmanager
-    def shard(self, name: str, size: int) -> Iterator[LocalWriter]:
+    def shard(self, name: str, size: int, digest: bool = False) -> Iterator[LocalWriter]:
         """A writer for a file of `size` bytes; leaving without `finish` discards it."""
         temporary = self._temporary(name)
-        writer = LocalWriter(self, name, temporary)
+        writer = LocalWriter(self, name, temporary, digest)
         try:
             yield writer
         finally:
@@ -356,7 +372,7 @@ class LocalSink:
 
     def put(self, name: str, data: bytes) -> Written:
         """Write a small file whole, as durable as a large one."""
-        with self.shard(name, len(data)) as writer:
+        with self.shard(name, len(data), digest=True) as writer:
             writer.write(memoryview(data))
             return writer.finish()
 
