@@ -481,15 +481,8 @@ class HubSink:
                 )
 
     def _delete_working_branch(self) -> None:
-        from huggingface_hub.errors import RevisionNotFoundError
-
-        def delete() -> None:
-            try:
-                hub.api().delete_branch(self.place.repo, branch=self._working)
-            except RevisionNotFoundError:
-                return
-
-        self._ask(delete)
+        if self._head_of(self._working) is not None:
+            self._ask(lambda: hub.api().delete_branch(self.place.repo, branch=self._working))
 
     def _ask(self, call: Callable[[], _T]) -> _T:
         return hub.retried(call, self.identity, DestinationError)
