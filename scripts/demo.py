@@ -49,7 +49,10 @@ def main() -> None:
     """Make the checkpoint, rescale and verify it, show what came of it."""
     folder = Path(sys.argv[1])
     source, output = folder / "mixtral-2", folder / "mixtral-3"
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists() and not source.exists():
+        sys.exit(f"{folder} exists and is no demo of ours; give another folder")
+    shutil.rmtree(source, ignore_errors=True)
+    shutil.rmtree(output, ignore_errors=True)
     make_checkpoint(source)
     print(f"A Mixtral with random weights is in {source}. Rescaling it from 2 to 3 experts:\n")
     command = [sys.executable, "-m", "moescale", str(source), str(output), "-k", "3", "--verify"]

@@ -28,7 +28,7 @@ from moescale.checkpoint.scaling import Edit
 from moescale.errors import CheckpointError, SourceError, UnsupportedError, UsageError
 from moescale.files import PROVENANCE, PlannedFile, plan_files
 from moescale.model.count import CONFIG, parse_config, set_count
-from moescale.model.experts import Layer, Projection
+from moescale.model.experts import Layer, Projection, experts_of_layer
 from moescale.model.formats import Role, scaled_tensors
 from moescale.model.lookup import Moe, find_moe
 from moescale.model.router import Router, largest_count
@@ -308,11 +308,19 @@ def _experts(moe: Moe, options: Options) -> Experts:
             f"model type {moe.model_type!r} cannot run with {after} experts per token: {row.fixed}",
             hint="--factor scales the experts and leaves their number as it is.",
         )
-    largest = largest_count(row, moe.section, moe.total)
+    own = moe.section.get("per_layer_config")
+    overrides = own.values() if isinstance(own, dict) else ()
+    if after != before and any(isinstance(o, dict) and row.count[0] in o for o in overrides):
+        raise UnsupportedError(
+            f"config.json: per_layer_config gives single layers their own {row.count[0]}",
+            hint="Set those numbers yourself, then use --factors without --experts.",
+        )
+    fewest = min(experts_of_layer(moe.section, p.layer.number, moe.total) for p in moe.projections)
+    largest = largest_count(row, moe.section, fewest)
     for name, count in (("--experts", after), ("--trained-experts", trained)):
         if max(_as_tuple(count)) > largest:
-            limit = f"it has {moe.total} routed experts"
-            if largest < moe.total:
+            limit = f"it has {fewest} routed experts"
+            if largest < fewest:
                 limit += f", of which its group-limited router can choose {largest}"
             raise UnsupportedError(
                 f"{name} is {count}, but {limit}", hint=f"Choose from 1 to {largest}."

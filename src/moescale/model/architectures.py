@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from moescale.errors import UnsupportedError
 
@@ -124,6 +124,7 @@ class Architecture:
         stacks: the stacks of layers that belong to `part`; None for all that no other part has.
         moes: MoEs in one layer that share count and numbering.
         fixed: why another count is refused.
+        fixed_count: the number that the code fixes.
         fixed_tensor: `fixed` holds only where the checkpoint has a tensor that ends so.
         no_effect: why scaling the down-projections has no effect on this model.
         partly: what scaling the down-projections does not reach.
@@ -142,6 +143,7 @@ class Architecture:
     stacks: frozenset[str] | None = None
     moes: int = 1
     fixed: str | None = None
+    fixed_count: int | None = None
     fixed_tensor: str | None = None
     no_effect: str | None = None
     partly: str | None = None
@@ -210,7 +212,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         part="talker",
         stacks=frozenset({"talker"}),
         sections=("talker_config.text_config",),
-        moe_layers=SparseStep(),
+        moe_layers=All(),
     ),
     # DeepSeek and what is built like it
     _group_limited("deepseek_v2", NEVER, moe_layers=FirstDense(0)),
@@ -218,7 +220,12 @@ ROWS: Final[tuple[Architecture, ...]] = (
     _group_limited("unlimited_ocr", NEVER),
     _group_limited("deepseek_v3", NORM_TRUE, moe_layers=FirstDense(3)),
     _group_limited("deepseek_v32", NORM_TRUE, moe_layers=FirstDense(3)),
-    _group_limited("kimi_k25", NORM_TRUE, moe_layers=FirstDense(3)),
+    _group_limited(
+        "kimi_k25",
+        NORM_TRUE,
+        experts=(*MLP, "blocks.{L}.mlp.experts.{E}.down_proj"),
+        moe_layers=FirstDense(3),
+    ),
     _group_limited(
         "kimi_linear", Flag("moe_renormalize", True), experts=SPARSE_MOE, count=_PER_TOKEN
     ),
@@ -377,6 +384,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         ALWAYS,
         count=(),
         fixed="its router always takes 2 experts",
+        fixed_count=2,
     ),
     Architecture(
         "switch_transformers",
@@ -387,6 +395,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         NEVER,
         count=(),
         fixed="its router always takes 1 expert",
+        fixed_count=1,
     ),
     # Remote code: types that transformers does not know under this name
     _group_limited("kimi_k2", NORM_TRUE, moe_layers=FirstDense(3)),
@@ -424,6 +433,3 @@ def parts(model_type: str) -> tuple[Architecture, ...]:
 def known_types() -> tuple[str, ...]:
     """The model types of the table, sorted."""
     return tuple(sorted({row.model_type for row in ROWS}))
-
-
-Effect = Literal["all", "part", "none"]

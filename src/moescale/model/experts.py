@@ -202,9 +202,11 @@ def check_complete(
     for projection in projections:
         by_layer[projection.layer].append(projection)
     for layer, members in by_layer.items():
-        _check_layer(layer, members, total, architecture.moes)
+        _check_layer(
+            layer, members, experts_of_layer(section, layer.number, total), architecture.moes
+        )
     _check_layers(set(by_layer), architecture, section)
-    _check_siblings(projections, list(names))
+    _check_routers(projections, list(names))
 
 
 def _check_layer(layer: Layer, members: list[Projection], total: int, moes: int) -> None:
@@ -284,49 +286,34 @@ def _is_moe(layer: int, rule: MoeLayers, section: Mapping[str, Any]) -> bool:
     return layer >= (rule.default if first is None else first) and layer % every == 0
 
 
-def _check_siblings(projections: list[Projection], names: list[str]) -> None:
-    """Every layer that has a router, and every expert that has any tensor, needs its projection.
-
-    This needs no config, so it also holds where the config does not tell the MoE layers.
-    """
-    places: dict[tuple[str, str], set[tuple[str, str | None]]] = defaultdict(set)
+def _check_routers(projections: list[Projection], names: list[str]) -> None:
+    """Every layer that has a router needs down-projections, whatever the config says."""
+    layers: dict[tuple[str, str], set[str]] = defaultdict(set)
     for projection in projections:
-        head, number, block, expert = _place(projection)
-        places[head, block].add((number, expert))
-    for (head, block), present in places.items():
-        layers = {number for number, _ in present}
-        pattern = re.compile(rf"{re.escape(head)}(\d+){re.escape(block)}{_SIBLING}")
+        start, stop = projection.number_at
+        layers[projection.module[:start], _block(projection.module[stop:])].add(
+            projection.module[start:stop]
+        )
+    for (head, block), present in layers.items():
+        router = re.compile(rf"{re.escape(head)}(\d+){re.escape(block)}{_ROUTER}")
         for name in names:
-            match = pattern.match(name)
-            if match is None:
-                continue
-            if match[1] not in layers:
-                raise _orphan(name, f"layer {match[1]} has no routed down-projections")
-            if match[2] is not None and not present & {(match[1], match[2]), (match[1], None)}:
-                raise _orphan(name, f"expert {match[2]} of its layer has no down-projection")
+            match = router.match(name)
+            if match is not None and match[1] not in present:
+                raise CheckpointError(
+                    f"{name}: is the router of layer {match[1]}, which has no routed"
+                    " down-projections",
+                    hint="The checkpoint is incomplete; fetch the missing shard again.",
+                )
 
 
-_SIBLING = r"(?:(?:gate|router)(?:\.|_weight|_gate)|experts\.(?:expert_)?(\d+)\.)"
-"""What follows the name of a MoE block in the names of its router and of its experts."""
+_ROUTER = r"(?:gate|router)(?:\.|_weight|_gate)"
+"""What follows the name of a MoE block in the names of its router."""
 
 
-def _place(projection: Projection) -> tuple[str, str, str, str | None]:
-    """What stands before the layer's number, the number, and the rest of the MoE block's name."""
-    start, stop = projection.number_at
-    head, number, rest = (
-        projection.module[:start],
-        projection.module[start:stop],
-        projection.module[stop:],
-    )
-    block = re.split(r"experts\b", rest)[0] if "experts" in rest else rest.rpartition(".")[0] + "."
-    return head, number, block, (None if projection.expert is None else str(projection.expert))
-
-
-def _orphan(name: str, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"{name}: belongs to a MoE layer, but {why}",
-        hint="The checkpoint is incomplete; fetch the missing shard again.",
-    )
+def _block(rest: str) -> str:
+    """The name of the MoE block after the layer's number: ``.mlp.`` of ``.mlp.experts.0.w2``."""
+    before_experts, experts, _ = rest.partition("experts.")
+    return before_experts if experts else rest.rpartition(".")[0] + "."
 
 
 def total_experts(architecture: Architecture, section: Mapping[str, Any]) -> int:
@@ -343,6 +330,18 @@ def total_experts(architecture: Architecture, section: Mapping[str, Any]) -> int
     raise UnsupportedError(
         f"config.json: does not say how many routed experts a layer has ({keys})"
     )
+
+
+def experts_of_layer(section: Mapping[str, Any], layer: int, total: int) -> int:
+    """Routed experts of one layer, where the config gives some layers another number."""
+    own = section.get("per_layer_config")
+    number = own.get(str(layer)) if isinstance(own, dict) else None
+    if isinstance(number, dict) and type(number.get("num_local_experts")) is int:
+        return int(number["num_local_experts"])
+    pyramid = section.get("pyramid_num_routed")
+    if isinstance(pyramid, list) and layer < len(pyramid) and type(pyramid[layer]) is int:
+        return pyramid[layer] if pyramid[layer] > 0 else total
+    return total
 
 
 def looks_routed(names: Iterable[str], limit: int = 3) -> list[str]:

@@ -76,12 +76,12 @@ def find_moe(
     if experts_key is not None:
         row = _with_key(row, experts_key)
     places = spellings(config, row.sections, row.count)
-    if not places:
+    if not places and row.fixed_count is None:
         raise UnsupportedError(
             f"{CONFIG}: has no {' or '.join(row.count)}, the experts per token",
             hint="Add the key with the number that the model was trained with.",
         )
-    section = config.section(places[0].section) or {}
+    section = _section(config, places, row)
     if pattern is not None:
         projections = find_by_pattern(tensors, pattern)
     else:
@@ -101,7 +101,7 @@ def find_moe(
         model_type=model_type,
         section=section,
         places=places,
-        count=places[0].value,
+        count=places[0].value if places else row.fixed_count or 0,
         total=total,
         router=_router(row, section),
         projections=projections,
@@ -124,6 +124,11 @@ def _row(
     if named_by_user and not arch:
         return (named or ["unknown"])[0], _UNKNOWN
     raise _unknown(named, tensors)
+
+
+def _section(config: Config, places: Sequence[Spelling], row: Architecture) -> Mapping[str, Any]:
+    """The section that describes the MoE: where the count stands, or else what the config is."""
+    return config.section(places[0].section if places else row.sections[-1]) or {}
 
 
 _UNKNOWN = Architecture("", experts=(), weights=Flag("norm_topk_prob", False))
@@ -168,9 +173,8 @@ def _warnings(
     row: Architecture, places: Sequence[Spelling], section: Mapping[str, Any]
 ) -> list[str]:
     warnings = []
-    first = places[0]
     for place in places[1:]:
-        if place.value != first.value:
+        if place.value != (first := places[0]).value:
             warnings.append(
                 f"{CONFIG} says {place.value} at {place.path} and {first.value} at {first.path};"
                 f" {first.value} is taken"

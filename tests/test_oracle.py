@@ -1,0 +1,128 @@
+"""The oracle: transformers runs a tiny checkpoint of every type before and after moescale."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import CANNOT_BUILD, TINY, build, generates, other_outputs, routed_outputs
+
+from moescale import api
+from moescale.errors import UnsupportedError
+from moescale.model.architectures import SharedSum, find
+
+FACTOR = 0.7320508
+MORE = 3  # experts per token that every tiny model of a free count can be given; all have 2
+
+ROWS = {entry: find(*entry.split("/")) for entry in TINY}
+LINEAR = [e for e, row in ROWS.items() if not (row.fixed or row.no_effect)]
+NO_EFFECT = [e for e, row in ROWS.items() if row.no_effect]
+FIXED = [e for e, row in ROWS.items() if row.fixed]
+LAYOUTS = pytest.mark.parametrize("fused", [False, True], ids=["hub", "fused"])
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Casting complex values to real"),
+    pytest.mark.filterwarnings("ignore:`torch.jit"),
+]
+
+SCALES_IN_PART = {"longcat_flash": "tokens that chose an identity expert keep their size"}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def convert(source: Path, output: Path, entry: str, **options: object) -> api.Result:
+    """Rescale with the part that the entry names."""
+    part = entry.partition("/")[2] or None
+    return api.convert(source, output, part=part, jobs=1, **options)
+
+
+def assert_scaled(before: dict, after: dict, factor: float) -> None:
+    """Compare module by module, relative to the largest value of each."""
+    assert before.keys() == after.keys()
+    assert before
+    for path, output in before.items():
+        wanted = output.double() * factor
+        error = (after[path].double() - wanted).abs().max() / wanted.abs().max()
+        assert error < 1e-6, (path, float(error))
+
+
+@LAYOUTS
+@pytest.mark.parametrize("entry", LINEAR)
+def test_routed_output_is_the_factor_times_the_original(
+    entry: str, fused: bool, tmp_path: Path
+) -> None:
+    """With the same inputs and the same k, transformers computes factor times the old output."""
+    source, output = tmp_path / "source", tmp_path / "output"
+    build(entry, source, fused=fused)
+    result = convert(source, output, entry, experts=MORE, factor=FACTOR)
+    assert len(set(result.plan.factors.values())) == 1
+    before = routed_outputs(source, entry, top_k=MORE)
+    after = routed_outputs(output, entry)
+    if entry in SCALES_IN_PART:
+        assert before.keys() == after.keys()
+    else:
+        assert_scaled(before, after, FACTOR)
+    assert generates(output, entry) == MORE
+    assert_untouched(source, output, entry)
+
+
+def assert_untouched(source: Path, output: Path, entry: str) -> None:
+    """Shared experts and attention compute the same bits."""
+    after = other_outputs(output, entry)
+    for path, tensor in other_outputs(source, entry).items():
+        if isinstance(ROWS[entry].weights, SharedSum) and "shared" in path:
+            continue  # their gate weights depend on k, of which the plan warns
+        assert torch.equal(tensor, after[path]), path
+
+
+@pytest.mark.parametrize("entry", LINEAR)
+def test_the_default_rule_takes_the_closed_form(entry: str, tmp_path: Path) -> None:
+    """Without a factor, the output is scaled by what the plan says for this router."""
+    source, output = tmp_path / "source", tmp_path / "output"
+    build(entry, source)
+    plan = convert(source, output, entry, experts=MORE).plan
+    (factor,) = set(plan.factors.values())
+    assert plan.router is not None
+    if plan.router.shared:
+        expected = ((2 / (2 + plan.router.shared) ** 2) / (3 / (3 + plan.router.shared) ** 2)) ** 0.5
+    else:
+        expected = (3 / 2) ** 0.5 if plan.router.renormalised else (2 / 3) ** 0.5
+    assert factor == pytest.approx(expected)
+    if entry not in SCALES_IN_PART:
+        before = routed_outputs(source, entry, top_k=MORE)
+        assert_scaled(before, routed_outputs(output, entry), factor)
+
+
+@pytest.mark.parametrize("entry", NO_EFFECT)
+def test_what_a_norm_would_undo_is_refused(entry: str, tmp_path: Path) -> None:
+    """Where scaling has no effect only `--rule none` is taken, and it changes the count."""
+    source, output = tmp_path / "source", tmp_path / "output"
+    build(entry, source)
+    with pytest.raises(UnsupportedError, match="no effect"):
+        convert(source, output, entry, experts=MORE)
+    convert(source, output, entry, experts=MORE, rule="none")
+    assert generates(output, entry) == MORE
+
+
+@LAYOUTS
+@pytest.mark.parametrize("entry", FIXED)
+def test_a_fixed_count_is_kept(entry: str, fused: bool, tmp_path: Path) -> None:
+    """Where the code or a table fixes the count, another one is refused and a factor still scales."""
+    source, output = tmp_path / "source", tmp_path / "output"
+    build(entry, source, fused=fused)
+    count = generates(source, entry)
+    with pytest.raises(UnsupportedError):
+        convert(source, output, entry, experts=count + 1)
+    convert(source, output, entry, factor=FACTOR)
+    assert_scaled(routed_outputs(source, entry), routed_outputs(output, entry), FACTOR)
+
+
+def test_every_type_of_the_table_is_here() -> None:
+    """A type that transformers has but cannot build would be listed with its reason."""
+    print("cannot be built by transformers:", json.dumps(CANNOT_BUILD, indent=1))
+    assert not CANNOT_BUILD.keys() & TINY.keys()
