@@ -5,8 +5,8 @@
     python scripts/benchmark.py --dir /mnt/disk --gigabytes 10 --pairs 9
 
 Needs moescale installed in the Python that runs it, and three times the size on the disk. The
-page cache is warm; the runs of a pair follow one another, so that a drifting machine shows in
-both. `cp -r` does not wait for the disk; moescale does (every file is synced before it gets its
+page cache is warm; the runs of a round follow one another in changing order, so that a drifting
+machine shows in all of them. `cp -r` does not wait for the disk; moescale does (every file is synced before it gets its
 name), so a second column has `cp -r` followed by a sync of what it wrote.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import shutil
@@ -28,6 +29,8 @@ from pathlib import Path
 
 HIDDEN, INNER, EXPERTS = 2048, 3584, 8
 PIECE = 16 << 20
+SETTLE = 3.0
+"""Seconds between runs: a removed file keeps a disk busy for a while after the sync."""
 
 
 def main() -> None:
@@ -41,11 +44,21 @@ def main() -> None:
         root = Path(folder)
         print(f"{describe_machine()}; {file_system(root)}")
         many, stacked = root / "many", root / "stacked"
-        make_mixtral(many, arguments.gigabytes)
-        make_stacked(stacked, arguments.gigabytes / 2)
+        # In processes of their own, whose memory does not count as that of the measured ones.
+        in_child(make_mixtral, many, arguments.gigabytes)
+        in_child(make_stacked, stacked, arguments.gigabytes / 2)
         start_up()
         for source, label in ((many, "4 shards"), (stacked, "one stacked tensor")):
             compare(source, root / "output", label, arguments.pairs)
+
+
+def in_child(function: Callable[[Path, float], None], folder: Path, gigabytes: float) -> None:
+    """Run a function in a new process."""
+    child = multiprocessing.get_context("spawn").Process(target=function, args=(folder, gigabytes))
+    child.start()
+    child.join()
+    if child.exitcode:
+        sys.exit("the model could not be made")
 
 
 def describe_machine() -> str:
@@ -156,11 +169,13 @@ def compare(source: Path, output: Path, label: str, pairs: int) -> None:
         "cp -r, synced": lambda: timed(["sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', *copy[2:]]),
     }
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    names = list(runs)
     for number in range(pairs + 1):
-        for name, run in runs.items():
+        for name in names[number % 3 :] + names[: number % 3]:
             shutil.rmtree(output, ignore_errors=True)
             os.sync()
-            result = run()
+            time.sleep(SETTLE)
+            result = runs[name]()
             if number:  # the first round warms the page cache
                 results[name].append(result)
     shutil.rmtree(output, ignore_errors=True)

@@ -28,8 +28,8 @@ from moescale.checkpoint.scaling import Edit
 from moescale.errors import CheckpointError, SourceError, UnsupportedError, UsageError
 from moescale.files import PROVENANCE, PlannedFile, plan_files
 from moescale.model.count import CONFIG, parse_config, set_count
-from moescale.model.experts import Layer, Projection, experts_of_layer
-from moescale.model.formats import Role, scaled_tensors
+from moescale.model.experts import Layer, experts_of_layer
+from moescale.model.formats import Role, Scaled, confirm, scaled_tensors
 from moescale.model.lookup import Moe, find_moe
 from moescale.model.router import Router, largest_count
 from moescale.options import Options
@@ -229,7 +229,11 @@ def make_plan(source: Source, options: Options, destination: str | None = None) 
         )
     experts = _experts(moe, options)
     factors = _factors(moe, experts, options)
-    planned = _planned_tensors(moe.projections, headers, factors)
+    scaled = _scaled_tensors(moe, factors)
+    warnings += confirm(
+        ((s, factor) for s, _, factor in scaled), config.value, moe.architecture.scale_key
+    )
+    planned = _planned_tensors(scaled, headers)
     index = _index(shards, headers)
     new_config = config.text.encode()
     if options.experts is not None:
@@ -401,19 +405,28 @@ def _predicted_norm(moe: Moe, experts: Experts, options: Options) -> dict[str, f
     return {name: factor / forms["preserve"] for name, factor in {"none": 1.0, **forms}.items()}
 
 
+def _scaled_tensors(moe: Moe, factors: Mapping[Layer, float]) -> list[tuple[Scaled, Layer, float]]:
+    """Every tensor to scale, with its layer and that layer's factor."""
+    key = moe.architecture.scale_key
+    return [
+        (scaled, p.layer, factors[p.layer])
+        for p in moe.projections
+        for scaled in scaled_tensors(p.module, p.leaves, factors[p.layer], key)
+    ]
+
+
 def _planned_tensors(
-    projections: Sequence[Projection], headers: Mapping[str, Header], factors: Mapping[Layer, float]
+    chosen: Sequence[tuple[Scaled, Layer, float]], headers: Mapping[str, Header]
 ) -> tuple[PlannedTensor, ...]:
     home = {name: shard for shard, header in headers.items() for name in header.tensors}
     return tuple(
         PlannedTensor(
-            Edit(scaled.tensor, factors[p.layer], scaled.operation, scaled.promote),
-            home[scaled.tensor.name],
-            scaled.role,
-            p.layer,
+            Edit(s.tensor, factor, s.operation, s.promote, s.role == "scale"),
+            home[s.tensor.name],
+            s.role,
+            layer,
         )
-        for p in projections
-        for scaled in scaled_tensors(p.module, p.leaves, factors[p.layer])
+        for s, layer, factor in chosen
     )
 
 

@@ -174,8 +174,9 @@ def edited(reader: Reader, edit: Edit) -> Iterator[tuple[memoryview, int]]:
 
 def _lost_values(where: str, edit: Edit, count: int) -> RewriteError:
     values = "1 value" if count == 1 else f"{count} values"
+    range_ = "normal range" if edit.scale else "range"
     return RewriteError(
-        f"{where}: tensor {edit.tensor.name!r}: {values} would leave the range of"
-        f" {edit.tensor.dtype} when scaled by {edit.factor:.9g}",
+        f"{where}: tensor {edit.tensor.name!r}: {values} would leave the {range_} of"
+        f" {edit.promote or edit.tensor.dtype} when scaled by {edit.factor:.9g}",
         hint="Use a smaller factor (--factor), another rule, or a checkpoint in a wider dtype.",
     )

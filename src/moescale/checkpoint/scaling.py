@@ -19,12 +19,14 @@ import numpy as np
 
 from moescale.checkpoint.dtypes import BITS
 from moescale.checkpoint.header import Tensor
-from moescale.checkpoint.json_text import value_spans
+from moescale.checkpoint.json_text import parse_strict, replace_spans, value_spans
+from moescale.errors import RewriteError
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Scale = Callable[[Bytes, Bytes], int]
-"""Reads the first array, fills the second, returns how many values have no finite result. Both
-are whole elements of their dtypes, little-endian."""
+"""Reads the first array, fills the second, returns how many values have no usable result: none that
+is finite or, for a scale, none that is a normal number. Both are whole elements of their dtypes,
+little-endian."""
 
 Operation = Literal["multiply", "divide", "shift", "nested_offset"]
 """``divide`` is for scales that divide; ``shift`` for F8_E8M0 scales (also stored as U8), which
@@ -34,12 +36,17 @@ quantisation state."""
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """What happens to one tensor; `promote` names the dtype that it is stored in from then on."""
+    """What happens to one tensor; `promote` names the dtype that it is stored in from then on.
+
+    `scale` says that the values are scales: below the normal numbers they would lose bits, and
+    with them every weight that they belong to.
+    """
 
     tensor: Tensor
     factor: float
     operation: Operation = "multiply"
     promote: str | None = None
+    scale: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -61,19 +68,22 @@ _INFINITY_16 = {"F16": 0x7C00, "BF16": 0x7F80}
 def scaler(edit: Edit) -> Scale:
     """The function that carries out an edit, piece by piece."""
     if edit.operation == "nested_offset":
-        return _nested_offset_scaler(edit.factor)
-    return _scaler(edit.tensor.dtype, edit.factor, edit.operation, edit.promote)
+        return _nested_offset_scaler(edit.tensor.name, edit.factor)
+    return _scaler(edit.tensor.dtype, edit.factor, edit.operation, edit.promote, edit.scale)
 
 
 @lru_cache(maxsize=16)
-def _scaler(dtype: str, factor: float, operation: Operation, promote: str | None) -> Scale:
+def _scaler(
+    dtype: str, factor: float, operation: Operation, promote: str | None, scale: bool
+) -> Scale:
     if operation == "shift":
         return _shift_scaler(exponent(factor))
     if promote is not None:
-        return _promoting_scaler(dtype, factor)
+        return _promoting_scaler(dtype, factor, scale)
     if dtype in _INFINITY_16:
-        return _table_scaler(table_16bit(dtype, factor), _INFINITY_16[dtype])
-    return _direct_scaler(np.dtype("<f4" if dtype == "F32" else "<f8"), factor, operation)
+        table = table_16bit(dtype, factor)
+        return (_scale_table_scaler if scale else _table_scaler)(table, _INFINITY_16[dtype])
+    return _direct_scaler(np.dtype("<f4" if dtype == "F32" else "<f8"), factor, operation, scale)
 
 
 def exponent(factor: float) -> int:
@@ -128,7 +138,24 @@ def _table_scaler(table: np.ndarray[Any, np.dtype[np.uint16]], infinity: int) ->
     return scale
 
 
-def _direct_scaler(dtype: np.dtype[Any], factor: float, operation: Operation) -> Scale:
+def _scale_table_scaler(table: np.ndarray[Any, np.dtype[np.uint16]], infinity: int) -> Scale:
+    """As `_table_scaler`, for scales: what was normal or not zero has to stay so."""
+    table = table.astype("<u2")
+    before, after = np.arange(1 << 16) & 0x7FFF, table & 0x7FFF
+    sunk = (after < (infinity & -infinity)) & (before >= (infinity & -infinity))
+    lost = sunk | ((after == 0) & (before > 0)) | ((after == infinity) & (before < infinity))
+
+    def scale(source: Bytes, result: Bytes) -> int:
+        codes = source.view("<u2")
+        np.take(table, codes, out=result.view("<u2"), mode="clip")
+        return int(np.count_nonzero(lost[codes]))
+
+    return scale
+
+
+def _direct_scaler(
+    dtype: np.dtype[Any], factor: float, operation: Operation, scales: bool
+) -> Scale:
     operand = dtype.type(factor)
     compute = np.divide if operation == "divide" else np.multiply
 
@@ -136,12 +163,12 @@ def _direct_scaler(dtype: np.dtype[Any], factor: float, operation: Operation) ->
         values, scaled = source.view(dtype), result.view(dtype)
         with np.errstate(all="ignore"):
             compute(values, operand, out=scaled)
-        return _mend(values, scaled)
+        return _mend(values, scaled) + (_sunk(values, scaled) if scales else 0)
 
     return scale
 
 
-def _promoting_scaler(dtype: str, factor: float) -> Scale:
+def _promoting_scaler(dtype: str, factor: float, scales: bool) -> Scale:
     """16-bit values to F32: the product is exact but for one rounding to float32."""
     narrow = _float_16bit(dtype)
 
@@ -149,7 +176,7 @@ def _promoting_scaler(dtype: str, factor: float) -> Scale:
         values, scaled = source.view(narrow).astype(np.float32), result.view("<f4")
         with np.errstate(all="ignore"):
             np.multiply(values, np.float32(factor), out=scaled)
-        return _mend(values, scaled)
+        return _mend(values, scaled) + (_sunk(values, scaled) if scales else 0)
 
     return scale
 
@@ -160,6 +187,16 @@ def _mend(values: np.ndarray[Any, Any], scaled: np.ndarray[Any, Any]) -> int:
         return 0
     np.copyto(scaled, values, where=np.isnan(values))
     return int(np.count_nonzero(np.isinf(scaled) & np.isfinite(values)))
+
+
+def _sunk(values: np.ndarray[Any, Any], scaled: np.ndarray[Any, Any]) -> int:
+    """How many numbers that were normal no longer are, or became zero."""
+    smallest = np.finfo(scaled.dtype).smallest_normal
+    below = np.abs(scaled) < smallest
+    if not below.any():
+        return 0
+    was_normal = np.abs(values) >= smallest
+    return int(np.count_nonzero(below & (was_normal | ((scaled == 0) & (values != 0)))))
 
 
 def _shift_scaler(k: int) -> Scale:
@@ -176,23 +213,41 @@ def _shift_scaler(k: int) -> Scale:
     return scale
 
 
-def _nested_offset_scaler(factor: float) -> Scale:
-    """The JSON text of a whole tensor, its ``nested_offset`` scaled, padded to the same length.
-
-    The offset is a float32; it is written as its shortest decimal, so that it fits.
-    """
+def _nested_offset_scaler(name: str, factor: float) -> Scale:
+    """The JSON text of a whole tensor, its ``nested_offset`` scaled, padded to the same length."""
 
     def scale(source: Bytes, result: Bytes) -> int:
-        text = source.tobytes().decode()
-        old = json.loads(text)["nested_offset"]
-        new = np.float32(old) * np.float32(factor)
-        (path, (start, stop)) = next(value_spans(text, lambda path: path == ("nested_offset",)))
-        del path
-        replaced = text[:start] + str(new) + text[stop:]
-        padded = replaced.ljust(len(text)).encode()
-        if len(padded) != len(result) or not np.isfinite(new):
+        try:
+            text = source.tobytes().decode()
+            old = parse_strict(text)["nested_offset"] + 0.0
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise RewriteError(f"{name}: is no quantisation state of bitsandbytes: {why}") from None
+        with np.errstate(all="ignore"):
+            before = np.array([old]).astype(np.float32)
+            new = before * np.float32(factor)
+        if not np.isfinite(new).all() or _sunk(before, new):
             return 1
-        result[:] = np.frombuffer(padded, np.uint8)
+        data = _with_offset(text, new[0])
+        if len(data) > len(result):
+            raise RewriteError(f"{name}: its new nested_offset {new[0]} does not fit into it")
+        result[:] = np.frombuffer(data.ljust(len(result)), np.uint8)
         return 0
 
     return scale
+
+
+def _with_offset(text: str, offset: np.float32) -> bytes:
+    """The text with another ``nested_offset``, without spaces where it would become longer.
+
+    bitsandbytes writes the offset as a double with up to 17 digits, and spaces after every comma
+    and colon; the shortest decimal of a float32 has 9 digits at most, so it fits.
+    """
+    decimal = str(offset)
+    if np.float32(float(decimal)) != offset:  # rounding to double, then to float, can go wrong
+        decimal = repr(float(offset))
+    spans = [span for path, span in value_spans(text, lambda path: path == ("nested_offset",))]
+    new = replace_spans(text, [(span, decimal) for span in spans])
+    if len(new) > len(text):
+        new = json.dumps(json.loads(new), separators=(",", ":"), ensure_ascii=False)
+    return new.encode()

@@ -20,7 +20,7 @@ from moescale.model.architectures import (
     MoeLayers,
     SparseStep,
 )
-from moescale.model.formats import leaf_name
+from moescale.model.formats import leaf_name, split_name
 
 _GENERIC = frozenset(
     (
@@ -63,7 +63,7 @@ def find_projections(
         architecture: the row whose names and stacks count.
         others: the other parts of the same model type, whose stacks are left alone.
     """
-    pattern = _name_pattern(architecture.experts)
+    pattern = _name_pattern((*architecture.experts, *_mlx_names(architecture.experts)))
     foreign = frozenset().union(*(row.stacks or frozenset() for row in others))
     found: dict[str, Projection] = {}
     for tensor in tensors:
@@ -80,6 +80,15 @@ def find_projections(
             raise CheckpointError(f"{projection.module}: has two tensors that are its {leaf}")
         leaves[leaf] = tensor
     return sorted(found.values(), key=lambda p: (p.layer, p.module, p.expert or 0))
+
+
+def _mlx_names(templates: Iterable[str]) -> list[str]:
+    """The names that mlx-lm gives the experts of every model type: all of a layer in one module.
+
+    Source: the `sanitize` methods of mlx-lm 0.32; `SwitchGLU` has a down_proj, `SwitchMLP` an fc2.
+    """
+    blocks = sorted({t.partition("experts.")[0] for t in templates if "experts." in t})
+    return [f"{block}switch_mlp.{name}" for block in blocks for name in ("down_proj", "fc2")]
 
 
 def _name_pattern(templates: Iterable[str]) -> re.Pattern[str]:
@@ -116,9 +125,7 @@ def find_by_pattern(tensors: Iterable[Tensor], pattern: str) -> list[Projection]
     for name, layer, expert in _search_in_child(pattern, list(by_name)):
         if layer is None:
             raise UsageError(f"--pattern matches {name!r}, in which no layer number can be found")
-        module, _, leaf = name.rpartition(".")
-        if leaf not in _LEAVES:
-            module, leaf = name, "weight"
+        module, _ = split_name(name)
         start, stop = layer
         words = [word for word in name[:start].split(".") if word and word not in _GENERIC]
         projection = Projection(
@@ -127,11 +134,13 @@ def find_by_pattern(tensors: Iterable[Tensor], pattern: str) -> list[Projection]
             None if expert is None else int(name[slice(*expert)]),
             (start, stop),
         )
-        found.setdefault(module, projection).leaves[leaf] = by_name[name]
+        found.setdefault(module, projection)
+    for name, tensor in by_name.items():  # a bias or a scale belongs to it, matched or not
+        module, leaf = split_name(name)
+        if module in found:
+            found[module].leaves[leaf] = tensor
     return sorted(found.values(), key=lambda p: (p.layer, p.module, p.expert or 0))
 
-
-_LEAVES = frozenset({"weight", "bias", "qweight", "scales", "qzeros", "weight_scale"})
 
 _SEARCH = r"""
 import json, re, sys
@@ -228,8 +237,13 @@ def _check_layer(layer: Layer, members: list[Projection], total: int, moes: int)
             hint="The checkpoint is incomplete, or its config belongs to another one.",
         )
     for projection in stacked:
-        for tensor in projection.leaves.values():
-            _check_stacked(tensor, total)
+        for leaf, tensor in projection.leaves.items():
+            if leaf in _ONE_EACH or len(tensor.shape) > 2:
+                _check_stacked(tensor, total)
+
+
+_ONE_EACH = frozenset({"weight", "bias", "blocks", "weight_packed", "qweight"})
+"""Leaves with something of every expert; scales may be numbers for all of them or lie flat."""
 
 
 def _check_stacked(tensor: Tensor, total: int) -> None:
@@ -312,8 +326,8 @@ _ROUTER = r"(?:gate|router)(?:\.|_weight|_gate)"
 
 def _block(rest: str) -> str:
     """The name of the MoE block after the layer's number: ``.mlp.`` of ``.mlp.experts.0.w2``."""
-    before_experts, experts, _ = rest.partition("experts.")
-    return before_experts if experts else rest.rpartition(".")[0] + "."
+    experts = re.search(r"(?:experts|switch_mlp)\.", rest)
+    return rest[: experts.start()] if experts else rest.rpartition(".")[0] + "."
 
 
 def total_experts(architecture: Architecture, section: Mapping[str, Any]) -> int:

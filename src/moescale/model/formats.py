@@ -1,22 +1,36 @@
 """The table of tensor formats: one row each, which tensor of a projection carries its scale.
 
 The tensors of one down-projection share its name and differ in what follows it, their leaf:
-``weight``, ``bias``, ``weight_scale_inv``, ``qweight`` and so on. The leaves and dtypes decide
-the format, module by module, since checkpoints mix them; the config is not asked.
+``weight``, ``bias``, ``weight_scale_inv``, ``qweight`` and so on. The leaves, their dtypes and in
+a few rows their shapes decide the format, module by module, since checkpoints mix them; the
+config only confirms.
+
+A quantised projection is scaled by its scale, so that no code changes. To add a format, add a
+row: the leaves that it needs (the codes first), the leaf that carries the scale and what happens
+to it, the leaves that may stand beside them and stay as they are, and where that can be read.
+Exactly one tensor of a product of scales changes. Tensors with a leaf that a row does not know
+do not match it: what is not known may carry a scale too.
+
+Sources, by their version: compressed-tensors 0.20, bitsandbytes 0.50, gptqmodel 7.7,
+nvidia-modelopt 0.47, amd-quark 0.13, hqq 0.2.8, mlx-lm 0.32, exllamav2 0.3, exllamav3 1.6,
+humming-kernels 0.1, sglang 0.5.23, transformers 5.23.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from moescale.checkpoint.dtypes import SCALABLE
 from moescale.checkpoint.header import Tensor
 from moescale.checkpoint.scaling import Operation
-from moescale.errors import UnsupportedError
+from moescale.errors import CheckpointError, UnsupportedError
 
 Role = Literal["weight", "bias", "scale"]
+Leaves = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,63 +48,614 @@ class Format:
 
     Attributes:
         name: what people call it.
-        dtypes: leaves that must be there, each with the dtypes it may have.
-        scaled: the leaves that change.
+        dtypes: leaves that must be there, the codes first, each with the dtypes it may have.
+        scaled: the leaves that change; those that are not in `dtypes` may be missing.
+        stays: leaves that may be there and do not change.
+        fits: what the shapes must be, where the dtypes leave a doubt.
+        source: where the facts can be read.
     """
 
     name: str
     dtypes: Mapping[str, tuple[str, ...]]
     scaled: Mapping[str, Part]
+    stays: tuple[str, ...] = ()
+    fits: Callable[[Leaves], bool] = lambda leaves: True
+    source: str = ""
 
 
-ROWS: Final[tuple[Format, ...]] = (
-    Format("plain", {"weight": SCALABLE}, {"weight": Part("weight")}),
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A format that is known by name and cannot be scaled; `dtypes` as in `Format`, () for any."""
+
+    name: str
+    dtypes: Mapping[str, tuple[str, ...]]
+    why: str
+
+
+# What happens to a tensor -----------------------------------------------------------------------
+
+SCALE: Final = Part("scale")
+"""Multiplied in its own dtype: engines read it in 16 bits, so more would be lost at loading."""
+WIDENED: Final = Part("scale", promote=True)
+"""Multiplied and stored as F32, which engines allocate for it anyway."""
+DIVISOR: Final = Part("scale", "divide")
+EXPONENT: Final = Part("scale", "shift")
+"""A power of two: only another power of two can be multiplied into it."""
+OFFSET: Final = Part("bias")
+"""An additive part of the weight: multiplied too."""
+
+# Dtypes -----------------------------------------------------------------------------------------
+
+FLOAT: Final = ("F16", "BF16", "F32")
+F32: Final = ("F32",)
+FP8: Final = ("F8_E4M3", "F8_E5M2")
+E8M0: Final = ("F8_E8M0", "U8")
+BYTES: Final = ("U8",)
+WORDS: Final = ("I32",)
+
+UNTOUCHED: Final = frozenset(
+    (
+        *("input_scale", "input_scale_2", "input_global_scale", "input_zero_point"),
+        *("input_scale_ub", "activation_scale", "act_scale", "qscale_act", "pre_quant_scale"),
+    )
+)
+"""Leaves that describe the input of the projection; its output can scale without them."""
+
+# Shapes -----------------------------------------------------------------------------------------
+
+
+def _last(leaves: Leaves, leaf: str) -> int:
+    shape = leaves[leaf].shape
+    return shape[-1] if shape else 1
+
+
+def _groups(codes: str, scale: str, *sizes: int) -> Callable[[Leaves], bool]:
+    """Each scale belongs to this many elements of the codes' last dimension."""
+    return lambda leaves: any(_last(leaves, codes) == size * _last(leaves, scale) for size in sizes)
+
+
+def _scale_per_row(scale: str, packed: int = 1) -> Callable[[Leaves], bool]:
+    """A row of scales for each output channel, of which the codes pack so many into a row."""
+
+    def fits(leaves: Leaves) -> bool:
+        codes, scales = leaves["weight"].shape, leaves[scale].shape
+        return len(codes) > 1 and len(scales) > 1 and scales[-2] == packed * codes[-2]
+
+    return fits
+
+
+# The rows ---------------------------------------------------------------------------------------
+
+_FP8_SCALES = ("weight_scale_inv", "scale_inv", "weight_scale", "scale", "qscale_weight")
+"""All of them multiply, whatever they are called; ``scale_inv`` is that of fused experts."""
+_MX_GROUPS = (16, 24)
+"""Bytes of 32 codes of 4 or 6 bits."""
+_BNB = ("U8", "I8", *FLOAT)
+"""The dtypes that bitsandbytes may pack its codes into (``bnb_4bit_quant_storage``)."""
+_HQQ_STAYS = (
+    *("nbits", "group_size", "shape", "axis", "packing", "unpack_view_dtype", "view_as_float"),
+    *("quant_scale", "quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict"),
+    *("stores_quant_config", "channel_wise", "optimize", "round_zero"),
 )
 
-UNTOUCHED: Final = frozenset({"input_scale", "activation_scale", "act_scale"})
-"""Leaves that describe the input of the projection; its output can scale without them."""
+ROWS: Final[tuple[Format, ...]] = (
+    Format(
+        "plain",
+        {"weight": SCALABLE},
+        {"weight": Part("weight")},
+        source="the values themselves",
+    ),
+    # 8 bits
+    *(
+        Format(
+            "FP8",  # with a scale for each block, channel or tensor
+            {"weight": FP8, scale: FLOAT},
+            {scale: WIDENED},
+            ("weight_zero_point",),
+            source="DeepSeek-V3 README_WEIGHTS; transformers integrations/finegrained_fp8.py;"
+            " compressed-tensors naive_quantized; modelopt quant_utils.py: W = weight * scale",
+        )
+        for scale in _FP8_SCALES
+    ),
+    *(
+        Format(
+            "FP8 with power-of-two scales (MXFP8, UE8M0)",
+            {"weight": FP8, scale: E8M0},
+            {scale: EXPONENT},
+            source="compressed-tensors mxfp8, mx_utils.py; modelopt MXFP8;"
+            " transformers integrations/finegrained_fp8.py: W = weight * 2**(scale - 127)",
+        )
+        for scale in _FP8_SCALES
+    ),
+    Format(
+        "INT8",  # compressed-tensors int-quantized, ModelOpt, Quark
+        {"weight": ("I8",), "weight_scale": FLOAT},
+        {"weight_scale": WIDENED},
+        ("weight_zero_point",),
+        source="compressed-tensors naive_quantized; modelopt quant_utils.py:"
+        " W = (weight - zero_point) * scale; sglang allocates F32",
+    ),
+    Format(
+        "block INT8",
+        {"weight": ("I8",), "weight_scale_inv": FLOAT},
+        {"weight_scale_inv": WIDENED},
+        fits=lambda leaves: not _scale_per_row("weight_scale_inv")(leaves),
+        source="sglang blockwise_int8.py: W = weight * scale",
+    ),
+    Format(
+        "LLM.int8 (bitsandbytes)",
+        {"weight": ("I8",), "SCB": F32},
+        {"SCB": SCALE},
+        ("weight_format",),
+        source="bitsandbytes functional.py int8_vectorwise_dequant: W = weight * SCB / 127",
+    ),
+    # 4 and 6 bits with floating codes
+    Format(
+        "NVFP4 (ModelOpt, Quark)",
+        {"weight": BYTES, "weight_scale": ("F8_E4M3",), "weight_scale_2": F32},
+        {"weight_scale_2": SCALE, "svdquant_lora_b": Part("weight")},
+        ("svdquant_lora_a",),
+        source="modelopt unified_export_hf.py: W = fp4 * weight_scale * weight_scale_2;"
+        " NVFP4_SVD adds (x lora_a^T) lora_b^T; Quark file2file_quantization.py",
+    ),
+    Format(
+        "NVFP4 (compressed-tensors)",
+        {"weight_packed": BYTES, "weight_scale": ("F8_E4M3",), "weight_global_scale": F32},
+        {"weight_global_scale": DIVISOR},
+        ("weight_zero_point", "weight_shape"),
+        source="compressed-tensors forward_helpers.py _dequantize:"
+        " W = fp4 * weight_scale / weight_global_scale",
+    ),
+    Format(
+        "MXFP4 or MXFP6 (compressed-tensors)",
+        {"weight_packed": BYTES, "weight_scale": E8M0},
+        {"weight_scale": EXPONENT},
+        ("weight_shape",),
+        _groups("weight_packed", "weight_scale", *_MX_GROUPS),
+        source="compressed-tensors mxfp4, mxfp6, mx_utils.py: W = fp * 2**(scale - 127)",
+    ),
+    Format(
+        "MXFP4 or MXFP6 (Quark, ModelOpt)",
+        {"weight": BYTES, "weight_scale": E8M0},
+        {"weight_scale": EXPONENT},
+        (),
+        _groups("weight", "weight_scale", *_MX_GROUPS),
+        source="humming schema/quark.py; Quark scale_format e8m0",
+    ),
+    Format(
+        "MXFP4 (gpt-oss)",
+        {"blocks": BYTES, "scales": BYTES},
+        {"scales": EXPONENT},
+        (),
+        lambda leaves: leaves["blocks"].shape == (*leaves["scales"].shape, 16),
+        source="transformers integrations/mxfp4.py: W = fp4 * 2**(scale - 127)",
+    ),
+    *(
+        Format(
+            "FP4 with power-of-two scales (DeepSeek-V4)",
+            {"weight": ("I8",), scale: ("F8_E8M0",)},
+            {scale: EXPONENT},
+            source="DeepSeek-V4 inference code; llama.cpp conversion: W = fp4 * 2**(scale - 127)",
+        )
+        for scale in _FP8_SCALES[:4]
+    ),
+    # 2 to 8 bits with whole codes
+    Format(
+        "GPTQ or AWQ",  # AutoRound too; the layouts differ, the formula does not
+        {"qweight": WORDS, "qzeros": WORDS, "scales": FLOAT},
+        {"scales": SCALE},
+        ("g_idx",),
+        source="gptqmodel qlinear/__init__.py _dequantize_from_codes;"
+        " autoawq packing_utils.py: W = (q - zero) * scale",
+    ),
+    *(
+        Format(
+            "AWQ (gemv_fast, llm-awq)",
+            {"qweight": ("I16",), "scales": FLOAT, zeros: FLOAT},
+            {"scales": SCALE, zeros: OFFSET},
+            source="gptqmodel qlinear/gemv_fast_awq.py, mlx_packing.py:"
+            " W = q * scale + zeros, zeros = -scale * zero",
+        )
+        for zeros in ("qzeros", "scaled_zeros")
+    ),
+    Format(
+        "packed INT (compressed-tensors pack-quantized)",
+        {"weight_packed": WORDS, "weight_scale": FLOAT, "weight_shape": ("I32", "I64")},
+        {"weight_scale": SCALE},
+        ("weight_zero_point", "weight_g_idx"),
+        source="compressed-tensors pack_quantized: W = (q - zero_point) * scale",
+    ),
+    Format(
+        "packed INT (Quark, humming)",
+        {"weight": WORDS, "weight_scale": FLOAT},
+        {"weight_scale": SCALE},
+        ("weight_zero_point", "zero_point"),
+        source="humming utils/weight.py dequantize_weight, schema/quark.py:"
+        " W = (q - zero_point) * scale",
+    ),
+    Format(
+        "INT4-FP8 (Quark)",
+        {"weight": WORDS, "weight_scale": F32, "weight_scale_2": F32},
+        {"weight_scale": SCALE},  # the outer one: between the two lies an FP8 number
+        source="Quark file2file_quantization.py _progressive_quantize_weight; vLLM quark_moe.py:"
+        " W = int4 * weight_scale_2 * weight_scale",
+    ),
+    Format(
+        "INT4 AWQ (ModelOpt)",
+        {"weight": BYTES, "weight_scale": FLOAT},
+        {"weight_scale": SCALE},
+        (),
+        _scale_per_row("weight_scale", 2),  # BitNet has a single one, which may divide
+        source="modelopt quant_utils.py pack_int4_in_uint8: W = int4 * scale",
+    ),
+    Format(
+        "W4AFP8 (SGLang)",
+        {"weight": ("I8",), "weight_scale_inv": FLOAT},
+        {"weight_scale_inv": SCALE},
+        (),
+        _scale_per_row("weight_scale_inv"),
+        source="sglang w4afp8.py: W = int4 * scale, which it casts to the model's dtype",
+    ),
+    *(
+        Format(
+            f"{kind.upper()} (bitsandbytes)",
+            {"weight": _BNB, "absmax": F32, f"quant_state.bitsandbytes__{kind}": BYTES},
+            {"absmax": SCALE},
+            ("quant_map",),
+            source="bitsandbytes functional.py QuantState: W = table[q] * absmax",
+        )
+        for kind in ("nf4", "fp4")
+    ),
+    *(
+        Format(
+            f"{kind.upper()} with double quantisation (bitsandbytes)",
+            {
+                "weight": _BNB,
+                "absmax": BYTES,
+                "nested_absmax": F32,
+                f"quant_state.bitsandbytes__{kind}": BYTES,
+            },
+            {
+                "nested_absmax": SCALE,
+                f"quant_state.bitsandbytes__{kind}": Part("scale", "nested_offset"),
+            },
+            ("quant_map", "nested_quant_map"),
+            source="bitsandbytes functional.py QuantState:"
+            " absmax = nested_quant_map[q] * nested_absmax + nested_offset",
+        )
+        for kind in ("nf4", "fp4")
+    ),
+    Format(
+        "HQQ",
+        {"W_q": ("U8", "I32", *FLOAT), "scale": FLOAT, "zero": FLOAT},
+        {"scale": SCALE},
+        _HQQ_STAYS,
+        source="hqq core/quantize.py Quantizer.dequantize: W = (W_q - zero) * scale",
+    ),
+    # Of one engine
+    *(
+        Format(
+            f"{engine} affine",
+            {"weight": ("U32",), "scales": FLOAT, offsets: FLOAT},
+            {"scales": SCALE, offsets: OFFSET},
+            source="mlx core quantize; transformers integrations/metal_quantization.py:"
+            " W = q * scale + bias",
+        )
+        for engine, offsets in (("MLX", "biases"), ("Metal", "qbiases"))
+    ),
+    Format(
+        "MLX MXFP4 or MXFP8",
+        {"weight": ("U32",), "scales": BYTES},
+        {"scales": EXPONENT},
+        (),
+        _groups("weight", "scales", 4, 8),  # words of 32 codes of 4 or 8 bits
+        source="mlx core quantize; mlx-lm convert.py: groups of 32",
+    ),
+    Format(
+        "MLX NVFP4 with a global scale",
+        {"weight": ("U32",), "scales": BYTES, "global_scale": F32},
+        {"global_scale": SCALE},
+        (),
+        _groups("weight", "scales", 2),
+        source="mlx-lm models/switch_layers.py, muse_spark.py:"
+        " global_scale = weight_scale_2 * constant",
+    ),
+    Format(
+        "EXL2",
+        {"q_weight": WORDS, "q_scale": WORDS, "q_scale_max": ("F16",)},
+        {"q_scale_max": SCALE},
+        ("q_groups", "q_group_map", "q_perm", "q_invperm"),
+        source="exllamav2 ext.py, qdq_util.cuh dq_scale:"
+        " W = q * (q_scale + 1)**2 * q_scale_max / 256",
+    ),
+    Format(
+        "EXL3",
+        {"trellis": ("I16",), "svh": ("F16",)},
+        {"svh": SCALE},
+        ("suh", "su", "mcg", "mul1"),
+        source="exllamav3 modules/quant/exl3.py: svh multiplies the output channels",
+    ),
+)
+
+_UNCONFIRMED = "which of its tensors carries the scale was not confirmed at a source"
+
+REFUSED: Final[tuple[Refused, ...]] = (
+    Refused("AQLM", {"codes": (), "codebooks": ()}, _UNCONFIRMED),
+    Refused("VPTQ", {"centroids": ()}, _UNCONFIRMED),
+    Refused("SpQR", {"dense_weights": ()}, _UNCONFIRMED),
+    Refused("Quanto", {"_data": ()}, _UNCONFIRMED),
+    Refused("torchao", {"weight_qdata": ()}, _UNCONFIRMED),
+    Refused("SINQ", {"W_q": (), "meta": ()}, _UNCONFIRMED),
+    Refused("FP-Quant", {"forward_hadamard_matrix": ()}, _UNCONFIRMED),
+    Refused("FP-Quant", {"dqweight": ()}, _UNCONFIRMED),
+    Refused("HIGGS", {"tables": ()}, _UNCONFIRMED),
+    Refused("EETQ", {"weight_scales": ()}, _UNCONFIRMED),
+    Refused("ParoQuant", {"theta": (), "pairs": ()}, _UNCONFIRMED),
+    Refused("Marlin", {"B": ()}, "its scales are laid out for one kernel"),
+    Refused("2:4 Marlin", {"scale_packed": ()}, "its scales are laid out for one kernel"),
+    Refused("GGUF or BitBLAS", {"qweight": ("U8", "I8")}, _UNCONFIRMED),
+    Refused(
+        "EXL3 with packed signs", {"trellis": (), "sv": ()}, "its output side has signs, no scale"
+    ),
+    Refused(
+        "W4A8 AWQ (ModelOpt)",
+        {"weight": BYTES, "weight_scale": FLOAT, "weight_scale_2": ()},
+        _UNCONFIRMED,
+    ),
+    Refused(
+        "BitNet",
+        {"weight": BYTES, "weight_scale": FLOAT},
+        "its scale multiplies in some variants and divides in others",
+    ),
+    Refused(
+        "MLX NVFP4 without a global scale",
+        {"weight": ("U32",), "scales": BYTES},
+        "its only scales have 3 bits of mantissa, so multiplying them rounds by up to 6 %",
+    ),
+    Refused(
+        "quantised with a fixed output scale",
+        {"output_scale": ()},
+        "that scale would have to grow as well, and the next layer does not expect it",
+    ),
+)
+"""Formats by the leaves that give them away; the first that is there names the refusal."""
+
+
+# From the leaves of a projection to what happens to them ------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Scaled:
-    """One tensor to scale, and how."""
+    """One tensor to scale, how, and the name of the format that says so."""
 
     tensor: Tensor
     role: Role
     operation: Operation = "multiply"
     promote: str | None = None
+    format: str = "plain"
+
+    @property
+    def rounds(self) -> bool:
+        """Whether a scale stays in 16 bits, so that multiplying it rounds it once more."""
+        return self.role == "scale" and self.tensor.dtype in _ROUNDING and not self.promote
+
+
+_ROUNDING = {"F16": "0.049 %", "BF16": "0.39 %"}
+"""Half a unit in the last place: the most by which rounding changes a normal number."""
+
+_STATE_BYTES = 1 << 20
+"""A quantisation state is read whole; a longer one is no state."""
 
 
 def leaf_name(leaf: str) -> str:
     """The leaf without its separator; a fused tensor without any is the weight itself."""
-    return leaf.lstrip("._") or "weight"
+    return leaf.lstrip("._").removeprefix("weight.") or "weight"
 
 
-def scaled_tensors(module: str, leaves: Mapping[str, Tensor], factor: float) -> list[Scaled]:
+def split_name(name: str) -> tuple[str, str]:
+    """Module and leaf of a tensor; without a leaf that the table knows, all of it is the module.
+
+    ``m.weight.absmax`` and ``m.absmax`` are the same to bitsandbytes, ``m_bias`` and ``m.bias``
+    to fused experts.
+    """
+    for leaf in _BY_LENGTH:
+        for ending in (f".weight.{leaf}", f".{leaf}", f"_{leaf}"):
+            if name.endswith(ending) and len(name) > len(ending):
+                return name.removesuffix(ending), leaf
+    return name, "weight"
+
+
+def scaled_tensors(
+    module: str, leaves: Leaves, factor: float, scale_key: str | None = None
+) -> list[Scaled]:
     """The tensors of a down-projection that change when it is multiplied by `factor`.
 
     Args:
         module: the projection's name, for errors.
         leaves: its tensors by leaf.
         factor: what it is multiplied by.
+        scale_key: the config key that `--fold config` would multiply instead, if there is one.
 
     Raises:
-        UnsupportedError: no row of the table fits, so scaling it would be a guess.
+        UnsupportedError: no row of the table fits, so scaling it would be a guess; or the format
+            cannot be multiplied by this factor.
+        CheckpointError: a tensor that its format needs is missing.
     """
-    for row in ROWS:
-        if all(leaf in leaves and leaves[leaf].dtype in row.dtypes[leaf] for leaf in row.dtypes):
-            parts = {**row.scaled}
-            if "bias" in leaves:
-                parts["bias"] = Part("bias")
-            if not leaves.keys() - parts.keys() - row.dtypes.keys() - UNTOUCHED:
-                return [_scaled(leaves[leaf], part) for leaf, part in parts.items()]
-    found = ", ".join(f"{leaf} ({tensor.dtype})" for leaf, tensor in sorted(leaves.items()))
-    raise UnsupportedError(
-        f"{module}: is stored as {found}, which is no format that moescale can scale",
-        hint="Rescale the unquantised checkpoint and quantise the result.",
+    row = next((row for row in ROWS if _matches(row, leaves)), None)
+    if row is None and factor == 1.0:
+        return []  # nothing is touched, so nothing has to be known
+    if row is None:
+        raise _unmatched(module, leaves)
+    parts = {**row.scaled, "bias": Part("bias")}
+    if any(part.operation == "shift" for part in parts.values()):
+        _check_power_of_two(module, row, factor, scale_key)
+    return [_scaled(leaves[leaf], part, row) for leaf, part in parts.items() if leaf in leaves]
+
+
+def _matches(row: Format, leaves: Leaves) -> bool:
+    """Whether all that the row needs is there, and nothing that it does not know."""
+    return (
+        all(leaf in leaves and leaves[leaf].dtype in row.dtypes[leaf] for leaf in row.dtypes)
+        and leaves.keys() <= _known(row)
+        and all(
+            leaf not in leaves or leaves[leaf].dtype in SCALABLE
+            for leaf in ("bias", *(row.scaled.keys() - row.dtypes.keys()))
+        )
+        and row.fits(leaves)
     )
 
 
-def _scaled(tensor: Tensor, part: Part) -> Scaled:
+def _known(row: Format) -> set[str]:
+    return {*row.dtypes, *row.scaled, *row.stays, *UNTOUCHED, "bias"}
+
+
+_BY_LENGTH = sorted(set[str]().union(*(_known(row) for row in ROWS)), key=len, reverse=True)
+"""Every leaf that the table knows, the longest first."""
+
+
+def _scaled(tensor: Tensor, part: Part, row: Format) -> Scaled:
+    if part.operation == "nested_offset" and tensor.nbytes > _STATE_BYTES:
+        raise CheckpointError(
+            f"{tensor.name}: has {tensor.nbytes} bytes, too many for a quantisation state"
+        )
     promote = "F32" if part.promote and tensor.dtype in ("F16", "BF16") else None
-    return Scaled(tensor, part.role, part.operation, promote)
+    return Scaled(tensor, part.role, part.operation, promote, row.name)
+
+
+def _is_power_of_two(factor: float) -> bool:
+    return math.frexp(factor)[0] == 0.5
+
+
+def _check_power_of_two(module: str, row: Format, factor: float, scale_key: str | None) -> None:
+    if _is_power_of_two(factor):
+        return
+    below = 2.0 ** (math.frexp(factor)[1] - 1)
+    hint = f"Exact are --factor {below:.9g} and --factor {2 * below:.9g}."
+    if scale_key is not None:
+        hint = f"--fold config multiplies {scale_key} by any factor, exactly. {hint}"
+    raise UnsupportedError(
+        f"{module}: is stored as {row.name}, whose scales are powers of two: multiplying it by"
+        f" {factor:.9g} would need new codes",
+        hint=hint,
+    )
+
+
+# Refusals -----------------------------------------------------------------------------------------
+
+
+def _unmatched(module: str, leaves: Leaves) -> UnsupportedError | CheckpointError:
+    """Why no row fits: a format that is known and refused, a missing tensor, or nothing known."""
+    hint = "Rescale the unquantised checkpoint and quantise the result."
+    found = ", ".join(f"{leaf} ({tensor.dtype})" for leaf, tensor in sorted(leaves.items()))
+    for refused in REFUSED:
+        if all(_has(leaves, leaf, dtypes) for leaf, dtypes in refused.dtypes.items()):
+            return UnsupportedError(
+                f"{module}: is stored as {refused.name} ({found}), which cannot be scaled:"
+                f" {refused.why}",
+                hint=hint,
+            )
+    alone = leaves.keys() <= {"weight", "bias", *UNTOUCHED}
+    if alone and "weight" in leaves and leaves["weight"].dtype not in SCALABLE:
+        return UnsupportedError(
+            f"{module}: its weight is {leaves['weight'].dtype} without a tensor that could be its"
+            " scale, and its codes cannot be multiplied",
+            hint=hint,
+        )
+    if row := _nearest(leaves):
+        missing = ", ".join(leaf for leaf in row.dtypes if leaf not in leaves)
+        return CheckpointError(
+            f"{module}: looks like {row.name} ({found}), but has no {missing}",
+            hint="The checkpoint is incomplete; fetch the missing shard again.",
+        )
+    return UnsupportedError(
+        f"{module}: is stored as {found}, which is no format that moescale can scale", hint=hint
+    )
+
+
+def _has(leaves: Leaves, marker: str, dtypes: tuple[str, ...]) -> bool:
+    return any(
+        (leaf == marker or leaf.startswith(marker + ".")) and (not dtypes or tensor.dtype in dtypes)
+        for leaf, tensor in leaves.items()
+    )
+
+
+def _nearest(leaves: Leaves) -> Format | None:
+    """The row that lacks fewest of its tensors, of those that know all that is there."""
+
+    def lacking(row: Format) -> int:
+        return sum(leaf not in leaves for leaf in row.dtypes)
+
+    rows = [
+        row
+        for row in ROWS
+        if next(iter(row.dtypes)) in leaves
+        and leaves.keys() <= _known(row)
+        and all(leaves[leaf].dtype in row.dtypes[leaf] for leaf in row.dtypes if leaf in leaves)
+        and lacking(row)
+        and not ("weight" in row.dtypes and lacking(row) == len(row.dtypes) - 1)
+    ]
+    return min(rows, key=lacking, default=None)
+
+
+# What the config adds -----------------------------------------------------------------------------
+
+_SECTIONS = frozenset({"quantization_config", "compression_config", "quantization"})
+
+
+def confirm(
+    chosen: Iterable[tuple[Scaled, float]], config: Mapping[str, Any], scale_key: str | None = None
+) -> list[str]:
+    """Look into the config for what tensors do not show, and say what is not exact.
+
+    Args:
+        chosen: the tensors to scale, each with its factor.
+        config: the whole ``config.json``.
+        scale_key: as for `scaled_tensors`.
+
+    Returns:
+        One remark for each format, not for each tensor.
+
+    Raises:
+        UnsupportedError: the config says that the scales are none of those that the table means.
+    """
+    sections = list(_quantization_sections(config))
+    e5m3 = "e5m3" in json.dumps(sections).lower()
+    ue8m0 = any(section.get("scale_fmt") == "ue8m0" for section in sections)
+    rounded: dict[str, None] = {}
+    for scaled, factor in chosen:
+        if scaled.operation == "shift" and e5m3:
+            raise UnsupportedError(
+                f"{scaled.tensor.name}: the config says E5M3, so its bytes are no powers of two",
+                hint="Rescale the unquantised checkpoint and quantise the result.",
+            )
+        if _is_power_of_two(factor):
+            continue
+        if scaled.rounds:
+            rounded[_rounding(scaled)] = None
+        elif scaled.format == "FP8" and ue8m0:
+            rounded[_ue8m0(scale_key)] = None
+    return list(rounded)
+
+
+def _quantization_sections(value: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The sections that describe a quantisation, wherever they stand."""
+    for key, section in value.items():
+        if isinstance(section, dict):
+            yield from (section,) if key in _SECTIONS else _quantization_sections(section)
+
+
+def _rounding(scaled: Scaled) -> str:
+    dtype = scaled.tensor.dtype
+    return (
+        f"{scaled.format}: its {dtype} scales are rounded when they are multiplied, which changes"
+        f" weights by at most {_ROUNDING[dtype]}; all codes stay"
+    )
+
+
+def _ue8m0(scale_key: str | None) -> str:
+    fold = f"; --fold config multiplies {scale_key} and leaves them alone" if scale_key else ""
+    return (
+        "config.json says scale_fmt ue8m0, and the factor is no power of two: transformers, and"
+        " vLLM and SGLang where they use DeepGEMM, round such scales to powers of two in"
+        f" silence{fold}"
+    )
