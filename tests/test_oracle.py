@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 from tiny_models import CANNOT_BUILD, TINY, build, generates, other_outputs, routed_outputs
 
@@ -19,6 +20,7 @@ MORE = 3  # experts per token that every tiny model of a free count can be given
 ROWS = {entry: find(*entry.split("/")) for entry in TINY}
 LINEAR = [e for e, row in ROWS.items() if not (row.fixed or row.no_effect)]
 NO_EFFECT = [e for e, row in ROWS.items() if row.no_effect]
+FOLDS = [e for e, row in ROWS.items() if row.folds]
 FIXED = [e for e, row in ROWS.items() if row.fixed]
 LAYOUTS = pytest.mark.parametrize("fused", [False, True], ids=["hub", "fused"])
 
@@ -96,6 +98,40 @@ def test_the_default_rule_takes_the_closed_form(entry: str, tmp_path: Path) -> N
     if entry not in SCALES_IN_PART:
         before = routed_outputs(source, entry, top_k=MORE)
         assert_scaled(before, routed_outputs(output, entry), factor)
+
+
+@torch.no_grad()
+def block_outputs(directory: Path, entry: str) -> dict[str, torch.Tensor]:
+    """The whole output of each MoE block, its shared experts set to zero, for fixed inputs."""
+    tiny, model = TINY[entry], tiny_models.load(directory, entry)
+    outputs: dict[str, torch.Tensor] = {}
+    for number, moe in enumerate(tiny_models._blocks(model, tiny)):
+        for shared in tiny_models._shared(model, moe, tiny).values():
+            for parameter in shared.parameters():
+                parameter.zero_()
+        hidden, token_ids = tiny_models._inputs(model, number)
+        with tiny_models._watch({moe.path: moe.block}, outputs):
+            tiny_models.FEEDS[tiny.feed](moe.block, hidden, token_ids)
+    return outputs
+
+
+@pytest.mark.parametrize("entry", FOLDS)
+def test_folding_into_the_config_is_the_same_as_scaling(entry: str, tmp_path: Path) -> None:
+    """`--fold config` copies every shard, and transformers computes factor times the old output."""
+    source, output = tmp_path / "source", tmp_path / "output"
+    build(entry, source)
+    plan = convert(source, output, entry, factor=FACTOR, fold="config").plan
+    assert {f.action for f in plan.large_files} == {"copy"}
+    before, after = block_outputs(source, entry), block_outputs(output, entry)
+    assert_scaled(before, after, FACTOR)
+
+
+@pytest.mark.parametrize("entry", sorted(ROWS.keys() - set(FOLDS)))
+def test_folding_is_refused_where_it_is_not_the_same(entry: str, tmp_path: Path) -> None:
+    """A type outside the list is refused with the reason."""
+    build(entry, tmp_path / "source")
+    with pytest.raises(UnsupportedError, match="--fold config|no effect"):
+        convert(tmp_path / "source", tmp_path / "output", entry, factor=FACTOR, fold="config")
 
 
 @pytest.mark.parametrize("entry", NO_EFFECT)

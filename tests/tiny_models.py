@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -205,10 +206,8 @@ def _whole_numbers() -> Iterator[None]:
 # --- Reading ---------------------------------------------------------------------------------
 
 
-def load(
-    directory: Path, entry_id: str, *, top_k: int | None = None
-) -> tuple[PreTrainedModel, dict[str, set[str]]]:
-    """The model in float32, and what transformers says of missing and unexpected names."""
+def load(directory: Path, entry_id: str, *, top_k: int | None = None) -> PreTrainedModel:
+    """The model in float32; an error if the checkpoint lacks a tensor or has one too many."""
     tiny = TINY[entry_id]
     config, _ = _class(tiny).config_class.get_config_dict(directory)
     if top_k is not None:
@@ -220,10 +219,24 @@ def load(
             dtype=torch.float32,
             output_loading_info=True,
         )
+    _check_whole(tiny, report)
     # Mapped files are aligned by chance, and the last bit of a sum depends on it.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    return model.eval(), report
+    return model.eval()
+
+
+def _check_whole(tiny: Tiny, report: dict[str, set[str]]) -> None:
+    """Raise if a name is missing or left over, but for the block that a main model ignores."""
+    mtp = ".".join((tiny.mtp or "none").split(".")[-2:])
+    problems = {
+        f"{what}: {name}"
+        for what, names in report.items()
+        for name in names
+        if mtp not in str(name)
+    }
+    if problems:
+        raise ValueError(f"{tiny.model} does not load whole: {sorted(problems)[:4]}")
 
 
 def _set_count(config: dict[str, Any], tiny: Tiny, top_k: int) -> None:
@@ -258,7 +271,7 @@ def routed_outputs(
     `top_k` runs the checkpoint with this many experts a token, whatever its config says.
     """
     tiny = TINY[entry_id]
-    return _routed(load(directory, entry_id, top_k=top_k)[0], tiny, inputs_seed)
+    return _routed(load(directory, entry_id, top_k=top_k), tiny, inputs_seed)
 
 
 def _routed(model: PreTrainedModel, tiny: Tiny, inputs_seed: int) -> dict[str, Tensor]:
@@ -281,7 +294,7 @@ def mtp_outputs(
 ) -> dict[str, Tensor]:
     """As `routed_outputs`, of the block that predicts a second token (types in `MTP_RUNS`)."""
     tiny = TINY[entry_id]
-    model = load(directory, entry_id, top_k=top_k)[0]
+    model = load(directory, entry_id, top_k=top_k)
     if not tiny.mtp.startswith("mtp"):
         # transformers knows the block by the number of layers of the published model.
         model._keys_to_ignore_on_load_unexpected = [re.escape(tiny.mtp)]
@@ -292,7 +305,7 @@ def mtp_outputs(
 def other_outputs(directory: Path, entry_id: str, *, inputs_seed: int = 0) -> dict[str, Tensor]:
     """The outputs of all shared experts and of one attention module for fixed inputs, by path."""
     tiny = TINY[entry_id]
-    model = load(directory, entry_id)[0]
+    model = load(directory, entry_id)
     hidden, token_ids = _inputs(model, inputs_seed)
     outputs: dict[str, Tensor] = {}
     for moe in _blocks(model, tiny):
@@ -319,7 +332,7 @@ def generates(directory: Path, entry_id: str) -> int:
 def experts_used(directory: Path, entry_id: str) -> dict[str, int]:
     """As `generates`, by the path of the MoE block (of those that such a run reaches)."""
     tiny = TINY[entry_id]
-    model = load(directory, entry_id)[0]
+    model = load(directory, entry_id)
     name, width = WIDTHS[tiny.width]
     used: dict[str, int] = {}
 
@@ -419,7 +432,10 @@ FEEDS: dict[str, Callable[[nn.Module, Tensor, Tensor], object]] = {
 
 
 def _generate(model: PreTrainedModel, hidden: Tensor, token_ids: Tensor) -> None:
-    model.generate(input_ids=token_ids, max_new_tokens=4, do_sample=False)
+    with warnings.catch_warnings():
+        # torch's own, when DiffusionGemma imports its compiler.
+        warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
+        model.generate(input_ids=token_ids, max_new_tokens=4, do_sample=False)
 
 
 RUNS: dict[str, Callable[[PreTrainedModel, Tensor, Tensor], object]] = {

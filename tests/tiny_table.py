@@ -183,7 +183,7 @@ TINY: dict[str, Tiny] = {
     "kimi_k25": _text("Kimi_K25ForConditionalGeneration", {}),
     "olmoe": Tiny("OlmoeForCausalLM"),
     # All others.
-    "minimax": Tiny("MiniMaxForCausalLM"),
+    "minimax": Tiny("MiniMaxForCausalLM", {"block_size": 8}),
     "minimax_m2": Tiny("MiniMaxM2ForCausalLM"),
     "phimoe": Tiny("PhimoeForCausalLM", fixed="the router takes two, whatever the config says"),
     "qwen4_exp": _text(
@@ -328,8 +328,8 @@ TINY: dict[str, Tiny] = {
         silenced=("bias",),
         width="gating",
     ),
-    "llama4": _text("Llama4ForConditionalGeneration", {}, width="scores"),
-    "llama4_text": Tiny("Llama4ForCausalLM", width="scores"),
+    "llama4": _text("Llama4ForConditionalGeneration", {"moe_layers": [1, 2]}, width="scores"),
+    "llama4_text": Tiny("Llama4ForCausalLM", {"moe_layers": [1, 2]}, width="scores"),
     "longcat_flash": Tiny(
         "LongcatFlashForCausalLM",
         {"zero_expert_num": 2},
@@ -362,7 +362,10 @@ TINY: dict[str, Tiny] = {
     "inkling_mm_model": _text(
         "InklingForConditionalGeneration",
         {},
-        config={"vision_config": {"num_hidden_layers": 4}},
+        config={
+            "vision_config": {"num_hidden_layers": 4},
+            "audio_config": {"n_mel_bins": 8, "mel_vocab_size": 16},
+        },
     ),
     "inkling2": _text("Inkling2ForConditionalGeneration", {}),
     "inkling2_text": Tiny("Inkling2ForCausalLM"),
@@ -376,7 +379,12 @@ TINY: dict[str, Tiny] = {
     "zaya": Tiny("ZayaForCausalLM", {"num_experts_per_tok": 1}, fixed="the config takes only 1"),
     "nllb-moe": Tiny(
         "NllbMoeForConditionalGeneration",
-        {"encoder_layers": 4, "decoder_layers": 4, "encoder_sparse_step": 2},
+        {
+            "encoder_layers": 4,
+            "decoder_layers": 4,
+            "encoder_sparse_step": 2,
+            "decoder_sparse_step": 2,
+        },
         fixed="there is no key: always 2",
         down=r"expert_\d+\.fc2\.(weight|bias)",
         width="weights",

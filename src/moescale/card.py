@@ -121,6 +121,11 @@ def _section(plan: Plan) -> str:
 
 
 def _what_changed(plan: Plan) -> str:
+    if plan.options.fold == "config":
+        return (
+            "The config's constant that multiplies the routed experts' output was multiplied by a"
+            " factor, so that it keeps its expected size; no weight was touched."
+        )
     if not plan.changed_tensors:
         return "Only the config was edited; no weight was scaled."
     return (

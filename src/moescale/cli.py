@@ -81,7 +81,11 @@ def _command(
     ] = None,
     fold: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="WHERE", help="weights (default)."),
+        typer.Option(
+            metavar="WHERE",
+            help="weights (default), or config: multiply the model's own routed scaling key and"
+            " leave every weight as it is.",
+        ),
     ] = None,
     rho: Annotated[
         Optional[float],  # noqa: UP045
@@ -172,14 +176,13 @@ def _command(
         "rule": rule,
         "rho": rho,
         "factor": factor,
+        "fold": fold,
         "part": part,
         "arch": arch,
         "pattern": pattern,
         "experts_key": experts_key,
     }
     try:
-        if fold not in (None, "weights"):
-            raise errors.UsageError(f"--fold {fold} is not there yet", hint="Use --fold weights.")
         if factors is not None:
             options["factors"] = _read_factors(factors)
         if dry_run:

@@ -32,6 +32,7 @@ from moescale.model.experts import Layer, experts_of_layer
 from moescale.model.formats import Role, Scaled, confirm, scaled_tensors
 from moescale.model.lookup import Moe, find_moe
 from moescale.model.router import Router, largest_count
+from moescale.model.scale_key import fold_factor
 from moescale.options import Options
 from moescale.repos.base import FileInfo, Source, SourceId, check_name
 from moescale.rules import closed_form
@@ -189,6 +190,7 @@ class Plan:
             },
             "router": {"renormalised": self.router.renormalised if self.router else None},
             "rule": self.options.method,
+            **({"fold": self.options.fold} if self.options.fold else {}),
             "rho": self.rho,
             "factors": dict(self.factors),
             "alternatives": dict(self.alternatives),
@@ -229,15 +231,18 @@ def make_plan(source: Source, options: Options, destination: str | None = None) 
         )
     experts = _experts(moe, options)
     factors = _factors(moe, experts, options)
-    scaled = _scaled_tensors(moe, factors)
+    in_config = options.fold == "config"
+    scaled = [] if in_config else _scaled_tensors(moe, factors)
     warnings += confirm(
         ((s, factor) for s, _, factor in scaled), config.value, moe.architecture.scale_key
     )
     planned = _planned_tensors(scaled, headers)
     index = _index(shards, headers)
-    new_config = config.text.encode()
+    new_config = config
+    if in_config:
+        new_config = fold_factor(new_config, moe.architecture, _one_factor(factors))
     if options.experts is not None:
-        new_config = set_count(config, moe.places, options.experts)
+        new_config = set_count(new_config, moe.places, options.experts)
     return Plan(
         source=source.identity,
         destination=destination,
@@ -256,9 +261,9 @@ def make_plan(source: Source, options: Options, destination: str | None = None) 
             shards.names,
             {t.shard for t in planned if t.edit.factor != 1.0},
             index and index[0],
-            new_config != config.text.encode(),
+            new_config.text != config.text,
         ),
-        config=new_config,
+        config=new_config.text.encode(),
         index=index,
         new_headers=MappingProxyType(_new_headers(source, headers, planned)),
         warnings=tuple(warnings),
@@ -384,6 +389,13 @@ def _factor(moe: Moe, experts: Experts, options: Options, layer: Layer) -> float
             return closed_form.preserve(n, m, moe.router.balanced_weight, options.rho or 0.0)
         case _:
             return 1.0
+
+
+def _one_factor(factors: Mapping[Layer, float]) -> float:
+    """The factor of all layers; a config has one number for them."""
+    if len(set(factors.values())) > 1:
+        raise UsageError("--fold config takes one factor for all layers, these differ by layer")
+    return next(iter(factors.values()))
 
 
 def _alternatives(moe: Moe, experts: Experts, options: Options) -> dict[str, float]:

@@ -129,6 +129,8 @@ class Architecture:
         no_effect: why scaling the down-projections has no effect on this model.
         partly: what scaling the down-projections does not reach.
         scale_key: config key of a constant that multiplies the routed output.
+        folds: every engine that was looked at multiplies the routed output, and nothing else, by
+            that constant, so that changing it is the same as scaling the weights.
     """
 
     model_type: str
@@ -148,6 +150,7 @@ class Architecture:
     no_effect: str | None = None
     partly: str | None = None
     scale_key: str | None = None
+    folds: bool = False
 
 
 _POST_NORM = (
@@ -180,7 +183,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
     Architecture("mixtral", SPARSE_MOE, ALWAYS, moe_layers=All()),
     Architecture("minimax", SPARSE_MOE, ALWAYS, moe_layers=All()),
     Architecture("minimax_m2", SPARSE_MOE, ALWAYS, moe_layers=All()),
-    Architecture("minimax_m3_vl", SPARSE_MOE, ALWAYS, scale_key=_SCALE),
+    Architecture("minimax_m3_vl", SPARSE_MOE, ALWAYS, scale_key=_SCALE, folds=True),
     Architecture(
         "phimoe",
         SPARSE_MOE,
@@ -218,24 +221,29 @@ ROWS: Final[tuple[Architecture, ...]] = (
     _group_limited("deepseek_v2", NEVER, moe_layers=FirstDense(0)),
     _group_limited("deepseek_ocr2", NEVER),
     _group_limited("unlimited_ocr", NEVER),
-    _group_limited("deepseek_v3", NORM_TRUE, moe_layers=FirstDense(3)),
-    _group_limited("deepseek_v32", NORM_TRUE, moe_layers=FirstDense(3)),
+    _group_limited("deepseek_v3", NORM_TRUE, moe_layers=FirstDense(3), folds=True),
+    _group_limited("deepseek_v32", NORM_TRUE, moe_layers=FirstDense(3), folds=True),
     _group_limited(
         "kimi_k25",
         NORM_TRUE,
         experts=(*MLP, "blocks.{L}.mlp.experts.{E}.down_proj"),
         moe_layers=FirstDense(3),
+        folds=True,
     ),
     _group_limited(
-        "kimi_linear", Flag("moe_renormalize", True), experts=SPARSE_MOE, count=_PER_TOKEN
+        "kimi_linear",
+        Flag("moe_renormalize", True),
+        experts=SPARSE_MOE,
+        count=_PER_TOKEN,
+        folds=True,
     ),
-    _group_limited("bailing_hybrid", Flag("moe_renormalize", True), count=_PER_TOKEN),
-    _group_limited("exaone_moe", NORM_TRUE),
-    _group_limited("dots1", NORM_FALSE),
-    _group_limited("glm4_moe", NORM_TRUE, moe_layers=FirstDense(1)),
-    _group_limited("glm4_moe_lite", NORM_TRUE),
+    _group_limited("bailing_hybrid", Flag("moe_renormalize", True), count=_PER_TOKEN, folds=True),
+    _group_limited("exaone_moe", NORM_TRUE, folds=True),
+    _group_limited("dots1", NORM_FALSE, folds=True),
+    _group_limited("glm4_moe", NORM_TRUE, moe_layers=FirstDense(1), folds=True),
+    _group_limited("glm4_moe_lite", NORM_TRUE, folds=True),
     _group_limited("glm4v_moe", NORM_TRUE, moe_layers=FirstDense(1)),
-    _group_limited("glm_moe_dsa", NORM_TRUE),
+    _group_limited("glm_moe_dsa", NORM_TRUE, folds=True),
     _group_limited("glm5_next", NORM_TRUE),
     _group_limited("hy_v4", NORM_TRUE, experts=(*MLP, "mtp_layers.{L}.mlp.experts.down_proj")),
     _group_limited("mimo_v2_flash", NORM_TRUE),
@@ -243,7 +251,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
     _group_limited("axk1", NORM_TRUE, partly=_JOINT_NORM),
     _group_limited("axk2", NORM_TRUE),
     _group_limited("beam", NORM_TRUE, no_effect=_POST_NORM),
-    _group_limited("nemotron_h", NORM_TRUE, experts=MIXER),
+    _group_limited("nemotron_h", NORM_TRUE, experts=MIXER, folds=True),
     _group_limited("nemotron_h_omni", NORM_TRUE, experts=MIXER),
     _group_limited("nemo_speechlm", NORM_TRUE, experts=MIXER),
     _group_limited("mistral4", NORM_TRUE),
@@ -278,6 +286,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         " (gate.tid2eid), which would have to be cut or invented",
         fixed_tensor="gate.tid2eid",
         scale_key=_SCALE,
+        folds=True,
     ),
     # One each
     Architecture("olmoe", MLP, NORM_FALSE, moe_layers=All()),
@@ -398,7 +407,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         fixed_count=1,
     ),
     # Remote code: types that transformers does not know under this name
-    _group_limited("kimi_k2", NORM_TRUE, moe_layers=FirstDense(3)),
+    _group_limited("kimi_k2", NORM_TRUE, moe_layers=FirstDense(3), folds=True),
     _group_limited("deepseek_vl_v2", NORM_FALSE, moe_layers=FirstDense(0)),
 )
 

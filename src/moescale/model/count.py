@@ -92,9 +92,9 @@ def _count(value: Any, path: str) -> int | tuple[int, ...]:
     raise CheckpointError(f"{CONFIG}: {path} is {value!r}, not a number of experts")
 
 
-def set_count(config: Config, places: Sequence[Spelling], new: int) -> bytes:
+def set_count(config: Config, places: Sequence[Spelling], new: int) -> Config:
     """The config with `new` at all `places`; every other byte stays."""
-    paths = {(*_keys(place.section), place.key) for place in places}
+    paths = {(*keys_of(place.section), place.key) for place in places}
 
     def wanted(path: Path) -> bool:
         return path in paths or path[:-1] in paths
@@ -104,8 +104,9 @@ def set_count(config: Config, places: Sequence[Spelling], new: int) -> bytes:
         for path, span in value_spans(config.text, wanted)
         if config.text[span[0]] not in "[{"
     ]
-    return replace_spans(config.text, edits).encode()
+    return parse_config(replace_spans(config.text, edits).encode())
 
 
-def _keys(dotted: str) -> tuple[str, ...]:
+def keys_of(dotted: str) -> tuple[str, ...]:
+    """The keys of a dotted path."""
     return tuple(dotted.split(".")) if dotted else ()

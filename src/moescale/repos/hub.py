@@ -7,10 +7,12 @@ business. Nothing of it is imported before the Hub is used.
 from __future__ import annotations
 
 import functools
+import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +20,7 @@ from moescale.errors import MoescaleError, SourceError, TemporaryError, UsageErr
 from moescale.version import __version__
 
 if TYPE_CHECKING:
+    import httpx2
     from huggingface_hub import HfApi
 
 PREFIX = "hf://"
@@ -26,8 +29,10 @@ LONGEST_WAIT = 300.0
 """Seconds; a server that asks for a longer wait ends the run, which can be continued."""
 
 TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+RESUMES = "Run the same command again; it resumes."
 
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_REPO_ID = re.compile(r"[A-Za-z0-9](?:[\w.-]*\w)?/[A-Za-z0-9](?:[\w.-]*\w)?", re.ASCII)
+_ours: ContextVar[bool] = ContextVar("moescale_request", default=False)
 _T = TypeVar("_T")
 
 
@@ -59,34 +64,71 @@ def is_repo_id(text: str) -> bool:
     return _REPO_ID.fullmatch(text) is not None and ".." not in text and "--" not in text
 
 
+class Busy(TemporaryError):
+    """The Hub is out of order for now; `retry_after` is the wait in seconds that it asks for."""
+
+    def __init__(self, message: str, *, hint: str = RESUMES, retry_after: float | None = None):
+        super().__init__(message, hint=hint)
+        self.retry_after = retry_after
+
+
+# The client ---------------------------------------------------------------------------------
+
+
 @functools.cache
 def api() -> HfApi:
     """The client, with time limits on all of its requests."""
-    import httpx2
     from huggingface_hub import HfApi, constants, set_client_factory
-    from huggingface_hub.utils._http import hf_request_event_hook
+    from huggingface_hub.utils import _http
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    seconds = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
-
-    class Client(httpx2.Client):
-        """Some calls of huggingface_hub ask for no time limit at all; a stall would be for ever."""
-
-        def send(self, request: httpx2.Request, **more: Any) -> httpx2.Response:
-            limits = request.extensions.get("timeout") or {}
-            known = {key: limits.get(key) for key in ("connect", "read", "write", "pool")}
-            request.extensions["timeout"] = {
-                key: 6 * seconds if value is None else value for key, value in known.items()
-            }
-            return super().send(request, **more)
-
-    set_client_factory(
-        lambda: Client(
-            event_hooks={"request": [hf_request_event_hook]}, follow_redirects=True, timeout=None
-        )
-    )
-    disable_progress_bars()
+    made_before = _http._GLOBAL_CLIENT_FACTORY  # a user may have set one, for a proxy say
+    set_client_factory(lambda: _guarded(made_before()))
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
+        disable_progress_bars()
     return HfApi(library_name="moescale", library_version=__version__)
+
+
+def _guarded(client: httpx2.Client) -> httpx2.Client:
+    """Give the client time limits, and let our own requests fail at once with `Busy`.
+
+    Some calls of huggingface_hub ask for no time limit at all; a stall would be for ever. Others
+    repeat a request by themselves, which would multiply with our attempts; it is only left to
+    them where they repeat a part of an upload.
+    """
+    import httpx2
+
+    send = client.send
+
+    def guarded(request: httpx2.Request, **more: Any) -> httpx2.Response:
+        _limit_time(request)
+        if request.method == "PUT" or not _ours.get():
+            return send(request, **more)
+        try:
+            response = send(request, **more)
+        except httpx2.TransportError as error:
+            raise Busy(f"the connection broke: {_line(error)}") from None
+        if response.status_code in TRANSIENT_STATUS:
+            response.close()
+            raise Busy(
+                f"the Hub answered {response.status_code}",
+                retry_after=_retry_after(response.headers),
+            )
+        return response
+
+    client.send = guarded  # type: ignore[method-assign]
+    return client
+
+
+def _limit_time(request: httpx2.Request) -> None:
+    from huggingface_hub import constants
+
+    limits = request.extensions.get("timeout") or {}
+    longest = 6.0 * constants.HF_HUB_DOWNLOAD_TIMEOUT
+    request.extensions["timeout"] = {
+        key: longest if limits.get(key) is None else limits[key]
+        for key in ("connect", "read", "write", "pool")
+    }
 
 
 def headers() -> dict[str, str]:
@@ -94,6 +136,16 @@ def headers() -> dict[str, str]:
     from huggingface_hub.utils._headers import build_hf_headers
 
     return build_hf_headers(library_name="moescale", library_version=__version__)
+
+
+def has_token() -> bool:
+    """Whether the user is logged in."""
+    from huggingface_hub import get_token
+
+    return get_token() is not None
+
+
+# Errors -------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -104,50 +156,89 @@ def in_our_words(what: str, refused: type[MoescaleError] = SourceError) -> Itera
         what: the object of the request, for the message.
         refused: the error for what will not go better the next time.
     """
+    token = _ours.set(True)
+    try:
+        yield
+    except Exception as error:
+        translated = _translated(what, error, refused)
+        if translated is error:
+            raise
+        raise translated from None
+    finally:
+        _ours.reset(token)
+
+
+def _translated(what: str, error: Exception, refused: type[MoescaleError]) -> Exception:
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    try:
-        yield
-    except OfflineModeIsEnabled:
-        raise refused(f"{what}: cannot be reached, HF_HUB_OFFLINE is set") from None
-    except HfHubHTTPError as error:
-        raise _http_error(what, error.response.status_code, str(error), refused) from None
-    except (httpx2.TransportError, ConnectionError) as error:
-        raise _broken(what, error) from None
-    except (httpx2.HTTPError, ValueError) as error:
-        first = str(error).strip().partition("\n")[0]
-        raise TemporaryError(f"{what}: the Hub answered with something else: {first}") from None
+    match error:
+        case Busy():
+            return Busy(f"{what}: {error.message}", retry_after=error.retry_after)
+        case MoescaleError():
+            return error
+        case OfflineModeIsEnabled():
+            return refused(
+                f"{what}: is not in the Hub cache, and HF_HUB_OFFLINE is set",
+                hint="Unset HF_HUB_OFFLINE, or download the model first.",
+            )
+        case HfHubHTTPError():
+            return _http_error(what, error.response.status_code, _line(error), refused)
+        case httpx2.TransportError() | ConnectionError():
+            return Busy(f"{what}: the connection broke: {_line(error)}")
+        case httpx2.HTTPError() | json.JSONDecodeError():
+            return Busy(f"{what}: the Hub answered with something else: {_line(error)}")
+        case ValueError():  # what the client refuses to send
+            return refused(f"{what}: {_line(error)}")
+        case RuntimeError(__cause__=Exception() as cause):
+            return _translated(what, cause, refused)
+    return _storage_error(what, error, refused)
 
 
-def _http_error(
-    what: str, status: int, message: str, refused: type[MoescaleError]
-) -> MoescaleError:
+def _http_error(what: str, status: int, line: str, refused: type[MoescaleError]) -> MoescaleError:
     if status in TRANSIENT_STATUS:
-        return TemporaryError(
-            f"{what}: the Hub answered {status}", hint="Run the same command again; it resumes."
-        )
-    if status == 401:
-        return refused(
-            f"{what}: not found, or the token is missing or expired (401)",
-            hint="Check the name; log in with `hf auth login` or set HF_TOKEN. A rerun resumes.",
-        )
-    if status == 403:
-        return refused(
-            f"{what}: the token does not allow it (403)",
-            hint="Ask for access on the repo's page, or use a token with write access.",
-        )
-    if status == 404:
-        return refused(f"{what}: not found (404)", hint="Check the name and the revision.")
-    first = next((line for line in message.splitlines() if line.strip()), "")
-    return refused(f"{what}: the Hub answered {status}: {first}")
+        return Busy(f"{what}: the Hub answered {status}")
+    why, hint = _REFUSALS.get(status, (f"the Hub answered {status}: {line}", None))
+    return refused(f"{what}: {why}", hint=hint)
 
 
-def _broken(what: str, error: Exception) -> TemporaryError:
-    first = str(error).strip().partition("\n")[0] or type(error).__name__
-    return TemporaryError(
-        f"{what}: the connection broke: {first}", hint="Run the same command again; it resumes."
-    )
+_REFUSALS = {
+    401: (
+        "not found, or the token is missing or expired (401)",
+        "Check the name; log in with `hf auth login` or set HF_TOKEN. A rerun resumes.",
+    ),
+    403: (
+        "the token does not allow it (403)",
+        "Ask for access on the repo's page, or use a token with write access.",
+    ),
+    404: ("not found (404)", "Check the name and the revision."),
+    412: (
+        "somebody else has changed the branch meanwhile (412)",
+        "See what is there; the same command resumes, --overwrite replaces the new content.",
+    ),
+}
+
+
+def _storage_error(what: str, error: Exception, refused: type[MoescaleError]) -> Exception:
+    """What hf_xet raises: the system's error classes without the system's numbers."""
+    if not isinstance(error, OSError | RuntimeError) or getattr(error, "errno", None) is not None:
+        return error
+    if isinstance(error, PermissionError):
+        return _http_error(what, 401, "", refused)
+    return Busy(f"{what}: the upload broke: {_line(error)}")
+
+
+def _line(error: Exception) -> str:
+    """What an error says, in one line of moderate length and without the token."""
+    from huggingface_hub import get_token
+
+    lines = (line.strip() for line in str(error).splitlines())
+    first = next((line for line in lines if line), type(error).__name__)
+    token = get_token()
+    return (first.replace(token, "[token]") if token else first)[:300]
+
+
+# Attempts -----------------------------------------------------------------------------------
 
 
 def retried(call: Callable[[], _T], what: str, refused: type[MoescaleError] = SourceError) -> _T:
@@ -156,11 +247,26 @@ def retried(call: Callable[[], _T], what: str, refused: type[MoescaleError] = So
         try:
             with in_our_words(what, refused):
                 return call()
-        except TemporaryError:
+        except TemporaryError as error:
             if attempt == ATTEMPTS - 1:
                 raise
-            sleep(wait_seconds(attempt))
+            pause(attempt, error)
     raise AssertionError("unreachable")
+
+
+def pause(attempt: int, error: MoescaleError | None = None) -> None:
+    """Wait before the next attempt: as long as the server asks for, if it does.
+
+    Raises:
+        TemporaryError: the server asks for longer than anybody would wait.
+    """
+    asked = error.retry_after if isinstance(error, Busy) else None
+    if asked is not None and asked > LONGEST_WAIT:
+        raise TemporaryError(
+            f"{error}: the Hub asks to wait {asked:.0f} s".replace(f"\n{RESUMES}", ""),
+            hint="Run the same command again then; it resumes.",
+        )
+    sleep(min(8.0, 0.5 * 2.0**attempt) if asked is None else asked)
 
 
 def sleep(seconds: float) -> None:
@@ -168,18 +274,12 @@ def sleep(seconds: float) -> None:
     time.sleep(seconds)
 
 
-def wait_seconds(attempt: int, retry_after: str | None = None) -> float:
-    """How long to wait before the next attempt; what the server asks for, if it does.
+def _retry_after(answer: Mapping[str, str]) -> float | None:
+    """The seconds that an answer asks to wait, in either of the Hub's two ways."""
+    from huggingface_hub.utils import parse_ratelimit_headers
 
-    Raises:
-        TemporaryError: the server asks for longer than anybody would wait.
-    """
-    if retry_after is not None and retry_after.isdigit():
-        seconds = float(retry_after)
-        if seconds > LONGEST_WAIT:
-            raise TemporaryError(
-                f"the Hub asks to wait {seconds:.0f} s",
-                hint="Run the same command again then; it resumes.",
-            )
-        return seconds
-    return min(8.0, 0.5 * 2.0**attempt)
+    value = answer.get("retry-after", "")
+    if value.isdigit():
+        return float(value)
+    limit = parse_ratelimit_headers(answer)
+    return float(limit.reset_in_seconds) if limit is not None and not limit.remaining else None

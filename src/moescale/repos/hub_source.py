@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,8 @@ from moescale.checkpoint.rewrite import PIECE, Reader
 from moescale.errors import CheckpointError, RewriteError, SourceError, TemporaryError
 from moescale.repos import hub
 from moescale.repos.base import SMALL_FILE_BYTES, FileInfo, SourceId, check_name
-from moescale.repos.hub import ATTEMPTS, TRANSIENT_STATUS, HubPlace
-from moescale.repos.local import LocalReader, LocalSource
+from moescale.repos.hub import ATTEMPTS, HubPlace
+from moescale.repos.local import LocalReader
 
 if TYPE_CHECKING:
     import httpx2
@@ -21,40 +22,23 @@ if TYPE_CHECKING:
 _HEAD = 32 << 10
 """Bytes of a shard that are asked for first; most headers are in them."""
 
+_SHA256, _GIT_DIGEST = 64, 40
+"""Digits of the digest that the Hub states: of a large file, and of one that is in git."""
 
-def open_hub_source(place: HubPlace) -> HubSource | LocalSource:
-    """The repo on the Hub; with ``HF_HUB_OFFLINE`` the snapshot of it in the cache.
-
-    Raises:
-        SourceError: there is no such repo or revision, or it is not in the cache.
-    """
-    from huggingface_hub import constants
-
-    return cached_snapshot(place) if constants.HF_HUB_OFFLINE else HubSource(place)
-
-
-def cached_snapshot(place: HubPlace) -> LocalSource:
-    """What the Hub cache has of a repo, without asking the Hub.
-
-    Raises:
-        SourceError: nothing of this revision is in the cache.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        folder = snapshot_download(place.repo, revision=place.revision, local_files_only=True)
-    except LocalEntryNotFoundError:
-        raise SourceError(
-            f"{place}: is not in the Hub cache, and HF_HUB_OFFLINE is set",
-            hint="Unset HF_HUB_OFFLINE, or download the model first.",
-        ) from None
-    commit = Path(folder).name
-    return LocalSource(Path(folder), SourceId("hub", place.repo, commit, place.repo))
+_REFUSED = {
+    401: "the token is missing or expired",
+    403: "the token does not allow it",
+    404: "it is not there any more",
+    416: "it is shorter than it was",
+}
 
 
 class HubSource:
-    """One commit of a model repo."""
+    """One commit of a model repo.
+
+    A file that the Hub cache has at that commit is read from there; with ``HF_HUB_OFFLINE`` all
+    of them have to be there.
+    """
 
     def __init__(self, place: HubPlace) -> None:
         """Resolve the revision to a commit; everything is read at that commit.
@@ -63,17 +47,17 @@ class HubSource:
             SourceError: there is no such repo or revision, or no access to it.
             TemporaryError: the Hub cannot be reached.
         """
-        info = hub.retried(
-            lambda: hub.api().model_info(place.repo, revision=place.revision, timeout=30.0),
-            str(place),
-        )
-        if info.sha is None:
-            raise SourceError(f"{place}: the Hub does not say at which commit it is")
-        self.identity = SourceId("hub", place.repo, info.sha, place.repo)
-        self._commit = info.sha
+        from huggingface_hub import constants
+
+        self._offline = constants.HF_HUB_OFFLINE
+        self._commit = _cached_commit(place) if self._offline else _commit(place)
+        self.identity = SourceId("hub", place.repo, self._commit, place.repo)
+        self.received = 0
+        self._counting = threading.Lock()
         self._files: dict[str, FileInfo] | None = None
-        self._states: dict[str, Any] = {}
+        self._stated: dict[str, str | None] = {}
         self._heads: dict[str, bytes] = {}
+        self._planned: dict[str, tuple[int, bytes]] = {}
 
     def files(self) -> Mapping[str, FileInfo]:
         """All files of the commit.
@@ -82,30 +66,37 @@ class HubSource:
             CheckpointError: a name leads out of the repo.
         """
         if self._files is None:
-            from huggingface_hub.hf_api import RepoFolder
-
-            entries = hub.retried(
-                lambda: list(
-                    hub.api().list_repo_tree(
-                        self.identity.id, recursive=True, revision=self._commit
-                    )
-                ),
-                self.identity.id,
-            )
             self._files = {}
-            for entry in entries:
-                if isinstance(entry, RepoFolder) or entry.path.startswith((".cache/", ".git/")):
+            for name, size, sha256, oid in self._listed():
+                if name.startswith((".cache/", ".git/")):
                     continue
-                name = check_name(entry.path, self.identity.id)
-                sha256 = entry.lfs.sha256 if entry.lfs else None
-                self._files[name] = FileInfo(name, entry.size, sha256)
-                self._states[name] = [entry.size, sha256 or entry.blob_id]
+                check_name(name, self.identity.id)
+                self._files[name] = FileInfo(name, size, sha256)
+                self._stated[name] = sha256 or oid
         return self._files
+
+    def _listed(self) -> Iterable[tuple[str, int, str | None, str | None]]:
+        """Name, size, SHA-256 of a large file, git's digest of a small one."""
+        from huggingface_hub.hf_api import RepoFile
+
+        if self._offline:
+            return _cached_files(self.identity.id, self._commit)
+
+        def fetch() -> list[tuple[str, int, str | None, str | None]]:
+            entries = hub.api().list_repo_tree(
+                self.identity.id, recursive=True, revision=self._commit
+            )
+            return [
+                (e.path, e.size, e.lfs.sha256 if e.lfs else None, e.blob_id)
+                for e in entries
+                if isinstance(e, RepoFile)
+            ]
+
+        return hub.retried(fetch, self.identity.id)
 
     def state(self, name: str) -> Any:
         """Size and digest; a commit does not change."""
-        self.files()
-        return self._states[name]
+        return [self.files()[name].size, self._stated[name]]
 
     def newest_change(self) -> int:
         """A commit does not change."""
@@ -122,71 +113,142 @@ class HubSource:
             size = total - start
             if size > SMALL_FILE_BYTES:
                 raise CheckpointError(f"{name}: {size} bytes are too many for a file of this kind")
-        if start == 0 and size < _HEAD < total:
-            self._heads[name] = self._fetch(name, 0, _HEAD)
-        head = self._heads.get(name, b"")
-        if start + size > len(head):
-            self._heads.pop(name, None)
-            return head[start:] + self._fetch(name, max(start, len(head)), start + size)
-        return head[start : start + size]
+            return self._fetch(name, start, start + size)
+        head, stop = self._heads.pop(name, b""), start + size
+        if start == 0 and stop < _HEAD < total:
+            self._heads[name] = head = self._fetch(name, 0, _HEAD)
+        elif stop > len(head):
+            head += self._fetch(name, len(head), stop)
+        self._planned[name] = (stop, hashlib.sha256(memoryview(head)[:stop]).digest())
+        return head[start:stop]
 
     def _fetch(self, name: str, start: int, stop: int) -> bytes:
         buffer = bytearray(stop - start)
         with self._reader(name) as reader:
-            reader.read_into(memoryview(buffer), start, stop)
+            if isinstance(reader, HubReader):
+                reader.read_into(memoryview(buffer), start, stop)
+                if stop - start == self.files()[name].size:
+                    reader.check()
+            else:
+                reader.read_into(memoryview(buffer), start)
         return bytes(buffer)
 
     @contextmanager
     def open(self, name: str) -> Iterator[Reader]:
-        """Open a file as a stream; at its end the bytes are compared with the Hub's SHA-256."""
-        cached = self._cached(name)
-        if cached is not None:
-            with cached as reader:
-                yield reader
-            return
+        """Open a file as a stream; at its end the bytes are compared with the Hub's digest."""
         with self._reader(name) as reader:
             yield reader
-            reader.check()
+            if isinstance(reader, HubReader):
+                reader.check()
 
     @contextmanager
-    def _reader(self, name: str) -> Iterator[HubReader]:
+    def _reader(self, name: str) -> Iterator[Reader]:
         from huggingface_hub import hf_hub_url
 
+        cached = self._cached(name)
+        if cached is not None:
+            with open(cached, "rb") as file:
+                yield LocalReader(file.fileno(), name)
+            return
         url = hf_hub_url(self.identity.id, name, revision=self._commit, endpoint=hub.api().endpoint)
-        reader = HubReader(url, self.files()[name])
-        with ExitStack() as stack:
-            stack.callback(reader.close)
+        info, planned = self.files()[name], self._planned.get(name, (0, b""))
+        with closing(HubReader(url, info, self._stated[name], planned)) as reader:
             yield reader
+        with self._counting:
+            self.received += reader.received
 
-    @contextmanager
-    def _open_cached(self, path: str, name: str) -> Iterator[LocalReader]:
-        with open(path, "rb") as file:
-            yield LocalReader(file.fileno(), name)
-
-    def _cached(self, name: str) -> Any:
+    def _cached(self, name: str) -> str | None:
         """The file in the Hub cache at this commit, if it is there in its full size."""
-        from huggingface_hub import try_to_load_from_cache
+        path = _cached_path(self.identity.id, name, self._commit)
+        return path if path and Path(path).stat().st_size == self.files()[name].size else None
 
-        path = try_to_load_from_cache(self.identity.id, name, revision=self._commit)
-        if not isinstance(path, str) or Path(path).stat().st_size != self.files()[name].size:
-            return None
-        return self._open_cached(path, name)
+
+def _commit(place: HubPlace) -> str:
+    """The commit of a revision.
+
+    Raises:
+        SourceError: there is no such repo or revision, or no access to it.
+    """
+    info = hub.retried(
+        lambda: hub.api().model_info(place.repo, revision=place.revision, timeout=30.0),
+        str(place),
+    )
+    if info.sha is None:
+        raise SourceError(f"{place}: the Hub does not say at which commit it is")
+    return info.sha
+
+
+# The Hub cache ------------------------------------------------------------------------------
+
+
+def _cached_path(repo: str, name: str, revision: str | None) -> str | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    with hub.in_our_words(repo):
+        path = try_to_load_from_cache(repo, name, revision=revision)
+    return path if isinstance(path, str) else None
+
+
+def _cached_commit(place: HubPlace) -> str:
+    """The commit that a revision was at when the cache was filled.
+
+    Raises:
+        SourceError: nothing of this revision is in the cache.
+    """
+    path = _cached_path(place.repo, "config.json", place.revision)
+    if path is None:
+        raise SourceError(
+            f"{place}: is not in the Hub cache, and HF_HUB_OFFLINE is set",
+            hint="Unset HF_HUB_OFFLINE, or download the model first.",
+        )
+    return Path(path).parent.name
+
+
+def _cached_files(repo: str, commit: str) -> Iterator[tuple[str, int, str | None, str | None]]:
+    """What the repo has, as far as the cache knows: its list of the repo, else its files.
+
+    A file of the cache is a link to one that has the digest as its name.
+    """
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    folder = Path(_cached_path(repo, "config.json", commit) or "").parent
+    try:
+        sizes = {f.path: f.size for f in get_cached_repo_tree(repo, revision=commit)}
+    except CachedRepoTreeNotFoundError:
+        paths = (path for path in folder.rglob("*") if path.is_file())
+        sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+    for name, size in sizes.items():
+        blob = (folder / name).resolve().name
+        sha256, oid = (blob if len(blob) == digits else None for digits in (_SHA256, _GIT_DIGEST))
+        yield name, size, sha256, oid
 
 
 class HubReader:
     """A file of the Hub, read forwards as one stream that is taken up again where it breaks."""
 
-    def __init__(self, url: str, info: FileInfo) -> None:
+    def __init__(
+        self,
+        url: str,
+        info: FileInfo,
+        stated: str | None = None,
+        planned: tuple[int, bytes] = (0, b""),
+    ) -> None:
+        """`stated` is the Hub's digest; `planned` length and SHA-256 of what was read before."""
         self._url = url
         self._info = info
-        self._response: httpx2.Response | None = None
+        self._stated = stated
+        self._planned = planned
         self._context: Any = None
         self._pieces: Iterator[bytes] = iter(())
         self._rest = memoryview(b"")
         self._position = 0
         self._failures = 0
-        self._digest = hashlib.sha256()
         self._digested = 0
+        self._header, self._digest = hashlib.sha256(), hashlib.sha256()
+        if stated is not None and len(stated) == _GIT_DIGEST:
+            self._digest = hashlib.sha1(b"blob %d\0" % info.size, usedforsecurity=False)
+        self.received = 0
 
     def read_into(self, buffer: memoryview, offset: int, stop: int | None = None) -> None:
         """Fill the whole buffer from `offset` on; `stop` is where the stream need not go on.
@@ -209,24 +271,34 @@ class HubReader:
             self._position += size
             done += size
         if offset == self._digested:
-            self._digest.update(buffer)
-            self._digested += len(buffer)
+            self._update(buffer)
+
+    def _update(self, data: memoryview) -> None:
+        self._digest.update(data)
+        length, wanted = self._planned
+        if self._digested < length:
+            self._header.update(data[: length - self._digested])
+            if self._digested + len(data) >= length and self._header.digest() != wanted:
+                raise self._differs("its header is not the one that the plan was made from")
+        self._digested += len(data)
 
     def _next_piece(self, stop: int | None) -> None:
         """Get more bytes, on the stream that is open or on a new one."""
         import httpx2
 
-        problem = ""
+        busy: hub.Busy | None = None
         try:
-            if self._response is None:
-                problem = self._open(stop)
+            problem = self._open(stop) if self._context is None else ""
             if not problem:
                 self._rest = memoryview(next(self._pieces))
+                self.received += len(self._rest)
                 self._failures = 0
                 return
         except StopIteration:
             problem = "it ended early"
-        except (httpx2.HTTPError, OSError) as error:
+        except hub.Busy as error:
+            busy, problem = error, error.message.removeprefix(f"{self._info.name}: ")
+        except (httpx2.HTTPError, OSError, RuntimeError) as error:
             problem = str(error) or type(error).__name__
         self.close()
         self._failures += 1
@@ -234,11 +306,9 @@ class HubReader:
             raise TemporaryError(
                 f"{self._info.name}: the download broke {ATTEMPTS} times at byte"
                 f" {self._position}: {problem}",
-                hint="Run the same command again; it resumes.",
+                hint=hub.RESUMES,
             )
-        hub.sleep(hub.wait_seconds(self._failures - 1, self._retry_after))
-
-    _retry_after: str | None = None
+        hub.pause(self._failures - 1, busy)
 
     def _open(self, stop: int | None) -> str:
         """Ask for the bytes from here on; returns what is wrong with the answer, if anything."""
@@ -251,51 +321,50 @@ class HubReader:
             "range": f"bytes={first}-{last}",
         }
         timeout = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
-        self._context = get_session().stream("GET", self._url, headers=request, timeout=timeout)
-        response = self._context.__enter__()
-        self._response = response
-        self._retry_after = response.headers.get("retry-after")
-        status = response.status_code
-        if status in (401, 403, 404, 416):
-            self._refused(status)
+        with hub.in_our_words(self._info.name):
+            context = get_session().stream("GET", self._url, headers=request, timeout=timeout)
+            response = context.__enter__()
+        self._context = context
+        self._pieces = response.iter_raw(PIECE)
+        return self._problem(response, first, last)
+
+    def _problem(self, response: httpx2.Response, first: int, last: int) -> str:
+        status, found = response.status_code, response.headers
+        if status in _REFUSED and not response.history:
+            raise SourceError(
+                f"{self._info.name}: {_REFUSED[status]} ({status})",
+                hint="Log in with `hf auth login` or set HF_TOKEN; the same command resumes.",
+            )
         if status == 206:
             wanted = f"bytes {first}-{last}/{self._info.size}"
-            if response.headers.get("content-range") != wanted:
-                return f"asked for {wanted}, got {response.headers.get('content-range')}"
-        elif status != 200:
-            return f"the Hub answered {status}" + (
-                "" if status in TRANSIENT_STATUS else ", which it should not"
-            )
-        elif first or response.headers.get("content-length") != str(self._info.size):
+            range_ = found.get("content-range")
+            return "" if range_ == wanted else f"asked for {wanted}, got {range_}"
+        if status != 200:  # after a redirect: an address of the storage that has expired, say
+            return f"the Hub answered {status}, which it should not"
+        if first or found.get("content-length") != str(self._info.size):
             return "the server ignored the range, or sent something else"
-        self._pieces = response.iter_raw(PIECE)
         return ""
 
-    def _refused(self, status: int) -> None:
-        why = {401: "the token is missing or expired", 403: "the token does not allow it"}
-        raise SourceError(
-            f"{self._info.name}: {why.get(status, 'it is not there any more')} ({status})",
-            hint="Log in with `hf auth login` or set HF_TOKEN; the same command resumes.",
-        )
-
     def check(self) -> None:
-        """Compare what was read with the SHA-256 that the Hub states.
+        """Compare what was read with the digest that the Hub states.
 
         Raises:
             TemporaryError: other bytes arrived.
         """
-        stated = self._info.sha256
         if self._digested != self._info.size:
             raise RewriteError(f"{self._info.name}: was not read to its end")
-        if stated is not None and self._digest.hexdigest() != stated:
-            raise TemporaryError(
-                f"{self._info.name}: what arrived is not what the Hub has (its SHA-256 differs)",
-                hint="Run the same command again; the file is fetched anew.",
-            )
+        if self._stated is not None and self._digest.hexdigest() != self._stated:
+            raise self._differs("its digest differs")
+
+    def _differs(self, why: str) -> TemporaryError:
+        return TemporaryError(
+            f"{self._info.name}: what arrived is not what the Hub has: {why}",
+            hint="Run the same command again; the file is fetched anew.",
+        )
 
     def close(self) -> None:
         """Let go of the stream."""
-        context, self._context, self._response = self._context, None, None
+        context, self._context = self._context, None
         self._rest, self._pieces = memoryview(b""), iter(())
         if context is not None:
             context.__exit__(None, None, None)
