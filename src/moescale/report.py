@@ -100,7 +100,8 @@ def _rules(plan: Plan) -> str:
         norm = ""
         if plan.alternatives and low == high:
             norm = f"x {low / plan.alternatives['preserve']:.3f}"
-        rows.append(("->", f"--{taken}", shown, norm, ""))
+        name = f"--{taken}" if taken in ("factor", "factors") else taken
+        rows.append(("->", name, shown, norm, ""))
     return _table(rows, header=("", "rule", "factor", "expected norm", ""))
 
 

@@ -409,6 +409,17 @@ ROWS: Final[tuple[Architecture, ...]] = (
     # Remote code: types that transformers does not know under this name
     _group_limited("kimi_k2", NORM_TRUE, moe_layers=FirstDense(3), folds=True),
     _group_limited("deepseek_vl_v2", NORM_FALSE, moe_layers=FirstDense(0)),
+    Architecture("deepseek", MLP, NORM_FALSE, moe_layers=FirstDense(0)),
+    _group_limited("bailing_moe", NORM_TRUE, moe_layers=FirstDense(0), folds=True),
+    _group_limited("bailing_moe_v2", NORM_TRUE, moe_layers=FirstDense(0), folds=True),
+    Architecture("arctic", SPARSE_MOE, ALWAYS),
+    Architecture("minicpm", ("layers.{L}.mlp.experts.{E}.w2",), ALWAYS),
+    Architecture(
+        "grok-1",
+        ("layers.{L}.moe_block.experts.{E}.linear_1", *SPARSE_MOE),
+        NEVER,
+        no_effect=_POST_NORM,
+    ),
 )
 
 

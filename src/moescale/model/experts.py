@@ -358,7 +358,7 @@ def experts_of_layer(section: Mapping[str, Any], layer: int, total: int) -> int:
     return total
 
 
-def looks_routed(names: Iterable[str], limit: int = 3) -> list[str]:
-    """Names that look like routed down-projections, for a model type that is not known."""
+def looks_routed(names: Iterable[str]) -> str | None:
+    """The first name that looks like a routed down-projection, for a type that is not known."""
     pattern = re.compile(r"experts?\b.*(?:down|w2|fc2|wo|output)")
-    return [name for name in names if pattern.search(name) and "shared" not in name][:limit]
+    return next((n for n in sorted(names) if pattern.search(n) and "shared" not in n), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -123,7 +124,7 @@ def _row(
             return model_type, architectures.find(model_type, part)
     if named_by_user and not arch:
         return (named or ["unknown"])[0], _UNKNOWN
-    raise _unknown(named, tensors)
+    raise _unknown(named, tensors, config)
 
 
 def _section(config: Config, places: Sequence[Spelling], row: Architecture) -> Mapping[str, Any]:
@@ -156,13 +157,28 @@ def _model_types(config: Config) -> list[str]:
     return [model_type for model_type in found if isinstance(model_type, str)]
 
 
-def _unknown(named: Sequence[str], tensors: Sequence[Tensor]) -> UnsupportedError:
-    what = repr(named[0]) if named else "None"
+def _unknown(named: Sequence[str], tensors: Sequence[Tensor], config: Config) -> UnsupportedError:
+    """Say what is not known, which types are close, and what to try."""
+    what = f"model type {named[0]!r}" if named else "a config without model_type"
     close = difflib.get_close_matches(named[0] if named else "", architectures.known_types(), 3)
-    hint = f"Closest known types: {', '.join(close)}; --arch takes one of them. " if close else ""
+    advice = [f"Closest known types: {', '.join(close)} (--arch)."] if close else []
     if routed := looks_routed([tensor.name for tensor in tensors]):
-        hint += f"Tensors like {routed[0]!r} look like routed down-projections; try --pattern."
-    return UnsupportedError(f"model type {what} is not known", hint=hint or None)
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", r"\\d+", re.escape(routed).replace(r"\.", "."))
+        pattern = pattern.replace(".", r"\.").replace(r"\_", "_")
+        advice.append(
+            f"{routed!r} looks like a routed down-projection:"
+            f" try --pattern '{pattern}' --experts-key {_likely_key(config)}."
+        )
+    return UnsupportedError(f"{what} is not known", hint=" ".join(advice) or None)
+
+
+def _likely_key(config: Config) -> str:
+    """A config key that looks like the number of experts per token."""
+    for section in TEXT_SECTIONS:
+        for key in config.section(section) or {}:
+            if re.search(r"(expert|moe).*(per_tok|top_?k)|top_?k.*expert|^moe_k$", key):
+                return f"{section}.{key}" if section else key
+    return "KEY"
 
 
 def _other_parts(row: Architecture) -> list[Architecture]:

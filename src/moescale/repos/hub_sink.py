@@ -3,7 +3,8 @@
 While a run lasts, finished shards are committed to a working branch of the destination, together
 with the journal that lists them, so that the same command resumes on any machine. The last commit
 brings everything to the destination branch, by the digests of what is already there; then the
-working branch is removed.
+working branch is removed. A destination branch that is missing is made of a branch that got that
+last commit, so it appears whole.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ import json
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from moescale.checkpoint.rewrite import Reader, pieces
 from moescale.errors import DestinationError, RewriteError, TemporaryError
 from moescale.repos import hub
 from moescale.repos.base import FileInfo, SourceId, Written
-from moescale.repos.hub import ATTEMPTS, HubPlace
+from moescale.repos.hub import HubPlace
+from moescale.repos.hub_repo import HubRepo, is_listed, missing
 from moescale.repos.hub_upload import StreamUpload, can_stream, uploaded
 
 if TYPE_CHECKING:
@@ -33,19 +35,19 @@ JOURNAL = "moescale-journal.json"
 SMALL_BYTES = 8 << 20
 """Files up to this size that are no weights go into the last commit from memory."""
 
-_T = TypeVar("_T")
-
+WEIGHTS = ".safetensors"
 ATTRIBUTES = ".gitattributes"
 """The file that every repo on the Hub is born with."""
 
 
 @dataclass(frozen=True, slots=True)
 class HubOptions:
-    """How the destination repo is made and what its commit says."""
+    """How the destination repo is made, and how its content is replaced."""
 
     private: bool | None = None
     create_pr: bool = False
     message: str | None = None
+    overwrite: bool = False
 
 
 class HubSink:
@@ -60,9 +62,12 @@ class HubSink:
         self.url: str | None = None
         self.published: str | None = None  # the revision that has the finished output
         self._options = options or HubOptions()
-        self._working = f"moescale-unfinished-{self.branch.replace('/', '-')}"
+        self._repo = HubRepo(place.repo, self.identity)
+        name = self.branch.replace("/", "-")
+        self._working, self._ready = f"moescale-unfinished-{name}", f"moescale-finished-{name}"
         self._job: Any = None
         self._head: str | None = None  # of the destination branch when the run began
+        self._moved = False  # whether that is another one than when the first run began
         self._working_head: str | None = None
         self._done: dict[str, Written] = {}
         self._small: dict[str, bytes] = {}
@@ -70,7 +75,7 @@ class HubSink:
         self._one_on_disk = threading.Lock()
         self._streams = False
         self._uploads: set[StreamUpload] = set()
-        self._sent = self._deduplicated = 0
+        self._sent = self._deduplicated = self._copied = 0
 
     # What is there ---------------------------------------------------------------------------
 
@@ -78,66 +83,23 @@ class HubSink:
         """Whether the source is the head of this branch."""
         return (
             source.kind == "hub"
-            and source.id == self.place.repo
-            and source.revision == self._head_of(self.branch)
+            and source.id.lower() == self.place.repo.lower()
+            and source.revision == self._repo.head(self.branch)
         )
 
     def existing(self) -> dict[str, int]:
         """Name and size of what the branch has; a repo that is not there is empty."""
-        tree = self._tree(self.branch)
+        tree = self._repo.tree(self.branch)
         return {} if set(tree) <= {ATTRIBUTES} else {name: f.size for name, f in tree.items()}
-
-    def _tree(self, branch: str) -> dict[str, RepoFile]:
-        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-        from huggingface_hub.hf_api import RepoFile
-
-        def fetch() -> dict[str, RepoFile]:
-            try:
-                entries = hub.api().list_repo_tree(self.place.repo, recursive=True, revision=branch)
-                return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
-            except RevisionNotFoundError:
-                return {}
-            except RepositoryNotFoundError as error:
-                if error.response.status_code == 401 and _has_token():
-                    raise
-                return {}
-
-        return self._ask(fetch)
-
-    def _head_of(self, branch: str) -> str | None:
-        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-
-        def fetch() -> str | None:
-            try:
-                return hub.api().model_info(self.place.repo, revision=branch, timeout=30.0).sha
-            except (RepositoryNotFoundError, RevisionNotFoundError):
-                return None
-
-        return self._ask(fetch)
 
     def read(self, name: str) -> bytes:
         """A small file of the branch."""
-        return self._read(name, self.branch)
-
-    def _read(self, name: str, branch: str) -> bytes:
-        from huggingface_hub import get_session, hf_hub_url
-        from huggingface_hub.utils._http import hf_raise_for_status
-
-        url = hf_hub_url(self.place.repo, name, revision=branch, endpoint=hub.api().endpoint)
-
-        def fetch() -> bytes:
-            response = get_session().get(url, headers=hub.headers(), timeout=30.0)
-            hf_raise_for_status(response)
-            return bytes(response.content)
-
-        return self._ask(fetch)
+        return self._repo.read(name, self.branch)
 
     def changed_at(self, name: str) -> int:
         """When the branch was last changed, in nanoseconds."""
-        info = self._ask(
-            lambda: hub.api().model_info(self.place.repo, revision=self.branch, timeout=30.0)
-        )
-        return int(info.last_modified.timestamp() * 1e9) if info.last_modified else 0
+        info = self._repo.info(self.branch)
+        return int(info.last_modified.timestamp() * 1e9) if info and info.last_modified else 0
 
     def unfinished(self) -> Any:
         """The job of the working branch; None if there is no such branch."""
@@ -145,10 +107,10 @@ class HubSink:
         return None if journal is None else journal.get("job", "not a journal of moescale")
 
     def _journal(self) -> dict[str, Any] | None:
-        if JOURNAL not in self._tree(self._working):
+        if JOURNAL not in self._repo.tree(self._working):
             return None
         try:
-            content = json.loads(self._read(JOURNAL, self._working))
+            content = json.loads(self._repo.read(JOURNAL, self._working))
         except ValueError:
             return {}
         return content if isinstance(content, dict) else {}
@@ -162,18 +124,9 @@ class HubSink:
         Raises:
             DestinationError: its metadata is refused.
         """
-        from huggingface_hub import ModelCard
+        self.remarks += [f"the Hub remarks on README.md: {m}" for m in self._repo.check_card(card)]
 
-        try:
-            hub.retried(
-                lambda: ModelCard(card.decode(), ignore_metadata_errors=True).validate(),
-                f"{self.identity}: README.md",
-                DestinationError,
-            )
-        except ValueError as error:
-            raise DestinationError(f"{self.identity}: the Hub refuses the card: {error}") from None
-
-    # The run -----------------------------------------------------------------------------------
+    # The start of a run ----------------------------------------------------------------------
 
     def begin(self, job: Any, replace: bool) -> None:
         """Create the repo and the working branch, or go on with the one that is there.
@@ -182,56 +135,70 @@ class HubSink:
             DestinationError: no right to write, or the branch changed since the run began.
         """
         self._create_repo()
-        self._head = self._head_of(self.branch)
-        journal = self._journal()
-        if journal is None or replace or journal.get("job") != job:
-            self._delete_working_branch()
-            journal = None
         self._job = job
-        self._streams = can_stream(self.place.repo, self._working_base())
-        if journal is None:
-            self._start_working_branch()
+        self._head = self._repo.head(self.branch)
+        if self._head is None and self._options.create_pr:
+            raise DestinationError(
+                f"{self.identity}: there is no such branch to open a pull request against"
+            )
+        self._streams = can_stream(self.place.repo, self._base(), self.identity)
+        journal = self._journal()
+        if journal is None or replace:
+            self._start()
         else:
             self._resume(journal)
 
     def _create_repo(self) -> None:
-        private = self._options.private
-        before = self._head_of("main")
-        self._ask(lambda: hub.api().create_repo(self.place.repo, private=private, exist_ok=True))
-        if before is None:
+        info, private = self._repo.info(), self._options.private
+        if info is None:
+            self._repo.create(private)
             kind = {True: "private", False: "public", None: "the Hub's default visibility"}
             self.remarks.append(f"repo {self.place.repo} created ({kind[private]})")
+        elif private is not None and info.private is not private:
+            raise DestinationError(
+                f"{self.identity}: exists and is {'private' if info.private else 'public'}",
+                hint="--private and --public are for a repo that has to be made.",
+            )
 
-    def _working_base(self) -> str:
+    def _base(self) -> str:
+        """The branch that new ones start from."""
         return self.branch if self._head is not None else "main"
 
-    def _start_working_branch(self) -> None:
-        base = self._working_base()
-        self._ask(
-            lambda: hub.api().create_branch(
-                self.place.repo, branch=self._working, revision=base, exist_ok=True
-            )
-        )
-        self._working_head = self._head_of(self._working)
-        self._commit(self._working, [self._journal_operation()], "Start")
+    def _start(self) -> None:
+        """Make a working branch; its first commit shows that the token may write."""
+        self._clean_up()
+        base = self._head or self._repo.head("main")
+        if base is None:
+            raise TemporaryError(f"{self.identity}: the Hub does not show the new repo yet")
+        self._repo.create_branch(self._working, base)
+        self._working_head = base
+        self._commit_work([], "Start")
 
     def _resume(self, journal: Mapping[str, Any]) -> None:
-        if journal.get("head") != self._head:
-            raise DestinationError(
-                f"{self.identity}: changed since the unfinished run began",
-                hint="--overwrite starts again and replaces what is there now.",
-            )
-        tree = self._tree(self._working)
-        self._working_head = self._head_of(self._working)
+        tree = self._repo.tree(self._working)
+        self._working_head = self._repo.head(self._working)
         for name, entry in journal.get("files", {}).items():
             written = Written(entry["size"], entry["sha256"])
-            there = tree.get(name)
-            if there is not None and _is_listed(there, written):
+            if is_listed(tree.get(name), written):
                 self._done[name] = written
+        if journal.get("head") == self._head or self._options.overwrite:
+            return
+        self._moved = True
+        weights = _weights(self._repo.tree(self.branch))
+        if weights != {n: w.sha256 for n, w in self._done.items() if n.endswith(WEIGHTS)}:
+            raise self._has_moved()  # else it looks as if only the cleaning up were missing
+
+    def _has_moved(self) -> DestinationError:
+        return DestinationError(
+            f"{self.identity}: changed since the unfinished run began",
+            hint="Give --overwrite to go on and replace what is there now.",
+        )
 
     def finished(self) -> dict[str, Written]:
         """What the journal lists and the working branch has with the same digest."""
         return dict(self._done)
+
+    # Large files -----------------------------------------------------------------------------
 
     def copy(self, files: Iterable[FileInfo], source: SourceId) -> dict[str, Written]:
         """Copy large files of another repo inside the Hub; returns what could be copied so."""
@@ -241,58 +208,54 @@ class HubSink:
         large = {name: written for name, written in large.items() if name not in self._done}
         if not large:
             return {}
+        repo = None if source.id == self.place.repo else source.id
         operations = [
             CommitOperationCopy(
                 name,
                 name,
                 src_revision=source.revision,
-                src_repo_id=source.id,
-                src_repo_type="model",
+                src_repo_id=repo,
+                src_repo_type=repo and "model",
             )
             for name in large
         ]
-        self._done |= large
         try:
-            self._commit(
-                self._working, [*operations, self._journal_operation()], "Copy unchanged files"
-            )
+            self._commit_work(operations, "Copy unchanged files", large)
         except (DestinationError, TemporaryError):
-            for name in large:
-                del self._done[name]
             return {}
+        self._copied += sum(written.size for written in large.values())
         return large
 
     def shard(self, name: str, size: int, digest: bool = True) -> AbstractContextManager[HubWriter]:
         """A writer for a file of `size` bytes; leaving without `finish` discards it."""
-        if size <= SMALL_BYTES and not name.endswith(".safetensors"):
+        if size <= SMALL_BYTES and not name.endswith(WEIGHTS):
             return self._in_memory(name)
         return self._streamed(name) if self._streams else self._on_disk(name, size)
 
     @contextmanager
     def _in_memory(self, name: str) -> Iterator[HubWriter]:
         data = io.BytesIO()
-
-        def finish() -> Written:
-            return self.put(name, data.getvalue())
-
-        yield HubWriter(data.write, finish)
+        yield HubWriter(data.write, lambda: self.put(name, data.getvalue()))
 
     @contextmanager
     def _streamed(self, name: str) -> Iterator[HubWriter]:
-        with hub.in_our_words(f"{self.identity}: {name}", DestinationError):
+        what = f"{self.identity}: {name}"
+        with hub.in_our_words(what, DestinationError):
             upload = StreamUpload(self.place.repo, self._working)
 
         def write(data: memoryview) -> None:
-            with hub.in_our_words(f"{self.identity}: {name}", DestinationError):
+            with hub.in_our_words(what, DestinationError):
                 upload.write(bytes(data))
 
         def finish() -> Written:
-            with hub.in_our_words(f"{self.identity}: {name}", DestinationError):
-                size, sha256, new = upload.finish()
+            with hub.in_our_words(what, DestinationError):
+                sent = upload.finish()
+            written = Written(sent.size, sent.sha256)
+            self._commit_work([uploaded(name, sent.size, sent.sha256)], name, {name: written})
             with self._commits:
-                self._sent += new
-                self._deduplicated += size - new
-            return self._shard_done(name, Written(size, sha256), uploaded(name, size, sha256))
+                self._sent += sent.transferred
+                self._deduplicated += sent.deduplicated
+            return written
 
         self._uploads.add(upload)
         try:
@@ -303,9 +266,7 @@ class HubSink:
 
     @contextmanager
     def _on_disk(self, name: str, size: int) -> Iterator[HubWriter]:
-        """Without xet: one shard at a time through a temporary file."""
-        from huggingface_hub import CommitOperationAdd
-
+        """Without xet: one shard at a time through a temporary file, which has no name."""
         with self._one_on_disk:
             folder = tempfile.gettempdir()
             if shutil.disk_usage(folder).free < size:
@@ -313,7 +274,8 @@ class HubSink:
                     f"{name}: {folder} has no room for {size} bytes",
                     hint="Free some space, or set TMPDIR; the same command resumes.",
                 )
-            with tempfile.NamedTemporaryFile(prefix="moescale-") as file:
+            with tempfile.TemporaryFile() as file:
+                content: Any = getattr(file, "file", file)  # Windows wraps it
                 digest = hashlib.sha256()
 
                 def write(data: memoryview) -> None:
@@ -322,28 +284,38 @@ class HubSink:
 
                 def finish() -> Written:
                     file.flush()
-                    operation = CommitOperationAdd(name, file.name)
                     written = Written(size, digest.hexdigest())
+                    self._commit_work([_addition(name, content)], name, {name: written})
                     self._sent += size
-                    return self._shard_done(name, written, operation)
+                    return written
 
                 yield HubWriter(write, finish)
 
-    def _shard_done(self, name: str, written: Written, operation: Any) -> Written:
-        """Commit a finished shard to the working branch, with the journal that says so."""
+    def _commit_work(
+        self, operations: list[Any], message: str, done: Mapping[str, Written] | None = None
+    ) -> None:
+        """Commit finished files to the working branch, with the journal that lists them."""
         with self._commits:
-            self._done[name] = written
-            try:
-                self._commit(self._working, [operation, self._journal_operation()], name)
-            except BaseException:
-                del self._done[name]
-                raise
-        return written
+            files = self._done | dict(done or {})
+            journal = {
+                "job": self._job,
+                "head": self._head,
+                "files": {
+                    name: {"size": w.size, "sha256": w.sha256} for name, w in sorted(files.items())
+                },
+            }
+            content = _addition(JOURNAL, io.BytesIO(json.dumps(journal, indent=1).encode()))
+            commit = self._repo.commit(
+                self._working, [*operations, content], message, self._working_head
+            )
+            self._working_head, self._done = commit.revision, files
 
     def put(self, name: str, data: bytes) -> Written:
         """Keep a small file for the last commit."""
         self._small[name] = data
         return Written(len(data), hashlib.sha256(data).hexdigest())
+
+    # The end of a run ------------------------------------------------------------------------
 
     def publish(self, last: Mapping[str, bytes], keep: frozenset[str]) -> None:
         """Bring everything to the destination branch in one commit, and clean up.
@@ -352,46 +324,84 @@ class HubSink:
             DestinationError: the branch changed meanwhile.
             RewriteError: the Hub lists something else than was sent.
         """
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
         self._small |= last
         large = {name: written for name, written in self._done.items() if name in keep}
-        operations: list[Any] = [
-            uploaded(name, w.size, w.sha256 or "") for name, w in sorted(large.items())
-        ]
-        operations += [CommitOperationAdd(name, data) for name, data in sorted(self._small.items())]
+        self._check_listed(self._working, large)
         message = self._options.message or "Rescale the experts for another number of them"
-        target = self.branch if self._head is not None else self._working
-        operations += [
-            CommitOperationDelete(name)
-            for name in self._tree(target)
-            if name not in keep and name != ATTRIBUTES
-        ]
         if self._head is None:
-            self._commit(self._working, operations, message)
-            self._check_listed(self._working, large)
-            self._ask(
-                lambda: hub.api().create_branch(
-                    self.place.repo, branch=self.branch, revision=self._working, exist_ok=True
-                )
-            )
-            self.url = f"{hub.api().endpoint}/{self.place.repo}/tree/{self.branch}"
-            self.published = self._working_head
+            self._publish_branch(large, keep, message)
         else:
-            self.url = self._commit(self.branch, operations, message, final=True)
-            if not self._options.create_pr:
-                self._check_listed(self.branch, large)
-        self._delete_working_branch()
+            self._publish_commit(large, keep, message)
+        assert self.published is not None
+        self._check_listed(self.published, large)
+        self._clean_up()
         self.remarks.append(
-            f"{self._sent:,} bytes of shards sent, {self._deduplicated:,} already on the Hub"
+            f"{self._sent:,} bytes of weights sent, {self._deduplicated:,} were on the Hub already"
+            + (f", {self._copied:,} copied there" if self._copied else "")
         )
+
+    def _publish_commit(
+        self, large: Mapping[str, Written], keep: frozenset[str], message: str
+    ) -> None:
+        operations = self._operations(self.branch, large, keep)
+        if not operations:  # an earlier run came so far
+            self.url, self.published = self._repo.url("tree", self.branch), self._head
+            return
+        if self._moved:
+            raise self._has_moved()
+        send = self._repo.open_pull if self._options.create_pr else self._repo.commit
+        commit = send(self.branch, operations, message, self._head)
+        self.url, self.published = commit.url, commit.revision
+
+    def _publish_branch(
+        self, large: Mapping[str, Written], keep: frozenset[str], message: str
+    ) -> None:
+        """The branch appears with the whole model: it is made where the commit already is."""
+        base = self._repo.head("main")
+        assert base is not None
+        self._repo.delete_branch(self._ready)
+        self._repo.create_branch(self._ready, base)
+        operations = self._operations(self._ready, large, keep)
+        commit = self._repo.commit(self._ready, operations, message, base)
+        self._repo.create_branch(self.branch, commit.revision)
+        self.url, self.published = self._repo.url("tree", self.branch), commit.revision
+
+    def _operations(
+        self, branch: str, large: Mapping[str, Written], keep: frozenset[str]
+    ) -> list[Any]:
+        """What is left to do for a branch to hold the output and nothing else."""
+        from huggingface_hub import CommitOperationDelete
+
+        tree = self._repo.tree(branch)
+        wanted = [uploaded(n, w.size, w.sha256 or "") for n, w in sorted(large.items())]
+        wanted += [_addition(n, io.BytesIO(data)) for n, data in sorted(self._small.items())]
+        surplus = sorted(tree.keys() - keep - {ATTRIBUTES})
+        return [*missing(wanted, tree), *map(CommitOperationDelete, surplus)]
+
+    def _check_listed(self, revision: str, large: Mapping[str, Written]) -> None:
+        tree = self._repo.tree(revision)
+        for name, written in large.items():
+            if not is_listed(tree.get(name), written):
+                raise RewriteError(
+                    f"{self.identity}: {name}: the Hub does not list what was sent",
+                    hint="Run the same command with --overwrite.",
+                )
+
+    def _clean_up(self) -> None:
+        """Remove our branches, last the one with the journal that brings a rerun here again."""
+        self._repo.delete_branch(self._ready)
+        self._repo.delete_branch(self._working)
 
     def amend(self, name: str, data: bytes) -> None:
         """Replace a small file of a finished output."""
-        from huggingface_hub import CommitOperationAdd
-
-        self._head = self._head_of(self.branch)
-        self._commit(self.branch, [CommitOperationAdd(name, data)], f"Update {name}", final=True)
+        pull = self.published is not None and self.published.startswith("refs/")
+        revision = self.published if pull and self.published else self.branch
+        self.published = self._repo.commit(
+            revision,
+            [_addition(name, io.BytesIO(data))],
+            f"Update {name}",
+            self._repo.head(revision),
+        ).revision
 
     def cancel(self) -> None:
         """End the uploads that threads may be waiting in."""
@@ -401,99 +411,11 @@ class HubSink:
     def close(self) -> None:
         """Nothing is held."""
 
-    # Commits -------------------------------------------------------------------------------
-
-    def _journal_operation(self) -> Any:
-        from huggingface_hub import CommitOperationAdd
-
-        content = {
-            "job": self._job,
-            "head": self._head,
-            "files": {
-                name: {"size": w.size, "sha256": w.sha256} for name, w in sorted(self._done.items())
-            },
-        }
-        return CommitOperationAdd(JOURNAL, json.dumps(content, indent=1).encode())
-
-    def _commit(
-        self, branch: str, operations: list[Any], message: str, *, final: bool = False
-    ) -> str:
-        """Commit, and look whether a commit whose answer was lost has arrived.
-
-        Returns:
-            The address of the commit or of the pull request.
-        """
-        parent = self._head if final else self._working_head
-        for attempt in range(ATTEMPTS):
-            try:
-                with hub.in_our_words(f"{self.identity}: commit", DestinationError):
-                    info = hub.api().create_commit(
-                        self.place.repo,
-                        [_fresh(operation) for operation in operations],
-                        commit_message=message,
-                        revision=branch,
-                        parent_commit=parent,
-                        create_pr=final and self._options.create_pr,
-                    )
-                break
-            except (TemporaryError, DestinationError) as error:
-                arrived = self._arrived(branch, parent, operations)
-                if arrived is not None:
-                    self._remember(arrived, final)
-                    return f"{hub.api().endpoint}/{self.place.repo}/commit/{arrived}"
-                if isinstance(error, DestinationError) or attempt == ATTEMPTS - 1:
-                    raise
-                hub.sleep(hub.wait_seconds(attempt))
-        self._remember(info.pr_revision or info.oid, final)
-        return info.pr_url or info.commit_url
-
-    def _remember(self, commit: str, final: bool) -> None:
-        if final:
-            self._head = self.published = commit
-        else:
-            self._working_head = commit
-
-    def _arrived(self, branch: str, parent: str | None, operations: list[Any]) -> str | None:
-        """The head of the branch, if it has moved and has all that the operations bring."""
-        from huggingface_hub import CommitOperationDelete
-
-        head = self._head_of(branch)
-        if head is None or head == parent:
-            return None
-        tree = self._tree(branch)
-        for operation in operations:
-            there = tree.get(operation.path_in_repo)
-            if isinstance(operation, CommitOperationDelete):
-                if there is not None:
-                    return None
-            elif there is None or not _same(there, operation):
-                return None
-        return head
-
-    def _check_listed(self, branch: str, large: Mapping[str, Written]) -> None:
-        tree = self._tree(branch)
-        for name, written in large.items():
-            there = tree.get(name)
-            if there is None or not _is_listed(there, written):
-                raise RewriteError(
-                    f"{self.identity}: {name}: the Hub does not list what was sent",
-                    hint="Run the same command with --overwrite.",
-                )
-
-    def _delete_working_branch(self) -> None:
-        if self._head_of(self._working) is not None:
-            self._ask(lambda: hub.api().delete_branch(self.place.repo, branch=self._working))
-
-    def _ask(self, call: Callable[[], _T]) -> _T:
-        return hub.retried(call, self.identity, DestinationError)
-
 
 class HubWriter:
     """A file on its way to the Hub."""
 
-    def __init__(
-        self, write: Callable[[memoryview], object], finish: Callable[[], Written]
-    ) -> None:
+    def __init__(self, write: Any, finish: Any) -> None:
         self._write = write
         self._finish = finish
 
@@ -509,38 +431,17 @@ class HubWriter:
 
     def finish(self) -> Written:
         """Make the file complete where a rerun finds it."""
-        return self._finish()
+        written: Written = self._finish()
+        return written
 
 
-def _has_token() -> bool:
-    from huggingface_hub import get_token
+def _addition(name: str, content: io.BufferedIOBase) -> Any:
+    """The operation that adds a file; as a file, the client can upload it with and without xet."""
+    from huggingface_hub import CommitOperationAdd
 
-    return get_token() is not None
-
-
-def _fresh(operation: Any) -> Any:
-    """An operation for one attempt; the client does not take one twice."""
-    from copy import copy
-
-    return copy(operation)
+    with hub.in_our_words(name, DestinationError):
+        return CommitOperationAdd(name, content)
 
 
-def _is_listed(there: RepoFile, written: Written) -> bool:
-    """Whether a listed file is a large one with this size and digest."""
-    return there.lfs is not None and (there.size, there.lfs.sha256) == (
-        written.size,
-        written.sha256,
-    )
-
-
-def _same(there: RepoFile, operation: Any) -> bool:
-    """Whether a listed file is what an operation would have put there."""
-    from huggingface_hub.utils.sha import git_hash
-
-    info = getattr(operation, "upload_info", None)
-    if info is None:  # a copy of a large file: the journal beside it has its digest
-        return there.lfs is not None
-    if there.lfs is not None:
-        return bool(there.lfs.sha256 == info.sha256.hex())
-    with operation.as_file() as file:
-        return bool(there.blob_id == git_hash(file.read()))
+def _weights(tree: Mapping[str, RepoFile]) -> dict[str, str | None]:
+    return {n: f.lfs.sha256 if f.lfs else None for n, f in tree.items() if n.endswith(WEIGHTS)}

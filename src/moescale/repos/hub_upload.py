@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
+from dataclasses import dataclass
 from typing import Any
 
+from moescale.errors import DestinationError
 from moescale.repos import hub
 
 LIMITS = {
@@ -18,25 +20,27 @@ LIMITS = {
 that a rerun does not send it again. A user's own ``HF_XET_*`` settings win."""
 
 
-def can_stream(repo: str, branch: str) -> bool:
-    """Whether xet is switched on here and on the server."""
+def can_stream(repo: str, branch: str, what: str) -> bool:
+    """Whether xet is switched on here and on the server.
+
+    Raises:
+        DestinationError: the token may not write to the repo.
+    """
     from huggingface_hub import constants, get_session
+    from huggingface_hub.utils._http import hf_raise_for_status
     from huggingface_hub.utils._runtime import is_xet_available
 
     if constants.HF_HUB_DISABLE_XET or not is_xet_available():
         return False
-    response = hub.retried(
-        lambda: get_session().get(_token_url(repo, branch), headers=hub.headers(), timeout=30.0),
-        repo,
-    )
-    if response.status_code not in (200, 404):
-        from huggingface_hub.utils._http import hf_raise_for_status
 
-        from moescale.errors import DestinationError
+    def ask() -> bool:
+        response = get_session().get(_token_url(repo, branch), headers=hub.headers(), timeout=30.0)
+        if response.status_code == 404:
+            return False
+        hf_raise_for_status(response)
+        return True
 
-        with hub.in_our_words(f"hf://{repo}", DestinationError):
-            hf_raise_for_status(response)
-    return bool(response.status_code == 200)
+    return hub.retried(ask, what, DestinationError)
 
 
 def _token_url(repo: str, branch: str) -> str:
@@ -67,6 +71,16 @@ def _set_by_user(key: str) -> bool:
     return any(name in os.environ for name in names)
 
 
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A file that has arrived: what it is, and how many of its bytes went over the line."""
+
+    size: int
+    sha256: str
+    transferred: int
+    deduplicated: int
+
+
 class StreamUpload:
     """One file on its way; hf_xet splits it into chunks and sends those that are new."""
 
@@ -86,12 +100,12 @@ class StreamUpload:
         """Append bytes; waits while too many are on their way."""
         self._stream.write(data)
 
-    def finish(self) -> tuple[int, str, int]:
-        """Wait until everything has arrived; returns size, SHA-256 and how many bytes were new."""
+    def finish(self) -> Sent:
+        """Wait until everything has arrived."""
         info = self._stream.finish().xet_info
-        report = self._commit.wait_to_finish()
+        counts = self._commit.wait_to_finish().dedup_metrics
         self._finished = True
-        return info.file_size, info.sha256, report.dedup_metrics.new_bytes
+        return Sent(info.file_size, info.sha256, counts.total_bytes_uploaded, counts.deduped_bytes)
 
     def abort(self) -> None:
         """Give up what is not finished."""

@@ -1,0 +1,289 @@
+"""A repo on the Hub: what its branches have, and commits that are looked up before a repeat."""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from moescale.errors import DestinationError, TemporaryError
+from moescale.repos import hub
+from moescale.repos.base import Written
+from moescale.repos.hub import ATTEMPTS
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
+    from huggingface_hub.hf_api import CommitInfo, RepoFile
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """A commit: the revision that has it, and its address."""
+
+    revision: str
+    url: str
+
+
+class HubRepo:
+    """A model repo and its branches."""
+
+    def __init__(self, repo: str, name: str) -> None:
+        """`name` is how the user calls it."""
+        self.id = repo
+        self.name = name
+
+    def url(self, *parts: str) -> str:
+        """The address of a page of the repo."""
+        return "/".join((hub.api().endpoint, self.id, *parts))
+
+    # What is there ---------------------------------------------------------------------------
+
+    def info(self, revision: str | None = None) -> ModelInfo | None:
+        """What the Hub says about a revision; None if there is no such repo or revision."""
+        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+        def fetch() -> ModelInfo | None:
+            try:
+                return hub.api().model_info(self.id, revision=revision, timeout=30.0)
+            except RevisionNotFoundError:
+                return None
+            except RepositoryNotFoundError as error:
+                return _missing(error)
+
+        return self._ask(fetch)
+
+    def head(self, branch: str) -> str | None:
+        """The commit of a branch, None if there is no such branch."""
+        info = self.info(branch)
+        return None if info is None else info.sha
+
+    def tree(self, branch: str) -> dict[str, RepoFile]:
+        """The files of a branch, none if there is no such branch."""
+        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+        from huggingface_hub.hf_api import RepoFile
+
+        def fetch() -> dict[str, RepoFile]:
+            try:
+                entries = hub.api().list_repo_tree(self.id, recursive=True, revision=branch)
+                return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+            except RevisionNotFoundError:
+                return {}
+            except RepositoryNotFoundError as error:
+                return _missing(error) or {}
+
+        return self._ask(fetch)
+
+    def read(self, name: str, branch: str) -> bytes:
+        """A small file of a branch."""
+        from huggingface_hub import get_session, hf_hub_url
+        from huggingface_hub.utils._http import hf_raise_for_status
+
+        url = hf_hub_url(self.id, name, revision=branch, endpoint=hub.api().endpoint)
+
+        def fetch() -> bytes:
+            response = get_session().get(url, headers=hub.headers(), timeout=30.0)
+            hf_raise_for_status(response)
+            return bytes(response.content)
+
+        return self._ask(fetch)
+
+    # Repo and branches -----------------------------------------------------------------------
+
+    def create(self, private: bool | None) -> None:
+        """Create the repo; None is the Hub's own choice of who may see it."""
+        self._ask(lambda: hub.api().create_repo(self.id, private=private, exist_ok=True))
+
+    def create_branch(self, branch: str, commit: str) -> None:
+        """Create a branch at a commit.
+
+        Raises:
+            DestinationError: somebody else has just made another branch of this name.
+        """
+        self._ask(
+            lambda: hub.api().create_branch(self.id, branch=branch, revision=commit, exist_ok=True)
+        )
+        if self.head(branch) != commit:
+            raise DestinationError(
+                f"{self.name}: somebody else has just created the branch {branch}",
+                hint="Is another run writing there? Wait for it, or give another destination.",
+            )
+
+    def delete_branch(self, branch: str) -> None:
+        """Delete a branch if it is there."""
+        from huggingface_hub.errors import HfHubHTTPError
+
+        def delete() -> None:
+            try:
+                hub.api().delete_branch(self.id, branch=branch)
+            except HfHubHTTPError as error:
+                if error.response.status_code != 404:
+                    raise
+
+        self._ask(delete)
+
+    # Commits ---------------------------------------------------------------------------------
+
+    def commit(
+        self, branch: str, operations: Sequence[Any], message: str, parent: str | None
+    ) -> Commit:
+        """Commit on top of `parent`.
+
+        Raises:
+            DestinationError: the branch is not at `parent`, or the Hub refuses the commit.
+        """
+
+        def arrived() -> Commit | None:
+            head = self.head(branch)
+            if head is None or head == parent or missing(operations, self.tree(branch)):
+                return None
+            return Commit(head, self.url("commit", head))
+
+        def send() -> Commit:
+            info = self._create_commit(branch, operations, message, parent)
+            return Commit(info.oid, info.commit_url)
+
+        return self._once(send, arrived)
+
+    def open_pull(
+        self, branch: str, operations: Sequence[Any], message: str, parent: str | None
+    ) -> Commit:
+        """Open a pull request, unless there is one that brings the same."""
+        found = self._find_pull(operations, message)
+
+        def send() -> Commit:
+            info = self._create_commit(branch, operations, message, parent, create_pr=True)
+            return Commit(info.pr_revision or info.oid, info.pr_url or info.commit_url)
+
+        return found or self._once(send, lambda: self._find_pull(operations, message))
+
+    def _find_pull(self, operations: Sequence[Any], message: str) -> Commit | None:
+        pulls = self._ask(
+            lambda: list(
+                hub.api().get_repo_discussions(
+                    self.id, discussion_type="pull_request", discussion_status="open"
+                )
+            )
+        )
+        for pull in pulls:
+            revision = f"refs/pr/{pull.num}"
+            if pull.status == "open" and pull.is_pull_request and pull.title == message:  # noqa: SIM102
+                if not missing(operations, self.tree(revision)):
+                    return Commit(revision, self.url("discussions", str(pull.num)))
+        return None
+
+    def _create_commit(
+        self,
+        branch: str,
+        operations: Sequence[Any],
+        message: str,
+        parent: str | None,
+        *,
+        create_pr: bool = False,
+    ) -> CommitInfo:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the card, which was validated before
+            return hub.api().create_commit(
+                self.id,
+                [_fresh(operation) for operation in operations],
+                commit_message=message,
+                revision=branch,
+                parent_commit=parent,
+                create_pr=create_pr,
+            )
+
+    def _once(self, send: Callable[[], Commit], arrived: Callable[[], Commit | None]) -> Commit:
+        """Send a commit; one that fails is looked for before it is sent again."""
+        for attempt in range(ATTEMPTS):
+            try:
+                with hub.in_our_words(f"{self.name}: commit", DestinationError):
+                    return send()
+            except (TemporaryError, DestinationError) as error:
+                if (found := arrived()) is not None:
+                    return found
+                if isinstance(error, DestinationError) or attempt == ATTEMPTS - 1:
+                    raise
+                hub.pause(attempt, error)
+        raise AssertionError("unreachable")
+
+    def check_card(self, card: bytes) -> list[str]:
+        """Ask the Hub whether it takes a card; returns what it remarks.
+
+        Raises:
+            DestinationError: the card's metadata is refused.
+        """
+        from huggingface_hub import get_session
+        from huggingface_hub.utils._http import hf_raise_for_status
+
+        def fetch() -> dict[str, Any]:
+            response = get_session().post(
+                f"{hub.api().endpoint}/api/validate-yaml",
+                json={"content": card.decode(), "repoType": "model"},
+                headers=hub.headers(),
+                timeout=30.0,
+            )
+            if response.status_code != 400:
+                hf_raise_for_status(response)
+            return dict(json.loads(response.content))
+
+        answer = self._ask(fetch)
+        if errors := [str(entry.get("message")) for entry in answer.get("errors", [])]:
+            raise DestinationError(
+                f"{self.name}: the Hub refuses the metadata of README.md: {errors[0]}",
+                hint="It is the source's; mend it in a copy of the source's small files.",
+            )
+        return [str(entry.get("message")) for entry in answer.get("warnings", [])]
+
+    def _ask(self, call: Callable[[], _T]) -> _T:
+        return hub.retried(call, self.name, DestinationError)
+
+
+def _missing(error: Any) -> None:
+    """A repo that is not there; one that an expired token hides may be."""
+    if error.response.status_code == 401 and hub.has_token():
+        raise error
+
+
+def _fresh(operation: Any) -> Any:
+    """An operation for one attempt; the client does not take one twice, nor rewinds its file."""
+    content = getattr(operation, "path_or_fileobj", None)
+    if isinstance(content, io.BufferedIOBase):
+        content.seek(0)
+    return copy(operation)
+
+
+def missing(operations: Sequence[Any], tree: dict[str, RepoFile]) -> list[Any]:
+    """The operations that are not yet done in a tree."""
+    return [operation for operation in operations if not _is_done(operation, tree)]
+
+
+def _is_done(operation: Any, tree: dict[str, RepoFile]) -> bool:
+    from huggingface_hub import CommitOperationDelete
+    from huggingface_hub.utils.sha import git_hash
+
+    there = tree.get(operation.path_in_repo)
+    if isinstance(operation, CommitOperationDelete) or there is None:
+        return isinstance(operation, CommitOperationDelete) and there is None
+    info = getattr(operation, "upload_info", None)
+    if info is None:  # a copy of a large file: the journal beside it has its digest
+        return there.lfs is not None
+    if there.lfs is not None:
+        return bool(there.lfs.sha256 == info.sha256.hex())
+    if getattr(operation, "_is_uploaded", False):
+        return False
+    with operation.as_file() as file:
+        return bool(there.blob_id == git_hash(file.read()))
+
+
+def is_listed(there: RepoFile | None, written: Written) -> bool:
+    """Whether a listed file is a large one with this size and digest."""
+    return (
+        there is not None
+        and there.lfs is not None
+        and (there.size, there.lfs.sha256) == (written.size, written.sha256)
+    )
