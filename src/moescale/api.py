@@ -101,7 +101,7 @@ def convert(
     """
     wanted = Options(**options)
     check_places(str(source), str(destination), revision)
-    sink = open_sink(str(destination), private, create_pr, commit_message)
+    sink = open_sink(str(destination), private, create_pr, commit_message, overwrite)
     reader = open_source(str(source), revision)
     _check_not_source(reader, sink)
     plan = make_plan(reader, wanted, str(destination))
@@ -171,9 +171,9 @@ def open_source(text: str, revision: str | None = None) -> Source:
     place = parse_place(text)
     if revision is not None and place.revision is not None:
         raise UsageError(f"{text} names a revision already; leave --revision out")
-    from moescale.repos.hub_source import open_hub_source
+    from moescale.repos.hub_source import HubSource
 
-    return open_hub_source(HubPlace(place.repo, revision or place.revision))
+    return HubSource(HubPlace(place.repo, revision or place.revision))
 
 
 def open_sink(
@@ -181,6 +181,7 @@ def open_sink(
     private: bool | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
+    overwrite: bool = False,
 ) -> Sink:
     """A directory, unless the text starts with ``hf://``.
 
@@ -193,7 +194,7 @@ def open_sink(
         return LocalSink(Path(text))
     from moescale.repos.hub_sink import HubOptions, HubSink
 
-    return HubSink(parse_place(text), HubOptions(private, create_pr, commit_message))
+    return HubSink(parse_place(text), HubOptions(private, create_pr, commit_message, overwrite))
 
 
 def _as_source(sink: Sink) -> Source:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import yaml
@@ -11,9 +11,16 @@ import yaml
 from moescale.plan import Plan
 from moescale.version import __version__
 
-_FRONT_MATTER = re.compile(r"\A---[ \t]*\n(?P<yaml>.*?)(?:^|\n)---[ \t]*(?:\n|\Z)", re.DOTALL)
-_DROPPED = ("model-index",)
+_FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\n(?P<yaml>(?:.*?\n)??)---[ \t]*(?:\n|\Z)", re.DOTALL)
+"""As the Hub reads it: white space may stand before, and the block may be empty."""
+
+_DROPPED = frozenset({"model-index"})
 """Metadata that is no longer true: the evaluation results are those of the source."""
+
+_DEEPEST = 100
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_BROKEN = (yaml.YAMLError, ValueError, KeyError, IndexError, AttributeError, TypeError)
+"""What PyYAML raises for text that is no YAML, or for values that their tag does not allow."""
 
 TAG = "moescale"
 
@@ -32,7 +39,10 @@ def render(plan: Plan, source_card: bytes | None) -> bytes:
     windows = "\r\n" in text
     text = text.replace("\r\n", "\n")
     match = _FRONT_MATTER.match(text)
-    metadata = _edit_metadata(match["yaml"] if match else "", plan)
+    old = match["yaml"] if match else ""
+    metadata = _edit_metadata(old, plan.source.repo)
+    if metadata is None:
+        metadata = old
     body = text[match.end() :].lstrip("\n") if match else text.lstrip("\n")
     result = f"---\n{metadata}---\n\n{_section(plan)}"
     if body:
@@ -43,47 +53,89 @@ def render(plan: Plan, source_card: bytes | None) -> bytes:
 def metadata_is_valid(source_card: bytes) -> bool:
     """Whether the card's metadata, if it has any, is a YAML mapping."""
     match = _FRONT_MATTER.match(source_card.decode(errors="replace").replace("\r\n", "\n"))
-    return match is None or _top_level(match["yaml"]) is not None
+    return match is None or _edit_metadata(match["yaml"], None) is not None
 
 
-def _edit_metadata(text: str, plan: Plan) -> str:
-    keys = _top_level(text)
-    if keys is None:
-        return text.rstrip("\n") + "\n"
-    new: dict[str, Any] = {}
-    if plan.source.repo is not None:
-        new["base_model"] = [plan.source.repo]
-    tags = _as_list(keys.get("tags", (None, 0, 0))[0])
-    new["tags"] = tags if TAG in tags else [*tags, TAG]
+def _edit_metadata(text: str, repo: str | None) -> str | None:
+    """The metadata of the output; None if the source's are no YAML mapping.
+
+    Lines are taken out and new ones added at the end, so that all others stay as they are. Where
+    that is not possible (flow style, anchors), the whole block is written anew.
+    """
     lines = text.splitlines(keepends=True)
-    for key in (*_DROPPED, *new):
-        if key in keys:
-            _, first, last = keys[key]
-            lines[first:last] = [""] * (last - first)
-    kept = "".join(lines)
+    spans = _top_level_lines(text)
+    if spans is None:
+        return None
+    added = {"tags", "base_model"} if repo else {"tags"}
+    kept = "".join(
+        line
+        for number, line in enumerate(lines)
+        if not any(first <= number < last for first, last in _lines_of(spans, _DROPPED | added))
+    )
+    tags = "".join("".join(lines[first:last]) for first, last in _lines_of(spans, {"tags"}))
+    old = _load(kept)
+    listed = _load(tags)
+    if old is None or listed is None:
+        return _written_anew(text, repo)
+    new = _new_metadata(listed.get("tags"), repo)
     if kept and not kept.endswith("\n"):
         kept += "\n"
-    return kept + yaml.safe_dump(new, sort_keys=False, allow_unicode=True)
+    result = kept + yaml.safe_dump(new, sort_keys=False, allow_unicode=True)
+    return result if _load(result) == {**old, **new} else _written_anew(text, repo)
 
 
-def _top_level(text: str) -> dict[str, tuple[Any, int, int]] | None:
-    """Each top-level key with its value and its lines; None if this is no block of YAML keys."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+def _written_anew(text: str, repo: str | None) -> str | None:
+    content = _load(text)
+    if content is None:
+        return None
+    new = _new_metadata(content.get("tags"), repo)
+    kept = {key: value for key, value in content.items() if key not in {*_DROPPED, *new}}
+    return yaml.safe_dump({**kept, **new}, sort_keys=False, allow_unicode=True)
+
+
+def _new_metadata(tags: Any, repo: str | None) -> dict[str, Any]:
+    listed = _as_list(tags)
+    new = {"tags": listed if TAG in listed else [*listed, TAG]}
+    return {"base_model": [repo], **new} if repo else new
+
+
+def _load(text: str) -> dict[Any, Any] | None:
     try:
-        node = yaml.compose(text, Loader=loader)
-        values = yaml.load(text, Loader=loader)
-    except (yaml.YAMLError, ValueError, RecursionError):
+        content = yaml.load(text, Loader=_LOADER)
+    except _BROKEN:
         return None
-    if node is None:
-        return {}
-    if not isinstance(node, yaml.MappingNode) or node.flow_style or not isinstance(values, dict):
+    return {} if content is None else content if isinstance(content, dict) else None
+
+
+def _top_level_lines(text: str) -> dict[str, tuple[int, int]] | None:
+    """First and last line of each top-level key; None if this is no YAML, or nested without end.
+
+    Only events are read, without building anything: evaluation results can be long, and PyYAML
+    follows nesting until the process dies.
+    """
+    starts: list[tuple[str, int]] = []
+    depth, is_key = 0, True
+    try:
+        for event in yaml.parse(text, Loader=_LOADER):
+            opens = isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent))
+            closes = isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent))
+            depth -= closes
+            if depth == 1 and not isinstance(event, yaml.DocumentEndEvent):
+                if is_key and isinstance(event, yaml.ScalarEvent) and event.start_mark:
+                    starts.append((event.value, event.start_mark.line))
+                if not opens:
+                    is_key = not is_key
+            depth += opens
+            if depth > _DEEPEST:
+                return None
+    except _BROKEN:
         return None
-    starts = [key.start_mark.line for key, _ in node.value]
-    ends = [*starts[1:], len(text.splitlines())]
-    return {
-        str(key.value): (values.get(key.value), start, end)
-        for (key, _), start, end in zip(node.value, starts, ends, strict=True)
-    }
+    ends = [*(line for _, line in starts), len(text.splitlines())][1:]
+    return {key: (line, end) for (key, line), end in zip(starts, ends, strict=False)}
+
+
+def _lines_of(spans: Mapping[str, tuple[int, int]], keys: Iterable[str]) -> list[tuple[int, int]]:
+    return [spans[key] for key in keys if key in spans]
 
 
 def _as_list(value: Any) -> list[Any]:

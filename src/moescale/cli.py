@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
@@ -17,6 +20,9 @@ from moescale.version import __version__
 if TYPE_CHECKING:
     from moescale.plan import Plan
 
+# Typer has its own copy of Click, and gives the base of its errors no name of its own.
+_UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
 EXIT_CODES: dict[type[errors.MoescaleError], int] = {
     errors.UsageError: 2,
     errors.SourceError: 3,
@@ -26,6 +32,11 @@ EXIT_CODES: dict[type[errors.MoescaleError], int] = {
     errors.InterruptedRun: 130,
 }
 """By error; every other one is 1."""
+
+GRACE_SECONDS = 3.0
+"""How long an interrupted run may take to end by itself."""
+
+INTERRUPTED = "interrupted; the same command resumes"
 
 HELP = """Run a mixture-of-experts model with another number of active experts.
 
@@ -59,7 +70,7 @@ def _command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="The checkpoint to read.")],
     destination: Annotated[
         Optional[str],  # noqa: UP045 - Typer shows it
-        typer.Argument(metavar="[DST]", help="Where to write; may be left out with --dry-run."),
+        typer.Argument(metavar="DST", help="Where to write; may be left out with --dry-run."),
     ] = None,
     experts: Annotated[
         Optional[int],  # noqa: UP045
@@ -202,7 +213,7 @@ def _command(
             }
             _convert(source, destination, options, run, as_json, quiet, verbose)
     except KeyboardInterrupt:
-        raise errors.InterruptedRun("interrupted; the same command resumes") from None
+        raise errors.InterruptedRun(INTERRUPTED) from None
 
 
 def _read_factors(path: Path) -> dict[str, float]:
@@ -274,13 +285,38 @@ def _warn(plan: Plan) -> None:
 
 def main() -> None:
     """The entry point: runs the command and turns errors into text and exit codes."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what goes wrong is said by us
+    signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup
+        signal.signal(signal.SIGINT, _interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path may have letters that a terminal has not
+            stream.reconfigure(errors="backslashreplace")
     try:
-        app(prog_name="moescale")
+        sys.exit(app(prog_name="moescale", standalone_mode=False))
+    except _UsageError as error:
+        if isinstance(error, typer.BadParameter) or sys.argv[1:]:
+            message = error.format_message()
+            _fail(errors.UsageError(message, hint="Try 'moescale --help' for help."))
+        error.show()  # without arguments, the error is the help
+        sys.exit(2)
     except errors.MoescaleError as error:
         _fail(error)
     except OSError as error:
         _fail(errors.MoescaleError(f"{error.filename}: {error.strerror}"))
+
+
+def _interrupt(*_: object) -> NoReturn:
+    """End the run; a thread that hangs in a request holds it up for a moment only."""
+    timer = threading.Timer(GRACE_SECONDS, _leave)
+    timer.daemon = True
+    timer.start()
+    raise KeyboardInterrupt
+
+
+def _leave() -> None:
+    print(f"moescale: {INTERRUPTED}", file=sys.stderr, flush=True)
+    os._exit(EXIT_CODES[errors.InterruptedRun])
 
 
 def _fail(error: errors.MoescaleError) -> NoReturn:

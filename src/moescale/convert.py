@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -13,11 +11,11 @@ from typing import Literal
 
 from moescale import card, provenance
 from moescale.checkpoint.rewrite import rewrite
-from moescale.errors import DestinationError, InterruptedRun, MoescaleError, RewriteError
+from moescale.errors import DestinationError, InterruptedRun
 from moescale.files import CARD, PROVENANCE, PlannedFile
 from moescale.model.count import CONFIG
 from moescale.plan import Plan
-from moescale.repos.base import Progress, Sink, Source, Written
+from moescale.repos.base import Progress, Sink, Source, Written, io_errors
 
 Status = Literal["new", "resume", "replace", "done", "stale"]
 """``stale``: done, but the source has changed since, or at least its times have."""
@@ -68,15 +66,15 @@ def _is_done(plan: Plan, source: Source, sink: Sink, existing: Mapping[str, int]
     """Whether the destination is the finished output of this very job."""
     if PROVENANCE not in existing:
         return False
-    try:
-        found = json.loads(sink.read(PROVENANCE))
-    except ValueError:
-        return False
+    found = provenance.decode(sink.read(PROVENANCE))
     sizes = {f.name: Written(plan.output_size(f)) for f in plan.large_files}
-    small = {name: _written(data) for name, data in small_files(plan, source).items()}
-    if not provenance.same_job(found, provenance.provenance(plan, {**sizes, **small})):
+    small = small_files(plan, source)
+    written = {name: _written(data) for name, data in small.items()}
+    if not provenance.same_job(found, provenance.provenance(plan, {**sizes, **written})):
         return False
-    return all(existing.get(f["name"]) == f["size"] for f in found["files"])
+    if any(existing.get(f["name"]) != f["size"] for f in found["files"]):
+        return False
+    return all(sink.read(name) == data for name, data in small.items())
 
 
 def run(
@@ -106,13 +104,13 @@ def run(
     status = status_of(plan, source, sink, overwrite)
     if status in ("done", "stale"):
         return Outcome(status, {})
+    small = small_files(plan, source)
+    sink.check_card(small[CARD])
     sink.begin(provenance.job(plan), replace=status == "replace")
     try:
-        small = small_files(plan, source)
-        sink.check_card(small[CARD])
         written = _stream(plan, source, sink, jobs, progress)
         written |= {name: _written(data) for name, data in small.items()}
-        if CARD in small:
+        with io_errors(CARD):
             sink.put(CARD, small.pop(CARD))
         last = {PROVENANCE: provenance.encode(provenance.provenance(plan, written))}
         config = small.pop(CONFIG)
@@ -190,26 +188,14 @@ def _write(
     file: PlannedFile, plan: Plan, source: Source, sink: Sink, advance: Callable[[int], None]
 ) -> Written:
     """Write one large file."""
-    try:
-        digest = source.identity.kind == "hub"  # the bytes come through memory in any case
-        with sink.shard(file.name, plan.output_size(file), digest) as writer:
-            with source.open(file.name) as reader:
-                rewrite(reader, writer, plan.segments(file), file.name, advance)
-            return writer.finish()
-    except OSError as error:
-        raise _failed(file.name, error) from error
-
-
-def _failed(name: str, error: OSError) -> MoescaleError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RewriteError(
-            f"{name}: the disk is full",
-            hint="Free some space and run the same command again; it resumes.",
-        )
-    return RewriteError(
-        f"{name}: {error.strerror or error}",
-        hint="Run the same command again when the cause is mended; it resumes.",
-    )
+    digest = source.identity.kind == "hub"  # the bytes come through memory in any case
+    with (
+        io_errors(file.name),
+        sink.shard(file.name, plan.output_size(file), digest) as writer,
+    ):
+        with source.open(file.name) as reader:
+            rewrite(reader, writer, plan.segments(file), file.name, advance)
+        return writer.finish()
 
 
 def fill_digests(sink: Sink, plan: Plan, written: Mapping[str, Written], found: bytes) -> None:

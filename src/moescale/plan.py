@@ -232,10 +232,9 @@ def make_plan(source: Source, options: Options, destination: str | None = None) 
     experts = _experts(moe, options)
     factors = _factors(moe, experts, options)
     in_config = options.fold == "config"
-    scaled = [] if in_config else _scaled_tensors(moe, factors)
-    warnings += confirm(
-        ((s, factor) for s, _, factor in scaled), config.value, moe.architecture.scale_key
-    )
+    fold_key = _fold_key(moe, factors)
+    scaled = [] if in_config else _scaled_tensors(moe, factors, fold_key)
+    warnings += confirm(((s, factor) for s, _, factor in scaled), config.value, fold_key)
     planned = _planned_tensors(scaled, headers)
     index = _index(shards, headers)
     new_config = config
@@ -417,13 +416,21 @@ def _predicted_norm(moe: Moe, experts: Experts, options: Options) -> dict[str, f
     return {name: factor / forms["preserve"] for name, factor in {"none": 1.0, **forms}.items()}
 
 
-def _scaled_tensors(moe: Moe, factors: Mapping[Layer, float]) -> list[tuple[Scaled, Layer, float]]:
+def _fold_key(moe: Moe, factors: Mapping[Layer, float]) -> str | None:
+    """The key that ``--fold config`` would multiply, None where that cannot be done."""
+    row = moe.architecture
+    foldable = row.folds and row.scale_key in moe.section and len(set(factors.values())) == 1
+    return row.scale_key if foldable else None
+
+
+def _scaled_tensors(
+    moe: Moe, factors: Mapping[Layer, float], fold_key: str | None
+) -> list[tuple[Scaled, Layer, float]]:
     """Every tensor to scale, with its layer and that layer's factor."""
-    key = moe.architecture.scale_key
     return [
         (scaled, p.layer, factors[p.layer])
         for p in moe.projections
-        for scaled in scaled_tensors(p.module, p.leaves, factors[p.layer], key)
+        for scaled in scaled_tensors(p.module, p.leaves, factors[p.layer], fold_key)
     ]
 
 

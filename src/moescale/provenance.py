@@ -45,6 +45,15 @@ def encode(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def decode(data: bytes) -> Any:
+    """What a ``moescale.json`` says; None if it is none."""
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def options_given(options: Options) -> dict[str, Any]:
     """The options that the user gave."""
     given = {f.name: getattr(options, f.name) for f in fields(options)}

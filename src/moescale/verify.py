@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -66,10 +65,7 @@ def _verify_small(name: str, wanted: bytes, output: Source) -> Written:
 
 def _check_provenance(plan: Plan, output: Source, written: Mapping[str, Written]) -> None:
     wanted = provenance.provenance(plan, written)
-    try:
-        found = json.loads(output.read(PROVENANCE))
-    except ValueError as error:
-        raise VerificationError(f"{PROVENANCE}: is not valid JSON: {error}") from None
+    found = provenance.decode(output.read(PROVENANCE))
     if not provenance.same_job(found, wanted):
         raise VerificationError(f"{PROVENANCE}: does not say what was done")
     for entry in found["files"]:

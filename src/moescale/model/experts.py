@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +53,17 @@ class Layer:
         return f"{self.stack}.{self.number}" if self.stack else str(self.number)
 
 
+class _Stacks:
+    """The stacks that belong to one part of a model type: its own, or all that no other has."""
+
+    def __init__(self, architecture: Architecture, others: Iterable[Architecture]) -> None:
+        self._own = architecture.stacks
+        self._foreign = frozenset().union(*(row.stacks or frozenset() for row in others))
+
+    def __contains__(self, stack: str) -> bool:
+        return stack in self._own if self._own else stack not in self._foreign
+
+
 def find_projections(
     tensors: Iterable[Tensor], architecture: Architecture, others: Iterable[Architecture] = ()
 ) -> list[Projection]:
@@ -64,22 +75,35 @@ def find_projections(
         others: the other parts of the same model type, whose stacks are left alone.
     """
     pattern = _name_pattern((*architecture.experts, *_mlx_names(architecture.experts)))
-    foreign = frozenset().union(*(row.stacks or frozenset() for row in others))
+    stacks = _Stacks(architecture, others)
     found: dict[str, Projection] = {}
     for tensor in tensors:
         match = pattern.fullmatch(tensor.name)
         if match is None:
             continue
         projection = _projection(match)
-        stack = projection.layer.stack
-        if stack in foreign or (architecture.stacks and stack not in architecture.stacks):
+        if projection.layer.stack not in stacks:
             continue
         leaves = found.setdefault(projection.module, projection).leaves
         leaf = leaf_name(match["leaf"])
         if leaf in leaves:
             raise CheckpointError(f"{projection.module}: has two tensors that are its {leaf}")
         leaves[leaf] = tensor
+    if architecture.part is None:
+        _drop_single_stack(found.values())
     return sorted(found.values(), key=lambda p: (p.layer, p.module, p.expert or 0))
+
+
+def _stack(before: str) -> str:
+    """What tells a stack of layers from others, in what stands before the layer's number."""
+    return ".".join(word for word in before.split(".") if word and word not in _GENERIC)
+
+
+def _drop_single_stack(projections: Collection[Projection]) -> None:
+    """Call the layers by their numbers alone where there is one stack of them, however named."""
+    if len({p.layer.stack for p in projections}) == 1:
+        for projection in projections:
+            projection.layer = Layer("", projection.layer.number)
 
 
 def _mlx_names(templates: Iterable[str]) -> list[str]:
@@ -104,8 +128,7 @@ def _projection(match: re.Match[str]) -> Projection:
     groups = match.groupdict()
     layer = next(key for key, value in groups.items() if key[0] == "L" and value is not None)
     expert = groups.get("E" + layer[1:])
-    words = match.string[: match.start(layer)].split(".")
-    stack = ".".join(word for word in words if word and word not in _GENERIC)
+    stack = _stack(match.string[: match.start(layer)])
     module = match.string[: match.start("leaf")]
     number = Layer(stack, int(groups[layer]))
     return Projection(module, number, None if expert is None else int(expert), match.span(layer))
@@ -126,20 +149,28 @@ def find_by_pattern(tensors: Iterable[Tensor], pattern: str) -> list[Projection]
         if layer is None:
             raise UsageError(f"--pattern matches {name!r}, in which no layer number can be found")
         module, _ = split_name(name)
-        start, stop = layer
-        words = [word for word in name[:start].split(".") if word and word not in _GENERIC]
-        projection = Projection(
-            module,
-            Layer(".".join(words), int(name[start:stop])),
-            None if expert is None else int(name[slice(*expert)]),
-            (start, stop),
-        )
-        found.setdefault(module, projection)
+        found.setdefault(module, _by_spans(name, module, layer, expert))
     for name, tensor in by_name.items():  # a bias or a scale belongs to it, matched or not
         module, leaf = split_name(name)
         if module in found:
             found[module].leaves[leaf] = tensor
+    _drop_single_stack(found.values())
     return sorted(found.values(), key=lambda p: (p.layer, p.module, p.expert or 0))
+
+
+def _by_spans(name: str, module: str, layer: list[int], expert: list[int] | None) -> Projection:
+    """The projection whose numbers stand at the given places of a name."""
+    start, stop = layer
+    numbers = [name[start:stop]] if expert is None else [name[start:stop], name[slice(*expert)]]
+    for number in numbers:
+        if not number.isdigit():
+            raise UsageError(f"--pattern: in {name!r} its group catches {number!r}, no number")
+    before = name[:start]
+    if expert is not None and expert[1] <= start:
+        before = name[: expert[0]] + name[expert[1] : start]
+    stack = _stack(before)
+    which = None if expert is None else int(numbers[1])
+    return Projection(module, Layer(stack, int(numbers[0])), which, (start, stop))
 
 
 _SEARCH = r"""
@@ -194,6 +225,7 @@ def check_complete(
     architecture: Architecture,
     section: Mapping[str, Any],
     total: int,
+    others: Iterable[Architecture] = (),
 ) -> None:
     """Refuse a checkpoint in which any routed down-projection is missing or surplus.
 
@@ -203,6 +235,7 @@ def check_complete(
         architecture: the row that they were found with.
         section: the config section that describes this MoE.
         total: routed experts of a layer, as the config says.
+        others: the other parts of the same model type.
 
     Raises:
         CheckpointError: with the first layer or expert that is not as the config says.
@@ -215,7 +248,7 @@ def check_complete(
             layer, members, experts_of_layer(section, layer.number, total), architecture.moes
         )
     _check_layers(set(by_layer), architecture, section)
-    _check_routers(projections, list(names))
+    _check_routers(projections, names, _Stacks(architecture, others))
 
 
 def _check_layer(layer: Layer, members: list[Projection], total: int, moes: int) -> None:
@@ -300,24 +333,29 @@ def _is_moe(layer: int, rule: MoeLayers, section: Mapping[str, Any]) -> bool:
     return layer >= (rule.default if first is None else first) and layer % every == 0
 
 
-def _check_routers(projections: list[Projection], names: list[str]) -> None:
+def _check_routers(projections: list[Projection], names: Iterable[str], stacks: _Stacks) -> None:
     """Every layer that has a router needs down-projections, whatever the config says."""
     layers: dict[tuple[str, str], set[str]] = defaultdict(set)
     for projection in projections:
         start, stop = projection.number_at
-        layers[projection.module[:start], _block(projection.module[stop:])].add(
-            projection.module[start:stop]
-        )
-    for (head, block), present in layers.items():
-        router = re.compile(rf"{re.escape(head)}(\d+){re.escape(block)}{_ROUTER}")
-        for name in names:
-            match = router.match(name)
-            if match is not None and match[1] not in present:
-                raise CheckpointError(
-                    f"{name}: is the router of layer {match[1]}, which has no routed"
-                    " down-projections",
-                    hint="The checkpoint is incomplete; fetch the missing shard again.",
-                )
+        if projection.module[:start].endswith("."):
+            layers[projection.module[:start], _block(projection.module[stop:])].add(
+                projection.module[start:stop]
+            )
+    if not layers:
+        return
+    blocks = "|".join(re.escape(block) for block in {block for _, block in layers})
+    containers = "|".join({re.escape(head.split(".")[-2]) for head, _ in layers})
+    router = re.compile(rf"((?:.*\.)?(?:{containers})\.)(\d+)({blocks}){_ROUTER}")
+    for name in names:
+        match = router.match(name)
+        if match is None or _stack(match[1]) not in stacks:
+            continue
+        if match[2] not in layers.get((match[1], match[3]), ()):
+            raise CheckpointError(
+                f"{name}: is the router of layer {match[2]}, which has no routed down-projections",
+                hint="The checkpoint is incomplete; fetch the missing shard again.",
+            )
 
 
 _ROUTER = r"(?:gate|router)(?:\.|_weight|_gate)"

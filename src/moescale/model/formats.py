@@ -466,7 +466,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def scaled_tensors(
-    module: str, leaves: Leaves, factor: float, scale_key: str | None = None
+    module: str, leaves: Leaves, factor: float, fold_key: str | None = None
 ) -> list[Scaled]:
     """The tensors of a down-projection that change when it is multiplied by `factor`.
 
@@ -474,7 +474,7 @@ def scaled_tensors(
         module: the projection's name, for errors.
         leaves: its tensors by leaf.
         factor: what it is multiplied by.
-        scale_key: the config key that `--fold config` would multiply instead, if there is one.
+        fold_key: the config key that ``--fold config`` would multiply, where that can be done.
 
     Raises:
         UnsupportedError: no row of the table fits, so scaling it would be a guess; or the format
@@ -488,7 +488,7 @@ def scaled_tensors(
         raise _unmatched(module, leaves)
     parts = {**row.scaled, "bias": Part("bias")}
     if any(part.operation == "shift" for part in parts.values()):
-        _check_power_of_two(module, row, factor, scale_key)
+        _check_power_of_two(module, row, factor, fold_key)
     return [_scaled(leaves[leaf], part, row) for leaf, part in parts.items() if leaf in leaves]
 
 
@@ -526,13 +526,13 @@ def _is_power_of_two(factor: float) -> bool:
     return math.frexp(factor)[0] == 0.5
 
 
-def _check_power_of_two(module: str, row: Format, factor: float, scale_key: str | None) -> None:
+def _check_power_of_two(module: str, row: Format, factor: float, fold_key: str | None) -> None:
     if _is_power_of_two(factor):
         return
     below = 2.0 ** (math.frexp(factor)[1] - 1)
     hint = f"Exact are --factor {below:.9g} and --factor {2 * below:.9g}."
-    if scale_key is not None:
-        hint = f"--fold config multiplies {scale_key} by any factor, exactly. {hint}"
+    if fold_key is not None:
+        hint = f"--fold config multiplies {fold_key} by any factor, exactly. {hint}"
     raise UnsupportedError(
         f"{module}: is stored as {row.name}, whose scales are powers of two: multiplying it by"
         f" {factor:.9g} would need new codes",
@@ -603,14 +603,14 @@ _SECTIONS = frozenset({"quantization_config", "compression_config", "quantizatio
 
 
 def confirm(
-    chosen: Iterable[tuple[Scaled, float]], config: Mapping[str, Any], scale_key: str | None = None
+    chosen: Iterable[tuple[Scaled, float]], config: Mapping[str, Any], fold_key: str | None = None
 ) -> list[str]:
     """Look into the config for what tensors do not show, and say what is not exact.
 
     Args:
         chosen: the tensors to scale, each with its factor.
         config: the whole ``config.json``.
-        scale_key: as for `scaled_tensors`.
+        fold_key: as for `scaled_tensors`.
 
     Returns:
         One remark for each format, not for each tensor.
@@ -633,7 +633,7 @@ def confirm(
         if scaled.rounds:
             rounded[_rounding(scaled)] = None
         elif scaled.format == "FP8" and ue8m0:
-            rounded[_ue8m0(scale_key)] = None
+            rounded[_ue8m0(fold_key)] = None
     return list(rounded)
 
 
@@ -652,8 +652,8 @@ def _rounding(scaled: Scaled) -> str:
     )
 
 
-def _ue8m0(scale_key: str | None) -> str:
-    fold = f"; --fold config multiplies {scale_key} and leaves them alone" if scale_key else ""
+def _ue8m0(fold_key: str | None) -> str:
+    fold = f"; --fold config multiplies {fold_key} and leaves them alone" if fold_key else ""
     return (
         "config.json says scale_fmt ue8m0, and the factor is no power of two: transformers, and"
         " vLLM and SGLang where they use DeepGEMM, round such scales to powers of two in"

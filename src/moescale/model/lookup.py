@@ -96,7 +96,7 @@ def find_moe(
         )
     total = total_experts(row, section)
     names = [tensor.name for tensor in tensors]
-    check_complete(projections, names, row, section, total)
+    check_complete(projections, names, row, section, total, _other_parts(row))
     return Moe(
         architecture=row,
         model_type=model_type,

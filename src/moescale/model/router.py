@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from moescale.errors import UnsupportedError
@@ -22,13 +23,13 @@ class Router:
     renormalised: bool
     shared: int = 0
 
-    def balanced_weight(self, k: int) -> float:
+    def balanced_weight(self, k: int) -> Fraction:
         """The weight of each of `k` chosen experts at a balanced gate, up to a constant.
 
         1/k where the weights are renormalised, constant (1/E, of which only ratios matter)
         where they are not.
         """
-        return 1.0 / (k + self.shared) if self.renormalised else 1.0
+        return Fraction(1, k + self.shared) if self.renormalised else Fraction(1)
 
 
 def router_of(architecture: Architecture, section: Mapping[str, Any]) -> Router:

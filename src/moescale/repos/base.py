@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import posixpath
 import re
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from moescale.checkpoint.rewrite import Reader, Writer
-from moescale.errors import CheckpointError
+from moescale.errors import CheckpointError, RewriteError
 
 SMALL_FILE_BYTES = 128 << 20
 """Configs, indexes and cards are read whole; a larger one is refused."""
 
-_RESERVED = re.compile(r"[\x00-\x1f\x7f\\]|^[A-Za-z]:")
+_RESERVED = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]|^[A-Za-z]:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,3 +162,20 @@ def check_name(name: str, where: str) -> str:
             hint="Such a name could write outside the destination; the repo is broken or hostile.",
         )
     return name
+
+
+@contextmanager
+def io_errors(name: str) -> Iterator[None]:
+    """Turn what the operating system says about a file into an error that names the file.
+
+    Raises:
+        RewriteError: with what to do about it.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            why, hint = "the disk is full", "Free some space and run the same command again"
+        else:
+            why, hint = error.strerror or str(error), "Mend the cause and run the command again"
+        raise RewriteError(f"{name}: {why}", hint=f"{hint}; it resumes.") from error

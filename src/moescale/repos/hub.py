@@ -64,7 +64,7 @@ def is_repo_id(text: str) -> bool:
     return _REPO_ID.fullmatch(text) is not None and ".." not in text and "--" not in text
 
 
-class Busy(TemporaryError):
+class BusyError(TemporaryError):
     """The Hub is out of order for now; `retry_after` is the wait in seconds that it asks for."""
 
     def __init__(self, message: str, *, hint: str = RESUMES, retry_after: float | None = None):
@@ -90,7 +90,7 @@ def api() -> HfApi:
 
 
 def _guarded(client: httpx2.Client) -> httpx2.Client:
-    """Give the client time limits, and let our own requests fail at once with `Busy`.
+    """Give the client time limits, and let our own requests fail at once with `BusyError`.
 
     Some calls of huggingface_hub ask for no time limit at all; a stall would be for ever. Others
     repeat a request by themselves, which would multiply with our attempts; it is only left to
@@ -107,10 +107,10 @@ def _guarded(client: httpx2.Client) -> httpx2.Client:
         try:
             response = send(request, **more)
         except httpx2.TransportError as error:
-            raise Busy(f"the connection broke: {_line(error)}") from None
+            raise BusyError(f"the connection broke: {_line(error)}") from None
         if response.status_code in TRANSIENT_STATUS:
             response.close()
-            raise Busy(
+            raise BusyError(
                 f"the Hub answered {response.status_code}",
                 retry_after=_retry_after(response.headers),
             )
@@ -124,7 +124,7 @@ def _limit_time(request: httpx2.Request) -> None:
     from huggingface_hub import constants
 
     limits = request.extensions.get("timeout") or {}
-    longest = 6.0 * constants.HF_HUB_DOWNLOAD_TIMEOUT
+    longest = (3.0 if request.method == "GET" else 6.0) * constants.HF_HUB_DOWNLOAD_TIMEOUT
     request.extensions["timeout"] = {
         key: longest if limits.get(key) is None else limits[key]
         for key in ("connect", "read", "write", "pool")
@@ -173,8 +173,8 @@ def _translated(what: str, error: Exception, refused: type[MoescaleError]) -> Ex
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     match error:
-        case Busy():
-            return Busy(f"{what}: {error.message}", retry_after=error.retry_after)
+        case BusyError():
+            return BusyError(f"{what}: {error.message}", retry_after=error.retry_after)
         case MoescaleError():
             return error
         case OfflineModeIsEnabled():
@@ -185,9 +185,9 @@ def _translated(what: str, error: Exception, refused: type[MoescaleError]) -> Ex
         case HfHubHTTPError():
             return _http_error(what, error.response.status_code, _line(error), refused)
         case httpx2.TransportError() | ConnectionError():
-            return Busy(f"{what}: the connection broke: {_line(error)}")
-        case httpx2.HTTPError() | json.JSONDecodeError():
-            return Busy(f"{what}: the Hub answered with something else: {_line(error)}")
+            return BusyError(f"{what}: the connection broke: {_line(error)}")
+        case httpx2.HTTPError() | json.JSONDecodeError() | UnicodeDecodeError():
+            return BusyError(f"{what}: the Hub answered with something else: {_line(error)}")
         case ValueError():  # what the client refuses to send
             return refused(f"{what}: {_line(error)}")
         case RuntimeError(__cause__=Exception() as cause):
@@ -197,7 +197,7 @@ def _translated(what: str, error: Exception, refused: type[MoescaleError]) -> Ex
 
 def _http_error(what: str, status: int, line: str, refused: type[MoescaleError]) -> MoescaleError:
     if status in TRANSIENT_STATUS:
-        return Busy(f"{what}: the Hub answered {status}")
+        return BusyError(f"{what}: the Hub answered {status}")
     why, hint = _REFUSALS.get(status, (f"the Hub answered {status}: {line}", None))
     return refused(f"{what}: {why}", hint=hint)
 
@@ -225,7 +225,7 @@ def _storage_error(what: str, error: Exception, refused: type[MoescaleError]) ->
         return error
     if isinstance(error, PermissionError):
         return _http_error(what, 401, "", refused)
-    return Busy(f"{what}: the upload broke: {_line(error)}")
+    return BusyError(f"{what}: the upload broke: {_line(error)}")
 
 
 def _line(error: Exception) -> str:
@@ -260,7 +260,7 @@ def pause(attempt: int, error: MoescaleError | None = None) -> None:
     Raises:
         TemporaryError: the server asks for longer than anybody would wait.
     """
-    asked = error.retry_after if isinstance(error, Busy) else None
+    asked = error.retry_after if isinstance(error, BusyError) else None
     if asked is not None and asked > LONGEST_WAIT:
         raise TemporaryError(
             f"{error}: the Hub asks to wait {asked:.0f} s".replace(f"\n{RESUMES}", ""),
@@ -276,7 +276,7 @@ def sleep(seconds: float) -> None:
 
 def _retry_after(answer: Mapping[str, str]) -> float | None:
     """The seconds that an answer asks to wait, in either of the Hub's two ways."""
-    from huggingface_hub.utils import parse_ratelimit_headers
+    from huggingface_hub.utils._http import parse_ratelimit_headers
 
     value = answer.get("retry-after", "")
     if value.isdigit():

@@ -50,11 +50,12 @@ class HubRepo:
 
         def fetch() -> ModelInfo | None:
             try:
-                return hub.api().model_info(self.id, revision=revision, timeout=30.0)
+                return hub.api().model_info(self.id, revision=revision)
             except RevisionNotFoundError:
                 return None
             except RepositoryNotFoundError as error:
-                return _missing(error)
+                _check_hidden(error)
+                return None
 
         return self._ask(fetch)
 
@@ -75,7 +76,8 @@ class HubRepo:
             except RevisionNotFoundError:
                 return {}
             except RepositoryNotFoundError as error:
-                return _missing(error) or {}
+                _check_hidden(error)
+                return {}
 
         return self._ask(fetch)
 
@@ -87,7 +89,7 @@ class HubRepo:
         url = hf_hub_url(self.id, name, revision=branch, endpoint=hub.api().endpoint)
 
         def fetch() -> bytes:
-            response = get_session().get(url, headers=hub.headers(), timeout=30.0)
+            response = get_session().get(url, headers=hub.headers())
             hf_raise_for_status(response)
             return bytes(response.content)
 
@@ -225,7 +227,6 @@ class HubRepo:
                 f"{hub.api().endpoint}/api/validate-yaml",
                 json={"content": card.decode(), "repoType": "model"},
                 headers=hub.headers(),
-                timeout=30.0,
             )
             if response.status_code != 400:
                 hf_raise_for_status(response)
@@ -235,7 +236,7 @@ class HubRepo:
         if errors := [str(entry.get("message")) for entry in answer.get("errors", [])]:
             raise DestinationError(
                 f"{self.name}: the Hub refuses the metadata of README.md: {errors[0]}",
-                hint="It is the source's; mend it in a copy of the source's small files.",
+                hint="Download the source, mend its README.md, and give that directory as SRC.",
             )
         return [str(entry.get("message")) for entry in answer.get("warnings", [])]
 
@@ -243,8 +244,8 @@ class HubRepo:
         return hub.retried(call, self.name, DestinationError)
 
 
-def _missing(error: Any) -> None:
-    """A repo that is not there; one that an expired token hides may be."""
+def _check_hidden(error: Any) -> None:
+    """A repo that is not found is not there, unless an expired token hides it."""
     if error.response.status_code == 401 and hub.has_token():
         raise error
 

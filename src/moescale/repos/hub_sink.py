@@ -234,6 +234,7 @@ class HubSink:
 
     @contextmanager
     def _in_memory(self, name: str) -> Iterator[HubWriter]:
+        self._addition(name, b"")  # a name that the Hub refuses is refused now
         data = io.BytesIO()
         yield HubWriter(data.write, lambda: self.put(name, data.getvalue()))
 
@@ -285,7 +286,7 @@ class HubSink:
                 def finish() -> Written:
                     file.flush()
                     written = Written(size, digest.hexdigest())
-                    self._commit_work([_addition(name, content)], name, {name: written})
+                    self._commit_work([self._addition(name, content)], name, {name: written})
                     self._sent += size
                     return written
 
@@ -304,11 +305,20 @@ class HubSink:
                     name: {"size": w.size, "sha256": w.sha256} for name, w in sorted(files.items())
                 },
             }
-            content = _addition(JOURNAL, io.BytesIO(json.dumps(journal, indent=1).encode()))
+            note = self._addition(JOURNAL, json.dumps(journal, indent=1).encode())
             commit = self._repo.commit(
-                self._working, [*operations, content], message, self._working_head
+                self._working, [*operations, note], message, self._working_head
             )
             self._working_head, self._done = commit.revision, files
+
+    def _addition(self, name: str, content: Any) -> Any:
+        """The operation that adds a file; the client takes bytes to xet, whatever the server."""
+        from huggingface_hub import CommitOperationAdd
+
+        if isinstance(content, bytes) and not self._streams:
+            content = io.BytesIO(content)
+        with hub.in_our_words(f"{self.identity}: {name}", DestinationError):
+            return CommitOperationAdd(name, content)
 
     def put(self, name: str, data: bytes) -> Written:
         """Keep a small file for the last commit."""
@@ -374,7 +384,7 @@ class HubSink:
 
         tree = self._repo.tree(branch)
         wanted = [uploaded(n, w.size, w.sha256 or "") for n, w in sorted(large.items())]
-        wanted += [_addition(n, io.BytesIO(data)) for n, data in sorted(self._small.items())]
+        wanted += [self._addition(n, data) for n, data in sorted(self._small.items())]
         surplus = sorted(tree.keys() - keep - {ATTRIBUTES})
         return [*missing(wanted, tree), *map(CommitOperationDelete, surplus)]
 
@@ -398,7 +408,7 @@ class HubSink:
         revision = self.published if pull and self.published else self.branch
         self.published = self._repo.commit(
             revision,
-            [_addition(name, io.BytesIO(data))],
+            [self._addition(name, data)],
             f"Update {name}",
             self._repo.head(revision),
         ).revision
@@ -433,14 +443,6 @@ class HubWriter:
         """Make the file complete where a rerun finds it."""
         written: Written = self._finish()
         return written
-
-
-def _addition(name: str, content: io.BufferedIOBase) -> Any:
-    """The operation that adds a file; as a file, the client can upload it with and without xet."""
-    from huggingface_hub import CommitOperationAdd
-
-    with hub.in_our_words(name, DestinationError):
-        return CommitOperationAdd(name, content)
 
 
 def _weights(tree: Mapping[str, RepoFile]) -> dict[str, str | None]:

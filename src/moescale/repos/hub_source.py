@@ -25,11 +25,12 @@ _HEAD = 32 << 10
 _SHA256, _GIT_DIGEST = 64, 40
 """Digits of the digest that the Hub states: of a large file, and of one that is in git."""
 
+_LOG_IN = "Log in with `hf auth login` or set HF_TOKEN; the same command resumes."
 _REFUSED = {
-    401: "the token is missing or expired",
-    403: "the token does not allow it",
-    404: "it is not there any more",
-    416: "it is shorter than it was",
+    401: ("the token is missing or expired", _LOG_IN),
+    403: ("the token does not allow it", _LOG_IN),
+    404: ("it is not there any more", None),
+    416: ("it is shorter than it was", None),
 }
 
 
@@ -52,6 +53,7 @@ class HubSource:
         self._offline = constants.HF_HUB_OFFLINE
         self._commit = _cached_commit(place) if self._offline else _commit(place)
         self.identity = SourceId("hub", place.repo, self._commit, place.repo)
+        self._name = str(HubPlace(place.repo))
         self.received = 0
         self._counting = threading.Lock()
         self._files: dict[str, FileInfo] | None = None
@@ -70,7 +72,7 @@ class HubSource:
             for name, size, sha256, oid in self._listed():
                 if name.startswith((".cache/", ".git/")):
                     continue
-                check_name(name, self.identity.id)
+                check_name(name, self._name)
                 self._files[name] = FileInfo(name, size, sha256)
                 self._stated[name] = sha256 or oid
         return self._files
@@ -92,7 +94,7 @@ class HubSource:
                 if isinstance(e, RepoFile)
             ]
 
-        return hub.retried(fetch, self.identity.id)
+        return hub.retried(fetch, self._name)
 
     def state(self, name: str) -> Any:
         """Size and digest; a commit does not change."""
@@ -170,7 +172,7 @@ def _commit(place: HubPlace) -> str:
         SourceError: there is no such repo or revision, or no access to it.
     """
     info = hub.retried(
-        lambda: hub.api().model_info(place.repo, revision=place.revision, timeout=30.0),
+        lambda: hub.api().model_info(place.repo, revision=place.revision),
         str(place),
     )
     if info.sha is None:
@@ -286,7 +288,7 @@ class HubReader:
         """Get more bytes, on the stream that is open or on a new one."""
         import httpx2
 
-        busy: hub.Busy | None = None
+        busy: hub.BusyError | None = None
         try:
             problem = self._open(stop) if self._context is None else ""
             if not problem:
@@ -296,7 +298,7 @@ class HubReader:
                 return
         except StopIteration:
             problem = "it ended early"
-        except hub.Busy as error:
+        except hub.BusyError as error:
             busy, problem = error, error.message.removeprefix(f"{self._info.name}: ")
         except (httpx2.HTTPError, OSError, RuntimeError) as error:
             problem = str(error) or type(error).__name__
@@ -331,16 +333,14 @@ class HubReader:
     def _problem(self, response: httpx2.Response, first: int, last: int) -> str:
         status, found = response.status_code, response.headers
         if status in _REFUSED and not response.history:
-            raise SourceError(
-                f"{self._info.name}: {_REFUSED[status]} ({status})",
-                hint="Log in with `hf auth login` or set HF_TOKEN; the same command resumes.",
-            )
+            why, hint = _REFUSED[status]
+            raise SourceError(f"{self._info.name}: {why} ({status})", hint=hint)
         if status == 206:
             wanted = f"bytes {first}-{last}/{self._info.size}"
             range_ = found.get("content-range")
             return "" if range_ == wanted else f"asked for {wanted}, got {range_}"
         if status != 200:  # after a redirect: an address of the storage that has expired, say
-            return f"the Hub answered {status}, which it should not"
+            return f"the Hub's storage answered {status}"
         if first or found.get("content-length") != str(self._info.size):
             return "the server ignored the range, or sent something else"
         return ""

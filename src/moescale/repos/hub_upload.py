@@ -34,7 +34,7 @@ def can_stream(repo: str, branch: str, what: str) -> bool:
         return False
 
     def ask() -> bool:
-        response = get_session().get(_token_url(repo, branch), headers=hub.headers(), timeout=30.0)
+        response = get_session().get(_token_url(repo, branch), headers=hub.headers())
         if response.status_code == 404:
             return False
         hf_raise_for_status(response)

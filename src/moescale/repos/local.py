@@ -22,7 +22,7 @@ from typing import Any
 
 from moescale.checkpoint.rewrite import Reader, pieces
 from moescale.errors import CheckpointError, DestinationError, RewriteError, SourceError
-from moescale.repos.base import SMALL_FILE_BYTES, FileInfo, SourceId, Written, check_name
+from moescale.repos.base import SMALL_FILE_BYTES, FileInfo, SourceId, Written, check_name, io_errors
 from moescale.repos.journal import Journal, Lock, sync_directory
 
 STATE = ".moescale"
@@ -115,9 +115,13 @@ class LocalSource:
             size = self.files()[name].size - start
             if size > SMALL_FILE_BYTES:
                 raise CheckpointError(f"{name}: {size} bytes are too many for a file of this kind")
-        with open(self.root / name, "rb") as file:
-            file.seek(start)
-            return file.read(size)
+        try:
+            with open(self.root / name, "rb") as file:
+                self._check_unchanged(file.fileno(), name)
+                file.seek(start)
+                return file.read(size)
+        except OSError as error:
+            raise SourceError(f"{self.root}: {name}: {error.strerror}") from None
 
     @contextmanager
     def open(self, name: str) -> Iterator[LocalReader]:
@@ -191,8 +195,11 @@ else:  # Windows, and macOS before 11; each reader is used by one thread only
 class LocalWriter:
     """A file under a temporary name."""
 
-    def __init__(self, sink: LocalSink, name: str, temporary: Path, digest: bool) -> None:
+    def __init__(
+        self, sink: LocalSink, name: str, temporary: Path, size: int, digest: bool
+    ) -> None:
         self._sink = sink
+        self._size = size
         self._name = name
         self._temporary = temporary
         self._position = 0
@@ -240,8 +247,8 @@ class LocalWriter:
             if error.errno in _NO_KERNEL_COPY:
                 return 0
             raise
-        if size == 0:
-            raise reader.ended(start)
+        if size == 0:  # the end of the file, or a kernel that copies nothing: reading will tell
+            return 0
         os.lseek(self.fd, self._position + size, os.SEEK_SET)
         self._moved(size)
         return size
@@ -254,6 +261,10 @@ class LocalWriter:
 
     def finish(self) -> Written:
         """Sync, rename to the file's own name, sync the directory, note it in the journal."""
+        if self._position != self._size:
+            raise RewriteError(
+                f"{self._name}: {self._position} bytes were written instead of {self._size}"
+            )
         os.fsync(self.fd)
         self.close()
         sha256 = None if self._digest is None else self._digest.hexdigest()
@@ -317,7 +328,7 @@ class LocalSink:
         """
         names = [name for name in self.existing() if "/" not in name]
         ours = any(n == "config.json" or n.endswith(".safetensors") for n in names)
-        if not ours and not (self._state / JOURNAL).exists():
+        if not ours and not self._state.is_dir():
             raise DestinationError(
                 f"{self.root}: does not look like a model, so --overwrite does not remove it",
                 hint="Remove it yourself, or give another destination.",
@@ -326,7 +337,8 @@ class LocalSink:
     def begin(self, job: Any, replace: bool) -> None:
         """Take the lock; start a journal for `job`, or go on with the one that is there.
 
-        With `replace` the old content stops to load at once, and is gone at the end.
+        With `replace` the old content is removed, config and index first, so that it stops to
+        load at once.
 
         Raises:
             DestinationError: another run holds the lock, or the place cannot be written to.
@@ -334,21 +346,30 @@ class LocalSink:
         try:
             self._state.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
+            if replace:
+                (self._state / JOURNAL).unlink(missing_ok=True)
+                self._remove_content()
+            self._journal = Journal(self._state / JOURNAL, job)
+            for leftover in self._state.glob("*.tmp"):
+                leftover.unlink()
         except OSError as error:
+            self._lock.release()
             raise DestinationError(
                 f"{self.root}: cannot be written to: {error.strerror}",
                 hint="Give another destination, or make this one writable.",
             ) from None
-        journal = self._state / JOURNAL
-        if replace:
-            journal.unlink(missing_ok=True)
-            for name in self.existing():
-                if name.endswith(("config.json", ".index.json")):
-                    (self.root / name).unlink()
-            sync_directory(self.root)
-        self._journal = Journal(journal, job)
-        for leftover in self._state.glob("*.tmp"):
-            leftover.unlink()
+        except DestinationError:
+            self._lock.release()
+            raise
+
+    def _remove_content(self) -> None:
+        names = sorted(
+            self.existing(), key=lambda name: not name.endswith(("config.json", ".index.json"))
+        )
+        for name in names:
+            (self.root / name).unlink()
+        _remove_empty_folders(self.root)
+        sync_directory(self.root)
 
     def check_card(self, card: bytes) -> None:
         """A directory takes every card."""
@@ -373,7 +394,7 @@ class LocalSink:
     def shard(self, name: str, size: int, digest: bool = False) -> Iterator[LocalWriter]:
         """A writer for a file of `size` bytes; leaving without `finish` discards it."""
         temporary = self._temporary(name)
-        writer = LocalWriter(self, name, temporary, digest)
+        writer = LocalWriter(self, name, temporary, size, digest)
         try:
             yield writer
         finally:
@@ -387,13 +408,11 @@ class LocalSink:
             return writer.finish()
 
     def publish(self, last: Mapping[str, bytes], keep: frozenset[str]) -> None:
-        """Remove what is not in `keep`, write the last files in order, drop the state."""
-        for name in self.existing():
-            if name not in keep:
-                (self.root / name).unlink()
+        """Write the last files in order, drop the state; old content is gone since `begin`."""
         _remove_empty_folders(self.root)
         for name, data in last.items():
-            self.put(name, data)
+            with io_errors(name):
+                self.put(name, data)
         self._drop_state()
 
     def _drop_state(self) -> None:
@@ -410,11 +429,14 @@ class LocalSink:
     def amend(self, name: str, data: bytes) -> None:
         """Replace a small file of a finished output."""
         new = self.root / f".{name}.tmp"
-        with open(new, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, self.root / name)
+        try:
+            with open(new, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(new, self.root / name)
+        finally:
+            new.unlink(missing_ok=True)
         sync_directory(self.root)
 
     def commit_file(self, temporary: Path, name: str, sha256: str | None) -> Written:
@@ -423,13 +445,16 @@ class LocalSink:
         target = self.root / name
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(temporary, target)
-        sync_directory(target.parent)
+        for folder in target.parents:  # those that are new need their entries synced too
+            sync_directory(folder)
+            if folder == self.root:
+                break
         written = Written(target.stat().st_size, sha256)
         self._journal.add(name, written, _stamp(target))
         return written
 
     def _temporary(self, name: str) -> Path:
-        return self._state / (name.replace("%", "%%").replace("/", "%-") + ".tmp")
+        return self._state / (hashlib.sha256(name.encode()).hexdigest()[:32] + ".tmp")
 
     def close(self) -> None:
         """Let go of journal and lock; the state stays for a rerun."""

@@ -3,22 +3,24 @@
 ``S_k`` is the sum of ``g_i v_i`` over the top ``k`` experts, with expert outputs ``v_i`` of norm
 ``r`` and pairwise correlation ``rho``. Then ``E|S_k|^2 = r^2 [(1-rho) A_k + rho B_k]`` with
 ``A_k = E[sum g_i^2]`` and ``B_k = E[(sum g_i)^2]``. A balanced gate gives all k experts the same
-weight g, so ``A_k = k g^2`` and ``B_k = (k g)^2``.
+weight g, so ``A_k = k g^2`` and ``B_k = (k g)^2``. All of it is computed in fractions and rounded
+once, so that what is exact on paper (a factor of 2, of 1) is exact here.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 
-Weight = Callable[[int], float]
+Weight = Callable[[int], Fraction]
 """From the number of experts per token to the weight of each, up to a constant."""
 
 
-def expected_square(k: int, weight: Weight, rho: float) -> float:
+def expected_square(k: int, weight: Weight, rho: float) -> Fraction:
     """``E|S_k|^2 / r^2`` of `k` experts with equal weights."""
-    g = weight(k)
-    return (1 - rho) * k * g**2 + rho * (k * g) ** 2
+    g, correlation = weight(k), Fraction(rho)
+    return (1 - correlation) * k * g**2 + correlation * (k * g) ** 2
 
 
 def preserve(n: int, m: int, weight: Weight, rho: float = 0.0) -> float:

@@ -1,0 +1,803 @@
+"""The command: what goes to stdout and what to stderr, exit codes, and errors in a line or two."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import numpy as np
+import pytest
+
+from moescale.cli import main
+from moescale.version import __version__
+
+BOXES = "╭╮╰╯│─┌┐└┘"
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a run of the command printed, and its exit code."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Done]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here may reach for the Hub, or colour its output."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+@pytest.fixture
+def moescale(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Runs the command in this process."""
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["moescale", *map(str, arguments)])
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            main()
+            code: Any = 0
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        captured = capsys.readouterr()
+        return Done(code, captured.out, captured.err)
+
+    return run
+
+
+def shell(*arguments: object, **options: Any) -> Done:
+    """Runs the command as a user does, in a process of its own."""
+    command = [sys.executable, "-m", "moescale", *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    return Done(result.returncode, result.stdout, result.stderr)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A complete small Mixtral repo."""
+    return checkpoints.mixtral(tmp_path / "source")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """Where the output goes."""
+    return tmp_path / "out"
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change keys of a config; None removes one."""
+    path = folder / "config.json"
+    config = {**json.loads(path.read_bytes()), **changes}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def fails(done: Done, code: int, *words: str) -> None:
+    """Assert an expected error: its code, nothing on stdout, one or two lines that say these."""
+    assert done.code == code, done
+    assert done.out == ""
+    lines = [line for line in done.err.splitlines() if not line.startswith("warning: ")]
+    assert 1 <= len(lines) <= 2, done.err
+    assert lines[0].startswith("moescale: ")
+    assert "Traceback" not in done.err
+    assert not set(BOXES) & set(done.err)
+    for word in words:
+        assert word in done.err
+
+
+# Streams ------------------------------------------------------------------------------------------
+
+
+def test_a_run_prints_the_destination_and_talks_on_stderr(source: Path, out: Path) -> None:
+    """Stdout is data: the place of the output; plan and summary are for people."""
+    done = shell(source, out, "--experts", 3)
+    assert (done.code, done.out) == (0, f"{out}\n")
+    for part in ("preserve", "1.22474", "published", "0.816497", "2 -> 3", "8 tensors scaled"):
+        assert part in done.err
+    assert not set(BOXES) & set(done.err)
+    assert "\x1b" not in done.err
+
+
+def test_quiet_prints_the_destination_only(moescale: Command, source: Path, out: Path) -> None:
+    """-q leaves stderr to warnings and errors."""
+    assert moescale(source, out, "-k", 3, "-q") == Done(0, f"{out}\n", "")
+    assert moescale(source, out, "-k", 3, "-q", "--dry-run") == Done(0, f"{out}\n", "")
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    moescale: Command, source: Path, tmp_path: Path
+) -> None:
+    """The plan is the data of a dry run; DST may be left out."""
+    before = checkpoints.tree(tmp_path)
+    for more in ((), (tmp_path / "out",)):
+        done = moescale(source, *more, "-k", 3, "--dry-run")
+        assert (done.code, done.err) == (0, "")
+        assert "2 -> 3" in done.out
+        assert "left out" in done.out
+    assert checkpoints.tree(tmp_path) == before
+
+
+def test_warnings_are_on_stderr_whatever_is_asked_for(
+    moescale: Command, source: Path, out: Path
+) -> None:
+    """-q and --json keep warnings, and keep them off stdout."""
+    (source / "moescale.json").write_bytes(b"{}")
+    for more in (["-q"], ["--json"], ["--dry-run"], ["--dry-run", "--json"]):
+        done = moescale(source, out, "-k", 3, *more)
+        assert done.code == 0
+        assert "warning: " in done.err
+        assert "warning: " not in done.out
+
+
+def test_verbose_lists_every_tensor_and_file(moescale: Command, source: Path) -> None:
+    """-v shows names that the short plan only counts."""
+    short = moescale(source, "-k", 3, "--dry-run").out
+    long = moescale(source, "-k", 3, "--dry-run", "-v").out
+    for name in ("layers.1.block_sparse_moe.experts.3.w2.weight", "tokenizer.json"):
+        assert name not in short
+        assert name in long
+
+
+def test_the_closing_summary_says_what_to_do_next(
+    moescale: Command, source: Path, out: Path
+) -> None:
+    """A run that was not verified says how; one that was says so."""
+    assert "--verify" in moescale(source, out, "-k", 3).err
+    assert "Verified" in moescale(source, out, "-k", 3, "--verify").err
+    assert "already done" in moescale(source, out, "-k", 3).err
+
+
+# JSON ---------------------------------------------------------------------------------------------
+
+NUMBER = (int, float)
+SHAPE: dict[str, Any] = {
+    "source": {"kind": str, "id": str, "revision": (str, type(None))},
+    "destination": (str, type(None)),
+    "model_type": str,
+    "experts": {"trained": int, "from": int, "to": int, "total": int},
+    "router": {"renormalised": bool},
+    "rule": str,
+    "rho": float,
+    "factors": dict,
+    "alternatives": {"preserve": float, "published": float},
+    "predicted_norm": {"none": float, "preserve": float, "published": float},
+    "tensors": list,
+    "files": list,
+    "bytes": {"read": int, "changed": int, "written": int},
+}
+
+
+def has_shape(value: Any, shape: Any) -> None:
+    """Assert that a value has at least these keys, of these types."""
+    if isinstance(shape, dict):
+        for key, inner in shape.items():
+            has_shape(value[key], inner)
+    else:
+        assert isinstance(value, shape), value
+
+
+def test_the_json_of_a_plan(moescale: Command, source: Path) -> None:
+    """One object, as the contract has it."""
+    done = moescale(source, "-k", 3, "--dry-run", "--json")
+    assert (done.code, done.err) == (0, "")
+    plan = json.loads(done.out)
+    has_shape(plan, SHAPE)
+    assert plan["source"] == {"kind": "local", "id": str(source), "revision": None}
+    assert plan["destination"] is None
+    assert plan["experts"] == {"trained": 2, "from": 2, "to": 3, "total": 4}
+    assert plan["router"]["renormalised"] is True
+    assert plan["rule"] == "preserve"
+    assert plan["factors"] == {"0": pytest.approx(1.5**0.5), "1": pytest.approx(1.5**0.5)}
+    assert plan["alternatives"]["published"] == 0.816496580927726
+    assert plan["predicted_norm"]["none"] == pytest.approx((2 / 3) ** 0.5)
+    assert plan["predicted_norm"]["published"] == pytest.approx(2 / 3)
+
+
+def test_the_tensors_of_the_json(moescale: Command, source: Path) -> None:
+    """Each planned tensor with its place, dtype, shape, role, layer and factor."""
+    plan = json.loads(moescale(source, "-k", 3, "--dry-run", "--json").out)
+    assert len(plan["tensors"]) == 8
+    first = plan["tensors"][0]
+    expected = {
+        "name": "model.layers.0.block_sparse_moe.experts.0.w2.weight",
+        "shard": "model-00001-of-00003.safetensors",
+        "dtype": "BF16",
+        "shape": [8, 6],
+        "role": "weight",
+        "layer": 0,
+        "factor": plan["factors"]["0"],
+    }
+    assert {key: first[key] for key in expected} == expected
+
+
+def test_the_files_of_the_json(moescale: Command, source: Path) -> None:
+    """Each file with its size, what happens to it and why; bytes add up."""
+    plan = json.loads(moescale(source, "-k", 3, "--dry-run", "--json").out)
+    files = {file["name"]: file for file in plan["files"]}
+    assert files["tokenizer.json"] == {
+        "name": "tokenizer.json",
+        "size": 18,
+        "action": "copy",
+        "why": None,
+    }
+    assert files["tiny.gguf"]["action"] == "skip"
+    assert files["tiny.gguf"]["why"]
+    assert {file["action"] for file in files.values()} == {
+        "rewrite",
+        "copy",
+        "edit",
+        "create",
+        "skip",
+    }
+    assert plan["bytes"]["changed"] == 8 * 8 * 6 * 2
+    read = sum(f["size"] for f in files.values() if f["size"] and f["action"] != "skip")
+    assert plan["bytes"]["read"] == read
+
+
+def test_a_run_with_json_prints_one_object(source: Path, out: Path) -> None:
+    """The plan with the outcome, and nothing else on stdout or stderr."""
+    done = shell(source, out, "-k", 3, "--json", "--verify")
+    assert (done.code, done.err) == (0, "")
+    result = json.loads(done.out)
+    has_shape(result, SHAPE)
+    assert result["destination"] == str(out)
+    assert result["result"]["verified"] is True
+
+
+@pytest.mark.parametrize("options", [["-k", 3, "--rho", "0.5"], ["--factor", "0.5"], ["-k", 4]])
+def test_json_has_no_numbers_that_are_none(
+    moescale: Command, source: Path, options: list[Any]
+) -> None:
+    """No NaN, no Infinity: any JSON reader takes it."""
+    done = moescale(source, *options, "--dry-run", "--json")
+    json.loads(done.out, parse_constant=pytest.fail)
+
+
+def test_factors_of_stacks_carry_their_names(moescale: Command, tmp_path: Path) -> None:
+    """MTP blocks under their own name are layers of their own stack."""
+    raw = checkpoints.qwen2_tensors(layers=4)
+    raw = {n.replace("model.layers.3.", "mtp.layers.0."): value for n, value in raw.items()}
+    checkpoints.write_shards(tmp_path / "m", raw, 1)
+    (tmp_path / "m" / "config.json").write_text(json.dumps(checkpoints.QWEN2_CONFIG))
+    plan = json.loads(moescale(tmp_path / "m", "-k", 3, "--dry-run", "--json").out)
+    assert set(plan["factors"]) == {"1", "2", "mtp.0"}
+    assert {t["layer"] for t in plan["tensors"]} == {1, 2, "mtp.0"}
+
+
+# Values that are wrong by themselves: 2 -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["-k", "0"], "--experts"),
+        (["-k", "-1"], "--experts"),
+        (["-n", "0", "-k", "3"], "--trained-experts"),
+        (["-k", "3", "--rho", "2"], "--rho"),
+        (["-k", "3", "--rho", "nan"], "--rho"),
+        (["-k", "3", "--rule", "best"], "--rule"),
+        (["-k", "3", "--rule", "measured"], "measured"),
+        (["-k", "3", "--fold", "nowhere"], "--fold"),
+        (["--factor", "0"], "factor"),
+        (["--factor", "-1"], "factor"),
+        (["--factor", "nan"], "factor"),
+        (["--factor", "inf"], "factor"),
+        (["--factor", "1e39"], "factor"),
+        (["--factor", "2", "--rule", "none"], "exclude"),
+        (["-k", "3", "--pattern", ".*"], "--experts-key"),
+        ([], "--experts is missing"),
+    ],
+)
+def test_usage_errors(
+    moescale: Command, source: Path, out: Path, options: list[str], word: str
+) -> None:
+    """A value that no source could allow is 2, before the source is looked at."""
+    fails(moescale(source, out, *options), 2, word)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["-k", "x"], "--experts"),
+        (["-k", "2.5"], "--experts"),
+        (["-k", "3", "--rho", "much"], "--rho"),
+        (["-k", "3", "-j", "0"], "--jobs"),
+        (["-k", "3", "--no-such-option"], "--no-such-option"),
+        (["-k", "3", "a", "b"], "a b"),
+        (["-k"], "-k"),
+    ],
+)
+def test_usage_errors_of_the_command_line(
+    moescale: Command, source: Path, out: Path, options: list[str], word: str
+) -> None:
+    """What the parser refuses is an error like every other: 2, in one or two lines."""
+    # fails today: four lines with usage text, which Typer prints by itself
+    fails(moescale(source, out, *options), 2, word)
+
+
+def test_a_missing_destination(moescale: Command, source: Path) -> None:
+    """Without --dry-run there has to be a place to write to."""
+    fails(moescale(source, "-k", 3), 2, "DST")
+
+
+@pytest.mark.parametrize("place", ["source", "source/out", "source/../source", "."])
+def test_a_destination_that_is_the_source(
+    moescale: Command, source: Path, tmp_path: Path, place: str
+) -> None:
+    """The same folder, or one inside the other, is 2, for a dry run as well."""
+    before = checkpoints.tree(tmp_path)
+    fails(moescale(source, tmp_path / place, "-k", 3), 2, "source and destination")
+    fails(moescale(source, tmp_path / place, "-k", 3, "--overwrite"), 2)
+    fails(moescale(source, tmp_path / place, "-k", 3, "--dry-run"), 2)
+    assert checkpoints.tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{}", "[1]", '{"0": 1.2}', '{"0": 1.2, "1": "x"}', '{"0": 1, "1": 0}', "[" * 99_999],
+    ids=range(7),
+)
+def test_factors_that_do_not_fit(
+    moescale: Command, source: Path, out: Path, tmp_path: Path, content: str
+) -> None:
+    """No JSON, a missing layer, no number, no factor: all are 2."""
+    (tmp_path / "f.json").write_text(content)
+    fails(moescale(source, out, "--factors", tmp_path / "f.json"), 2)
+    assert not out.exists()
+
+
+def test_a_missing_factors_file(moescale: Command, source: Path, out: Path, tmp_path: Path) -> None:
+    """The file is named."""
+    fails(moescale(source, out, "--factors", tmp_path / "none.json"), 2, "none.json")
+
+
+def test_the_factors_of_an_earlier_output(moescale: Command, source: Path, tmp_path: Path) -> None:
+    """``moescale.json`` is taken as it is."""
+    assert moescale(source, tmp_path / "one", "-k", 3).code == 0
+    done = moescale(source, tmp_path / "two", "--factors", tmp_path / "one" / "moescale.json")
+    assert done.code == 0
+    for name in checkpoints.tree(tmp_path / "one"):
+        if name.endswith(".safetensors"):
+            one, two = tmp_path / "one" / name, tmp_path / "two" / name
+            assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.parametrize("destination", ["hf://", "hf://name", "hf://a/b/c", "hf://a/b@"])
+def test_a_place_on_the_hub_that_is_none(
+    moescale: Command, source: Path, tmp_path: Path, destination: str, monkeypatch: Any
+) -> None:
+    """A misspelt Hub place never becomes a local folder of that name."""
+    monkeypatch.chdir(tmp_path)
+    fails(moescale(source, destination, "-k", 3), 2, "hf://")
+    assert not list(tmp_path.glob("hf*"))
+
+
+# What this source does not allow: 3 ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [5, 1000])
+def test_more_experts_than_there_are(
+    moescale: Command, source: Path, out: Path, count: int
+) -> None:
+    """The range is said."""
+    fails(moescale(source, out, "-k", count), 3, f"--experts is {count}", "1 to 4")
+    fails(moescale(source, out, "-k", 2, "-n", count), 3, "--trained-experts", "1 to 4")
+    assert not out.exists()
+
+
+def test_the_limit_of_groups(moescale: Command, tmp_path: Path, out: Path) -> None:
+    """A group-limited router cannot choose more than its groups hold."""
+    source = checkpoints.deepseek(tmp_path / "source", n_group=2, topk_group=1)
+    fails(moescale(source, out, "-k", 3), 3, "group", "1 to 2")
+    assert moescale(source, out, "-k", 1).code == 0
+
+
+@pytest.mark.parametrize("place", ["missing", "source/config.json"])
+def test_a_source_that_is_no_directory(
+    moescale: Command, source: Path, out: Path, place: str
+) -> None:
+    """A missing place and a file are unusable sources."""
+    fails(moescale(source.parent / place, out, "-k", 3), 3, place)
+
+
+def test_a_source_without_a_config(moescale: Command, source: Path, out: Path) -> None:
+    """A folder of weights alone is no model."""
+    (source / "config.json").unlink()
+    fails(moescale(source, out, "-k", 3), 3, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "word"),
+    [
+        ("config.json", b"{", "not valid JSON"),
+        ("config.json", b"[]", "not a JSON object"),
+        ("config.json", b"[" * 100_000, "nested"),
+        ("model.safetensors.index.json", b"{}", "weight_map"),
+        ("model-00002-of-00003.safetensors", b"", "too few"),
+        ("model-00002-of-00003.safetensors", b"\xff" * 100, "claims"),
+        ("model-00002-of-00003.safetensors", b"\x02" + b"\0" * 7 + b"{}", "has no tensor"),
+    ],
+)
+def test_a_broken_file(
+    moescale: Command, source: Path, out: Path, name: str, content: bytes, word: str
+) -> None:
+    """The file is named, and what is wrong with it, before anything is written."""
+    (source / name).write_bytes(content)
+    fails(moescale(source, out, "-k", 3), 3, name, word)
+    assert not out.exists()
+
+
+def test_an_index_that_leads_out_of_the_repo(moescale: Command, source: Path, out: Path) -> None:
+    """A shard name with dots never reaches the file system."""
+    index = {"weight_map": {"a": "../../etc/shadow"}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    fails(moescale(source, out, "-k", 3), 3, "not a plain path")
+
+
+def test_a_missing_shard(moescale: Command, source: Path, out: Path) -> None:
+    """The shard that the index lists is named."""
+    (source / "model-00003-of-00003.safetensors").unlink()
+    fails(moescale(source, out, "-k", 3), 3, "model-00003-of-00003.safetensors")
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+def test_a_file_that_cannot_be_read(
+    moescale: Command, source: Path, out: Path, monkeypatch: Any, flags: list[str]
+) -> None:
+    """A file without permission makes the source unusable: 3, and the file is named."""
+    # fails today: 1, as for any OSError
+    name = "model-00002-of-00003.safetensors"
+
+    def refuse(path: Any, *args: Any, **options: Any) -> Any:
+        if Path(path).name == name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *args, **options)
+
+    real = open
+    monkeypatch.setattr("moescale.repos.local.open", refuse, raising=False)
+    fails(moescale(source, out, "-k", 3, *flags), 3, name, "Permission denied")
+
+
+def test_an_unknown_model_type_names_the_closest(
+    moescale: Command, source: Path, out: Path
+) -> None:
+    """A misspelt or new type is told the types that it may mean, and what its tensors look like."""
+    edit_config(source, model_type="mixtrale")
+    fails(moescale(source, out, "-k", 3), 3, "'mixtrale'", "mixtral", "--arch")
+    assert moescale(source, out, "-k", 3, "--arch", "mixtral").code == 0
+
+
+def test_an_unknown_model_type_that_is_like_none(
+    moescale: Command, source: Path, out: Path
+) -> None:
+    """Tensors that look routed are shown with the way to name them."""
+    edit_config(source, model_type="xyzzy123")
+    fails(moescale(source, out, "-k", 3), 3, "'xyzzy123'", "--pattern", "experts.0.w2")
+
+
+@pytest.mark.parametrize("arch", ["llama", "Mixtral"])
+def test_an_arch_that_is_not_known(moescale: Command, source: Path, out: Path, arch: str) -> None:
+    """--arch takes the types of the table."""
+    fails(moescale(source, out, "-k", 3, "--arch", arch), 3, "not known")
+
+
+def test_a_part_that_is_none(moescale: Command, source: Path, out: Path) -> None:
+    """A model with one MoE has no parts."""
+    fails(moescale(source, out, "-k", 3, "--part", "talker"), 3, "talker")
+
+
+def test_a_missing_count(moescale: Command, source: Path, out: Path) -> None:
+    """A config without the key says which key."""
+    edit_config(source, num_experts_per_tok=None)
+    fails(moescale(source, out, "-k", 3), 3, "num_experts_per_tok")
+
+
+@pytest.mark.parametrize("value", [0, -1, "2", 2.5, True])
+def test_a_count_that_is_none(moescale: Command, source: Path, out: Path, value: Any) -> None:
+    """A config with another value than a number of experts says which."""
+    edit_config(source, num_experts_per_tok=value)
+    fails(moescale(source, out, "-k", 3), 3, "num_experts_per_tok")
+
+
+def test_a_missing_expert(moescale: Command, tmp_path: Path, out: Path) -> None:
+    """An incomplete checkpoint is refused as a whole."""
+    raw = checkpoints.mixtral_tensors()
+    del raw["model.layers.1.block_sparse_moe.experts.2.w2.weight"]
+    checkpoints.write_shards(tmp_path / "m", raw, 2)
+    (tmp_path / "m" / "config.json").write_text(checkpoints.MIXTRAL_CONFIG)
+    fails(moescale(tmp_path / "m", out, "-k", 3), 3, "layer 1", "expert 2")
+
+
+def test_a_pattern_names_the_projections(moescale: Command, tmp_path: Path, out: Path) -> None:
+    """An architecture that nobody knows is rescaled by its names and its key."""
+    raw = {
+        name.replace("block_sparse_moe", "moe"): value
+        for name, value in checkpoints.mixtral_tensors().items()
+    }
+    source = tmp_path / "m"
+    checkpoints.write_shards(source, raw, 1)
+    config = {"model_type": "new", "top": 2, "num_experts": 4, "num_hidden_layers": 2}
+    (source / "config.json").write_text(json.dumps(config))
+    pattern = r"model\.layers\.\d+\.moe\.experts\.\d+\.w2\.weight"
+    known = ["--pattern", pattern, "--experts-key", "top"]
+    assert moescale(source, out, "-k", 3, "--factor", 1.5, *known).code == 0
+    assert json.loads((out / "config.json").read_bytes())["top"] == 3
+    assert moescale(source, out, "--verify", "-k", 3, "--factor", 1.5, *known).code == 0
+    fails(moescale(source, tmp_path / "x", "-k", 3, *known), 3, "router", "--factor")
+    wrong = [known[0], pattern.replace("w2", "w9"), *known[2:]]
+    fails(moescale(source, tmp_path / "x", "-k", 3, "--factor", 1.5, *wrong), 3, "w9")
+
+
+# Destinations in the way: 3 -----------------------------------------------------------------------
+
+
+def test_a_destination_with_other_content(moescale: Command, source: Path, out: Path) -> None:
+    """It stays as it is; --overwrite is named, and replaces models only."""
+    checkpoints.write_files(out, {"notes.txt": b"mine"})
+    fails(moescale(source, out, "-k", 3, "-q"), 3, str(out), "--overwrite")
+    fails(moescale(source, out, "-k", 3, "-q", "--overwrite"), 3, "does not look like a model")
+    assert checkpoints.tree(out) == {"notes.txt": b"mine"}
+
+
+def test_overwrite_replaces_another_output(moescale: Command, source: Path, out: Path) -> None:
+    """An output of other options is refused, and replaced when asked."""
+    assert moescale(source, out, "-k", 4).code == 0
+    fails(moescale(source, out, "-k", 3, "-q"), 3, "another output", "--overwrite")
+    assert moescale(source, out, "-k", 3, "--overwrite", "--verify").code == 0
+
+
+def test_a_destination_that_is_a_file(moescale: Command, source: Path, out: Path) -> None:
+    """A file under that name stays."""
+    out.write_bytes(b"mine")
+    fails(moescale(source, out, "-k", 3, "-q"), 3, "not a directory")
+    assert out.read_bytes() == b"mine"
+
+
+def test_a_done_run_is_done(moescale: Command, source: Path, out: Path) -> None:
+    """The same command again is 0 and writes nothing."""
+    assert moescale(source, out, "-k", 3).code == 0
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert moescale(source, out, "-k", 3, "-q") == Done(0, f"{out}\n", "")
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+# On the way: 1, 4, 130 ----------------------------------------------------------------------------
+
+
+def test_overflow(moescale: Command, source: Path, out: Path) -> None:
+    """A value too large for its dtype is 1; the tensor is named, and nothing loads."""
+    path = source / "model-00002-of-00003.safetensors"
+    data = bytearray(path.read_bytes())
+    places = checkpoints.places(bytes(data))
+    name = checkpoints.routed(places)[0]
+    start = places[name][1]
+    data[start : start + 2] = np.array([0x7F7F], "<u2").tobytes()
+    path.write_bytes(data)
+    fails(moescale(source, out, "-k", 3, "-q"), 1, path.name, name, "1 value")
+    assert not (out / "config.json").exists()
+
+
+def test_a_difference(moescale: Command, source: Path, out: Path) -> None:
+    """A byte that is not as planned is 4, with file, tensor and offset."""
+    assert moescale(source, out, "-k", 3).code == 0
+    path = out / "model-00003-of-00003.safetensors"
+    data = bytearray(path.read_bytes())
+    places = checkpoints.places(bytes(data))
+    name = checkpoints.routed(places)[0]
+    data[places[name][1] + 20] ^= 1
+    path.write_bytes(data)
+    done = moescale(source, out, "-k", 3, "--verify", "-q")
+    fails(done, 4, path.name, name, f"byte {places[name][1] + 20}")
+
+
+def test_a_full_disk_says_which_file(
+    moescale: Command, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of the system that has no file name does not become ``None``."""
+    # fails today when it comes from the small files at the end: "moescale: None: No space left"
+    from moescale.repos.local import LocalSink
+
+    def full(self: Any, name: str, data: bytes) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(LocalSink, "put", full)
+    done = moescale(source, out, "-k", 3, "-q")
+    fails(done, 1, "README.md")
+    assert "None" not in done.err
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from moescale.repos import local
+write, marker = local.LocalWriter.write, Path(sys.argv[1])
+def slow(self, data):
+    write(self, data)
+    marker.write_bytes(b"")
+    time.sleep(0.05)
+local.LocalWriter.write = slow
+sys.argv[:2] = ["moescale"]
+from moescale.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run(source: Path, tmp_path: Path, number: int) -> None:
+    """130, one line, nothing that loads; the same command then finishes the same bytes."""
+    out, marker = tmp_path / "out", tmp_path / "marker"
+    command = [sys.executable, "-c", SLOW, marker, source, out, "-k", "3", "-q", "-j", "1"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not marker.exists() and child.poll() is None:
+        time.sleep(0.01)
+    child.send_signal(number)
+    output, errors = child.communicate(timeout=30)
+    done = Done(child.returncode, output, errors)
+    fails(done, 130, "resumes")
+    assert len(done.err.splitlines()) == 1
+    assert not (out / "config.json").exists()
+    assert shell(source, out, "-k", 3, "-q") == Done(0, f"{out}\n", "")
+    assert shell(source, tmp_path / "whole", "-k", 3, "-q").code == 0
+    assert checkpoints.tree(out) == checkpoints.tree(tmp_path / "whole")
+
+
+SLOW_PROOF = """
+import sys, time
+from pathlib import Path
+from moescale import verify
+from moescale.checkpoint import rewrite
+rewrite.PIECE, expected, marker = 64, verify.expected, Path(sys.argv[1])
+def slow(*arguments):
+    for number, piece in enumerate(expected(*arguments)):
+        if number == 3:  # of a shard, since all other files are shorter
+            marker.write_bytes(b"")
+        time.sleep(0.15)
+        yield piece
+verify.expected = slow
+sys.argv[:2] = ["moescale"]
+from moescale.cli import main
+main()
+"""
+
+
+def test_an_interrupted_proof(moescale: Command, source: Path, tmp_path: Path) -> None:
+    """A verification stops at the next piece, not at the end of its shard."""
+    # fails today: nothing tells the threads of a verification to stop, so they finish their shards
+    out, marker = tmp_path / "out", tmp_path / "marker"
+    assert moescale(source, out, "-k", 3).code == 0
+    command = [sys.executable, "-c", SLOW_PROOF, marker, source, out]
+    command += ["-k", "3", "-q", "-j", "1", "--verify"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not marker.exists() and child.poll() is None:
+        time.sleep(0.01)
+    start = time.monotonic()
+    child.send_signal(signal.SIGINT)
+    output, errors = child.communicate(timeout=60)
+    assert time.monotonic() - start < 3
+    fails(Done(child.returncode, output, errors), 130)
+
+
+def test_a_second_run_at_the_same_time(source: Path, tmp_path: Path) -> None:
+    """While one command writes, the same command elsewhere is refused with 3."""
+    out, marker = tmp_path / "out", tmp_path / "marker"
+    command = [sys.executable, "-c", SLOW, marker, source, out, "-k", "3", "-q", "-j", "1"]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not marker.exists() and child.poll() is None:
+            time.sleep(0.01)
+        fails(shell(source, out, "-k", 3, "-q"), 3, "another run")
+    finally:
+        child.kill()
+        child.wait()
+    assert shell(source, out, "-k", 3, "-q").code == 0
+
+
+# Help and version ---------------------------------------------------------------------------------
+
+
+def test_help_leads_with_examples(moescale: Command) -> None:
+    """Whoever asks for help sees commands to copy before the list of options."""
+    done = moescale("--help")
+    assert (done.code, done.err) == (0, "")
+    assert 0 < done.out.index("Examples:") < done.out.index("--experts M")
+    assert done.out.index("moescale ./") < done.out.index("Options:")
+    assert not set(BOXES) & set(done.out)
+
+
+def test_help_lists_every_option_of_the_contract(moescale: Command) -> None:
+    """Each option is there by its name."""
+    text = moescale("--help").out
+    for option in (
+        "--experts",
+        "--trained-experts",
+        "--rule",
+        "--rho",
+        "--factor ",
+        "--factors",
+        "--fold",
+        "--revision",
+        "--part",
+        "--arch",
+        "--pattern",
+        "--experts-key",
+        "--private",
+        "--public",
+        "--create-pr",
+        "--commit-message",
+        "--jobs",
+        "--dry-run",
+        "--verify",
+        "--overwrite",
+        "--json",
+        "--quiet",
+        "--verbose",
+        "--version",
+    ):
+        assert option in text
+    assert "[[DST]]" not in text  # fails today: a pair of brackets too many
+
+
+def test_version() -> None:
+    """The version alone, on stdout."""
+    assert shell("--version") == Done(0, f"moescale {__version__}\n", "")
+
+
+def test_no_arguments_are_a_usage_error(moescale: Command) -> None:
+    """Without arguments the help is shown, and nothing was done."""
+    done = moescale()
+    assert done.code == 2
+    assert "Examples:" in done.out + done.err
+
+
+# The end of the pipe ------------------------------------------------------------------------------
+
+
+def test_a_reader_that_went_away_is_no_traceback(source: Path) -> None:
+    """``moescale ... | head -1`` ends without complaints of Python."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "moescale", source, "-k", "3", "--dry-run"]
+    child = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert "Traceback" not in child.stderr
+    assert "Exception ignored" not in child.stderr
+
+
+def test_output_of_any_name_can_be_printed(tmp_path: Path) -> None:
+    """A terminal that knows ASCII only does not end the run."""
+    source = checkpoints.mixtral(tmp_path / "caf\u00e9", extras=False)
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = shell(source, tmp_path / "\u00fcber", "-k", 3, env=env)
+    assert done.code == 0, done.err  # fails today: UnicodeEncodeError after the run
+    assert "Traceback" not in done.err
+
+
+def test_a_small_run_needs_little_time_and_no_hub(source: Path, out: Path) -> None:
+    """Nothing of the Hub's client, and no torch, is imported for a local run."""
+    code = (
+        "import sys; from moescale.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'huggingface_hub', 'torch', 'httpx', 'hf_xet'} & sys.modules.keys()))"
+    )
+    command = [sys.executable, "-c", code, source, out, "-k", "3", "-q", "--verify"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"

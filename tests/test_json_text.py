@@ -1,0 +1,215 @@
+"""JSON as text: strict parsing, the places of values, and edits that leave all else alone."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moescale.checkpoint.json_text import (
+    Path,
+    parse_lenient,
+    parse_strict,
+    replace_spans,
+    value_spans,
+)
+
+SPACE = st.text(" \t\r\n", max_size=3)
+KEYS = st.sampled_from(["a", "b", "num_experts_per_tok", 'q"\\', "\u00e9\n", "", "\U0001f600"])
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(10**20), 10**20),
+    st.floats(),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@st.composite
+def laid_out(draw: st.DrawFn, value: Any) -> str:
+    """The JSON of a value, with white space wherever it may stand."""
+    before, after = draw(SPACE), draw(SPACE)
+    if isinstance(value, dict):
+        items = [
+            f"{draw(SPACE)}{json.dumps(key, ensure_ascii=draw(st.booleans()))}{draw(SPACE)}:"
+            + draw(laid_out(item))
+            for key, item in value.items()
+        ]
+        inside = "{" + (",".join(items) or draw(SPACE)) + "}"
+    elif isinstance(value, list):
+        inside = "[" + (",".join(draw(laid_out(item)) for item in value) or draw(SPACE)) + "]"
+    else:
+        inside = json.dumps(value, ensure_ascii=draw(st.booleans()))
+    return before + inside + after
+
+
+TEXTS = VALUES.flatmap(laid_out)
+
+
+def paths(value: Any, at: Path = ()) -> list[Path]:
+    """Every path of a value, its own included."""
+    children = value.items() if isinstance(value, dict) else []
+    if isinstance(value, list):
+        children = enumerate(value)
+    return [at, *(path for key, item in children for path in paths(item, (*at, key)))]
+
+
+def at(value: Any, path: Path) -> Any:
+    """What stands at a path."""
+    for key in path:
+        value = value[key]
+    return value
+
+
+def everything(_: Path) -> bool:
+    """All paths are wanted."""
+    return True
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equality under which NaN equals itself and 1 is not 1.0."""
+    return json.dumps(one) == json.dumps(other)
+
+
+# Places -------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=150)
+@given(TEXTS)
+def test_a_span_holds_exactly_its_value(text: str) -> None:
+    """Parsed by itself, the span of any path is what a parser finds at that path."""
+    value = json.loads(text)
+    spans = dict(value_spans(text, everything))
+    assert set(spans) == set(paths(value))
+    for path, (start, stop) in spans.items():
+        assert same(json.loads(text[start:stop]), at(value, path))
+        assert text[start:stop] == text[start:stop].strip(" \t\r\n")
+
+
+@settings(deadline=None, max_examples=150)
+@given(TEXTS, st.data())
+def test_a_replaced_number_changes_nothing_else(text: str, data: st.DataObject) -> None:
+    """After an edit that value is new; every other value and every other byte is as before."""
+    value = json.loads(text)
+    path = data.draw(st.sampled_from(paths(value)))
+    [(_, (start, stop))] = list(value_spans(text, lambda p: p == path))
+    edited = replace_spans(text, [((start, stop), "12345")])
+    assert edited == text[:start] + "12345" + text[stop:]
+    assert at(json.loads(edited), path) == 12345
+    for other in paths(value):
+        if other[: len(path)] != path and path[: len(other)] != other:
+            assert same(at(json.loads(edited), other), at(value, other))
+
+
+def test_only_wanted_paths_are_found() -> None:
+    """The caller says which paths it wants; parents and children of those are not among them."""
+    text = '{"a": {"k": 1}, "k": 2, "b": [{"k": 3}]}'
+    found = dict(value_spans(text, lambda path: path == ("a", "k")))
+    assert [text[slice(*span)] for span in found.values()] == ["1"]
+
+
+def test_a_key_that_stands_twice_is_found_twice() -> None:
+    """Readers differ in which of two equal keys they take, so both places are given."""
+    text = '{"k": 1, "o": {}, "k": 2, "o": {"k": 3}}'
+    found = [text[slice(*span)] for _, span in value_spans(text, lambda path: path[-1:] == ("k",))]
+    assert found == ["1", "2", "3"]
+
+
+def test_keys_are_compared_unescaped() -> None:
+    """An escaped key is the key that it spells."""
+    text = '{"num_experts\\u005fper_tok": 8}'
+    [(path, (start, stop))] = value_spans(text, lambda path: bool(path))
+    assert path == ("num_experts_per_tok",)
+    assert text[start:stop] == "8"
+
+
+@pytest.mark.parametrize("text", ["NaN", "-Infinity", "1E+5", "-0", "0.5e-3", '"a]b"', " true "])
+def test_a_lone_scalar_has_a_place(text: str) -> None:
+    """Every scalar that the lenient parser takes can be found."""
+    [(path, (start, stop))] = value_spans(text, everything)
+    assert path == ()
+    assert text[start:stop] == text.strip()
+
+
+@settings(deadline=None)
+@given(st.text(max_size=30), st.data())
+def test_replacing_keeps_what_is_outside(text: str, data: st.DataObject) -> None:
+    """Several edits in any order change their own stretches only."""
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), min_size=4, max_size=4)))
+    one, other = (cuts[0], cuts[1]), (cuts[2], cuts[3])
+    expected = text[: cuts[0]] + "X" + text[cuts[1] : cuts[2]] + "YY" + text[cuts[3] :]
+    if one != other:
+        assert replace_spans(text, [(other, "YY"), (one, "X")]) == expected
+
+
+def test_a_large_text_is_fast() -> None:
+    """The places in a megabyte of JSON are found in well under a second."""
+    text = json.dumps({str(i): {"value": [i, "text", None]} for i in range(25_000)}, indent=2)
+    start = time.monotonic()
+    assert len(list(value_spans(text, lambda path: path == ("24999", "value", 0)))) == 1
+    assert time.monotonic() - start < 1.5
+
+
+# Parsing ------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=100)
+@given(VALUES.flatmap(laid_out))
+def test_strict_parsing_means_the_same(text: str) -> None:
+    """What is strictly parsed has the value that `json` gives it."""
+    expected = json.loads(text)
+    odd = "NaN" in text or "Infinity" in text or "-0" in text
+    if not odd:
+        assert same(parse_strict(text), expected)
+    assert same(parse_lenient(text), expected)
+
+
+STRICT_FAULTS = {
+    '{"a": 1, "a": 2}': "'a' stands twice",
+    '{"x": {"a": 1, "b": 0, "a": 2}}': "'a' stands twice",
+    "[NaN]": "NaN",
+    "[Infinity]": "Infinity",
+    "[-Infinity]": "-Infinity",
+    "[-0]": "-0",
+    '"\\ud800"': "surrogate",
+    '{"\\udfff": 1}': "surrogate",
+    '"\\ud800\\u0041"': "surrogate",
+    "[" * 100_000: "nested",
+    "[1": "Expecting",
+    "": "Expecting",
+    "[1] 2": "Extra data",
+    "[01]": "Expecting",
+    "9" * 5000: "digits",
+}
+
+
+@pytest.mark.parametrize(("text", "why"), STRICT_FAULTS.items(), ids=range(len(STRICT_FAULTS)))
+def test_strict_parsing_refuses(text: str, why: str) -> None:
+    """What other readers reject or read otherwise is refused, in one line."""
+    with pytest.raises(ValueError, match=why) as caught:
+        parse_strict(text)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ['"\\ud83d\\ude00"', "-1", "-0.0", "1e400", '"NaN"', '"\\\\ud800"']
+)
+def test_strict_parsing_takes_what_only_looks_wrong(text: str) -> None:
+    """Pairs of surrogates, escaped backslashes and negative numbers are fine."""
+    assert same(parse_strict(text), json.loads(text))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "", "\ufeff{}", "9" * 5000])
+def test_lenient_parsing_refuses_what_is_no_json(text: str) -> None:
+    """The lenient parser has one kind of error as well."""
+    with pytest.raises(ValueError):
+        parse_lenient(text)

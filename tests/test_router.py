@@ -1,0 +1,117 @@
+"""How a router weighs the experts, and how many it can choose, as the config says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from moescale.errors import UnsupportedError
+from moescale.model import architectures
+from moescale.model.router import largest_count, router_of
+
+
+def renormalised(model_type: str, **section: Any) -> bool:
+    """Whether this model type renormalises, with these config keys."""
+    return router_of(architectures.find(model_type), section).renormalised
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expected"),
+    [
+        ("mixtral", True),
+        ("qwen3_vl_moe", True),
+        ("qwen3_5_moe", True),
+        ("gpt_oss", True),
+        ("deepseek_v4", True),
+        ("deepseek_v2", False),
+        ("jamba", False),
+        ("llama4", False),
+    ],
+)
+def test_routers_without_a_flag(model_type: str, expected: bool) -> None:
+    """Where the class decides, a flag in the config has no say."""
+    for flag in ({}, {"norm_topk_prob": True}, {"norm_topk_prob": False}):
+        assert renormalised(model_type, **flag) is expected
+
+
+@pytest.mark.parametrize(
+    ("model_type", "default"),
+    [
+        ("qwen2_moe", False),
+        ("qwen3_moe", False),
+        ("olmoe", False),
+        ("qwen3_next", True),
+        ("deepseek_v3", True),
+        ("kimi_k2", True),
+        ("glm4_moe", True),
+    ],
+)
+def test_routers_with_a_flag(model_type: str, default: bool) -> None:
+    """The flag decides; without it, or with null, the default of the class does."""
+    assert renormalised(model_type) is default
+    assert renormalised(model_type, norm_topk_prob=None) is default
+    assert renormalised(model_type, norm_topk_prob=True) is True
+    assert renormalised(model_type, norm_topk_prob=False) is False
+
+
+def test_a_flag_of_another_name() -> None:
+    """Some types call the flag otherwise."""
+    assert renormalised("kimi_linear", moe_renormalize=False) is False
+    assert renormalised("kimi_linear", norm_topk_prob=False) is True
+
+
+def test_shared_experts_in_the_normalisation_are_counted() -> None:
+    """Where routed and shared weights sum to 1 together, the shared ones are known."""
+    router = router_of(architectures.find("inkling_mm_model"), {"n_shared_experts": 2})
+    assert (router.renormalised, router.shared) == (True, 2)
+
+
+@pytest.mark.parametrize(("power", "expected"), [(1, True), (1.0, True), (None, False)])
+def test_dbrx_divides_by_a_norm(power: Any, expected: bool) -> None:
+    """The p-norm of the weights: 1 is the usual sum, null is no normalisation."""
+    assert renormalised("dbrx", moe_normalize_expert_weights=power) is expected
+
+
+def test_another_norm_is_refused() -> None:
+    """A p-norm that the closed forms do not cover is not taken for another one."""
+    with pytest.raises(UnsupportedError, match="moe_normalize_expert_weights is 2"):
+        renormalised("dbrx", moe_normalize_expert_weights=2)
+
+
+# How many it can choose ---------------------------------------------------------------------------
+
+
+def largest(model_type: str, total: int, **section: Any) -> int:
+    """The largest count of this model type with these config keys."""
+    return largest_count(architectures.find(model_type), section, total)
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({"n_group": 8, "topk_group": 4}, 128),
+        ({"n_group": 8, "topk_group": 1}, 32),
+        ({"n_group": 8, "topk_group": 8}, 256),
+        ({"n_group": 1, "topk_group": 1}, 256),
+        ({"n_group": None, "topk_group": 4}, 256),
+        ({"n_group": 8, "topk_group": None}, 256),
+        ({"num_expert_group": 8, "topk_group": 4}, 128),
+        ({}, 256),
+    ],
+)
+def test_groups_limit_the_count(section: dict[str, Any], expected: int) -> None:
+    """At most ``topk_group * E / n_group`` experts are in the chosen groups."""
+    assert largest("deepseek_v3", 256, **section) == expected
+
+
+def test_a_greedy_router_is_not_limited() -> None:
+    """DeepSeek-V2-Lite has group keys in its config but does not use them."""
+    groups = {"n_group": 8, "topk_group": 3}
+    assert largest("deepseek_v2", 64, topk_method="greedy", **groups) == 64
+    assert largest("deepseek_v2", 64, topk_method="group_limited_greedy", **groups) == 24
+
+
+def test_types_without_groups_ignore_the_keys() -> None:
+    """Keys that a class never reads limit nothing."""
+    assert largest("mixtral", 8, n_group=4, topk_group=1) == 8
