@@ -425,9 +425,7 @@ def _w4afp8_terms(parts: Parts) -> Terms:
     return [codes * spread(array(parts[".weight_scale_inv"]), codes.shape)]
 
 
-def _bnb4(
-    kind: str, nested: bool, fused: bool = False
-) -> Callable[[np.random.Generator], Parts]:
+def _bnb4(kind: str, nested: bool, fused: bool = False) -> Callable[[np.random.Generator], Parts]:
     at = "." if fused else ".weight."
 
     def make(rng: np.random.Generator) -> Parts:

@@ -81,7 +81,6 @@ def test_powers_of_four_are_exact(power: int) -> None:
 
 def test_full_correlation_and_renormalised_weights_need_no_factor() -> None:
     """With rho = 1 a renormalised sum has the size of one expert, whatever k: exactly 1."""
-    # fails today: k * (1/k) is not 1.0 for k = 49 and others, so the plan scales by 1 - 1e-16
     for n in range(1, 129):
         for m in (1, 2, 49, 98, 107):
             assert preserve(n, m, RENORMALISED, rho=1.0) == 1.0

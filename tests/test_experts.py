@@ -107,7 +107,6 @@ def test_prefixes_are_allowed() -> None:
 
 def test_a_single_stack_has_plain_numbers() -> None:
     """The stack stands in front of the number only where a checkpoint has several."""
-    # fails today: any prefix that is not in the list of generic words becomes a stack
     raw = {"vlm.decoder." + name: raw for name, raw in checkpoints.mixtral_tensors().items()}
     assert {str(p.layer) for p in find("mixtral", tensors_of(raw), MIXTRAL)} == {"0", "1"}
 
@@ -245,7 +244,6 @@ def test_an_expert_without_its_projection_is_refused() -> None:
 
 def test_a_stack_without_any_projection_is_refused() -> None:
     """An MTP block that has a router but lost all its down-projections is not left out silently."""
-    # fails today: siblings are only looked for in stacks of which some projection was found
     mtp = [
         tensor("mtp.layers.0.mlp.gate.weight"),
         tensor("mtp.layers.0.mlp.experts.0.up_proj.weight"),
@@ -320,7 +318,6 @@ def test_a_pattern_takes_the_first_number_as_layer_and_the_second_as_expert() ->
 
 def test_a_pattern_may_name_its_groups() -> None:
     """``layer`` and ``expert`` tell which number is which, in any order."""
-    # fails today: the expert's number before the layer's gets into the name of the stack
     swapped = [f"moe.{e}.net.{n}.weight" for n in range(2) for e in range(3)]
     found = by_pattern(r"moe\.(?P<expert>\d+)\.net\.(?P<layer>\d+)\.weight", swapped)
     assert [(p.layer.number, p.expert) for p in found] == [(n, e) for n in (0, 1) for e in range(3)]
@@ -360,7 +357,6 @@ def test_a_pattern_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_a_group_that_is_no_number_is_refused(pattern: str) -> None:
     """A group that catches words instead of a number is a mistake of the user's, not a crash."""
-    # fails today: ValueError from int() in find_by_pattern
     with pytest.raises(MoescaleError):
         by_pattern(pattern)
 

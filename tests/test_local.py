@@ -109,7 +109,6 @@ def test_names_that_could_leave_the_repo_are_refused(name: str) -> None:
 
 def test_a_name_that_is_no_text_is_refused() -> None:
     """Bytes that are no UTF-8 cannot stand in the provenance, so they are an error at once."""
-    # fails today: the name passes, and UnicodeEncodeError ends the run after the last shard
     with pytest.raises(CheckpointError):
         check_name("caf\udce9.txt", "x")
 
@@ -322,7 +321,6 @@ def test_a_file_is_synced_before_it_is_renamed(
 
 def test_new_folders_are_durable_too(sink: LocalSink, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file in a new folder survives a power cut only if the folder's own entry is synced."""
-    # fails today: only the innermost folder is synced before the journal calls the file finished
     synced: list[Path] = []
     monkeypatch.setattr(local, "sync_directory", lambda path: synced.append(Path(path)))
     sink.put("a/b/x.bin", b"abc")
@@ -331,7 +329,6 @@ def test_new_folders_are_durable_too(sink: LocalSink, monkeypatch: pytest.Monkey
 
 def test_a_file_of_another_size_than_planned_is_not_finished(sink: LocalSink) -> None:
     """A writer knows how long its file will be, so a fault elsewhere cannot pass for a shard."""
-    # fails today: the size is given to `shard` and never compared
     with pytest.raises(RewriteError), sink.shard("x.bin", 4) as writer:
         writer.write(memoryview(b"abcde"))
         writer.finish()
@@ -340,7 +337,6 @@ def test_a_file_of_another_size_than_planned_is_not_finished(sink: LocalSink) ->
 
 def test_long_paths_can_be_written(sink: LocalSink) -> None:
     """A path that the file system allows is written, however long the temporary name gets."""
-    # fails today: the temporary name is the whole path in one component, longer than 255 bytes
     name = "/".join(["folder" * 10] * 5 + ["x.bin"])
     sink.put(name, b"abc")
     assert (sink.root / name).read_bytes() == b"abc"
@@ -431,7 +427,6 @@ def test_a_kernel_that_copies_nothing_is_not_believed(
     folder: Path, sink: LocalSink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some file systems answer 0 though there is more: the bytes are then read and written."""
-    # fails today: 0 is taken for the end of the source file
     monkeypatch.setattr(os, "copy_file_range", lambda *args: 0)
     assert copied(folder, sink, 3, 20_000) == DATA[3:20_000]
 
@@ -677,7 +672,6 @@ def test_an_overwrite_that_is_killed_at_its_start_can_be_begun_again(
     folder: Path, begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the moment, the same command finds a model to replace or a run to continue."""
-    # fails today: the config is removed before the journal is there, so nothing looks like a model
 
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -691,7 +685,6 @@ def test_an_overwrite_that_is_killed_at_its_start_can_be_begun_again(
 @pytest.mark.parametrize("old", ["folder", "link"])
 def test_old_content_in_the_way_is_replaced(tmp_path: Path, begin: Begin, old: str) -> None:
     """A new file may have the name of an old folder's file, or lie where an old link leads out."""
-    # fails today: os.replace onto a folder raises; through a link the file is written elsewhere
     root, outside = tmp_path / "out", tmp_path / "outside"
     outside.mkdir()
     root.mkdir()
@@ -712,7 +705,6 @@ def test_old_content_in_the_way_is_replaced(tmp_path: Path, begin: Begin, old: s
 
 def test_an_old_file_where_a_folder_is_needed_is_replaced(folder: Path, begin: Begin) -> None:
     """The other way round: an old file has the name of a new folder."""
-    # fails today: FileExistsError from mkdir
     sink = begin(folder, replace=True)
     sink.put("data.bin/new.txt", b"new")
     sink.publish({"config.json": b"{}"}, keep=frozenset({"data.bin/new.txt", "config.json"}))
@@ -721,7 +713,6 @@ def test_an_old_file_where_a_folder_is_needed_is_replaced(folder: Path, begin: B
 
 def test_files_of_others_survive_a_run_without_overwrite(sink: LocalSink) -> None:
     """What somebody puts into the destination meanwhile is not removed unless they said so."""
-    # fails today: publish removes all that the output does not have, whether or not it replaces
     (sink.root / "notes.txt").write_bytes(b"mine")
     sink.publish({"config.json": b"{}"}, keep=frozenset({"config.json"}))
     assert (sink.root / "notes.txt").read_bytes() == b"mine"
@@ -774,7 +765,6 @@ def test_an_amendment_that_fails_leaves_the_old_file(
     sink: LocalSink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is lost, and nothing is left beside it that would not belong into the output."""
-    # fails today: the temporary file stays in the output, which then never verifies again
     sink.publish({"moescale.json": b"old"}, keep=frozenset({"moescale.json"}))
 
     def full(fd: int) -> None:
@@ -803,7 +793,6 @@ def test_the_lock_is_released_when_the_journal_cannot_be_used(
     sink: LocalSink, begin: Begin
 ) -> None:
     """A run that could not begin does not keep others out for the life of its process."""
-    # fails today: begin raises between taking the lock and the end, and nobody releases it
     sink.close()
     refused = LocalSink(sink.root)
     with pytest.raises(DestinationError):

@@ -89,9 +89,7 @@ def test_weights_are_multiplied_and_codes_stay(case: Case, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("factor", [2.0, 0.25])
 @powers_of_two
-def test_power_of_two_scales_take_a_power_of_two(
-    case: Case, factor: float, tmp_path: Path
-) -> None:
+def test_power_of_two_scales_take_a_power_of_two(case: Case, factor: float, tmp_path: Path) -> None:
     """Exponents are shifted, zero blocks stay, and weights are multiplied without any error."""
     before, after = convert(case, tmp_path, factor)
     check_bytes(case, before, after, factor)
@@ -204,7 +202,7 @@ def test_a_scale_that_leaves_its_range_is_an_error(what: str, tmp_path: Path) ->
 
 
 def test_a_scale_that_was_subnormal_may_stay_so(tmp_path: Path) -> None:
-    """Groups of zeros have scales as small as F16 can hold; they are no reason to refuse a model."""
+    """Groups of zeros have the smallest scales that F16 can hold; that is no reason to refuse."""
     tiny = q.raw("F16", np.full((q.OUT, 8), 6.7e-7))
     source = with_scale("AWQ gemv", tmp_path / "in", ".scales", tiny)
     api.convert(source, tmp_path / "out", factor=0.9, check=True)

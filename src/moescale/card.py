@@ -66,6 +66,8 @@ def _edit_metadata(text: str, repo: str | None) -> str | None:
     spans = _top_level_lines(text)
     if spans is None:
         return None
+    if "*" in text and _has_aliases(text):
+        return _written_anew(text, repo)
     added = {"tags", "base_model"} if repo else {"tags"}
     kept = "".join(
         line
@@ -132,6 +134,11 @@ def _top_level_lines(text: str) -> dict[str, tuple[int, int]] | None:
         return None
     ends = [*(line for _, line in starts), len(text.splitlines())][1:]
     return {key: (line, end) for (key, line), end in zip(starts, ends, strict=False)}
+
+
+def _has_aliases(text: str) -> bool:
+    """Whether a value refers to another one, so that lines cannot be taken out one by one."""
+    return any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=_LOADER))
 
 
 def _lines_of(spans: Mapping[str, tuple[int, int]], keys: Iterable[str]) -> list[tuple[int, int]]:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Literal
 
 from moescale import card, provenance
 from moescale.checkpoint.rewrite import rewrite
-from moescale.errors import DestinationError, InterruptedRun
+from moescale.errors import DestinationError
 from moescale.files import CARD, PROVENANCE, PlannedFile
 from moescale.model.count import CONFIG
+from moescale.parallel import Check, each
 from moescale.plan import Plan
 from moescale.repos.base import Progress, Sink, Source, Written, io_errors
 
@@ -140,30 +139,18 @@ def _stream(
     """Write every large file that an earlier run has not finished."""
     finished = {**sink.finished(), **_copied(plan, source, sink)}
     done = {f.name: finished[f.name] for f in plan.large_files if f.name in finished}
-    left = [file for file in plan.large_files if file.name not in done]
+    left = {file.name: file for file in plan.large_files if file.name not in done}
     for name, written in done.items():
         progress(name, written.size)
-    stop = threading.Event()
 
-    def one(file: PlannedFile) -> Written:
+    def one(name: str, check: Check) -> Written:
         def advance(size: int) -> None:
-            if stop.is_set():
-                raise InterruptedRun(f"{file.name}: stopped")
-            progress(file.name, size)
+            check()
+            progress(name, size)
 
-        return _write(file, plan, source, sink, advance)
+        return _write(left[name], plan, source, sink, advance)
 
-    with ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="moescale") as pool:
-        futures = {file.name: pool.submit(one, file) for file in left}
-        try:
-            wait(futures.values(), return_when=FIRST_EXCEPTION)
-        finally:  # Ctrl-C arrives here too: what runs stops at its next piece
-            pool.shutdown(wait=False, cancel_futures=True)
-            if not all(future.done() for future in futures.values()):
-                stop.set()
-                sink.cancel()
-    _raise_first([f.exception() for f in futures.values() if not f.cancelled()])
-    return done | {name: future.result() for name, future in futures.items()}
+    return {**done, **each(list(left), one, jobs, sink.cancel)}
 
 
 def _copied(plan: Plan, source: Source, sink: Sink) -> Mapping[str, Written]:
@@ -174,14 +161,6 @@ def _copied(plan: Plan, source: Source, sink: Sink) -> Mapping[str, Written]:
     return sink.copy(
         [files[f.name] for f in plan.large_files if f.action == "copy"], source.identity
     )
-
-
-def _raise_first(errors: list[BaseException | None]) -> None:
-    """Raise the error that ended the run, not those of the threads that it stopped."""
-    real = [e for e in errors if e is not None]
-    real.sort(key=lambda error: isinstance(error, InterruptedRun))
-    if real:
-        raise real[0]
 
 
 def _write(

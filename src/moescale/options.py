@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from moescale.checkpoint.json_text import parse_strict
 from moescale.errors import UsageError
 
 Rule = Literal["preserve", "published", "gates", "measured", "none"]
@@ -115,14 +115,18 @@ def parse_factors(text: str, where: str) -> dict[str, float]:
         UsageError: the text is none of these.
     """
     try:
-        content: Any = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        content: Any = parse_strict(text)
+    except ValueError as error:
         raise UsageError(f"{where}: is not valid JSON: {error}") from None
     if isinstance(content, dict) and isinstance(content.get("factors"), dict):
         content = content["factors"]
     if not isinstance(content, dict) or not content:
         raise UsageError(f"{where}: holds no factors", hint='It needs {"factors": {"0": 1.2}}.')
     for layer, factor in content.items():
-        if type(factor) not in (int, float):
-            raise UsageError(f"{where}: the factor of layer {layer} is {factor!r}, not a number")
+        if type(factor) not in (int, float) or not -_LARGEST < factor < _LARGEST:
+            shown = repr(factor)[:40]
+            raise UsageError(f"{where}: the factor of layer {layer} is {shown}, not a number")
     return {layer: float(factor) for layer, factor in content.items()}
+
+
+_LARGEST = 1e300

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 
 from moescale import provenance
 from moescale.checkpoint.rewrite import PIECE, Segment, expected
 from moescale.convert import small_files
 from moescale.errors import VerificationError
 from moescale.files import PROVENANCE, PlannedFile
+from moescale.parallel import Check, each
 from moescale.plan import Plan
 from moescale.repos.base import Progress, Source, Written
 
@@ -34,13 +34,16 @@ def verify(
     small = small_files(plan, source)
     _check_names(plan, output, small)
 
-    def one(file: PlannedFile) -> Written:
-        return _verify_large(file, plan, source, output, progress)
+    files = {file.name: file for file in plan.large_files}
 
-    with ThreadPoolExecutor(max_workers=jobs) as pool:
-        large = dict(
-            zip((f.name for f in plan.large_files), pool.map(one, plan.large_files), strict=True)
-        )
+    def one(name: str, check: Check) -> Written:
+        def advance(size: int) -> None:
+            check()
+            progress(name, size)
+
+        return _verify_large(files[name], plan, source, output, advance)
+
+    large = dict(each(list(files), one, jobs))
     written = large | {name: _verify_small(name, data, output) for name, data in small.items()}
     _check_provenance(plan, output, written)
     return written
@@ -74,7 +77,7 @@ def _check_provenance(plan: Plan, output: Source, written: Mapping[str, Written]
 
 
 def _verify_large(
-    file: PlannedFile, plan: Plan, source: Source, output: Source, progress: Progress
+    file: PlannedFile, plan: Plan, source: Source, output: Source, advance: Callable[[int], None]
 ) -> Written:
     size, found_size = plan.output_size(file), output.files()[file.name].size
     if size != found_size:
@@ -92,7 +95,7 @@ def _verify_large(
                 raise _difference(file.name, part, position, found, wanted)
             digest.update(found)
             position += len(wanted)
-            progress(file.name, len(wanted))
+            advance(len(wanted))
     return Written(size, digest.hexdigest())
 
 

@@ -60,11 +60,11 @@ def segments(
     if new_header is not None:
         result.append(Segment(0, data_start, data=new_header))
         position = data_start
-    for edit in sorted(edits, key=lambda edit: edit.tensor.start):
+    changed = (edit for edit in edits if edit.tensor.nbytes)
+    for edit in sorted(changed, key=lambda edit: edit.tensor.start):
         if edit.tensor.start > position:
             result.append(Segment(position, edit.tensor.start))
-        if edit.tensor.nbytes:
-            result.append(Segment(edit.tensor.start, edit.tensor.stop, edit))
+        result.append(Segment(edit.tensor.start, edit.tensor.stop, edit))
         position = edit.tensor.stop
     if file_size > position:
         result.append(Segment(position, file_size))

@@ -172,8 +172,8 @@ ROWS: Final[tuple[Format, ...]] = (
         {"weight": ("I8",), "weight_scale": FLOAT},
         {"weight_scale": WIDENED},
         ("weight_zero_point",),
-        source="compressed-tensors naive_quantized; modelopt quant_utils.py:"
-        " W = (weight - zero_point) * scale; sglang allocates F32",
+        source="compressed-tensors naive_quantized; modelopt quant_utils.py; Quark"
+        " realquantizer.py: W = (weight - zero_point) * scale; sglang allocates F32",
     ),
     Format(
         "block INT8",
@@ -220,7 +220,8 @@ ROWS: Final[tuple[Format, ...]] = (
         {"weight_scale": EXPONENT},
         (),
         _groups("weight", "weight_scale", *_MX_GROUPS),
-        source="humming schema/quark.py; Quark scale_format e8m0",
+        source="Quark export/utils.py, scale_format e8m0; humming schema/quark.py:"
+        " W = fp * 2**(scale - 127)",
     ),
     Format(
         "MXFP4 (gpt-oss)",
@@ -235,7 +236,8 @@ ROWS: Final[tuple[Format, ...]] = (
             "FP4 with power-of-two scales (DeepSeek-V4)",
             {"weight": ("I8",), scale: ("F8_E8M0",)},
             {scale: EXPONENT},
-            source="DeepSeek-V4 inference code; llama.cpp conversion: W = fp4 * 2**(scale - 127)",
+            source="transformers integrations/finegrained_fp8.py Fp8Dequantize:"
+            " W = fp4 * 2**(scale - 127)",
         )
         for scale in _FP8_SCALES[:4]
     ),
@@ -270,8 +272,8 @@ ROWS: Final[tuple[Format, ...]] = (
         {"weight": WORDS, "weight_scale": FLOAT},
         {"weight_scale": SCALE},
         ("weight_zero_point", "zero_point"),
-        source="humming utils/weight.py dequantize_weight, schema/quark.py:"
-        " W = (q - zero_point) * scale",
+        source="Quark export/nn/modules/realquantizer.py; humming utils/weight.py"
+        " dequantize_weight: W = (q - zero_point) * scale",
     ),
     Format(
         "INT4-FP8 (Quark)",
@@ -645,10 +647,13 @@ def _quantization_sections(value: Mapping[str, Any]) -> Iterator[Mapping[str, An
 
 
 def _rounding(scaled: Scaled) -> str:
-    dtype = scaled.tensor.dtype
+    most = f"by at most {_ROUNDING[scaled.tensor.dtype]}"
+    what = f"changes a weight {most}"
+    if any(row.name == scaled.format and OFFSET in row.scaled.values() for row in ROWS):
+        what = f"changes both terms of a weight, code times scale and offset, {most} each"
     return (
-        f"{scaled.format}: its {dtype} scales are rounded when they are multiplied, which changes"
-        f" weights by at most {_ROUNDING[dtype]}; all codes stay"
+        f"{scaled.format}: its {scaled.tensor.dtype} scales are rounded when they are multiplied,"
+        f" which {what}; all codes stay"
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import posixpath
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -27,11 +26,13 @@ class SourceId:
     id: str
     revision: str | None = None
     repo: str | None = None  # the Hub repo, where it is known
+    folder: str | None = None  # the name of a directory, without the way to it
 
     @property
     def name(self) -> str:
         """The name without the place on this machine."""
-        return self.repo or posixpath.basename(self.id.rstrip("/")) or self.id
+        name = self.repo or self.folder or self.id
+        return name.encode(errors="backslashreplace").decode()
 
 
 @dataclass(frozen=True, slots=True)

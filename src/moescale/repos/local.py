@@ -68,7 +68,7 @@ class LocalSource:
         self._files: dict[str, FileInfo] | None = None
         self._states: dict[str, list[int]] = {}
         repo, revision = _hub_cache_snapshot(self.root)
-        self.identity = identity or SourceId("local", str(root), revision, repo)
+        self.identity = identity or SourceId("local", str(root), revision, repo, self.root.name)
 
     def files(self) -> Mapping[str, FileInfo]:
         """All regular files, by name relative to the root.
