@@ -6,8 +6,8 @@
 
 Needs moescale installed in the Python that runs it, and three times the size on the disk. The
 page cache is warm; the runs of a round follow one another in changing order, so that a drifting
-machine shows in all of them. `cp -r` does not wait for the disk; moescale does (every file is synced before it gets its
-name), so a second column has `cp -r` followed by a sync of what it wrote.
+machine shows in all of them. `cp -r` does not wait for the disk; moescale does (every file is
+synced before it gets its name), so a third row has `cp -r` followed by a sync of what it wrote.
 """
 
 from __future__ import annotations

@@ -102,15 +102,12 @@ class Lab:
 
     def start(self, model_in: Path | None = None, **settings: Any) -> Hub:
         """Start the Hub with the checkpoint as `SRC`."""
-        from huggingface_hub.utils import _http
-
         self.hub = self._stack.enter_context(Hub(self.root / "hub", **settings))
         self._stack.enter_context(connected(self.hub, self.root / "home", self.monkeypatch))
         self._stack.callback(_reset_client)
         _reset_client()
-        for module in ("moescale.repos.hub.sleep", "huggingface_hub.utils._http.time.sleep"):
-            self.monkeypatch.setattr(module, self.waits.append)
-        assert _http.time.sleep is not None
+        for wait in ("moescale.repos.hub.sleep", "huggingface_hub.utils._http.time.sleep"):
+            self.monkeypatch.setattr(wait, self.waits.append)
         for name, value in QUICK_XET.items():
             self.monkeypatch.setenv(name, value)
         self.files = model(self.folder)
@@ -146,7 +143,9 @@ class Lab:
         assert outcome.code == 0, outcome.err
         return outcome
 
-    def start_child(self, *arguments: str, home: str = "home", **more: str) -> subprocess.Popen[str]:
+    def start_child(
+        self, *arguments: str, home: str = "home", **more: str
+    ) -> subprocess.Popen[str]:
         """Start the command in a process of its own, on a machine of its own if `home` is new."""
         environment = {**self.hub.env(self.root / home), **more}
         return subprocess.Popen(
@@ -165,7 +164,9 @@ class Lab:
 
     def output(self, repo: str = DST, revision: str = "main") -> dict[str, bytes]:
         """The contents of a repo on the Hub."""
-        return {name: self.hub.read(repo, name, revision) for name in self.hub.files(repo, revision)}
+        return {
+            name: self.hub.read(repo, name, revision) for name in self.hub.files(repo, revision)
+        }
 
     def on_disk(self, *arguments: str) -> dict[str, bytes]:
         """What the same job makes on disk; the log of the Hub is as before."""
@@ -179,17 +180,20 @@ def _reset_client() -> None:
     """Let the next request build a client for the endpoint of now."""
     from huggingface_hub.utils import _http
 
-    from moescale.repos import hub, hub_upload
+    from moescale.repos import hub
 
     hub.api.cache_clear()
-    hub_upload._session.cache_clear()
     _http.set_client_factory(_http.default_client_factory)
 
 
 @contextmanager
 def laboratory(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
     """Give a laboratory; waits are noted and not waited."""
+    from huggingface_hub.utils import logging
+
     with ExitStack() as stack:
+        stack.callback(logging.set_verbosity, logging.get_verbosity())
+        logging.set_verbosity_error()  # as the command does
         yield Lab(root, monkeypatch, stack)
 
 
@@ -197,7 +201,11 @@ def large_shard(path: Path, size: int, seed: int | None = 0) -> None:
     """Write a Mixtral of one layer as one shard of about `size` bytes; zeros without a seed."""
     matrix = (4096, 1024)
     count = max(1, size // (3 * 2 * matrix[0] * matrix[1]))
-    names = [f"model.layers.0.block_sparse_moe.experts.{e}.w{w}.weight" for e in range(count) for w in (1, 2, 3)]
+    names = [
+        f"model.layers.0.block_sparse_moe.experts.{e}.w{w}.weight"
+        for e in range(count)
+        for w in (1, 2, 3)
+    ]
     entries: dict[str, Any] = {}
     for number, name in enumerate(names):
         first = number * 2 * matrix[0] * matrix[1]

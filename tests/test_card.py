@@ -333,7 +333,6 @@ HOSTILE = {
 @pytest.mark.parametrize("front", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_card_is_fast(hub_plan: Plan, front: str) -> None:
     """Metadata that are built to cost time cost no more than a second."""
-    # fails today for aliases of aliases: comparing two loaded values takes 10 times more a level
     code = (
         "import sys; from moescale.card import metadata_is_valid;"
         "metadata_is_valid(sys.stdin.buffer.read())"

@@ -637,12 +637,30 @@ def test_what_is_no_model_is_not_replaced(tmp_path: Path, name: str) -> None:
         LocalSink(tmp_path).check_replaceable()
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", f"{STATE}/{JOURNAL}"])
-def test_a_model_may_be_replaced(tmp_path: Path, name: str) -> None:
-    """A checkpoint, whole or in part, and an unfinished run."""
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_bytes(b"")
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("config.json", "model.safetensors"),
+        ("config.json", "pytorch_model.bin"),
+        ("moescale.json",),
+        (f"{STATE}/{JOURNAL}",),
+        (f"{STATE}/lock",),
+    ],
+)
+def test_a_model_may_be_replaced(tmp_path: Path, names: tuple[str, ...]) -> None:
+    """A checkpoint, an output of ours, and an unfinished run."""
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
     LocalSink(tmp_path).check_replaceable()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_half_a_model_is_none(tmp_path: Path, name: str) -> None:
+    """A web project has a config.json too; weights need a config beside them."""
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DestinationError, match="does not look like a model"):
+        LocalSink(tmp_path).check_replaceable()
 
 
 def test_a_replaced_model_stops_to_load_at_once(folder: Path, begin: Begin) -> None:

@@ -151,13 +151,11 @@ def test_what_holds_no_factors_is_refused(text: str) -> None:
 @pytest.mark.parametrize("number", ["1" + "0" * 400, "-1" + "0" * 400, "1e999", "NaN", "-Infinity"])
 def test_a_number_that_is_no_factor_is_refused(number: str) -> None:
     """Numbers that no float can hold are a mistake in the file, not a crash."""
-    # fails today for the whole numbers: OverflowError from float() in parse_factors
     with pytest.raises(UsageError):
         Options(factors=parse_factors(f'{{"0": {number}}}', "f.json"))
 
 
 def test_a_layer_that_stands_twice_is_refused() -> None:
     """Which of two factors of a layer counts is not guessed."""
-    # fails today: json.loads takes the last one in silence
     with pytest.raises(UsageError, match="twice"):
         parse_factors('{"factors": {"0": 1.2, "0": 1.3}}', "f.json")

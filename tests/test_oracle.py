@@ -91,7 +91,9 @@ def test_the_default_rule_takes_the_closed_form(entry: str, tmp_path: Path) -> N
     (factor,) = set(plan.factors.values())
     assert plan.router is not None
     if plan.router.shared:
-        expected = ((2 / (2 + plan.router.shared) ** 2) / (3 / (3 + plan.router.shared) ** 2)) ** 0.5
+        expected = (
+            (2 / (2 + plan.router.shared) ** 2) / (3 / (3 + plan.router.shared) ** 2)
+        ) ** 0.5
     else:
         expected = (3 / 2) ** 0.5 if plan.router.renormalised else (2 / 3) ** 0.5
     assert factor == pytest.approx(expected)
@@ -130,7 +132,7 @@ def test_folding_into_the_config_is_the_same_as_scaling(entry: str, tmp_path: Pa
 def test_folding_is_refused_where_it_is_not_the_same(entry: str, tmp_path: Path) -> None:
     """A type outside the list is refused with the reason."""
     build(entry, tmp_path / "source")
-    with pytest.raises(UnsupportedError, match="--fold config|no effect"):
+    with pytest.raises(UnsupportedError, match=r"--fold config|no effect"):
         convert(tmp_path / "source", tmp_path / "output", entry, factor=FACTOR, fold="config")
 
 
@@ -148,7 +150,7 @@ def test_what_a_norm_would_undo_is_refused(entry: str, tmp_path: Path) -> None:
 @LAYOUTS
 @pytest.mark.parametrize("entry", FIXED)
 def test_a_fixed_count_is_kept(entry: str, fused: bool, tmp_path: Path) -> None:
-    """Where the code or a table fixes the count, another one is refused and a factor still scales."""
+    """Where code or a table fixes the count, another one is refused; a factor still scales."""
     source, output = tmp_path / "source", tmp_path / "output"
     build(entry, source, fused=fused)
     count = generates(source, entry)

@@ -68,7 +68,6 @@ def test_the_way_to_the_source_does_not_matter(
     folder: Path, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A source that is given as a relative path has the same name as by its full path."""
-    # fails today for "." and "./": the name is taken from the text that the user gave
     monkeypatch.chdir(folder)
     here = provenance.provenance(plan_of(Path(way)), WRITTEN)
     assert here == provenance.provenance(plan_of(folder), WRITTEN)
@@ -164,7 +163,6 @@ def test_another_version_is_another_job(folder: Path) -> None:
 
 def test_a_source_name_that_is_no_text_is_no_crash(folder: Path) -> None:
     """A directory whose name is no UTF-8 can be rescaled."""
-    # fails today: UnicodeEncodeError, after the last shard
     plan = plan_of(folder)
     plan = replace(plan, source=replace(plan.source, id="/x/caf\udce9"))
     provenance.encode(provenance.provenance(plan, WRITTEN))

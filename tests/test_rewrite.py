@@ -84,7 +84,6 @@ def shards(draw: st.DrawFn) -> tuple[bytes, dict[str, float]]:
 @given(shards(), st.randoms(use_true_random=False))
 def test_segments_partition_the_file(case: tuple[bytes, dict[str, float]], random) -> None:
     """Every byte is in exactly one segment, in order, and every tensor to scale is a segment."""
-    # fails today where an empty planned tensor starts where another one does: bytes come twice
     file, factors = case
     edits = edits_for(file, factors)
     random.shuffle(edits)
@@ -111,7 +110,6 @@ def test_an_empty_file_has_no_segments() -> None:
 
 def test_an_empty_tensor_beside_another_does_not_double_bytes() -> None:
     """Tensors without elements take no place, whatever order they are planned in."""
-    # fails today: the position goes back to where the empty tensor ends
     raw = checkpoints.values("BF16", (4,))
     file = checkpoints.shard({"empty": ("BF16", (0,), b""), "full": raw})
     writer, _ = run(file, {"full": 2.0, "empty": 2.0})

@@ -115,7 +115,8 @@ def convert(
         )
     if check:
         verify_output(plan, reader, sink, jobs, progress)
-    return Result(plan, outcome.status, check, sink.url, tuple(sink.remarks))
+    received = [f"{reader.received:,} bytes received"] if reader.received else []
+    return Result(plan, outcome.status, check, sink.url, (*received, *sink.remarks))
 
 
 def verify(

@@ -76,10 +76,9 @@ def _edit_metadata(text: str, repo: str | None) -> str | None:
     )
     tags = "".join("".join(lines[first:last]) for first, last in _lines_of(spans, {"tags"}))
     old = _load(kept)
-    listed = _load(tags)
-    if old is None or listed is None:
+    if old is None or _load(tags) is None:
         return _written_anew(text, repo)
-    new = _new_metadata(listed.get("tags"), repo)
+    new = _new_metadata(_words(tags).get("tags"), repo)
     if kept and not kept.endswith("\n"):
         kept += "\n"
     result = kept + yaml.safe_dump(new, sort_keys=False, allow_unicode=True)
@@ -87,16 +86,16 @@ def _edit_metadata(text: str, repo: str | None) -> str | None:
 
 
 def _written_anew(text: str, repo: str | None) -> str | None:
-    content = _load(text)
-    if content is None:
+    if _load(text) is None:
         return None
+    content = _words(text)
     new = _new_metadata(content.get("tags"), repo)
     kept = {key: value for key, value in content.items() if key not in {*_DROPPED, *new}}
     return yaml.safe_dump({**kept, **new}, sort_keys=False, allow_unicode=True)
 
 
 def _new_metadata(tags: Any, repo: str | None) -> dict[str, Any]:
-    listed = _as_list(tags)
+    listed = [] if tags in ("", "~", "null") else _as_list(tags)
     new = {"tags": listed if TAG in listed else [*listed, TAG]}
     return {"base_model": [repo], **new} if repo else new
 
@@ -107,6 +106,11 @@ def _load(text: str) -> dict[Any, Any] | None:
     except _BROKEN:
         return None
     return {} if content is None else content if isinstance(content, dict) else None
+
+
+def _words(text: str) -> dict[str, Any]:
+    """Metadata with every value as the word that stands there: `no` is Norwegian, not false."""
+    return yaml.load(text, Loader=yaml.BaseLoader) or {}
 
 
 def _top_level_lines(text: str) -> dict[str, tuple[int, int]] | None:
@@ -187,6 +191,11 @@ def _what_changed(plan: Plan) -> str:
         )
     if not plan.changed_tensors:
         return "Only the config was edited; no weight was scaled."
+    if plan.options.fold == "residual":
+        return (
+            "The embedding and the attention outputs are divided by a factor, which the norms undo;"
+            " the routed experts' weights are as they were, and count for the factor more."
+        )
     return (
         "The down-projections of the routed experts are multiplied by a factor, so that their"
         " outputs keep their expected size."

@@ -94,8 +94,9 @@ def _command(
         Optional[str],  # noqa: UP045
         typer.Option(
             metavar="WHERE",
-            help="weights (default), or config: multiply the model's own routed scaling key and"
-            " leave every weight as it is.",
+            help="weights (default); config: multiply the model's own routed scaling key and"
+            " leave every weight as it is; or residual: leave the experts, divide the embedding and"
+            " the attention outputs (gpt-oss).",
         ),
     ] = None,
     rho: Annotated[
@@ -220,7 +221,7 @@ def _read_factors(path: Path) -> dict[str, float]:
     from moescale.options import parse_factors
 
     try:
-        return parse_factors(path.read_text(), str(path))
+        return parse_factors(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise errors.UsageError(f"--factors {path}: {error}") from None
 
@@ -264,7 +265,8 @@ def _convert(
             _warn(plan)
             if talk:
                 print(report.plan_text(plan, verbose), end="\n\n", file=sys.stderr)
-            progress.expect(plan.bytes_streamed * (2 if run["check"] else 1))
+            sizes = {file.name: plan.output_size(file) for file in plan.large_files}
+            progress.expect(sizes, passes=2 if run["check"] else 1)
 
         result = api.convert(
             source, destination, progress=progress.step, planned=planned, **run, **options
@@ -302,8 +304,10 @@ def main() -> None:
         sys.exit(2)
     except errors.MoescaleError as error:
         _fail(error)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail(errors.InterruptedRun(INTERRUPTED))
     except OSError as error:
-        _fail(errors.MoescaleError(f"{error.filename}: {error.strerror}"))
+        _fail(errors.MoescaleError(f"{error.filename or 'output'}: {error.strerror}"))
 
 
 def _interrupt(*_: object) -> NoReturn:

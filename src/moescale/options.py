@@ -14,7 +14,7 @@ from moescale.errors import UsageError
 
 Rule = Literal["preserve", "published", "gates", "measured", "none"]
 
-Fold = Literal["weights", "config"]
+Fold = Literal["weights", "config", "residual"]
 
 RULES: tuple[Rule, ...] = ("preserve", "published", "gates", "measured", "none")
 
@@ -30,7 +30,8 @@ class Options:
         rho: correlation of expert outputs, 0 to 1.
         factor: this constant instead of a rule.
         factors: a factor for each MoE layer instead of a rule.
-        fold: where the factor goes; ``config`` multiplies the model's own routed scaling key.
+        fold: where the factor goes; ``config`` multiplies the model's own routed scaling key,
+            ``residual`` divides what else writes into the residual stream.
         part: which MoE of a checkpoint that has several.
         arch: treat the model as this model type.
         pattern: expression for the names of the down-projections, for an unknown architecture.
@@ -76,8 +77,8 @@ class Options:
             raise UsageError(f"--rho is {self.rho:g}: it must be from 0 to 1")
         if self.rho is not None and self.method not in ("preserve", "gates"):
             raise UsageError(f"--rho has no meaning for {self.method}; it goes with preserve")
-        if self.fold not in (None, "weights", "config"):
-            raise UsageError(f"--fold is {self.fold!r}: it must be weights or config")
+        if self.fold not in (None, "weights", "config", "residual"):
+            raise UsageError(f"--fold is {self.fold!r}: it must be weights, config or residual")
         if self.factor is not None:
             check_factor(self.factor)
         for factor in (self.factors or {}).values():

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from moescale.checkpoint.header import LENGTH_BYTES, Header, header_length, parse_header
+from moescale.checkpoint.header import LENGTH_BYTES, Header, Tensor, header_length, parse_header
 from moescale.checkpoint.index import (
     INDEX,
     Shards,
@@ -31,6 +31,7 @@ from moescale.model.count import CONFIG, parse_config, set_count
 from moescale.model.experts import Layer, experts_of_layer
 from moescale.model.formats import Role, Scaled, confirm, scaled_tensors
 from moescale.model.lookup import Moe, find_moe
+from moescale.model.residual import WRITERS, residual_writers
 from moescale.model.router import Router, largest_count
 from moescale.model.scale_key import fold_factor
 from moescale.options import Options
@@ -231,15 +232,20 @@ def make_plan(source: Source, options: Options, destination: str | None = None) 
         )
     experts = _experts(moe, options)
     factors = _factors(moe, experts, options)
-    in_config = options.fold == "config"
-    fold_key = _fold_key(moe, factors)
-    scaled = [] if in_config else _scaled_tensors(moe, factors, fold_key)
-    warnings += confirm(((s, factor) for s, _, factor in scaled), config.value, fold_key)
+    scaled = _scaled_tensors(moe, factors, tensors, options)
+    warnings += confirm(
+        ((s, factor) for s, _, factor in scaled), config.value, _instead(moe, factors)
+    )
+    if options.fold == "residual":
+        warnings.append(
+            "--fold residual is the same as scaling the experts but for the rounding of the divided"
+            " weights and the epsilon of the norms, which stays while the stream shrinks"
+        )
     planned = _planned_tensors(scaled, headers)
     index = _index(shards, headers)
     new_config = config
-    if in_config:
-        new_config = fold_factor(new_config, moe.architecture, _one_factor(factors))
+    if options.fold == "config":
+        new_config = fold_factor(new_config, moe.architecture, _one_factor(factors, options))
     if options.experts is not None:
         new_config = set_count(new_config, moe.places, options.experts)
     return Plan(
@@ -390,10 +396,12 @@ def _factor(moe: Moe, experts: Experts, options: Options, layer: Layer) -> float
             return 1.0
 
 
-def _one_factor(factors: Mapping[Layer, float]) -> float:
-    """The factor of all layers; a config has one number for them."""
+def _one_factor(factors: Mapping[Layer, float], options: Options) -> float:
+    """The factor of all layers; a config and a residual stream have one for them."""
     if len(set(factors.values())) > 1:
-        raise UsageError("--fold config takes one factor for all layers, these differ by layer")
+        raise UsageError(
+            f"--fold {options.fold} takes one factor for all layers, these differ by layer"
+        )
     return next(iter(factors.values()))
 
 
@@ -416,21 +424,35 @@ def _predicted_norm(moe: Moe, experts: Experts, options: Options) -> dict[str, f
     return {name: factor / forms["preserve"] for name, factor in {"none": 1.0, **forms}.items()}
 
 
-def _fold_key(moe: Moe, factors: Mapping[Layer, float]) -> str | None:
-    """The key that ``--fold config`` would multiply, None where that cannot be done."""
+def _instead(moe: Moe, factors: Mapping[Layer, float]) -> str | None:
+    """What else than scaling the weights can be done, as a sentence for the user."""
     row = moe.architecture
-    foldable = row.folds and row.scale_key in moe.section and len(set(factors.values())) == 1
-    return row.scale_key if foldable else None
+    if len(set(factors.values())) > 1:
+        return None
+    if row.folds and row.scale_key in moe.section:
+        return f"--fold config multiplies {row.scale_key} by any factor, exactly."
+    if row.model_type in WRITERS:
+        return "--fold residual takes any factor: it divides what else writes into the stream."
+    return None
 
 
 def _scaled_tensors(
-    moe: Moe, factors: Mapping[Layer, float], fold_key: str | None
+    moe: Moe, factors: Mapping[Layer, float], tensors: Sequence[Tensor], options: Options
 ) -> list[tuple[Scaled, Layer, float]]:
-    """Every tensor to scale, with its layer and that layer's factor."""
+    """Every tensor to scale, with its layer and what it is multiplied by."""
+    if options.fold == "config":
+        return []
+    if options.fold == "residual":
+        divisor = _one_factor(factors, options)
+        layers = {projection.layer.number for projection in moe.projections}
+        model_type = moe.architecture.model_type
+        writers = residual_writers(model_type, moe.section, tensors, layers)
+        return [(scaled, layer, 1 / divisor) for scaled, layer in writers]
+    instead = _instead(moe, factors)
     return [
         (scaled, p.layer, factors[p.layer])
         for p in moe.projections
-        for scaled in scaled_tensors(p.module, p.leaves, factors[p.layer], fold_key)
+        for scaled in scaled_tensors(p.module, p.leaves, factors[p.layer], instead)
     ]
 
 

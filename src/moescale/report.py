@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
 from moescale.files import Action, PlannedFile
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 LINE_SECONDS = 30.0
 """Without a terminal, progress is one line this often."""
 
+_TRUE = frozenset({"1", "ON", "YES", "TRUE"})
+_NAME_LENGTH = 34
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -159,15 +163,18 @@ def _table(rows: Iterable[tuple[str, ...]], header: tuple[str, ...] = ()) -> str
 
 
 class Progress:
-    """A bar with bytes, rate and remaining time; without a terminal a line now and then.
+    """A bar for all and one a file on its way; without a terminal a line now and then.
 
-    `stream` None says nothing. Nothing is shown for what takes less than half a second.
+    Each shows bytes, rate and remaining time; nothing is shown for what takes less than half a
+    second. `stream` None says nothing.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
         self._lock = threading.Lock()
         self._bar: tqdm[Any] | None = None
+        self._bars: dict[str, tqdm[Any]] = {}
+        self._sizes: Mapping[str, int] = {}
         self._total = self._done = 0
         self._start = self._last = time.monotonic()
 
@@ -175,24 +182,31 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        for bar in (*self._bars.values(), *([self._bar] if self._bar else [])):
+            bar.close()
 
-    def expect(self, total: int) -> None:
-        """Say how many bytes there will be."""
-        self._total = total
-        if self._stream is not None and self._stream.isatty():
-            from tqdm import tqdm
+    def expect(self, sizes: Mapping[str, int], passes: int = 1) -> None:
+        """Say how many bytes each file has, and how often each is gone through."""
+        self._sizes = sizes
+        self._total = passes * sum(sizes.values())
+        hidden = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in _TRUE
+        if self._stream is not None and self._stream.isatty() and not hidden:
+            self._bar = self._new_bar("all", self._total, 0)
 
-            self._bar = tqdm(
-                total=total,
-                unit="B",
-                unit_scale=True,
-                file=self._stream,
-                delay=0.5,
-                leave=False,
-                dynamic_ncols=True,
-            )
+    def _new_bar(self, name: str, total: int, position: int) -> tqdm[Any]:
+        from tqdm import tqdm
+
+        return tqdm(
+            total=total,
+            desc=name[-_NAME_LENGTH:],
+            position=position,
+            unit="B",
+            unit_scale=True,
+            file=self._stream,
+            delay=0.5,
+            leave=False,
+            dynamic_ncols=True,
+        )
 
     def step(self, name: str, count: int) -> None:
         """Count bytes of a file; called from several threads."""
@@ -200,11 +214,27 @@ class Progress:
             self._done += count
             if self._bar is not None:
                 self._bar.update(count)
+                self._step_file(name, count)
                 return
             now = time.monotonic()
             if self._stream is not None and now - self._last >= LINE_SECONDS:
                 self._last = now
                 print(self._line(now), file=self._stream, flush=True)
+
+    def _step_file(self, name: str, count: int) -> None:
+        size = self._sizes.get(name, 0)
+        bar = self._bars.pop(name, None)
+        if bar is None:
+            if count >= size:  # it was there already, or came in one piece
+                return
+            used = {-other.pos for other in self._bars.values()}
+            free = next(number for number in itertools.count(1) if number not in used)
+            bar = self._new_bar(name, size, free)
+        bar.update(count)
+        if bar.n >= size:
+            bar.close()
+        else:
+            self._bars[name] = bar
 
     def _line(self, now: float) -> str:
         rate = self._done / (now - self._start)

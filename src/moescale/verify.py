@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from moescale import provenance
 from moescale.checkpoint.rewrite import PIECE, Segment, expected
 from moescale.convert import small_files
-from moescale.errors import VerificationError
+from moescale.errors import SourceError, VerificationError
 from moescale.files import PROVENANCE, PlannedFile
 from moescale.parallel import Check, each
 from moescale.plan import Plan
@@ -51,7 +51,10 @@ def verify(
 
 def _check_names(plan: Plan, output: Source, small: Mapping[str, bytes]) -> None:
     wanted = {f.name for f in plan.large_files} | small.keys() | {PROVENANCE}
-    found = output.files().keys()
+    try:
+        found = output.files().keys()
+    except SourceError as error:
+        raise VerificationError(f"the output cannot be read: {error.message}") from None
     if missing := sorted(wanted - found):
         raise VerificationError(f"{missing[0]}: is missing from the output")
     if surplus := sorted(found - wanted - {".gitattributes"}):  # the Hub makes one

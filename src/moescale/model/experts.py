@@ -313,7 +313,7 @@ def _check_layers(
 def _main_stack(found: set[Layer]) -> str:
     """The stack with the most layers; beside it there are only MTP blocks."""
     stacks = [layer.stack for layer in found]
-    return max(set(stacks), key=stacks.count)
+    return max(sorted(set(stacks)), key=stacks.count)
 
 
 def _is_moe(layer: int, rule: MoeLayers, section: Mapping[str, Any]) -> bool:

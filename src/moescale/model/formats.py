@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final, Literal
 
 from moescale.checkpoint.dtypes import SCALABLE
@@ -173,7 +175,7 @@ ROWS: Final[tuple[Format, ...]] = (
         {"weight_scale": WIDENED},
         ("weight_zero_point",),
         source="compressed-tensors naive_quantized; modelopt quant_utils.py; Quark"
-        " realquantizer.py: W = (weight - zero_point) * scale; sglang allocates F32",
+        " realquantizer.py: W = (weight - zero_point) * scale; vLLM and sglang allocate F32",
     ),
     Format(
         "block INT8",
@@ -460,15 +462,12 @@ def split_name(name: str) -> tuple[str, str]:
     ``m.weight.absmax`` and ``m.absmax`` are the same to bitsandbytes, ``m_bias`` and ``m.bias``
     to fused experts.
     """
-    for leaf in _BY_LENGTH:
-        for ending in (f".weight.{leaf}", f".{leaf}", f"_{leaf}"):
-            if name.endswith(ending) and len(name) > len(ending):
-                return name.removesuffix(ending), leaf
-    return name, "weight"
+    match = _LEAF.fullmatch(name)
+    return (match["module"], match["leaf"]) if match else (name, "weight")
 
 
 def scaled_tensors(
-    module: str, leaves: Leaves, factor: float, fold_key: str | None = None
+    module: str, leaves: Leaves, factor: float, instead: str | None = None
 ) -> list[Scaled]:
     """The tensors of a down-projection that change when it is multiplied by `factor`.
 
@@ -476,34 +475,38 @@ def scaled_tensors(
         module: the projection's name, for errors.
         leaves: its tensors by leaf.
         factor: what it is multiplied by.
-        fold_key: the config key that ``--fold config`` would multiply, where that can be done.
+        instead: what else can be done with this model, a sentence for the error.
 
     Raises:
         UnsupportedError: no row of the table fits, so scaling it would be a guess; or the format
             cannot be multiplied by this factor.
         CheckpointError: a tensor that its format needs is missing.
     """
-    row = next((row for row in ROWS if _matches(row, leaves)), None)
+    dtypes = frozenset((leaf, tensor.dtype) for leaf, tensor in leaves.items())
+    row = next((row for row in _candidates(dtypes) if row.fits(leaves)), None)
     if row is None and factor == 1.0:
         return []  # nothing is touched, so nothing has to be known
     if row is None:
         raise _unmatched(module, leaves)
     parts = {**row.scaled, "bias": Part("bias")}
     if any(part.operation == "shift" for part in parts.values()):
-        _check_power_of_two(module, row, factor, fold_key)
+        _check_power_of_two(module, row, factor, instead)
     return [_scaled(leaves[leaf], part, row) for leaf, part in parts.items() if leaf in leaves]
 
 
-def _matches(row: Format, leaves: Leaves) -> bool:
-    """Whether all that the row needs is there, and nothing that it does not know."""
+@lru_cache(maxsize=64)  # the projections of a checkpoint are of very few kinds
+def _candidates(dtypes: frozenset[tuple[str, str]]) -> tuple[Format, ...]:
+    """The rows that find all that they need, and nothing that they do not know."""
+    found = dict(dtypes)
+    return tuple(row for row in ROWS if _takes(row, found))
+
+
+def _takes(row: Format, found: Mapping[str, str]) -> bool:
+    values = {"bias", *row.scaled} - row.dtypes.keys()
     return (
-        all(leaf in leaves and leaves[leaf].dtype in row.dtypes[leaf] for leaf in row.dtypes)
-        and leaves.keys() <= _known(row)
-        and all(
-            leaf not in leaves or leaves[leaf].dtype in SCALABLE
-            for leaf in ("bias", *(row.scaled.keys() - row.dtypes.keys()))
-        )
-        and row.fits(leaves)
+        all(found.get(leaf) in dtypes for leaf, dtypes in row.dtypes.items())
+        and found.keys() <= _known(row)
+        and all(found.get(leaf, "F32") in SCALABLE for leaf in values)
     )
 
 
@@ -511,8 +514,11 @@ def _known(row: Format) -> set[str]:
     return {*row.dtypes, *row.scaled, *row.stays, *UNTOUCHED, "bias"}
 
 
-_BY_LENGTH = sorted(set[str]().union(*(_known(row) for row in ROWS)), key=len, reverse=True)
-"""Every leaf that the table knows, the longest first."""
+_LEAVES = sorted(set[str]().union(*(_known(row) for row in ROWS)), key=len, reverse=True)
+_LEAF = re.compile(
+    r"(?P<module>.+?)(?:(?:\.weight)?\.|_)(?P<leaf>" + "|".join(map(re.escape, _LEAVES)) + ")"
+)
+"""A name with a leaf that the table knows, the longest that there is."""
 
 
 def _scaled(tensor: Tensor, part: Part, row: Format) -> Scaled:
@@ -528,17 +534,15 @@ def _is_power_of_two(factor: float) -> bool:
     return math.frexp(factor)[0] == 0.5
 
 
-def _check_power_of_two(module: str, row: Format, factor: float, fold_key: str | None) -> None:
+def _check_power_of_two(module: str, row: Format, factor: float, instead: str | None) -> None:
     if _is_power_of_two(factor):
         return
     below = 2.0 ** (math.frexp(factor)[1] - 1)
-    hint = f"Exact are --factor {below:.9g} and --factor {2 * below:.9g}."
-    if fold_key is not None:
-        hint = f"--fold config multiplies {fold_key} by any factor, exactly. {hint}"
+    exact = f"Exact are --factor {below:.9g} and --factor {2 * below:.9g}."
     raise UnsupportedError(
         f"{module}: is stored as {row.name}, whose scales are powers of two: multiplying it by"
         f" {factor:.9g} would need new codes",
-        hint=hint,
+        hint=f"{instead} {exact}" if instead else exact,
     )
 
 
@@ -605,14 +609,14 @@ _SECTIONS = frozenset({"quantization_config", "compression_config", "quantizatio
 
 
 def confirm(
-    chosen: Iterable[tuple[Scaled, float]], config: Mapping[str, Any], fold_key: str | None = None
+    chosen: Iterable[tuple[Scaled, float]], config: Mapping[str, Any], instead: str | None = None
 ) -> list[str]:
     """Look into the config for what tensors do not show, and say what is not exact.
 
     Args:
         chosen: the tensors to scale, each with its factor.
         config: the whole ``config.json``.
-        fold_key: as for `scaled_tensors`.
+        instead: as for `scaled_tensors`.
 
     Returns:
         One remark for each format, not for each tensor.
@@ -635,7 +639,7 @@ def confirm(
         if scaled.rounds:
             rounded[_rounding(scaled)] = None
         elif scaled.format == "FP8" and ue8m0:
-            rounded[_ue8m0(fold_key)] = None
+            rounded[_ue8m0(instead)] = None
     return list(rounded)
 
 
@@ -657,10 +661,9 @@ def _rounding(scaled: Scaled) -> str:
     )
 
 
-def _ue8m0(fold_key: str | None) -> str:
-    fold = f"; --fold config multiplies {fold_key} and leaves them alone" if fold_key else ""
+def _ue8m0(instead: str | None) -> str:
     return (
         "config.json says scale_fmt ue8m0, and the factor is no power of two: transformers, and"
-        " vLLM and SGLang where they use DeepGEMM, round such scales to powers of two in"
-        f" silence{fold}"
+        " vLLM and SGLang where they use DeepGEMM, round such scales to powers of two in silence"
+        + (f". {instead}" if instead else "")
     )

@@ -118,11 +118,11 @@ def _row(
     named_by_user: bool,
 ) -> tuple[str, Architecture]:
     """The row for `arch`, or for the first model type of the config that the table knows."""
-    named = [arch] if arch else _model_types(config)
+    named = _model_types(config) if arch is None else [arch]
     for model_type in named:
         if architectures.parts(model_type):
             return model_type, architectures.find(model_type, part)
-    if named_by_user and not arch:
+    if named_by_user and arch is None:
         return (named or ["unknown"])[0], _UNKNOWN
     raise _unknown(named, tensors, config)
 

@@ -61,6 +61,9 @@ def largest_count(architecture: Architecture, section: Mapping[str, Any], total:
     A group-limited router masks all experts outside ``topk_group`` of ``n_group`` groups; asked
     for more than those hold, it silently takes masked ones.
     """
+    identity = section.get("zero_expert_num")  # experts without weights count as experts here
+    if type(identity) is int:
+        total += identity
     groups, chosen = section.get("n_group"), section.get("topk_group")
     if groups is None:
         groups = section.get("num_expert_group")

@@ -47,6 +47,9 @@ class FileInfo:
 class Source(Protocol):
     """A repo to read from. Never written to."""
 
+    received: int
+    """Bytes that have come over the network."""
+
     @property
     def identity(self) -> SourceId:
         """Where this is."""

@@ -102,18 +102,19 @@ def _guarded(client: httpx2.Client) -> httpx2.Client:
 
     def guarded(request: httpx2.Request, **more: Any) -> httpx2.Response:
         _limit_time(request)
-        if request.method == "PUT" or not _ours.get():
+        if not _ours.get():
             return send(request, **more)
+        part = request.method == "PUT"
         try:
             response = send(request, **more)
         except httpx2.TransportError as error:
+            if part:
+                raise
             raise BusyError(f"the connection broke: {_line(error)}") from None
-        if response.status_code in TRANSIENT_STATUS:
+        asked = _retry_after(response.headers)
+        if response.status_code in TRANSIENT_STATUS and (not part or (asked or 0) > LONGEST_WAIT):
             response.close()
-            raise BusyError(
-                f"the Hub answered {response.status_code}",
-                retry_after=_retry_after(response.headers),
-            )
+            raise BusyError(f"the Hub answered {response.status_code}", retry_after=asked)
         return response
 
     client.send = guarded  # type: ignore[method-assign]
@@ -183,8 +184,12 @@ def _translated(what: str, error: Exception, refused: type[MoescaleError]) -> Ex
                 hint="Unset HF_HUB_OFFLINE, or download the model first.",
             )
         case HfHubHTTPError():
-            return _http_error(what, error.response.status_code, _line(error), refused)
-        case httpx2.TransportError() | ConnectionError():
+            request, status = error.response.request, error.response.status_code
+            if request.method == "PUT" or request.url.path.endswith("/lfs/verify"):
+                # an upload did not arrive, because its address expired, say
+                return BusyError(f"{what}: the Hub's storage answered {status}")
+            return _http_error(what, status, _line(error), refused)
+        case httpx2.TransportError():
             return BusyError(f"{what}: the connection broke: {_line(error)}")
         case httpx2.HTTPError() | json.JSONDecodeError() | UnicodeDecodeError():
             return BusyError(f"{what}: the Hub answered with something else: {_line(error)}")
@@ -225,7 +230,9 @@ def _storage_error(what: str, error: Exception, refused: type[MoescaleError]) ->
         return error
     if isinstance(error, PermissionError):
         return _http_error(what, 401, "", refused)
-    return BusyError(f"{what}: the upload broke: {_line(error)}")
+    if answer := re.search(r"HTTP status \w+ error \((.*?)\)", str(error)):
+        return BusyError(f"{what}: the Hub's storage answered {answer[1]}")
+    return BusyError(f"{what}: the connection to the Hub's storage broke: {_line(error)}")
 
 
 def _line(error: Exception) -> str:

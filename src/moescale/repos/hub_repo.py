@@ -107,10 +107,15 @@ class HubRepo:
         Raises:
             DestinationError: somebody else has just made another branch of this name.
         """
-        self._ask(
-            lambda: hub.api().create_branch(self.id, branch=branch, revision=commit, exist_ok=True)
-        )
-        if self.head(branch) != commit:
+
+        def create() -> str:
+            hub.api().create_branch(self.id, branch=branch, revision=commit, exist_ok=True)
+            head = self.head(branch)
+            if head is None:
+                raise hub.BusyError(f"the Hub does not show the new branch {branch}")
+            return head
+
+        if self._ask(create) != commit:
             raise DestinationError(
                 f"{self.name}: somebody else has just created the branch {branch}",
                 hint="Is another run writing there? Wait for it, or give another destination.",

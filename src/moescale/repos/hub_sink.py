@@ -26,7 +26,7 @@ from moescale.repos import hub
 from moescale.repos.base import FileInfo, SourceId, Written
 from moescale.repos.hub import HubPlace
 from moescale.repos.hub_repo import HubRepo, is_listed, missing
-from moescale.repos.hub_upload import StreamUpload, can_stream, uploaded
+from moescale.repos.hub_upload import StreamUpload, can_stream, new_session, uploaded
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
@@ -74,6 +74,7 @@ class HubSink:
         self._commits = threading.Lock()  # one commit at a time on the working branch
         self._one_on_disk = threading.Lock()
         self._streams = False
+        self._session: Any = None
         self._uploads: set[StreamUpload] = set()
         self._sent = self._deduplicated = self._copied = 0
 
@@ -142,6 +143,7 @@ class HubSink:
                 f"{self.identity}: there is no such branch to open a pull request against"
             )
         self._streams = can_stream(self.place.repo, self._base(), self.identity)
+        self._session = new_session() if self._streams else None
         journal = self._journal()
         if journal is None or replace:
             self._start()
@@ -242,7 +244,7 @@ class HubSink:
     def _streamed(self, name: str) -> Iterator[HubWriter]:
         what = f"{self.identity}: {name}"
         with hub.in_our_words(what, DestinationError):
-            upload = StreamUpload(self.place.repo, self._working)
+            upload = StreamUpload(self._session, self.place.repo, self._working)
 
         def write(data: memoryview) -> None:
             with hub.in_our_words(what, DestinationError):
@@ -416,7 +418,7 @@ class HubSink:
     def cancel(self) -> None:
         """End the uploads that threads may be waiting in."""
         for upload in list(self._uploads):
-            upload.abort()
+            upload.cancel()
 
     def close(self) -> None:
         """Nothing is held."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from moescale.errors import DestinationError
+from moescale.errors import DestinationError, InterruptedRun
 from moescale.repos import hub
 
 LIMITS = {
@@ -18,6 +21,9 @@ LIMITS = {
 }
 """One block of 64 MB on its way at a time and upload, and what has arrived is noted at once, so
 that a rerun does not send it again. A user's own ``HF_XET_*`` settings win."""
+
+STALL_SECONDS = 600.0
+"""An upload in which nothing has happened for so long is given up."""
 
 
 def can_stream(repo: str, branch: str, what: str) -> bool:
@@ -55,8 +61,8 @@ def _token_url(repo: str, branch: str) -> str:
     )
 
 
-@functools.cache
-def _session() -> Any:
+def new_session() -> Any:
+    """A session for the uploads of one run; a failed upload may leave it of no more use."""
     import hf_xet
 
     config = hf_xet.XetConfig()
@@ -84,33 +90,69 @@ class Sent:
 class StreamUpload:
     """One file on its way; hf_xet splits it into chunks and sends those that are new."""
 
-    def __init__(self, repo: str, branch: str) -> None:
+    def __init__(self, session: Any, repo: str, branch: str) -> None:
+        """`session` is of `new_session`; the file is for a branch of a repo."""
         from huggingface_hub.utils._xet import xet_headers_without_auth
 
         headers = hub.headers()
-        self._commit = _session().new_upload_commit(
+        self._commit = session.new_upload_commit(
             token_refresh_url=_token_url(repo, branch),
             token_refresh_headers=headers,
             custom_headers=xet_headers_without_auth(headers),
         )
         self._stream = self._commit.start_upload_stream(name="shard")
-        self._finished = False
+        self._calls = 0
+        self._over = threading.Event()
+        self.cancelled = self._stalled = False
+        threading.Thread(target=self._watch, name="moescale-watch", daemon=True).start()
 
     def write(self, data: bytes) -> None:
         """Append bytes; waits while too many are on their way."""
-        self._stream.write(data)
+        with self._call():
+            self._stream.write(data)
 
     def finish(self) -> Sent:
         """Wait until everything has arrived."""
-        info = self._stream.finish().xet_info
-        counts = self._commit.wait_to_finish().dedup_metrics
-        self._finished = True
+        with self._call():
+            info = self._stream.finish().xet_info
+        with self._call():
+            counts = self._commit.wait_to_finish().dedup_metrics
+        self._over.set()
         return Sent(info.file_size, info.sha256, counts.total_bytes_uploaded, counts.deduped_bytes)
+
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        self._calls += 1
+        try:
+            yield
+        except Exception:
+            if self.cancelled:
+                raise InterruptedRun("the upload was stopped") from None
+            if self._stalled:
+                raise hub.BusyError(f"nothing arrived for {STALL_SECONDS:.0f} s") from None
+            raise
+        self._calls += 1
+
+    def _watch(self) -> None:
+        """End a call in which nothing goes on any more; hf_xet would wait for ever."""
+        before, since = (0, 0), time.monotonic()
+        while not self._over.wait(STALL_SECONDS / 20):
+            now = (self._calls, self._commit.progress().total_transfer_bytes_completed)
+            if now != before or self._calls % 2 == 0:
+                before, since = now, time.monotonic()
+            elif time.monotonic() - since > STALL_SECONDS:
+                self._stalled = True
+                self.abort()
+
+    def cancel(self) -> None:
+        """Wake up the thread that waits for this upload; the run ends."""
+        self.cancelled = True
+        self.abort()
 
     def abort(self) -> None:
         """Give up what is not finished."""
-        if not self._finished:
-            self._finished = True
+        if not self._over.is_set():
+            self._over.set()
             self._commit.abort()
 
 

@@ -65,6 +65,7 @@ class LocalSource:
                 hint="Run the command that started it again; it resumes.",
             )
         self.root = root.resolve()
+        self.received = 0
         self._files: dict[str, FileInfo] | None = None
         self._states: dict[str, list[int]] = {}
         repo, revision = _hub_cache_snapshot(self.root)
@@ -326,9 +327,10 @@ class LocalSink:
         Raises:
             DestinationError: nothing in the directory looks like a checkpoint.
         """
-        names = [name for name in self.existing() if "/" not in name]
-        ours = any(n == "config.json" or n.endswith(".safetensors") for n in names)
-        if not ours and not self._state.is_dir():
+        names = {name for name in self.existing() if "/" not in name}
+        weights = any(name.endswith((".safetensors", ".bin", ".gguf")) for name in names)
+        model = "moescale.json" in names or ("config.json" in names and weights)
+        if not model and not any((self._state / name).exists() for name in (JOURNAL, "lock")):
             raise DestinationError(
                 f"{self.root}: does not look like a model, so --overwrite does not remove it",
                 hint="Remove it yourself, or give another destination.",
@@ -344,7 +346,7 @@ class LocalSink:
             DestinationError: another run holds the lock, or the place cannot be written to.
         """
         try:
-            self._state.mkdir(parents=True, exist_ok=True)
+            make_directory(self._state)
             self._lock.acquire()
             if replace:
                 (self._state / JOURNAL).unlink(missing_ok=True)
@@ -443,12 +445,9 @@ class LocalSink:
         """Give a synced temporary file its own name, and note it."""
         assert self._journal is not None
         target = self.root / name
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(target.parent)
         os.replace(temporary, target)
-        for folder in target.parents:  # those that are new need their entries synced too
-            sync_directory(folder)
-            if folder == self.root:
-                break
+        sync_directory(target.parent)
         written = Written(target.stat().st_size, sha256)
         self._journal.add(name, written, _stamp(target))
         return written
@@ -487,6 +486,14 @@ def start_writeback(fd: int, offset: int, size: int) -> None:
     call = _sync_file_range()
     if call is not None:
         call(fd, offset, size, 2)  # SYNC_FILE_RANGE_WRITE
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it, each with a durable entry in the one above."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync_directory(folder.parent)
 
 
 def _stamp(path: Path) -> list[int] | None:
