@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -221,6 +221,7 @@ def make_plan(source: Source, options: Options, destination: str | None = None) 
     shards = _find_shards(source, files)
     headers = _read_headers(source, files, shards.names)
     warnings = check_against_headers(shards, headers)
+    shards = replace(shards, weight_map=None)  # large, and not needed any more
     tensors = [tensor for header in headers.values() for tensor in header.tensors.values()]
     moe = find_moe(
         config, tensors, options.arch, options.part, options.pattern, options.experts_key
@@ -302,7 +303,8 @@ def _read_headers(
         length = header_length(source.read(name, 0, LENGTH_BYTES), size, name)
         return parse_header(source.read(name, LENGTH_BYTES, length), size, name)
 
-    with ThreadPoolExecutor(max_workers=8) as pool:
+    at_once = 8 if source.identity.kind == "hub" else 1
+    with ThreadPoolExecutor(max_workers=at_once) as pool:
         return dict(zip(names, pool.map(read, names), strict=True))
 
 

@@ -7,6 +7,8 @@ safetensors 0.8 (`SafeTensors::read_metadata`, `Metadata::validate`).
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -131,7 +133,15 @@ def _tensor(name: str, entry: Any, data_start: int, where: str) -> Tensor:
             f"tensor {name!r} of dtype {dtype} and shape {shape} needs {bits / 8:g} bytes,"
             f" its data_offsets [{start}, {stop}] hold {stop - start}",
         )
-    return Tensor(name, dtype, tuple(shape), data_start + start, data_start + stop)
+    return Tensor(
+        name, sys.intern(dtype), _same_shape(tuple(shape)), data_start + start, data_start + stop
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _same_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """One object for equal shapes: a checkpoint has many tensors and few shapes."""
+    return shape
 
 
 def _is_sizes(value: Any) -> bool:

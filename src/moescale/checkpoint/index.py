@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +62,7 @@ def parse_index(data: bytes, where: str) -> Mapping[str, str]:
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str):
             raise CheckpointError(f"{where}: the shard of tensor {tensor!r} is not a file name")
+        weight_map[tensor] = sys.intern(shard)  # few names, each many times
     return weight_map
 
 

@@ -161,7 +161,7 @@ ROWS: Final[tuple[Format, ...]] = (
     ),
     *(
         Format(
-            "FP8 with power-of-two scales (MXFP8, UE8M0)",
+            "MXFP8 or UE8M0 FP8",
             {"weight": FP8, scale: E8M0},
             {scale: EXPONENT},
             source="compressed-tensors mxfp8, mx_utils.py; modelopt MXFP8;"
@@ -235,7 +235,7 @@ ROWS: Final[tuple[Format, ...]] = (
     ),
     *(
         Format(
-            "FP4 with power-of-two scales (DeepSeek-V4)",
+            "FP4 (DeepSeek-V4)",
             {"weight": ("I8",), scale: ("F8_E8M0",)},
             {scale: EXPONENT},
             source="transformers integrations/finegrained_fp8.py Fp8Dequantize:"
