@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from moescale.card import metadata_is_valid, render
 from moescale.options import Options
-from moescale.plan import Plan, make_plan
+from moescale.planning import Plan, make_plan
 from moescale.repos.base import SourceId
 from moescale.repos.local import LocalSource
 

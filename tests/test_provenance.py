@@ -12,7 +12,7 @@ import pytest
 
 from moescale import provenance
 from moescale.options import Options, parse_factors
-from moescale.plan import Plan, make_plan
+from moescale.planning import Plan, make_plan
 from moescale.repos.base import Written
 from moescale.repos.local import LocalSource
 from moescale.version import __version__

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moescale.convert import Status, fill_digests, run
+from moescale.conversion import Status, fill_digests, run
 from moescale.errors import DestinationError, UsageError
 from moescale.files import PROVENANCE
 from moescale.options import Options
-from moescale.plan import Plan, make_plan
+from moescale.planning import Plan, make_plan
 from moescale.repos.base import Progress, Sink, Source
 from moescale.repos.hub import HubPlace, is_repo_id, parse_place
 from moescale.repos.local import LocalSink, LocalSource
-from moescale.verify import verify as compare
+from moescale.verification import verify as compare
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from moescale.checkpoint.index import SUFFIX
 from moescale.model.count import CONFIG
@@ -50,6 +50,10 @@ class PlannedFile:
     size: int | None
     action: Action
     why: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The file as ``--dry-run --json`` prints it."""
+        return {"name": self.name, "size": self.size, "action": self.action, "why": self.why}
 
 
 def plan_files(

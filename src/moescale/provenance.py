@@ -9,10 +9,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import fields
+from itertools import chain
 from typing import Any
 
 from moescale.options import Options
-from moescale.plan import Plan
+from moescale.planning import Plan
 from moescale.repos.base import Written
 from moescale.version import __version__
 
@@ -75,15 +76,21 @@ def _without_digests(content: Any) -> Any:
 
 def job(plan: Plan) -> dict[str, Any]:
     """What an unfinished run must have in common with this one to be continued."""
-    content = plan.as_json()
-    content["source"]["id"] = plan.source.name
-    del content["destination"], content["warnings"]
-    text = json.dumps(content, sort_keys=True).encode() + plan.config
+    digest = hashlib.sha256(plan.config)
+    files, tensors = (f.as_json() for f in plan.files), (t.as_json() for t in plan.tensors)
+    parts = chain([plan.decisions()], files, tensors)
+    for part in parts:  # piece by piece, since they are many
+        digest.update(json.dumps(part, sort_keys=True).encode())
     return {
         "version": __version__,
-        "source": {**content["source"], "files": dict(plan.states)},
+        "source": {
+            "kind": plan.source.kind,
+            "id": plan.source.name,
+            "revision": plan.source.revision,
+            "files": dict(plan.states),
+        },
         "options": options_given(plan.options),
-        "plan": hashlib.sha256(text).hexdigest(),
+        "plan": digest.hexdigest(),
     }
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
 from moescale.files import Action, PlannedFile
-from moescale.plan import Plan, PlannedTensor
+from moescale.planning import Plan, PlannedTensor
 
 if TYPE_CHECKING:
     from tqdm import tqdm

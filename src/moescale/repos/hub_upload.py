@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ LIMITS = {
 """One block of 64 MB on its way at a time and upload, and what has arrived is noted at once, so
 that a rerun does not send it again. A user's own ``HF_XET_*`` settings win."""
 
+_M_TRIM_THRESHOLD = -1
 STALL_SECONDS = 600.0
 """An upload in which nothing has happened for so long is given up."""
 
@@ -65,9 +67,16 @@ def new_session() -> Any:
     """A session for the uploads of one run; a failed upload may leave it of no more use."""
     import hf_xet
 
+    _return_memory()
     config = hf_xet.XetConfig()
     wanted = {key: value for key, value in LIMITS.items() if not _set_by_user(key)}
     return hf_xet.XetSession(config.with_config(wanted))
+
+
+def _return_memory() -> None:
+    """Let glibc give freed blocks back at once; kept, they were another 60 to 130 MiB."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(_M_TRIM_THRESHOLD, 1 << 20)
 
 
 def _set_by_user(key: str) -> bool:

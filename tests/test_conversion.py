@@ -18,7 +18,7 @@ import pytest
 
 from moescale.api import convert, plan
 from moescale.errors import DestinationError, InterruptedRun, RewriteError, UsageError
-from moescale.plan import Plan
+from moescale.planning import Plan
 from moescale.repos import local
 from moescale.repos.local import JOURNAL, STATE, LocalSink
 

@@ -166,10 +166,7 @@ class Plan:
             "destination": self.destination,
             **self.decisions(),
             "tensors": [t.as_json() for t in self.tensors],
-            "files": [
-                {"name": f.name, "size": f.size, "action": f.action, "why": f.why}
-                for f in self.files
-            ],
+            "files": [f.as_json() for f in self.files],
             "bytes": {
                 "read": self.bytes_read,
                 "changed": self.bytes_changed,

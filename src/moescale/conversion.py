@@ -13,7 +13,7 @@ from moescale.errors import DestinationError
 from moescale.files import CARD, PROVENANCE, PlannedFile
 from moescale.model.count import CONFIG
 from moescale.parallel import Check, each
-from moescale.plan import Plan
+from moescale.planning import Plan
 from moescale.repos.base import Progress, Sink, Source, Written, io_errors
 
 Status = Literal["new", "resume", "replace", "done", "stale"]

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 
 from moescale import provenance
 from moescale.checkpoint.rewrite import PIECE, Segment, expected
-from moescale.convert import small_files
+from moescale.conversion import small_files
 from moescale.errors import SourceError, VerificationError
 from moescale.files import PROVENANCE, PlannedFile
 from moescale.parallel import Check, each
-from moescale.plan import Plan
+from moescale.planning import Plan
 from moescale.repos.base import Progress, Source, Written
 
 
