@@ -162,6 +162,14 @@ class Lab:
             out, err = process.communicate(timeout=60)
         return Outcome(process.returncode, out, err)
 
+    def fill_cache(self, *patterns: str) -> None:
+        """Download the source, or the files that match, into the Hub cache."""
+        from huggingface_hub import constants, snapshot_download
+
+        with self.monkeypatch.context() as context:
+            context.setattr(constants, "HF_HUB_DISABLE_XET", True)
+            snapshot_download(SRC, endpoint=self.hub.endpoint, allow_patterns=patterns or None)
+
     def output(self, repo: str = DST, revision: str = "main") -> dict[str, bytes]:
         """The contents of a repo on the Hub."""
         return {

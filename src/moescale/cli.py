@@ -91,6 +91,10 @@ def _command(
         Optional[str],  # noqa: UP045
         typer.Option(metavar="RULE", help="preserve (default), published, or none."),
     ] = None,
+    calibrate: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="The text for --rule measured, which is not there yet."),
+    ] = None,
     fold: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -196,6 +200,8 @@ def _command(
         "experts_key": experts_key,
     }
     try:
+        if calibrate is not None:
+            raise errors.UsageError("--calibrate goes with --rule measured, which is not there yet")
         if factors is not None:
             options["factors"] = _read_factors(factors)
         if dry_run:
