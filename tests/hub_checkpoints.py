@@ -1,4 +1,4 @@
-"""A laboratory for tests of the Hub: a loopback Hub with a checkpoint, and the command run on it."""
+"""A laboratory for tests of the Hub: a loopback Hub with a checkpoint, and runs of the command."""
 
 from __future__ import annotations
 
@@ -135,6 +135,7 @@ class Lab:
             finally:
                 for number, handler in before.items():
                     signal.signal(number, handler)
+        assert self.hub.token not in out.getvalue() + err.getvalue()
         return Outcome(code, out.getvalue(), err.getvalue())
 
     def done(self, *arguments: str) -> Outcome:

@@ -202,7 +202,7 @@ def test_a_sink_shows_a_whole_output(lab: Lab, sinks: Callable[..., Sink]) -> No
 
 
 def test_an_unfinished_run_loads_nowhere_and_is_known(lab: Lab, sinks: Callable[..., Sink]) -> None:
-    """Before `publish` there is no config to load, and another look finds job and finished files."""
+    """Before `publish` there is no config to load; another look finds job and finished files."""
     sink = sinks()
     sink.begin(JOB, replace=False)
     write(sink, NAME, BIG)

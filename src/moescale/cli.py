@@ -34,7 +34,7 @@ EXIT_CODES: dict[type[errors.MoescaleError], int] = {
 }
 """By error; every other one is 1."""
 
-GRACE_SECONDS = 3.0
+GRACE_SECONDS = 2.0
 """How long an interrupted run may take to end by itself."""
 
 INTERRUPTED = "interrupted; the same command resumes"

@@ -147,6 +147,8 @@ class HubSink:
         journal = self._journal()
         if journal is None or replace:
             self._start()
+        elif journal.get("job") != job:
+            raise DestinationError(f"{self.identity}: another run has just started here")
         else:
             self._resume(journal)
 

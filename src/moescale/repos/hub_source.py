@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moescale.checkpoint.rewrite import PIECE, Reader
+from moescale.checkpoint.rewrite import Reader
 from moescale.errors import CheckpointError, RewriteError, SourceError, TemporaryError
 from moescale.repos import hub
 from moescale.repos.base import SMALL_FILE_BYTES, FileInfo, SourceId, check_name
@@ -327,7 +327,7 @@ class HubReader:
             context = get_session().stream("GET", self._url, headers=request, timeout=timeout)
             response = context.__enter__()
         self._context = context
-        self._pieces = response.iter_raw(PIECE)
+        self._pieces = response.iter_raw()  # as they arrive: what has arrived is not asked again
         return self._problem(response, first, last)
 
     def _problem(self, response: httpx2.Response, first: int, last: int) -> str:
