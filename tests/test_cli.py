@@ -800,3 +800,32 @@ def test_a_small_run_needs_little_time_and_no_hub(source: Path, out: Path) -> No
     command = [sys.executable, "-c", code, source, out, "-k", "3", "-q", "--verify"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("place", ["", " "])
+def test_an_empty_place_is_refused(moescale: Command, source: Path, place: str) -> None:
+    """An unset variable of the shell is not the current directory."""
+    fails(moescale(source, place, "-k", 3, "--overwrite"), 2, "empty")
+    fails(moescale(place, "out", "-k", 3), 2, "empty")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_hidden_layers": 10**12},
+        {"num_local_experts": 10**12},
+        {"model_type": "qwen2_moe", "decoder_sparse_step": "x"},
+        {"model_type": "qwen2_moe", "mlp_only_layers": 5},
+        {"model_type": "deepseek_v3", "first_k_dense_replace": "x"},
+        {"model_type": "deepseek_v3", "n_group": "4", "topk_group": 2},
+    ],
+)
+def test_nonsense_in_the_config_is_one_line(
+    moescale: Command, source: Path, change: dict[str, Any]
+) -> None:
+    """A number of another type, or without end, is neither a traceback nor a hang."""
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, **change}))
+    done = moescale(source, "-k", 2, "--dry-run")
+    assert done.code == 3
+    assert "Traceback" not in done.err

@@ -635,3 +635,16 @@ def test_the_public_names_can_be_used_twice(small: Path, tmp_path: Path) -> None
     command = [sys.executable, "-c", PUBLIC, small, tmp_path / "out"]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr
+
+
+def test_a_count_for_each_layer_is_done_and_proven_like_any_other(tmp_path: Path) -> None:
+    """A config with a list of counts gives a factor by layer, and the output is known again."""
+    source = checkpoints.qwen2(tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    del config["num_experts_per_tok"]
+    config |= {"model_type": "hunyuan_v1_moe", "moe_topk": [1, 2, 2, 1]}
+    (source / "config.json").write_text(json.dumps(config))
+    assert convert(source, tmp_path / "out", experts=3, check=True).verified
+    assert convert(source, tmp_path / "out", experts=3).status == "done"
+    after = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert after["moe_topk"] == [3, 3, 3, 3]

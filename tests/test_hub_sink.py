@@ -446,6 +446,7 @@ def test_what_the_hub_lists_is_compared_with_what_was_sent(lab: Lab) -> None:
     hub.fault(
         lambda r: (
             f"/tree/{WORKING}" in r.path
+            and hub.has(DST)
             and WORKING in hub.branches(DST)
             and hub.files(DST, WORKING).keys() >= set(SHARDS)
         ),

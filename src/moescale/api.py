@@ -165,6 +165,8 @@ def open_source(text: str, revision: str | None = None) -> Source:
         UsageError: a revision is given twice, or for a directory.
         SourceError: it is neither a directory nor a repo that can be read.
     """
+    if not text.strip():
+        raise UsageError("SRC is empty", hint="For this directory say a dot.")
     if not text.startswith("hf://") and (Path(text).is_dir() or not is_repo_id(text)):
         if revision is not None:
             raise UsageError(f"--revision goes with a repo on the Hub; {text} is a directory")
@@ -215,6 +217,9 @@ def check_places(source: str, destination: str, revision: str | None) -> None:
     Raises:
         UsageError: writing there would change the source.
     """
+    for name, text in (("SRC", source), ("DST", destination)):
+        if not text.strip():
+            raise UsageError(f"{name} is empty", hint="For this directory say a dot.")
     if destination.startswith("hf://"):
         place = parse_place(destination)
         if source.startswith("hf://") or (not Path(source).is_dir() and is_repo_id(source)):

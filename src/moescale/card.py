@@ -163,8 +163,8 @@ def _section(plan: Plan) -> str:
     lines = [
         "## Rescaled mixture of experts",
         "",
-        f"This is {link}{at}, set to **{_numbers(experts.after)} experts per token** instead of"
-        f" {_numbers(experts.before)} by moescale {__version__}.",
+        f"This is {link}{at}, {_count_change(experts.before, experts.after)} by moescale"
+        f" {__version__}.",
         _what_changed(plan),
         "Nothing else was changed: every other tensor is the source's, bit for bit.",
         "",
@@ -183,11 +183,21 @@ def _section(plan: Plan) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _count_change(before: int | tuple[int, ...], after: int | tuple[int, ...]) -> str:
+    if before == after:
+        return f"with {_numbers(after)} experts per token as before, rescaled"
+    return f"set to **{_numbers(after)} experts per token** instead of {_numbers(before)}"
+
+
+def _aim(plan: Plan) -> str:
+    return ", so that their expected size stays" if plan.options.method == "preserve" else ""
+
+
 def _what_changed(plan: Plan) -> str:
     if plan.options.fold == "config":
         return (
             "The config's constant that multiplies the routed experts' output was multiplied by a"
-            " factor, so that it keeps its expected size; no weight was touched."
+            f" factor{_aim(plan)}; no weight was touched."
         )
     if not plan.changed_tensors:
         return "Only the config was edited; no weight was scaled."
@@ -196,10 +206,7 @@ def _what_changed(plan: Plan) -> str:
             "The embedding and the attention outputs are divided by a factor, which the norms undo;"
             " the routed experts' weights are as they were, and count for the factor more."
         )
-    return (
-        "The down-projections of the routed experts are multiplied by a factor, so that their"
-        " outputs keep their expected size."
-    )
+    return f"The down-projections of the routed experts are multiplied by a factor{_aim(plan)}."
 
 
 def _numbers(count: int | tuple[int, ...]) -> str:

@@ -230,7 +230,8 @@ def _read_factors(path: Path) -> dict[str, float]:
     try:
         return parse_factors(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise errors.UsageError(f"--factors {path}: {error}") from None
+        why = error.strerror if isinstance(error, OSError) else error.reason
+        raise errors.UsageError(f"--factors {path}: {why}") from None
 
 
 def _show_plan(
@@ -302,6 +303,21 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path may have letters that a terminal has not
             stream.reconfigure(errors="backslashreplace")
+    try:
+        _run()
+    finally:
+        _flush_output()
+
+
+def _flush_output() -> None:
+    """Write what is left; a reader that went away is no reason to complain at the end."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _run() -> NoReturn:
     try:
         sys.exit(app(prog_name="moescale", standalone_mode=False))
     except _UsageError as error:

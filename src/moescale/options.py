@@ -106,7 +106,7 @@ def check_factor(factor: float) -> None:
     with np.errstate(all="ignore"):
         usable = math.isfinite(factor) and factor > 0 and 0 < np.float32(factor) < np.inf
     if not usable:
-        raise UsageError(f"the factor {factor!r} is not a finite number above 0")
+        raise UsageError(f"the factor {factor!r} is not a number above 0 that float32 can hold")
 
 
 def parse_factors(text: str, where: str) -> dict[str, float]:

@@ -388,7 +388,7 @@ def _factor(moe: Moe, experts: Experts, options: Options, layer: Layer) -> float
             if moe.router is None:
                 raise UnsupportedError(
                     f"model type {moe.model_type!r}: how its router weighs experts is not known",
-                    hint="Use --arch with a type that routes alike, --factor, or --rule none.",
+                    hint="Use --arch with a type that routes alike, --factor, or --rule published.",
                 )
             return closed_form.preserve(n, m, moe.router.balanced_weight, options.rho or 0.0)
         case _:

@@ -69,7 +69,7 @@ def same_job(one: Any, other: Mapping[str, Any]) -> bool:
 def _without_digests(content: Any) -> Any:
     if isinstance(content, dict):
         return {k: _without_digests(v) for k, v in content.items() if k != "sha256"}
-    if isinstance(content, list):
+    if isinstance(content, (list, tuple)):  # JSON has no tuples
         return [_without_digests(item) for item in content]
     return content
 

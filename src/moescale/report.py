@@ -76,6 +76,10 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.router is not None:
         sums = "sum to 1" if plan.router.renormalised else "are not renormalised"
         yield "router", f"the weights of the chosen experts {sums}"
+    if plan.options.fold == "config":
+        yield "fold", "into the config's routed scaling key; every weight is copied"
+    elif plan.options.fold == "residual":
+        yield "fold", "what else writes into the residual stream is divided; the experts stay"
     before, after = _count(plan.experts.before), _count(plan.experts.after)
     trained = (
         ""

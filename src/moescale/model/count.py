@@ -110,3 +110,21 @@ def set_count(config: Config, places: Sequence[Spelling], new: int) -> Config:
 def keys_of(dotted: str) -> tuple[str, ...]:
     """The keys of a dotted path."""
     return tuple(dotted.split(".")) if dotted else ()
+
+
+def whole(section: Mapping[str, Any], key: str, default: int) -> int:
+    """A whole number of the config, 0 or more; `default` where it is not there or null.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    value = section.get(key)
+    if value is None:
+        return default
+    if type(value) is not int or not 0 <= value <= MOST:
+        raise CheckpointError(f"{CONFIG}: {key} is {str(value)[:40]!r}, not a number of things")
+    return value
+
+
+MOST = 1_000_000
+"""More layers, experts or groups than this are no model."""

@@ -20,6 +20,7 @@ from moescale.model.architectures import (
     MoeLayers,
     SparseStep,
 )
+from moescale.model.count import whole
 from moescale.model.formats import leaf_name, split_name
 
 _GENERIC = frozenset(
@@ -292,8 +293,8 @@ def _check_stacked(tensor: Tensor, total: int) -> None:
 def _check_layers(
     found: set[Layer], architecture: Architecture, section: Mapping[str, Any]
 ) -> None:
-    count = section.get("num_hidden_layers")
-    if architecture.moe_layers is None or type(count) is not int:
+    count = whole(section, "num_hidden_layers", 0)
+    if architecture.moe_layers is None or not count:
         return
     main = {layer.number for layer in found if layer.stack == _main_stack(found)}
     expected = {i for i in range(count) if _is_moe(i, architecture.moe_layers, section)}
@@ -320,17 +321,19 @@ def _is_moe(layer: int, rule: MoeLayers, section: Mapping[str, Any]) -> bool:
     if isinstance(rule, All):
         return True
     if isinstance(rule, SparseStep):
-        step = section.get("decoder_sparse_step") or 1
-        dense = section.get("mlp_only_layers") or ()
+        step = whole(section, "decoder_sparse_step", 1) or 1
+        dense = section.get("mlp_only_layers") or []
+        if not isinstance(dense, list):
+            raise CheckpointError(f"config.json: mlp_only_layers is {dense!r}, not a list")
         return layer not in dense and (layer + 1) % step == 0
     assert isinstance(rule, FirstDense)
     types = section.get("mlp_layer_types")
     if isinstance(types, list) and layer < len(types):
         return bool(types[layer] != "dense")
-    first = section.get("first_k_dense_replace")
-    step = section.get("moe_layer_freq")
-    every = step if type(step) is int and step > 0 else 1
-    return layer >= (rule.default if first is None else first) and layer % every == 0
+    first = whole(section, "first_k_dense_replace", rule.default)
+    freq = section.get("moe_layer_freq")
+    every = freq if type(freq) is int and freq > 0 else 1
+    return layer >= first and layer % every == 0
 
 
 def _check_routers(projections: list[Projection], names: Iterable[str], stacks: _Stacks) -> None:
@@ -375,8 +378,7 @@ def total_experts(architecture: Architecture, section: Mapping[str, Any]) -> int
         UnsupportedError: the config does not say.
     """
     for key in architecture.total:
-        value = section.get(key)
-        if type(value) is int and value > 0:
+        if type(section.get(key)) is int and (value := whole(section, key, 0)) > 0:
             return value
     keys = " or ".join(architecture.total)
     raise UnsupportedError(

@@ -9,6 +9,7 @@ from typing import Any
 
 from moescale.errors import UnsupportedError
 from moescale.model.architectures import Architecture, Flag, PowerNorm, SharedSum
+from moescale.model.count import whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ def router_of(architecture: Architecture, section: Mapping[str, Any]) -> Router:
         value = section.get(weights.key)
         return Router(weights.default if value is None else bool(value))
     if isinstance(weights, SharedSum):
-        return Router(True, int(section.get(weights.key) or 0))
+        return Router(True, whole(section, weights.key, 0))
     if isinstance(weights, PowerNorm):
         power = section.get(weights.key, 1)
         if power not in (1, None):
@@ -61,13 +62,10 @@ def largest_count(architecture: Architecture, section: Mapping[str, Any], total:
     A group-limited router masks all experts outside ``topk_group`` of ``n_group`` groups; asked
     for more than those hold, it silently takes masked ones.
     """
-    identity = section.get("zero_expert_num")  # experts without weights count as experts here
-    if type(identity) is int:
-        total += identity
-    groups, chosen = section.get("n_group"), section.get("topk_group")
-    if groups is None:
-        groups = section.get("num_expert_group")
+    total += whole(section, "zero_expert_num", 0)  # experts without weights count as experts
+    groups = whole(section, "n_group", whole(section, "num_expert_group", 0))
+    chosen = whole(section, "topk_group", 0)
     limited = section.get("topk_method") != "greedy"
     if not architecture.groups or not groups or not chosen or groups <= 1 or not limited:
         return total
-    return int(chosen * (total // groups))
+    return min(total, chosen * (total // groups))

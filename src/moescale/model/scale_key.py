@@ -38,6 +38,8 @@ def fold_factor(config: Config, architecture: Architecture, factor: float) -> Co
             f"{CONFIG}: has no {key}, so --fold config has no number to multiply",
             hint="Leave --fold out; the weights are scaled then.",
         )
+    if factor == 1.0:
+        return config
     edits = [(span, _product(config.text[slice(*span)], factor, key)) for span in spans]
     return parse_config(replace_spans(config.text, edits).encode())
 

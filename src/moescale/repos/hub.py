@@ -32,6 +32,9 @@ TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 RESUMES = "Run the same command again; it resumes."
 
 _REPO_ID = re.compile(r"[A-Za-z0-9](?:[\w.-]*\w)?/[A-Za-z0-9](?:[\w.-]*\w)?", re.ASCII)
+_STORAGE_ANSWER = re.compile(
+    r"HTTP status \w+ error \((?P<status>\d+)[^)]*\)(?P<token>, domain: \S+/xet-write-token/)?"
+)
 _ours: ContextVar[bool] = ContextVar("moescale_request", default=False)
 _T = TypeVar("_T")
 
@@ -230,8 +233,10 @@ def _storage_error(what: str, error: Exception, refused: type[MoescaleError]) ->
         return error
     if isinstance(error, PermissionError):
         return _http_error(what, 401, "", refused)
-    if answer := re.search(r"HTTP status \w+ error \((.*?)\)", str(error)):
-        return BusyError(f"{what}: the Hub's storage answered {answer[1]}")
+    if answer := _STORAGE_ANSWER.search(str(error)):
+        if answer["token"]:
+            return _http_error(what, int(answer["status"]), _line(error), refused)
+        return BusyError(f"{what}: the Hub's storage answered {answer['status']}")
     return BusyError(f"{what}: the connection to the Hub's storage broke: {_line(error)}")
 
 

@@ -324,7 +324,9 @@ class HubReader:
         }
         timeout = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
         with hub.in_our_words(self._info.name):
-            context = get_session().stream("GET", self._url, headers=request, timeout=timeout)
+            context = get_session().stream(
+                "GET", self._url, headers=request, timeout=timeout, follow_redirects=True
+            )
             response = context.__enter__()
         self._context = context
         self._pieces = response.iter_raw()  # as they arrive: what has arrived is not asked again

@@ -58,7 +58,9 @@ class LocalSource:
             SourceError: it is not a directory, or an output that is not finished.
         """
         if not root.is_dir():
-            raise SourceError(f"{root}: is not a directory")
+            raise SourceError(
+                f"{root}: {'is not a directory' if root.exists() else 'does not exist'}"
+            )
         if (root / STATE / JOURNAL).exists():
             raise SourceError(
                 f"{root}: holds an unfinished run of moescale ({STATE}/)",
