@@ -17,7 +17,13 @@ import numpy as np
 import pytest
 
 from moescale.api import convert, plan
-from moescale.errors import DestinationError, InterruptedRun, RewriteError, UsageError
+from moescale.errors import (
+    DestinationError,
+    InterruptedRun,
+    RewriteError,
+    UsageError,
+    VerificationError,
+)
 from moescale.planning import Plan
 from moescale.repos import local
 from moescale.repos.local import JOURNAL, STATE, LocalSink
@@ -485,8 +491,10 @@ def test_an_output_whose_config_was_edited_is_not_done(source: Path, tmp_path: P
     convert(source, tmp_path / "out", experts=3)
     path = tmp_path / "out" / "config.json"
     path.write_bytes(path.read_bytes().replace(b"\t3 ,", b"\t4 ,"))
-    with pytest.raises(DestinationError):
+    with pytest.raises(DestinationError, match="changed since"):
         convert(source, tmp_path / "out", experts=3)
+    with pytest.raises(VerificationError, match=r"config\.json: differs"):
+        convert(source, tmp_path / "out", experts=3, check=True)
 
 
 def test_an_output_can_be_rescaled_again(source: Path, tmp_path: Path) -> None:

@@ -113,6 +113,11 @@ def convert(
             f"{destination}: is an output of this job, but the source is younger than it",
             hint="--verify proves whether it is still right; --overwrite does it again.",
         )
+    if outcome.status == "changed" and not check:
+        raise DestinationError(
+            f"{destination}: is an output of this job, but was changed since",
+            hint="--verify says where; --overwrite does it again.",
+        )
     if check:
         verify_output(plan, reader, sink, jobs, progress)
     received = [f"{reader.received:,} bytes received"] if reader.received else []

@@ -16,8 +16,9 @@ from moescale.parallel import Check, each
 from moescale.planning import Plan
 from moescale.repos.base import Progress, Sink, Source, Written, io_errors
 
-Status = Literal["new", "resume", "replace", "done", "stale"]
-"""``stale``: done, but the source has changed since, or at least its times have."""
+Status = Literal["new", "resume", "replace", "done", "stale", "changed"]
+"""``stale``: done, but the source has changed since, or at least its times have; ``changed``: done,
+but a file of the output was changed or lost since."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,9 @@ def status_of(plan: Plan, source: Source, sink: Sink, overwrite: bool) -> Status
     existing = sink.existing()
     if not existing:
         return "new"
-    if _is_done(plan, source, sink, existing):
+    if _is_output(plan, source, sink, existing):
+        if not _is_whole(plan, source, sink, existing):
+            return "replace" if overwrite else "changed"
         if source.newest_change() <= sink.changed_at(PROVENANCE):
             return "done"
         return "replace" if overwrite else "stale"
@@ -61,19 +64,22 @@ def _replace(sink: Sink, overwrite: bool, why: str) -> Status:
     return "replace"
 
 
-def _is_done(plan: Plan, source: Source, sink: Sink, existing: Mapping[str, int]) -> bool:
-    """Whether the destination is the finished output of this very job."""
+def _is_output(plan: Plan, source: Source, sink: Sink, existing: Mapping[str, int]) -> bool:
+    """Whether the destination says that it is the output of this very job."""
     if PROVENANCE not in existing:
         return False
-    found = provenance.decode(sink.read(PROVENANCE))
     sizes = {f.name: Written(plan.output_size(f)) for f in plan.large_files}
+    small = {name: _written(data) for name, data in small_files(plan, source).items()}
+    wanted = provenance.provenance(plan, {**sizes, **small})
+    return provenance.same_job(provenance.decode(sink.read(PROVENANCE)), wanted)
+
+
+def _is_whole(plan: Plan, source: Source, sink: Sink, existing: Mapping[str, int]) -> bool:
+    """Whether all its files are there, the large ones in their sizes, the small ones as written."""
+    if any(existing.get(f.name) != plan.output_size(f) for f in plan.large_files):
+        return False
     small = small_files(plan, source)
-    written = {name: _written(data) for name, data in small.items()}
-    if not provenance.same_job(found, provenance.provenance(plan, {**sizes, **written})):
-        return False
-    if any(existing.get(f["name"]) != f["size"] for f in found["files"]):
-        return False
-    return all(sink.read(name) == data for name, data in small.items())
+    return all(name in existing and sink.read(name) == data for name, data in small.items())
 
 
 def run(
@@ -101,7 +107,7 @@ def run(
         InterruptedRun: the user stopped it; the same call resumes.
     """
     status = status_of(plan, source, sink, overwrite)
-    if status in ("done", "stale"):
+    if status in ("done", "stale", "changed"):
         return Outcome(status, {})
     small = small_files(plan, source)
     sink.check_card(small[CARD])

@@ -15,13 +15,14 @@ import json
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moescale.checkpoint.rewrite import Reader, pieces
-from moescale.errors import DestinationError, RewriteError, TemporaryError
+from moescale.errors import DestinationError, MoescaleError, RewriteError, TemporaryError
 from moescale.repos import hub
 from moescale.repos.base import FileInfo, SourceId, Written
 from moescale.repos.hub import HubPlace
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 JOURNAL = "moescale-journal.json"
 SMALL_BYTES = 8 << 20
 """Files up to this size that are no weights go into the last commit from memory."""
+
+COMMITS_AT_ONCE, SECONDS_PER_COMMIT = 40, 60.0
+"""The Hub allows about 128 commits an hour; beyond these, finished shards wait for one another."""
 
 WEIGHTS = ".safetensors"
 ATTRIBUTES = ".gitattributes"
@@ -72,6 +76,8 @@ class HubSink:
         self._done: dict[str, Written] = {}
         self._small: dict[str, bytes] = {}
         self._commits = threading.Lock()  # one commit at a time on the working branch
+        self._waiting: tuple[list[Any], dict[str, Written]] = [], {}  # for the next commit
+        self._allowance, self._counted = float(COMMITS_AT_ONCE), time.monotonic()
         self._one_on_disk = threading.Lock()
         self._streams = False
         self._session: Any = None
@@ -256,7 +262,8 @@ class HubSink:
             with hub.in_our_words(what, DestinationError):
                 sent = upload.finish()
             written = Written(sent.size, sent.sha256)
-            self._commit_work([uploaded(name, sent.size, sent.sha256)], name, {name: written})
+            operation = uploaded(name, sent.size, sent.sha256)
+            self._commit_work([operation], name, {name: written}, can_wait=True)
             with self._commits:
                 self._sent += sent.transferred
                 self._deduplicated += sent.deduplicated
@@ -297,11 +304,21 @@ class HubSink:
                 yield HubWriter(write, finish)
 
     def _commit_work(
-        self, operations: list[Any], message: str, done: Mapping[str, Written] | None = None
+        self,
+        operations: list[Any],
+        message: str,
+        done: Mapping[str, Written] | None = None,
+        *,
+        can_wait: bool = False,
     ) -> None:
         """Commit finished files to the working branch, with the journal that lists them."""
         with self._commits:
-            files = self._done | dict(done or {})
+            waiting, waiting_done = self._waiting
+            operations, files = [*waiting, *operations], waiting_done | dict(done or {})
+            if not self._may_commit() and can_wait:
+                self._waiting = operations, files
+                return
+            files = self._done | files
             journal = {
                 "job": self._job,
                 "head": self._head,
@@ -313,7 +330,20 @@ class HubSink:
             commit = self._repo.commit(
                 self._working, [*operations, note], message, self._working_head
             )
-            self._working_head, self._done = commit.revision, files
+            self._working_head, self._done, self._waiting = commit.revision, files, ([], {})
+
+    def _may_commit(self) -> bool:
+        """Whether another commit keeps to what the Hub allows in an hour."""
+        now = time.monotonic()
+        gained = (now - self._counted) / SECONDS_PER_COMMIT
+        self._allowance, self._counted = min(COMMITS_AT_ONCE, self._allowance + gained), now
+        allowed = self._allowance >= 1
+        self._allowance -= allowed
+        return allowed
+
+    def _flush(self) -> None:
+        if self._waiting[0]:
+            self._commit_work([], "Finished shards")
 
     def _addition(self, name: str, content: Any) -> Any:
         """The operation that adds a file; the client takes bytes to xet, whatever the server."""
@@ -338,6 +368,7 @@ class HubSink:
             DestinationError: the branch changed meanwhile.
             RewriteError: the Hub lists something else than was sent.
         """
+        self._flush()
         self._small |= last
         large = {name: written for name, written in self._done.items() if name in keep}
         self._check_listed(self._working, large)
@@ -423,7 +454,9 @@ class HubSink:
             upload.cancel()
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Note what has arrived, if the Hub can still be reached."""
+        with suppress(MoescaleError):
+            self._flush()
 
 
 class HubWriter:
