@@ -245,6 +245,29 @@ def test_only_new_bytes_are_sent(lab: Lab) -> None:
     assert " bytes received\n" in outcome.err
 
 
+def test_the_hubs_limit_on_commits_is_kept(lab: Lab) -> None:
+    """Beyond a number of commits finished shards wait and are committed together."""
+    hub = lab.start()
+    lab.monkeypatch.setattr("moescale.repos.hub_sink.COMMITS_AT_ONCE", 2)
+    lab.done(SRC, PLACE, "-k", "3", "-q", "-j", "1")
+    titles = [commit.title for commit in hub.repo(DST).commits.values()]
+    assert titles[1:4] == ["Start", SHARDS[0], "Finished shards"]
+    assert len(titles) == 5
+    assert {name: hub.read(DST, name) for name in SHARDS} == rescaled(lab.source)
+
+
+def test_what_waits_for_a_commit_is_not_lost(lab: Lab) -> None:
+    """A run that fails notes the shards that had arrived, and they are not done again."""
+    hub = lab.start()
+    lab.monkeypatch.setattr("moescale.repos.hub_sink.COMMITS_AT_ONCE", 1)
+    hub.fault(("GET", f"resolve/.*{SHARDS[2]}"), status(404), nth=2)
+    assert lab.run(SRC, PLACE, "-k", "3", "-q", "-j", "1").code == 3
+    journal = json.loads(hub.read(DST, "moescale-journal.json", WORKING))
+    assert set(journal["files"]) == set(SHARDS[:2])
+    lab.done(SRC, PLACE, "-k", "3", "-q")
+    assert {name: hub.read(DST, name) for name in SHARDS} == rescaled(lab.source)
+
+
 # What is seen -------------------------------------------------------------------------------
 
 
