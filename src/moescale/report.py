@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 LINE_SECONDS = 30.0
 """Without a terminal, progress is one line this often."""
 
+BAR_DELAY = 0.5
+"""Seconds; what takes less time shows no bar."""
+
 _TRUE = frozenset({"1", "ON", "YES", "TRUE"})
 _NAME_LENGTH = 34
 _UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -207,7 +210,7 @@ class Progress:
             unit="B",
             unit_scale=True,
             file=self._stream,
-            delay=0.5,
+            delay=BAR_DELAY,
             leave=False,
             dynamic_ncols=True,
         )
