@@ -383,6 +383,20 @@ def test_a_pull_request_against_a_missing_branch_is_refused(lab: Lab) -> None:
     assert hub.branches(DST).keys() == {"main"}
 
 
+@pytest.mark.parametrize("name", ["v1", "COMMIT", "refs/pr/1", "refs/pr/9"])
+def test_only_a_branch_is_a_destination(lab: Lab, name: str) -> None:
+    """A tag, a commit and a pull request are refused before the first weight."""
+    hub = lab.start()
+    commit = hub.add_repo(DST, {".gitattributes": b""})
+    hub.repo(DST).refs |= {"refs/tags/v1": commit, "refs/pr/1": commit}
+    place = f"{PLACE}@{name.replace('COMMIT', commit)}"
+    outcome = lab.run(SRC, place, "-k", "3", "-q", "--overwrite")
+    assert outcome.code == 3
+    assert "is not a branch" in outcome.failure
+    assert hub.traffic("^cdn")[1] <= len(SHARDS) * (32 << 10)
+    assert hub.branches(DST).keys() == {"main"}
+
+
 @pytest.mark.parametrize(
     ("source", "destination"),
     [

@@ -81,6 +81,11 @@ class HubRepo:
 
         return self._ask(fetch)
 
+    def is_branch(self, name: str) -> bool:
+        """Whether there is a branch of this name; a tag or a commit is none."""
+        refs = self._ask(lambda: hub.api().list_repo_refs(self.id))
+        return any(branch.name == name for branch in refs.branches)
+
     def read(self, name: str, branch: str) -> bytes:
         """A small file of a branch."""
         from huggingface_hub import get_session, hf_hub_url

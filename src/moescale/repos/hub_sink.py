@@ -144,10 +144,7 @@ class HubSink:
         self._create_repo()
         self._job = job
         self._head = self._repo.head(self.branch)
-        if self._head is None and self._options.create_pr:
-            raise DestinationError(
-                f"{self.identity}: there is no such branch to open a pull request against"
-            )
+        self._check_branch()
         self._streams = can_stream(self.place.repo, self._base(), self.identity)
         self._session = new_session() if self._streams else None
         journal = self._journal()
@@ -168,6 +165,20 @@ class HubSink:
             raise DestinationError(
                 f"{self.identity}: exists and is {'private' if info.private else 'public'}",
                 hint="--private and --public are for a repo that has to be made.",
+            )
+
+    def _check_branch(self) -> None:
+        """Refuse now what the Hub would refuse at the end."""
+        if self._head is None and self._options.create_pr:
+            raise DestinationError(
+                f"{self.identity}: there is no such branch to open a pull request against"
+            )
+        if self.branch.startswith("refs/") or (
+            self._head is not None and not self._repo.is_branch(self.branch)
+        ):
+            raise DestinationError(
+                f"{self.identity}: {self.branch} is not a branch",
+                hint="Give the name of a branch, or a new name; --create-pr opens a pull request.",
             )
 
     def _base(self) -> str:
