@@ -141,10 +141,12 @@ def test_git_and_cache_are_no_part_of_it(folder: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["missing", "model/config.json"])
-def test_what_is_no_directory_is_no_source(folder: Path, name: str) -> None:
-    """A missing place and a file are refused."""
-    with pytest.raises(SourceError, match="not a directory"):
+@pytest.mark.parametrize(
+    ("name", "why"), [("missing", "does not exist"), ("model/config.json", "is not a directory")]
+)
+def test_what_is_no_directory_is_no_source(folder: Path, name: str, why: str) -> None:
+    """A missing place and a file are refused, each with its reason."""
+    with pytest.raises(SourceError, match=f"{name}: {why}"):
         LocalSource(folder.parent / name)
 
 
