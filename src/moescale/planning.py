@@ -7,7 +7,7 @@ it, the run executes it, the card and the verification read it; none of them dec
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -36,7 +36,8 @@ from moescale.model.router import Router, largest_count
 from moescale.model.scale_key import fold_factor
 from moescale.options import Options
 from moescale.repos.base import FileInfo, Source, SourceId, check_name
-from moescale.rules import closed_form
+from moescale.rules import closed_form, gates, measured
+from moescale.rules.samples import Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,7 @@ class Plan:
     config: bytes
     index: tuple[str, bytes | None] | None  # its name; its content where it has to be made
     new_headers: Mapping[str, NewHeader]  # of the shards in which tensors change their size
+    samples: Mapping[str, Sample] = field(default_factory=dict)  # by layer, where a rule has any
     warnings: tuple[str, ...] = ()
     states: Mapping[str, Any] = field(default_factory=dict)
 
@@ -196,13 +198,23 @@ class Plan:
         }
 
 
-def make_plan(source: Source, options: Options, destination: str | None = None) -> Plan:
+Sampler = Callable[[Moe, Experts], Mapping[Layer, Sample]]
+"""Finds out what a rule wants to know of every MoE layer."""
+
+
+def make_plan(
+    source: Source,
+    options: Options,
+    destination: str | None = None,
+    sampler: Sampler | None = None,
+) -> Plan:
     """Decide everything.
 
     Args:
         source: where the checkpoint is; its config, index and shard headers are read.
         options: what the user asked for.
         destination: what the user calls the place of the output, for the record.
+        sampler: samples the layers for the rules ``gates`` and ``measured``.
 
     Raises:
         SourceError: the checkpoint is malformed, incomplete or cannot be rescaled so.
@@ -229,7 +241,8 @@ def make_plan(source: Source, options: Options, destination: str | None = None) 
             f"the source is itself an output of moescale ({PROVENANCE}); its factors stay in it"
         )
     experts = _experts(moe, options)
-    factors = _factors(moe, experts, options)
+    samples = sampler(moe, experts) if sampler is not None else {}
+    factors = _factors(moe, experts, options, samples)
     scaled = _scaled_tensors(moe, factors, tensors, options)
     warnings += confirm(
         ((s, factor) for s, _, factor in scaled), config.value, _instead(moe, factors)
@@ -269,6 +282,7 @@ def make_plan(source: Source, options: Options, destination: str | None = None) 
         config=new_config.text.encode(),
         index=index,
         new_headers=MappingProxyType(_new_headers(source, headers, planned)),
+        samples=MappingProxyType({str(layer): sample for layer, sample in samples.items()}),
         warnings=tuple(warnings),
         states=MappingProxyType({name: source.state(name) for name in files}),
     )
@@ -357,10 +371,17 @@ def _at(count: int | tuple[int, ...], layer: Layer) -> int:
     return count[min(layer.number, len(count) - 1)]
 
 
-def _factors(moe: Moe, experts: Experts, options: Options) -> dict[Layer, float]:
+def _factors(
+    moe: Moe, experts: Experts, options: Options, samples: Mapping[Layer, Sample]
+) -> dict[Layer, float]:
     layers = sorted({projection.layer for projection in moe.projections})
     if options.factors is not None:
         return _given_factors(layers, options.factors)
+    match options.method:
+        case "gates":
+            return {layer: gates.factor(samples[layer], options.rho or 0.0) for layer in layers}
+        case "measured":
+            return {layer: measured.factor(samples[layer]) for layer in layers}
     return {layer: _factor(moe, experts, options, layer) for layer in layers}
 
 

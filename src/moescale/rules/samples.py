@@ -1,0 +1,60 @@
+"""What was found out about the routers and the experts of a model, layer by layer.
+
+Samples come from the model's own router (rule ``gates``) or from running the model over a text
+(rule ``measured``); the rules turn them into factors, the report draws them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+DIGITS = 6
+"""Significant digits of a factor that was sampled. Matrix products differ in their last bits from
+one machine to the next; the factor, and with it every byte of the output, shall not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """One MoE layer with `experts` experts per token, averaged over tokens.
+
+    Attributes:
+        experts: experts per token, k.
+        squares: ``A_k = E[sum g_i^2]`` of the gate weights.
+        squared_sum: ``B_k = E[(sum g_i)^2]``.
+        ranks: for each of the k chosen experts, the largest weight first, the 10th, 50th and 90th
+            percentile of its gate weight.
+        norm: mean Euclidean norm of the routed experts' output, in the units of the hidden state;
+            None where no expert was run.
+    """
+
+    experts: int
+    squares: float
+    squared_sum: float
+    ranks: tuple[tuple[float, float, float], ...] = ()
+    norm: float | None = None
+
+    def expected_norm(self, rho: float) -> float:
+        """``sqrt((1-rho) A_k + rho B_k)``: the expected norm for expert outputs of norm 1."""
+        return math.sqrt((1 - rho) * self.squares + rho * self.squared_sum)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One MoE layer as it was trained and as it will be run.
+
+    Attributes:
+        before: with the number of experts that it was trained with.
+        after: with the new number, weights unchanged.
+        correlation: mean pairwise cosine of the chosen experts' outputs before; None where no
+            expert was run.
+    """
+
+    before: Moments
+    after: Moments
+    correlation: float | None = None
+
+
+def rounded(factor: float) -> float:
+    """A sampled factor to `DIGITS` significant digits."""
+    return float(f"{factor:.{DIGITS}g}")
