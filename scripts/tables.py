@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the tables of supported model types and formats into the README.
+"""Writes the tables of options, model types and formats into the README, from the code.
 
 python scripts/tables.py          # writes
 python scripts/tables.py --check  # only says whether the README is up to date
@@ -8,13 +8,17 @@ python scripts/tables.py --check  # only says whether the README is up to date
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import typer
+
+from moescale.cli import app
 from moescale.model import architectures, formats
 from moescale.model.architectures import Architecture
 
 README = Path(__file__).parent.parent / "README.md"
-START, END = "<!-- tables: made by scripts/tables.py -->\n", "<!-- end of tables -->\n"
+START, END = "<!-- {}: made by scripts/tables.py -->\n", "<!-- end of {} -->\n"
 
 
 def main() -> None:
@@ -29,9 +33,28 @@ def main() -> None:
 
 def with_tables(text: str) -> str:
     """The README with fresh tables."""
-    before, _, rest = text.partition(START)
-    after = rest.partition(END)[2]
-    return f"{before}{START}\n{types_table()}\n{formats_table()}\n{END}{after}"
+    for name, table in TABLES.items():
+        start, end = START.format(name), END.format(name)
+        before, _, rest = text.partition(start)
+        after = rest.partition(end)[2]
+        text = f"{before}{start}\n{table()}\n{end}{after}"
+    return text
+
+
+def options_table() -> str:
+    """Every option of the command, with its help text."""
+    command = typer.main.get_command(app)
+    lines = ["| option | meaning |", "|---|---|"]
+    for parameter in command.params:
+        if parameter.param_type_name == "option":
+            lines.append(f"| {spelling(parameter)} | {parameter.help} |")
+    return "\n".join(lines) + "\n"
+
+
+def spelling(option: typer.core.TyperOption) -> str:
+    """All names of an option, and what its value is called."""
+    names = ", ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts))
+    return names if option.is_flag else f"{names} {option.metavar}"
 
 
 def types_table() -> str:
@@ -81,6 +104,13 @@ def kind(row: formats.Format) -> str:
     if any(part.promote for part in parts):
         return "the scale; in 16 bits it is widened to F32 (the shard's header changes)"
     return "the scale, in its own dtype; every code stays bit-identical"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "types": types_table,
+    "formats": formats_table,
+    "options": options_table,
+}
 
 
 if __name__ == "__main__":
