@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
-"""Measures moescale on this machine: time against `cp -r`, peak memory, start-up.
+"""Measures moescale on this machine: time, peak memory and new blocks against others, start-up.
 
     python scripts/benchmark.py                    # 3 GB in a temporary folder
     python scripts/benchmark.py --dir /mnt/disk --gigabytes 10 --pairs 9
+    python scripts/benchmark.py --mergekit ENV/bin/mergekit-yaml --transformers ENV/bin/python
 
 Needs moescale installed in the Python that runs it, and three times the size on the disk. The
 page cache is warm; the runs of a round follow one another in changing order, so that a drifting
 machine shows in all of them. `cp -r` does not wait for the disk; moescale does (every file is
 synced before it gets its name), so a third row has `cp -r` followed by a sync of what it wrote.
+mergekit 0.1.5 scales with `passthrough` and `scale`, transformers loads, scales and saves; both
+need torch and live in environments of their own. Blocks that a file system shares between source
+and output (XFS, btrfs) are not new.
 """
 
 from __future__ import annotations
@@ -26,8 +30,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
-HIDDEN, INNER, EXPERTS = 2048, 3584, 8
+HIDDEN, INNER, EXPERTS, HEADS, VOCABULARY = 2048, 3584, 8, 16, 1024
+NORMS = ("input", "post_attention")
 PIECE = 16 << 20
 SETTLE = 3.0
 """Seconds between runs: a removed file keeps a disk busy for a while after the sync."""
@@ -39,6 +45,8 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--gigabytes", type=float, default=3.0)
     parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--mergekit", metavar="PROGRAM", help="compare with this mergekit-yaml")
+    parser.add_argument("--transformers", metavar="PYTHON", help="compare with its transformers")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.dir, prefix="moescale-bench-") as folder:
         root = Path(folder)
@@ -48,8 +56,10 @@ def main() -> None:
         in_child(make_mixtral, many, arguments.gigabytes)
         in_child(make_stacked, stacked, arguments.gigabytes / 2)
         start_up()
-        for source, label in ((many, "4 shards"), (stacked, "one stacked tensor")):
-            compare(source, root / "output", label, arguments.pairs)
+        output = root / "output"
+        others = other_tools(many, output, arguments.mergekit, arguments.transformers)
+        compare(many, output, "4 shards", arguments.pairs, others)
+        compare(stacked, output, "one stacked tensor", arguments.pairs, {})
 
 
 def in_child(function: Callable[[Path, float], None], folder: Path, gigabytes: float) -> None:
@@ -79,20 +89,14 @@ def file_system(path: Path) -> str:
 
 
 def make_mixtral(folder: Path, gigabytes: float) -> None:
-    """A Mixtral of random bf16 numbers in 4 shards of equal size."""
+    """A complete Mixtral of random bf16 numbers in 4 shards of equal size."""
     layer_bytes = EXPERTS * 3 * HIDDEN * INNER * 2
     layers = max(4, round(gigabytes * 1e9 / layer_bytes))
     shards: list[dict[str, list[int]]] = [{} for _ in range(4)]
     for layer in range(layers):
-        block = f"model.layers.{layer}.block_sparse_moe"
-        shards[layer * 4 // layers][f"{block}.gate.weight"] = [EXPERTS, HIDDEN]
-        for expert in range(EXPERTS):
-            for name, shape in (
-                ("w1", [INNER, HIDDEN]),
-                ("w2", [HIDDEN, INNER]),
-                ("w3", [INNER, HIDDEN]),
-            ):
-                shards[layer * 4 // layers][f"{block}.experts.{expert}.{name}.weight"] = shape
+        shards[layer * 4 // layers] |= layer_shapes(f"model.layers.{layer}")
+    shards[0]["model.embed_tokens.weight"] = [VOCABULARY, HIDDEN]
+    shards[-1] |= {"model.norm.weight": [HIDDEN], "lm_head.weight": [VOCABULARY, HIDDEN]}
     folder.mkdir()
     weight_map = {}
     for number, shapes in enumerate(shards, 1):
@@ -102,6 +106,22 @@ def make_mixtral(folder: Path, gigabytes: float) -> None:
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     write_config(folder, layers)
+
+
+def layer_shapes(layer: str) -> dict[str, list[int]]:
+    """The tensors of one decoder layer."""
+    shapes = {f"{layer}.self_attn.{name}_proj.weight": [HIDDEN, HIDDEN] for name in "qkvo"}
+    shapes |= {f"{layer}.{name}_layernorm.weight": [HIDDEN] for name in NORMS}
+    block = f"{layer}.block_sparse_moe"
+    shapes[f"{block}.gate.weight"] = [EXPERTS, HIDDEN]
+    for expert in range(EXPERTS):
+        for name, shape in (
+            ("w1", [INNER, HIDDEN]),
+            ("w2", [HIDDEN, INNER]),
+            ("w3", [INNER, HIDDEN]),
+        ):
+            shapes[f"{block}.experts.{expert}.{name}.weight"] = shape
+    return shapes
 
 
 def make_stacked(folder: Path, gigabytes: float) -> None:
@@ -114,12 +134,20 @@ def make_stacked(folder: Path, gigabytes: float) -> None:
 
 
 def write_config(folder: Path, layers: int) -> None:
-    """As much of a Mixtral config as moescale reads."""
+    """The config of a Mixtral."""
     config = {
+        "architectures": ["MixtralForCausalLM"],
+        "dtype": "bfloat16",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
         "model_type": "mixtral",
+        "num_attention_heads": HEADS,
         "num_experts_per_tok": 2,
         "num_hidden_layers": layers,
+        "num_key_value_heads": HEADS,
         "num_local_experts": EXPERTS,
+        "tie_word_embeddings": False,
+        "vocab_size": VOCABULARY,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
@@ -158,38 +186,110 @@ def start_up() -> None:
         )
 
 
-def compare(source: Path, output: Path, label: str, pairs: int) -> None:
-    """Run moescale, `cp -r`, and `cp -r` with a sync in turn; print medians and ratios."""
+def other_tools(
+    source: Path, output: Path, mergekit: str | None, transformers: str | None
+) -> dict[str, list[str]]:
+    """The commands that do the same with other tools, as far as they are there."""
+    commands = {}
+    if mergekit is not None:
+        recipe = output.parent / "mergekit.yml"
+        layers = json.loads((source / "config.json").read_text())["num_hidden_layers"]
+        recipe.write_text(MERGEKIT.format(source=source, layers=layers))
+        commands["mergekit"] = [mergekit, str(recipe), str(output), "--copy-tokenizer"]
+    if transformers is not None:
+        script = output.parent / "transformers_scale.py"
+        script.write_text(TRANSFORMERS)
+        commands["transformers"] = [transformers, str(script), str(source), str(output)]
+    return commands
+
+
+MERGEKIT = """\
+merge_method: passthrough
+dtype: bfloat16
+slices:
+- sources:
+  - model: {source}
+    layer_range: [0, {layers}]
+    parameters:
+      scale:
+      - filter: w2
+        value: 1.224744871391589
+      - value: 1.0
+"""
+TRANSFORMERS = """\
+import sys
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+with torch.no_grad():
+    for name, parameter in model.named_parameters():
+        if name.endswith("experts.down_proj"):
+            parameter.mul_(1.224744871391589)
+model.config.num_experts_per_tok = 3
+model.save_pretrained(sys.argv[2])
+"""
+
+
+def compare(
+    source: Path, output: Path, label: str, pairs: int, others: dict[str, list[str]]
+) -> None:
+    """Run moescale, `cp -r`, `cp -r` with a sync, and others in turn; print a table of medians."""
     size = sum(f.stat().st_size for f in source.iterdir())
-    rewrite = [sys.executable, "-m", "moescale", str(source), str(output), "-k", "3", "-q"]
     copy = ["cp", "-r", str(source), str(output)]
-    runs: dict[str, Callable[[], tuple[float, float]]] = {
-        "moescale": lambda: timed(rewrite),
-        "cp -r": lambda: timed(copy),
-        "cp -r, synced": lambda: timed(["sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', *copy[2:]]),
+    commands = {
+        "moescale": [
+            *(sys.executable, "-m", "moescale", str(source), str(output), "-k", "3", "-q")
+        ],
+        "cp -r": copy,
+        "cp -r, synced": ["sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', *copy[2:]],
+        **others,
     }
-    results: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    names = list(runs)
+    results: dict[str, list[Run]] = {name: [] for name in commands}
+    names = list(commands)
     for number in range(pairs + 1):
-        for name in names[number % 3 :] + names[: number % 3]:
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
             shutil.rmtree(output, ignore_errors=True)
             os.sync()
             time.sleep(SETTLE)
-            result = runs[name]()
+            result = measured(commands[name], output.parent)
             if number:  # the first round warms the page cache
                 results[name].append(result)
     shutil.rmtree(output, ignore_errors=True)
-    print(f"\n{label}, {size / 1e9:.2f} GB, {pairs} runs each, in turn")
-    ours = results["moescale"]
-    for name, figures in results.items():
-        seconds = [wall for wall, _ in figures]
-        ratios = [a[0] / b[0] for a, b in zip(ours, figures, strict=True)]
-        print(
-            f"  {name:14} {min(seconds):6.2f} {statistics.median(seconds):6.2f}"
-            f" {max(seconds):6.2f} s (min, median, max); peak"
-            f" {max(memory for _, memory in figures):6.1f} MiB;"
-            f" moescale / this: median {statistics.median(ratios):.2f}"
-        )
+    print(f"\n{label}, {size / 1e9:.2f} GB, {pairs} runs each, in turn\n")
+    print("| | min, median, max s | time against moescale's | peak MiB | new MB on the disk |")
+    print("|---|---|---|---|---|")
+    for name, runs in results.items():
+        print(row(name, runs, results["moescale"]))
+
+
+class Run(NamedTuple):
+    """What one run of a command took."""
+
+    seconds: float
+    peak_mib: float
+    new_bytes: int
+
+
+def row(name: str, runs: list[Run], ours: list[Run]) -> str:
+    """One line of the table; the ratio is the median over the rounds."""
+    seconds = sorted(run.seconds for run in runs)
+    ratio = statistics.median(
+        one.seconds / own.seconds for one, own in zip(runs, ours, strict=True)
+    )
+    return (
+        f"| {name} | {seconds[0]:.2f}, {statistics.median(seconds):.2f}, {seconds[-1]:.2f}"
+        f" | {ratio:.2f} | {max(run.peak_mib for run in runs):.0f}"
+        f" | {statistics.median(run.new_bytes for run in runs) / 1e6:,.0f} |"
+    )
+
+
+def measured(command: list[str], folder: Path) -> Run:
+    """Run a command; how many bytes are less free afterwards than before, on its file system."""
+    before = shutil.disk_usage(folder).used
+    seconds, peak = timed(command)
+    os.sync()
+    return Run(seconds, peak, shutil.disk_usage(folder).used - before)
 
 
 def timed(command: list[str]) -> tuple[float, float]:
