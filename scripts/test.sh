@@ -11,8 +11,7 @@ if [ "$#" -eq 0 ]; then
   .venv-test/bin/ruff check .
   .venv-test/bin/ruff format --check .
   .venv-test/bin/mypy
-  .venv-test/bin/coverage run -m pytest
-  .venv-test/bin/coverage report
+  .venv-test/bin/python -m pytest --numprocesses auto --dist worksteal --cov --cov-report term
 else
   .venv-test/bin/python -m pytest "$@"
 fi

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -299,9 +300,9 @@ def test_a_long_model_index_is_fast(hub_plan: Plan) -> None:
     """Half a megabyte of evaluation results costs less than a second."""
     row = "  - task: {type: text-generation}\n    metrics: [{type: acc, value: 0.5, name: a}]\n"
     front = "license: mit\nmodel-index:\n- name: x\n  results:\n" + row * (500_000 // len(row))
-    start = time.monotonic()
+    start = time.process_time()
     new = render(hub_plan, card(front))
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
     assert len(new) < 5000
     assert metadata(new)["license"] == "mit"
 
@@ -338,12 +339,18 @@ def test_a_hostile_card_is_fast(hub_plan: Plan, front: str) -> None:
         "metadata_is_valid(sys.stdin.buffer.read())"
     )
     data = card("license: mit\n" + front)
-    start = time.monotonic()
+    start = seconds_of_children()
     child = subprocess.run(
-        [sys.executable, "-c", code], input=data, capture_output=True, timeout=10, check=False
+        [sys.executable, "-c", code], input=data, capture_output=True, timeout=60, check=False
     )
     assert child.returncode == 0, child.stderr.decode()[-300:]
-    assert time.monotonic() - start < 1.5
+    assert seconds_of_children() - start < 1.5
+
+
+def seconds_of_children() -> float:
+    """Processor time of the child processes that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def test_a_path_in_the_card_is_never_followed(hub_plan: Plan, tmp_path: Path) -> None:

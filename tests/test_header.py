@@ -309,9 +309,9 @@ def test_a_line_end_in_a_name_does_not_break_the_line() -> None:
 )
 def test_a_few_kilobytes_never_take_a_second(text: str) -> None:
     """No small header costs much time, however it is built."""
-    start = time.monotonic()
+    start = time.process_time()
     refused(with_header(text))
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
 
 
 # The library as the judge -------------------------------------------------------------------------
