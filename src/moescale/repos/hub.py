@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from moescale.errors import MoescaleError, SourceError, TemporaryError, UsageError
+from moescale.errors import DestinationError, MoescaleError, SourceError, TemporaryError, UsageError
 from moescale.version import __version__
 
 if TYPE_CHECKING:
@@ -186,6 +186,11 @@ def _translated(what: str, error: Exception, refused: type[MoescaleError]) -> Ex
             return BusyError(f"{what}: {error.message}", retry_after=error.retry_after)
         case MoescaleError():
             return error
+        case OfflineModeIsEnabled() if refused is DestinationError:
+            return refused(
+                f"{what}: cannot be written to, since HF_HUB_OFFLINE is set",
+                hint="Unset HF_HUB_OFFLINE, or give a directory as DST.",
+            )
         case OfflineModeIsEnabled():
             return refused(
                 f"{what}: is not in the Hub cache, and HF_HUB_OFFLINE is set",
