@@ -145,15 +145,18 @@ class Lab:
         return outcome
 
     def start_child(
-        self, *arguments: str, home: str = "home", **more: str
+        self, *arguments: str, home: str = "home", terminal: int | None = None, **more: str
     ) -> subprocess.Popen[str]:
-        """Start the command in a process of its own, on a machine of its own if `home` is new."""
+        """Start the command in a process of its own, on a machine of its own if `home` is new.
+
+        What it says goes to pipes, or to a terminal.
+        """
         environment = {**self.hub.env(self.root / home), **more}
         return subprocess.Popen(
             [sys.executable, "-m", "moescale", *arguments],
             env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE if terminal is None else terminal,
+            stderr=subprocess.PIPE if terminal is None else terminal,
             text=True,
         )
 

@@ -29,6 +29,7 @@ from moescale.repos import hub as hub_module
 
 WORK = ("POST", "/commit/moescale-unfinished-main")
 LAST = ("POST", "/commit/main")
+CREATE = ("POST", "repos/create")
 DATA = r"^cdn /\w{64}"
 
 
@@ -64,10 +65,11 @@ POINTS: dict[str, Point] = {
     "the address of a shard": (("GET", r"lab/mix/resolve/.*00002-of"), True),
     "the bytes of a shard": (DATA, True),
     "the destination": (("GET", r"^api /api/models/me/out(/tree|/revision|$)"), True),
-    "creating the repo": (("POST", "repos/create"), True),
+    "creating the repo": (CREATE, True),
     "creating the branch": (("POST", "/branch/"), True),
     "the card": (("POST", "validate-yaml"), True),
     "the token for the storage": (("GET", "xet-write-token/main"), True),
+    "the token for a shard": (("GET", "xet-write-token/moescale"), "http"),
     "before a commit": (("POST", "/preupload/"), True),
     "a commit with a shard": (WORK, True),
     "the last commit": (LAST, True),
@@ -214,23 +216,29 @@ def test_an_address_that_expired_is_asked_for_again(lab: Lab) -> None:
     assert 403 in {r.status for r in hub.find("^cdn")}
 
 
-@pytest.mark.parametrize("moment", ["a header", "a shard", "a commit", "the end"])
+@pytest.mark.parametrize("jobs", ["1", "3"])
+@pytest.mark.parametrize(
+    "moment", ["a header", "a shard", "the storage", "a shard's storage", "a commit", "the end"]
+)
 def test_a_token_that_expires_ends_the_run_and_a_new_one_completes_it(
-    lab: Lab, moment: str
+    lab: Lab, moment: str, jobs: str
 ) -> None:
     """401 in the middle is 3 with a line about the token; with a new token the command resumes."""
     matches: dict[str, tuple[Match, int]] = {
         "a header": (("GET", "lab/mix/resolve/.*safetensors"), 2),
         "a shard": (("GET", "lab/mix/resolve/.*safetensors"), 5),
+        "the storage": (("GET", "xet-write-token/main"), 1),
+        "a shard's storage": (("GET", "xet-write-token/moescale"), 2),
         "a commit": (WORK, 3),
         "the end": (LAST, 1),
     }
     hub = lab.start(xet="http")
     match, nth = matches[moment]
     hub.fault(match, run(hub.expire), nth)
-    outcome = lab.run(SRC, PLACE, "-k", "3", "-q", "-j", "1")
+    outcome = lab.run(SRC, PLACE, "-k", "3", "-q", "-j", jobs)
     assert outcome.code == 3, outcome.err
     assert "token" in outcome.failure
+    assert sum(lab.waits) < 2  # a refusal is no outage
     assert not hub.has(DST) or set(hub.files(DST)) == {".gitattributes"}
     lab.monkeypatch.setenv("HF_TOKEN", hub.add_token("hf_new"))
     complete(lab)
@@ -242,7 +250,9 @@ def test_a_token_that_expires_ends_the_run_and_a_new_one_completes_it(
 @pytest.mark.parametrize(
     "action", [applied(500), applied(504), lost(), status(500), reset_upload(9)]
 )
-@pytest.mark.parametrize("match", [WORK, LAST, ("POST", "/branch/"), ("DELETE", "/branch/")])
+@pytest.mark.parametrize(
+    "match", [CREATE, WORK, LAST, ("POST", "/branch/"), ("DELETE", "/branch/")]
+)
 def test_a_change_whose_answer_is_lost_is_not_made_twice(
     lab: Lab, match: Match, action: Action
 ) -> None:
@@ -251,6 +261,21 @@ def test_a_change_whose_answer_is_lost_is_not_made_twice(
     faults = [hub.fault(match, action, nth) for nth in (1, 3)]
     lab.done(SRC, PLACE, "-k", "3", "-q")
     assert faults[0].fired == 1
+    assert sum(lab.waits) < 3
+    check(lab)
+
+
+def test_a_repo_that_is_being_made_is_waited_for_within_limits(lab: Lab) -> None:
+    """The Hub makes one repo of a user at a time; where that never ends, the run does, with 5."""
+    hub = lab.start()
+    text = {"error": "Cannot create repo: another conflicting operation is in progress"}
+    fault = hub.fault(CREATE, status(409, text), times=None)
+    outcome = lab.run(SRC, PLACE, "-k", "3", "-q")
+    assert (outcome.code, fault.fired) == (5, hub_module.ATTEMPTS)
+    assert "another operation is in progress" in outcome.failure
+    hub.log.clear()
+    hub.fault(CREATE, status(409, text), times=2)
+    lab.done(SRC, PLACE, "-k", "3", "-q")
     check(lab)
 
 

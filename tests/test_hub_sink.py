@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -23,7 +20,6 @@ from hub_checkpoints import (
     STREAM,
     Lab,
     laboratory,
-    large_shard,
     rescaled,
 )
 from hub_faults import run, status
@@ -505,45 +501,3 @@ def test_a_sink_has_no_other_way_out(lab: Lab) -> None:
         HubSink(HubPlace(DST)).begin({"version": "1"}, replace=False)
     hub.commit(DST, {"moescale-journal.json": b"no json"}, branch=WORKING)
     assert lab.run(SRC, PLACE, "-k", "3", "-q").code == 3
-
-
-# Memory -------------------------------------------------------------------------------------
-
-MIB = 1 << 20
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize(
-    ("to", "limit"), [("disk", 120), ("Hub", 330)], ids=["to disk", "to the Hub, all bytes new"]
-)
-def test_memory_stays_within_limits(lab: Lab, to: str, limit: int) -> None:
-    """A shard of 150 MB is not in memory: the peak stays far below the contract's limits."""
-    hub = lab.start(xet="http")
-    folder = lab.root / "large"
-    folder.mkdir()
-    large_shard(folder / "model.safetensors", 150 * MIB)
-    count = (folder / "model.safetensors").stat().st_size // (3 * 8 * MIB)
-    config = {
-        "model_type": "mixtral",
-        "num_hidden_layers": 1,
-        "num_experts_per_tok": 2,
-        "num_local_experts": count,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    hub.add_repo("lab/large", {path.name: path for path in folder.iterdir()})
-    target = str(lab.root / "out") if to == "disk" else PLACE
-    peak = 0
-    with lab.start_child("lab/large", target, "-k", "3", "-q") as process:
-        while process.poll() is None:
-            peak = max(peak, resident_peak(process.pid))
-            time.sleep(0.02)
-    assert process.returncode == 0
-    assert 20 * MIB < peak < limit * MIB
-
-
-def resident_peak(pid: int) -> int:
-    """The most memory that a process has had so far, in bytes; 0 if it is gone."""
-    with suppress(OSError):
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-        return int(found[1]) << 10 if found else 0
-    return 0

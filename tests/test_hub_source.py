@@ -11,7 +11,7 @@ from pathlib import Path
 import checkpoints
 import pytest
 from hub_checkpoints import DST, PLACE, SHARDS, SRC, Lab, laboratory, rescaled
-from hub_faults import corrupt, run, truncate
+from hub_faults import corrupt, run, status, truncate
 from hub_store import Sparse
 from huggingface_hub import constants
 
@@ -266,6 +266,16 @@ def test_offline_a_child_honours_the_setting(lab: Lab) -> None:
     assert not hub.requests
 
 
+def test_offline_nothing_is_uploaded(lab: Lab) -> None:
+    """A destination on the Hub is refused where HF_HUB_OFFLINE is set, and the line says why."""
+    hub = lab.start()
+    lab.monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    outcome = lab.run(str(lab.folder), PLACE, "-k", "3", "-q")
+    assert outcome.code == 3
+    assert f"{PLACE}: cannot be written to, since HF_HUB_OFFLINE is set" in outcome.failure
+    assert not hub.requests
+
+
 @pytest.mark.parametrize(
     ("cached", "missing"),
     [
@@ -429,6 +439,7 @@ def test_no_access_is_said(lab: Lab) -> None:
     secret = lab.run("lab/secret", "-k", "3", "--dry-run")
     assert (gated.code, secret.code) == (3, 3)
     assert "does not allow it (403)" in gated.failure
+    assert "Ask for access" in gated.failure
     assert "lab/secret: not found (404)" in secret.failure
 
 
@@ -447,6 +458,21 @@ def test_the_token_goes_to_the_hub_only(lab: Lab) -> None:
     assert hub.find("^cas")
     written = b"".join(lab.output().values()) + (outcome.out + outcome.err).encode()
     assert hub.token.encode() not in written
+
+
+def test_the_token_is_in_nothing_that_is_written(lab: Lab) -> None:
+    """Not in what is said with every log switched on, nor in a log, a journal or any other file."""
+    hub = lab.start(xet="http")
+    logs = {"HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug", "RUST_LOG": "debug"}
+    hub.fault(("POST", "/commit/main"), status(403))
+    outcome = lab.child(SRC, PLACE, "-k", "3", "-v", **logs)
+    assert outcome.code == 3
+    assert "<TOKEN>" in outcome.err
+    assert hub.token not in outcome.out + outcome.err
+    contents = [path.read_bytes() for path in lab.root.rglob("*") if path.is_file()]
+    assert any(b'"job":' in content for content in contents)  # the journal, as the Hub has it
+    assert any(b"hf_xet logging configured" in content for content in contents)  # a log of hf_xet
+    assert not [content for content in contents if hub.token.encode() in content]
 
 
 def test_an_error_never_shows_the_token(lab: Lab) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from threading import Lock
 from typing import Literal
 
 from moescale import card, provenance
@@ -150,11 +151,13 @@ def _stream(
         progress(name, written.size)
 
     def one(name: str, check: Check) -> Written:
+        count = _Counter(sink.steps, lambda size: progress(name, size))
+
         def advance(size: int) -> None:
             check()
-            progress(name, size)
+            count(size)
 
-        return _write(left[name], plan, source, sink, advance)
+        return _write(left[name], plan, source, sink, advance, count)
 
     return {**done, **each(list(left), one, jobs, sink.cancel)}
 
@@ -169,14 +172,35 @@ def _copied(plan: Plan, source: Source, sink: Sink) -> Mapping[str, Written]:
     )
 
 
+class _Counter:
+    """Counts a byte for a part of one at each of its steps: written, and arrived where it goes."""
+
+    def __init__(self, steps: int, progress: Callable[[int], None]) -> None:
+        self._steps = steps
+        self._progress = progress
+        self._lock = Lock()
+        self._done = 0
+
+    def __call__(self, size: int) -> None:
+        with self._lock:
+            before, self._done = self._done, self._done + size
+            whole = self._done // self._steps - before // self._steps
+        self._progress(whole)
+
+
 def _write(
-    file: PlannedFile, plan: Plan, source: Source, sink: Sink, advance: Callable[[int], None]
+    file: PlannedFile,
+    plan: Plan,
+    source: Source,
+    sink: Sink,
+    advance: Callable[[int], None],
+    arrived: Callable[[int], None],
 ) -> Written:
     """Write one large file."""
     digest = source.identity.kind == "hub"  # the bytes come through memory in any case
     with (
         io_errors(file.name),
-        sink.shard(file.name, plan.output_size(file), digest) as writer,
+        sink.shard(file.name, plan.output_size(file), digest, arrived) as writer,
     ):
         with source.open(file.name) as reader:
             rewrite(reader, writer, plan.segments(file), file.name, advance)

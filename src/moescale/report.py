@@ -173,7 +173,8 @@ class Progress:
     """A bar for all and one a file on its way; without a terminal a line now and then.
 
     Each shows bytes, rate and remaining time; nothing is shown for what takes less than half a
-    second. `stream` None says nothing.
+    second. What an earlier run has done counts as bytes, not for the rate. `stream` None says
+    nothing.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -182,7 +183,7 @@ class Progress:
         self._bar: tqdm[Any] | None = None
         self._bars: dict[str, tqdm[Any]] = {}
         self._sizes: Mapping[str, int] = {}
-        self._total = self._done = 0
+        self._total = self._done = self._there = 0
         self._start = self._last = time.monotonic()
 
     def __enter__(self) -> Progress:
@@ -196,6 +197,7 @@ class Progress:
         """Say how many bytes each file has, and how often each is gone through."""
         self._sizes = sizes
         self._total = passes * sum(sizes.values())
+        self._start = self._last = time.monotonic()
         hidden = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in _TRUE
         if self._stream is not None and self._stream.isatty() and not hidden:
             self._bar = self._new_bar("all", self._total, 0)
@@ -218,9 +220,17 @@ class Progress:
     def step(self, name: str, count: int) -> None:
         """Count bytes of a file; called from several threads."""
         with self._lock:
+            # whole files before anything else has moved are those of an earlier run
+            there = self._there == self._done and count >= self._sizes.get(name, 0)
             self._done += count
+            self._there += count * there
             if self._bar is not None:
-                self._bar.update(count)
+                if there:
+                    self._bar.initial += count
+                    self._bar.last_print_n += count
+                    self._bar.n += count
+                else:
+                    self._bar.update(count)
                 self._step_file(name, count)
                 return
             now = time.monotonic()
@@ -244,7 +254,7 @@ class Progress:
             self._bars[name] = bar
 
     def _line(self, now: float) -> str:
-        rate = self._done / (now - self._start)
+        rate = (self._done - self._there) / (now - self._start)
         left = (self._total - self._done) / rate if rate else 0
         return f"{size(self._done)} of {size(self._total)}, {size(rate)}/s, {left:.0f} s left"
 

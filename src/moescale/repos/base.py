@@ -78,6 +78,14 @@ class Written:
     sha256: str | None = None  # where it is known without a second read
 
 
+Arrived = Callable[[int], None]
+"""Called with the number of bytes that have arrived since the last call, from any thread."""
+
+
+def nobody(count: int) -> None:
+    """Nobody wants to know how many bytes arrive."""
+
+
 class ShardWriter(Writer, Protocol):
     """A file under a temporary name; it gets its own name in `finish`."""
 
@@ -92,6 +100,8 @@ class Sink(Protocol):
     """What the user should hear at the end."""
     url: str | None
     """Where the output can be looked at, if it has an address."""
+    steps: int
+    """Of a byte on its way: 1 if it is there once it is written, 2 if it is sent from there."""
 
     @property
     def identity(self) -> str:
@@ -127,10 +137,13 @@ class Sink(Protocol):
     def copy(self, files: Iterable[FileInfo], source: SourceId) -> Mapping[str, Written]:
         """Copy files of the source without moving their bytes; those that this place can."""
 
-    def shard(self, name: str, size: int, digest: bool) -> AbstractContextManager[ShardWriter]:
+    def shard(
+        self, name: str, size: int, digest: bool, arrived: Arrived
+    ) -> AbstractContextManager[ShardWriter]:
         """Start a large file of `size` bytes; leaving the context without `finish` discards it.
 
         With `digest` its SHA-256 is wanted, although that keeps bytes from the kernel's copy.
+        `arrived` is told of the bytes that have been sent, where there are two steps.
         """
 
     def put(self, name: str, data: bytes) -> Written:

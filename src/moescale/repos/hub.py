@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from moescale.errors import MoescaleError, SourceError, TemporaryError, UsageError
+from moescale.errors import DestinationError, MoescaleError, SourceError, TemporaryError, UsageError
 from moescale.version import __version__
 
 if TYPE_CHECKING:
@@ -27,6 +27,9 @@ PREFIX = "hf://"
 ATTEMPTS = 5
 LONGEST_WAIT = 300.0
 """Seconds; a server that asks for a longer wait ends the run, which can be continued."""
+
+_CONFLICT = "another conflicting operation is in progress"
+"""What the Hub says when it makes another repo of the user; the client would ask without end."""
 
 TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 RESUMES = "Run the same command again; it resumes."
@@ -118,6 +121,8 @@ def _guarded(client: httpx2.Client) -> httpx2.Client:
         if response.status_code in TRANSIENT_STATUS and (not part or (asked or 0) > LONGEST_WAIT):
             response.close()
             raise BusyError(f"the Hub answered {response.status_code}", retry_after=asked)
+        if response.status_code == 409 and not more.get("stream") and _CONFLICT in response.text:
+            raise BusyError("another operation is in progress (409)", retry_after=asked)
         return response
 
     client.send = guarded  # type: ignore[method-assign]
@@ -181,6 +186,11 @@ def _translated(what: str, error: Exception, refused: type[MoescaleError]) -> Ex
             return BusyError(f"{what}: {error.message}", retry_after=error.retry_after)
         case MoescaleError():
             return error
+        case OfflineModeIsEnabled() if refused is DestinationError:
+            return refused(
+                f"{what}: cannot be written to, since HF_HUB_OFFLINE is set",
+                hint="Unset HF_HUB_OFFLINE, or give a directory as DST.",
+            )
         case OfflineModeIsEnabled():
             return refused(
                 f"{what}: is not in the Hub cache, and HF_HUB_OFFLINE is set",

@@ -21,13 +21,19 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moescale.checkpoint.rewrite import Reader, pieces
 from moescale.errors import DestinationError, MoescaleError, RewriteError, TemporaryError
 from moescale.repos import hub
-from moescale.repos.base import FileInfo, SourceId, Written
+from moescale.repos.base import Arrived, FileInfo, SourceId, Written, nobody
 from moescale.repos.hub import HubPlace
 from moescale.repos.hub_repo import HubRepo, is_listed, missing
-from moescale.repos.hub_upload import StreamUpload, can_stream, new_session, uploaded
+from moescale.repos.hub_upload import (
+    CountedFile,
+    HubWriter,
+    StreamUpload,
+    can_stream,
+    new_session,
+    uploaded,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
@@ -56,6 +62,8 @@ class HubOptions:
 
 class HubSink:
     """A branch of a model repo."""
+
+    steps = 2
 
     def __init__(self, place: HubPlace, options: HubOptions | None = None) -> None:
         """Nothing is created before `begin`."""
@@ -247,23 +255,30 @@ class HubSink:
         self._copied += sum(written.size for written in large.values())
         return large
 
-    def shard(self, name: str, size: int, digest: bool = True) -> AbstractContextManager[HubWriter]:
+    def shard(
+        self, name: str, size: int, digest: bool = True, arrived: Arrived = nobody
+    ) -> AbstractContextManager[HubWriter]:
         """A writer for a file of `size` bytes; leaving without `finish` discards it."""
         if size <= SMALL_BYTES and not name.endswith(WEIGHTS):
-            return self._in_memory(name)
-        return self._streamed(name) if self._streams else self._on_disk(name, size)
+            return self._in_memory(name, arrived)
+        return (self._streamed if self._streams else self._on_disk)(name, size, arrived)
 
     @contextmanager
-    def _in_memory(self, name: str) -> Iterator[HubWriter]:
+    def _in_memory(self, name: str, arrived: Arrived) -> Iterator[HubWriter]:
         self._addition(name, b"")  # a name that the Hub refuses is refused now
         data = io.BytesIO()
-        yield HubWriter(data.write, lambda: self.put(name, data.getvalue()))
+
+        def finish() -> Written:
+            arrived(len(data.getvalue()))
+            return self.put(name, data.getvalue())
+
+        yield HubWriter(data.write, finish)
 
     @contextmanager
-    def _streamed(self, name: str) -> Iterator[HubWriter]:
+    def _streamed(self, name: str, size: int, arrived: Arrived) -> Iterator[HubWriter]:
         what = f"{self.identity}: {name}"
         with hub.in_our_words(what, DestinationError):
-            upload = StreamUpload(self._session, self.place.repo, self._working)
+            upload = StreamUpload(self._session, self.place.repo, self._working, arrived)
 
         def write(data: memoryview) -> None:
             with hub.in_our_words(what, DestinationError):
@@ -288,7 +303,7 @@ class HubSink:
             upload.abort()
 
     @contextmanager
-    def _on_disk(self, name: str, size: int) -> Iterator[HubWriter]:
+    def _on_disk(self, name: str, size: int, arrived: Arrived) -> Iterator[HubWriter]:
         """Without xet: one shard at a time through a temporary file, which has no name."""
         with self._one_on_disk:
             folder = tempfile.gettempdir()
@@ -308,7 +323,9 @@ class HubSink:
                 def finish() -> Written:
                     file.flush()
                     written = Written(size, digest.hexdigest())
-                    self._commit_work([self._addition(name, content)], name, {name: written})
+                    operation = self._addition(name, content)  # reads it all, for the digest
+                    operation.path_or_fileobj = CountedFile(content, arrived)
+                    self._commit_work([operation], name, {name: written})
                     self._sent += size
                     return written
 
@@ -468,29 +485,6 @@ class HubSink:
         """Note what has arrived, if the Hub can still be reached."""
         with suppress(MoescaleError):
             self._flush()
-
-
-class HubWriter:
-    """A file on its way to the Hub."""
-
-    def __init__(self, write: Any, finish: Any) -> None:
-        self._write = write
-        self._finish = finish
-
-    def write(self, data: memoryview) -> None:
-        """Append the bytes."""
-        self._write(data)
-
-    def copy_from(self, reader: Reader, start: int, stop: int) -> Iterator[int]:
-        """Append a stretch of another file, through memory."""
-        for piece in pieces(reader, start, stop):
-            self._write(piece)
-            yield len(piece)
-
-    def finish(self) -> Written:
-        """Make the file complete where a rerun finds it."""
-        written: Written = self._finish()
-        return written
 
 
 def _weights(tree: Mapping[str, RepoFile]) -> dict[str, str | None]:

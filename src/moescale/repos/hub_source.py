@@ -28,7 +28,10 @@ _SHA256, _GIT_DIGEST = 64, 40
 _LOG_IN = "Log in with `hf auth login` or set HF_TOKEN; the same command resumes."
 _REFUSED = {
     401: ("the token is missing or expired", _LOG_IN),
-    403: ("the token does not allow it", _LOG_IN),
+    403: (
+        "the token does not allow it",
+        "Ask for access on the repo's page, or use a token that has it.",
+    ),
     404: ("it is not there any more", None),
     416: ("it is shorter than it was", None),
 }

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
+from moescale.checkpoint.rewrite import Reader, pieces
 from moescale.errors import DestinationError, InterruptedRun
 from moescale.repos import hub
+from moescale.repos.base import Arrived, Written, nobody
 
 LIMITS = {
     "client.ac_max_upload_concurrency": 1,
@@ -24,6 +27,7 @@ LIMITS = {
 that a rerun does not send it again. A user's own ``HF_XET_*`` settings win."""
 
 _M_TRIM_THRESHOLD = -1
+WATCH_SECONDS = 0.5
 STALL_SECONDS = 600.0
 """An upload in which nothing has happened for so long is given up."""
 
@@ -86,6 +90,22 @@ def _set_by_user(key: str) -> bool:
     return any(name in os.environ for name in names)
 
 
+class HighWater:
+    """Tells how far something has come, once, although it may start again."""
+
+    def __init__(self, arrived: Arrived) -> None:
+        self._arrived = arrived
+        self._lock = threading.Lock()
+        self._mark = 0
+
+    def reach(self, position: int) -> None:
+        """Tell what is new up to `position`."""
+        with self._lock:
+            step, self._mark = position - self._mark, max(position, self._mark)
+        if step > 0:
+            self._arrived(step)
+
+
 @dataclass(frozen=True, slots=True)
 class Sent:
     """A file that has arrived: what it is, and how many of its bytes went over the line."""
@@ -99,7 +119,7 @@ class Sent:
 class StreamUpload:
     """One file on its way; hf_xet splits it into chunks and sends those that are new."""
 
-    def __init__(self, session: Any, repo: str, branch: str) -> None:
+    def __init__(self, session: Any, repo: str, branch: str, arrived: Arrived = nobody) -> None:
         """`session` is of `new_session`; the file is for a branch of a repo."""
         from huggingface_hub.utils._xet import xet_headers_without_auth
 
@@ -110,6 +130,7 @@ class StreamUpload:
             custom_headers=xet_headers_without_auth(headers),
         )
         self._stream = self._commit.start_upload_stream(name="shard")
+        self._arrived = HighWater(arrived)
         self._calls = 0
         self._over = threading.Event()
         self.cancelled = self._stalled = False
@@ -127,6 +148,7 @@ class StreamUpload:
         with self._call():
             counts = self._commit.wait_to_finish().dedup_metrics
         self._over.set()
+        self._arrived.reach(info.file_size)
         return Sent(info.file_size, info.sha256, counts.total_bytes_uploaded, counts.deduped_bytes)
 
     @contextmanager
@@ -143,10 +165,12 @@ class StreamUpload:
         self._calls += 1
 
     def _watch(self) -> None:
-        """End a call in which nothing goes on any more; hf_xet would wait for ever."""
+        """Say what has arrived; end a call in which nothing goes on, as hf_xet never would."""
         before, since = (0, 0), time.monotonic()
-        while not self._over.wait(STALL_SECONDS / 20):
-            now = (self._calls, self._commit.progress().total_transfer_bytes_completed)
+        while not self._over.wait(WATCH_SECONDS):
+            report = self._commit.progress()
+            self._arrived.reach(report.total_bytes_completed)
+            now = (self._calls, report.total_transfer_bytes_completed)
             if now != before or self._calls % 2 == 0:
                 before, since = now, time.monotonic()
             elif time.monotonic() - since > STALL_SECONDS:
@@ -176,3 +200,49 @@ def uploaded(name: str, size: int, sha256: str) -> Any:
     operation._upload_mode = "lfs"
     operation._is_uploaded = True
     return operation
+
+
+class CountedFile(io.BufferedIOBase):
+    """A file that tells how far the client has read it, while it sends it."""
+
+    def __init__(self, file: IO[bytes], arrived: Arrived) -> None:
+        self._file = file
+        self._arrived = HighWater(arrived)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read on."""
+        data = self._file.read(-1 if size is None else size)
+        self._arrived.reach(self._file.tell())
+        return data
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """Go elsewhere."""
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Where the file is."""
+        return self._file.tell()
+
+
+class HubWriter:
+    """A file on its way to the Hub."""
+
+    def __init__(
+        self, write: Callable[[memoryview], object], finish: Callable[[], Written]
+    ) -> None:
+        self._write = write
+        self._finish = finish
+
+    def write(self, data: memoryview) -> None:
+        """Append the bytes."""
+        self._write(data)
+
+    def copy_from(self, reader: Reader, start: int, stop: int) -> Iterator[int]:
+        """Append a stretch of another file, through memory."""
+        for piece in pieces(reader, start, stop):
+            self._write(piece)
+            yield len(piece)
+
+    def finish(self) -> Written:
+        """Make the file complete where a rerun finds it."""
+        return self._finish()

@@ -22,7 +22,16 @@ from typing import Any
 
 from moescale.checkpoint.rewrite import Reader, pieces
 from moescale.errors import CheckpointError, DestinationError, RewriteError, SourceError
-from moescale.repos.base import SMALL_FILE_BYTES, FileInfo, SourceId, Written, check_name, io_errors
+from moescale.repos.base import (
+    SMALL_FILE_BYTES,
+    Arrived,
+    FileInfo,
+    SourceId,
+    Written,
+    check_name,
+    io_errors,
+    nobody,
+)
 from moescale.repos.journal import Journal, Lock, sync_directory
 
 STATE = ".moescale"
@@ -283,6 +292,8 @@ class LocalWriter:
 class LocalSink:
     """An output directory."""
 
+    steps = 1
+
     def __init__(self, root: Path) -> None:
         """Nothing is created before `begin`."""
         self.root = root.absolute()
@@ -395,7 +406,9 @@ class LocalSink:
         }
 
     @contextmanager
-    def shard(self, name: str, size: int, digest: bool = False) -> Iterator[LocalWriter]:
+    def shard(
+        self, name: str, size: int, digest: bool = False, arrived: Arrived = nobody
+    ) -> Iterator[LocalWriter]:
         """A writer for a file of `size` bytes; leaving without `finish` discards it."""
         temporary = self._temporary(name)
         writer = LocalWriter(self, name, temporary, size, digest)

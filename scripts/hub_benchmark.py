@@ -1,0 +1,268 @@
+#!/usr/bin/env python3
+"""Measures memory and traffic of moescale with the Hub, against a loopback Hub on this machine.
+
+    python scripts/hub_benchmark.py                # a model of 1.4 GB in a temporary folder
+    python scripts/hub_benchmark.py --dir /mnt/disk --gigabytes 5
+
+Needs moescale installed in the Python that runs it, and about four times the size on the disk.
+The Hub is that of the tests, in a process of its own, so that only moescale's memory counts. Every
+run is on a new machine as far as moescale can see (HF_HOME is empty). Bytes are those of request
+and response bodies. With xet the storage is a `local://` folder, which hf_xet fills in its own
+process, and what it sent is what it says itself; "xet over HTTP" sends the same to a server that
+counts. Ends with 1 if a limit of memory is exceeded or an output differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from benchmark import describe_machine, in_child, make_mixtral
+
+TESTS = Path(__file__).resolve().parent.parent / "tests"
+SRC, DST = "lab/model", "me/out"
+PLACE, WORKING = f"hf://{DST}", "moescale-unfinished-main"
+TO_DISK, TO_HUB = 150, 512
+"""Limits of memory in MiB."""
+
+SENT = re.compile(r"([\d,]+) bytes of weights sent, ([\d,]+) were on the Hub already")
+HEADINGS = ("run", "seconds", "peak MiB", "limit", "received", "sent", "weights sent", "known")
+ROW = "{:34} {:>8} {:>9} {:>6} {:>14} {:>14} {:>14} {:>14}"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one run of the command took; bytes as the Hub counts them, None where it cannot."""
+
+    name: str
+    seconds: float
+    peak: float
+    limit: int
+    received: int
+    sent: int
+    weights: int | None
+    known: int | None
+
+    def __str__(self) -> str:
+        counts = (self.received, self.sent, self.weights, self.known)
+        shown = ("" if count is None else f"{count:,}" for count in counts)
+        return ROW.format(self.name, f"{self.seconds:.1f}", f"{self.peak:.0f}", self.limit, *shown)
+
+
+def main() -> None:
+    """Make the model, do the runs, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--gigabytes", type=float, default=1.0)
+    arguments = parser.parse_args()
+    print(describe_machine())
+    with tempfile.TemporaryDirectory(dir=arguments.dir, prefix="moescale-bench-") as folder:
+        bench = Bench(Path(folder), arguments.gigabytes)
+        print(f"{bench.size:,} bytes in {bench.shards} shards", end="\n\n", flush=True)
+        print(ROW.format(*HEADINGS))
+        for case in (bench.to_disk, bench.all_new, bench.known, bench.over_http, bench.no_xet):
+            case()
+    sys.exit("\n".join(bench.complaints) or 0)
+
+
+class Hub:
+    """The loopback Hub in a process of its own."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+
+    def ask(self, name: str, *arguments: Any) -> Any:
+        """Call a method of the Hub."""
+        self._pipe.send((name, arguments))
+        return self._pipe.recv()
+
+
+@contextmanager
+def hub(root: Path, model: Path, xet: bool | str) -> Iterator[Hub]:
+    """Start a Hub that has the model as `SRC`; its files are removed afterwards."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(theirs, root, model, xet))
+    process.start()
+    theirs.close()
+    try:
+        assert ours.recv() == "ready"
+        yield Hub(ours)
+    finally:
+        ours.close()
+        process.join()
+        shutil.rmtree(root)
+
+
+def serve(pipe: Connection, root: Path, model: Path, xet: bool | str) -> None:
+    """Be the Hub until the other end of the pipe is closed."""
+    sys.path.insert(0, str(TESTS))
+    import hub_server
+
+    def digests() -> dict[str, str]:
+        return {name: blob.sha256 for name, blob in hub.files(DST).items()}
+
+    def finished() -> int:
+        """Count the shards that a rerun need not do again."""
+        if not hub.has(DST) or WORKING not in hub.branches(DST):
+            return 0
+        return sum(name.endswith(".safetensors") for name in hub.files(DST, WORKING))
+
+    with hub_server.Hub(root, xet=xet) as hub:
+        hub.add_repo(SRC, {path.name: path for path in model.iterdir()})
+        answers: dict[str, Callable[..., Any]] = {
+            "env": hub.env,
+            "traffic": hub.traffic,
+            "digests": digests,
+            "finished": finished,
+            "forget": hub.log.clear,
+        }
+        pipe.send("ready")
+        try:
+            while True:
+                name, arguments = pipe.recv()
+                pipe.send(answers[name](*arguments))
+        except EOFError:
+            return
+
+
+class Bench:
+    """The model and the runs on it."""
+
+    def __init__(self, root: Path, gigabytes: float) -> None:
+        self.root, self.model, self.output = root, root / "model", root / "output"
+        # In a process of its own, whose memory does not count as that of the measured ones.
+        in_child(make_mixtral, self.model, gigabytes)
+        weights = list(self.model.glob("*.safetensors"))
+        self.shards, self.size = len(weights), sum(path.stat().st_size for path in weights)
+        self.digests: dict[str, str] = {}
+        self.complaints: list[str] = []
+        self._homes = 0
+
+    def hub(self, xet: bool | str) -> Any:
+        """A new Hub."""
+        return hub(self.root / "hub", self.model, xet)
+
+    def to_disk(self) -> None:
+        """A dry run, and a run from the Hub to disk, whose digests the others must have."""
+        with self.hub(False) as server:
+            self.measure(server, "dry run", TO_DISK, SRC, "--dry-run")
+            self.measure(server, "Hub to disk", TO_DISK, SRC, str(self.output))
+        counts = json.loads((self.output / "moescale.json").read_bytes())["counts"]
+        print(f"  {counts['bytes_changed']:,} bytes are rescaled, the rest stays")
+        for path in self.output.glob("*.safetensors"):
+            with path.open("rb") as file:
+                self.digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        shutil.rmtree(self.output)
+
+    def all_new(self) -> None:
+        """Hub to Hub where the storage is empty; then killed at half, and resumed."""
+        with self.hub(True) as server:
+            self.measure(server, "Hub to Hub, xet, all bytes new", TO_HUB, SRC, PLACE)
+            self.check(server)
+        with self.hub(True) as server:
+            half = self.shards // 2
+            self.measure(server, "  killed at half of the shards", TO_HUB, SRC, PLACE, stop=half)
+            self.measure(server, "  resumed on another machine", TO_HUB, SRC, PLACE)
+            self.check(server)
+
+    def known(self) -> None:
+        """Hub to Hub where the storage has the source, as the real one does."""
+        with self.hub(True) as server:
+            self.upload_source(server)
+            self.measure(server, "Hub to Hub, xet, source known", TO_HUB, SRC, PLACE)
+            self.check(server)
+
+    def over_http(self) -> None:
+        """The same with a storage that counts what arrives."""
+        with self.hub("http") as server:
+            self.upload_source(server)
+            self.measure(server, "  the same, xet over HTTP", TO_HUB, SRC, PLACE)
+            self.check(server)
+
+    def no_xet(self) -> None:
+        """Hub to Hub by way of a temporary file."""
+        with self.hub(False) as server:
+            self.measure(server, "Hub to Hub, without xet", TO_HUB, SRC, PLACE)
+            self.check(server)
+
+    def upload_source(self, server: Hub) -> None:
+        """Let the storage have what the source has."""
+        place = "hf://me/base"
+        command = [str(self.model), place, "-k", "2", "--rule", "none", "-q"]
+        environment = self.machine(server)
+        subprocess.run(
+            [*MOESCALE, *command], env=environment, stdout=subprocess.DEVNULL, check=True
+        )
+
+    def machine(self, server: Hub) -> dict[str, str]:
+        """The environment of a machine that has nothing of the Hub's."""
+        self._homes += 1
+        environment: dict[str, str] = server.ask("env", self.root / f"home-{self._homes}")
+        return environment
+
+    def measure(
+        self, server: Hub, name: str, limit: int, *arguments: str, stop: int | None = None
+    ) -> None:
+        """Run the command, killed once `stop` shards are finished; print its figures."""
+        server.ask("forget")
+        environment, start = self.machine(server), time.perf_counter()
+        command = [*MOESCALE, *arguments, "-k", "3"]
+        with tempfile.TemporaryFile("w+") as said:
+            child = subprocess.Popen(
+                command, env=environment, stdout=subprocess.DEVNULL, stderr=said
+            )
+            while stop is not None and server.ask("finished") < stop:
+                time.sleep(0.02)
+            if stop is not None:
+                child.send_signal(signal.SIGKILL)
+            _, status, usage = os.wait4(child.pid, 0)
+            seconds = time.perf_counter() - start
+            child.returncode = os.waitstatus_to_exitcode(status)
+            said.seek(0)
+            text = said.read()
+        if child.returncode != (0 if stop is None else -signal.SIGKILL):
+            sys.exit(f"{' '.join(command)} failed: {text}")
+        peak = usage.ru_maxrss / ((1 << 20) if sys.platform == "darwin" else (1 << 10))
+        sent, received = server.ask("traffic")
+        figures = Figures(name, seconds, peak, limit, received, sent, *weights_sent(text))
+        print(figures, flush=True)
+        if peak > limit:
+            self.complaints.append(f"{name.strip()}: {peak:.0f} MiB are more than {limit}")
+
+    def check(self, server: Hub) -> None:
+        """Compare what the Hub lists with what was written to disk."""
+        found = server.ask("digests")
+        if {name: found.get(name) for name in self.digests} != self.digests:
+            self.complaints.append("an output on the Hub differs from that on disk")
+
+
+MOESCALE = [sys.executable, "-m", "moescale"]
+
+
+def weights_sent(text: str) -> tuple[int | None, int | None]:
+    """What the command says of its uploads: bytes sent, and bytes that were there already."""
+    if (found := SENT.search(text)) is None:
+        return None, None
+    sent, known = (int(count.replace(",", "")) for count in found.groups())
+    return sent, known
+
+
+if __name__ == "__main__":
+    main()
