@@ -346,7 +346,7 @@ def _experts(moe: Moe, options: Options) -> Experts:
     largest = largest_count(row, moe.section, fewest)
     for name, count in (("--experts", after), ("--trained-experts", trained)):
         if max(_as_tuple(count)) > largest:
-            limit = f"it has {fewest} routed experts"
+            limit = f"a layer has {fewest} routed experts"
             if largest < fewest:
                 limit += f", of which its group-limited router can choose {largest}"
             raise UnsupportedError(
