@@ -184,6 +184,26 @@ def deepseek_ocr() -> Published:
     return Published(config, shapes, 1, shard_name="model-{:05}-of-{:06}.safetensors")
 
 
+def xverse() -> Published:
+    """XVERSE-MoE-A4.2B: remote code with a key of its own for the count."""
+    hidden, inner, layers, experts = 2560, 1728, 28, 64
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (100534, hidden)}
+    for layer in range(layers):
+        at = f"model.layers.{layer}.mlp."
+        shapes[at + "router.weight"] = (experts, hidden)
+        shapes |= _experts(at, experts, hidden, inner, QWEN)
+        shapes |= _mlp(at + "shared_experts", hidden, 2 * inner)
+    config = {
+        "architectures": ["XverseForCausalLM"],
+        "model_type": "xverse",
+        "moe_top_k": 6,
+        "num_experts": experts,
+        "num_hidden_layers": layers,
+        "num_shared_experts": 2,
+    }
+    return Published(config, shapes, 10)
+
+
 def granite() -> Published:
     """granite-3.1-1b-a400m: stacked experts in a single file without an index."""
     hidden, inner, layers, experts = 1024, 512, 24, 32

@@ -27,6 +27,7 @@ class Wanted:
     total: int
     renormalised: bool
     places: tuple[str, ...] = ("",)
+    key: str = "num_experts_per_tok"
 
 
 WANTED = {
@@ -45,6 +46,16 @@ WANTED = {
         64,
         renormalised=False,
         places=("", "language_config"),
+    ),
+    "XVERSE-MoE-A4.2B": Wanted(
+        sparse.xverse(),
+        list(range(28)),
+        1792,
+        ".down_proj.weight",
+        6,
+        64,
+        renormalised=True,
+        key="moe_top_k",
     ),
     "granite-3.1-1b-a400m": Wanted(
         sparse.granite(), list(range(24)), 24, ".output_linear.weight", 8, 32, renormalised=True
@@ -66,7 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def counts(config: bytes, wanted: Wanted) -> list[Any]:
     """The experts per token at each place of a config."""
     value = json.loads(config)
-    return [(value[p] if p else value)["num_experts_per_tok"] for p in wanted.places]
+    return [(value[p] if p else value)[wanted.key] for p in wanted.places]
 
 
 @published
