@@ -12,6 +12,7 @@ from typing import Any
 
 import checkpoints
 import pytest
+import quantised_checkpoints as quantised
 
 from moescale import api
 from moescale.errors import CheckpointError, SourceError, UsageError
@@ -29,6 +30,12 @@ def with_count(source: Path, count: Any) -> Path:
     path = source / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_bytes()), "num_experts_per_tok": count}))
     return source
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs the command as a user does."""
+    command = [sys.executable, "-m", "moescale", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 # The destination ----------------------------------------------------------------------------------
@@ -112,6 +119,24 @@ def test_a_pointer_of_git_lfs_is_called_so(source: Path) -> None:
     assert caught.value.hint == "Run git lfs pull."
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("part", ""), ("arch", ""), ("pattern", ""), ("experts_key", "")],
+)
+def test_an_empty_name_is_refused(option: str, value: str, source: Path) -> None:
+    """An empty value, of a variable that is not set, is no name."""
+    with pytest.raises(UsageError, match=f"--{option.replace('_', '-')} is empty"):
+        api.plan(source, experts=3, **{option: value})
+
+
+def test_a_wider_scale_is_shown(tmp_path: Path) -> None:
+    """Where a scale becomes F32, and with it the shard longer, the plan says so."""
+    case = next(c for c in quantised.EXACT if c.id == "block FP8, BF16 scales")
+    quantised.write(case, tmp_path / "in")
+    assert "BF16 -> F32" in plan_text(api.plan(tmp_path / "in", factor=1.37))
+    assert "-> F32" not in plan_text(api.plan(tmp_path / "in", factor=1.0))
+
+
 # Counts by layer ----------------------------------------------------------------------------------
 
 
@@ -136,6 +161,30 @@ def test_a_list_that_is_too_short_is_refused(source: Path) -> None:
     """A list of counts has one for each layer."""
     with pytest.raises(CheckpointError, match="has 1 numbers for 2 layers"):
         api.plan(with_count(source, [2]), experts=2)
+
+
+# Files with factors -------------------------------------------------------------------------------
+
+
+def test_a_byte_order_mark_is_no_fault(source: Path, tmp_path: Path) -> None:
+    """Editors on Windows put one before the JSON."""
+    (tmp_path / "f.json").write_text('{"0": 1.1, "1": 1.2}', encoding="utf-8-sig")
+    done = run(source, tmp_path / "out", "--factors", tmp_path / "f.json", "-q")
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'out'}\n")
+
+
+@pytest.mark.parametrize(
+    ("factors", "says"),
+    [
+        ('{"0": 1, "1": -1}', "the factor of layer 1 is -1.0"),
+        ('{"factors": [1, 2]}', "holds no factors"),
+    ],
+)
+def test_a_bad_factor_is_named(factors: str, says: str, source: Path, tmp_path: Path) -> None:
+    """The error names the layer, or says what the file has to hold."""
+    (tmp_path / "f.json").write_text(factors)
+    done = run(source, tmp_path / "out", "--factors", tmp_path / "f.json")
+    assert done.returncode == 2 and says in done.stderr and done.stdout == ""
 
 
 # Streams ------------------------------------------------------------------------------------------

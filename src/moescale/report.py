@@ -127,7 +127,8 @@ def _layer_rows(tensors: Iterable[PlannedTensor]) -> Iterator[tuple[str, ...]]:
     layers: dict[tuple[str, int], Counter[tuple[str, str, float]]] = {}
     for t in tensors:
         kinds = layers.setdefault((t.layer.stack, t.layer.number), Counter())
-        kinds[t.role, t.edit.tensor.dtype, t.edit.factor] += 1
+        widened = f" -> {t.edit.promote}" if t.edit.promote and t.edit.factor != 1.0 else ""
+        kinds[t.role, t.edit.tensor.dtype + widened, t.edit.factor] += 1
     runs: list[tuple[str, int, int, Counter[tuple[str, str, float]]]] = []
     for (stack, number), kinds in layers.items():
         if runs and runs[-1][0] == stack and runs[-1][2] == number - 1 and runs[-1][3] == kinds:
