@@ -56,6 +56,14 @@ def without(tensors: list[Tensor], *parts: str) -> list[Tensor]:
     return [t for t in tensors if not any(part in t.name for part in parts)]
 
 
+def test_experts_by_layer_may_be_a_list() -> None:
+    """Where the config counts the experts of each layer, the largest is the total."""
+    section = {"num_experts": [4, 2, 4]}
+    total = total_experts(architectures.find("hunyuan_v1_moe"), section)
+    assert total == 4
+    assert [experts.experts_of_layer(section, layer, total) for layer in range(4)] == [4, 2, 4, 4]
+
+
 # What is found ------------------------------------------------------------------------------------
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moescale.conversion import Status, fill_digests, run
+from moescale.conversion import Status, fill_digests, run, status_of
 from moescale.errors import DestinationError, UsageError
 from moescale.files import PROVENANCE
 from moescale.options import Options
@@ -43,14 +43,25 @@ def plan(
     destination: str | Path | None = None,
     *,
     revision: str | None = None,
+    overwrite: bool = False,
+    private: bool | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
     **options: Any,
 ) -> Plan:
     """Decide what a conversion would do; reads the config, the index and the shard headers.
 
+    What `convert` would refuse at a local destination is a warning of the plan; a destination on
+    the Hub is not looked at.
+
     Args:
         source: a directory, ``org/name``, or ``hf://org/name[@revision]``.
-        destination: a directory or ``hf://org/name[@branch]``, for the record only.
+        destination: a directory or ``hf://org/name[@branch]``.
         revision: of a source that is given as ``org/name``.
+        overwrite: as for `convert`.
+        private: as for `convert`.
+        create_pr: as for `convert`.
+        commit_message: as for `convert`.
         options: the fields of `Options`.
 
     Raises:
@@ -58,10 +69,19 @@ def plan(
         SourceError: the checkpoint cannot be rescaled so.
     """
     wanted = Options(**options)
-    if destination is not None:
-        check_places(str(source), str(destination), revision)
-    name = None if destination is None else str(destination)
-    return make_plan(open_source(str(source), revision), wanted, name)
+    if destination is None:
+        return make_plan(open_source(str(source), revision), wanted)
+    check_places(str(source), str(destination), revision)
+    sink = open_sink(str(destination), private, create_pr, commit_message, overwrite)
+    reader = open_source(str(source), revision)
+    made = make_plan(reader, wanted, str(destination))
+    try:
+        if isinstance(sink, LocalSink):
+            _check_status(status_of(made, reader, sink, overwrite), str(destination))
+    except DestinationError as error:
+        refusal = f"a run would be refused: {error}".replace("\n", " ")
+        return replace(made, warnings=(*made.warnings, refusal))
+    return _with_room(made, sink)
 
 
 def convert(
@@ -104,24 +124,51 @@ def convert(
     sink = open_sink(str(destination), private, create_pr, commit_message, overwrite)
     reader = open_source(str(source), revision)
     _check_not_source(reader, sink)
-    plan = make_plan(reader, wanted, str(destination))
+    plan = _with_room(make_plan(reader, wanted, str(destination)), sink)
     planned(plan)
     jobs = default_jobs(sink) if jobs is None else jobs
     outcome = run(plan, reader, sink, jobs=jobs, overwrite=overwrite, progress=progress)
-    if outcome.status == "stale" and not check:
+    if not check:
+        _check_status(outcome.status, str(destination))
+    else:
+        verify_output(plan, reader, sink, jobs, progress)
+    received = [f"{reader.received:,} bytes received"] if reader.received else []
+    return Result(plan, outcome.status, check, sink.url, (*received, *sink.remarks))
+
+
+def _check_status(status: Status, destination: str) -> None:
+    """Refuse an output of this job that is no longer sure to be what it says.
+
+    Raises:
+        DestinationError: source or output were changed since.
+    """
+    if status == "stale":
         raise DestinationError(
             f"{destination}: is an output of this job, but the source is younger than it",
             hint="--verify proves whether it is still right; --overwrite does it again.",
         )
-    if outcome.status == "changed" and not check:
+    if status == "changed":
         raise DestinationError(
             f"{destination}: is an output of this job, but was changed since",
             hint="--verify says where; --overwrite does it again.",
         )
-    if check:
-        verify_output(plan, reader, sink, jobs, progress)
-    received = [f"{reader.received:,} bytes received"] if reader.received else []
-    return Result(plan, outcome.status, check, sink.url, (*received, *sink.remarks))
+
+
+def _with_room(plan: Plan, sink: Sink) -> Plan:
+    """The plan, with a warning where the disk has less room than the output needs.
+
+    It is no refusal: where blocks can be shared with the source, a copy needs no room.
+    """
+    if not isinstance(sink, LocalSink):
+        return plan
+    missing = plan.bytes_written - sink.room()
+    if missing <= 0:
+        return plan
+    warning = (
+        f"{sink.identity}: the disk has {missing:,} bytes less than the output needs, which is"
+        " enough only where it can share blocks with the source"
+    )
+    return replace(plan, warnings=(*plan.warnings, warning))
 
 
 def verify(

@@ -204,21 +204,19 @@ def _command(
             raise errors.UsageError("--calibrate goes with --rule measured, which is not there yet")
         if factors is not None:
             options["factors"] = _read_factors(factors)
+        places = {
+            "revision": revision,
+            "overwrite": overwrite,
+            "private": private,
+            "create_pr": create_pr,
+            "commit_message": commit_message,
+        }
         if dry_run:
-            options["revision"] = revision
-            _show_plan(source, destination, options, as_json, quiet, verbose)
+            _show_plan(source, destination, {**options, **places}, as_json, quiet, verbose)
         elif destination is None:
             raise errors.UsageError("DST is missing", hint="Only --dry-run does without it.")
         else:
-            run = {
-                "revision": revision,
-                "jobs": jobs,
-                "overwrite": overwrite,
-                "check": verify,
-                "private": private,
-                "create_pr": create_pr,
-                "commit_message": commit_message,
-            }
+            run = {**places, "jobs": jobs, "check": verify}
             _convert(source, destination, options, run, as_json, quiet, verbose)
     except KeyboardInterrupt:
         raise errors.InterruptedRun(INTERRUPTED) from None
@@ -228,7 +226,7 @@ def _read_factors(path: Path) -> dict[str, float]:
     from moescale.options import parse_factors
 
     try:
-        return parse_factors(path.read_text(encoding="utf-8"), str(path))
+        return parse_factors(path.read_text(encoding="utf-8-sig"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else error.reason
         raise errors.UsageError(f"--factors {path}: {why}") from None
@@ -295,6 +293,7 @@ def _warn(plan: Plan) -> None:
 
 def main() -> None:
     """The entry point: runs the command and turns errors into text and exit codes."""
+    _open_streams()
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what goes wrong is said by us
     signal.signal(signal.SIGTERM, _interrupt)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup
@@ -307,6 +306,14 @@ def main() -> None:
         _run()
     finally:
         _flush_output()
+
+
+def _open_streams() -> None:
+    """Where the caller has closed a stream, no file of ours may get its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
 
 
 def _flush_output() -> None:

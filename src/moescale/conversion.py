@@ -36,8 +36,9 @@ def status_of(plan: Plan, source: Source, sink: Sink, overwrite: bool) -> Status
     Raises:
         DestinationError: it holds something else, and `overwrite` was not given.
     """
-    wanted, unfinished = provenance.job(plan), sink.unfinished()
+    unfinished = sink.unfinished()
     if unfinished is not None:
+        wanted = provenance.job(plan)
         if unfinished == wanted:
             return "resume"
         difference = provenance.job_difference(unfinished, wanted)

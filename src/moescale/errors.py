@@ -16,15 +16,20 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 
 class MoescaleError(Exception):
     """A failure that a user can act on: what and why in one line, what to do in a second."""
+
+    advice: ClassVar[str | None] = None
+    """What to do where an error has no hint of its own."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         """`message` says what failed, on which object and why; `hint` what to do about it."""
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint or self.advice
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}\n{self.hint}"
@@ -41,6 +46,8 @@ class SourceError(MoescaleError):
 class CheckpointError(SourceError):
     """A file of the checkpoint is malformed or does not fit the others."""
 
+    advice = "The checkpoint is damaged, or its files are of different versions; fetch it again."
+
 
 class UnsupportedError(SourceError):
     """The checkpoint is well formed, but what was asked for cannot be done to it exactly."""
@@ -56,6 +63,8 @@ class RewriteError(MoescaleError):
 
 class VerificationError(MoescaleError):
     """The output differs from what the plan says."""
+
+    advice = "The same command with --overwrite writes it anew."
 
 
 class TemporaryError(MoescaleError):

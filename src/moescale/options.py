@@ -80,9 +80,12 @@ class Options:
         if self.fold not in (None, "weights", "config", "residual"):
             raise UsageError(f"--fold is {self.fold!r}: it must be weights, config or residual")
         if self.factor is not None:
-            check_factor(self.factor)
-        for factor in (self.factors or {}).values():
-            check_factor(factor)
+            check_factor(self.factor, "--factor")
+        for layer, factor in (self.factors or {}).items():
+            check_factor(factor, f"the factor of layer {layer}")
+        for name in ("part", "arch", "pattern", "experts_key"):
+            if getattr(self, name) == "":
+                raise UsageError(f"--{name.replace('_', '-')} is empty")
         if (self.pattern is None) != (self.experts_key is None):
             raise UsageError(
                 "--pattern and --experts-key go together: the down-projections' names, and the"
@@ -97,8 +100,8 @@ class Options:
         return "factors" if self.factors is not None else self.rule or "preserve"
 
 
-def check_factor(factor: float) -> None:
-    """Refuse a factor that cannot be multiplied by.
+def check_factor(factor: float, what: str = "the factor") -> None:
+    """Refuse a factor that cannot be multiplied by; `what` it is, for the error.
 
     Raises:
         UsageError: it is not a number above 0 that float32 can hold.
@@ -106,7 +109,7 @@ def check_factor(factor: float) -> None:
     with np.errstate(all="ignore"):
         usable = math.isfinite(factor) and factor > 0 and 0 < np.float32(factor) < np.inf
     if not usable:
-        raise UsageError(f"the factor {factor!r} is not a number above 0 that float32 can hold")
+        raise UsageError(f"{what} is {factor!r}: it must be above 0, and float32 must hold it")
 
 
 def parse_factors(text: str, where: str) -> dict[str, float]:
@@ -119,7 +122,7 @@ def parse_factors(text: str, where: str) -> dict[str, float]:
         content: Any = parse_strict(text)
     except ValueError as error:
         raise UsageError(f"{where}: is not valid JSON: {error}") from None
-    if isinstance(content, dict) and isinstance(content.get("factors"), dict):
+    if isinstance(content, dict) and "factors" in content:
         content = content["factors"]
     if not isinstance(content, dict) or not content:
         raise UsageError(f"{where}: holds no factors", hint='It needs {"factors": {"0": 1.2}}.')

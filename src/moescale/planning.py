@@ -39,6 +39,9 @@ from moescale.repos.base import FileInfo, Source, SourceId, check_name
 from moescale.rules import closed_form, gates, measured
 from moescale.rules.samples import Sample
 
+ByLayer = float | dict[str, float]
+"""One number for all layers, or one for each where they differ."""
+
 
 @dataclass(frozen=True, slots=True)
 class Experts:
@@ -97,8 +100,8 @@ class Plan:
     router: Router | None
     rho: float
     factors: Mapping[str, float]
-    alternatives: Mapping[str, float]
-    predicted_norm: Mapping[str, float]
+    alternatives: Mapping[str, ByLayer]
+    predicted_norm: Mapping[str, ByLayer]
     tensors: tuple[PlannedTensor, ...]
     files: tuple[PlannedFile, ...]
     config: bytes
@@ -241,6 +244,7 @@ def make_plan(
             f"the source is itself an output of moescale ({PROVENANCE}); its factors stay in it"
         )
     experts = _experts(moe, options)
+    forms = _closed_forms(moe, experts, options)
     samples = sampler(moe, experts) if sampler is not None else {}
     factors = _factors(moe, experts, options, samples)
     scaled = _scaled_tensors(moe, factors, tensors, options)
@@ -269,8 +273,10 @@ def make_plan(
         router=moe.router,
         rho=options.rho or 0.0,
         factors=MappingProxyType({str(layer): factor for layer, factor in factors.items()}),
-        alternatives=MappingProxyType(_alternatives(moe, experts, options)),
-        predicted_norm=MappingProxyType(_predicted_norm(moe, experts, options)),
+        alternatives=MappingProxyType(
+            {name: _joined(form) for name, form in forms.items() if name != "none"}
+        ),
+        predicted_norm=MappingProxyType(_predicted_norm(forms)),
         tensors=planned,
         files=plan_files(
             files,
@@ -346,7 +352,7 @@ def _experts(moe: Moe, options: Options) -> Experts:
     largest = largest_count(row, moe.section, fewest)
     for name, count in (("--experts", after), ("--trained-experts", trained)):
         if max(_as_tuple(count)) > largest:
-            limit = f"it has {fewest} routed experts"
+            limit = f"a layer has {fewest} routed experts"
             if largest < fewest:
                 limit += f", of which its group-limited router can choose {largest}"
             raise UnsupportedError(
@@ -425,23 +431,32 @@ def _one_factor(factors: Mapping[Layer, float], options: Options) -> float:
     return next(iter(factors.values()))
 
 
-def _alternatives(moe: Moe, experts: Experts, options: Options) -> dict[str, float]:
-    """Both closed forms, for a model with one count for all layers."""
-    n, m = experts.trained, experts.after
-    if moe.router is None or not isinstance(n, int) or not isinstance(m, int):
+def _closed_forms(moe: Moe, experts: Experts, options: Options) -> dict[str, dict[str, float]]:
+    """What each rule would multiply each layer by; nothing where the router is not known."""
+    if moe.router is None:
         return {}
+    weight, rho = moe.router.balanced_weight, options.rho or 0.0
+    layers = sorted({projection.layer for projection in moe.projections})
+    counts = {str(at): (_at(experts.trained, at), _at(experts.after, at)) for at in layers}
     return {
-        "preserve": closed_form.preserve(n, m, moe.router.balanced_weight, options.rho or 0.0),
-        "published": closed_form.published(n, m),
+        "none": dict.fromkeys(counts, 1.0),
+        "preserve": {at: closed_form.preserve(n, m, weight, rho) for at, (n, m) in counts.items()},
+        "published": {at: closed_form.published(n, m) for at, (n, m) in counts.items()},
     }
 
 
-def _predicted_norm(moe: Moe, experts: Experts, options: Options) -> dict[str, float]:
-    """What each way would do to the expected norm at a balanced gate."""
-    forms = _alternatives(moe, experts, options)
-    if not forms:
-        return {}
-    return {name: factor / forms["preserve"] for name, factor in {"none": 1.0, **forms}.items()}
+def _predicted_norm(forms: Mapping[str, Mapping[str, float]]) -> dict[str, ByLayer]:
+    """What each rule would do to the expected norm at a balanced gate."""
+    return {
+        name: _joined({at: factor / forms["preserve"][at] for at, factor in form.items()})
+        for name, form in forms.items()
+    }
+
+
+def _joined(by_layer: dict[str, float]) -> ByLayer:
+    """The one value of all layers, where they have the same."""
+    values = set(by_layer.values())
+    return values.pop() if len(values) == 1 else by_layer
 
 
 def _instead(moe: Moe, factors: Mapping[Layer, float]) -> str | None:

@@ -102,18 +102,24 @@ def _rules(plan: Plan) -> str:
     notes = {"none": "config edit alone", "published": "as printed in mergekit issue 294"}
     rows = []
     for name, relative in plan.predicted_norm.items():
-        factor = plan.alternatives.get(name, 1.0)
+        factor = _span(plan.alternatives.get(name, 1.0), ".6g")
         mark = "->" if name == taken else ""
-        rows.append((mark, name, f"{factor:.6g}", f"x {relative:.3f}", notes.get(name, "")))
+        rows.append((mark, name, factor, f"x {_span(relative, '.3f')}", notes.get(name, "")))
     if taken not in plan.predicted_norm:
-        low, high = min(plan.factors.values()), max(plan.factors.values())
-        shown = f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
         norm = ""
-        if plan.alternatives and low == high:
-            norm = f"x {low / plan.alternatives['preserve']:.3f}"
+        low, preserve = min(plan.factors.values()), plan.alternatives.get("preserve")
+        if isinstance(preserve, float) and low == max(plan.factors.values()):
+            norm = f"x {low / preserve:.3f}"
         name = f"--{taken}" if taken in ("factor", "factors") else taken
-        rows.append(("->", name, shown, norm, ""))
+        rows.append(("->", name, _span(plan.factors, ".6g"), norm, ""))
     return _table(rows, header=("", "rule", "factor", "expected norm", ""))
+
+
+def _span(value: float | Mapping[str, float], form: str) -> str:
+    """One number, or the smallest and the largest of the layers."""
+    values = value.values() if isinstance(value, Mapping) else (value,)
+    low, high = min(values), max(values)
+    return format(low, form) if low == high else f"{low:{form}} to {high:{form}}"
 
 
 def _layer_rows(tensors: Iterable[PlannedTensor]) -> Iterator[tuple[str, ...]]:
@@ -121,7 +127,8 @@ def _layer_rows(tensors: Iterable[PlannedTensor]) -> Iterator[tuple[str, ...]]:
     layers: dict[tuple[str, int], Counter[tuple[str, str, float]]] = {}
     for t in tensors:
         kinds = layers.setdefault((t.layer.stack, t.layer.number), Counter())
-        kinds[t.role, t.edit.tensor.dtype, t.edit.factor] += 1
+        widened = f" -> {t.edit.promote}" if t.edit.promote and t.edit.factor != 1.0 else ""
+        kinds[t.role, t.edit.tensor.dtype + widened, t.edit.factor] += 1
     runs: list[tuple[str, int, int, Counter[tuple[str, str, float]]]] = []
     for (stack, number), kinds in layers.items():
         if runs and runs[-1][0] == stack and runs[-1][2] == number - 1 and runs[-1][3] == kinds:

@@ -22,6 +22,8 @@ MAX_HEADER_BYTES = 100_000_000
 """A longer header is refused, as in safetensors."""
 
 _U64 = 1 << 64
+_LFS = b"version "
+"""How the small files begin that Git leaves in place of large ones."""
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
@@ -57,6 +59,8 @@ def header_length(first: bytes, file_size: int, where: str) -> int:
     """
     if file_size < LENGTH_BYTES or len(first) < LENGTH_BYTES:
         raise _bad(where, f"{file_size} bytes are too few for a safetensors file")
+    if first[:LENGTH_BYTES] == _LFS:
+        raise _bad(where, "is a Git LFS pointer, not the file itself", hint="Run git lfs pull.")
     length = int.from_bytes(first[:LENGTH_BYTES], "little")
     if length > MAX_HEADER_BYTES:
         raise _bad(where, f"the header claims {length} bytes, more than {MAX_HEADER_BYTES}")

@@ -414,6 +414,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
     _group_limited("bailing_moe_v2", NORM_TRUE, moe_layers=FirstDense(0), folds=True),
     Architecture("arctic", SPARSE_MOE, ALWAYS),
     Architecture("minicpm", ("layers.{L}.mlp.experts.{E}.w2",), ALWAYS),
+    Architecture("xverse", MLP, ALWAYS, count=("moe_top_k",), moe_layers=All()),
     Architecture(
         "grok-1",
         ("layers.{L}.moe_block.experts.{E}.linear_1", *SPARSE_MOE),

@@ -89,7 +89,10 @@ def _count(value: Any, path: str) -> int | tuple[int, ...]:
         return value
     if isinstance(value, list) and value and all(type(v) is int and v > 0 for v in value):
         return tuple(value)
-    raise CheckpointError(f"{CONFIG}: {path} is {value!r}, not a number of experts")
+    raise CheckpointError(
+        f"{CONFIG}: {path} is {value!r}, not a number of experts",
+        hint="Write the number that the model was trained with, as a whole number.",
+    )
 
 
 def set_count(config: Config, places: Sequence[Spelling], new: int) -> Config:
@@ -122,7 +125,7 @@ def whole(section: Mapping[str, Any], key: str, default: int) -> int:
     if value is None:
         return default
     if type(value) is not int or not 0 <= value <= MOST:
-        raise CheckpointError(f"{CONFIG}: {key} is {str(value)[:40]!r}, not a number of things")
+        raise CheckpointError(f"{CONFIG}: {key} is {repr(value)[:40]}, not a number of things")
     return value
 
 

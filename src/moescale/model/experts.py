@@ -20,7 +20,7 @@ from moescale.model.architectures import (
     MoeLayers,
     SparseStep,
 )
-from moescale.model.count import whole
+from moescale.model.count import MOST, whole
 from moescale.model.formats import leaf_name, split_name
 
 _GENERIC = frozenset(
@@ -378,7 +378,10 @@ def total_experts(architecture: Architecture, section: Mapping[str, Any]) -> int
         UnsupportedError: the config does not say.
     """
     for key in architecture.total:
-        if type(section.get(key)) is int and (value := whole(section, key, 0)) > 0:
+        value = section.get(key)
+        if isinstance(value, list) and value and all(type(v) is int for v in value):
+            value = max(value)  # a number for each layer
+        if type(value) is int and 0 < value <= MOST:
             return value
     keys = " or ".join(architecture.total)
     raise UnsupportedError(
@@ -392,9 +395,10 @@ def experts_of_layer(section: Mapping[str, Any], layer: int, total: int) -> int:
     number = own.get(str(layer)) if isinstance(own, dict) else None
     if isinstance(number, dict) and type(number.get("num_local_experts")) is int:
         return int(number["num_local_experts"])
-    pyramid = section.get("pyramid_num_routed")
-    if isinstance(pyramid, list) and layer < len(pyramid) and type(pyramid[layer]) is int:
-        return pyramid[layer] if pyramid[layer] > 0 else total
+    for key in ("pyramid_num_routed", "num_experts"):
+        listed = section.get(key)
+        if isinstance(listed, list) and layer < len(listed) and type(listed[layer]) is int:
+            return listed[layer] if listed[layer] > 0 else total
     return total
 
 

@@ -12,7 +12,7 @@ from moescale.checkpoint.header import Tensor
 from moescale.errors import CheckpointError, UnsupportedError
 from moescale.model import architectures
 from moescale.model.architectures import TEXT_SECTIONS, Architecture, Flag
-from moescale.model.count import CONFIG, Config, Spelling, spellings
+from moescale.model.count import CONFIG, Config, Spelling, spellings, whole
 from moescale.model.experts import (
     Projection,
     check_complete,
@@ -83,6 +83,7 @@ def find_moe(
             hint="Add the key with the number that the model was trained with.",
         )
     section = _section(config, places, row)
+    _check_lists(places, section)
     if pattern is not None:
         projections = find_by_pattern(tensors, pattern)
     else:
@@ -130,6 +131,17 @@ def _row(
 def _section(config: Config, places: Sequence[Spelling], row: Architecture) -> Mapping[str, Any]:
     """The section that describes the MoE: where the count stands, or else what the config is."""
     return config.section(places[0].section if places else row.sections[-1]) or {}
+
+
+def _check_lists(places: Sequence[Spelling], section: Mapping[str, Any]) -> None:
+    """A list of counts has one for each layer, and MTP blocks may follow."""
+    layers = whole(section, "num_hidden_layers", 0)
+    for place in places:
+        if isinstance(place.value, tuple) and len(place.value) < layers:
+            raise CheckpointError(
+                f"{CONFIG}: {place.path} has {len(place.value)} numbers for {layers} layers",
+                hint="Write one number for each layer, or one for all.",
+            )
 
 
 _UNKNOWN = Architecture("", experts=(), weights=Flag("norm_topk_prob", False))

@@ -68,8 +68,11 @@ class LocalSource:
         """
         if not root.is_dir():
             raise SourceError(
-                f"{root}: {'is not a directory' if root.exists() else 'does not exist'}"
+                f"{root}: {'is not a directory' if root.exists() else 'does not exist'}",
+                hint="Give the directory of a checkpoint; a repo on the Hub is org/name.",
             )
+        if not os.access(root, os.R_OK | os.X_OK):
+            raise SourceError(f"{root}: cannot be read", hint="Mend its permissions.")
         if (root / STATE / JOURNAL).exists():
             raise SourceError(
                 f"{root}: holds an unfinished run of moescale ({STATE}/)",
@@ -99,6 +102,7 @@ class LocalSource:
             name = check_name(prefix + entry.name, str(self.root))
             if entry.is_symlink():
                 self._check_link(Path(entry.path), name)
+            self._check_readable(entry, name)
             if entry.is_dir(follow_symlinks=False):
                 yield from self._walk(Path(entry.path), name + "/")
                 continue
@@ -107,6 +111,12 @@ class LocalSource:
                 raise CheckpointError(f"{self.root}: {name!r} is not a regular file")
             self._states[name] = [info.st_size, info.st_mtime_ns]
             yield name, FileInfo(name, info.st_size)
+
+    def _check_readable(self, entry: os.DirEntry[str], name: str) -> None:
+        """What cannot be read is found now, and not after the first hundred gigabytes."""
+        mode = os.R_OK | os.X_OK if entry.is_dir() else os.R_OK
+        if not os.access(entry.path, mode):
+            raise SourceError(f"{self.root}: {name!r} cannot be read", hint="Mend its permissions.")
 
     def _check_link(self, link: Path, name: str) -> None:
         try:
@@ -321,6 +331,12 @@ class LocalSink:
         return {
             name: (self.root / name).lstat().st_size for name in _names(self.root, NOT_CHECKPOINT)
         }
+
+    def room(self) -> int:
+        """Bytes that an output may have here: what is free, and what is there already."""
+        parents = (self.root, *self.root.absolute().parents)
+        free = shutil.disk_usage(next(path for path in parents if path.is_dir())).free
+        return free + sum(self.existing().values())
 
     def read(self, name: str) -> bytes:
         """A small file of the output."""

@@ -1,0 +1,205 @@
+"""The dry run: it says what the real run would refuse, and both closed forms, layer by layer."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import pytest
+import quantised_checkpoints as quantised
+
+from moescale import api
+from moescale.errors import CheckpointError, SourceError, UsageError
+from moescale.report import plan_text
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A complete small Mixtral repo."""
+    return checkpoints.mixtral(tmp_path / "source")
+
+
+def with_count(source: Path, count: Any) -> Path:
+    """The repo with other experts per token in its config."""
+    path = source / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), "num_experts_per_tok": count}))
+    return source
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs the command as a user does."""
+    command = [sys.executable, "-m", "moescale", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+# The destination ----------------------------------------------------------------------------------
+
+
+def test_an_occupied_destination_is_a_warning(source: Path, tmp_path: Path) -> None:
+    """The plan is shown, and what the run would refuse is said with what to do."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "letter.txt").write_text("dear")
+    (warning,) = api.plan(source, tmp_path / "out", experts=3).warnings
+    assert "would be refused" in warning and "something else" in warning
+    assert "--overwrite" in warning and "\n" not in warning
+    (warning,) = api.plan(source, tmp_path / "out", overwrite=True, experts=3).warnings
+    assert "does not look like a model" in warning
+
+
+@pytest.mark.parametrize("change", ["none", "output", "source"])
+def test_an_earlier_output_is_looked_at(change: str, source: Path, tmp_path: Path) -> None:
+    """An output of the same job is no obstacle, unless it or its source was changed since."""
+    api.convert(source, tmp_path / "out", experts=3)
+    if change == "output":
+        (tmp_path / "out" / "config.json").write_text("{}")
+    if change == "source":
+        os.utime(source / "config.json", (4e9, 4e9))
+    warnings = api.plan(source, tmp_path / "out", experts=3).warnings
+    said = {"none": [], "output": ["changed since"], "source": ["source is younger"]}[change]
+    assert [word in warning for word, warning in zip(said, warnings, strict=True)] == [True] * len(
+        said
+    )
+
+
+def test_nothing_is_written_there(source: Path, tmp_path: Path) -> None:
+    """A dry run makes no folder."""
+    assert api.plan(source, tmp_path / "deep" / "out", experts=3).warnings == ()
+    assert not (tmp_path / "deep").exists()
+
+
+def test_options_of_the_hub_need_the_hub(source: Path, tmp_path: Path) -> None:
+    """What the run refuses as usage, the dry run refuses too."""
+    with pytest.raises(UsageError, match="need hf://"):
+        api.plan(source, tmp_path / "out", create_pr=True, experts=3)
+
+
+def test_a_disk_that_is_too_small_is_said_first(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the output is larger than what is free, the plan warns, and the run goes on."""
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    for plan in (
+        api.plan(source, tmp_path / "out", experts=3),
+        api.convert(source, tmp_path / "out", experts=3).plan,
+    ):
+        (warning,) = plan.warnings
+        assert f"{plan.bytes_written - 100:,} bytes less" in warning
+    assert api.plan(source, tmp_path / "out", experts=3).warnings == ()  # it is there already
+
+
+# The source ---------------------------------------------------------------------------------------
+
+
+def test_a_file_that_cannot_be_read_is_found_at_once(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer without permission ends the plan, not the run after its last shard."""
+    allowed = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: "tokenizer.json" not in str(path) and allowed(path, mode)
+    )
+    with pytest.raises(SourceError, match=r"'tokenizer.json' cannot be read") as caught:
+        api.plan(source, experts=3)
+    assert caught.value.hint
+
+
+def test_a_pointer_of_git_lfs_is_called_so(source: Path) -> None:
+    """A clone without the large files is the most usual broken checkpoint."""
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1234\n"
+    (source / "model-00002-of-00003.safetensors").write_bytes(pointer)
+    with pytest.raises(CheckpointError, match=r"00002.*is a Git LFS pointer") as caught:
+        api.plan(source, experts=3)
+    assert caught.value.hint == "Run git lfs pull."
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("part", ""), ("arch", ""), ("pattern", ""), ("experts_key", "")],
+)
+def test_an_empty_name_is_refused(option: str, value: str, source: Path) -> None:
+    """An empty value, of a variable that is not set, is no name."""
+    with pytest.raises(UsageError, match=f"--{option.replace('_', '-')} is empty"):
+        api.plan(source, experts=3, **{option: value})
+
+
+def test_a_wider_scale_is_shown(tmp_path: Path) -> None:
+    """Where a scale becomes F32, and with it the shard longer, the plan says so."""
+    case = next(c for c in quantised.EXACT if c.id == "block FP8, BF16 scales")
+    quantised.write(case, tmp_path / "in")
+    assert "BF16 -> F32" in plan_text(api.plan(tmp_path / "in", factor=1.37))
+    assert "-> F32" not in plan_text(api.plan(tmp_path / "in", factor=1.0))
+
+
+# Counts by layer ----------------------------------------------------------------------------------
+
+
+def test_both_forms_are_given_by_layer(source: Path) -> None:
+    """Where layers have different counts, each rule has a factor and a norm for each of them."""
+    plan = api.plan(with_count(source, [1, 2]), experts=2)
+    root = 2**0.5
+    assert dict(plan.factors) == {"0": root, "1": 1.0}
+    assert plan.as_json()["alternatives"] == {
+        "preserve": {"0": root, "1": 1.0},
+        "published": {"0": 0.5**0.5, "1": 1.0},
+    }
+    norm = plan.predicted_norm
+    assert norm["none"] == {"0": 1 / root, "1": 1.0} and norm["preserve"] == 1.0
+    assert norm["published"] == {"0": pytest.approx(0.5), "1": 1.0}
+    text = plan_text(plan)
+    assert "1,2 -> 2" in text and "1 to 1.41421" in text and "0.707107 to 1" in text
+    assert "x 0.500 to 1.000" in text
+
+
+def test_a_list_that_is_too_short_is_refused(source: Path) -> None:
+    """A list of counts has one for each layer."""
+    with pytest.raises(CheckpointError, match="has 1 numbers for 2 layers"):
+        api.plan(with_count(source, [2]), experts=2)
+
+
+# Files with factors -------------------------------------------------------------------------------
+
+
+def test_a_byte_order_mark_is_no_fault(source: Path, tmp_path: Path) -> None:
+    """Editors on Windows put one before the JSON."""
+    (tmp_path / "f.json").write_text('{"0": 1.1, "1": 1.2}', encoding="utf-8-sig")
+    done = run(source, tmp_path / "out", "--factors", tmp_path / "f.json", "-q")
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'out'}\n")
+
+
+@pytest.mark.parametrize(
+    ("factors", "says"),
+    [
+        ('{"0": 1, "1": -1}', "the factor of layer 1 is -1.0"),
+        ('{"factors": [1, 2]}', "holds no factors"),
+    ],
+)
+def test_a_bad_factor_is_named(factors: str, says: str, source: Path, tmp_path: Path) -> None:
+    """The error names the layer, or says what the file has to hold."""
+    (tmp_path / "f.json").write_text(factors)
+    done = run(source, tmp_path / "out", "--factors", tmp_path / "f.json")
+    assert done.returncode == 2 and says in done.stderr and done.stdout == ""
+
+
+# Streams ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.name == "nt", reason="closing a stream is written so in POSIX shells")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_no_error(closed: str, source: Path, tmp_path: Path) -> None:
+    """Text for a stream that the caller closed goes nowhere, above all not into the other one."""
+    out = tmp_path / "out"
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-m", "moescale"]
+    done = subprocess.run(
+        [*command, source, out, "-k", "3", "--verify"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert done.stdout == (f"{out}\n" if closed == "2>&-" else "")
+    assert "Traceback" not in done.stderr
+    assert api.verify(source, out, experts=3).verified
