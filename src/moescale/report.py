@@ -265,12 +265,12 @@ def summary(result: Result, seconds: float) -> str:
     if result.status in ("done", "stale"):
         first = f"{plan.destination} was already done; nothing was written."
     else:
-        word = "continued and finished" if result.status == "resume" else "written"
-        total = plan.bytes_written
-        first = (
-            f"{plan.destination} {word}: {size(total)} in {seconds:.1f} s"
-            f" ({size(total / seconds)}/s), {len(plan.changed_tensors)} tensors scaled."
-        )
+        total, scaled = plan.bytes_written, f"{len(plan.changed_tensors)} tensors scaled."
+        if result.status == "resume":  # a rate would count what an earlier run did
+            first = f"continued and finished: {size(total)} in all, the rest in {seconds:.1f} s"
+        else:
+            first = f"written: {size(total)} in {seconds:.1f} s ({size(total / seconds)}/s)"
+        first = f"{plan.destination} {first}, {scaled}"
     proof = (
         "Verified: every byte is what the plan says."
         if result.verified
