@@ -26,6 +26,9 @@ BAR_DELAY = 0.5
 
 _TRUE = frozenset({"1", "ON", "YES", "TRUE"})
 _NAME_LENGTH = 34
+_FIGURES = 50
+"""Columns that a bar takes beside the name."""
+
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -207,7 +210,7 @@ class Progress:
 
         return tqdm(
             total=total,
-            desc=name[-_NAME_LENGTH:],
+            desc=_label(name, self._stream),
             position=position,
             unit="B",
             unit_scale=True,
@@ -257,6 +260,16 @@ class Progress:
         rate = (self._done - self._there) / (now - self._start)
         left = (self._total - self._done) / rate if rate else 0
         return f"{size(self._done)} of {size(self._total)}, {size(rate)}/s, {left:.0f} s left"
+
+
+def _label(name: str, stream: TextIO | None) -> str:
+    """As much of a file's name as leaves room for the figures; its end tells shards apart."""
+    try:
+        columns = os.get_terminal_size(stream.fileno()).columns if stream else 0
+    except (OSError, ValueError):
+        columns = 0
+    room = max(12, min(_NAME_LENGTH, (columns or 80) - _FIGURES))
+    return name if len(name) <= room else name.removesuffix(".safetensors")[-room:]
 
 
 def summary(result: Result, seconds: float) -> str:
