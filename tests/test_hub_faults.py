@@ -162,6 +162,35 @@ def test_a_stall_does_not_hold_a_run_up_for_ever(lab: Lab, point: str) -> None:
     check(lab)
 
 
+PULL = ("--create-pr", "--overwrite")
+RARE: dict[str, tuple[Match, tuple[str, ...], int]] = {
+    "the branches": (("GET", r"/refs(\?|$)"), (), 5),
+    "the digests of a copy": (("POST", "paths-info"), ("--rule", "none"), 0),
+    "a copy": (("POST", "lfs-files/duplicate"), ("--rule", "none"), 0),
+    "the pull requests": (("GET", "/discussions"), PULL, 5),
+    "the end of an upload in parts": (("POST", "complete-multipart"), (), 5),
+}
+
+
+@pytest.mark.parametrize("request_", RARE)
+def test_what_only_some_runs_ask_for_is_waited_for_too(lab: Lab, request_: str) -> None:
+    """Tried again like the rest; where a copy fails for good, the bytes are sent instead."""
+    match, options, code = RARE[request_]
+    hub = lab.start(xet="parts" not in request_, part_size=200_000)
+    if options == PULL:
+        hub.add_repo(DST, {"old.txt": b"1"})
+    for action in (status(503, Retry_After=7), reset()):
+        fault = hub.fault(match, action, times=None)
+        assert lab.run(SRC, PLACE, "-k", "3", "-q", *options).code == code
+        assert fault.fired == hub_module.ATTEMPTS
+        hub.log.clear()
+        if code == 0:
+            del hub.store.repos["model", DST]
+    fault = hub.fault(match, html())
+    lab.done(SRC, PLACE, "-k", "3", "-q", *options)
+    assert fault.fired == 1
+
+
 @pytest.mark.parametrize("action", [truncate(1000), truncate(200_000), stall(100_000)])
 @pytest.mark.parametrize("to", ["disk", "Hub"])
 def test_bytes_that_break_off_are_taken_up_again(lab: Lab, action: Action, to: str) -> None:

@@ -113,6 +113,30 @@ def test_a_terminal_shows_the_bars_until_the_upload_is_done(lab: Lab) -> None:
     assert f"{hub.endpoint}/{DST}/commit/" in after
 
 
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (120, "model-00001-of-00002.safetensors: "),
+        (80, "model-00001-of-00002: "),
+        (60, "001-of-00002: "),
+    ],
+)
+def test_a_narrow_terminal_shows_the_figures(
+    monkeypatch: pytest.MonkeyPatch, columns: int, shown: str
+) -> None:
+    """Names give way to bytes, rate and remaining time."""
+    monkeypatch.setattr(report, "BAR_DELAY", 0)
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(ours, (10, columns))
+    with open(theirs, "w") as stream, report.Progress(stream) as progress:
+        progress.expect({"model-00001-of-00002.safetensors": 8_000_000_000})
+        progress.step("model-00001-of-00002.safetensors", 1_000_000_000)
+        next(iter(progress._bars.values())).refresh()
+    text = read_all(ours)
+    assert shown in text
+    assert re.search(r"1\.00G/8\.00G \[\d\d:\d\d<[\d:?]+, [\d.?]+\w?B/s\]", text)
+
+
 def read_all(terminal: int) -> str:
     """What is written to a terminal until its other end is closed."""
     found = b""

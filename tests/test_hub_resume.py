@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -361,7 +362,8 @@ def test_of_two_runs_at_once_one_ends(lab: Lab) -> None:
 
 
 def test_a_resumed_run_says_so(lab: Lab) -> None:
-    """The end of a continued run tells that it was one."""
+    """The end of a continued run tells that it was one, and gives no rate for all of it."""
     lab.start()
     leave_unfinished(lab)
-    assert f"{PLACE} continued and finished" in lab.done(SRC, PLACE, "-k", "3").err
+    last = lab.done(SRC, PLACE, "-k", "3").err.partition(f"{PLACE} continued and finished: ")[2]
+    assert re.match(r"[\d.]+ MB in all, the rest in [\d.]+ s, 8 tensors scaled\.\n", last)

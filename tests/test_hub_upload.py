@@ -1,4 +1,4 @@
-"""How much the upload to the Hub takes, and who decides it."""
+"""What an upload to the Hub takes, who decides it, and shards that grow on the way."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import checkpoints
 import hf_xet
 import pytest
+import quantised_checkpoints
 from hub_checkpoints import PLACE, Lab, laboratory, large_shard
 
+from moescale import convert
 from moescale.repos.hub_upload import new_session
 
 
@@ -53,6 +56,28 @@ def test_the_users_settings_win_over_ours(
         assert min(want[:2]) > 1
     config = new_session()
     assert tuple(config.get(key) for key in KEYS) == want
+
+
+# Shards that grow ---------------------------------------------------------------------------
+
+WIDENED = next(case for case in quantised_checkpoints.EXACT if "promote" in case.changed.values())
+
+
+@pytest.mark.parametrize("xet", [True, False])
+def test_a_shard_whose_header_changes_is_streamed_too(lab: Lab, xet: bool) -> None:
+    """Where a scale is widened to F32, size and digest are those of the new file."""
+    hub = lab.start(xet=xet)
+    folder = lab.root / "widened"
+    quantised_checkpoints.write(WIDENED, folder)
+    files = checkpoints.tree(folder)
+    hub.add_repo("lab/widened", files)
+    convert(folder, lab.root / "out", factor=1.37)
+    result = convert("lab/widened", PLACE, factor=1.37, check=True)
+    want = checkpoints.tree(lab.root / "out")
+    shards = [name for name in want if name.endswith(".safetensors")]
+    assert result.verified
+    assert any(len(want[name]) > len(files[name]) for name in shards)
+    assert {n: d for n, d in lab.output().items() if n in shards} == {n: want[n] for n in shards}
 
 
 # Memory -------------------------------------------------------------------------------------

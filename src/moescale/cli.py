@@ -148,7 +148,8 @@ def _command(
         ),
     ] = None,
     create_pr: Annotated[
-        bool, typer.Option("--create-pr", help="Open a pull request on the Hub instead.")
+        bool,
+        typer.Option("--create-pr", help="Open a pull request instead; takes the right to write."),
     ] = False,
     commit_message: Annotated[
         Optional[str],  # noqa: UP045

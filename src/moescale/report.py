@@ -26,6 +26,9 @@ BAR_DELAY = 0.5
 
 _TRUE = frozenset({"1", "ON", "YES", "TRUE"})
 _NAME_LENGTH = 34
+_FIGURES = 50
+"""Columns that a bar takes beside the name."""
+
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -214,7 +217,7 @@ class Progress:
 
         return tqdm(
             total=total,
-            desc=name[-_NAME_LENGTH:],
+            desc=_label(name, self._stream),
             position=position,
             unit="B",
             unit_scale=True,
@@ -266,18 +269,28 @@ class Progress:
         return f"{size(self._done)} of {size(self._total)}, {size(rate)}/s, {left:.0f} s left"
 
 
+def _label(name: str, stream: TextIO | None) -> str:
+    """As much of a file's name as leaves room for the figures; its end tells shards apart."""
+    try:
+        columns = os.get_terminal_size(stream.fileno()).columns if stream else 0
+    except (OSError, ValueError):
+        columns = 0
+    room = max(12, min(_NAME_LENGTH, (columns or 80) - _FIGURES))
+    return name if len(name) <= room else name.removesuffix(".safetensors")[-room:]
+
+
 def summary(result: Result, seconds: float) -> str:
     """What was done, in two lines."""
     plan = result.plan
     if result.status in ("done", "stale"):
         first = f"{plan.destination} was already done; nothing was written."
     else:
-        word = "continued and finished" if result.status == "resume" else "written"
-        total = plan.bytes_written
-        first = (
-            f"{plan.destination} {word}: {size(total)} in {seconds:.1f} s"
-            f" ({size(total / seconds)}/s), {len(plan.changed_tensors)} tensors scaled."
-        )
+        total, scaled = plan.bytes_written, f"{len(plan.changed_tensors)} tensors scaled."
+        if result.status == "resume":  # a rate would count what an earlier run did
+            first = f"continued and finished: {size(total)} in all, the rest in {seconds:.1f} s"
+        else:
+            first = f"written: {size(total)} in {seconds:.1f} s ({size(total / seconds)}/s)"
+        first = f"{plan.destination} {first}, {scaled}"
     proof = (
         "Verified: every byte is what the plan says."
         if result.verified
