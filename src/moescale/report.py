@@ -263,10 +263,11 @@ def summary(result: Result, seconds: float) -> str:
         first = f"{plan.destination} was already done; nothing was written."
     else:
         word = "continued and finished" if result.status == "resume" else "written"
-        total = plan.bytes_written
+        total, scaled = plan.bytes_written, len(plan.changed_tensors)
+        what = f"{scaled} tensors scaled" if scaled else "no weight changed"
         first = (
             f"{plan.destination} {word}: {size(total)} in {seconds:.1f} s"
-            f" ({size(total / seconds)}/s), {len(plan.changed_tensors)} tensors scaled."
+            f" ({size(total / seconds)}/s), {what}."
         )
     proof = (
         "Verified: every byte is what the plan says."
