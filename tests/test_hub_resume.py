@@ -137,6 +137,19 @@ def test_a_killed_run_for_a_missing_branch_is_continued(
     assert hub.branches(DST).keys() == {"main", "k3"}
 
 
+def test_a_killed_run_without_xet_is_continued(lab: Lab) -> None:
+    """A kill in the middle of an upload from a file leaves no file, and costs that shard only."""
+    lab.start(xet=False)
+    want = lab.on_disk()
+    temporary = lab.root / "tmp"
+    temporary.mkdir()
+    lab.monkeypatch.setenv("TMPDIR", str(temporary))
+    kill(lab, ("PUT", "^cdn"), stall(), 2, PLACE)
+    assert not list(temporary.iterdir())
+    assert finished(lab) == {SHARDS[0]}
+    complete(lab, want)
+
+
 def test_a_pull_request_is_opened_once(lab: Lab) -> None:
     """A run that is killed after its pull request was opened does not open another one."""
     hub = lab.start()

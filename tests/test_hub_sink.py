@@ -28,7 +28,6 @@ from moescale.errors import DestinationError
 from moescale.repos.hub import HubPlace
 from moescale.repos.hub_sink import HubSink
 
-COMMIT = ("POST", r"^api /api/models/me/out/commit/")
 WORKING = "moescale-unfinished-main"
 
 
@@ -199,32 +198,6 @@ def test_room_for_the_file_is_checked_first(lab: Lab) -> None:
     assert "has no room for" in outcome.failure
     assert tempfile.gettempdir() in outcome.failure
     assert hub.traffic("^cdn")[1] <= len(SHARDS) * (32 << 10)
-
-
-@pytest.mark.parametrize("to", ["another repo", "a branch of the source's repo"])
-def test_unchanged_files_are_copied_on_the_hub(lab: Lab, to: str) -> None:
-    """With `--rule none` no byte of a shard comes or goes; they are copied where they lie."""
-    hub = lab.start()
-    place = PLACE if to == "another repo" else f"hf://{SRC}@four"
-    if to != "another repo":
-        hub.tokens[hub.token].namespaces = frozenset({"me", "lab"})
-    outcome = lab.done(SRC, place, "-k", "3", "--rule", "none")
-    assert hub.traffic("^cdn") == (0, len(SHARDS) * (32 << 10))
-    repo, branch = (DST, "main") if to == "another repo" else (SRC, "four")
-    output = lab.output(repo, branch)
-    assert {name: output[name] for name in SHARDS} == {n: lab.source[n] for n in SHARDS}
-    assert json.loads(output["config.json"])["num_experts_per_tok"] == 3
-    assert f"{sum(len(lab.source[n]) for n in SHARDS):,} copied there" in outcome.err
-
-
-def test_what_cannot_be_copied_is_sent(lab: Lab) -> None:
-    """A Hub that does not copy between these repos gets the bytes, without a long wait."""
-    hub = lab.start()
-    refusal = status(403, {"error": "Cannot copy across storage regions"})
-    hub.fault("lfs-files/duplicate", refusal, times=None)
-    lab.done(SRC, PLACE, "-k", "3", "--rule", "none", "-q")
-    assert {n: hub.read(DST, n) for n in SHARDS} == {n: lab.source[n] for n in SHARDS}
-    assert not lab.waits
 
 
 def test_only_new_bytes_are_sent(lab: Lab) -> None:

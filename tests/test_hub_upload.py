@@ -1,8 +1,9 @@
-"""What an upload to the Hub takes, who decides it, and shards that grow on the way."""
+"""What an upload to the Hub takes, who decides it, and what need not be sent."""
 
 from __future__ import annotations
 
 import json
+import random
 import re
 import time
 from collections.abc import Iterator
@@ -13,10 +14,13 @@ import checkpoints
 import hf_xet
 import pytest
 import quantised_checkpoints
-from hub_checkpoints import PLACE, Lab, laboratory, large_shard
+from hub_checkpoints import DST, PLACE, SHARDS, SRC, Lab, laboratory, large_shard, rescaled
+from hub_faults import status
 
 from moescale import convert
 from moescale.repos.hub_upload import new_session
+
+COMMIT = ("POST", r"^api /api/models/me/out/commit/")
 
 
 @pytest.fixture
@@ -56,6 +60,49 @@ def test_the_users_settings_win_over_ours(
         assert min(want[:2]) > 1
     config = new_session()
     assert tuple(config.get(key) for key in KEYS) == want
+
+
+# Copies on the Hub --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("to", ["another repo", "a branch of the source's repo"])
+def test_unchanged_files_are_copied_on_the_hub(lab: Lab, to: str) -> None:
+    """With `--rule none` no byte of a shard comes or goes; they are copied where they lie."""
+    hub = lab.start()
+    place = PLACE if to == "another repo" else f"hf://{SRC}@four"
+    if to != "another repo":
+        hub.tokens[hub.token].namespaces = frozenset({"me", "lab"})
+    outcome = lab.done(SRC, place, "-k", "3", "--rule", "none")
+    assert hub.traffic("^cdn") == (0, len(SHARDS) * (32 << 10))
+    repo, branch = (DST, "main") if to == "another repo" else (SRC, "four")
+    output = lab.output(repo, branch)
+    assert {name: output[name] for name in SHARDS} == {n: lab.source[n] for n in SHARDS}
+    assert json.loads(output["config.json"])["num_experts_per_tok"] == 3
+    assert f"{sum(len(lab.source[n]) for n in SHARDS):,} copied there" in outcome.err
+
+
+def test_some_files_are_copied_and_others_sent(lab: Lab) -> None:
+    """Beside shards that change, a large file that stays goes server-side, and once only."""
+    hub = lab.start()
+    words = random.Random(0).randbytes(300_000)
+    hub.commit(SRC, {"tokenizer.model": words})
+    hub.fault(COMMIT, status(403), nth=4)
+    assert lab.run(SRC, PLACE, "-k", "3", "-q", "-j", "1").code == 3
+    lab.done(SRC, PLACE, "-k", "3", "-q")
+    assert hub.read(DST, "tokenizer.model") == words
+    assert {name: hub.read(DST, name) for name in SHARDS} == rescaled(lab.source)
+    assert not hub.find(f"^cdn /{hub.files(SRC)['tokenizer.model'].sha256}")
+    assert len(hub.find(("POST", "lfs-files/duplicate"))) == 1
+
+
+def test_what_cannot_be_copied_is_sent(lab: Lab) -> None:
+    """A Hub that does not copy between these repos gets the bytes, without a long wait."""
+    hub = lab.start()
+    refusal = status(403, {"error": "Cannot copy across storage regions"})
+    hub.fault("lfs-files/duplicate", refusal, times=None)
+    lab.done(SRC, PLACE, "-k", "3", "--rule", "none", "-q")
+    assert {n: hub.read(DST, n) for n in SHARDS} == {n: lab.source[n] for n in SHARDS}
+    assert not lab.waits
 
 
 # Shards that grow ---------------------------------------------------------------------------

@@ -162,7 +162,7 @@ def _command(
             "--jobs",
             metavar="N",
             min=1,
-            help="Shards at once; default: cores, at most 8, and 2 to the Hub.",
+            help="Shards at once; default: cores, at most 8, and 2 to the Hub, for the memory.",
         ),
     ] = None,
     dry_run: Annotated[
