@@ -64,7 +64,7 @@ class RewriteError(MoescaleError):
 class VerificationError(MoescaleError):
     """The output differs from what the plan says."""
 
-    advice = "The same command with --overwrite writes it anew."
+    advice = "Remove the output and run the same command again."
 
 
 class TemporaryError(MoescaleError):
