@@ -639,6 +639,32 @@ main()
 """
 
 
+INTERRUPTED_IMPORT = """
+import runpy, sys
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "typer":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+runpy.run_module("moescale", run_name="__main__")
+"""
+
+
+def test_an_interrupted_start() -> None:
+    """Ctrl-C while the program is still being imported is one line too."""
+    command = [sys.executable, "-c", INTERRUPTED_IMPORT]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    fails(Done(child.returncode, child.stdout, child.stderr), 130, "interrupted")
+
+
+def test_an_interruption_that_typer_answered(
+    moescale: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While options are parsed, Typer turns Ctrl-C into a bare exit code; a line goes with it."""
+    monkeypatch.setattr("moescale.cli.app", lambda **_: 130)
+    fails(moescale("--dry-run"), 130, "resumes")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run(source: Path, tmp_path: Path, number: int) -> None:
     """130, one line, nothing that loads; the same command then finishes the same bytes."""

@@ -327,7 +327,10 @@ def _flush_output() -> None:
 
 def _run() -> NoReturn:
     try:
-        sys.exit(app(prog_name="moescale", standalone_mode=False))
+        code = app(prog_name="moescale", standalone_mode=False)
+        if code == EXIT_CODES[errors.InterruptedRun]:  # Typer's own answer, without a word
+            raise KeyboardInterrupt
+        sys.exit(code)
     except _UsageError as error:
         if isinstance(error, typer.BadParameter) or sys.argv[1:]:
             message = error.format_message()
