@@ -163,6 +163,16 @@ def test_a_list_that_is_too_short_is_refused(source: Path) -> None:
         api.plan(with_count(source, [2]), experts=2)
 
 
+def test_a_fold_into_the_config_says_that_no_weight_changed(tmp_path: Path) -> None:
+    """The summary of `--fold config` has the size, the seconds, and that all was copied."""
+    source = checkpoints.deepseek(tmp_path / "in", routed_scaling_factor=2.5)
+    done = run(source, tmp_path / "out", "-k", 3, "--fold", "config")
+    assert done.returncode == 0
+    assert "0 B changed" in done.stderr and "no weight changed" in done.stderr
+    config = json.loads((tmp_path / "out" / "config.json").read_bytes())
+    assert config["routed_scaling_factor"] == pytest.approx(2.5 * 1.5**0.5)
+
+
 # Files with factors -------------------------------------------------------------------------------
 
 

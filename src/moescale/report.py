@@ -285,7 +285,8 @@ def summary(result: Result, seconds: float) -> str:
     if result.status in ("done", "stale"):
         first = f"{plan.destination} was already done; nothing was written."
     else:
-        total, scaled = plan.bytes_written, f"{len(plan.changed_tensors)} tensors scaled."
+        total, changed = plan.bytes_written, len(plan.changed_tensors)
+        scaled = f"{changed} tensors scaled." if changed else "no weight changed."
         if result.status == "resume":  # a rate would count what an earlier run did
             first = f"continued and finished: {size(total)} in all, the rest in {seconds:.1f} s"
         else:
