@@ -15,7 +15,7 @@ import pytest
 import quantised_checkpoints as quantised
 
 from moescale import api
-from moescale.errors import CheckpointError, SourceError, UsageError
+from moescale.errors import CheckpointError, SourceError, UnsupportedError, UsageError
 from moescale.report import plan_text
 
 
@@ -171,6 +171,15 @@ def test_a_fold_into_the_config_says_that_no_weight_changed(tmp_path: Path) -> N
     assert "0 B changed" in done.stderr and "no weight changed" in done.stderr
     config = json.loads((tmp_path / "out" / "config.json").read_bytes())
     assert config["routed_scaling_factor"] == pytest.approx(2.5 * 1.5**0.5)
+
+
+@pytest.mark.parametrize("value", [None, "2.5", True, [1], 1e308, float("nan")])
+def test_a_scaling_key_that_is_no_number_is_refused(value: Any, tmp_path: Path) -> None:
+    """What cannot be multiplied is said in one line, with what to do instead."""
+    source = checkpoints.deepseek(tmp_path / "in", routed_scaling_factor=value)
+    with pytest.raises(UnsupportedError, match="cannot be multiplied") as caught:
+        api.plan(source, factor=1e9, fold="config")
+    assert "\n" not in caught.value.message and caught.value.hint
 
 
 # Files with factors -------------------------------------------------------------------------------
