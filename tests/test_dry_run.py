@@ -110,6 +110,17 @@ def test_a_file_that_cannot_be_read_is_found_at_once(
     assert caught.value.hint
 
 
+@pytest.mark.parametrize("name", ["README.md", "moescale.json", "model.safetensors.index.json"])
+def test_a_folder_in_the_place_of_a_file_is_found_at_once(name: str, source: Path) -> None:
+    """A folder that has the name of a file which a run makes is refused before the run."""
+    (source / name).unlink(missing_ok=True)
+    (source / name).mkdir()
+    (source / name / "notes.txt").write_text("x")
+    (source / "stale.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=f"{name}: is a folder"):
+        api.plan(source, experts=3)
+
+
 def test_a_pointer_of_git_lfs_is_called_so(source: Path) -> None:
     """A clone without the large files is the most usual broken checkpoint."""
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1234\n"
