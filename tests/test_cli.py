@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -490,7 +491,15 @@ def test_an_unknown_model_type_that_is_like_none(
 ) -> None:
     """Tensors that look routed are shown with the way to name them."""
     edit_config(source, model_type="xyzzy123")
-    fails(moescale(source, out, "-k", 3), 3, "'xyzzy123'", "--pattern", "experts.0.w2")
+    failed = moescale(source, out, "-k", 3)
+    fails(failed, 3, "'xyzzy123'", "--pattern", "experts.0.w2", "--factor or --rule published")
+    words = shlex.split(failed.err.partition(": try ")[2].partition(" with ")[0])
+    assert words[::2] == ["--pattern", "--experts-key"]
+    assert moescale(source, out, "-k", 3, *words, "--factor", 1.2).code == 0
+    edit_config(source, norm_topk_prob=True)
+    failed = moescale(source, "-k", 3, "--dry-run")
+    words = shlex.split(failed.err.partition(": try ")[2].rstrip(".\n"))
+    assert moescale(source, "-k", 4, "--dry-run", *words).code == 0
 
 
 @pytest.mark.parametrize("arch", ["llama", "Mixtral"])

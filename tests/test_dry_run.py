@@ -15,7 +15,7 @@ import pytest
 import quantised_checkpoints as quantised
 
 from moescale import api
-from moescale.errors import CheckpointError, SourceError, UsageError
+from moescale.errors import CheckpointError, SourceError, UnsupportedError, UsageError
 from moescale.report import plan_text
 
 
@@ -110,6 +110,17 @@ def test_a_file_that_cannot_be_read_is_found_at_once(
     assert caught.value.hint
 
 
+@pytest.mark.parametrize("name", ["README.md", "moescale.json", "model.safetensors.index.json"])
+def test_a_folder_in_the_place_of_a_file_is_found_at_once(name: str, source: Path) -> None:
+    """A folder that has the name of a file which a run makes is refused before the run."""
+    (source / name).unlink(missing_ok=True)
+    (source / name).mkdir()
+    (source / name / "notes.txt").write_text("x")
+    (source / "stale.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=f"{name}: is a folder"):
+        api.plan(source, experts=3)
+
+
 def test_a_pointer_of_git_lfs_is_called_so(source: Path) -> None:
     """A clone without the large files is the most usual broken checkpoint."""
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1234\n"
@@ -171,6 +182,15 @@ def test_a_fold_into_the_config_says_that_no_weight_changed(tmp_path: Path) -> N
     assert "0 B changed" in done.stderr and "no weight changed" in done.stderr
     config = json.loads((tmp_path / "out" / "config.json").read_bytes())
     assert config["routed_scaling_factor"] == pytest.approx(2.5 * 1.5**0.5)
+
+
+@pytest.mark.parametrize("value", [None, "2.5", True, [1], 1e308, float("nan")])
+def test_a_scaling_key_that_is_no_number_is_refused(value: Any, tmp_path: Path) -> None:
+    """What cannot be multiplied is said in one line, with what to do instead."""
+    source = checkpoints.deepseek(tmp_path / "in", routed_scaling_factor=value)
+    with pytest.raises(UnsupportedError, match="cannot be multiplied") as caught:
+        api.plan(source, factor=1e9, fold="config")
+    assert "\n" not in caught.value.message and caught.value.hint
 
 
 # Files with factors -------------------------------------------------------------------------------

@@ -61,6 +61,8 @@ def test_experts_by_layer_may_be_a_list() -> None:
     section = {"num_experts": [4, 2, 4]}
     total = total_experts(architectures.find("hunyuan_v1_moe"), section)
     assert total == 4
+    vision = {"moe_num_experts": [64, 64]}  # as ERNIE-4.5-VL counts those of text and vision
+    assert total_experts(architectures.find("ernie4_5_vl_moe"), vision) == 64
     assert [experts.experts_of_layer(section, layer, total) for layer in range(4)] == [4, 2, 4, 4]
 
 

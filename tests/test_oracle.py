@@ -148,6 +148,17 @@ def test_what_a_norm_would_undo_is_refused(entry: str, tmp_path: Path) -> None:
 
 
 @LAYOUTS
+@pytest.mark.parametrize("entry", SCALES_IN_PART)
+def test_without_identity_experts_all_of_it_scales(entry: str, fused: bool, tmp_path: Path) -> None:
+    """What scales in part scales exactly where no token can choose an expert without weights."""
+    source, output = tmp_path / "source", tmp_path / "output"
+    build(entry, source, fused=fused, config={"zero_expert_num": 0})
+    convert(source, output, entry, experts=MORE, factor=FACTOR)
+    before = routed_outputs(source, entry, top_k=MORE)
+    assert_scaled(before, routed_outputs(output, entry), FACTOR)
+
+
+@LAYOUTS
 @pytest.mark.parametrize("entry", FIXED)
 def test_a_fixed_count_is_kept(entry: str, fused: bool, tmp_path: Path) -> None:
     """Where code or a table fixes the count, another one is refused; a factor still scales."""

@@ -166,7 +166,10 @@ def _command(
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the plan and what a run would refuse; write nothing."
+        ),
     ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Afterwards read everything again and prove it.")

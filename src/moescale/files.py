@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from moescale.checkpoint.index import SUFFIX
+from moescale.errors import CheckpointError
 from moescale.model.count import CONFIG
 from moescale.repos.base import FileInfo
 
@@ -71,7 +72,16 @@ def plan_files(
         changed: those of them in which a tensor changes.
         index: the name of the index of the output, None for a single shard.
         config_changes: whether the config's text changes.
+
+    Raises:
+        CheckpointError: a folder has the name of a file that is made.
     """
+    for made in (CARD, PROVENANCE, *([index] if index else [])):
+        if any(name.startswith(made + "/") for name in files):
+            raise CheckpointError(
+                f"{made}: is a folder, and the output needs a file of this name",
+                hint="Remove or rename the folder.",
+            )
     actions: dict[str, Action] = dict.fromkeys(shards, "copy")
     actions |= dict.fromkeys(changed, "rewrite")
     actions[CONFIG] = "edit" if config_changes else "copy"

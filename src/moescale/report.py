@@ -285,13 +285,13 @@ def summary(result: Result, seconds: float) -> str:
     if result.status in ("done", "stale"):
         first = f"{plan.destination} was already done; nothing was written."
     else:
-        total, scaled = plan.bytes_written, len(plan.changed_tensors)
+        total, changed = plan.bytes_written, len(plan.changed_tensors)
+        scaled = f"{changed} tensors scaled." if changed else "no weight changed."
         if result.status == "resume":  # a rate would count what an earlier run did
             first = f"continued and finished: {size(total)} in all, the rest in {seconds:.1f} s"
         else:
             first = f"written: {size(total)} in {seconds:.1f} s ({size(total / seconds)}/s)"
-        what = f"{scaled} tensors scaled" if scaled else "no weight changed"
-        first = f"{plan.destination} {first}, {what}."
+        first = f"{plan.destination} {first}, {scaled}"
     proof = (
         "Verified: every byte is what the plan says."
         if result.verified

@@ -385,7 +385,8 @@ def total_experts(architecture: Architecture, section: Mapping[str, Any]) -> int
             return value
     keys = " or ".join(architecture.total)
     raise UnsupportedError(
-        f"config.json: does not say how many routed experts a layer has ({keys})"
+        f"config.json: does not say how many routed experts a layer has ({keys})",
+        hint="Add the key with that number, beside the one of the experts per token.",
     )
 
 

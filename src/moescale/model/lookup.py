@@ -179,7 +179,7 @@ def _unknown(named: Sequence[str], tensors: Sequence[Tensor], config: Config) ->
         pattern = pattern.replace(".", r"\.").replace(r"\_", "_")
         advice.append(
             f"{routed!r} looks like a routed down-projection:"
-            f" try --pattern '{pattern}' --experts-key {_likely_key(config)}."
+            f" try --pattern '{pattern}' --experts-key {_likely_key(config)}{_likely_rule(config)}."
         )
     return UnsupportedError(f"{what} is not known", hint=" ".join(advice) or None)
 
@@ -191,6 +191,14 @@ def _likely_key(config: Config) -> str:
             if re.search(r"(expert|moe).*(per_tok|top_?k)|top_?k.*expert|^moe_k$", key):
                 return f"{section}.{key}" if section else key
     return "KEY"
+
+
+def _likely_rule(config: Config) -> str:
+    """What --pattern needs besides, where the config does not tell how the router weighs."""
+    sections = (config.section(section) or {} for section in TEXT_SECTIONS)
+    if any("norm_topk_prob" in section for section in sections):
+        return ""
+    return " with --factor or --rule published, since its router is not known"
 
 
 def _other_parts(row: Architecture) -> list[Architecture]:

@@ -50,5 +50,8 @@ def _product(old: str, factor: float, key: str) -> str:
     except ValueError:
         new = math.nan
     if not math.isfinite(new):
-        raise UnsupportedError(f"{CONFIG}: {key} is {old}, which cannot be multiplied")
+        raise UnsupportedError(
+            f"{CONFIG}: {key} is {' '.join(old.split())[:60]}, which cannot be multiplied",
+            hint="Leave --fold out; the weights are scaled then.",
+        )
     return repr(new)
