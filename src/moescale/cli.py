@@ -37,6 +37,9 @@ EXIT_CODES: dict[type[errors.MoescaleError], int] = {
 GRACE_SECONDS = 2.0
 """How long an interrupted run may take to end by itself."""
 
+FACTORS_BYTES = 8 << 20
+"""Much more than an earlier output's provenance has."""
+
 INTERRUPTED = "interrupted; the same command resumes"
 
 HELP = """Run a mixture-of-experts model with another number of active experts.
@@ -227,7 +230,11 @@ def _read_factors(path: Path) -> dict[str, float]:
     from moescale.options import parse_factors
 
     try:
-        return parse_factors(path.read_text(encoding="utf-8-sig"), str(path))
+        with open(path, "rb") as file:  # a pipe or a device may have no end
+            data = file.read(FACTORS_BYTES + 1)
+        if len(data) > FACTORS_BYTES:
+            raise errors.UsageError(f"--factors {path}: is too long for a file of factors")
+        return parse_factors(data.decode("utf-8-sig"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else error.reason
         raise errors.UsageError(f"--factors {path}: {why}") from None
@@ -289,7 +296,7 @@ def _convert(
 
 def _warn(plan: Plan) -> None:
     for warning in plan.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {errors.printable(warning)}", file=sys.stderr)
 
 
 def main() -> None:

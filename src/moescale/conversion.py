@@ -16,10 +16,11 @@ from moescale.model.count import CONFIG
 from moescale.parallel import Check, each
 from moescale.planning import Plan
 from moescale.repos.base import Progress, Sink, Source, Written, io_errors
+from moescale.version import __version__
 
 Status = Literal["new", "resume", "replace", "done", "stale", "changed"]
 """``stale``: done, but the source has changed since, or at least its times have; ``changed``: done,
-but a file of the output was changed or lost since."""
+but a file of the output, perhaps the provenance, was changed or lost since."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +47,24 @@ def status_of(plan: Plan, source: Source, sink: Sink, overwrite: bool) -> Status
     existing = sink.existing()
     if not existing:
         return "new"
-    if _is_output(plan, source, sink, existing):
-        if not _is_whole(plan, source, sink, existing):
-            return "replace" if overwrite else "changed"
-        if source.newest_change() <= sink.changed_at(PROVENANCE):
-            return "done"
-        return "replace" if overwrite else "stale"
-    what = "another output of moescale" if PROVENANCE in existing else "something else"
-    return _replace(sink, overwrite, f"already holds {what}")
+    said = _is_output(plan, source, sink, existing)
+    whole = _is_whole(plan, source, sink, existing)
+    if said and whole and source.newest_change() <= sink.changed_at(PROVENANCE):
+        return "done"
+    if said or whole:
+        old: Status = "stale" if said and whole else "changed"
+        return "replace" if overwrite else old
+    return _replace(sink, overwrite, f"already holds {_what_is_there(sink, existing)}")
+
+
+def _what_is_there(sink: Sink, existing: Mapping[str, int]) -> str:
+    if PROVENANCE not in existing:
+        return "something else"
+    found = provenance.decode(sink.read(PROVENANCE)) or {}
+    version = found.get("moescale")
+    if isinstance(version, str) and version != __version__:
+        return f"an output of moescale {version[:20]}, and this is {__version__}"
+    return "another output of moescale"
 
 
 def _replace(sink: Sink, overwrite: bool, why: str) -> Status:
@@ -81,7 +92,9 @@ def _is_whole(plan: Plan, source: Source, sink: Sink, existing: Mapping[str, int
     if any(existing.get(f.name) != plan.output_size(f) for f in plan.large_files):
         return False
     small = small_files(plan, source)
-    return all(name in existing and sink.read(name) == data for name, data in small.items())
+    if any(existing.get(name) != len(data) for name, data in small.items()):
+        return False
+    return all(sink.read(name) == data for name, data in small.items())
 
 
 def run(

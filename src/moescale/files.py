@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
 from moescale.checkpoint.index import SUFFIX
+from moescale.errors import CheckpointError
 from moescale.model.count import CONFIG
 from moescale.repos.base import FileInfo
 
@@ -71,6 +73,9 @@ def plan_files(
         changed: those of them in which a tensor changes.
         index: the name of the index of the output, None for a single shard.
         config_changes: whether the config's text changes.
+
+    Raises:
+        CheckpointError: the source has a folder under the name of a file that is made.
     """
     actions: dict[str, Action] = dict.fromkeys(shards, "copy")
     actions |= dict.fromkeys(changed, "rewrite")
@@ -86,7 +91,15 @@ def plan_files(
         if name not in actions and (why := _skip_reason(name)):
             action = "skip"
         rows.append(PlannedFile(name, size, action, why))
+    _check_folders({row.name for row in rows if row.action != "skip"})
     return tuple(rows)
+
+
+def _check_folders(names: Collection[str]) -> None:
+    for name in names:
+        for slash in re.finditer("/", name):
+            if (folder := name[: slash.start()]) in names:
+                raise CheckpointError(f"{folder}: is a folder, and the output has a file called so")
 
 
 def _skip_reason(name: str) -> str | None:

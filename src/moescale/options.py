@@ -128,7 +128,7 @@ def parse_factors(text: str, where: str) -> dict[str, float]:
         raise UsageError(f"{where}: holds no factors", hint='It needs {"factors": {"0": 1.2}}.')
     for layer, factor in content.items():
         if type(factor) not in (int, float) or not -_LARGEST < factor < _LARGEST:
-            shown = repr(factor)[:40]
+            shown = repr(factor)[:40] if isinstance(factor, (str, int, float)) else "something else"
             raise UsageError(f"{where}: the factor of layer {layer} is {shown}, not a number")
     return {layer: float(factor) for layer, factor in content.items()}
 

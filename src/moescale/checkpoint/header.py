@@ -121,7 +121,8 @@ def _tensor(name: str, entry: Any, data_start: int, where: str) -> Tensor:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     bits = BITS.get(dtype) if isinstance(dtype, str) else None
     if bits is None:
-        raise _bad(where, f"tensor {name!r} has the unknown dtype {dtype!r}")
+        shown = repr(dtype) if isinstance(dtype, str) else "that is no text"
+        raise _bad(where, f"tensor {name!r} has the unknown dtype {shown}")
     if not _is_sizes(shape):
         raise _bad(where, f"tensor {name!r} has a shape that is not a list of sizes")
     if not _is_sizes(offsets) or len(offsets) != 2:

@@ -18,7 +18,7 @@ INDEX_SUFFIX = ".safetensors.index.json"
 INDEX = "model" + INDEX_SUFFIX
 SINGLE = "model" + SUFFIX
 
-_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5,6})-of-(?P<total>\d{5,6})\.safetensors")
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5,6})-of-(?P<total>[0-9]{5,6})\.safetensors")
 _OTHER_WEIGHTS = re.compile(r"(consolidated|adapter_)")
 
 
@@ -94,9 +94,9 @@ def shards_without_index(files: Iterable[str]) -> Shards:
             key = match["stem"], int(match["total"])
             sets.setdefault(key, set()).add(int(match["number"]))
     for (stem, total), numbers in sets.items():
-        if missing := sorted(set(range(1, total + 1)) - numbers):
+        if missing := next((i for i in range(1, total + 1) if i not in numbers), None):
             raise CheckpointError(
-                f"{stem}: part {missing[0]} of {total} is missing, and there is no index",
+                f"{stem}: part {missing} of {total} is missing, and there is no index",
                 hint="The download is incomplete; fetch the missing files.",
             )
     return Shards(tuple(names))
