@@ -76,8 +76,8 @@ def header_holds(file: bytes) -> None:
         assert theirs is None or any(why in error.message for why in STRICTER), error.message
         return
     assert theirs is not None, "taken, though safetensors rejects it"
-    assert ours.tensors.keys() == theirs.keys()
-    for name, tensor in ours.tensors.items():
+    assert ours.by_name.keys() == theirs.keys()
+    for name, tensor in ours.by_name.items():
         assert tensor.dtype == theirs[name]["dtype"]
         assert list(tensor.shape) == theirs[name]["shape"]
         assert file[tensor.start : tensor.stop] == bytes(theirs[name]["data"])

@@ -52,9 +52,9 @@ def test_reads_what_safetensors_wrote() -> None:
     file = safetensors.numpy.save(arrays, metadata={"format": "pt"})
     header = parse(file)
     assert header.file_size == len(file)
-    assert header.tensors["a"].shape == (3,)
-    assert header.tensors["a"].dtype == "BF16"
-    assert file[header.tensors["a"].start : header.tensors["a"].stop] == a.tobytes()
+    assert header.by_name["a"].shape == (3,)
+    assert header.by_name["a"].dtype == "BF16"
+    assert file[header.by_name["a"].start : header.by_name["a"].stop] == a.tobytes()
     header_holds(file)
 
 
@@ -71,13 +71,13 @@ def test_refuses_what_safe_open_cannot_open(tmp_path: Path) -> None:
 def test_tensors_come_in_the_order_of_their_data() -> None:
     """The order of the entries in the JSON does not matter."""
     entries = {"late": entry(data_offsets=[4, 8]), "early": entry()}
-    assert list(parse(with_header(json.dumps(entries), bytes(8))).tensors) == ["early", "late"]
+    assert list(parse(with_header(json.dumps(entries), bytes(8))).by_name) == ["early", "late"]
 
 
 def test_data_starts_after_the_header() -> None:
     """Places are offsets in the file, and sizes are those of the data."""
     file = checkpoints.shard({"x": ("U8", (4,), b"abcd")})
-    tensor = parse(file).tensors["x"]
+    tensor = parse(file).by_name["x"]
     assert file[tensor.start : tensor.stop] == b"abcd"
     assert tensor.nbytes == 4
 
@@ -89,7 +89,7 @@ def test_takes_every_dtype_of_safetensors(dtype: str) -> None:
     file = with_header(json.dumps({"x": entry(dtype=dtype, shape=[8], data_offsets=[0, size])}))
     file += bytes(size)
     assert [name for name, _ in safetensors.deserialize(file)] == ["x"]
-    assert parse(file).tensors["x"].nbytes == size
+    assert parse(file).by_name["x"].nbytes == size
 
 
 @pytest.mark.parametrize("text", ["{}", " {}\n", '{"__metadata__":null}', '{"__metadata__":{}}'])

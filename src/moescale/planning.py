@@ -7,9 +7,9 @@ it, the run executes it, the card and the verification read it; none of them dec
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -17,6 +17,7 @@ from moescale.checkpoint.header import LENGTH_BYTES, Header, Tensor, header_leng
 from moescale.checkpoint.index import (
     INDEX,
     Shards,
+    by_shard,
     check_against_headers,
     index_name,
     make_index,
@@ -230,11 +231,11 @@ def make_plan(
             hint="Give the folder or the repo that holds a model in the Hugging Face layout.",
         )
     config = parse_config(source.read(CONFIG))
-    shards = _find_shards(source, files)
-    headers = _read_headers(source, files, shards.names)
-    warnings = check_against_headers(shards, headers)
-    shards = replace(shards, weight_map=None)  # large, and not needed any more
-    tensors = [tensor for header in headers.values() for tensor in header.tensors.values()]
+    shards, listed = _find_shards(source, files)
+    headers, warnings = check_against_headers(
+        shards, listed, _read_headers(source, files, shards.names)
+    )
+    tensors = [tensor for header in headers.values() for tensor in header.tensors]
     moe = find_moe(
         config, tensors, options.arch, options.part, options.pattern, options.experts_key
     )
@@ -294,12 +295,15 @@ def make_plan(
     )
 
 
-def _find_shards(source: Source, files: Mapping[str, FileInfo]) -> Shards:
+def _find_shards(
+    source: Source, files: Mapping[str, FileInfo]
+) -> tuple[Shards, dict[str, list[str]] | None]:
+    """The shards, and what the index lists of each."""
     index = index_name(files)
     if index is None:
-        return shards_without_index(files)
-    weight_map = parse_index(source.read(index), index)
-    names = tuple(sorted(set(weight_map.values())))
+        return shards_without_index(files), None
+    listed = by_shard(parse_index(source.read(index), index))
+    names = tuple(sorted(listed))
     for name in names:
         check_name(name, index)
         if name not in files:
@@ -307,22 +311,24 @@ def _find_shards(source: Source, files: Mapping[str, FileInfo]) -> Shards:
                 f"{index}: lists {name}, which is not there",
                 hint="The download is incomplete; fetch the missing file.",
             )
-    return Shards(names, index, weight_map)
+    return Shards(names, index), listed
 
 
 def _read_headers(
     source: Source, files: Mapping[str, FileInfo], names: Sequence[str]
-) -> dict[str, Header]:
-    """The headers of all shards; several at once, since each may be a request."""
+) -> Iterator[tuple[str, Header]]:
+    """The headers of all shards; several at once where each is a request."""
 
     def read(name: str) -> Header:
         size = files[name].size
         length = header_length(source.read(name, 0, LENGTH_BYTES), size, name)
         return parse_header(source.read(name, LENGTH_BYTES, length), size, name)
 
-    at_once = 8 if source.identity.kind == "hub" else 1
-    with ThreadPoolExecutor(max_workers=at_once) as pool:
-        return dict(zip(names, pool.map(read, names), strict=True))
+    if source.identity.kind == "local":
+        yield from ((name, read(name)) for name in names)
+        return
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        yield from zip(names, pool.map(read, names), strict=True)
 
 
 def _index(shards: Shards, headers: Mapping[str, Header]) -> tuple[str, bytes | None] | None:
@@ -494,7 +500,8 @@ def _scaled_tensors(
 def _planned_tensors(
     chosen: Sequence[tuple[Scaled, Layer, float]], headers: Mapping[str, Header]
 ) -> tuple[PlannedTensor, ...]:
-    home = {name: shard for shard, header in headers.items() for name in header.tensors}
+    names = {scaled.tensor.name for scaled, _, _ in chosen}
+    home = {t.name: shard for shard, h in headers.items() for t in h.tensors if t.name in names}
     return tuple(
         PlannedTensor(
             Edit(s.tensor, factor, s.operation, s.promote, s.role == "scale"),

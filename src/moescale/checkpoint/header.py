@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -46,9 +45,14 @@ class Tensor(NamedTuple):
 class Header:
     """What the header of one shard says; `tensors` is in the order of the data."""
 
-    tensors: Mapping[str, Tensor]
+    tensors: tuple[Tensor, ...]
     data_start: int
     file_size: int
+
+    @property
+    def by_name(self) -> dict[str, Tensor]:
+        """The tensors by name, made anew."""
+        return {tensor.name: tensor for tensor in self.tensors}
 
 
 def header_length(first: bytes, file_size: int, where: str) -> int:
@@ -89,7 +93,7 @@ def parse_header(data: bytes, file_size: int, where: str) -> Header:
     tensors = [_tensor(name, entry, data_start, where) for name, entry in entries.items()]
     tensors.sort(key=_place)
     _check_places(tensors, data_start, file_size, where)
-    return Header({tensor.name: tensor for tensor in tensors}, data_start, file_size)
+    return Header(tuple(tensors), data_start, file_size)
 
 
 def _place(tensor: Tensor) -> tuple[int, int]:
