@@ -31,7 +31,7 @@ from moescale.repos.journal import Journal
 from moescale.repos.local import LocalReader, LocalSource
 
 NAME = "model-00001-of-00002.safetensors"
-STRICTER = ("stands twice", "needs exactly", "too large")
+STRICTER = ("stands twice", "needs exactly", "too large", "-0 is not an integer")
 """What we refuse and safetensors takes: loaders differ in what they make of it."""
 
 

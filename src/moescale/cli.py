@@ -253,11 +253,17 @@ def _show_plan(
     plan = api.plan(source, destination, **options)
     _warn(plan)
     if as_json:
-        print(json.dumps(plan.as_json(), indent=2))
+        _print_json(plan.as_json())
     elif not quiet:
         print(report.plan_text(plan, verbose))
     elif destination is not None:
         print(destination)
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    """Print it piece by piece: with tens of thousands of tensors the text has many megabytes."""
+    json.dump(content, sys.stdout, indent=2)
+    print()
 
 
 def _convert(
@@ -287,7 +293,7 @@ def _convert(
         )
     if as_json:
         outcome = {"status": result.status, "verified": result.verified, "url": result.url}
-        print(json.dumps({**result.plan.as_json(), "result": outcome}, indent=2))
+        _print_json({**result.plan.as_json(), "result": outcome})
         return
     if talk:
         print(report.summary(result, time.monotonic() - start), file=sys.stderr)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
-
-import numpy as np
 
 from moescale.checkpoint.json_text import parse_strict
 from moescale.errors import UsageError
@@ -106,9 +105,11 @@ def check_factor(factor: float, what: str = "the factor") -> None:
     Raises:
         UsageError: it is not a number above 0 that float32 can hold.
     """
-    with np.errstate(all="ignore"):
-        usable = math.isfinite(factor) and factor > 0 and 0 < np.float32(factor) < np.inf
-    if not usable:
+    try:
+        (single,) = struct.unpack("<f", struct.pack("<f", factor))
+    except OverflowError:
+        single = math.inf
+    if not 0 < single < math.inf:
         raise UsageError(f"{what} is {factor!r}: it must be above 0, and float32 must hold it")
 
 

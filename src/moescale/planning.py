@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from moescale.checkpoint.edit import Edit
 from moescale.checkpoint.header import LENGTH_BYTES, Header, Tensor, header_length, parse_header
 from moescale.checkpoint.index import (
     INDEX,
@@ -25,7 +26,6 @@ from moescale.checkpoint.index import (
     shards_without_index,
 )
 from moescale.checkpoint.rewrite import Segment, relaid_header, segments
-from moescale.checkpoint.scaling import Edit
 from moescale.errors import CheckpointError, SourceError, UnsupportedError, UsageError
 from moescale.files import PROVENANCE, PlannedFile, plan_files
 from moescale.model.count import CONFIG, parse_config, set_count

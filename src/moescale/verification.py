@@ -7,8 +7,6 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
-
 from moescale import provenance
 from moescale.checkpoint.header import LENGTH_BYTES, header_length, parse_header
 from moescale.checkpoint.index import SUFFIX
@@ -188,10 +186,14 @@ def _difference(name: str, offset: int, where: str = "") -> VerificationError:
 
 def _equal(one: memoryview, other: memoryview) -> bool:
     """Compare in numpy, which is 15 times as fast as memoryviews are, and lets threads run."""
+    import numpy as np
+
     return bool(np.array_equal(np.frombuffer(one, np.uint8), np.frombuffer(other, np.uint8)))
 
 
 def _first_difference(found: bytes | memoryview, wanted: bytes | memoryview) -> int:
+    import numpy as np
+
     shorter = min(len(found), len(wanted))
     one, other = (np.frombuffer(data, np.uint8)[:shorter] for data in (found, wanted))
     different = one != other

@@ -9,6 +9,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from moescale.checkpoint.header import Tensor
@@ -135,8 +136,14 @@ def _projection(match: re.Match[str]) -> Projection:
     expert = groups.get("E" + layer[1:])
     stack = _stack(match.string[: match.start(layer)])
     module = match.string[: match.start("leaf")]
-    number = Layer(stack, int(groups[layer]))
+    number = _same_layer(stack, int(groups[layer]))
     return Projection(module, number, None if expert is None else int(expert), match.span(layer))
+
+
+@lru_cache(maxsize=1024)
+def _same_layer(stack: str, number: int) -> Layer:
+    """One object for all experts of a layer."""
+    return Layer(stack, number)
 
 
 def find_by_pattern(tensors: Iterable[Tensor], pattern: str) -> list[Projection]:
