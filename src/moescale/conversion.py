@@ -124,11 +124,11 @@ def run(
     status = status_of(plan, source, sink, overwrite)
     if status in ("done", "stale", "changed"):
         return Outcome(status, {})
-    small = small_files(plan, source)
-    sink.check_card(small[CARD])
+    sink.check_card(made_files(plan, source)[CARD])
     sink.begin(provenance.job(plan), replace=status == "replace")
     try:
         written = _stream(plan, source, sink, jobs, progress)
+        small = small_files(plan, source)  # only now, since an index may have many megabytes
         written |= {name: _written(data) for name, data in small.items()}
         with io_errors(CARD):
             sink.put(CARD, small.pop(CARD))
@@ -142,11 +142,17 @@ def run(
 
 def small_files(plan: Plan, source: Source) -> dict[str, bytes]:
     """The files that are made or edited, and the index: card, index, config."""
+    index, made = plan.index or (CONFIG, plan.config)
+    first = {} if made is not None else {index: source.read(index)}
+    return {**first, **made_files(plan, source)}
+
+
+def made_files(plan: Plan, source: Source) -> dict[str, bytes]:
+    """The files that are made or edited: card, config, and an index where there was none."""
     old_card = next((f for f in plan.files if f.name == CARD and f.action == "edit"), None)
     result = {CARD: card.render(plan, source.read(CARD) if old_card else None)}
-    if plan.index is not None:
-        name, made = plan.index
-        result[name] = source.read(name) if made is None else made
+    if plan.index is not None and plan.index[1] is not None:
+        result[plan.index[0]] = plan.index[1]
     return {**result, CONFIG: plan.config}
 
 

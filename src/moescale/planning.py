@@ -119,7 +119,7 @@ class Plan:
 
     def segments(self, file: PlannedFile) -> list[Segment]:
         """How a large file is written: what is copied, and what is edited."""
-        edits = [t.edit for t in self.changed_tensors if t.shard == file.name]
+        edits = [t.edit for t in self.tensors if t.shard == file.name and t.edit.factor != 1.0]
         new = self.new_headers.get(file.name)
         if new is None:
             return segments(edits, file.size or 0)
@@ -518,18 +518,15 @@ def _new_headers(
 ) -> dict[str, NewHeader]:
     """The new beginnings of the shards in which a scale is promoted to a wider dtype."""
     promoted: dict[str, dict[str, str]] = defaultdict(dict)
+    grown: dict[str, int] = defaultdict(int)
     for t in planned:
         if t.edit.promote is not None and t.edit.factor != 1.0:
             promoted[t.shard][t.edit.tensor.name] = t.edit.promote
+            grown[t.shard] += t.edit.nbytes - t.edit.tensor.nbytes
     result = {}
     for shard, names in promoted.items():
         old = headers[shard]
         data = relaid_header(source.read(shard, LENGTH_BYTES, old.data_start - LENGTH_BYTES), names)
-        grown = sum(
-            t.edit.nbytes - t.edit.tensor.nbytes
-            for t in planned
-            if t.shard == shard and t.edit.tensor.name in names
-        )
-        size = old.file_size - old.data_start + len(data) + grown
+        size = old.file_size - old.data_start + len(data) + grown[shard]
         result[shard] = NewHeader(data, old.data_start, size)
     return result

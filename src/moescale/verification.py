@@ -11,7 +11,7 @@ from moescale import provenance
 from moescale.checkpoint.header import LENGTH_BYTES, header_length, parse_header
 from moescale.checkpoint.index import SUFFIX
 from moescale.checkpoint.rewrite import PIECE, expected
-from moescale.conversion import small_files
+from moescale.conversion import made_files
 from moescale.errors import CheckpointError, SourceError, VerificationError
 from moescale.files import PROVENANCE, PlannedFile
 from moescale.parallel import Check, each
@@ -35,33 +35,38 @@ def verify(
     Raises:
         VerificationError: at the first difference, with file, tensor and offset.
     """
-    small = small_files(plan, source)
-    _check_names(plan, output, small)
-
-    files = {file.name: file for file in plan.large_files}
+    small = made_files(plan, source)
+    large = {file.name for file in plan.large_files}
+    files = {f.name: f for f in plan.files if f.name in large or _is_copied_index(f, plan)}
+    _check_names({*files, *small, PROVENANCE}, output)
 
     def one(name: str, check: Check) -> Written:
         def advance(size: int) -> None:
             check()
-            progress(name, size)
+            if name in large:
+                progress(name, size)
 
         return _verify_large(files[name], plan, source, output, advance)
 
-    large = dict(each(list(files), one, jobs))
-    written = large | {name: _verify_small(name, data, output) for name, data in small.items()}
+    written = dict(each(list(files), one, jobs))
+    written |= {name: _verify_small(name, data, output) for name, data in small.items()}
     _check_provenance(plan, output, written)
     return written
 
 
-def _check_names(plan: Plan, output: Source, small: Mapping[str, bytes]) -> None:
-    wanted = {f.name for f in plan.large_files} | small.keys() | {PROVENANCE}
+def _is_copied_index(file: PlannedFile, plan: Plan) -> bool:
+    """An index is verified like a shard, since it may have many megabytes."""
+    return plan.index == (file.name, None)
+
+
+def _check_names(wanted: Collection[str], output: Source) -> None:
     try:
         found = output.files().keys()
     except SourceError as error:
         raise VerificationError(f"the output cannot be read: {error.message}") from None
-    if missing := sorted(wanted - found):
+    if missing := sorted(set(wanted) - found):
         raise VerificationError(f"{missing[0]}: is missing from the output")
-    if surplus := sorted(found - wanted - {".gitattributes"}):  # the Hub makes one
+    if surplus := sorted(found - set(wanted) - {".gitattributes"}):  # the Hub makes one
         raise VerificationError(f"{surplus[0]}: does not belong into the output")
 
 
