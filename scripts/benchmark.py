@@ -4,6 +4,7 @@
     python scripts/benchmark.py                    # 3 GB in a temporary folder
     python scripts/benchmark.py --dir /mnt/disk --gigabytes 10 --pairs 9
     python scripts/benchmark.py --mergekit ENV/bin/mergekit-yaml --transformers ENV/bin/python
+    python scripts/benchmark.py --planning         # dry runs of 200 GB to 1 TB, as sparse files
 
 Needs moescale installed in the Python that runs it, and three times the size on the disk. The
 page cache is warm; the runs of a round follow one another in changing order, so that a drifting
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -28,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,12 +49,15 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--mergekit", metavar="PROGRAM", help="compare with this mergekit-yaml")
     parser.add_argument("--transformers", metavar="PYTHON", help="compare with its transformers")
+    parser.add_argument("--planning", action="store_true", help="measure dry runs only")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.dir, prefix="moescale-bench-") as folder:
         root = Path(folder)
         print(f"{describe_machine()}; {file_system(root)}")
+        if arguments.planning:
+            measure_plans(root, arguments.pairs)
+            return
         many, stacked = root / "many", root / "stacked"
-        # In processes of their own, whose memory does not count as that of the measured ones.
         in_child(make_mixtral, many, arguments.gigabytes)
         in_child(make_stacked, stacked, arguments.gigabytes / 2)
         start_up()
@@ -62,9 +67,9 @@ def main() -> None:
         compare(stacked, output, "one stacked tensor", arguments.pairs, {})
 
 
-def in_child(function: Callable[[Path, float], None], folder: Path, gigabytes: float) -> None:
-    """Run a function in a new process."""
-    child = multiprocessing.get_context("spawn").Process(target=function, args=(folder, gigabytes))
+def in_child(function: Callable[..., None], *arguments: object) -> None:
+    """Run a function in a new process, whose memory is not that of the measured ones."""
+    child = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
     child.start()
     child.join()
     if child.exitcode:
@@ -290,6 +295,138 @@ def measured(command: list[str], folder: Path) -> Run:
     seconds, peak = timed(command)
     os.sync()
     return Run(seconds, peak, shutil.disk_usage(folder).used - before)
+
+
+# Planning -----------------------------------------------------------------------------------------
+
+
+class Size(NamedTuple):
+    """How large a checkpoint is, in the layout of DeepSeek-V3: FP8 with a scale for each block."""
+
+    layers: int
+    dense: int
+    experts: int
+    hidden: int
+    inner: int
+    shards: int
+
+
+SIZES = {
+    "DeepSeek-V3": Size(61, 3, 256, 7168, 2048, 163),
+    "Kimi-K2": Size(61, 1, 384, 7168, 2048, 62),
+    "200 GB": Size(68, 3, 256, 4096, 1024, 200),
+}
+BLOCK = 128
+"""Elements on a side of the square that shares a scale."""
+
+Shape = tuple[str, str, list[int]]
+"""Name, dtype and shape of a tensor."""
+
+
+def measure_plans(root: Path, runs: int) -> None:
+    """Dry runs of sparse checkpoints with many tensors; print medians of time, and peak memory."""
+    print("\n| dry run | tensors | shards | GB | wall s | processor s | peak MiB |")
+    print("|---|---|---|---|---|---|---|")
+    for name, size in SIZES.items():
+        folder = root / name.replace(" ", "-")
+        in_child(make_sparse, folder, size)
+        tensors = sum(1 for _ in block_fp8(size))
+        gigabytes = sum(map(nbytes, block_fp8(size))) / 1e9
+        for option in ([], ["--json"]):
+            command = [sys.executable, "-m", "moescale", str(folder), "-k", "16", "--dry-run"]
+            figures = [timed_twice([*command, *option]) for _ in range(runs)]
+            wall, busy, peak = (statistics.median(f) for f in zip(*figures, strict=True))
+            label = " ".join([name, *option])
+            print(
+                f"| {label} | {tensors:,} | {size.shards} | {gigabytes:,.0f} | {wall:.2f}"
+                f" | {busy:.2f} | {peak:.0f} |"
+            )
+
+
+def timed_twice(command: list[str]) -> tuple[float, float, float]:
+    """Wall seconds, processor seconds and peak MiB of a whole process."""
+    before = os.times()
+    wall, peak = timed(command)
+    after = os.times()
+    busy = after.children_user + after.children_system
+    return wall, busy - before.children_user - before.children_system, peak
+
+
+def make_sparse(folder: Path, size: Size) -> None:
+    """Write config, index, and shards that are a header and a hole."""
+    tensors = list(block_fp8(size))
+    total, done = sum(map(nbytes, tensors)), 0
+    shards: list[list[Shape]] = [[] for _ in range(size.shards)]
+    for tensor in tensors:
+        shards[done * size.shards // total].append(tensor)
+        done += nbytes(tensor)
+    folder.mkdir()
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05}-of-{size.shards:06}.safetensors"
+        write_hole(folder / name, shard)
+        weight_map |= dict.fromkeys((tensor[0] for tensor in shard), name)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    config = {
+        "model_type": "deepseek_v3",
+        "num_hidden_layers": size.layers,
+        "n_routed_experts": size.experts,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "first_k_dense_replace": size.dense,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def block_fp8(size: Size) -> Iterator[Shape]:
+    """Every tensor of the checkpoint, in the order of the shards."""
+
+    def pair(name: str, rows: int, columns: int) -> Iterator[Shape]:
+        yield f"{name}.weight", "F8_E4M3", [rows, columns]
+        yield f"{name}.weight_scale_inv", "F32", [-(-rows // BLOCK), -(-columns // BLOCK)]
+
+    def gated(name: str, inner: int) -> Iterator[Shape]:
+        yield from pair(f"{name}.down_proj", size.hidden, inner)
+        yield from pair(f"{name}.gate_proj", inner, size.hidden)
+        yield from pair(f"{name}.up_proj", inner, size.hidden)
+
+    yield "model.embed_tokens.weight", "BF16", [VOCABULARY, size.hidden]
+    for layer in range(size.layers):
+        block = f"model.layers.{layer}"
+        for part in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"):
+            yield from pair(f"{block}.self_attn.{part}", size.hidden, 1536)
+        for norm in NORMS:
+            yield f"{block}.{norm}_layernorm.weight", "BF16", [size.hidden]
+        if layer < size.dense:
+            yield from gated(f"{block}.mlp", 9 * size.inner)
+            continue
+        yield f"{block}.mlp.gate.weight", "BF16", [size.experts, size.hidden]
+        yield from gated(f"{block}.mlp.shared_experts", size.inner)
+        for expert in range(size.experts):
+            yield from gated(f"{block}.mlp.experts.{expert}", size.inner)
+    yield "lm_head.weight", "BF16", [VOCABULARY, size.hidden]
+
+
+def nbytes(tensor: Shape) -> int:
+    """Bytes of its data."""
+    return {"F8_E4M3": 1, "BF16": 2, "F32": 4}[tensor[1]] * math.prod(tensor[2])
+
+
+def write_hole(path: Path, tensors: list[Shape]) -> None:
+    """Write a shard without its data, which take no room on the disk."""
+    header, position = {}, 0
+    for tensor in tensors:
+        name, dtype, shape = tensor
+        offsets = [position, position := position + nbytes(tensor)]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + position)
+
+
+# Processes ----------------------------------------------------------------------------------------
 
 
 def timed(command: list[str]) -> tuple[float, float]:

@@ -91,6 +91,23 @@ def _mlp(at: str, hidden: int, inner: int) -> Shapes:
 QWEN = ("gate_proj", "up_proj", "down_proj")
 
 
+def qwen3(layers: int, experts: int, shards: int) -> Published:
+    """A Qwen3-MoE of any size."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in range(layers):
+        at = f"model.layers.{layer}.mlp."
+        shapes |= _experts(at, experts, 2048, 512, QWEN)
+        shapes[at + "gate.weight"] = (experts, 2048)
+    config = {
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": layers,
+        "num_experts": experts,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+    }
+    return Published(config, shapes, shards)
+
+
 def wizardlm() -> Published:
     """WizardLM-2-8x22B: a Mixtral of 281 GB in 59 shards."""
     hidden, inner, layers = 6144, 16384, 56

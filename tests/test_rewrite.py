@@ -52,7 +52,7 @@ def parsed(file: bytes) -> Header:
 
 def edits_for(file: bytes, factors: dict[str, float]) -> list[Edit]:
     """One edit for each named tensor, as a plan has them."""
-    tensors = parsed(file).tensors
+    tensors = parsed(file).by_name
     return [Edit(tensors[name], factor) for name, factor in factors.items()]
 
 
@@ -146,7 +146,7 @@ def test_what_is_not_planned_is_copied_and_never_read() -> None:
     raw = checkpoints.values("BF16", (40,))
     file = checkpoints.shard({"a": raw, "b": raw, "c": raw})
     writer, _ = run(file, {"b": 1.5})
-    b = parsed(file).tensors["b"]
+    b = parsed(file).by_name["b"]
     assert writer.copied == [(0, b.start), (b.stop, len(file))]
 
 

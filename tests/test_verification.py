@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import checkpoints
 import pytest
+import quantised_checkpoints
 
 from moescale.api import convert, verify
-from moescale.errors import MoescaleError, SourceError, VerificationError
+from moescale.cli import EXIT_CODES
+from moescale.errors import DestinationError, MoescaleError, SourceError, VerificationError
+from moescale.version import __version__
 
 SHARD = "model-00002-of-00003.safetensors"
 
@@ -105,7 +110,165 @@ def test_git_and_cache_of_the_output_do_not_matter(source: Path, output: Path) -
     assert verify(source, output, experts=3).verified
 
 
+def stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Inode, and times of content and entry, of every file: what a rewrite would change."""
+    return {
+        str(path.relative_to(folder)): (info.st_ino, info.st_mtime_ns, info.st_ctime_ns)
+        for path in folder.rglob("*")
+        if (info := path.stat())
+    }
+
+
+def test_the_same_command_again_rewrites_nothing(source: Path, output: Path) -> None:
+    """The first proof writes the digests only, the second one nothing at all, both read all."""
+    seen: dict[str, int] = {}
+
+    def count(name: str, size: int) -> None:
+        seen[name] = seen.get(name, 0) + size
+
+    before = stamps(output)
+    result = convert(source, output, experts=3, check=True, progress=count)
+    assert (result.status, result.verified) == ("done", True)
+    first = stamps(output)
+    assert {n for n in first if first[n] != before[n]} <= {"moescale.json", "."}
+    assert seen == {f.name: result.plan.output_size(f) for f in result.plan.large_files if f.size}
+    for _ in range(2):
+        assert convert(source, output, experts=3, check=True).status == "done"
+        assert stamps(output) == first
+
+
+def test_an_output_in_the_cache_of_the_hub_passes(source: Path, output: Path) -> None:
+    """An output that was uploaded and fetched again lies in links to blobs, and is proved there."""
+    verify(source, output, experts=3)  # an output on the Hub has its digests
+    snapshot = output.parent / "models--me--out" / "snapshots" / ("c" * 40)
+    blobs = snapshot.parent.parent / "blobs"
+    blobs.mkdir(parents=True)
+    for number, path in enumerate(p for p in sorted(output.rglob("*")) if p.is_file()):
+        link = snapshot / path.relative_to(output)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        (blobs / str(number)).write_bytes(path.read_bytes())
+        link.symlink_to(blobs / str(number))
+    assert verify(source, snapshot, experts=3).verified
+    assert all(path.is_symlink() for path in snapshot.iterdir() if not path.is_dir())
+    flip(snapshot / SHARD, 2000)
+    assert "byte 2000" in difference(source, snapshot)
+
+
 # What is wrong ------------------------------------------------------------------------------------
+
+
+def tensor_at(path: Path, offset: int) -> str:
+    """The tensor that a byte of a shard belongs to; "header" for what stands before."""
+    for name, (_, start, stop) in checkpoints.places(path.read_bytes()).items():
+        if start <= offset < stop:
+            return name
+    return "header"
+
+
+def fails_with_four(source: Path, output: Path, **options: Any) -> str:
+    """The line of the same command with --verify, which changes nothing, and its exit code."""
+    before = checkpoints.tree(output)
+    with pytest.raises(VerificationError) as caught:
+        convert(source, output, check=True, **{"experts": 3, **options})
+    assert next(code for kind, code in EXIT_CODES.items() if isinstance(caught.value, kind)) == 4
+    assert checkpoints.tree(output) == before
+    return caught.value.message
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_byte_of_any_file(source: Path, output: Path, seed: int) -> None:
+    """Wherever a bit is changed: exit 4, with file, tensor and first offset; nothing is mended."""
+    rng = random.Random(seed)
+    verify(source, output, experts=3)
+    names = [name for name, data in checkpoints.tree(output).items() if data]
+    for name in [*names, *[SHARD] * 12]:
+        path = output / name
+        data = path.read_bytes()
+        offset = rng.randrange(len(data))
+        flip(path, offset, 1 << rng.randrange(8))
+        message = fails_with_four(source, output)
+        if name == "moescale.json" and "its SHA-256 is not the one noted" in message:
+            message = f"{name}: at byte {offset}"  # it names the file whose digest was changed
+        assert message.startswith(f"{name}: "), message
+        assert re.search(rf"at byte {offset}\b", message), message
+        path.write_bytes(data)
+        if name.endswith(".safetensors"):
+            assert tensor_at(path, offset) in message
+    assert convert(source, output, experts=3, check=True).verified
+
+
+def test_a_bit_of_the_provenance(source: Path, output: Path) -> None:
+    """A digest that was changed is known as such; whatever else, the first wrong byte is named."""
+    path = output / "moescale.json"
+    verify(source, output, experts=3)
+    data = path.read_bytes()
+    for offset in (0, data.index(b"preserve"), data.index(b'"factors"') + 14, len(data) - 1):
+        flip(path, offset)
+        message = fails_with_four(source, output)
+        assert message == f"moescale.json: differs from the plan at byte {offset}"
+        path.write_bytes(data)
+    flip(path, data.index(b'"sha256": "') + 12)
+    assert "SHA-256" in fails_with_four(source, output)
+
+
+@pytest.mark.parametrize("where", ["first", "last", "neighbour", "header"])
+def test_a_byte_of_a_promoted_scale(tmp_path: Path, where: str) -> None:
+    """In a shard whose header is new, offsets and names are those of the output."""
+    case = next(c for c in quantised_checkpoints.EXACT if c.id == "block FP8, BF16 scales")
+    source, output = tmp_path / "source", tmp_path / "out"
+    quantised_checkpoints.write(case, source)
+    convert(source, output, factor=1.5, check=True)
+    path = output / SHARD
+    start, stop = next(
+        place
+        for name, (dtype, *place) in checkpoints.places(path.read_bytes()).items()
+        if dtype == "F32" and name.endswith("down_proj.weight_scale_inv")
+    )
+    offset = {"first": start, "last": stop - 1, "neighbour": start - 1, "header": 40}[where]
+    wanted = tensor_at(path, offset)
+    flip(path, offset)
+    message = fails_with_four(source, output, experts=None, factor=1.5)
+    assert message.startswith(f"{path.name}: differs from the plan at byte {offset}, in ")
+    assert (repr(wanted) if where != "header" else "the header") in message
+
+
+@pytest.mark.parametrize("name", ["moescale.json", "config.json", "README.md", SHARD, "LICENSE"])
+def test_a_missing_file_of_an_earlier_output(source: Path, output: Path, name: str) -> None:
+    """The same command with --verify says what is lost, the provenance included."""
+    (output / name).unlink()
+    if name == "moescale.json":
+        assert fails_with_four(source, output) == f"{name}: is missing from the output"
+    else:
+        assert f"{name}: is missing" in fails_with_four(source, output)
+
+
+def test_an_output_of_another_version(source: Path, output: Path) -> None:
+    """Both versions are named, since neither is wrong."""
+    path = output / "moescale.json"
+    path.write_bytes(path.read_bytes().replace(__version__.encode(), b"99.1"))
+    (output / "README.md").write_bytes(b"Made by another version.")
+    with pytest.raises(DestinationError, match=f"moescale 99.1, and this is {__version__}"):
+        convert(source, output, experts=3, check=True)
+
+
+def test_an_output_of_links_out_of_it(source: Path, output: Path) -> None:
+    """What lies elsewhere is not the output's own, however right it is."""
+    farm = output.parent / "farm"
+    farm.mkdir()
+    for path in output.iterdir():
+        (farm / path.name).symlink_to(path)
+    assert "link out of the directory" in difference(source, farm)
+
+
+def test_a_pipe_in_the_output(source: Path, output: Path) -> None:
+    """Nobody waits for it, whatever name it has."""
+    for name in ("README.md", "moescale.json", SHARD):
+        (output / name).rename(output.parent / "aside")
+        os.mkfifo(output / name)
+        with pytest.raises(MoescaleError):
+            convert(source, output, experts=3, check=True)
+        (output.parent / "aside").rename(output / name)
+    assert verify(source, output, experts=3).verified
 
 
 @pytest.mark.parametrize("where", ["first", "middle", "last"])

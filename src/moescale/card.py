@@ -18,8 +18,9 @@ _DROPPED = frozenset({"model-index"})
 """Metadata that is no longer true: the evaluation results are those of the source."""
 
 _DEEPEST = 100
+_LONGEST_NUMBER = 1000
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_BROKEN = (yaml.YAMLError, ValueError, KeyError, IndexError, AttributeError, TypeError)
+_BROKEN = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError)
 """What PyYAML raises for text that is no YAML, or for values that their tag does not allow."""
 
 TAG = "moescale"
@@ -75,10 +76,10 @@ def _edit_metadata(text: str, repo: str | None) -> str | None:
         if not any(first <= number < last for first, last in _lines_of(spans, _DROPPED | added))
     )
     tags = "".join("".join(lines[first:last]) for first, last in _lines_of(spans, {"tags"}))
-    old = _load(kept)
-    if old is None or _load(tags) is None:
+    old, old_tags = _load(kept), _words(tags)
+    if old is None or old_tags is None or _load(tags) is None:
         return _written_anew(text, repo)
-    new = _new_metadata(_words(tags).get("tags"), repo)
+    new = _new_metadata(old_tags.get("tags"), repo)
     if kept and not kept.endswith("\n"):
         kept += "\n"
     result = kept + yaml.safe_dump(new, sort_keys=False, allow_unicode=True)
@@ -86,9 +87,9 @@ def _edit_metadata(text: str, repo: str | None) -> str | None:
 
 
 def _written_anew(text: str, repo: str | None) -> str | None:
-    if _load(text) is None:
-        return None
     content = _words(text)
+    if content is None or _load(text) is None:
+        return None
     new = _new_metadata(content.get("tags"), repo)
     kept = {key: value for key, value in content.items() if key not in {*_DROPPED, *new}}
     return yaml.safe_dump({**kept, **new}, sort_keys=False, allow_unicode=True)
@@ -100,24 +101,25 @@ def _new_metadata(tags: Any, repo: str | None) -> dict[str, Any]:
     return {"base_model": [repo], **new} if repo else new
 
 
-def _load(text: str) -> dict[Any, Any] | None:
+def _load(text: str, loader: Any = _LOADER) -> dict[Any, Any] | None:
     try:
-        content = yaml.load(text, Loader=_LOADER)
+        content = yaml.load(text, Loader=loader)
     except _BROKEN:
         return None
     return {} if content is None else content if isinstance(content, dict) else None
 
 
-def _words(text: str) -> dict[str, Any]:
+def _words(text: str) -> dict[str, Any] | None:
     """Metadata with every value as the word that stands there: `no` is Norwegian, not false."""
-    return yaml.load(text, Loader=yaml.BaseLoader) or {}
+    return _load(text, yaml.BaseLoader)
 
 
 def _top_level_lines(text: str) -> dict[str, tuple[int, int]] | None:
-    """First and last line of each top-level key; None if this is no YAML, or nested without end.
+    """First and last line of each top-level key; None if this is no YAML, or made to cost much.
 
     Only events are read, without building anything: evaluation results can be long, and PyYAML
-    follows nesting until the process dies.
+    follows nesting until the process dies, multiplies merged mappings (``<<``), and takes its time
+    for numbers of any length.
     """
     starts: list[tuple[str, int]] = []
     depth, is_key = 0, True
@@ -132,12 +134,20 @@ def _top_level_lines(text: str) -> dict[str, tuple[int, int]] | None:
                 if not opens:
                     is_key = not is_key
             depth += opens
-            if depth > _DEEPEST:
+            if depth > _DEEPEST or _is_costly(event):
                 return None
     except _BROKEN:
         return None
     ends = [*(line for _, line in starts), len(text.splitlines())][1:]
     return {key: (line, end) for (key, line), end in zip(starts, ends, strict=False)}
+
+
+def _is_costly(event: Any) -> bool:
+    if not isinstance(event, yaml.ScalarEvent) or not event.implicit[0]:
+        return False
+    return event.value == "<<" or (
+        len(event.value) > _LONGEST_NUMBER and event.value.lstrip("+-")[:1].isdigit()
+    )
 
 
 def _has_aliases(text: str) -> bool:

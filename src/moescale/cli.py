@@ -37,6 +37,9 @@ EXIT_CODES: dict[type[errors.MoescaleError], int] = {
 GRACE_SECONDS = 2.0
 """How long an interrupted run may take to end by itself."""
 
+FACTORS_BYTES = 8 << 20
+"""Much more than an earlier output's provenance has."""
+
 INTERRUPTED = "interrupted; the same command resumes"
 
 HELP = """Run a mixture-of-experts model with another number of active experts.
@@ -230,7 +233,11 @@ def _read_factors(path: Path) -> dict[str, float]:
     from moescale.options import parse_factors
 
     try:
-        return parse_factors(path.read_text(encoding="utf-8-sig"), str(path))
+        with open(path, "rb") as file:  # a pipe or a device may have no end
+            data = file.read(FACTORS_BYTES + 1)
+        if len(data) > FACTORS_BYTES:
+            raise errors.UsageError(f"--factors {path}: is too long for a file of factors")
+        return parse_factors(data.decode("utf-8-sig"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else error.reason
         raise errors.UsageError(f"--factors {path}: {why}") from None
@@ -249,11 +256,17 @@ def _show_plan(
     plan = api.plan(source, destination, **options)
     _warn(plan)
     if as_json:
-        print(json.dumps(plan.as_json(), indent=2))
+        _print_json(plan.as_json())
     elif not quiet:
         print(report.plan_text(plan, verbose))
     elif destination is not None:
         print(destination)
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    """Print it piece by piece: with tens of thousands of tensors the text has many megabytes."""
+    json.dump(content, sys.stdout, indent=2)
+    print()
 
 
 def _convert(
@@ -283,7 +296,7 @@ def _convert(
         )
     if as_json:
         outcome = {"status": result.status, "verified": result.verified, "url": result.url}
-        print(json.dumps({**result.plan.as_json(), "result": outcome}, indent=2))
+        _print_json({**result.plan.as_json(), "result": outcome})
         return
     if talk:
         print(report.summary(result, time.monotonic() - start), file=sys.stderr)
@@ -292,7 +305,7 @@ def _convert(
 
 def _warn(plan: Plan) -> None:
     for warning in plan.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {errors.printable(warning)}", file=sys.stderr)
 
 
 def main() -> None:

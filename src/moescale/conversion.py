@@ -16,10 +16,11 @@ from moescale.model.count import CONFIG
 from moescale.parallel import Check, each
 from moescale.planning import Plan
 from moescale.repos.base import Progress, Sink, Source, Written, io_errors
+from moescale.version import __version__
 
 Status = Literal["new", "resume", "replace", "done", "stale", "changed"]
 """``stale``: done, but the source has changed since, or at least its times have; ``changed``: done,
-but a file of the output was changed or lost since."""
+but a file of the output, perhaps the provenance, was changed or lost since."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +47,24 @@ def status_of(plan: Plan, source: Source, sink: Sink, overwrite: bool) -> Status
     existing = sink.existing()
     if not existing:
         return "new"
-    if _is_output(plan, source, sink, existing):
-        if not _is_whole(plan, source, sink, existing):
-            return "replace" if overwrite else "changed"
-        if source.newest_change() <= sink.changed_at(PROVENANCE):
-            return "done"
-        return "replace" if overwrite else "stale"
-    what = "another output of moescale" if PROVENANCE in existing else "something else"
-    return _replace(sink, overwrite, f"already holds {what}")
+    said = _is_output(plan, source, sink, existing)
+    whole = _is_whole(plan, source, sink, existing)
+    if said and whole and source.newest_change() <= sink.changed_at(PROVENANCE):
+        return "done"
+    if said or whole:
+        old: Status = "stale" if said and whole else "changed"
+        return "replace" if overwrite else old
+    return _replace(sink, overwrite, f"already holds {_what_is_there(sink, existing)}")
+
+
+def _what_is_there(sink: Sink, existing: Mapping[str, int]) -> str:
+    if PROVENANCE not in existing:
+        return "something else"
+    found = provenance.decode(sink.read(PROVENANCE)) or {}
+    version = found.get("moescale")
+    if isinstance(version, str) and version != __version__:
+        return f"an output of moescale {version[:20]}, and this is {__version__}"
+    return "another output of moescale"
 
 
 def _replace(sink: Sink, overwrite: bool, why: str) -> Status:
@@ -81,7 +92,9 @@ def _is_whole(plan: Plan, source: Source, sink: Sink, existing: Mapping[str, int
     if any(existing.get(f.name) != plan.output_size(f) for f in plan.large_files):
         return False
     small = small_files(plan, source)
-    return all(name in existing and sink.read(name) == data for name, data in small.items())
+    if any(existing.get(name) != len(data) for name, data in small.items()):
+        return False
+    return all(sink.read(name) == data for name, data in small.items())
 
 
 def run(
@@ -111,11 +124,11 @@ def run(
     status = status_of(plan, source, sink, overwrite)
     if status in ("done", "stale", "changed"):
         return Outcome(status, {})
-    small = small_files(plan, source)
-    sink.check_card(small[CARD])
+    sink.check_card(made_files(plan, source)[CARD])
     sink.begin(provenance.job(plan), replace=status == "replace")
     try:
         written = _stream(plan, source, sink, jobs, progress)
+        small = small_files(plan, source)  # only now, since an index may have many megabytes
         written |= {name: _written(data) for name, data in small.items()}
         with io_errors(CARD):
             sink.put(CARD, small.pop(CARD))
@@ -129,11 +142,17 @@ def run(
 
 def small_files(plan: Plan, source: Source) -> dict[str, bytes]:
     """The files that are made or edited, and the index: card, index, config."""
+    index, made = plan.index or (CONFIG, plan.config)
+    first = {} if made is not None else {index: source.read(index)}
+    return {**first, **made_files(plan, source)}
+
+
+def made_files(plan: Plan, source: Source) -> dict[str, bytes]:
+    """The files that are made or edited: card, config, and an index where there was none."""
     old_card = next((f for f in plan.files if f.name == CARD and f.action == "edit"), None)
     result = {CARD: card.render(plan, source.read(CARD) if old_card else None)}
-    if plan.index is not None:
-        name, made = plan.index
-        result[name] = source.read(name) if made is None else made
+    if plan.index is not None and plan.index[1] is not None:
+        result[plan.index[0]] = plan.index[1]
     return {**result, CONFIG: plan.config}
 
 

@@ -18,6 +18,18 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+LONGEST = 800
+"""Characters of a message; names and values in it come from files that anybody wrote."""
+
+
+def printable(text: str, most: int = LONGEST) -> str:
+    """The text on one line, without what steers a terminal, its middle left out if it is long."""
+    if len(text) > most:
+        text = f"{text[: most * 3 // 4]} ... {text[len(text) - most // 4 :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
 
 class MoescaleError(Exception):
     """A failure that a user can act on: what and why in one line, what to do in a second."""
@@ -27,9 +39,10 @@ class MoescaleError(Exception):
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         """`message` says what failed, on which object and why; `hint` what to do about it."""
+        message = printable(message)
         super().__init__(message)
         self.message = message
-        self.hint = hint or self.advice
+        self.hint = printable(hint) if hint else self.advice
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}\n{self.hint}"

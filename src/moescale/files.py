@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
@@ -74,14 +75,8 @@ def plan_files(
         config_changes: whether the config's text changes.
 
     Raises:
-        CheckpointError: a folder has the name of a file that is made.
+        CheckpointError: the source has a folder under the name of a file that is made.
     """
-    for made in (CARD, PROVENANCE, *([index] if index else [])):
-        if any(name.startswith(made + "/") for name in files):
-            raise CheckpointError(
-                f"{made}: is a folder, and the output needs a file of this name",
-                hint="Remove or rename the folder.",
-            )
     actions: dict[str, Action] = dict.fromkeys(shards, "copy")
     actions |= dict.fromkeys(changed, "rewrite")
     actions[CONFIG] = "edit" if config_changes else "copy"
@@ -96,7 +91,18 @@ def plan_files(
         if name not in actions and (why := _skip_reason(name)):
             action = "skip"
         rows.append(PlannedFile(name, size, action, why))
+    _check_folders({row.name for row in rows if row.action != "skip"})
     return tuple(rows)
+
+
+def _check_folders(names: Collection[str]) -> None:
+    for name in names:
+        for slash in re.finditer("/", name):
+            if (folder := name[: slash.start()]) in names:
+                raise CheckpointError(
+                    f"{folder}: is a folder, and the output needs a file of this name",
+                    hint="Remove or rename the folder.",
+                )
 
 
 def _skip_reason(name: str) -> str | None:

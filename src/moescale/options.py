@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
-
-import numpy as np
 
 from moescale.checkpoint.json_text import parse_strict
 from moescale.errors import UsageError
@@ -106,9 +105,11 @@ def check_factor(factor: float, what: str = "the factor") -> None:
     Raises:
         UsageError: it is not a number above 0 that float32 can hold.
     """
-    with np.errstate(all="ignore"):
-        usable = math.isfinite(factor) and factor > 0 and 0 < np.float32(factor) < np.inf
-    if not usable:
+    try:
+        (single,) = struct.unpack("<f", struct.pack("<f", factor))
+    except OverflowError:
+        single = math.inf
+    if not 0 < single < math.inf:
         raise UsageError(f"{what} is {factor!r}: it must be above 0, and float32 must hold it")
 
 
@@ -128,7 +129,7 @@ def parse_factors(text: str, where: str) -> dict[str, float]:
         raise UsageError(f"{where}: holds no factors", hint='It needs {"factors": {"0": 1.2}}.')
     for layer, factor in content.items():
         if type(factor) not in (int, float) or not -_LARGEST < factor < _LARGEST:
-            shown = repr(factor)[:40]
+            shown = repr(factor)[:40] if isinstance(factor, (str, int, float)) else "something else"
             raise UsageError(f"{where}: the factor of layer {layer} is {shown}, not a number")
     return {layer: float(factor) for layer, factor in content.items()}
 

@@ -7,16 +7,18 @@ it, the run executes it, the card and the verification read it; none of them dec
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+from moescale.checkpoint.edit import Edit
 from moescale.checkpoint.header import LENGTH_BYTES, Header, Tensor, header_length, parse_header
 from moescale.checkpoint.index import (
     INDEX,
     Shards,
+    by_shard,
     check_against_headers,
     index_name,
     make_index,
@@ -24,7 +26,6 @@ from moescale.checkpoint.index import (
     shards_without_index,
 )
 from moescale.checkpoint.rewrite import Segment, relaid_header, segments
-from moescale.checkpoint.scaling import Edit
 from moescale.errors import CheckpointError, SourceError, UnsupportedError, UsageError
 from moescale.files import PROVENANCE, PlannedFile, plan_files
 from moescale.model.count import CONFIG, parse_config, set_count
@@ -118,7 +119,7 @@ class Plan:
 
     def segments(self, file: PlannedFile) -> list[Segment]:
         """How a large file is written: what is copied, and what is edited."""
-        edits = [t.edit for t in self.changed_tensors if t.shard == file.name]
+        edits = [t.edit for t in self.tensors if t.shard == file.name and t.edit.factor != 1.0]
         new = self.new_headers.get(file.name)
         if new is None:
             return segments(edits, file.size or 0)
@@ -230,11 +231,11 @@ def make_plan(
             hint="Give the folder or the repo that holds a model in the Hugging Face layout.",
         )
     config = parse_config(source.read(CONFIG))
-    shards = _find_shards(source, files)
-    headers = _read_headers(source, files, shards.names)
-    warnings = check_against_headers(shards, headers)
-    shards = replace(shards, weight_map=None)  # large, and not needed any more
-    tensors = [tensor for header in headers.values() for tensor in header.tensors.values()]
+    shards, listed = _find_shards(source, files)
+    headers, warnings = check_against_headers(
+        shards, listed, _read_headers(source, files, shards.names)
+    )
+    tensors = [tensor for header in headers.values() for tensor in header.tensors]
     moe = find_moe(
         config, tensors, options.arch, options.part, options.pattern, options.experts_key
     )
@@ -256,6 +257,7 @@ def make_plan(
             "--fold residual is the same as scaling the experts but for the rounding of the divided"
             " weights and the epsilon of the norms, which stays while the stream shrinks"
         )
+    moe = replace(moe, projections=())  # large, and not needed any more
     planned = _planned_tensors(scaled, headers)
     index = _index(shards, headers)
     new_config = config
@@ -294,12 +296,15 @@ def make_plan(
     )
 
 
-def _find_shards(source: Source, files: Mapping[str, FileInfo]) -> Shards:
+def _find_shards(
+    source: Source, files: Mapping[str, FileInfo]
+) -> tuple[Shards, dict[str, list[str]] | None]:
+    """The shards, and what the index lists of each."""
     index = index_name(files)
     if index is None:
-        return shards_without_index(files)
-    weight_map = parse_index(source.read(index), index)
-    names = tuple(sorted(set(weight_map.values())))
+        return shards_without_index(files), None
+    listed = by_shard(parse_index(source.read(index), index))
+    names = tuple(sorted(listed))
     for name in names:
         check_name(name, index)
         if name not in files:
@@ -307,22 +312,24 @@ def _find_shards(source: Source, files: Mapping[str, FileInfo]) -> Shards:
                 f"{index}: lists {name}, which is not there",
                 hint="The download is incomplete; fetch the missing file.",
             )
-    return Shards(names, index, weight_map)
+    return Shards(names, index), listed
 
 
 def _read_headers(
     source: Source, files: Mapping[str, FileInfo], names: Sequence[str]
-) -> dict[str, Header]:
-    """The headers of all shards; several at once, since each may be a request."""
+) -> Iterator[tuple[str, Header]]:
+    """The headers of all shards; several at once where each is a request."""
 
     def read(name: str) -> Header:
         size = files[name].size
         length = header_length(source.read(name, 0, LENGTH_BYTES), size, name)
         return parse_header(source.read(name, LENGTH_BYTES, length), size, name)
 
-    at_once = 8 if source.identity.kind == "hub" else 1
-    with ThreadPoolExecutor(max_workers=at_once) as pool:
-        return dict(zip(names, pool.map(read, names), strict=True))
+    if source.identity.kind == "local":
+        yield from ((name, read(name)) for name in names)
+        return
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        yield from zip(names, pool.map(read, names), strict=True)
 
 
 def _index(shards: Shards, headers: Mapping[str, Header]) -> tuple[str, bytes | None] | None:
@@ -494,10 +501,11 @@ def _scaled_tensors(
 def _planned_tensors(
     chosen: Sequence[tuple[Scaled, Layer, float]], headers: Mapping[str, Header]
 ) -> tuple[PlannedTensor, ...]:
-    home = {name: shard for shard, header in headers.items() for name in header.tensors}
+    names = {scaled.tensor.name for scaled, _, _ in chosen}
+    home = {t.name: shard for shard, h in headers.items() for t in h.tensors if t.name in names}
     return tuple(
         PlannedTensor(
-            Edit(s.tensor, factor, s.operation, s.promote, s.role == "scale"),
+            Edit(_apart(s.tensor), factor, s.operation, s.promote, s.role == "scale"),
             home[s.tensor.name],
             s.role,
             layer,
@@ -506,23 +514,30 @@ def _planned_tensors(
     )
 
 
+def _apart(tensor: Tensor) -> Tensor:
+    """A copy that shares no memory with the others.
+
+    Few of the tensors stay for the run. Lying among those that go, they would keep all the memory
+    of a plan: with 140,000 tensors 30 MB that the run needs itself.
+    """
+    name = tensor.name.encode().decode()
+    return Tensor(name, tensor.dtype, tensor.shape, tensor.start + 0, tensor.stop + 0)
+
+
 def _new_headers(
     source: Source, headers: Mapping[str, Header], planned: Sequence[PlannedTensor]
 ) -> dict[str, NewHeader]:
     """The new beginnings of the shards in which a scale is promoted to a wider dtype."""
     promoted: dict[str, dict[str, str]] = defaultdict(dict)
+    grown: dict[str, int] = defaultdict(int)
     for t in planned:
         if t.edit.promote is not None and t.edit.factor != 1.0:
             promoted[t.shard][t.edit.tensor.name] = t.edit.promote
+            grown[t.shard] += t.edit.nbytes - t.edit.tensor.nbytes
     result = {}
     for shard, names in promoted.items():
         old = headers[shard]
         data = relaid_header(source.read(shard, LENGTH_BYTES, old.data_start - LENGTH_BYTES), names)
-        grown = sum(
-            t.edit.nbytes - t.edit.tensor.nbytes
-            for t in planned
-            if t.shard == shard and t.edit.tensor.name in names
-        )
-        size = old.file_size - old.data_start + len(data) + grown
+        size = old.file_size - old.data_start + len(data) + grown[shard]
         result[shard] = NewHeader(data, old.data_start, size)
     return result

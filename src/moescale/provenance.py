@@ -12,6 +12,7 @@ from dataclasses import fields
 from itertools import chain
 from typing import Any
 
+from moescale.checkpoint.json_text import parse_lenient
 from moescale.options import Options
 from moescale.planning import Plan
 from moescale.repos.base import Written
@@ -49,8 +50,8 @@ def encode(content: Mapping[str, Any]) -> bytes:
 def decode(data: bytes) -> Any:
     """What a ``moescale.json`` says; None if it is none."""
     try:
-        content = json.loads(data)
-    except (ValueError, RecursionError):
+        content = parse_lenient(data.decode())
+    except ValueError:
         return None
     return content if isinstance(content, dict) else None
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
+from moescale.errors import printable
 from moescale.files import Action, PlannedFile
 from moescale.planning import Plan, PlannedTensor
 
@@ -169,7 +170,8 @@ def _left_out(files: Iterable[PlannedFile]) -> str:
 
 
 def _table(rows: Iterable[tuple[str, ...]], header: tuple[str, ...] = ()) -> str:
-    lines = [*([header] if header else []), *rows]
+    shown = (tuple(map(printable, row)) for row in rows)  # names of tensors may hold anything
+    lines = [*([header] if header else []), *shown]
     if len(lines) <= bool(header):
         return ""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

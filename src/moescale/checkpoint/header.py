@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -46,9 +45,14 @@ class Tensor(NamedTuple):
 class Header:
     """What the header of one shard says; `tensors` is in the order of the data."""
 
-    tensors: Mapping[str, Tensor]
+    tensors: tuple[Tensor, ...]
     data_start: int
     file_size: int
+
+    @property
+    def by_name(self) -> dict[str, Tensor]:
+        """The tensors by name, made anew."""
+        return {tensor.name: tensor for tensor in self.tensors}
 
 
 def header_length(first: bytes, file_size: int, where: str) -> int:
@@ -88,8 +92,7 @@ def parse_header(data: bytes, file_size: int, where: str) -> Header:
     data_start = LENGTH_BYTES + len(data)
     tensors = [_tensor(name, entry, data_start, where) for name, entry in entries.items()]
     tensors.sort(key=_place)
-    _check_places(tensors, data_start, file_size, where)
-    return Header({tensor.name: tensor for tensor in tensors}, data_start, file_size)
+    return Header(_in_place(tensors, data_start, file_size, where), data_start, file_size)
 
 
 def _place(tensor: Tensor) -> tuple[int, int]:
@@ -121,7 +124,8 @@ def _tensor(name: str, entry: Any, data_start: int, where: str) -> Tensor:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     bits = BITS.get(dtype) if isinstance(dtype, str) else None
     if bits is None:
-        raise _bad(where, f"tensor {name!r} has the unknown dtype {dtype!r}")
+        shown = repr(dtype) if isinstance(dtype, str) else "that is no text"
+        raise _bad(where, f"tensor {name!r} has the unknown dtype {shown}")
     if not _is_sizes(shape):
         raise _bad(where, f"tensor {name!r} has a shape that is not a list of sizes")
     if not _is_sizes(offsets) or len(offsets) != 2:
@@ -152,19 +156,24 @@ def _is_sizes(value: Any) -> bool:
     return type(value) is list and all(type(v) is int and 0 <= v < _U64 for v in value)
 
 
-def _check_places(tensors: list[Tensor], data_start: int, file_size: int, where: str) -> None:
-    position = data_start
+def _in_place(
+    tensors: list[Tensor], data_start: int, file_size: int, where: str
+) -> tuple[Tensor, ...]:
+    """The tensors as they are, if they fill the file; where one ends is where the next starts."""
+    position, result = data_start, []
     for tensor in tensors:
         if tensor.start != position:
             fault = "overlaps the one before it" if tensor.start < position else "follows a hole"
             raise _bad(where, f"the data of tensor {tensor.name!r} {fault}")
-        position = tensor.stop
+        result.append(Tensor(tensor.name, tensor.dtype, tensor.shape, position, tensor.stop))
+        position = tensor.stop  # one object for both: they are as many as the tensors
     if position != file_size:
         raise _bad(
             where,
             f"the header describes {position} bytes, the file has {file_size}",
             hint="The file is incomplete or has something appended; fetch it again.",
         )
+    return tuple(result)
 
 
 def _bad(where: str, why: str, hint: str | None = None) -> CheckpointError:

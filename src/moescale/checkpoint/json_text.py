@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from json.decoder import scanstring  # type: ignore[attr-defined]
 from typing import Any
 
@@ -35,13 +35,29 @@ def parse_strict(text: str) -> Any:
     )
 
 
+DEEPEST = 200
+"""Levels of nesting that a config may have; what walks through one needs a stack for each."""
+
+
 def parse_lenient(text: str) -> Any:
     """Parse JSON as `json.loads` does (a ``config.json`` may hold ``Infinity``).
 
     Raises:
         ValueError: with one line that says what is wrong.
     """
-    return _parse(text)
+    value = _parse(text)
+    level, depth = [value], 0
+    while level := [part for item in level for part in _parts(item)]:
+        depth += 1
+        if depth > DEEPEST:
+            raise ValueError("nested too deeply")
+    return value
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """The objects and arrays right inside a value."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return (part for part in inner if isinstance(part, (dict, list)))
 
 
 def _parse(text: str, *, check_surrogates: bool = False, **hooks: Any) -> Any:

@@ -7,11 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-
 from moescale.checkpoint.dtypes import BITS
+from moescale.checkpoint.edit import Edit
 from moescale.checkpoint.header import LENGTH_BYTES
-from moescale.checkpoint.scaling import Edit, scaler
 from moescale.errors import RewriteError
 
 PIECE = 1 << 20
@@ -160,6 +158,10 @@ def pieces(reader: Reader, start: int, stop: int) -> Iterator[memoryview]:
 
 def edited(reader: Reader, edit: Edit) -> Iterator[tuple[memoryview, int]]:
     """The edited bytes of a tensor in pieces; with each, how many values have no finite result."""
+    import numpy as np  # here, since a plan needs none: 15 MB and half of the start-up time
+
+    from moescale.checkpoint.scaling import scaler
+
     tensor, scale = edit.tensor, scaler(edit)
     length = tensor.nbytes if edit.operation == "nested_offset" else min(PIECE, tensor.nbytes)
     source = memoryview(bytearray(length))

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from math import frexp
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from moescale.checkpoint.dtypes import BITS
-from moescale.checkpoint.header import Tensor
+from moescale.checkpoint.edit import Edit, Operation
 from moescale.checkpoint.json_text import parse_strict, replace_spans, value_spans
 from moescale.errors import RewriteError
 
@@ -27,37 +25,6 @@ Scale = Callable[[Bytes, Bytes], int]
 """Reads the first array, fills the second, returns how many values have no usable result: none that
 is finite or, for a scale, none that is a normal number. Both are whole elements of their dtypes,
 little-endian."""
-
-Operation = Literal["multiply", "divide", "shift", "nested_offset"]
-"""``divide`` is for scales that divide; ``shift`` for F8_E8M0 scales (also stored as U8), which
-hold powers of two only; ``nested_offset`` for the number in the JSON text of a bitsandbytes
-quantisation state."""
-
-
-@dataclass(frozen=True, slots=True)
-class Edit:
-    """What happens to one tensor; `promote` names the dtype that it is stored in from then on.
-
-    `scale` says that the values are scales: below the normal numbers they would lose bits, and
-    with them every weight that they belong to.
-    """
-
-    tensor: Tensor
-    factor: float
-    operation: Operation = "multiply"
-    promote: str | None = None
-    scale: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the result in bytes."""
-        return self.tensor.nbytes * self.widening
-
-    @property
-    def widening(self) -> int:
-        """Bytes of the result for each byte of the source."""
-        return 1 if self.promote is None else BITS[self.promote] // BITS[self.tensor.dtype]
-
 
 _TABLE_PIECE = 64 * 1024
 """Elements looked up at once: source, result and table then stay in the second-level cache."""

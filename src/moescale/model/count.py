@@ -129,5 +129,5 @@ def whole(section: Mapping[str, Any], key: str, default: int) -> int:
     return value
 
 
-MOST = 1_000_000
+MOST = 100_000
 """More layers, experts or groups than this are no model."""

@@ -9,6 +9,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from moescale.checkpoint.header import Tensor
@@ -116,13 +117,17 @@ def _mlx_names(templates: Iterable[str]) -> list[str]:
     return [f"{block}switch_mlp.{name}" for block in blocks for name in ("down_proj", "fc2")]
 
 
+_NUMBER = "[0-9]{1,9}"
+
+
 def _name_pattern(templates: Iterable[str]) -> re.Pattern[str]:
     """One expression for all templates: groups for prefix, layer, expert and leaf."""
     choices = []
     for i, template in enumerate(templates):
-        escaped = re.escape(template).replace(r"\{L\}", rf"(?P<L{i}>\d+)")
-        choices.append(escaped.replace(r"\{E\}", rf"(?P<E{i}>\d+)"))
-    return re.compile(rf"(?P<prefix>(?:.*\.)?)(?:{'|'.join(choices)})(?P<leaf>(?:[._].*)?)")
+        escaped = re.escape(template).replace(r"\{L\}", rf"(?P<L{i}>{_NUMBER})")
+        choices.append(escaped.replace(r"\{E\}", rf"(?P<E{i}>{_NUMBER})"))
+    expression = rf"(?P<prefix>(?:.*\.)?)(?:{'|'.join(choices)})(?P<leaf>(?:[._].*)?)"
+    return re.compile(expression, re.DOTALL)  # a line end in a long name would be searched for long
 
 
 def _projection(match: re.Match[str]) -> Projection:
@@ -131,8 +136,14 @@ def _projection(match: re.Match[str]) -> Projection:
     expert = groups.get("E" + layer[1:])
     stack = _stack(match.string[: match.start(layer)])
     module = match.string[: match.start("leaf")]
-    number = Layer(stack, int(groups[layer]))
+    number = _same_layer(stack, int(groups[layer]))
     return Projection(module, number, None if expert is None else int(expert), match.span(layer))
+
+
+@lru_cache(maxsize=1024)
+def _same_layer(stack: str, number: int) -> Layer:
+    """One object for all experts of a layer."""
+    return Layer(stack, number)
 
 
 def find_by_pattern(tensors: Iterable[Tensor], pattern: str) -> list[Projection]:
@@ -164,7 +175,7 @@ def _by_spans(name: str, module: str, layer: list[int], expert: list[int] | None
     start, stop = layer
     numbers = [name[start:stop]] if expert is None else [name[start:stop], name[slice(*expert)]]
     for number in numbers:
-        if not number.isdigit():
+        if not re.fullmatch(_NUMBER, number):
             raise UsageError(f"--pattern: in {name!r} its group catches {number!r}, no number")
     before = name[:start]
     if expert is not None and expert[1] <= start:
@@ -175,8 +186,10 @@ def _by_spans(name: str, module: str, layer: list[int], expert: list[int] | None
 
 
 _SEARCH = r"""
-import json, re, sys
-pattern, names = json.load(sys.stdin)
+import json, re, signal, sys
+pattern, names, seconds = json.load(sys.stdin)
+if hasattr(signal, "setitimer"):
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
 try:
     pattern = re.compile(pattern)
 except re.error as error:
@@ -193,27 +206,37 @@ for name in names:
 json.dump(found, sys.stdout)
 """
 
-_SEARCH_SECONDS = 10.0
+_SEARCH_SECONDS = 0.8
+"""Processor time for a few names, so that a busy machine makes no difference."""
+_NAMES_A_SECOND = 100_000
+_PATIENCE = 10.0
+"""Seconds on the clock, for a machine that is busy, or has no timer of processor time (Windows)."""
 
 
 def _search_in_child(
     pattern: str, names: list[str]
 ) -> list[tuple[str, list[int] | None, list[int] | None]]:
-    """Match in a child process, since an expression can backtrack without end."""
+    """Match in a child process, since an expression can backtrack without end.
+
+    `re` cannot be stopped from within on every system and in every thread; a process can.
+    """
+    seconds = _SEARCH_SECONDS + len(names) / _NAMES_A_SECOND
     try:
         child = subprocess.run(
             [sys.executable, "-I", "-c", _SEARCH],
-            input=json.dumps([pattern, names]),
+            input=json.dumps([pattern, names, seconds]),
             capture_output=True,
             text=True,
-            timeout=_SEARCH_SECONDS,
+            timeout=seconds + _PATIENCE,
             check=False,
         )
     except subprocess.TimeoutExpired:
+        child = None
+    if child is None or child.returncode < 0:  # a signal: its timer went off
         raise UsageError(
-            f"--pattern {pattern!r} took longer than {_SEARCH_SECONDS:g} s",
+            f"--pattern {pattern!r} took longer than {seconds:.1f} s for {len(names)} names",
             hint="It backtracks; write it without nested repetitions.",
-        ) from None
+        )
     if child.returncode:
         raise UsageError(f"--pattern {pattern!r} {child.stderr.strip().splitlines()[-1]}")
     result: list[tuple[str, list[int] | None, list[int] | None]] = json.loads(child.stdout)
@@ -262,9 +285,10 @@ def _check_layer(layer: Layer, members: list[Projection], total: int, moes: int)
         )
     if stacked and len(stacked) != moes:
         raise CheckpointError(f"layer {layer}: has {len(stacked)} tensors with all experts")
-    if numbers and numbers != list(range(total * moes)):
-        missing = sorted(set(range(total * moes)) - set(numbers))
-        what = f"expert {missing[0]} is missing" if missing else "it has more"
+    if numbers and (len(numbers) != total * moes or numbers != list(range(total * moes))):
+        known = set(numbers)
+        missing = next((i for i in range(total * moes) if i not in known), None)
+        what = "it has more" if missing is None else f"expert {missing} is missing"
         raise CheckpointError(
             f"layer {layer}: the config says {total * moes} routed experts, but {what}"
             f" ({len(numbers)} down-projections found)",
@@ -297,7 +321,7 @@ def _check_layers(
     if architecture.moe_layers is None or not count:
         return
     main = {layer.number for layer in found if layer.stack == _main_stack(found)}
-    expected = {i for i in range(count) if _is_moe(i, architecture.moe_layers, section)}
+    expected = _moe_layers(count, architecture.moe_layers, section)
     missing, surplus = sorted(expected - main), sorted(i for i in main - expected if i < count)
     if missing:
         raise CheckpointError(
@@ -317,23 +341,26 @@ def _main_stack(found: set[Layer]) -> str:
     return max(sorted(set(stacks)), key=stacks.count)
 
 
-def _is_moe(layer: int, rule: MoeLayers, section: Mapping[str, Any]) -> bool:
+def _moe_layers(count: int, rule: MoeLayers, section: Mapping[str, Any]) -> set[int]:
+    """Those of `count` layers that the config makes MoE layers."""
     if isinstance(rule, All):
-        return True
+        return set(range(count))
     if isinstance(rule, SparseStep):
         step = whole(section, "decoder_sparse_step", 1) or 1
         dense = section.get("mlp_only_layers") or []
         if not isinstance(dense, list):
             raise CheckpointError(f"config.json: mlp_only_layers is {dense!r}, not a list")
-        return layer not in dense and (layer + 1) % step == 0
+        return set(range(step - 1, count, step)) - {i for i in dense if isinstance(i, int)}
     assert isinstance(rule, FirstDense)
-    types = section.get("mlp_layer_types")
-    if isinstance(types, list) and layer < len(types):
-        return bool(types[layer] != "dense")
     first = whole(section, "first_k_dense_replace", rule.default)
     freq = section.get("moe_layer_freq")
     every = freq if type(freq) is int and freq > 0 else 1
-    return layer >= first and layer % every == 0
+    found = {layer for layer in range(first, count) if layer % every == 0}
+    types = section.get("mlp_layer_types")
+    if not isinstance(types, list):
+        return found
+    named = {layer for layer, kind in enumerate(types[:count]) if kind != "dense"}
+    return named | {layer for layer in found if layer >= len(types)}
 
 
 def _check_routers(projections: list[Projection], names: Iterable[str], stacks: _Stacks) -> None:
@@ -349,7 +376,7 @@ def _check_routers(projections: list[Projection], names: Iterable[str], stacks: 
         return
     blocks = "|".join(re.escape(block) for block in {block for _, block in layers})
     containers = "|".join({re.escape(head.split(".")[-2]) for head, _ in layers})
-    router = re.compile(rf"((?:.*\.)?(?:{containers})\.)(\d+)({blocks}){_ROUTER}")
+    router = re.compile(rf"((?:.*\.)?(?:{containers})\.)([0-9]+)({blocks}){_ROUTER}", re.DOTALL)
     for name in names:
         match = router.match(name)
         if match is None or _stack(match[1]) not in stacks:
@@ -394,16 +421,20 @@ def experts_of_layer(section: Mapping[str, Any], layer: int, total: int) -> int:
     """Routed experts of one layer, where the config gives some layers another number."""
     own = section.get("per_layer_config")
     number = own.get(str(layer)) if isinstance(own, dict) else None
-    if isinstance(number, dict) and type(number.get("num_local_experts")) is int:
-        return int(number["num_local_experts"])
+    if isinstance(number, dict):
+        return whole(number, "num_local_experts", 0) or total
     for key in ("pyramid_num_routed", "num_experts"):
         listed = section.get(key)
         if isinstance(listed, list) and layer < len(listed) and type(listed[layer]) is int:
-            return listed[layer] if listed[layer] > 0 else total
+            return listed[layer] if 0 < listed[layer] <= MOST else total
     return total
 
 
 def looks_routed(names: Iterable[str]) -> str | None:
     """The first name that looks like a routed down-projection, for a type that is not known."""
-    pattern = re.compile(r"experts?\b.*(?:down|w2|fc2|wo|output)")
-    return next((n for n in sorted(names) if pattern.search(n) and "shared" not in n), None)
+    experts, down = re.compile(r"experts?\b"), re.compile("down|w2|fc2|wo|output")
+    for name in sorted(names):
+        match = experts.search(name)
+        if match and down.search(name, match.end()) and "shared" not in name:
+            return name
+    return None

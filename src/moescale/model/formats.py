@@ -27,8 +27,8 @@ from functools import lru_cache
 from typing import Any, Final, Literal
 
 from moescale.checkpoint.dtypes import SCALABLE
+from moescale.checkpoint.edit import Operation
 from moescale.checkpoint.header import Tensor
-from moescale.checkpoint.scaling import Operation
 from moescale.errors import CheckpointError, UnsupportedError
 
 Role = Literal["weight", "bias", "scale"]

@@ -59,7 +59,7 @@ def residual_writers(
             "--fold residual divides the embedding, which is also the head of this model",
             hint="Leave --fold out; the weights are scaled then.",
         )
-    escaped = re.escape(WRITERS[model_type]).replace(r"\{L\}", r"(?P<layer>\d+)")
+    escaped = re.escape(WRITERS[model_type]).replace(r"\{L\}", r"(?P<layer>[0-9]{1,9})")
     pattern = re.compile(rf"(?:model\.)?(?:{EMBEDDING}|{escaped})\.(?P<leaf>.+)")
     found = [(match, t) for t in tensors if (match := pattern.fullmatch(t.name))]
     _check_complete({m["layer"] for m, t in found if m["leaf"] == "weight"}, layers)

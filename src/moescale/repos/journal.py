@@ -56,7 +56,7 @@ class Journal:
         lines = path.read_bytes().split(b"\n")
         complete = lines[:-1]  # what follows the last line end is torn
         for line in complete[1:]:
-            with contextlib.suppress(ValueError, TypeError, KeyError):
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
                 entry = json.loads(line)
                 self.entries[entry["file"]] = {
                     "size": entry["size"],

@@ -339,8 +339,9 @@ class LocalSink:
         return free + sum(self.existing().values())
 
     def read(self, name: str) -> bytes:
-        """A small file of the output."""
-        return (self.root / name).read_bytes()
+        """A small file of the output; nothing where there is something else than a file."""
+        path = self.root / name
+        return path.read_bytes() if path.is_file() else b""
 
     def unfinished(self) -> Any:
         """The job whose unfinished run is here, or None; a text if the journal is not ours."""

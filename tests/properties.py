@@ -1,0 +1,253 @@
+"""What must hold for any bytes whatever: used by the tests and by ``scripts/fuzz.py``.
+
+Each function takes the bytes of one hostile file, and asserts that moescale either takes them as
+other readers do, or raises one of its own errors with one line that can be shown.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import safetensors
+
+from moescale import card, provenance, report
+from moescale.checkpoint.header import Header, header_length, parse_header
+from moescale.checkpoint.index import parse_index
+from moescale.checkpoint.json_text import parse_lenient, value_spans
+from moescale.errors import CheckpointError, DestinationError, MoescaleError, UsageError
+from moescale.model import architectures
+from moescale.model.architectures import Architecture
+from moescale.options import Options, parse_factors
+from moescale.planning import Plan, make_plan
+from moescale.repos.base import FileInfo, SourceId
+from moescale.repos.journal import Journal
+from moescale.repos.local import LocalReader, LocalSource
+
+NAME = "model-00001-of-00002.safetensors"
+STRICTER = ("stands twice", "needs exactly", "too large", "-0 is not an integer")
+"""What we refuse and safetensors takes: loaders differ in what they make of it."""
+
+
+# Headers ------------------------------------------------------------------------------------------
+
+
+def parse(file: bytes) -> Header:
+    """Read a file in memory as a plan reads it from disk."""
+    length = header_length(file[:8], len(file), NAME)
+    return parse_header(file[8 : 8 + length], len(file), NAME)
+
+
+def with_header(text: str | bytes, body: bytes = b"") -> bytes:
+    """A file with this header, whatever is in it."""
+    data = text.encode() if isinstance(text, str) else text
+    return struct.pack("<Q", len(data)) + data + body
+
+
+@contextmanager
+def one_line(*kinds: type[MoescaleError]) -> Iterator[None]:
+    """Allow our own errors only, each with one line that can be printed."""
+    try:
+        yield
+    except kinds as error:
+        assert len(error.message.splitlines()) == 1, error.message
+        assert len(error.message) < 1000, error.message[:1000]
+        error.message.encode(errors="backslashreplace")
+
+
+def header_holds(file: bytes) -> None:
+    """What safetensors rejects is refused, and what is taken means the same."""
+    try:
+        theirs = dict(safetensors.deserialize(file))
+    except safetensors.SafetensorError:
+        theirs = None
+    try:
+        ours = parse(file)
+    except CheckpointError as error:
+        assert error.message.startswith(f"{NAME}: ")
+        assert len(error.message.splitlines()) == 1
+        assert len(error.message) < 1000
+        assert theirs is None or any(why in error.message for why in STRICTER), error.message
+        return
+    assert theirs is not None, "taken, though safetensors rejects it"
+    assert ours.by_name.keys() == theirs.keys()
+    for name, tensor in ours.by_name.items():
+        assert tensor.dtype == theirs[name]["dtype"]
+        assert list(tensor.shape) == theirs[name]["shape"]
+        assert file[tensor.start : tensor.stop] == bytes(theirs[name]["data"])
+
+
+# Other files --------------------------------------------------------------------------------------
+
+
+def index_holds(data: bytes) -> None:
+    """An index is a map from text to text as `json` reads it, or refused."""
+    with one_line(CheckpointError):
+        found = parse_index(data, "model.safetensors.index.json")
+        assert found == json.loads(data)["weight_map"]
+        assert all(isinstance(shard, str) for shard in found.values())
+
+
+def spans_hold(data: bytes) -> None:
+    """The places of all values of a JSON text are those of the values that `json` reads."""
+    try:
+        text = data.decode()
+        value = parse_lenient(text)
+    except ValueError:
+        return
+    spans = list(value_spans(text, lambda path: True))
+    if len(spans) != _count(value):
+        return  # a key that stands twice: what was inside the first is not in the value
+    for path, (start, stop) in spans:
+        inner = value
+        for key in path:
+            inner = inner[key]
+        assert repr(json.loads(text[start:stop])) == repr(inner)
+
+
+def _count(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + sum(map(_count, inner))
+
+
+def factors_hold(data: bytes) -> None:
+    """A factors file gives factors that options take, or is refused."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        return
+    with one_line(UsageError):
+        Options(factors=parse_factors(text, "factors.json"))
+
+
+def provenance_holds(data: bytes) -> None:
+    """A provenance is read as one, or as none; comparing it never fails."""
+    found = provenance.decode(data)
+    assert found is None or isinstance(found, dict)
+    provenance.same_job(found, {"files": []})
+    provenance.job_difference(found, {"version": "1", "source": {}, "options": {}})
+
+
+# Whole checkpoints --------------------------------------------------------------------------------
+
+
+class MemorySource:
+    """A checkpoint in memory."""
+
+    def __init__(self, files: Mapping[str, bytes]) -> None:
+        self._content = files
+        self.received = 0
+        self.identity = SourceId("local", "source", folder="source")
+
+    def files(self) -> Mapping[str, FileInfo]:
+        """All files with their sizes."""
+        return {name: FileInfo(name, len(data)) for name, data in self._content.items()}
+
+    def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:
+        """A stretch of one file."""
+        return self._content[name][start : None if size is None else start + size]
+
+    def open(self, name: str) -> AbstractContextManager[LocalReader]:
+        """Nothing is streamed here."""
+        return nullcontext(LocalReader(-1, name))
+
+    def newest_change(self) -> int:
+        """It never changes."""
+        return 0
+
+    def state(self, name: str) -> Any:
+        """Nor does any file of it."""
+        return None
+
+
+def small_config(row: Architecture) -> dict[str, Any]:
+    """The config of a small model of a row of the table: 2 layers, 4 experts, 2 a token."""
+    section = {
+        "num_hidden_layers": 2,
+        "first_k_dense_replace": 0,
+        row.total[0]: 4,
+        **dict.fromkeys(row.count[:1], 2),
+        **({row.scale_key: 2.5} if row.scale_key else {}),
+    }
+    config: dict[str, Any] = {"model_type": row.model_type}
+    inner = config
+    for key in row.sections[-1].split(".") if row.sections[-1] else ():
+        inner = inner.setdefault(key, {})
+    inner.update(section)
+    return config
+
+
+def small_shard(row: Architecture) -> bytes:
+    """The shard that goes with it."""
+    template = row.experts[0]
+    stack = f"{sorted(row.stacks)[0]}." if row.stacks else ""
+    shape = [2, 2] if "{E}" in template else [4, 2, 2]
+    size = 2 * 4 * (1 if "{E}" in template else 4)
+    names = [
+        f"{stack}{template.format(L=layer, E=expert)}.weight"
+        for layer in range(2)
+        for expert in range(4 * row.moes if "{E}" in template else 1)
+    ]
+    entries = {
+        name: {"dtype": "BF16", "shape": shape, "data_offsets": [i * size, (i + 1) * size]}
+        for i, name in enumerate(names)
+    }
+    return with_header(json.dumps(entries), bytes(size * len(names)))
+
+
+def small_model(row: Architecture) -> dict[str, bytes]:
+    """The files of a small model of a row of the table."""
+    return {
+        "config.json": json.dumps(small_config(row)).encode(),
+        "model.safetensors": small_shard(row),
+    }
+
+
+def plan_holds(files: Mapping[str, bytes], **options: Any) -> bool:
+    """A whole checkpoint is planned, printed and described, or refused; True if it is planned."""
+    with one_line(MoescaleError):
+        plan = make_plan(MemorySource(files), Options(**options))
+        json.dumps(plan.as_json(), allow_nan=False)
+        provenance.job(plan)
+        assert report.plan_text(plan, verbose=True)
+        card.render(plan, files.get("README.md"))
+        return True
+    return False
+
+
+def directory_holds(root: Path) -> None:
+    """A directory is planned, or refused."""
+    with one_line(MoescaleError):
+        make_plan(LocalSource(root), Options(experts=3))
+
+
+def card_holds(data: bytes) -> None:
+    """A card of the output can be made of any card, and it has our section and the old text."""
+    new = card.render(_a_plan(), data)
+    assert b"## Rescaled mixture of experts" in new
+    new.decode()
+
+
+@functools.cache
+def _a_plan() -> Plan:
+    return make_plan(MemorySource(small_model(architectures.ROWS[0])), Options(experts=3))
+
+
+def journal_holds(data: bytes) -> None:
+    """A journal is read as one, or as none of ours."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "journal.jsonl"
+        path.write_bytes(data)
+        job = Journal.job_of(path)
+        assert job != {"version": "1"}
+        with one_line(DestinationError):
+            Journal(path, {"version": "1"}).close()
+        if job is not None:
+            path.write_bytes(b'{"job": 1}\n' + data + b"\n" + data)
+            Journal(path, 1).close()
