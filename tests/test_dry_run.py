@@ -67,6 +67,21 @@ def test_an_earlier_output_is_looked_at(change: str, source: Path, tmp_path: Pat
     )
 
 
+def test_a_place_that_cannot_be_written_to_is_a_warning(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file in the way, or a folder without permission, is said before the run."""
+    (tmp_path / "file").write_text("x")
+    (warning,) = api.plan(source, tmp_path / "file" / "out", experts=3).warnings
+    assert "cannot be written to" in warning and "is not a directory" in warning
+    allowed = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: mode & os.W_OK == 0 and allowed(path, mode)
+    )
+    (warning,) = api.plan(source, tmp_path / "out", experts=3).warnings
+    assert "no permission to write" in warning
+
+
 def test_nothing_is_written_there(source: Path, tmp_path: Path) -> None:
     """A dry run makes no folder."""
     assert api.plan(source, tmp_path / "deep" / "out", experts=3).warnings == ()
@@ -92,6 +107,18 @@ def test_a_disk_that_is_too_small_is_said_first(
         (warning,) = plan.warnings
         assert f"{plan.bytes_written - 100:,} bytes less" in warning
     assert api.plan(source, tmp_path / "out", experts=3).warnings == ()  # it is there already
+
+
+def test_a_disk_that_tells_nothing_is_taken_as_it_is(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the free room cannot be found out, there is no warning and no error."""
+
+    def fail(path: Path) -> None:
+        raise OSError("not supported")
+
+    monkeypatch.setattr(shutil, "disk_usage", fail)
+    assert api.plan(source, tmp_path / "out", experts=3).warnings == ()
 
 
 # The source ---------------------------------------------------------------------------------------

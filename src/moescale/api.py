@@ -78,6 +78,7 @@ def plan(
     try:
         if isinstance(sink, LocalSink):
             _check_status(status_of(made, reader, sink, overwrite), str(destination))
+            sink.check_writable()
     except DestinationError as error:
         refusal = f"a run would be refused: {error}".replace("\n", " ")
         return replace(made, warnings=(*made.warnings, refusal))
@@ -161,7 +162,10 @@ def _with_room(plan: Plan, sink: Sink) -> Plan:
     """
     if not isinstance(sink, LocalSink):
         return plan
-    missing = plan.bytes_written - sink.room()
+    try:
+        missing = plan.bytes_written - sink.room()
+    except OSError:  # a file system that does not tell, or a place that the run will refuse
+        return plan
     if missing <= 0:
         return plan
     warning = (

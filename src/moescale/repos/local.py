@@ -334,9 +334,27 @@ class LocalSink:
 
     def room(self) -> int:
         """Bytes that an output may have here: what is free, and what is there already."""
-        parents = (self.root, *self.root.absolute().parents)
-        free = shutil.disk_usage(next(path for path in parents if path.is_dir())).free
+        free = shutil.disk_usage(self._nearest()).free
         return free + sum(self.existing().values())
+
+    def check_writable(self) -> None:
+        """Say beforehand what `begin` would find.
+
+        Raises:
+            DestinationError: the directory cannot be made, or nothing can be written into it.
+        """
+        place = self._nearest()
+        if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+            why = "no permission to write" if place.is_dir() else "is not a directory"
+            raise DestinationError(
+                f"{self.root}: cannot be written to: {place}: {why}",
+                hint="Give another destination, or make this one writable.",
+            )
+
+    def _nearest(self) -> Path:
+        """The destination, or what is there above it."""
+        parents = (self.root, *self.root.absolute().parents)
+        return next(path for path in parents if os.path.exists(path))
 
     def read(self, name: str) -> bytes:
         """A small file of the output; nothing where there is something else than a file."""
