@@ -201,6 +201,16 @@ def test_a_scale_that_leaves_its_range_is_an_error(what: str, tmp_path: Path) ->
     assert q.modules(case_of(id))[1] + ending in caught.value.message
 
 
+@pytest.mark.parametrize("what", ["F16 grows", "F16 sinks", "E8M0 grows"])
+def test_a_narrow_scale_is_tried_before_anything_is_written(what: str, tmp_path: Path) -> None:
+    """On a disk, a scale of few bits that leaves its range ends the run before its first shard."""
+    id, ending, dtype, shape, value, factor = TOO_FAR[what]
+    source = with_scale(id, tmp_path / "in", ending, q.raw(dtype, np.full(shape, value)))
+    with pytest.raises(RewriteError, match="would leave the normal range"):
+        api.convert(source, tmp_path / "out", factor=factor)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_scale_that_was_subnormal_may_stay_so(tmp_path: Path) -> None:
     """Groups of zeros have the smallest scales that F16 can hold; that is no reason to refuse."""
     tiny = q.raw("F16", np.full((q.OUT, 8), 6.7e-7))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from threading import Lock
 from typing import Literal
 
 from moescale import card, provenance
-from moescale.checkpoint.rewrite import rewrite
+from moescale.checkpoint.rewrite import rehearse, rewrite
+from moescale.checkpoint.scaling import Edit
 from moescale.errors import DestinationError
 from moescale.files import CARD, PROVENANCE, PlannedFile
 from moescale.model.count import CONFIG
@@ -124,6 +126,7 @@ def run(
     status = status_of(plan, source, sink, overwrite)
     if status in ("done", "stale", "changed"):
         return Outcome(status, {})
+    _rehearse_scales(plan, source)
     sink.check_card(made_files(plan, source)[CARD])
     sink.begin(provenance.job(plan), replace=status == "replace")
     try:
@@ -138,6 +141,24 @@ def run(
     finally:
         sink.close()
     return Outcome(status, written)
+
+
+def _rehearse_scales(plan: Plan, source: Source) -> None:
+    """Find the scales that would leave their range before the first shard is written.
+
+    Only those that can in earnest, with few bits of exponent or none, and only on a disk: from
+    the Hub each of them would be a request.
+    """
+    if source.identity.kind == "hub":
+        return
+    edits: dict[str, list[Edit]] = defaultdict(list)
+    for t in plan.changed_tensors:
+        narrow = t.edit.tensor.dtype == "F16" and not t.edit.promote
+        if t.role == "scale" and (narrow or t.edit.operation in ("shift", "nested_offset")):
+            edits[t.shard].append(t.edit)
+    for shard, chosen in edits.items():
+        with io_errors(shard), source.open(shard) as reader:
+            rehearse(reader, chosen, shard)
 
 
 def small_files(plan: Plan, source: Source) -> dict[str, bytes]:

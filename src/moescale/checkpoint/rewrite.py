@@ -126,6 +126,17 @@ def rewrite(
                 raise _lost_values(where, part.edit, total)
 
 
+def rehearse(reader: Reader, edits: Iterable[Edit], where: str) -> None:
+    """Edit tensors without writing them, to find beforehand what has no result.
+
+    Raises:
+        RewriteError: a value has no finite result.
+    """
+    for edit in edits:
+        if total := sum(lost for _, lost in edited(reader, edit)):
+            raise _lost_values(where, edit, total)
+
+
 def expected(reader: Reader, parts: Iterable[Segment]) -> Iterator[tuple[Segment, memoryview]]:
     """The bytes that the output must have, piece by piece, each with its segment."""
     for part in parts:
