@@ -56,6 +56,30 @@ def without(tensors: list[Tensor], *parts: str) -> list[Tensor]:
     return [t for t in tensors if not any(part in t.name for part in parts)]
 
 
+REMOTE = {
+    "deepseek": ("model.layers.1.mlp.experts.{}.down_proj.weight", "n_routed_experts"),
+    "bailing_moe": ("model.layers.0.mlp.experts.{}.down_proj.weight", "num_experts"),
+    "bailing_moe_v2": ("model.layers.1.mlp.experts.{}.down_proj.weight", "num_experts"),
+    "kimi_k2": ("model.layers.1.mlp.experts.{}.down_proj.weight", "n_routed_experts"),
+    "arctic": ("model.layers.0.block_sparse_moe.experts.{}.w2.weight", "num_local_experts"),
+    "minicpm": ("model.layers.0.mlp.experts.{}.w2.weight", "num_experts"),
+    "xverse": ("model.layers.0.mlp.experts.{}.down_proj.weight", "num_experts"),
+    "grok-1": ("model.layers.0.moe_block.experts.{}.linear_1.weight", "num_experts"),
+}
+"""Names of published checkpoints whose code comes with them, and the key that counts experts."""
+
+
+@pytest.mark.parametrize("model_type", REMOTE)
+def test_names_of_remote_code_are_found(model_type: str) -> None:
+    """All experts of a layer are found by their published names, and one too few is refused."""
+    name, key = REMOTE[model_type]
+    shared = name.replace("experts.{}", "shared_experts")
+    tensors = [tensor(shared), *(tensor(name.format(expert)) for expert in range(4))]
+    assert names(find(model_type, tensors, {key: 4})) == [t.name for t in tensors[1:]]
+    with pytest.raises(CheckpointError, match="expert 3 is missing"):
+        find(model_type, tensors[:-1], {key: 4})
+
+
 def test_experts_by_layer_may_be_a_list() -> None:
     """Where the config counts the experts of each layer, the largest is the total."""
     section = {"num_experts": [4, 2, 4]}
