@@ -10,8 +10,8 @@ from threading import Lock
 from typing import Literal
 
 from moescale import card, provenance
+from moescale.checkpoint.edit import Edit
 from moescale.checkpoint.rewrite import rehearse, rewrite
-from moescale.checkpoint.scaling import Edit
 from moescale.errors import DestinationError
 from moescale.files import CARD, PROVENANCE, PlannedFile
 from moescale.model.count import CONFIG
