@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections import defaultdict
@@ -209,8 +210,8 @@ json.dump(found, sys.stdout)
 _SEARCH_SECONDS = 0.8
 """Processor time for a few names, so that a busy machine makes no difference."""
 _NAMES_A_SECOND = 100_000
-_PATIENCE = 10.0
-"""Seconds on the clock, for a machine that is busy, or has no timer of processor time (Windows)."""
+_PATIENCE = 10.0 if hasattr(signal, "setitimer") else 2.0
+"""More seconds on the clock, for a machine that is busy; Windows has no timer of processor time."""
 
 
 def _search_in_child(
