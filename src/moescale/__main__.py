@@ -1,17 +1,18 @@
-"""The command, also as ``python -m moescale``."""
+"""The entry point, also of ``python -m moescale``."""
 
-import os
-import sys
+from __future__ import annotations
+
+from moescale import interrupts
 
 
 def main() -> None:
-    """Import what takes time where Ctrl-C is heard, and run the command."""
+    """Run the command; Ctrl-C is one line from the first moment on, while imports go on too."""
+    interrupts.listen()
     try:
-        from moescale.cli import main as command
+        from moescale import cli
     except KeyboardInterrupt:
-        print("moescale: interrupted before anything was done", file=sys.stderr, flush=True)
-        os._exit(130)  # what is half imported may fail on its way out
-    command()
+        interrupts.leave()
+    cli.main()
 
 
 if __name__ == "__main__":

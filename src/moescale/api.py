@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moescale.conversion import Status, fill_digests, run, status_of
-from moescale.errors import DestinationError, UsageError
+from moescale.errors import DestinationError, SourceError, UsageError
 from moescale.files import PROVENANCE
 from moescale.options import Options
 from moescale.planning import Plan, make_plan
@@ -223,7 +223,7 @@ def open_source(text: str, revision: str | None = None) -> Source:
     """
     if not text.strip():
         raise UsageError("SRC is empty", hint="For this directory say a dot.")
-    if not text.startswith("hf://") and (Path(text).is_dir() or not is_repo_id(text)):
+    if not text.startswith("hf://") and (is_directory(text) or not is_repo_id(text)):
         if revision is not None:
             raise UsageError(f"--revision goes with a repo on the Hub; {text} is a directory")
         return LocalSource(Path(text))
@@ -233,6 +233,18 @@ def open_source(text: str, revision: str | None = None) -> Source:
     from moescale.repos.hub_source import HubSource
 
     return HubSource(HubPlace(place.repo, revision or place.revision))
+
+
+def is_directory(text: str) -> bool:
+    """Whether a place is a directory.
+
+    Raises:
+        SourceError: the system does not let us look.
+    """
+    try:
+        return Path(text).is_dir()
+    except OSError as error:
+        raise SourceError(f"{text}: cannot be read: {error.strerror}") from None
 
 
 def open_sink(
@@ -278,7 +290,7 @@ def check_places(source: str, destination: str, revision: str | None) -> None:
             raise UsageError(f"{name} is empty", hint="For this directory say a dot.")
     if destination.startswith("hf://"):
         place = parse_place(destination)
-        if source.startswith("hf://") or (not Path(source).is_dir() and is_repo_id(source)):
+        if source.startswith("hf://") or (not is_directory(source) and is_repo_id(source)):
             other = parse_place(source)
             branches = (place.revision or "main", revision or other.revision or "main")
             if place.repo == other.repo and branches[0] == branches[1]:

@@ -6,16 +6,14 @@ import gc
 import io
 import json
 import os
-import signal
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
 import typer
 
-from moescale import errors
+from moescale import errors, interrupts
 from moescale.version import __version__
 
 if TYPE_CHECKING:
@@ -30,17 +28,12 @@ EXIT_CODES: dict[type[errors.MoescaleError], int] = {
     errors.DestinationError: 3,
     errors.VerificationError: 4,
     errors.TemporaryError: 5,
-    errors.InterruptedRun: 130,
+    errors.InterruptedRun: interrupts.EXIT_CODE,
 }
 """By error; every other one is 1."""
 
-GRACE_SECONDS = 2.0
-"""How long an interrupted run may take to end by itself."""
-
 FACTORS_BYTES = 8 << 20
 """Much more than an earlier output's provenance has."""
-
-INTERRUPTED = "interrupted; the same command resumes"
 
 HELP = """Run a mixture-of-experts model with another number of active experts.
 
@@ -226,7 +219,7 @@ def _command(
             run = {**places, "jobs": jobs, "check": verify}
             _convert(source, destination, options, run, as_json, quiet, verbose)
     except KeyboardInterrupt:
-        raise errors.InterruptedRun(INTERRUPTED) from None
+        raise errors.InterruptedRun(interrupts.MESSAGE) from None
 
 
 def _read_factors(path: Path) -> dict[str, float]:
@@ -312,9 +305,7 @@ def main() -> None:
     """The entry point: runs the command and turns errors into text and exit codes."""
     _open_streams()
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what goes wrong is said by us
-    signal.signal(signal.SIGTERM, _interrupt)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup
-        signal.signal(signal.SIGINT, _interrupt)
+    interrupts.listen()
     gc.set_threshold(100_000, 50, 100)  # a plan is many objects and no cycles; looking costs time
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path may have letters that a terminal has not
@@ -356,25 +347,14 @@ def _run() -> NoReturn:
     except errors.MoescaleError as error:
         _fail(error)
     except (KeyboardInterrupt, typer.Abort):
-        _fail(errors.InterruptedRun(INTERRUPTED))
+        _fail(errors.InterruptedRun(interrupts.MESSAGE))
     except OSError as error:
         _fail(errors.MoescaleError(f"{error.filename or 'output'}: {error.strerror}"))
 
 
-def _interrupt(*_: object) -> NoReturn:
-    """End the run; a thread that hangs in a request holds it up for a moment only."""
-    timer = threading.Timer(GRACE_SECONDS, _leave)
-    timer.daemon = True
-    timer.start()
-    raise KeyboardInterrupt
-
-
-def _leave() -> None:
-    print(f"moescale: {INTERRUPTED}", file=sys.stderr, flush=True)
-    os._exit(EXIT_CODES[errors.InterruptedRun])
-
-
 def _fail(error: errors.MoescaleError) -> NoReturn:
     code = next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1)
+    if code == interrupts.EXIT_CODE:
+        interrupts.hush()
     print(f"moescale: {error}", file=sys.stderr)
     sys.exit(code)

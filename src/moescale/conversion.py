@@ -125,11 +125,12 @@ def run(
     """
     status = status_of(plan, source, sink, overwrite)
     if status in ("done", "stale", "changed"):
+        sink.close()
         return Outcome(status, {})
     _rehearse_scales(plan, source)
     sink.check_card(made_files(plan, source)[CARD])
-    sink.begin(provenance.job(plan), replace=status == "replace")
     try:
+        sink.begin(provenance.job(plan), replace=status == "replace")
         written = _stream(plan, source, sink, jobs, progress)
         small = small_files(plan, source)  # only now, since an index may have many megabytes
         written |= {name: _written(data) for name, data in small.items()}
@@ -186,7 +187,11 @@ def _stream(
 ) -> dict[str, Written]:
     """Write every large file that an earlier run has not finished."""
     finished = {**sink.finished(), **_copied(plan, source, sink)}
-    done = {f.name: finished[f.name] for f in plan.large_files if f.name in finished}
+    done = {
+        f.name: finished[f.name]
+        for f in plan.large_files
+        if f.name in finished and finished[f.name].size == plan.output_size(f)
+    }
     left = {file.name: file for file in plan.large_files if file.name not in done}
     for name, written in done.items():
         progress(name, written.size)
@@ -252,4 +257,5 @@ def fill_digests(sink: Sink, plan: Plan, written: Mapping[str, Written], found: 
     """Put the digests that a verification found into the output's provenance."""
     content = provenance.encode(provenance.provenance(plan, written))
     if content != found:
-        sink.amend(PROVENANCE, content)
+        with io_errors(PROVENANCE):
+            sink.amend(PROVENANCE, content)

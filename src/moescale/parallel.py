@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 from moescale.errors import InterruptedRun
@@ -39,8 +39,10 @@ def each(
             raise InterruptedRun("stopped")
 
     with ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="moescale") as pool:
-        futures = {name: pool.submit(work, name, check) for name in names}
+        futures: dict[str, Future[_R]] = {}
         try:
+            for name in names:
+                futures[name] = pool.submit(work, name, check)
             wait(futures.values(), return_when=FIRST_EXCEPTION)
         finally:  # Ctrl-C arrives here too: what runs stops at its next piece
             pool.shutdown(wait=False, cancel_futures=True)

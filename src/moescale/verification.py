@@ -16,7 +16,7 @@ from moescale.errors import CheckpointError, SourceError, VerificationError
 from moescale.files import PROVENANCE, PlannedFile
 from moescale.parallel import Check, each
 from moescale.planning import Plan
-from moescale.repos.base import Progress, Source, Written
+from moescale.repos.base import Progress, Source, Written, io_errors
 
 
 def verify(
@@ -109,6 +109,7 @@ def _verify_large(
         raise VerificationError(f"{file.name}: has {found_size} bytes instead of {size}")
     position = 0
     with (
+        io_errors(file.name),
         source.open(file.name) as original,
         output.open(file.name) as copy,
         _Digest() as digest,

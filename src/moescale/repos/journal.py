@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
-from moescale.errors import DestinationError
-from moescale.repos.base import Written
+from moescale.errors import CheckpointError, DestinationError
+from moescale.repos.base import Written, check_name
+from moescale.repos.disk import NOT_PLAIN, open_plain, sync_directory, write_all, write_new
 
-_BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+FOREIGN = "not a journal of moescale"
+
+_NONSENSE = (ValueError, TypeError, KeyError, RecursionError, CheckpointError)
+_SHA256 = re.compile("[0-9a-f]{64}")
+_HELD = {errno.EAGAIN, errno.EACCES, errno.EDEADLK}
 
 
 class Journal:
@@ -24,58 +31,72 @@ class Journal:
 
     def __init__(self, path: Path, job: Any) -> None:
         self._mutex = threading.Lock()
+        self._fd = -1
         self.entries: dict[str, Any] = {}
         found = self.job_of(path)
         if found is not None and found != job:
             raise DestinationError(f"{path.parent.parent}: another run has just started here")
         if found is None:
             new = path.with_suffix(".tmp")
-            with open(new, "wb") as file:
-                file.write(json.dumps({"job": job}).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+            new.unlink(missing_ok=True)
+            write_new(new, json.dumps({"job": job}).encode() + b"\n")
             os.replace(new, path)
             sync_directory(path.parent)
-        else:
-            self._read(path)
-        self._file = open(path, "ab")  # noqa: SIM115 - open as long as the run
+        self._fd = open_plain(path, os.O_RDWR | os.O_APPEND)
+        try:
+            self._read()
+        except OSError:
+            self.close()
+            raise
 
     @staticmethod
     def job_of(path: Path) -> Any:
-        """The job of an existing journal, None where there is no journal."""
+        """The job of an existing journal, None where there is no journal, or a text if not ours."""
         try:
-            with open(path, "rb") as file:
-                first = json.loads(file.readline())
-            return first["job"]
+            with open(open_plain(path, os.O_RDONLY), "rb") as file:
+                line = file.readline()
+            return json.loads(line)["job"] if line.endswith(b"\n") else FOREIGN
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (ValueError, TypeError, KeyError, RecursionError, IsADirectoryError):
-            return "not a journal of moescale"
+        except _NONSENSE:
+            return FOREIGN
+        except OSError as error:
+            if error.errno in NOT_PLAIN:
+                return FOREIGN
+            raise
 
-    def _read(self, path: Path) -> None:
-        lines = path.read_bytes().split(b"\n")
+    def _read(self) -> None:
+        with open(self._fd, "rb", closefd=False) as file:
+            lines = file.read().split(b"\n")
         complete = lines[:-1]  # what follows the last line end is torn
         for line in complete[1:]:
-            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-                entry = json.loads(line)
-                self.entries[entry["file"]] = {
-                    "size": entry["size"],
-                    "sha256": entry["sha256"],
-                    "stamp": entry["stamp"],
-                }
+            with contextlib.suppress(*_NONSENSE):
+                name, entry = _entry(json.loads(line))
+                self.entries[name] = entry
         if lines[-1]:
-            with open(path, "r+b") as file:
-                file.truncate(sum(len(line) + 1 for line in complete))
+            os.ftruncate(self._fd, sum(len(line) + 1 for line in complete))
 
     def add(self, name: str, written: Written, stamp: list[int] | None) -> None:
         entry = {"file": name, "size": written.size, "sha256": written.sha256, "stamp": stamp}
         with self._mutex:
-            self._file.write(json.dumps(entry).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            write_all(self._fd, json.dumps(entry).encode() + b"\n")
+            os.fsync(self._fd)
 
     def close(self) -> None:
-        self._file.close()
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with contextlib.suppress(OSError):  # every line was synced
+                os.close(fd)
+
+
+def _entry(line: Any) -> tuple[str, dict[str, Any]]:
+    """A file's name and the rest of its line; raises one of `_NONSENSE` if it is none of ours."""
+    name, size, sha256, stamp = (line[key] for key in ("file", "size", "sha256", "stamp"))
+    if [type(value) for value in (name, size, *stamp)] != [str, int, int, int, int]:
+        raise ValueError
+    if stamp[0] != size or size < 0 or not (sha256 is None or _SHA256.fullmatch(sha256)):
+        raise ValueError
+    return check_name(name, "journal"), {"size": size, "sha256": sha256, "stamp": stamp}
 
 
 class Lock:
@@ -86,11 +107,20 @@ class Lock:
         self._fd = -1
 
     def acquire(self) -> None:
-        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | _BINARY, 0o666)
+        """Take it.
+
+        Raises:
+            DestinationError: another run has it.
+            OSError: there can be no lock here.
+        """
+        fd = open_plain(self._path, os.O_RDWR | os.O_CREAT)
         try:
             _lock_file(fd)
             held = os.fstat(fd).st_ino == self._path.stat().st_ino
-        except OSError:
+        except OSError as error:
+            if error.errno not in (*_HELD, errno.ENOENT):
+                os.close(fd)
+                raise
             held = False
         if not held:
             os.close(fd)
@@ -101,9 +131,20 @@ class Lock:
         self._fd = fd
 
     def release(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        """Let go of it."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+    def remove(self) -> None:
+        """Let go of it and remove its file, before anybody else can hold it where that works."""
+        try:
+            if sys.platform == "win32":  # which does not remove what is open
+                self.release()
+            self._path.unlink()
+        finally:
+            self.release()
 
 
 if sys.platform == "win32":
@@ -112,19 +153,8 @@ if sys.platform == "win32":
     def _lock_file(fd: int) -> None:
         msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
 
-    def sync_directory(path: Path) -> None:
-        """Directories cannot be synced on Windows."""
-
 else:
     import fcntl
 
     def _lock_file(fd: int) -> None:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    def sync_directory(path: Path) -> None:
-        """Make the names in a directory durable."""
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)

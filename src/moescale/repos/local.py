@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import hashlib
 import os
 import shutil
 import stat
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,16 @@ from moescale.repos.base import (
     io_errors,
     nobody,
 )
-from moescale.repos.journal import Journal, Lock, sync_directory
+from moescale.repos.disk import (
+    BINARY,
+    NOT_PLAIN,
+    behind_link,
+    open_plain,
+    start_writeback,
+    sync_directory,
+    write_new,
+)
+from moescale.repos.journal import Journal, Lock
 
 STATE = ".moescale"
 """The folder in an unfinished destination that holds journal, lock and temporary files."""
@@ -54,7 +61,6 @@ _NO_KERNEL_COPY = {
     errno.EPERM,
     errno.ETXTBSY,
 }
-_BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 class LocalSource:
@@ -66,14 +72,16 @@ class LocalSource:
         Raises:
             SourceError: it is not a directory, or an output that is not finished.
         """
-        if not root.is_dir():
-            raise SourceError(
-                f"{root}: {'is not a directory' if root.exists() else 'does not exist'}",
-                hint="Give the directory of a checkpoint; a repo on the Hub is org/name.",
-            )
-        if not os.access(root, os.R_OK | os.X_OK):
-            raise SourceError(f"{root}: cannot be read", hint="Mend its permissions.")
-        if (root / STATE / JOURNAL).exists():
+        with _readable(root):
+            if not root.is_dir():
+                raise SourceError(
+                    f"{root}: {'is not a directory' if root.exists() else 'does not exist'}",
+                    hint="Give the directory of a checkpoint; a repo on the Hub is org/name.",
+                )
+            if not os.access(root, os.R_OK | os.X_OK):
+                raise SourceError(f"{root}: cannot be read", hint="Mend its permissions.")
+            unfinished = (root / STATE / JOURNAL).exists()
+        if unfinished:
             raise SourceError(
                 f"{root}: holds an unfinished run of moescale ({STATE}/)",
                 hint="Run the command that started it again; it resumes.",
@@ -82,6 +90,7 @@ class LocalSource:
         self.received = 0
         self._files: dict[str, FileInfo] | None = None
         self._states: dict[str, list[int]] = {}
+        self._entry_times: dict[str, int] = {}
         repo, revision = _hub_cache_snapshot(self.root)
         self.identity = identity or SourceId("local", str(root), revision, repo, self.root.name)
 
@@ -90,9 +99,11 @@ class LocalSource:
 
         Raises:
             CheckpointError: a link leads out of the repo or nowhere, or a file is no plain file.
+            SourceError: the system does not let us look.
         """
         if self._files is None:
-            self._files = dict(sorted(self._walk(self.root, "")))
+            with _readable(self.root):
+                self._files = dict(sorted(self._walk(self.root, "")))
         return self._files
 
     def _walk(self, folder: Path, prefix: str) -> Iterator[tuple[str, FileInfo]]:
@@ -110,6 +121,7 @@ class LocalSource:
             if not stat.S_ISREG(info.st_mode):
                 raise CheckpointError(f"{self.root}: {name!r} is not a regular file")
             self._states[name] = [info.st_size, info.st_mtime_ns]
+            self._entry_times[name] = info.st_ctime_ns
             yield name, FileInfo(name, info.st_size)
 
     def _check_readable(self, entry: os.DirEntry[str], name: str) -> None:
@@ -141,14 +153,16 @@ class LocalSource:
             with open(self.root / name, "rb") as file:
                 self._check_unchanged(file.fileno(), name)
                 file.seek(start)
-                return file.read(size)
+                data = file.read(size)
+                self._check_unchanged(file.fileno(), name)
+                return data
         except OSError as error:
             raise SourceError(f"{self.root}: {name}: {error.strerror}") from None
 
     @contextmanager
     def open(self, name: str) -> Iterator[LocalReader]:
         """Open a file, and check at the end that it is still what it was when planned."""
-        fd = os.open(self.root / name, os.O_RDONLY | _BINARY)
+        fd = os.open(self.root / name, os.O_RDONLY | BINARY)
         try:
             self._check_unchanged(fd, name)
             yield LocalReader(fd, name)
@@ -163,16 +177,20 @@ class LocalSource:
 
     def _check_unchanged(self, fd: int, name: str) -> None:
         info = os.fstat(fd)
-        if [info.st_size, info.st_mtime_ns] != self.state(name):
+        self.files()
+        if [info.st_size, info.st_mtime_ns] != self._states[name]:
             raise RewriteError(
                 f"{name}: the source file changed while it was being read",
                 hint="Wait until nothing writes to the source, then run the command again.",
             )
 
     def state(self, name: str) -> list[int]:
-        """Size in bytes and time of the last change in nanoseconds."""
+        """Size in bytes, times of the last change of the content and of the entry in nanoseconds.
+
+        The last one tells of a file that was replaced between two runs and got its old time back.
+        """
         self.files()
-        return self._states[name]
+        return [*self._states[name], self._entry_times[name]]
 
 
 class LocalReader:
@@ -227,7 +245,7 @@ class LocalWriter:
         self._position = 0
         self._on_its_way = 0  # bytes that the system was asked to write to the disk
         self._digest = hashlib.sha256() if digest else None
-        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | _BINARY
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | BINARY
         self.fd = os.open(temporary, flags, 0o666)
 
     def write(self, data: memoryview) -> None:
@@ -294,9 +312,9 @@ class LocalWriter:
 
     def close(self) -> None:
         """Close the file; nothing is promised about it."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 class LocalSink:
@@ -312,6 +330,7 @@ class LocalSink:
         self.url: str | None = None
         self._state = self.root / STATE
         self._journal: Journal | None = None
+        self._begun = False
         self._lock = Lock(self._state / "lock")
 
     def is_at(self, source: SourceId) -> bool:
@@ -322,19 +341,20 @@ class LocalSink:
         """Name and size of what is there now, without the state of an unfinished run.
 
         Raises:
-            DestinationError: there is something, and it is not a directory.
+            DestinationError: there is something, and it is not a directory, or cannot be read.
         """
-        if not self.root.exists():
-            return {}
-        if not self.root.is_dir():
-            raise DestinationError(f"{self.root}: exists and is not a directory")
-        return {
-            name: (self.root / name).lstat().st_size for name in _names(self.root, NOT_CHECKPOINT)
-        }
+        with self._accessible("read"):
+            if not self.root.exists():
+                return {}
+            if not self.root.is_dir():
+                raise DestinationError(f"{self.root}: exists and is not a directory")
+            names = list(_names(self.root, NOT_CHECKPOINT))
+            return {name: (self.root / name).lstat().st_size for name in names}
 
     def room(self) -> int:
         """Bytes that an output may have here: what is free, and what is there already."""
-        free = shutil.disk_usage(self._nearest()).free
+        with self._accessible("read"):
+            free = shutil.disk_usage(self._nearest()).free
         return free + sum(self.existing().values())
 
     def check_writable(self) -> None:
@@ -357,17 +377,52 @@ class LocalSink:
         return next(path for path in parents if os.path.exists(path))
 
     def read(self, name: str) -> bytes:
-        """A small file of the output; nothing where there is something else than a file."""
-        path = self.root / name
-        return path.read_bytes() if path.is_file() else b""
+        """A small file of the output; nothing, where a link or no file has its name.
+
+        Raises:
+            DestinationError: it cannot be read.
+        """
+        with self._accessible("read"):
+            try:
+                fd = open_plain(self.root / name, os.O_RDONLY)
+            except OSError as error:
+                if error.errno in NOT_PLAIN:
+                    return b""
+                raise
+            with open(fd, "rb") as file:
+                return file.read(SMALL_FILE_BYTES)
 
     def unfinished(self) -> Any:
-        """The job whose unfinished run is here, or None; a text if the journal is not ours."""
-        return Journal.job_of(self._state / JOURNAL)
+        """The job whose unfinished run is here, or None; a text if the journal is not ours.
+
+        Raises:
+            DestinationError: the folder of the state is a link, or cannot be read.
+        """
+        with self._accessible("read"):
+            self._check_state()
+            return Journal.job_of(self._state / JOURNAL)
+
+    def _check_state(self) -> None:
+        if self._state.is_symlink():
+            raise DestinationError(
+                f"{self._state}: is a link, and nothing is written through it",
+                hint="Remove it and run the same command again.",
+            )
+
+    @contextmanager
+    def _accessible(self, how: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DestinationError(
+                f"{error.filename or self.root}: cannot be {how}: {error.strerror}",
+                hint="Mend the cause, or give another destination.",
+            ) from None
 
     def changed_at(self, name: str) -> int:
         """When a file of the output was written, in nanoseconds."""
-        return (self.root / name).stat().st_mtime_ns
+        with self._accessible("read"):
+            return (self.root / name).stat().st_mtime_ns
 
     def check_replaceable(self) -> None:
         """Refuse to remove what is no model: a home folder, say.
@@ -378,7 +433,9 @@ class LocalSink:
         names = {name for name in self.existing() if "/" not in name}
         weights = any(name.endswith((".safetensors", ".bin", ".gguf")) for name in names)
         model = "moescale.json" in names or ("config.json" in names and weights)
-        if not model and not any((self._state / name).exists() for name in (JOURNAL, "lock")):
+        with self._accessible("read"):
+            state = any((self._state / name).exists() for name in (JOURNAL, "lock"))
+        if not model and not state:
             raise DestinationError(
                 f"{self.root}: does not look like a model, so --overwrite does not remove it",
                 hint="Remove it yourself, or give another destination.",
@@ -393,30 +450,35 @@ class LocalSink:
         Raises:
             DestinationError: another run holds the lock, or the place cannot be written to.
         """
+        self._begun = True
         try:
-            make_directory(self._state)
-            self._lock.acquire()
-            if replace:
-                (self._state / JOURNAL).unlink(missing_ok=True)
-                self._remove_content()
-            self._journal = Journal(self._state / JOURNAL, job)
-            for leftover in self._state.glob("*.tmp"):
-                leftover.unlink()
-        except OSError as error:
-            self._lock.release()
-            raise DestinationError(
-                f"{self.root}: cannot be written to: {error.strerror}",
-                hint="Give another destination, or make this one writable.",
-            ) from None
-        except DestinationError:
+            with self._accessible("written to"):
+                self._check_state()
+                make_directory(self._state)
+                self._lock.acquire()
+                if replace:
+                    (self._state / JOURNAL).unlink(missing_ok=True)
+                    self._remove_content()
+                elif not (self._state / JOURNAL).exists() and self.existing():
+                    self._begun = False
+                    raise DestinationError(
+                        f"{self.root}: another run has just ended here",
+                        hint="Run the same command again to see what it left.",
+                    )
+                self._journal = Journal(self._state / JOURNAL, job)
+                self._remove_leftovers()
+        except BaseException:
             self._lock.release()
             raise
 
+    def _remove_leftovers(self) -> None:
+        for leftover in self._state.glob("*.tmp"):
+            leftover.unlink()
+
     def _remove_content(self) -> None:
-        names = sorted(
-            self.existing(), key=lambda name: not name.endswith(("config.json", ".index.json"))
-        )
-        for name in names:
+        """Remove all files, first those without which nothing loads."""
+        last = sorted(self.existing(), key=lambda name: not name.endswith(".index.json"))
+        for name in sorted(last, key=lambda name: name != "config.json"):
             (self.root / name).unlink()
         _remove_empty_folders(self.root)
         sync_directory(self.root)
@@ -434,11 +496,12 @@ class LocalSink:
     def finished(self) -> dict[str, Written]:
         """What the journal lists and the directory still holds unchanged."""
         assert self._journal is not None
-        return {
-            name: Written(entry["size"], entry["sha256"])
-            for name, entry in self._journal.entries.items()
-            if _stamp(self.root / name) == entry["stamp"]
-        }
+        with self._accessible("read"):
+            return {
+                name: Written(entry["size"], entry["sha256"])
+                for name, entry in self._journal.entries.items()
+                if _stamp(self.root / name) == entry["stamp"] and not behind_link(self.root, name)
+            }
 
     @contextmanager
     def shard(
@@ -461,40 +524,59 @@ class LocalSink:
 
     def publish(self, last: Mapping[str, bytes], keep: frozenset[str]) -> None:
         """Write the last files in order, drop the state; old content is gone since `begin`."""
-        _remove_empty_folders(self.root)
+        with io_errors(self.identity):
+            _remove_empty_folders(self.root)
         for name, data in last.items():
             with io_errors(name):
                 self.put(name, data)
-        self._drop_state()
+        with io_errors(self.identity):
+            self._drop_state()
 
     def _drop_state(self) -> None:
         """Remove the state, the journal last: while it is there, a rerun comes here again."""
         assert self._journal is not None
         self._journal.close()
-        for leftover in self._state.glob("*.tmp"):
-            leftover.unlink()
+        self._remove_leftovers()
         (self._state / JOURNAL).unlink()
-        self._lock.release()
-        shutil.rmtree(self._state, ignore_errors=True)
+        self._leave_state()
         sync_directory(self.root)
 
-    def amend(self, name: str, data: bytes) -> None:
-        """Replace a small file of a finished output."""
-        new = self.root / f".{name}.tmp"
+    def _leave_state(self) -> None:
+        """Let go of the lock and remove the folder, unless another run has begun meanwhile."""
+        self._lock.remove()
         try:
-            with open(new, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(new, self.root / name)
-        finally:
+            self._state.rmdir()
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                raise
+
+    def amend(self, name: str, data: bytes) -> None:
+        """Replace a small file of a finished output.
+
+        Raises:
+            DestinationError: a run is writing here.
+        """
+        self._check_state()
+        make_directory(self._state)
+        self._lock.acquire()
+        new = self._temporary(name)
+        with contextlib.ExitStack() as leaving:
+            leaving.callback(self._leave_state)
+            leaving.callback(new.unlink, missing_ok=True)
             new.unlink(missing_ok=True)
-        sync_directory(self.root)
+            write_new(new, data)
+            os.replace(new, self.root / name)
+            sync_directory(self.root)
 
     def commit_file(self, temporary: Path, name: str, sha256: str | None) -> Written:
         """Give a synced temporary file its own name, and note it."""
         assert self._journal is not None
         target = self.root / name
+        if behind_link(self.root, name):
+            raise DestinationError(
+                f"{target.parent}: is behind a link, and nothing is written through it",
+                hint="Remove the link and run the same command again; it resumes.",
+            )
         make_directory(target.parent)
         os.replace(temporary, target)
         sync_directory(target.parent)
@@ -506,36 +588,36 @@ class LocalSink:
         return self._state / (hashlib.sha256(name.encode()).hexdigest()[:32] + ".tmp")
 
     def close(self) -> None:
-        """Let go of journal and lock; the state stays for a rerun."""
+        """Let go of journal and lock; the state stays for a rerun.
+
+        Where nothing was begun, the output is finished; what a run left that was killed after its
+        last file goes too.
+        """
         if self._journal is not None:
             self._journal.close()
         self._lock.release()
+        if not self._begun:
+            with contextlib.suppress(OSError, DestinationError):
+                self._tidy()
+
+    def _tidy(self) -> None:
+        if self._state.is_symlink() or not self._state.is_dir():
+            return
+        self._lock.acquire()
+        if (self._state / JOURNAL).exists():
+            self._lock.release()
+        else:
+            self._remove_leftovers()
+            self._leave_state()
 
 
-@functools.cache
-def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
-    """Linux's call that starts writing to the disk without waiting for it."""
-    if not sys.platform.startswith("linux"):
-        return None
-    import ctypes
-
+@contextmanager
+def _readable(root: Path) -> Iterator[None]:
+    """Turn what the system says about a source into an error that names the place."""
     try:
-        call = ctypes.CDLL(None).sync_file_range
-    except (OSError, AttributeError):
-        return None
-    call.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-    call.restype = ctypes.c_int
-    return call
-
-
-def start_writeback(fd: int, offset: int, size: int) -> None:
-    """Let the disk begin with what was written, so that the sync at the end has little to wait for.
-
-    A hint: what it cannot do, the sync does.
-    """
-    call = _sync_file_range()
-    if call is not None:
-        call(fd, offset, size, 2)  # SYNC_FILE_RANGE_WRITE
+        yield
+    except OSError as error:
+        raise SourceError(f"{error.filename or root}: cannot be read: {error.strerror}") from None
 
 
 def make_directory(path: Path) -> None:

@@ -1,0 +1,64 @@
+"""Ctrl-C and SIGTERM: the first ends the run in order, the second at once; one line either way.
+
+Nothing is lost by leaving at once: whatever the moment, the same command resumes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from typing import NoReturn
+
+MESSAGE = "interrupted; the same command resumes"
+
+EXIT_CODE = 130
+
+GRACE_SECONDS = 2.0
+"""How long an interrupted run may take to end by itself."""
+
+_NUMBERS = (signal.SIGINT, signal.SIGTERM)
+_leaving = threading.Lock()
+_hushed = threading.Event()
+
+
+def listen() -> None:
+    """Turn the signals into `KeyboardInterrupt`; where SIGINT is ignored (nohup), it stays so."""
+    _hushed.clear()
+    signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    """End the run; a thread that hangs in a request holds it up for a moment only."""
+    for number in _NUMBERS:
+        if signal.getsignal(number) is _interrupt:
+            signal.signal(number, leave)
+    timer = threading.Timer(GRACE_SECONDS, leave)
+    timer.daemon = True
+    timer.start()
+    raise KeyboardInterrupt
+
+
+def leave(*_: object) -> NoReturn:
+    """Say so, unless it is being said, and end the process."""
+    _ignore()
+    _leaving.acquire()  # for ever, where another thread is leaving already
+    if not _hushed.is_set():
+        with contextlib.suppress(OSError):  # past Python's buffers, which may be in use just now
+            os.write(2, f"moescale: {MESSAGE}\n".encode())
+    os._exit(EXIT_CODE)
+
+
+def hush() -> None:
+    """Leave the last word to the caller: further signals change nothing."""
+    _ignore()
+    _hushed.set()
+
+
+def _ignore() -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number in _NUMBERS:
+            signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,353 @@
+"""Calls to the operating system that fail, fall short, or are the last that a process makes.
+
+`Calls` takes the place of the functions of `os` that reach the disk, counts those on anything
+below one folder, and lets a fault happen at one of them. Files that are opened with `open` are
+built from the same functions. What it does not see, an audit hook reports.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import errno
+import fcntl
+import io
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+KILLED = 9
+"""Exit code of a process that ended inside a call."""
+
+CHANGING = frozenset(
+    (
+        "open",
+        "write",
+        "copy_file_range",
+        "fsync",
+        "replace",
+        "rename",
+        "unlink",
+        "remove",
+        "mkdir",
+        "rmdir",
+        "ftruncate",
+    )
+)
+"""Calls after which a disk may hold something else; opening to read is among them."""
+
+READING = frozenset(
+    ("read", "preadv", "lseek", "close", "flock", "scandir", "listdir", "stat", "lstat", "fstat")
+)
+
+SIZED = frozenset(("write", "copy_file_range", "read", "preadv"))
+"""Calls that may do less than was asked for."""
+
+EVENTS = frozenset(
+    (
+        "open",
+        "os.rename",
+        "os.remove",
+        "os.mkdir",
+        "os.rmdir",
+        "os.scandir",
+        "os.listdir",
+        "os.truncate",
+        "os.link",
+        "os.symlink",
+        "os.utime",
+        "os.chmod",
+        "os.chown",
+    )
+)
+"""What Python tells audit hooks about paths."""
+
+FLAGS: Mapping[str, int] = {
+    "r": os.O_RDONLY,
+    "r+": os.O_RDWR,
+    "w": os.O_WRONLY | os.O_CREAT | os.O_TRUNC,
+    "x": os.O_WRONLY | os.O_CREAT | os.O_EXCL,
+    "a": os.O_WRONLY | os.O_CREAT | os.O_APPEND,
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens at which calls.
+
+    `kind` is ``none``, ``error`` (before the call), ``failed`` (after it: done, and an error all
+    the same), ``short``, ``before`` and ``after`` (the process ends), ``cut`` and ``names`` (so
+    does the power), ``pause`` (`seconds`, after making `marker`), or ``act``. With `lasting` every
+    later call of those names is hit too.
+    """
+
+    kind: str = "none"
+    names: frozenset[str] = frozenset()
+    at: int = 0
+    code: int = errno.EIO
+    lasting: bool = False
+    marker: str = ""
+    seconds: float = 0.0
+    act: Callable[[], None] = lambda: None
+
+
+class Raw(io.RawIOBase):
+    """The lowest layer of an open file, made of the functions of `os`."""
+
+    def __init__(self, path: Any, mode: str, closefd: bool = True, **_: Any) -> None:
+        self._mode, self._closes, self._fd = mode, closefd, -1
+        given = isinstance(path, int)
+        self._fd = path if given else os.open(path, FLAGS[mode] | os.O_CLOEXEC, 0o666)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def readable(self) -> bool:
+        return self._mode in ("r", "r+")
+
+    def writable(self) -> bool:
+        return self._mode != "r"
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = os.read(self._fd, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def write(self, data: Any) -> int:
+        return os.write(self._fd, data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return os.lseek(self._fd, offset, whence)
+
+    def truncate(self, size: int | None = None) -> int:
+        size = self.tell() if size is None else size
+        os.ftruncate(self._fd, size)
+        return size
+
+    def close(self) -> None:
+        super().close()
+        fd, self._fd = self._fd, -1
+        if fd >= 0 and self._closes:
+            os.close(fd)
+
+
+class Calls:
+    """The calls of this process on what lies below `folder`, and the fault at one of them."""
+
+    def __init__(self, folder: Path, fault: Fault) -> None:
+        self.log: list[tuple[str, str]] = []
+        self.unseen: list[str] = []
+        self._folder = str(folder)
+        self._fault = fault
+        self._paths: dict[int, str] = {}
+        self._hits = 0
+        self._mutex = threading.Lock()
+        self._inside = threading.local()
+        self._disk = Disk(folder) if fault.kind in ("cut", "names") else None
+        names = CHANGING | READING - {"flock"}
+        self._real = {name: getattr(os, name) for name in names if hasattr(os, name)}
+        self._real["flock"] = fcntl.flock
+        self._open = builtins.open
+
+    def install(self, without: frozenset[str] = frozenset()) -> None:
+        """Take the place of the real ones, but for some, which this system then has not."""
+        for name, real in self._real.items():
+            module = fcntl if name == "flock" else os
+            setattr(module, name, self._replacement(name, real))
+        for name in without:
+            delattr(os, name)
+        builtins.open = io.open = self._open_file
+        if self._fault.kind == "none":
+            _watched.append(self)
+
+    def remove(self) -> None:
+        """Put the real ones back."""
+        for name, real in self._real.items():
+            setattr(fcntl if name == "flock" else os, name, real)
+        builtins.open = io.open = self._open
+        _watched.clear()
+
+    def audit(self, event: str, target: Any) -> None:
+        """Note an event that no call of ours has brought about."""
+        where = None if getattr(self._inside, "depth", 0) else self._where(target)
+        if where is not None:
+            self.unseen.append(f"{event} {where}")
+
+    def _where(self, target: Any, dir_fd: int | None = None) -> str | None:
+        """The path of a file that lies below the folder, given by name or by number."""
+        if isinstance(target, int):
+            return self._paths.get(target)
+        path = os.path.join(self._paths.get(dir_fd, ""), os.fsdecode(target))
+        return path if path.startswith(self._folder) else None
+
+    def _open_file(self, file: Any, mode: str = "r", *more: Any, **options: Any) -> Any:
+        if self._where(file) is None:
+            return self._open(file, mode, *more, **options)
+        text = "b" not in mode
+        raw = Raw(file, mode.replace("b", "").replace("t", ""), **options)
+        if raw.readable() and raw.writable():
+            layer: Any = io.BufferedRandom(raw)  # type: ignore[arg-type]
+        else:
+            layer = io.BufferedReader(raw) if raw.readable() else io.BufferedWriter(raw)
+        return io.TextIOWrapper(layer, options.get("encoding")) if text else layer
+
+    def _replacement(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            target = arguments[1] if name == "copy_file_range" else (arguments or (".",))[0]
+            where = self._where(target, options.get("dir_fd"))
+            if where is None or getattr(self._inside, "depth", 0):
+                return real(*arguments, **options)
+            self._inside.depth = 1
+            try:
+                result = self._hit(name, where, real, arguments, options)
+            finally:
+                self._inside.depth = 0
+            if name == "open":
+                self._paths[result] = where
+            return result
+
+        return call
+
+    def _hit(self, name: str, where: str, real: Any, arguments: Any, options: Any) -> Any:
+        with self._mutex:
+            self.log.append((name, where))
+            counted = name in self._fault.names
+            self._hits += counted
+            mine = counted and self._hits == self._fault.at + 1
+            mine |= counted and self._fault.lasting and self._hits > self._fault.at
+        if not mine:
+            return self._done(name, where, real, arguments, options)
+        kind = self._fault.kind
+        if kind == "before":
+            os._exit(KILLED)
+        if kind == "pause":
+            with self._open(self._fault.marker, "wb"):
+                time.sleep(self._fault.seconds)
+        if kind == "error":
+            if name == "close":
+                real(*arguments)  # the number is free again, whatever the answer
+            raise OSError(self._fault.code, os.strerror(self._fault.code), where)
+        if kind == "act":
+            self._fault.act()
+        if kind == "short" and name in SIZED:
+            arguments = shortened(name, arguments)
+        result = self._done(name, where, real, arguments, options)
+        if kind == "failed":
+            raise OSError(self._fault.code, os.strerror(self._fault.code), where)
+        if kind == "after":
+            os._exit(KILLED)
+        if self._disk is not None:
+            self._disk.lose(names=kind == "cut")
+            os._exit(KILLED)
+        return result
+
+    def _done(self, name: str, where: str, real: Any, arguments: Any, options: Any) -> Any:
+        result = real(*arguments, **options)
+        if name == "fsync" and self._disk is not None:
+            self._disk.sync(where)
+        return result
+
+
+_watched: list[Calls] = []
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if _watched and event in EVENTS:
+        _watched[0].audit(event, arguments[0])
+
+
+sys.addaudithook(_audit)  # which cannot be removed
+
+
+def shortened(name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of the same call for about half as many bytes, at least one."""
+    if name == "copy_file_range":
+        source, target, count, *rest = arguments
+        return source, target, max(1, count // 2), *rest
+    if name == "preadv":
+        fd, [buffer], *rest = arguments
+        return fd, [buffer[: max(1, len(buffer) // 2)]], *rest
+    fd, what = arguments
+    if name == "read":
+        return fd, max(1, what // 2)
+    return fd, bytes(what)[: max(1, len(what) // 2)]
+
+
+class Disk:
+    """What of a folder is durable: the files and the names that were synced.
+
+    The strictest reading of POSIX: a sync of a file saves its bytes and no name, a sync of a
+    directory saves its names, and nothing else is ever written back.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = str(folder)
+        self._data: dict[int, bytes] = {}
+        self._names: dict[int, dict[str, int]] = {}  # a folder's own number and those in it
+        self._open: list[int] = []
+        self._root = self._number(self._folder)
+        for place, _, files in os.walk(folder):
+            self._sync_names(place)
+            for name in files:
+                self._sync_data(os.path.join(place, name))
+
+    def sync(self, path: str) -> None:
+        """Note that a file or a directory was synced."""
+        (self._sync_names if os.path.isdir(path) else self._sync_data)(path)
+
+    def _sync_data(self, path: str) -> None:
+        number = self._number(path)
+        self._data[number] = os.pread(self._open[-1], 1 << 24, 0)
+
+    def _sync_names(self, path: str) -> None:
+        self._names[self._number(path)] = {e.name: e.inode() for e in os.scandir(path)}
+
+    def _number(self, path: str) -> int:
+        fd = os.open(path, os.O_RDONLY)
+        self._open.append(fd)  # so that nothing else gets this number
+        return os.fstat(fd).st_ino
+
+    def lose(self, names: bool) -> None:
+        """Bring the folder into the state after a power cut; without `names`, all names stay."""
+        before = self._current()
+        after = self._durable(self._folder, self._root) if names else before
+        for path, inode in before.items():
+            if after.get(path) != inode:
+                os.unlink(path)
+        for path, inode in after.items():
+            self._restore(path, self._data.get(inode, b""))
+        for place, folders, _ in os.walk(self._folder, topdown=False):
+            for name in folders if names else ():
+                with contextlib.suppress(OSError):
+                    os.rmdir(os.path.join(place, name))
+
+    def _restore(self, path: str, data: bytes) -> None:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT)
+        if os.pread(fd, 1 << 24, 0) != data:  # else times stay as they are
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, data, 0)
+        os.close(fd)
+
+    def _current(self) -> dict[str, int]:
+        return {
+            os.path.join(place, name): os.stat(os.path.join(place, name)).st_ino
+            for place, _, files in os.walk(self._folder)
+            for name in files
+        }
+
+    def _durable(self, folder: str, number: int) -> dict[str, int]:
+        result: dict[str, int] = {}
+        for name, inode in self._names.get(number, {}).items():
+            path = os.path.join(folder, name)
+            is_file = inode in self._data or os.path.isfile(path)
+            result |= {path: inode} if is_file else self._durable(path, inode)
+        return result
