@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from moescale.errors import InterruptedRun
 
 _R = TypeVar("_R")
+
+WAKE_SECONDS = 0.5
 
 Check = Callable[[], None]
 """Raises once the run is to stop; called between pieces."""
@@ -40,13 +42,15 @@ def each(
 
     with ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="moescale") as pool:
         futures: dict[str, Future[_R]] = {}
+        finished = False
         try:
             for name in names:
                 futures[name] = pool.submit(work, name, check)
-            wait(futures.values(), return_when=FIRST_EXCEPTION)
+            _wait(futures.values())
+            finished = all(future.done() for future in futures.values())
         finally:  # Ctrl-C arrives here too: what runs stops at its next piece
             pool.shutdown(wait=False, cancel_futures=True)
-            if not all(future.done() for future in futures.values()):
+            if not finished:
                 stop.set()
                 cancel()
     errors = [f.exception() for f in futures.values() if not f.cancelled()]
@@ -55,3 +59,16 @@ def each(
     if real:
         raise real[0]
     return {name: future.result() for name, future in futures.items()}
+
+
+def _wait(futures: Iterable[Future[Any]]) -> None:
+    """Wait until all are done, or one has failed.
+
+    It wakes up now and then: a signal that the system hands to another thread is noted there, but
+    Python runs its handler in this one, and does not wake it up.
+    """
+    left = set(futures)
+    while left:
+        done, left = wait(left, WAKE_SECONDS, FIRST_EXCEPTION)
+        if any(future.exception() for future in done):
+            return

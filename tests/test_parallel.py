@@ -1,0 +1,73 @@
+"""Several files at once: results, the first failure, and signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from moescale.errors import InterruptedRun
+from moescale.parallel import Check, each
+
+
+@pytest.fixture
+def _raising() -> Iterator[None]:
+    """Let SIGUSR1 do what Ctrl-C does, in the main thread's absence."""
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    yield
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+    signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.usefixtures("_raising")
+def test_a_signal_that_another_thread_took_ends_the_run() -> None:
+    """The system may give a signal to any thread; the one that waits hears of it all the same."""
+    stopped = threading.Event()
+
+    def work(name: str, check: Check) -> None:
+        time.sleep(0.2)  # until the main thread waits
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+        os.kill(os.getpid(), signal.SIGUSR1)
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            time.sleep(0.01)
+            try:
+                check()
+            except InterruptedRun:
+                stopped.set()
+                raise
+
+    with pytest.raises(KeyboardInterrupt):
+        each(["a"], work, 1)
+    assert stopped.wait(20)
+
+
+def test_the_first_failure_stops_the_others() -> None:
+    """What runs ends at its next piece, what waits is not started; the failure is raised."""
+    started: list[str] = []
+    running = threading.Event()
+
+    def work(name: str, check: Check) -> str:
+        started.append(name)
+        if name == "bad":
+            running.wait(20)
+            raise ZeroDivisionError
+        running.set()
+        while True:
+            check()
+            time.sleep(0.01)
+
+    with pytest.raises(ZeroDivisionError):
+        each(["long", "bad", "never"], work, 2)
+    assert sorted(started) == ["bad", "long"]
+
+
+def test_results_are_by_name() -> None:
+    """Every name gets what its call returned."""
+    assert each(["a", "b", "c"], lambda name, _: name * 2, 2) == {"a": "aa", "b": "bb", "c": "cc"}
+    assert each([], lambda name, _: name, 2) == {}
