@@ -500,7 +500,7 @@ def test_a_proof_waits_for_no_run_and_writes_into_none(source: Path, tmp_path: P
     out = tmp_path / "out"
     convert(source, out, experts=3)
     sink = LocalSink(out)
-    sink.begin({"job": "another"}, replace=False)
+    sink.begin({"job": "another"}, replace=True)
     before = checkpoints.tree(out)
     with pytest.raises(DestinationError, match="another run"):
         LocalSink(out).amend("moescale.json", b"{}")
