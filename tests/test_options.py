@@ -24,6 +24,7 @@ from moescale.options import RULES, Options, check_factor, parse_factors
         {"experts": 4, "trained_experts": 1},
         {"experts": 4, "rho": 0.0},
         {"experts": 4, "rho": 1.0, "rule": "preserve"},
+        {"experts": 4, "rho": 0.5, "rule": "gates"},
         {"factor": 1.5},
         {"factor": 1.0, "experts": 4},
         {"factors": {"0": 1.2}},
@@ -86,7 +87,7 @@ def test_any_factor_of_float32_is_taken(factor: float) -> None:
     check_factor(factor)
 
 
-@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in ("gates", "measured")])
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "measured"])
 def test_the_method_is_the_rule(rule: str) -> None:
     """Reports call the method by the name of its rule."""
     assert Options(experts=2, rule=rule).method == rule

@@ -92,7 +92,7 @@ def _command(
     ] = None,
     rule: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="RULE", help="preserve (default), published, or none."),
+        typer.Option(metavar="RULE", help="preserve (default), published, gates, or none."),
     ] = None,
     calibrate: Annotated[
         Optional[Path],  # noqa: UP045

@@ -33,6 +33,7 @@ class Options:
             ``residual`` divides what else writes into the residual stream.
         part: which MoE of a checkpoint that has several.
         arch: treat the model as this model type.
+        gate_scale: what the router's weight is multiplied by, to sharpen or flatten the gate.
         pattern: expression for the names of the down-projections, for an unknown architecture.
         experts_key: config key of the experts per token, for an unknown architecture.
     """
@@ -46,6 +47,7 @@ class Options:
     fold: Fold | None = None
     part: str | None = None
     arch: str | None = None
+    gate_scale: float | None = None
     pattern: str | None = None
     experts_key: str | None = None
 
@@ -60,7 +62,7 @@ class Options:
         given = [self.rule is not None, self.factor is not None, self.factors is not None]
         if sum(given) > 1:
             raise UsageError("--rule, --factor and --factors exclude each other")
-        if self.rule in ("gates", "measured"):
+        if self.rule == "measured":
             raise UsageError(f"--rule {self.rule} is not there yet", hint="Use --rule preserve.")
         if self.rule is not None and self.rule not in RULES:
             raise UsageError(f"--rule is {self.rule!r}: it must be one of {', '.join(RULES)}")
@@ -75,7 +77,9 @@ class Options:
         if self.rho is not None and not 0 <= self.rho <= 1:
             raise UsageError(f"--rho is {self.rho:g}: it must be from 0 to 1")
         if self.rho is not None and self.method not in ("preserve", "gates"):
-            raise UsageError(f"--rho has no meaning for {self.method}; it goes with preserve")
+            raise UsageError(
+                f"--rho has no meaning for {self.method}; it goes with preserve and gates"
+            )
         if self.fold not in (None, "weights", "config", "residual"):
             raise UsageError(f"--fold is {self.fold!r}: it must be weights, config or residual")
         if self.factor is not None:

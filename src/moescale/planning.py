@@ -39,6 +39,7 @@ from moescale.options import Options
 from moescale.repos.base import FileInfo, Source, SourceId, check_name
 from moescale.rules import closed_form, gates, measured
 from moescale.rules.samples import Sample
+from moescale.sampling import sample_gates
 
 ByLayer = float | dict[str, float]
 """One number for all layers, or one for each where they differ."""
@@ -218,7 +219,7 @@ def make_plan(
         source: where the checkpoint is; its config, index and shard headers are read.
         options: what the user asked for.
         destination: what the user calls the place of the output, for the record.
-        sampler: samples the layers for the rules ``gates`` and ``measured``.
+        sampler: samples the layers for the rule ``measured``; ``gates`` needs none.
 
     Raises:
         SourceError: the checkpoint is malformed, incomplete or cannot be rescaled so.
@@ -246,7 +247,10 @@ def make_plan(
         )
     experts = _experts(moe, options)
     forms = _closed_forms(moe, experts, options)
-    samples = sampler(moe, experts) if sampler is not None else {}
+    if sampler is None and options.method == "gates":
+        samples = _sampled_gates(source, moe, experts, options, headers)
+    else:
+        samples = sampler(moe, experts) if sampler is not None else {}
     factors = _factors(moe, experts, options, samples)
     scaled = _scaled_tensors(moe, factors, tensors, options)
     warnings += confirm(
@@ -396,6 +400,14 @@ def _factors(
         case "measured":
             return {layer: measured.factor(samples[layer]) for layer in layers}
     return {layer: _factor(moe, experts, options, layer) for layer in layers}
+
+
+def _sampled_gates(
+    source: Source, moe: Moe, experts: Experts, options: Options, headers: Mapping[str, Header]
+) -> Mapping[Layer, Sample]:
+    layers = {projection.layer for projection in moe.projections}
+    counts = {at: (_at(experts.trained, at), _at(experts.after, at)) for at in layers}
+    return sample_gates(source, moe, headers, counts, options.gate_scale or 1.0)
 
 
 def _given_factors(layers: Sequence[Layer], given: Mapping[str, float]) -> dict[Layer, float]:

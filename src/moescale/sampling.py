@@ -1,0 +1,170 @@
+"""Samples the routers of a checkpoint for the rule ``gates``: a few megabytes are read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+
+from moescale.checkpoint.header import Header, Tensor
+from moescale.errors import CheckpointError, UnsupportedError
+from moescale.model.count import CONFIG, whole
+from moescale.model.experts import Layer, experts_of_layer
+from moescale.model.gating import Gating, RouterTensors, find_routers, gating_of
+from moescale.model.lookup import Moe
+from moescale.model.router import group_limit
+from moescale.repos.base import Source
+from moescale.rules.gates import Array, Gate, RouterWeights, Score, sample_layer
+from moescale.rules.samples import Sample
+
+HUB_READS = 4
+"""Layers that are read at once from the Hub; one at a time from a disk."""
+
+
+def gate_of(moe: Moe, gating: Gating) -> Gate:
+    """How the router of this checkpoint makes weights of its logits, as row and config say.
+
+    Raises:
+        UnsupportedError: the config names a score that is not known.
+        CheckpointError: a number of the config is none.
+    """
+    section, router = moe.section, moe.router
+    assert router is not None, "a model type with a row of gating has one of architectures"
+    cap = section.get(gating.cap_key) if gating.cap_key else None
+    if cap is not None and (type(cap) not in (int, float) or not 0 <= cap < math.inf):
+        raise CheckpointError(f"{CONFIG}: {gating.cap_key} is {cap!r}, not a number from 0")
+    return Gate(
+        score=_score(gating, section),
+        late=gating.late,
+        normalised=router.renormalised,
+        groups=group_limit(moe.architecture, section),
+        group_best=gating.group_best,
+        shared=router.shared,
+        idle=whole(section, gating.idle_key, 0) if gating.idle_key else 0,
+        grid=gating.grid,
+        cap=cap or None,
+    )
+
+
+def _score(gating: Gating, section: Mapping[str, Any]) -> Score:
+    named = (section.get(gating.score_key) if gating.score_key else None) or gating.score
+    for score in get_args(Score):
+        if named == score:
+            known: Score = score
+            return known
+    raise UnsupportedError(
+        f"{CONFIG}: {gating.score_key} is {named!r}, a score that --rule gates does not know",
+        hint="--rule preserve needs no score.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Routers:
+    """The routers of a checkpoint: what they are, and where their tensors are."""
+
+    moe: Moe
+    gate: Gate
+    zero_centred: bool
+    tensors: Sequence[RouterTensors]
+    shards: Mapping[str, str]  # by name of the tensor
+
+
+def sample_gates(
+    source: Source,
+    moe: Moe,
+    headers: Mapping[str, Header],
+    counts: Mapping[Layer, tuple[int, int]],
+    sharpness: float = 1.0,
+) -> dict[Layer, Sample]:
+    """The gate's moments of every layer.
+
+    Args:
+        source: where the checkpoint is; its routers and the norms before them are read.
+        moe: the MoE that they belong to.
+        headers: of all shards, by name.
+        counts: experts per token before and after, by layer.
+        sharpness: what the logits are multiplied by after.
+
+    Raises:
+        UnsupportedError: the router of this model type cannot be formed, or is quantised.
+        CheckpointError: a router is missing, has another shape than the config says, or holds
+            what is no number.
+    """
+    routers = find_gates(moe, headers)
+    result = {}
+    for tensors, weights in read_gates(source, routers):
+        layer = tensors.layer
+        seed = (layer.number, *layer.stack.encode(errors="surrogatepass"))
+        with np.errstate(all="ignore"):  # what comes of numbers that are none is refused below
+            sample = sample_layer(weights, routers.gate, counts[layer], seed, sharpness)
+        sizes = (sample.before.expected_norm(0), sample.after.expected_norm(0))
+        if not all(math.isfinite(size) and size > 0 for size in sizes):
+            raise CheckpointError(
+                f"{tensors.weight.name}: its router gives no weights that are numbers",
+                hint="The tensor is damaged, or is none of this model type.",
+            )
+        result[layer] = sample
+    return result
+
+
+def find_gates(moe: Moe, headers: Mapping[str, Header]) -> Routers:
+    """The routers of all layers, complete.
+
+    Raises:
+        UnsupportedError: the router of this model type cannot be formed, or is quantised.
+        CheckpointError: a router is missing.
+    """
+    tensors = {t.name: t for header in headers.values() for t in header.tensors.values()}
+    gating = gating_of(moe.architecture, tensors, "--rule gates")
+    found = find_routers(gating, moe.section, moe.projections, tensors)
+    shards = {name: shard for shard, header in headers.items() for name in header.tensors}
+    return Routers(moe, gate_of(moe, gating), gating.zero_centred, found, shards)
+
+
+def read_gates(source: Source, routers: Routers) -> Iterator[tuple[RouterTensors, RouterWeights]]:
+    """Every layer's router; few at once, since a large model's do not fit into the memory limit."""
+    at_once = HUB_READS if source.identity.kind == "hub" else 1
+    with ThreadPoolExecutor(max_workers=at_once) as pool:
+        for start in range(0, len(routers.tensors), at_once):
+            batch = routers.tensors[start : start + at_once]
+            read = pool.map(lambda tensors: _read(source, routers, tensors), batch)
+            yield from zip(batch, read, strict=True)
+
+
+def _read(source: Source, routers: Routers, tensors: RouterTensors) -> RouterWeights:
+    def values(tensor: Tensor, *shape: int) -> Array:
+        if tensor.shape != shape and (len(shape) > 1 or math.prod(tensor.shape) != shape[0]):
+            raise CheckpointError(
+                f"{tensor.name}: its shape is {list(tensor.shape)}, not {list(shape)}",
+                hint="The config belongs to another checkpoint, or the tensor has another layout.",
+            )
+        data = source.read(routers.shards[tensor.name], tensor.start, tensor.nbytes)
+        return decode(data, tensor.dtype).reshape(shape)
+
+    assert tensors.norm is not None, "a row without a norm has experts whose scaling does nothing"
+    moe, gate = routers.moe, routers.gate
+    experts = experts_of_layer(moe.section, tensors.layer.number, moe.total) + gate.idle
+    logits = 2 * math.isqrt(experts) if gate.grid else experts + gate.shared
+    hidden = math.prod(tensors.norm.shape)
+    norm = values(tensors.norm, hidden)
+    return RouterWeights(
+        values(tensors.weight, logits, hidden),
+        norm + 1 if routers.zero_centred else norm,
+        None if tensors.bias is None else values(tensors.bias, experts),
+        None if tensors.logit_bias is None else values(tensors.logit_bias, logits),
+    )
+
+
+_NUMPY = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
+
+
+def decode(data: bytes, dtype: str) -> Array:
+    """Little-endian F16, BF16, F32 or F64 as float64."""
+    if dtype == "BF16":  # the upper half of a float32
+        words = np.frombuffer(data, "<u2").astype("<u4") << 16
+        return words.view("<f4").astype(np.float64)
+    return np.frombuffer(data, _NUMPY[dtype]).astype(np.float64)
