@@ -53,8 +53,8 @@ def routers_of(directory: Path, entry: str) -> tuple[Routers, list[RouterWeights
 
 def build_formed(entry: str, directory: Path, **how: Any) -> None:
     """A checkpoint whose router can be formed: without layers that choose by token numbers."""
-    config = {"mlp_layer_types": ["moe"] * 3} if entry == "deepseek_v4" else None
-    build(entry, directory, config=config, **how)
+    config = {"mlp_layer_types": ["moe"] * 3} if entry == "deepseek_v4" else {}
+    build(entry, directory, config={**config, **how.pop("config", {})}, **how)
 
 
 # --- What transformers computes ------------------------------------------------------------------
@@ -113,10 +113,26 @@ def constants(routers: Routers, model: nn.Module, k: int) -> list[float]:
     return scales + [one * scale for one in scales for scale in learned]
 
 
-@pytest.mark.parametrize("entry", FORMED)
-def test_the_router_is_that_of_transformers(entry: str, tmp_path: Path) -> None:
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("laguna", {"moe_router_logit_softcapping": 1.5}),
+    ("cohere2_moe", {"expert_selection_fn": "sigmoid"}),
+    ("lfm2_moe", {"use_expert_bias": False}),
+    ("deepseek_v3", {"norm_topk_prob": False, "n_group": 4, "topk_group": 2}),
+    ("deepseek_v4", {"scoring_func": "sigmoid"}),
+    ("olmoe", {"norm_topk_prob": True}),
+    ("dbrx", {"ffn_config": {"moe_normalize_expert_weights": None}}),
+]
+"""What a config can switch in a router."""
+
+
+@pytest.mark.parametrize(
+    ("entry", "config"), [*((entry, {}) for entry in FORMED), *VARIANTS], ids=str
+)
+def test_the_router_is_that_of_transformers(
+    entry: str, config: dict[str, Any], tmp_path: Path
+) -> None:
     """Its weights for the same inputs agree but for a constant, and so does the norm before it."""
-    build_formed(entry, tmp_path)
+    build_formed(entry, tmp_path, config=config)
     routers, weights = routers_of(tmp_path, entry)
     k = 2 if TINY[entry].fixed else 3
     model = tiny_models.load(tmp_path, entry, top_k=None if k == 2 else k)

@@ -66,10 +66,10 @@ class Options:
             raise UsageError(f"--rule {self.rule} is not there yet", hint="Use --rule preserve.")
         if self.rule is not None and self.rule not in RULES:
             raise UsageError(f"--rule is {self.rule!r}: it must be one of {', '.join(RULES)}")
-        if self.experts is None and self.factor is None and self.factors is None:
+        if (self.experts, self.factor, self.factors, self.gate_scale) == (None,) * 4:
             raise UsageError(
                 "--experts is missing: how many experts a token shall be sent to",
-                hint="It may be left out only with --factor or --factors.",
+                hint="It may be left out only with --factor, --factors or --gate-scale.",
             )
         self._check_numbers()
 
@@ -89,10 +89,26 @@ class Options:
         for name in ("part", "arch", "pattern", "experts_key"):
             if getattr(self, name) == "":
                 raise UsageError(f"--{name.replace('_', '-')} is empty")
+        self._check_gate_scale()
         if (self.pattern is None) != (self.experts_key is None):
             raise UsageError(
                 "--pattern and --experts-key go together: the down-projections' names, and the"
                 " config key of the experts per token"
+            )
+
+    def _check_gate_scale(self) -> None:
+        if self.gate_scale is None:
+            return
+        check_factor(self.gate_scale, "--gate-scale")
+        if self.fold == "config":
+            raise UsageError(
+                "--gate-scale changes the routers, --fold config leaves every weight as it is",
+                hint="Leave one of them out.",
+            )
+        if self.method == "measured":
+            raise UsageError(
+                "--gate-scale does not go with --rule measured, which runs the model as it is",
+                hint="Use --rule gates, or measure the output of a run with --gate-scale.",
             )
 
     @property

@@ -14,7 +14,7 @@ from moescale.checkpoint.header import Header, Tensor
 from moescale.errors import CheckpointError, UnsupportedError
 from moescale.model.count import CONFIG, whole
 from moescale.model.experts import Layer, experts_of_layer
-from moescale.model.gating import Gating, RouterTensors, find_routers, gating_of
+from moescale.model.gating import RULE, Gating, RouterTensors, find_routers, gating_of
 from moescale.model.lookup import Moe
 from moescale.model.router import group_limit
 from moescale.repos.base import Source
@@ -119,31 +119,46 @@ def find_gates(moe: Moe, headers: Mapping[str, Header]) -> Routers:
         CheckpointError: a router is missing.
     """
     tensors = {t.name: t for header in headers.values() for t in header.tensors.values()}
-    gating = gating_of(moe.architecture, tensors, "--rule gates")
-    found = find_routers(gating, moe.section, moe.projections, tensors)
+    gating = gating_of(moe.architecture, tensors, RULE)
+    if gating.zero_centred and any(".switch_mlp." in p.module for p in moe.projections):
+        raise UnsupportedError(
+            f"--rule gates: mlx-lm may have added 1 to the norms of this {moe.model_type!r} model",
+            hint="--rule preserve needs the config alone.",
+        )
+    found = find_routers(gating, moe.section, moe.projections, tensors, RULE)
     shards = {name: shard for shard, header in headers.items() for name in header.tensors}
     return Routers(moe, gate_of(moe, gating), gating.zero_centred, found, shards)
 
 
 def read_gates(source: Source, routers: Routers) -> Iterator[tuple[RouterTensors, RouterWeights]]:
-    """Every layer's router; few at once, since a large model's do not fit into the memory limit."""
+    """Every layer's router.
+
+    From the Hub some are fetched at once, each read being a request; as float64 there is only one
+    at a time, since those of a large model together would not fit into the memory limit.
+    """
+
+    def fetch(tensors: RouterTensors) -> list[bytes]:
+        return [source.read(routers.shards[t.name], t.start, t.nbytes) for t in tensors.present]
+
     at_once = HUB_READS if source.identity.kind == "hub" else 1
     with ThreadPoolExecutor(max_workers=at_once) as pool:
         for start in range(0, len(routers.tensors), at_once):
             batch = routers.tensors[start : start + at_once]
-            read = pool.map(lambda tensors: _read(source, routers, tensors), batch)
-            yield from zip(batch, read, strict=True)
+            for tensors, data in zip(batch, pool.map(fetch, batch), strict=True):
+                yield tensors, _weights(routers, tensors, data)
 
 
-def _read(source: Source, routers: Routers, tensors: RouterTensors) -> RouterWeights:
+def _weights(routers: Routers, tensors: RouterTensors, data: Sequence[bytes]) -> RouterWeights:
+    """The numbers of one layer's router, of the shapes that the config says."""
+    found = {t: decode(d, t.dtype) for t, d in zip(tensors.present, data, strict=True)}
+
     def values(tensor: Tensor, *shape: int) -> Array:
         if tensor.shape != shape and (len(shape) > 1 or math.prod(tensor.shape) != shape[0]):
             raise CheckpointError(
                 f"{tensor.name}: its shape is {list(tensor.shape)}, not {list(shape)}",
                 hint="The config belongs to another checkpoint, or the tensor has another layout.",
             )
-        data = source.read(routers.shards[tensor.name], tensor.start, tensor.nbytes)
-        return decode(data, tensor.dtype).reshape(shape)
+        return found[tensor].reshape(shape)
 
     assert tensors.norm is not None, "a row without a norm has experts whose scaling does nothing"
     moe, gate = routers.moe, routers.gate

@@ -22,6 +22,8 @@ from moescale.checkpoint.header import Tensor
 from moescale.errors import CheckpointError, UnsupportedError
 from moescale.model.architectures import Architecture
 from moescale.model.experts import Layer, Projection
+from moescale.model.formats import Scaled
+from moescale.model.router import group_limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,16 +268,21 @@ GATINGS: Final[Mapping[str, Gating | Other]] = MappingProxyType(
 )
 """By model type, with ``/part`` where a type has several."""
 
-_INSTEAD = "--rule preserve needs the config alone."
+RULE: Final = "--rule gates"
+SCALE: Final = "--gate-scale"
+_INSTEAD: Final[Mapping[str, str]] = MappingProxyType(
+    {RULE: "--rule preserve needs the config alone.", SCALE: f"Leave {SCALE} out."}
+)
+"""What else can be done, by the option that needs the router."""
 
 
-def gating_of(architecture: Architecture, tensors: Mapping[str, Any], what: str) -> Gating:
+def gating_of(architecture: Architecture, tensors: Mapping[str, Any], option: str) -> Gating:
     """The row of a model type.
 
     Args:
         architecture: its row in the table of architectures.
         tensors: the names of the checkpoint.
-        what: the option that needs it, for errors.
+        option: `RULE` or `SCALE`, for errors.
 
     Raises:
         UnsupportedError: its router works otherwise.
@@ -286,8 +293,9 @@ def gating_of(architecture: Architecture, tensors: Mapping[str, Any], what: str)
         row = Other(row.not_if[1])
     if isinstance(row, Other):
         raise UnsupportedError(
-            f"{what} cannot form the router of model type {architecture.model_type!r}: {row.why}",
-            hint=_INSTEAD,
+            f"{option} cannot be used with the router of"
+            f" {architecture.model_type or 'an unknown type'!r}: {row.why}",
+            hint=_INSTEAD[option],
         )
     return row
 
@@ -302,12 +310,18 @@ class RouterTensors:
     bias: Tensor | None
     logit_bias: Tensor | None
 
+    @property
+    def present(self) -> list[Tensor]:
+        """Those that there are."""
+        return [t for t in (self.weight, self.norm, self.bias, self.logit_bias) if t is not None]
+
 
 def find_routers(
     gating: Gating,
     section: Mapping[str, Any],
     projections: Sequence[Projection],
     tensors: Mapping[str, Tensor],
+    option: str,
 ) -> list[RouterTensors]:
     """The routers of all layers that have routed experts, one a layer.
 
@@ -316,6 +330,7 @@ def find_routers(
         section: the config section that describes this MoE.
         projections: the routed down-projections.
         tensors: the whole checkpoint, by name.
+        option: `RULE` or `SCALE`, for errors.
 
     Raises:
         CheckpointError: a layer lacks one of the tensors.
@@ -323,30 +338,75 @@ def find_routers(
     """
     prefixes = {p.layer: p.module[: p.number_at[1]] for p in projections}
     biased = gating.bias_key is None or section.get(gating.bias_key) is not False
+
+    def one(prefix: str, names: Sequence[str]) -> Tensor:
+        found = next((t for name in names if (t := tensors.get(f"{prefix}.{name}"))), None)
+        if found is None:
+            raise CheckpointError(
+                f"{prefix}: has routed experts, but no {' or '.join(names)}",
+                hint="The checkpoint is incomplete, quantised or of another layout."
+                f" {_INSTEAD[option]}",
+            )
+        if found.dtype not in SCALABLE:
+            raise UnsupportedError(
+                f"{found.name}: is {found.dtype}; {option} needs a router of plain numbers",
+                hint=_INSTEAD[option],
+            )
+        return found
+
     return [
         RouterTensors(
             layer,
-            _one(prefix, gating.weight, tensors),
-            _one(prefix, gating.norm, tensors) if gating.norm else None,
-            _one(prefix, gating.bias, tensors) if gating.bias and biased else None,
-            _one(prefix, gating.logit_bias, tensors) if gating.logit_bias else None,
+            one(prefix, gating.weight),
+            one(prefix, gating.norm) if gating.norm else None,
+            one(prefix, gating.bias) if gating.bias and biased else None,
+            one(prefix, gating.logit_bias) if gating.logit_bias else None,
         )
         for layer, prefix in sorted(prefixes.items())
     ]
 
 
-def _one(prefix: str, names: Sequence[str], tensors: Mapping[str, Tensor]) -> Tensor:
-    """The first of these that is there."""
-    for name in names:
-        if (tensor := tensors.get(f"{prefix}.{name}")) is not None:
-            if tensor.dtype not in SCALABLE:
-                raise UnsupportedError(
-                    f"{tensor.name}: is {tensor.dtype}; the router has to be stored as plain"
-                    " numbers (F16, BF16, F32 or F64)",
-                    hint=_INSTEAD,
-                )
-            return tensor
-    raise CheckpointError(
-        f"{prefix}: has routed experts, but no {' or '.join(names)}",
-        hint=f"The checkpoint is incomplete, quantised, or has another layout. {_INSTEAD}",
-    )
+def scaled_routers(
+    architecture: Architecture,
+    section: Mapping[str, Any],
+    projections: Sequence[Projection],
+    tensors: Sequence[Tensor],
+) -> list[tuple[Scaled, Layer]]:
+    """What makes the logits of each router, to be multiplied all by one number.
+
+    The order of the logits stays, and where experts are chosen by it, so does the choice.
+
+    Args:
+        architecture: the row of the model type.
+        section: the config section that describes this MoE.
+        projections: the routed down-projections.
+        tensors: the whole checkpoint.
+
+    Raises:
+        UnsupportedError: the choice depends on more than the order, or the router works otherwise.
+        CheckpointError: a router is missing.
+    """
+    by_name = {tensor.name: tensor for tensor in tensors}
+    gating = gating_of(architecture, by_name, SCALE)
+    found = find_routers(gating, section, projections, by_name, SCALE)
+    grouped = group_limit(architecture, section) is not None
+    why = {
+        "a bias fitted to the scores as they are takes part in the choice of experts": any(
+            router.bias for router in found
+        ),
+        "groups of experts are chosen by sums of scores, whose order would change": grouped
+        and gating.group_best > 1,
+        "a tanh bounds its logits": bool(gating.cap_key and section.get(gating.cap_key)),
+    }
+    for reason, holds in why.items():
+        if holds:
+            raise UnsupportedError(
+                f"{SCALE} cannot be used with the router of {architecture.model_type!r}: {reason}",
+                hint=_INSTEAD[SCALE],
+            )
+    return [
+        (Scaled(tensor, "router"), router.layer)
+        for router in found
+        for tensor in (router.weight, router.logit_bias)
+        if tensor is not None
+    ]

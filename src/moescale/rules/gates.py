@@ -23,8 +23,8 @@ Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 DRAWS: Final = 4096
 """Inputs of a layer."""
 
-_PIECE = 1 << 19
-"""Numbers that are drawn at once: 4 MiB of them."""
+_PIECE = 1 << 18
+"""Numbers that are drawn at once: 2 MiB of them, and a few times that in between."""
 
 
 def factor(sample: Sample, rho: float = 0.0) -> float:
@@ -190,13 +190,12 @@ def moments(weights: Array) -> Moments:
 def drawn_logits(router: RouterWeights, seed: Sequence[int]) -> Iterator[Array]:
     """The logits of `DRAWS` inputs, piece by piece, each ``[tokens, logits]``."""
     hidden = router.weight.shape[1]
-    matrix = (router.weight * router.norm).T
     bits = np.random.PCG64(list(seed))
     at_once = max(1, _PIECE // hidden)
     for start in range(0, DRAWS, at_once):
         inputs = _normal(bits, min(at_once, DRAWS - start) * hidden).reshape(-1, hidden)
-        size = np.sqrt(np.mean(inputs**2, axis=1, keepdims=True))
-        logits: Array = inputs @ matrix / size
+        inputs *= router.norm / np.sqrt(np.mean(inputs**2, axis=1, keepdims=True))
+        logits: Array = inputs @ router.weight.T
         yield logits if router.logit_bias is None else logits + router.logit_bias
 
 
@@ -208,4 +207,6 @@ def _normal(bits: np.random.PCG64, count: int) -> Array:
     words = bits.random_raw(count + count % 2)
     uniform = ((words >> np.uint64(11)) + 0.5) * 2.0**-53
     radius, angle = np.sqrt(-2 * np.log(uniform[::2])), 2 * np.pi * uniform[1::2]
-    return np.concatenate((radius * np.cos(angle), radius * np.sin(angle)))[:count]
+    normal = np.empty(len(words))
+    normal[::2], normal[1::2] = radius * np.cos(angle), radius * np.sin(angle)
+    return normal[:count]
