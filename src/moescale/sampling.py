@@ -104,7 +104,7 @@ def sample_gates(
         sizes = (sample.before.expected_norm(0), sample.after.expected_norm(0))
         if not all(math.isfinite(size) and size > 0 for size in sizes):
             raise CheckpointError(
-                f"{tensors.weight.name}: its router gives no weights that are numbers",
+                f"{tensors.weight.name}: makes no gate weights above 0 that are numbers",
                 hint="The tensor is damaged, or is none of this model type.",
             )
         result[layer] = sample
@@ -158,6 +158,10 @@ def _weights(routers: Routers, tensors: RouterTensors, data: Sequence[bytes]) ->
                 f"{tensor.name}: its shape is {list(tensor.shape)}, not {list(shape)}",
                 hint="The config belongs to another checkpoint, or the tensor has another layout.",
             )
+        if not np.isfinite(found[tensor]).all():
+            raise CheckpointError(
+                f"{tensor.name}: holds values that are no numbers", hint="The tensor is damaged."
+            )
         return found[tensor].reshape(shape)
 
     assert tensors.norm is not None, "a row without a norm has experts whose scaling does nothing"
@@ -180,6 +184,8 @@ _NUMPY = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 def decode(data: bytes, dtype: str) -> Array:
     """Little-endian F16, BF16, F32 or F64 as float64."""
     if dtype == "BF16":  # the upper half of a float32
-        words = np.frombuffer(data, "<u2").astype("<u4") << 16
-        return words.view("<f4").astype(np.float64)
-    return np.frombuffer(data, _NUMPY[dtype]).astype(np.float64)
+        numbers = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    else:
+        numbers = np.frombuffer(data, _NUMPY[dtype])
+    with np.errstate(invalid="ignore"):  # of a NaN that signals
+        return numbers.astype(np.float64)
