@@ -28,6 +28,8 @@ from moescale.options import RULES, Options, check_factor, parse_factors
         {"factor": 1.5},
         {"factor": 1.0, "experts": 4},
         {"factors": {"0": 1.2}},
+        {"gate_scale": 1.5},
+        {"experts": 4, "gate_scale": 0.5, "fold": "residual"},
         {"experts": 3, "pattern": ".*", "experts_key": "k"},
     ],
 )
@@ -56,6 +58,8 @@ def test_what_is_right_by_itself_is_taken(given_: dict[str, Any]) -> None:
         ({"experts": 2, "rho": math.nan}, "--rho is nan"),
         ({"experts": 2, "rho": 0.5, "rule": "published"}, "no meaning"),
         ({"factor": 2.0, "rho": 0.5}, "no meaning"),
+        ({"gate_scale": math.nan}, "--gate-scale is nan"),
+        ({"experts": 2, "gate_scale": 2.0, "rule": "measured"}, "measured"),
         ({"experts": 2, "pattern": ".*"}, "--experts-key"),
         ({"experts": 2, "experts_key": "k"}, "--pattern"),
         ({"factors": {"0": 1.0, "1": 0.0}}, "0.0"),

@@ -101,6 +101,7 @@ def sample_gates(
         seed = (layer.number, *layer.stack.encode(errors="surrogatepass"))
         with np.errstate(all="ignore"):  # what comes of numbers that are none is refused below
             sample = sample_layer(weights, routers.gate, counts[layer], seed, sharpness)
+        del weights  # before those of the next layer are read
         sizes = (sample.before.expected_norm(0), sample.after.expected_norm(0))
         if not all(math.isfinite(size) and size > 0 for size in sizes):
             raise CheckpointError(
@@ -144,13 +145,14 @@ def read_gates(source: Source, routers: Routers) -> Iterator[tuple[RouterTensors
     with ThreadPoolExecutor(max_workers=at_once) as pool:
         for start in range(0, len(routers.tensors), at_once):
             batch = routers.tensors[start : start + at_once]
-            for tensors, data in zip(batch, pool.map(fetch, batch), strict=True):
-                yield tensors, _weights(routers, tensors, data)
+            fetched = list(pool.map(fetch, batch))[::-1]
+            for tensors in batch:
+                yield tensors, _weights(routers, tensors, fetched.pop())
 
 
-def _weights(routers: Routers, tensors: RouterTensors, data: Sequence[bytes]) -> RouterWeights:
+def _weights(routers: Routers, tensors: RouterTensors, data: list[bytes]) -> RouterWeights:
     """The numbers of one layer's router, of the shapes that the config says."""
-    found = {t: decode(d, t.dtype) for t, d in zip(tensors.present, data, strict=True)}
+    found = {t: decode(data.pop(0), t.dtype) for t in tensors.present}
 
     def values(tensor: Tensor, *shape: int) -> Array:
         if tensor.shape != shape and (len(shape) > 1 or math.prod(tensor.shape) != shape[0]):
@@ -178,14 +180,18 @@ def _weights(routers: Routers, tensors: RouterTensors, data: Sequence[bytes]) ->
     )
 
 
-_NUMPY = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
+_NUMPY = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
+_PIECE = 1 << 16
 
 
 def decode(data: bytes, dtype: str) -> Array:
-    """Little-endian F16, BF16, F32 or F64 as float64."""
-    if dtype == "BF16":  # the upper half of a float32
-        numbers = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
-    else:
-        numbers = np.frombuffer(data, _NUMPY[dtype])
-    with np.errstate(invalid="ignore"):  # of a NaN that signals
-        return numbers.astype(np.float64)
+    """Little-endian F16, BF16, F32 or F64 as float64, in pieces that need little room."""
+    codes = np.frombuffer(data, _NUMPY[dtype])
+    numbers = np.empty(codes.size)
+    for start in range(0, codes.size, _PIECE):
+        piece: Any = codes[start : start + _PIECE]
+        if dtype == "BF16":  # the upper half of a float32
+            piece = (piece.astype("<u4") << 16).view("<f4")
+        with np.errstate(invalid="ignore"):  # of a NaN that signals
+            numbers[start : start + _PIECE] = piece
+    return numbers

@@ -23,7 +23,7 @@ Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 DRAWS: Final = 4096
 """Inputs of a layer."""
 
-_PIECE = 1 << 18
+_PIECE = 1 << 17
 """Numbers that are drawn at once: 2 MiB of them, and a few times that in between."""
 
 
