@@ -259,7 +259,7 @@ _ROWS: Final[tuple[tuple[Gating | Other, Sequence[str]], ...]] = (
     ),
     (
         Other("its code is not part of transformers, so that nothing could be compared"),
-        ("deepseek_vl_v2", "arctic", "grok-1"),
+        ("deepseek_vl_v2", "arctic", "xverse", "grok-1"),
     ),
 )
 
