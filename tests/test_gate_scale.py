@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tiny_models import TINY, build
 from moescale import api
 from moescale.errors import CheckpointError, UnsupportedError, UsageError, VerificationError
 from moescale.model.gating import GATINGS, Gating
+from moescale.report import plan_text
 from moescale.rules.gates import gate_weights
 
 SCALE = 2.5
@@ -134,6 +136,14 @@ def test_the_plan_and_the_provenance_name_it(tmp_path: Path) -> None:
     assert written["options"]["gate_scale"] == SCALE
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| router weights | multiplied by {SCALE:g} |" in card
+
+
+def test_the_plan_for_people_names_it(tmp_path: Path) -> None:
+    """The page says what the routers are multiplied by, and lists their tensors by layer."""
+    gated_mixtral(tmp_path)
+    text = plan_text(api.plan(tmp_path, experts=3, rule="gates", gate_scale=0.5))
+    assert "the routers' weights are multiplied by 0.5: flatter" in text
+    assert re.search(r"\b1 +router +BF16 +0\.5\b", text)
 
 
 def test_a_card_without_other_changes_says_so(tmp_path: Path) -> None:

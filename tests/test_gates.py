@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -104,6 +107,38 @@ def test_the_same_numbers_everywhere() -> None:
 
 FIRST = [0.23452142974952583, -0.615482280951206, -0.2568433367853726, 1.1224724235871397]
 FACTOR = 1.30194
+
+
+SCRIPT = """
+import numpy as np
+from moescale.rules.gates import Gate, RouterWeights, factor, sample_layer
+draw = np.random.RandomState(0)
+for experts, hidden in ((8, 24), (64, 300)):
+    router = RouterWeights(0.3 * draw.standard_normal((experts, hidden)), np.ones(hidden))
+    for gate in (Gate(normalised=True), Gate("sigmoid", groups=(4, 2), group_best=2)):
+        print(repr(factor(sample_layer(router, gate, (2, 4), [3]))))
+"""
+
+
+@pytest.mark.parametrize(
+    "machine",
+    [{"OPENBLAS_CORETYPE": "Prescott"}, {"OPENBLAS_NUM_THREADS": "1"}],
+    ids=lambda machine: next(iter(machine)),
+)
+def test_another_machine_gives_the_same_digits(machine: dict[str, str]) -> None:
+    """Sums in another order differ in digits that a factor does not keep."""
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", SCRIPT],
+            env={**os.environ, **more},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for more in ({}, machine)
+    ]
+    assert found[0] == found[1]
+    assert len(found[0].splitlines()) == 4
 
 
 def test_pieces_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:

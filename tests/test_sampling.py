@@ -15,7 +15,7 @@ from checkpoints import HIDDEN, Raw, values
 from gated_checkpoints import EXPERTS, GATE, NORM, gated_mixtral
 from hub_checkpoints import Lab, laboratory
 
-from moescale import api
+from moescale import api, sampling
 from moescale.errors import CheckpointError, SourceError, UnsupportedError
 from moescale.sampling import decode
 
@@ -119,7 +119,12 @@ WRONG: dict[str, tuple[dict[str, Raw | None], type[SourceError], str]] = {
         CheckpointError,
         r"its shape is \[8, 4\], not \[4, 8\]",
     ),
-    "too large": (
+    "empty": (
+        {GATE.format(1): ("F32", (EXPERTS, 0), b""), NORM.format(1): ("F32", (0,), b"")},
+        CheckpointError,
+        r"its shape is \[",
+    ),
+    "logits beyond float64": (
         {GATE.format(1): ("F64", (EXPERTS, HIDDEN), np.full(EXPERTS * HIDDEN, 1e308).tobytes())},
         CheckpointError,
         "no gate weights above 0",
@@ -138,6 +143,26 @@ def test_a_router_that_cannot_be_read_is_refused(what: str, tmp_path: Path) -> N
     assert "layers.1" in caught.value.message
     assert caught.value.hint
     api.plan(tmp_path, experts=3)
+
+
+def test_groups_that_do_not_divide_the_experts_are_refused(tmp_path: Path) -> None:
+    """A config with groups of unequal size belongs to no model."""
+    tiny_models.build("deepseek_v3", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["n_group"], config["topk_group"] = 3, 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="8 experts are not 3 equal groups"):
+        api.plan(tmp_path, experts=3, rule="gates")
+
+
+def test_a_router_too_large_to_be_one_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is read whole has a limit."""
+    gated_mixtral(tmp_path)
+    monkeypatch.setattr(sampling, "SMALL_FILE_BYTES", 10)
+    with pytest.raises(CheckpointError, match="too large for a router"):
+        api.plan(tmp_path, experts=3, rule="gates")
 
 
 def test_an_unknown_score_is_refused(tmp_path: Path) -> None:

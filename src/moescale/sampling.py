@@ -17,7 +17,7 @@ from moescale.model.experts import Layer, experts_of_layer
 from moescale.model.gating import RULE, Gating, RouterTensors, find_routers, gating_of
 from moescale.model.lookup import Moe
 from moescale.model.router import group_limit
-from moescale.repos.base import Source
+from moescale.repos.base import SMALL_FILE_BYTES, Source
 from moescale.rules.gates import Array, Gate, RouterWeights, Score, sample_layer
 from moescale.rules.samples import Sample
 
@@ -139,6 +139,9 @@ def read_gates(source: Source, routers: Routers) -> Iterator[tuple[RouterTensors
     """
 
     def fetch(tensors: RouterTensors) -> list[bytes]:
+        for tensor in tensors.present:
+            if tensor.nbytes > SMALL_FILE_BYTES:
+                raise CheckpointError(f"{tensor.name}: is too large for a router")
         return [source.read(routers.shards[t.name], t.start, t.nbytes) for t in tensors.present]
 
     at_once = HUB_READS if source.identity.kind == "hub" else 1
@@ -155,7 +158,8 @@ def _weights(routers: Routers, tensors: RouterTensors, data: list[bytes]) -> Rou
     found = {t: decode(data.pop(0), t.dtype) for t in tensors.present}
 
     def values(tensor: Tensor, *shape: int) -> Array:
-        if tensor.shape != shape and (len(shape) > 1 or math.prod(tensor.shape) != shape[0]):
+        flat = len(shape) == 1 and math.prod(tensor.shape) == shape[0]
+        if 0 in shape or not (flat or tensor.shape == shape):
             raise CheckpointError(
                 f"{tensor.name}: its shape is {list(tensor.shape)}, not {list(shape)}",
                 hint="The config belongs to another checkpoint, or the tensor has another layout.",
@@ -171,6 +175,8 @@ def _weights(routers: Routers, tensors: RouterTensors, data: list[bytes]) -> Rou
     experts = experts_of_layer(moe.section, tensors.layer.number, moe.total) + gate.idle
     logits = 2 * math.isqrt(experts) if gate.grid else experts + gate.shared
     hidden = math.prod(tensors.norm.shape)
+    if gate.groups is not None and experts % gate.groups[0]:
+        raise CheckpointError(f"{CONFIG}: {experts} experts are not {gate.groups[0]} equal groups")
     norm = values(tensors.norm, hidden)
     return RouterWeights(
         values(tensors.weight, logits, hidden),
