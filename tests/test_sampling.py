@@ -11,12 +11,16 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from checkpoints import HIDDEN, Raw, values
-from gated_checkpoints import EXPERTS, GATE, NORM, gated_mixtral
+from checkpoints import HIDDEN, Raw, values, write_shards
+from gated_checkpoints import EXPERTS, GATE, NORM, gated_mixtral, gated_tensors
 from hub_checkpoints import Lab, laboratory
 
 from moescale import api, sampling
 from moescale.errors import CheckpointError, SourceError, UnsupportedError
+from moescale.options import Options
+from moescale.planning import make_plan
+from moescale.repos.hub import HubPlace
+from moescale.repos.hub_source import HubSource
 from moescale.sampling import decode
 
 # Every layer of these routes by itself; k goes from 2 to 5 of 8.
@@ -227,3 +231,17 @@ def test_the_hub_gives_the_same_factors(lab: Lab) -> None:
     assert plans[0]["factors"] == plans[1]["factors"]
     assert plans[0]["source"]["kind"] == "hub"
     assert len(set(plans[0]["factors"].values())) == 2
+
+
+def test_only_routers_come_over_the_network(lab: Lab) -> None:
+    """Of a shard, the plan fetches the header and the stretches where its routers are."""
+    hub = lab.start()
+    folder = lab.root / "gated"
+    write_shards(folder, {"model.embed": values("F32", (1000, 500)), **gated_tensors()}, 1)
+    (folder / "config.json").write_bytes(checkpoints.MIXTRAL_CONFIG.encode())
+    hub.add_repo("lab/gated", {name: folder / name for name in checkpoints.tree(folder)})
+    source = HubSource(HubPlace("lab/gated"))
+    plan = make_plan(source, Options(experts=3, rule="gates"))
+    assert plan.factors == api.plan(folder, experts=3, rule="gates").factors
+    assert source.received < 40_000 < folder.joinpath("model.safetensors").stat().st_size / 10
+    lab.done("lab/gated", str(lab.root / "out"), "-k", "3", "--rule", "gates", "--verify", "-q")
