@@ -50,9 +50,9 @@ def routers_of(directory: Path, entry: str) -> tuple[Routers, list[RouterWeights
     """The routers of a checkpoint as the rule finds and reads them, in the order of the layers."""
     source = LocalSource(directory)
     files = source.files()
-    shards = planning._find_shards(source, files)
-    headers = planning._read_headers(source, files, shards.names)
-    tensors = [tensor for header in headers.values() for tensor in header.tensors.values()]
+    shards, _ = planning._find_shards(source, files)
+    headers = dict(planning._read_headers(source, files, shards.names))
+    tensors = [tensor for header in headers.values() for tensor in header.tensors]
     part = entry.partition("/")[2] or None
     moe = find_moe(parse_config(source.read(CONFIG)), tensors, None, part, None, None)
     routers = find_gates(moe, headers)

@@ -119,7 +119,7 @@ def find_gates(moe: Moe, headers: Mapping[str, Header]) -> Routers:
         UnsupportedError: the router of this model type cannot be formed, or is quantised.
         CheckpointError: a router is missing.
     """
-    tensors = {t.name: t for header in headers.values() for t in header.tensors.values()}
+    tensors = [t for header in headers.values() for t in header.tensors]
     gating = gating_of(moe.architecture, tensors, RULE)
     if gating.zero_centred and any(".switch_mlp." in p.module for p in moe.projections):
         raise UnsupportedError(
@@ -127,7 +127,8 @@ def find_gates(moe: Moe, headers: Mapping[str, Header]) -> Routers:
             hint="--rule preserve needs the config alone.",
         )
     found = find_routers(gating, moe.section, moe.projections, tensors, RULE)
-    shards = {name: shard for shard, header in headers.items() for name in header.tensors}
+    names = {tensor.name for router in found for tensor in router.present}
+    shards = {t.name: shard for shard, h in headers.items() for t in h.tensors if t.name in names}
     return Routers(moe, gate_of(moe, gating), gating.zero_centred, found, shards)
 
 

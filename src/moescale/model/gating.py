@@ -276,12 +276,12 @@ _INSTEAD: Final[Mapping[str, str]] = MappingProxyType(
 """What else can be done, by the option that needs the router."""
 
 
-def gating_of(architecture: Architecture, tensors: Mapping[str, Any], option: str) -> Gating:
+def gating_of(architecture: Architecture, tensors: Sequence[Tensor], option: str) -> Gating:
     """The row of a model type.
 
     Args:
         architecture: its row in the table of architectures.
-        tensors: the names of the checkpoint.
+        tensors: the whole checkpoint.
         option: `RULE` or `SCALE`, for errors.
 
     Raises:
@@ -289,7 +289,11 @@ def gating_of(architecture: Architecture, tensors: Mapping[str, Any], option: st
     """
     part = f"/{architecture.part}" if architecture.part else ""
     row = GATINGS.get(architecture.model_type + part, Other("it is not in the table of routers"))
-    if isinstance(row, Gating) and row.not_if and any(t.endswith(row.not_if[0]) for t in tensors):
+    if (
+        isinstance(row, Gating)
+        and row.not_if
+        and any(t.name.endswith(row.not_if[0]) for t in tensors)
+    ):
         row = Other(row.not_if[1])
     if isinstance(row, Other):
         raise UnsupportedError(
@@ -320,7 +324,7 @@ def find_routers(
     gating: Gating,
     section: Mapping[str, Any],
     projections: Sequence[Projection],
-    tensors: Mapping[str, Tensor],
+    tensors: Sequence[Tensor],
     option: str,
 ) -> list[RouterTensors]:
     """The routers of all layers that have routed experts, one a layer.
@@ -329,18 +333,20 @@ def find_routers(
         gating: the row of the model type.
         section: the config section that describes this MoE.
         projections: the routed down-projections.
-        tensors: the whole checkpoint, by name.
+        tensors: the whole checkpoint.
         option: `RULE` or `SCALE`, for errors.
 
     Raises:
         CheckpointError: a layer lacks one of the tensors.
         UnsupportedError: a tensor is quantised.
     """
+    ends = (*gating.weight, *gating.norm, *gating.bias, *gating.logit_bias)
+    by_name = {t.name: t for t in tensors if t.name.endswith(ends)}
     prefixes = {p.layer: p.module[: p.number_at[1]] for p in projections}
     biased = gating.bias_key is None or section.get(gating.bias_key) is not False
 
     def one(prefix: str, names: Sequence[str]) -> Tensor:
-        found = next((t for name in names if (t := tensors.get(f"{prefix}.{name}"))), None)
+        found = next((t for name in names if (t := by_name.get(f"{prefix}.{name}"))), None)
         if found is None:
             raise CheckpointError(
                 f"{prefix}: has routed experts, but no {' or '.join(names)}",
@@ -386,9 +392,8 @@ def scaled_routers(
         UnsupportedError: the choice depends on more than the order, or the router works otherwise.
         CheckpointError: a router is missing.
     """
-    by_name = {tensor.name: tensor for tensor in tensors}
-    gating = gating_of(architecture, by_name, SCALE)
-    found = find_routers(gating, section, projections, by_name, SCALE)
+    gating = gating_of(architecture, tensors, SCALE)
+    found = find_routers(gating, section, projections, tensors, SCALE)
     grouped = group_limit(architecture, section) is not None
     why = {
         "a bias fitted to the scores as they are takes part in the choice of experts": any(
