@@ -124,6 +124,7 @@ def constants(routers: Routers, model: nn.Module, k: int) -> list[float]:
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("laguna", {"moe_router_logit_softcapping": 1.5}),
     ("cohere2_moe", {"expert_selection_fn": "sigmoid"}),
+    ("cohere2_moe", {"expert_selection_fn": "sigmoid", "norm_topk_prob": False}),
     ("lfm2_moe", {"use_expert_bias": False}),
     ("deepseek_v3", {"norm_topk_prob": False, "n_group": 4, "topk_group": 2}),
     ("deepseek_v4", {"scoring_func": "sigmoid"}),

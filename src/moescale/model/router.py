@@ -41,6 +41,8 @@ def router_of(architecture: Architecture, section: Mapping[str, Any]) -> Router:
     """
     weights = architecture.weights
     if isinstance(weights, Flag):
+        if weights.only_if is not None and section.get(weights.only_if[0]) != weights.only_if[1]:
+            return Router(True)
         value = section.get(weights.key)
         return Router(weights.default if value is None else bool(value))
     if isinstance(weights, SharedSum):
