@@ -16,6 +16,7 @@ import typer
 from moescale.cli import app
 from moescale.model import architectures, formats
 from moescale.model.architectures import Architecture
+from moescale.model.gating import GATINGS, Gating, Other
 
 README = Path(__file__).parent.parent / "README.md"
 START, END = "<!-- {}: made by scripts/tables.py -->\n", "<!-- end of {} -->\n"
@@ -83,6 +84,33 @@ def group(row: Architecture) -> str:
     return "scaled (ᶠ: or folded into the config, `--fold config`)"
 
 
+def routers_table() -> str:
+    """Model types by what can be done with their routers."""
+    groups: dict[tuple[str, str], set[str]] = {}
+    for row in architectures.ROWS:
+        part = f"/{row.part}" if row.part else ""
+        what = router_group(row, GATINGS[row.model_type + part])
+        groups.setdefault(what, set()).add(name(row).removesuffix(" ᶠ"))
+    lines = ["| routers of | `--rule gates` | `--gate-scale` |", "|---|---|---|"]
+    lines += [
+        f"| {', '.join(sorted(names))} | {gates} | {scale} |"
+        for (gates, scale), names in groups.items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def router_group(row: Architecture, gating: Gating | Other) -> tuple[str, str]:
+    """Whether the rule `gates` can be used, and `--gate-scale`."""
+    if isinstance(gating, Other):
+        return f"no: {gating.why}", "no"
+    gates = "no: scaling has no effect" if row.no_effect else "yes"
+    if gating.bias:
+        return gates, "no: a bias takes part in the choice of experts"
+    if row.groups and gating.group_best > 1:
+        return gates, "only without groups of experts"
+    return gates, "yes"
+
+
 def formats_table() -> str:
     """Tensor formats by how exact scaling is."""
     kinds: dict[str, list[str]] = {}
@@ -108,6 +136,7 @@ def kind(row: formats.Format) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "types": types_table,
+    "routers": routers_table,
     "formats": formats_table,
     "options": options_table,
 }

@@ -298,6 +298,8 @@ def test_factors_of_stacks_carry_their_names(moescale: Command, tmp_path: Path) 
         (["-k", "3", "--rule", "best"], "--rule"),
         (["-k", "3", "--rule", "measured"], "measured"),
         (["-k", "3", "--fold", "nowhere"], "--fold"),
+        (["--gate-scale", "0"], "--gate-scale"),
+        (["-k", "3", "--gate-scale", "2", "--fold", "config"], "--fold config"),
         (["--factor", "0"], "factor"),
         (["--factor", "-1"], "factor"),
         (["--factor", "nan"], "factor"),

@@ -24,9 +24,12 @@ from moescale.options import RULES, Options, check_factor, parse_factors
         {"experts": 4, "trained_experts": 1},
         {"experts": 4, "rho": 0.0},
         {"experts": 4, "rho": 1.0, "rule": "preserve"},
+        {"experts": 4, "rho": 0.5, "rule": "gates"},
         {"factor": 1.5},
         {"factor": 1.0, "experts": 4},
         {"factors": {"0": 1.2}},
+        {"gate_scale": 1.5},
+        {"experts": 4, "gate_scale": 0.5, "fold": "residual"},
         {"experts": 3, "pattern": ".*", "experts_key": "k"},
     ],
 )
@@ -55,6 +58,8 @@ def test_what_is_right_by_itself_is_taken(given_: dict[str, Any]) -> None:
         ({"experts": 2, "rho": math.nan}, "--rho is nan"),
         ({"experts": 2, "rho": 0.5, "rule": "published"}, "no meaning"),
         ({"factor": 2.0, "rho": 0.5}, "no meaning"),
+        ({"gate_scale": math.nan}, "--gate-scale is nan"),
+        ({"experts": 2, "gate_scale": 2.0, "rule": "measured"}, "measured"),
         ({"experts": 2, "pattern": ".*"}, "--experts-key"),
         ({"experts": 2, "experts_key": "k"}, "--pattern"),
         ({"factors": {"0": 1.0, "1": 0.0}}, "0.0"),
@@ -86,7 +91,7 @@ def test_any_factor_of_float32_is_taken(factor: float) -> None:
     check_factor(factor)
 
 
-@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in ("gates", "measured")])
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "measured"])
 def test_the_method_is_the_rule(rule: str) -> None:
     """Reports call the method by the name of its rule."""
     assert Options(experts=2, rule=rule).method == rule

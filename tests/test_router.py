@@ -55,6 +55,18 @@ def test_routers_with_a_flag(model_type: str, default: bool) -> None:
     assert renormalised(model_type, norm_topk_prob=False) is False
 
 
+def test_a_flag_that_counts_for_one_score_only() -> None:
+    """A softmax of the chosen logits sums to 1 whatever the flag says; sigmoids do not."""
+    for score, flag, expected in (
+        ("softmax", False, True),
+        (None, False, True),
+        ("sigmoid", False, False),
+        ("sigmoid", True, True),
+    ):
+        section = {"expert_selection_fn": score, "norm_topk_prob": flag}
+        assert renormalised("cohere2_moe", **section) is expected
+
+
 def test_a_flag_of_another_name() -> None:
     """Some types call the flag otherwise."""
     assert renormalised("kimi_linear", moe_renormalize=False) is False

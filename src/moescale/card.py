@@ -185,6 +185,7 @@ def _section(plan: Plan) -> str:
         f" {_numbers(experts.before)}, {_numbers(experts.after)} |",
         f"| rule | `{plan.options.method}` |",
         f"| factor | {_factor_range(plan.factors)} |",
+        *_gate_rows(plan),
         f"| tensors scaled | {len(plan.changed_tensors)} |",
         "",
         "The factors, options and files are listed in `moescale.json`. Keeping the expected norm"
@@ -199,8 +200,14 @@ def _count_change(before: int | tuple[int, ...], after: int | tuple[int, ...]) -
     return f"set to **{_numbers(after)} experts per token** instead of {_numbers(before)}"
 
 
+def _gate_rows(plan: Plan) -> list[str]:
+    scale = plan.options.gate_scale
+    return [] if scale is None else [f"| router weights | multiplied by {scale:.6g} |"]
+
+
 def _aim(plan: Plan) -> str:
-    return ", so that their expected size stays" if plan.options.method == "preserve" else ""
+    kept = plan.options.method in ("preserve", "gates")
+    return ", so that their expected size stays" if kept else ""
 
 
 def _what_changed(plan: Plan) -> str:
@@ -209,8 +216,11 @@ def _what_changed(plan: Plan) -> str:
             "The config's constant that multiplies the routed experts' output was multiplied by a"
             f" factor{_aim(plan)}; no weight was touched."
         )
-    if not plan.changed_tensors:
+    roles = {t.role for t in plan.changed_tensors}
+    if not roles:
         return "Only the config was edited; no weight was scaled."
+    if roles == {"router"}:
+        return "The routers' weights are multiplied by a number; the experts are as they were."
     if plan.options.fold == "residual":
         return (
             "The embedding and the attention outputs are divided by a factor, which the norms undo;"

@@ -85,7 +85,7 @@ def _command(
     ] = None,
     rule: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="RULE", help="preserve (default), published, or none."),
+        typer.Option(metavar="RULE", help="preserve (default), published, gates, or none."),
     ] = None,
     calibrate: Annotated[
         Optional[Path],  # noqa: UP045
@@ -112,6 +112,13 @@ def _command(
         Optional[Path],  # noqa: UP045
         typer.Option(
             metavar="FILE", help="Factors by layer as JSON, or an earlier output's moescale.json."
+        ),
+    ] = None,
+    gate_scale: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            metavar="F",
+            help="Multiply the router's weight: above 1 sharpens the gate, below 1 flattens it.",
         ),
     ] = None,
     revision: Annotated[
@@ -194,11 +201,14 @@ def _command(
         "rho": rho,
         "factor": factor,
         "fold": fold,
+        "gate_scale": gate_scale,
         "part": part,
         "arch": arch,
         "pattern": pattern,
         "experts_key": experts_key,
     }
+    if rule == "gates":  # before numpy starts threads, which wait for each other on a busy machine
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         if calibrate is not None:
             raise errors.UsageError("--calibrate goes with --rule measured, which is not there yet")

@@ -33,6 +33,7 @@ class Options:
             ``residual`` divides what else writes into the residual stream.
         part: which MoE of a checkpoint that has several.
         arch: treat the model as this model type.
+        gate_scale: what the router's weight is multiplied by, to sharpen or flatten the gate.
         pattern: expression for the names of the down-projections, for an unknown architecture.
         experts_key: config key of the experts per token, for an unknown architecture.
     """
@@ -46,6 +47,7 @@ class Options:
     fold: Fold | None = None
     part: str | None = None
     arch: str | None = None
+    gate_scale: float | None = None
     pattern: str | None = None
     experts_key: str | None = None
 
@@ -60,14 +62,14 @@ class Options:
         given = [self.rule is not None, self.factor is not None, self.factors is not None]
         if sum(given) > 1:
             raise UsageError("--rule, --factor and --factors exclude each other")
-        if self.rule in ("gates", "measured"):
+        if self.rule == "measured":
             raise UsageError(f"--rule {self.rule} is not there yet", hint="Use --rule preserve.")
         if self.rule is not None and self.rule not in RULES:
             raise UsageError(f"--rule is {self.rule!r}: it must be one of {', '.join(RULES)}")
-        if self.experts is None and self.factor is None and self.factors is None:
+        if (self.experts, self.factor, self.factors, self.gate_scale) == (None,) * 4:
             raise UsageError(
                 "--experts is missing: how many experts a token shall be sent to",
-                hint="It may be left out only with --factor or --factors.",
+                hint="It may be left out only with --factor, --factors or --gate-scale.",
             )
         self._check_numbers()
 
@@ -75,7 +77,9 @@ class Options:
         if self.rho is not None and not 0 <= self.rho <= 1:
             raise UsageError(f"--rho is {self.rho:g}: it must be from 0 to 1")
         if self.rho is not None and self.method not in ("preserve", "gates"):
-            raise UsageError(f"--rho has no meaning for {self.method}; it goes with preserve")
+            raise UsageError(
+                f"--rho has no meaning for {self.method}; it goes with preserve and gates"
+            )
         if self.fold not in (None, "weights", "config", "residual"):
             raise UsageError(f"--fold is {self.fold!r}: it must be weights, config or residual")
         if self.factor is not None:
@@ -85,10 +89,26 @@ class Options:
         for name in ("part", "arch", "pattern", "experts_key"):
             if getattr(self, name) == "":
                 raise UsageError(f"--{name.replace('_', '-')} is empty")
+        self._check_gate_scale()
         if (self.pattern is None) != (self.experts_key is None):
             raise UsageError(
                 "--pattern and --experts-key go together: the down-projections' names, and the"
                 " config key of the experts per token"
+            )
+
+    def _check_gate_scale(self) -> None:
+        if self.gate_scale is None:
+            return
+        check_factor(self.gate_scale, "--gate-scale")
+        if self.fold == "config":
+            raise UsageError(
+                "--gate-scale changes the routers, --fold config leaves every weight as it is",
+                hint="Leave one of them out.",
+            )
+        if self.method == "measured":
+            raise UsageError(
+                "--gate-scale does not go with --rule measured, which runs the model as it is",
+                hint="Use --rule gates, or measure the output of a run with --gate-scale.",
             )
 
     @property

@@ -31,6 +31,7 @@ from moescale.files import PROVENANCE, PlannedFile, plan_files
 from moescale.model.count import CONFIG, parse_config, set_count
 from moescale.model.experts import Layer, experts_of_layer
 from moescale.model.formats import Role, Scaled, confirm, scaled_tensors
+from moescale.model.gating import scaled_routers
 from moescale.model.lookup import Moe, find_moe
 from moescale.model.residual import WRITERS, residual_writers
 from moescale.model.router import Router, largest_count
@@ -39,6 +40,7 @@ from moescale.options import Options
 from moescale.repos.base import FileInfo, Source, SourceId, check_name
 from moescale.rules import closed_form, gates, measured
 from moescale.rules.samples import Sample
+from moescale.sampling import sample_gates
 
 ByLayer = float | dict[str, float]
 """One number for all layers, or one for each where they differ."""
@@ -195,6 +197,7 @@ class Plan:
             "router": {"renormalised": self.router.renormalised if self.router else None},
             "rule": self.options.method,
             **({"fold": self.options.fold} if self.options.fold else {}),
+            **({"gate_scale": scale} if (scale := self.options.gate_scale) is not None else {}),
             "rho": self.rho,
             "factors": dict(self.factors),
             "alternatives": dict(self.alternatives),
@@ -218,7 +221,7 @@ def make_plan(
         source: where the checkpoint is; its config, index and shard headers are read.
         options: what the user asked for.
         destination: what the user calls the place of the output, for the record.
-        sampler: samples the layers for the rules ``gates`` and ``measured``.
+        sampler: samples the layers for the rule ``measured``; ``gates`` needs none.
 
     Raises:
         SourceError: the checkpoint is malformed, incomplete or cannot be rescaled so.
@@ -246,17 +249,17 @@ def make_plan(
         )
     experts = _experts(moe, options)
     forms = _closed_forms(moe, experts, options)
-    samples = sampler(moe, experts) if sampler is not None else {}
+    if sampler is None and options.method == "gates":
+        samples = _sampled_gates(source, moe, experts, options, headers)
+    else:
+        samples = sampler(moe, experts) if sampler is not None else {}
     factors = _factors(moe, experts, options, samples)
     scaled = _scaled_tensors(moe, factors, tensors, options)
     warnings += confirm(
         ((s, factor) for s, _, factor in scaled), config.value, _instead(moe, factors)
     )
-    if options.fold == "residual":
-        warnings.append(
-            "--fold residual is the same as scaling the experts but for the rounding of the divided"
-            " weights and the epsilon of the norms, which stays while the stream shrinks"
-        )
+    warnings += _remarks(options)
+    scaled += _sharpened_routers(moe, tensors, options)
     moe = replace(moe, projections=())  # large, and not needed any more
     planned = _planned_tensors(scaled, headers)
     index = _index(shards, headers)
@@ -294,6 +297,22 @@ def make_plan(
         warnings=tuple(warnings),
         states=MappingProxyType({name: source.state(name) for name in files}),
     )
+
+
+def _remarks(options: Options) -> list[str]:
+    """What the user should know of the options."""
+    remarks = []
+    if options.fold == "residual":
+        remarks.append(
+            "--fold residual is the same as scaling the experts but for the rounding of the divided"
+            " weights and the epsilon of the norms, which stays while the stream shrinks"
+        )
+    if options.gate_scale is not None and options.method in ("preserve", "published"):
+        remarks.append(
+            f"--gate-scale changes the gate weights, which --rule {options.method} does not see,"
+            " since it assumes a balanced gate; --rule gates does"
+        )
+    return remarks
 
 
 def _find_shards(
@@ -398,6 +417,14 @@ def _factors(
     return {layer: _factor(moe, experts, options, layer) for layer in layers}
 
 
+def _sampled_gates(
+    source: Source, moe: Moe, experts: Experts, options: Options, headers: Mapping[str, Header]
+) -> Mapping[Layer, Sample]:
+    layers = {projection.layer for projection in moe.projections}
+    counts = {at: (_at(experts.trained, at), _at(experts.after, at)) for at in layers}
+    return sample_gates(source, moe, headers, counts, options.gate_scale or 1.0)
+
+
 def _given_factors(layers: Sequence[Layer], given: Mapping[str, float]) -> dict[Layer, float]:
     names = {str(layer) for layer in layers}
     if missing := [str(layer) for layer in layers if str(layer) not in given]:
@@ -496,6 +523,16 @@ def _scaled_tensors(
         for p in moe.projections
         for scaled in scaled_tensors(p.module, p.leaves, factors[p.layer], instead)
     ]
+
+
+def _sharpened_routers(
+    moe: Moe, tensors: Sequence[Tensor], options: Options
+) -> list[tuple[Scaled, Layer, float]]:
+    """The tensors of the routers, where their logits are to be multiplied."""
+    if (scale := options.gate_scale) is None:
+        return []
+    routers = scaled_routers(moe.architecture, moe.section, moe.projections, tensors)
+    return [(scaled, layer, scale) for scaled, layer in routers]
 
 
 def _planned_tensors(

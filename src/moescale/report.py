@@ -87,6 +87,9 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "fold", "into the config's routed scaling key; every weight is copied"
     elif plan.options.fold == "residual":
         yield "fold", "what else writes into the residual stream is divided; the experts stay"
+    if (scale := plan.options.gate_scale) is not None:
+        way = "sharper" if scale > 1 else "flatter" if scale < 1 else "as it was"
+        yield "gate", f"the routers' weights are multiplied by {scale:g}: {way}"
     before, after = _count(plan.experts.before), _count(plan.experts.after)
     trained = (
         ""

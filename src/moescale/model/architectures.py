@@ -50,10 +50,14 @@ GEMMA: Final = ("layers.{L}.experts.down_proj",)
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """The config key that switches renormalisation; `default` is what the class takes without."""
+    """The config key that switches renormalisation; `default` is what the class takes without.
+
+    Where the config does not say `only_if` (a key and its value), the weights sum to 1 anyway.
+    """
 
     key: str
     default: bool
+    only_if: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +314,11 @@ ROWS: Final[tuple[Architecture, ...]] = (
         moes=2,
     ),
     Architecture("flint", MLP, NORM_FALSE),
-    Architecture("cohere2_moe", MLP, ALWAYS),
+    Architecture(
+        "cohere2_moe",
+        MLP,
+        Flag("norm_topk_prob", True, only_if=("expert_selection_fn", "sigmoid")),
+    ),
     Architecture("afmoe", MLP, ALWAYS, partly=_JOINT_NORM, scale_key="route_scale"),
     Architecture("kolibri1", MLP, NORM_FALSE, partly=_JOINT_NORM),
     Architecture("laguna", MLP, ALWAYS, scale_key="moe_routed_scaling_factor"),

@@ -31,7 +31,7 @@ from moescale.checkpoint.edit import Operation
 from moescale.checkpoint.header import Tensor
 from moescale.errors import CheckpointError, UnsupportedError
 
-Role = Literal["weight", "bias", "scale"]
+Role = Literal["weight", "bias", "scale", "router"]
 Leaves = Mapping[str, Tensor]
 
 

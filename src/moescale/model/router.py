@@ -41,6 +41,8 @@ def router_of(architecture: Architecture, section: Mapping[str, Any]) -> Router:
     """
     weights = architecture.weights
     if isinstance(weights, Flag):
+        if weights.only_if is not None and section.get(weights.only_if[0]) != weights.only_if[1]:
+            return Router(True)
         value = section.get(weights.key)
         return Router(weights.default if value is None else bool(value))
     if isinstance(weights, SharedSum):
@@ -63,9 +65,15 @@ def largest_count(architecture: Architecture, section: Mapping[str, Any], total:
     for more than those hold, it silently takes masked ones.
     """
     total += whole(section, "zero_expert_num", 0)  # experts without weights count as experts
+    limit = group_limit(architecture, section)
+    return total if limit is None else min(total, limit[1] * (total // limit[0]))
+
+
+def group_limit(architecture: Architecture, section: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Groups of experts, and how many of them a token may choose from; None for no limit."""
     groups = whole(section, "n_group", whole(section, "num_expert_group", 0))
     chosen = whole(section, "topk_group", 0)
     limited = section.get("topk_method") != "greedy"
-    if not architecture.groups or not groups or not chosen or groups <= 1 or not limited:
-        return total
-    return min(total, chosen * (total // groups))
+    if not architecture.groups or not chosen or groups <= 1 or not limited:
+        return None
+    return groups, chosen

@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moescale.checkpoint.header import LENGTH_BYTES
 from moescale.checkpoint.rewrite import Reader
 from moescale.errors import CheckpointError, RewriteError, SourceError, TemporaryError
 from moescale.repos import hub
@@ -118,6 +119,8 @@ class HubSource:
             size = total - start
             if size > SMALL_FILE_BYTES:
                 raise CheckpointError(f"{name}: {size} bytes are too many for a file of this kind")
+            return self._fetch(name, start, start + size)
+        if start > LENGTH_BYTES:  # a stretch of the data: no header begins there
             return self._fetch(name, start, start + size)
         head, stop = self._heads.pop(name, b""), start + size
         if start == 0 and stop < _HEAD < total:

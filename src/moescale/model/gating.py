@@ -1,0 +1,417 @@
+"""The table of routers: one row each, how its weights are formed and where its tensors are.
+
+The rule ``gates`` draws inputs for the router of each layer, and ``--gate-scale`` multiplies its
+weight; both need more of a router than `architectures` says. Facts are those of transformers
+5.23, whose own router modules the tests compare with; types that only remote code knows are
+here where that code is one of these routers.
+
+To add a model type, put it into the row that routes alike, or add a row: the names of its
+tensors after the layer's number, and how scores are made and experts chosen. A router that
+cannot be described so gets a row with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, Final
+
+from moescale.checkpoint.dtypes import SCALABLE
+from moescale.checkpoint.header import Tensor
+from moescale.errors import CheckpointError, UnsupportedError
+from moescale.model.architectures import Architecture
+from moescale.model.experts import Layer, Projection
+from moescale.model.formats import Scaled
+from moescale.model.router import group_limit
+
+
+@dataclass(frozen=True, slots=True)
+class Gating:
+    """How one kind of router works; names are what follows ``layers.{L}.``, the first there counts.
+
+    Attributes:
+        weight: names of the matrix that makes the logits.
+        norm: names of the weight of the norm before the router.
+        bias: names of what is added to the scores for the choice alone; () for nothing.
+        logit_bias: names of what is added to the logits; () for nothing.
+        score: ``softmax``, ``sigmoid`` or ``sqrtsoftplus``.
+        score_key: config key that may name another score.
+        late: experts are chosen by their logits; scores are made of the chosen ones alone.
+        group_best: how many of its best scores a group is chosen by, where the router has groups.
+        zero_centred: the norm multiplies by 1 + weight.
+        bias_key: config key that says, by false, that there is no `bias`.
+        idle_key: config key that counts the experts without weights, which come last.
+        cap_key: config key of the bound that a tanh squeezes the logits into; 0 for none.
+        grid: the logits are two halves, and each expert has the sum of one of each.
+        not_if: the end of a tensor's name that tells another router, and why it is refused.
+    """
+
+    weight: Sequence[str]
+    norm: Sequence[str]
+    bias: Sequence[str] = ()
+    logit_bias: Sequence[str] = ()
+    score: str = "softmax"
+    score_key: str | None = None
+    late: bool = False
+    group_best: int = 2
+    zero_centred: bool = False
+    bias_key: str | None = None
+    idle_key: str | None = None
+    cap_key: str | None = None
+    grid: bool = False
+    not_if: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Other:
+    """A router that works otherwise, and how."""
+
+    why: str
+
+
+_NORM = "post_attention_layernorm.weight"
+_BIAS = "e_score_correction_bias"
+
+SOFTMAX: Final = Gating(("mlp.gate.weight",), (_NORM,))
+"""Qwen, OLMoE: the softmax of all logits, then the largest."""
+MIXTRAL: Final = replace(SOFTMAX, weight=("block_sparse_moe.gate.weight", "mlp.gate.weight"))
+CENTRED: Final = replace(SOFTMAX, zero_centred=True)
+SIGMOID: Final = replace(
+    SOFTMAX,
+    score="sigmoid",
+    bias=(f"mlp.gate.{_BIAS}", f"mlp.{_BIAS}", "mlp.gate.expert_bias", "mlp.expert_bias"),
+)
+"""DeepSeek-V3: sigmoids; a bias takes part in the choice of groups and experts alone."""
+NEMOTRON: Final = replace(
+    SIGMOID,
+    weight=("mixer.gate.weight",),
+    norm=("norm.weight",),
+    bias=(f"mixer.gate.{_BIAS}",),
+)
+LATE: Final = replace(SOFTMAX, late=True)
+"""Granite: the largest logits, then their softmax."""
+GPT_OSS: Final = replace(LATE, weight=("mlp.router.weight",), logit_bias=("mlp.router.bias",))
+GRANITE: Final = replace(
+    LATE, weight=("block_sparse_moe.router.layer.weight", "block_sparse_moe.router.weight")
+)
+SPARSE_SIGMOID: Final = replace(
+    MIXTRAL,
+    score="sigmoid",
+    bias=(
+        *(f"block_sparse_moe.gate.{_BIAS}", f"block_sparse_moe.{_BIAS}"),
+        *(f"mlp.gate.{_BIAS}", f"mlp.{_BIAS}"),
+    ),
+)
+V4: Final = Gating(
+    ("ffn.gate.weight", "mlp.gate.weight"),
+    ("ffn_norm.weight", _NORM),
+    ("ffn.gate.bias", f"mlp.gate.{_BIAS}"),
+    score="sqrtsoftplus",
+    score_key="scoring_func",
+    not_if=("gate.tid2eid", "some of its layers choose experts by a table of token numbers"),
+)
+INKLING: Final = replace(
+    SIGMOID, norm=("mlp_norm.weight", _NORM), bias=("mlp.gate.bias", f"mlp.gate.{_BIAS}")
+)
+
+_ROWS: Final[tuple[tuple[Gating | Other, Sequence[str]], ...]] = (
+    (MIXTRAL, ("mixtral", "minimax")),
+    (
+        SOFTMAX,
+        (
+            *("qwen2_moe", "qwen3_moe", "qwen3_vl_moe", "qwen3_vl_moe_text", "olmoe", "mellum"),
+            *("qwen3_omni_moe/thinker", "qwen3_omni_moe/talker"),
+            *("mistral4", "mistral3"),
+            *("deepseek", "bailing_moe", "minicpm"),
+        ),
+    ),
+    (CENTRED, ("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text")),
+    (replace(SOFTMAX, group_best=1), ("deepseek_v2", "deepseek_ocr2", "unlimited_ocr")),
+    (replace(SOFTMAX, norm=()), ("flex_olmo",)),
+    (replace(SOFTMAX, weight=("mlp.gate.wg.weight",)), ("hunyuan_v1_moe",)),
+    (replace(SOFTMAX, score="sigmoid"), ("flint",)),
+    (
+        replace(
+            SOFTMAX, weight=("gate.weight", "mlp.gate.weight"), norm=("ffn_norm.weight", _NORM)
+        ),
+        ("mistral_large4",),
+    ),
+    (
+        replace(SOFTMAX, weight=("feed_forward.router.weight",), norm=("pre_ff_layernorm.weight",)),
+        ("jamba",),
+    ),
+    (
+        replace(
+            SOFTMAX, weight=("ffn.router.layer.weight",), norm=("norm_attn_norm.norm_2.weight",)
+        ),
+        ("dbrx",),
+    ),
+    (
+        replace(SOFTMAX, bias=(f"mlp.moe_statics.{_BIAS}", f"mlp.gate.moe_statics.{_BIAS}")),
+        ("ernie4_5_moe",),
+    ),
+    (
+        replace(
+            SOFTMAX,
+            weight=("mlp.router.classifier.weight",),
+            norm=("post_attention_layernorm.0.weight",),
+            bias=(f"mlp.router.{_BIAS}",),
+            idle_key="zero_expert_num",
+        ),
+        ("longcat_flash",),
+    ),
+    (
+        SIGMOID,
+        (
+            *("deepseek_v3", "deepseek_v32", "kimi_k25", "kimi_k2", "bailing_hybrid"),
+            *("exaone_moe", "dots1", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa"),
+            *("glm5_next", "hy_v4", "mimo_v2_flash", "solar_open", "axk1", "dots3_note/text"),
+            "bailing_moe_v2",
+        ),
+    ),
+    (replace(SIGMOID, norm=("pre_feedforward_layernorm.weight",)), ("beam",)),
+    (NEMOTRON, ("nemotron_h", "nemotron_h_omni", "nemo_speechlm")),
+    (SPARSE_SIGMOID, ("minimax_m2", "kimi_linear")),
+    (replace(SPARSE_SIGMOID, zero_centred=True), ("minimax_m3_vl",)),
+    (
+        replace(
+            SIGMOID,
+            weight=("moe.gate.weight", "mlp.gate.weight"),
+            bias=("moe.router_bias", f"mlp.gate.{_BIAS}"),
+            zero_centred=True,
+        ),
+        ("step3p7",),
+    ),
+    (
+        replace(SIGMOID, weight=("mlp.router.gate.weight", "mlp.gate.weight")),
+        ("hy_v3",),
+    ),
+    (
+        replace(SIGMOID, weight=("mlp.router.gate.weight",), norm=("pre_mlp_layernorm.weight",)),
+        ("afmoe",),
+    ),
+    (
+        replace(SIGMOID, bias=("moe.router.expert_bias", f"mlp.gate.{_BIAS}"), late=True),
+        ("kolibri1",),
+    ),
+    (
+        replace(
+            SIGMOID,
+            bias=(f"mlp.experts.{_BIAS}", f"mlp.gate.{_BIAS}"),
+            cap_key="moe_router_logit_softcapping",
+        ),
+        ("laguna",),
+    ),
+    (
+        replace(
+            SIGMOID,
+            weight=("feed_forward.gate.weight",),
+            norm=("ffn_norm.weight",),
+            bias=("feed_forward.expert_bias",),
+            bias_key="use_expert_bias",
+        ),
+        ("lfm2_moe",),
+    ),
+    (
+        replace(
+            SIGMOID,
+            weight=("mlp.gate_weight", "mlp.gate.weight"),
+            norm=("norm_2.weight", "norm2.weight"),
+            bias=("mlp.router_bias", f"mlp.{_BIAS}"),
+        ),
+        ("dots3_note/vision",),
+    ),
+    (V4, ("deepseek_v4",)),
+    (INKLING, ("inkling_mm_model",)),
+    (replace(INKLING, score_key="scoring_func"), ("inkling2", "inkling2_text")),
+    (
+        replace(LATE, norm=("input_layernorm.weight",), score_key="expert_selection_fn"),
+        ("cohere2_moe",),
+    ),
+    (GRANITE, ("granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa")),
+    (replace(LATE, weight=("mlp.router.layer.weight",)), ("jetmoe",)),
+    (replace(LATE, weight=("mlp.router.weight",)), ("aria", "aria_text")),
+    (replace(LATE, weight=("mlp.router_gate.weight",), grid=True), ("doge",)),
+    (GPT_OSS, ("gpt_oss", "openai_privacy_filter")),
+    (
+        Other("it masks logits far below the largest, and weighs its two experts apart"),
+        ("phimoe",),
+    ),
+    (
+        Other("its weight multiplies the input of an expert, not the output"),
+        ("llama4", "llama4_text"),
+    ),
+    (
+        Other("a layer has two routers, for text and for images, but one factor"),
+        ("ernie4_5_vl_moe",),
+    ),
+    (
+        Other("its input is a mix of several streams, which depends on what is in them"),
+        ("qwen4_exp",),
+    ),
+    (Other("its input is gated by a small network after the norm"), ("axk2",)),
+    (Other("it is a network of its own, with a state from layer to layer"), ("zaya",)),
+    (Other("its experts take a limited number of tokens"), ("nllb-moe", "switch_transformers")),
+    (
+        Other("it has a norm and scales of its own"),
+        ("gemma4", "gemma4_text", "diffusion_gemma", "muse_spark"),
+    ),
+    (
+        Other("its code is not part of transformers, so that nothing could be compared"),
+        ("deepseek_vl_v2", "arctic", "xverse", "grok-1"),
+    ),
+)
+
+GATINGS: Final[Mapping[str, Gating | Other]] = MappingProxyType(
+    {name: gating for gating, names in _ROWS for name in names}
+)
+"""By model type, with ``/part`` where a type has several."""
+
+RULE: Final = "--rule gates"
+SCALE: Final = "--gate-scale"
+_INSTEAD: Final[Mapping[str, str]] = MappingProxyType(
+    {RULE: "--rule preserve needs the config alone.", SCALE: f"Leave {SCALE} out."}
+)
+"""What else can be done, by the option that needs the router."""
+
+
+def gating_of(architecture: Architecture, tensors: Sequence[Tensor], option: str) -> Gating:
+    """The row of a model type.
+
+    Args:
+        architecture: its row in the table of architectures.
+        tensors: the whole checkpoint.
+        option: `RULE` or `SCALE`, for errors.
+
+    Raises:
+        UnsupportedError: its router works otherwise.
+    """
+    part = f"/{architecture.part}" if architecture.part else ""
+    row = GATINGS.get(architecture.model_type + part, Other("it is not in the table of routers"))
+    if (
+        isinstance(row, Gating)
+        and row.not_if
+        and any(t.name.endswith(row.not_if[0]) for t in tensors)
+    ):
+        row = Other(row.not_if[1])
+    if isinstance(row, Other):
+        raise UnsupportedError(
+            f"{option} cannot be used with the router of"
+            f" {architecture.model_type or 'an unknown type'!r}: {row.why}",
+            hint=_INSTEAD[option],
+        )
+    return row
+
+
+@dataclass(frozen=True, slots=True)
+class RouterTensors:
+    """The tensors of one layer's router; see `Gating`."""
+
+    layer: Layer
+    weight: Tensor
+    norm: Tensor | None
+    bias: Tensor | None
+    logit_bias: Tensor | None
+
+    @property
+    def present(self) -> list[Tensor]:
+        """Those that there are."""
+        return [t for t in (self.weight, self.norm, self.bias, self.logit_bias) if t is not None]
+
+
+def find_routers(
+    gating: Gating,
+    section: Mapping[str, Any],
+    projections: Sequence[Projection],
+    tensors: Sequence[Tensor],
+    option: str,
+) -> list[RouterTensors]:
+    """The routers of all layers that have routed experts, one a layer.
+
+    Args:
+        gating: the row of the model type.
+        section: the config section that describes this MoE.
+        projections: the routed down-projections.
+        tensors: the whole checkpoint.
+        option: `RULE` or `SCALE`, for errors.
+
+    Raises:
+        CheckpointError: a layer lacks one of the tensors.
+        UnsupportedError: a tensor is quantised.
+    """
+    ends = (*gating.weight, *gating.norm, *gating.bias, *gating.logit_bias)
+    by_name = {t.name: t for t in tensors if t.name.endswith(ends)}
+    prefixes = {p.layer: p.module[: p.number_at[1]] for p in projections}
+    biased = gating.bias_key is None or section.get(gating.bias_key) is not False
+
+    def one(prefix: str, names: Sequence[str]) -> Tensor:
+        found = next((t for name in names if (t := by_name.get(f"{prefix}.{name}"))), None)
+        if found is None:
+            raise CheckpointError(
+                f"{prefix}: has routed experts, but no {' or '.join(names)}",
+                hint="The checkpoint is incomplete, quantised or of another layout."
+                f" {_INSTEAD[option]}",
+            )
+        if found.dtype not in SCALABLE:
+            raise UnsupportedError(
+                f"{found.name}: is {found.dtype}; {option} needs a router of plain numbers",
+                hint=_INSTEAD[option],
+            )
+        return found
+
+    return [
+        RouterTensors(
+            layer,
+            one(prefix, gating.weight),
+            one(prefix, gating.norm) if gating.norm else None,
+            one(prefix, gating.bias) if gating.bias and biased else None,
+            one(prefix, gating.logit_bias) if gating.logit_bias else None,
+        )
+        for layer, prefix in sorted(prefixes.items())
+    ]
+
+
+def scaled_routers(
+    architecture: Architecture,
+    section: Mapping[str, Any],
+    projections: Sequence[Projection],
+    tensors: Sequence[Tensor],
+) -> list[tuple[Scaled, Layer]]:
+    """What makes the logits of each router, to be multiplied all by one number.
+
+    The order of the logits stays, and where experts are chosen by it, so does the choice.
+
+    Args:
+        architecture: the row of the model type.
+        section: the config section that describes this MoE.
+        projections: the routed down-projections.
+        tensors: the whole checkpoint.
+
+    Raises:
+        UnsupportedError: the choice depends on more than the order, or the router works otherwise.
+        CheckpointError: a router is missing.
+    """
+    gating = gating_of(architecture, tensors, SCALE)
+    found = find_routers(gating, section, projections, tensors, SCALE)
+    grouped = group_limit(architecture, section) is not None
+    why = {
+        "a bias fitted to the scores as they are takes part in the choice of experts": any(
+            router.bias for router in found
+        ),
+        "groups of experts are chosen by sums of scores, whose order would change": grouped
+        and gating.group_best > 1,
+        "a tanh bounds its logits": bool(gating.cap_key and section.get(gating.cap_key)),
+    }
+    for reason, holds in why.items():
+        if holds:
+            raise UnsupportedError(
+                f"{SCALE} cannot be used with the router of {architecture.model_type!r}: {reason}",
+                hint=_INSTEAD[SCALE],
+            )
+    return [
+        (Scaled(tensor, "router"), router.layer)
+        for router in found
+        for tensor in (router.weight, router.logit_bias)
+        if tensor is not None
+    ]

@@ -1,0 +1,204 @@
+"""Samples the routers of a checkpoint for the rule ``gates``: a few megabytes are read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+
+from moescale.checkpoint.header import Header, Tensor
+from moescale.errors import CheckpointError, UnsupportedError
+from moescale.model.count import CONFIG, whole
+from moescale.model.experts import Layer, experts_of_layer
+from moescale.model.gating import RULE, Gating, RouterTensors, find_routers, gating_of
+from moescale.model.lookup import Moe
+from moescale.model.router import group_limit
+from moescale.repos.base import SMALL_FILE_BYTES, Source
+from moescale.rules.gates import Array, Gate, RouterWeights, Score, sample_layer
+from moescale.rules.samples import Sample
+
+HUB_READS = 4
+"""Layers that are read at once from the Hub; one at a time from a disk."""
+
+
+def gate_of(moe: Moe, gating: Gating) -> Gate:
+    """How the router of this checkpoint makes weights of its logits, as row and config say.
+
+    Raises:
+        UnsupportedError: the config names a score that is not known.
+        CheckpointError: a number of the config is none.
+    """
+    section, router = moe.section, moe.router
+    assert router is not None, "a model type with a row of gating has one of architectures"
+    cap = section.get(gating.cap_key) if gating.cap_key else None
+    if cap is not None and (type(cap) not in (int, float) or not 0 <= cap < math.inf):
+        raise CheckpointError(f"{CONFIG}: {gating.cap_key} is {cap!r}, not a number from 0")
+    return Gate(
+        score=_score(gating, section),
+        late=gating.late,
+        normalised=router.renormalised,
+        groups=group_limit(moe.architecture, section),
+        group_best=gating.group_best,
+        shared=router.shared,
+        idle=whole(section, gating.idle_key, 0) if gating.idle_key else 0,
+        grid=gating.grid,
+        cap=cap or None,
+    )
+
+
+def _score(gating: Gating, section: Mapping[str, Any]) -> Score:
+    named = (section.get(gating.score_key) if gating.score_key else None) or gating.score
+    for score in get_args(Score):
+        if named == score:
+            known: Score = score
+            return known
+    raise UnsupportedError(
+        f"{CONFIG}: {gating.score_key} is {named!r}, a score that --rule gates does not know",
+        hint="--rule preserve needs no score.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Routers:
+    """The routers of a checkpoint: what they are, and where their tensors are."""
+
+    moe: Moe
+    gate: Gate
+    zero_centred: bool
+    tensors: Sequence[RouterTensors]
+    shards: Mapping[str, str]  # by name of the tensor
+
+
+def sample_gates(
+    source: Source,
+    moe: Moe,
+    headers: Mapping[str, Header],
+    counts: Mapping[Layer, tuple[int, int]],
+    sharpness: float = 1.0,
+) -> dict[Layer, Sample]:
+    """The gate's moments of every layer.
+
+    Args:
+        source: where the checkpoint is; its routers and the norms before them are read.
+        moe: the MoE that they belong to.
+        headers: of all shards, by name.
+        counts: experts per token before and after, by layer.
+        sharpness: what the logits are multiplied by after.
+
+    Raises:
+        UnsupportedError: the router of this model type cannot be formed, or is quantised.
+        CheckpointError: a router is missing, has another shape than the config says, or holds
+            what is no number.
+    """
+    routers = find_gates(moe, headers)
+    result = {}
+    for tensors, weights in read_gates(source, routers):
+        layer = tensors.layer
+        seed = (layer.number, *layer.stack.encode(errors="surrogatepass"))
+        with np.errstate(all="ignore"):  # what comes of numbers that are none is refused below
+            sample = sample_layer(weights, routers.gate, counts[layer], seed, sharpness)
+        del weights  # before those of the next layer are read
+        sizes = (sample.before.expected_norm(0), sample.after.expected_norm(0))
+        if not all(math.isfinite(size) and size > 0 for size in sizes):
+            raise CheckpointError(
+                f"{tensors.weight.name}: makes no gate weights above 0 that are numbers",
+                hint="The tensor is damaged, or is none of this model type.",
+            )
+        result[layer] = sample
+    return result
+
+
+def find_gates(moe: Moe, headers: Mapping[str, Header]) -> Routers:
+    """The routers of all layers, complete.
+
+    Raises:
+        UnsupportedError: the router of this model type cannot be formed, or is quantised.
+        CheckpointError: a router is missing.
+    """
+    tensors = [t for header in headers.values() for t in header.tensors]
+    gating = gating_of(moe.architecture, tensors, RULE)
+    if gating.zero_centred and any(".switch_mlp." in p.module for p in moe.projections):
+        raise UnsupportedError(
+            f"--rule gates: mlx-lm may have added 1 to the norms of this {moe.model_type!r} model",
+            hint="--rule preserve needs the config alone.",
+        )
+    found = find_routers(gating, moe.section, moe.projections, tensors, RULE)
+    names = {tensor.name for router in found for tensor in router.present}
+    shards = {t.name: shard for shard, h in headers.items() for t in h.tensors if t.name in names}
+    return Routers(moe, gate_of(moe, gating), gating.zero_centred, found, shards)
+
+
+def read_gates(source: Source, routers: Routers) -> Iterator[tuple[RouterTensors, RouterWeights]]:
+    """Every layer's router.
+
+    From the Hub some are fetched at once, each read being a request; as float64 there is only one
+    at a time, since those of a large model together would not fit into the memory limit.
+    """
+
+    def fetch(tensors: RouterTensors) -> list[bytes]:
+        for tensor in tensors.present:
+            if tensor.nbytes > SMALL_FILE_BYTES:
+                raise CheckpointError(f"{tensor.name}: is too large for a router")
+        return [source.read(routers.shards[t.name], t.start, t.nbytes) for t in tensors.present]
+
+    at_once = HUB_READS if source.identity.kind == "hub" else 1
+    with ThreadPoolExecutor(max_workers=at_once) as pool:
+        for start in range(0, len(routers.tensors), at_once):
+            batch = routers.tensors[start : start + at_once]
+            fetched = list(pool.map(fetch, batch))[::-1]
+            for tensors in batch:
+                yield tensors, _weights(routers, tensors, fetched.pop())
+
+
+def _weights(routers: Routers, tensors: RouterTensors, data: list[bytes]) -> RouterWeights:
+    """The numbers of one layer's router, of the shapes that the config says."""
+    found = {t: decode(data.pop(0), t.dtype) for t in tensors.present}
+
+    def values(tensor: Tensor, *shape: int) -> Array:
+        flat = len(shape) == 1 and math.prod(tensor.shape) == shape[0]
+        if 0 in shape or not (flat or tensor.shape == shape):
+            raise CheckpointError(
+                f"{tensor.name}: its shape is {list(tensor.shape)}, not {list(shape)}",
+                hint="The config belongs to another checkpoint, or the tensor has another layout.",
+            )
+        if not np.isfinite(found[tensor]).all():
+            raise CheckpointError(
+                f"{tensor.name}: holds values that are no numbers", hint="The tensor is damaged."
+            )
+        return found[tensor].reshape(shape)
+
+    assert tensors.norm is not None, "a row without a norm has experts whose scaling does nothing"
+    moe, gate = routers.moe, routers.gate
+    experts = experts_of_layer(moe.section, tensors.layer.number, moe.total) + gate.idle
+    logits = 2 * math.isqrt(experts) if gate.grid else experts + gate.shared
+    hidden = math.prod(tensors.norm.shape)
+    if gate.groups is not None and experts % gate.groups[0]:
+        raise CheckpointError(f"{CONFIG}: {experts} experts are not {gate.groups[0]} equal groups")
+    norm = values(tensors.norm, hidden)
+    return RouterWeights(
+        values(tensors.weight, logits, hidden),
+        norm + 1 if routers.zero_centred else norm,
+        None if tensors.bias is None else values(tensors.bias, experts),
+        None if tensors.logit_bias is None else values(tensors.logit_bias, logits),
+    )
+
+
+_NUMPY = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
+_PIECE = 1 << 16
+
+
+def decode(data: bytes, dtype: str) -> Array:
+    """Little-endian F16, BF16, F32 or F64 as float64, in pieces that need little room."""
+    codes = np.frombuffer(data, _NUMPY[dtype])
+    numbers = np.empty(codes.size)
+    for start in range(0, codes.size, _PIECE):
+        piece: Any = codes[start : start + _PIECE]
+        if dtype == "BF16":  # the upper half of a float32
+            piece = (piece.astype("<u4") << 16).view("<f4")
+        with np.errstate(invalid="ignore"):  # of a NaN that signals
+            numbers[start : start + _PIECE] = piece
+    return numbers
