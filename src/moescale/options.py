@@ -27,6 +27,7 @@ class Options:
         trained_experts: experts per token that the weights were trained for; None: the config's.
         rule: how the factor is found; None where `factor` or `factors` is given.
         rho: correlation of expert outputs, 0 to 1.
+        calibrate: SHA-256 of the text that the rule ``measured`` runs the model on.
         factor: this constant instead of a rule.
         factors: a factor for each MoE layer instead of a rule.
         fold: where the factor goes; ``config`` multiplies the model's own routed scaling key,
@@ -41,6 +42,7 @@ class Options:
     trained_experts: int | None = None
     rule: Rule | None = None
     rho: float | None = None
+    calibrate: str | None = None
     factor: float | None = None
     factors: Mapping[str, float] | None = None
     fold: Fold | None = None
@@ -60,7 +62,11 @@ class Options:
         given = [self.rule is not None, self.factor is not None, self.factors is not None]
         if sum(given) > 1:
             raise UsageError("--rule, --factor and --factors exclude each other")
-        if self.rule in ("gates", "measured"):
+        if (self.rule == "measured") != (self.calibrate is not None):
+            raise UsageError(
+                "--rule measured and --calibrate go together: the rule, and the text for it"
+            )
+        if self.rule == "gates":
             raise UsageError(f"--rule {self.rule} is not there yet", hint="Use --rule preserve.")
         if self.rule is not None and self.rule not in RULES:
             raise UsageError(f"--rule is {self.rule!r}: it must be one of {', '.join(RULES)}")

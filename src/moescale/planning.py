@@ -53,6 +53,10 @@ class Experts:
     after: int | tuple[int, ...]
     total: int
 
+    def at(self, layer: Layer) -> tuple[int, int, int]:
+        """The first three, of one layer."""
+        return _at(self.trained, layer), _at(self.before, layer), _at(self.after, layer)
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
@@ -109,6 +113,7 @@ class Plan:
     index: tuple[str, bytes | None] | None  # its name; its content where it has to be made
     new_headers: Mapping[str, NewHeader]  # of the shards in which tensors change their size
     samples: Mapping[str, Sample] = field(default_factory=dict)  # by layer, where a rule has any
+    calibration: Mapping[str, Any] = field(default_factory=dict)  # the text of a measured plan
     warnings: tuple[str, ...] = ()
     states: Mapping[str, Any] = field(default_factory=dict)
 
@@ -196,6 +201,7 @@ class Plan:
             "rule": self.options.method,
             **({"fold": self.options.fold} if self.options.fold else {}),
             "rho": self.rho,
+            **({"calibration": dict(self.calibration)} if self.calibration else {}),
             "factors": dict(self.factors),
             "alternatives": dict(self.alternatives),
             "predicted_norm": dict(self.predicted_norm),
@@ -211,6 +217,7 @@ def make_plan(
     options: Options,
     destination: str | None = None,
     sampler: Sampler | None = None,
+    noted: Mapping[str, float] | None = None,
 ) -> Plan:
     """Decide everything.
 
@@ -219,6 +226,7 @@ def make_plan(
         options: what the user asked for.
         destination: what the user calls the place of the output, for the record.
         sampler: samples the layers for the rules ``gates`` and ``measured``.
+        noted: the factors of ``measured``, where an earlier run of the same job has them.
 
     Raises:
         SourceError: the checkpoint is malformed, incomplete or cannot be rescaled so.
@@ -247,7 +255,7 @@ def make_plan(
     experts = _experts(moe, options)
     forms = _closed_forms(moe, experts, options)
     samples = sampler(moe, experts) if sampler is not None else {}
-    factors = _factors(moe, experts, options, samples)
+    factors = _factors(moe, experts, options, samples, noted)
     scaled = _scaled_tensors(moe, factors, tensors, options)
     warnings += confirm(
         ((s, factor) for s, _, factor in scaled), config.value, _instead(moe, factors)
@@ -385,11 +393,15 @@ def _at(count: int | tuple[int, ...], layer: Layer) -> int:
 
 
 def _factors(
-    moe: Moe, experts: Experts, options: Options, samples: Mapping[Layer, Sample]
+    moe: Moe,
+    experts: Experts,
+    options: Options,
+    samples: Mapping[Layer, Sample],
+    noted: Mapping[str, float] | None,
 ) -> dict[Layer, float]:
     layers = sorted({projection.layer for projection in moe.projections})
-    if options.factors is not None:
-        return _given_factors(layers, options.factors)
+    if (given := options.factors if noted is None else noted) is not None:
+        return _given_factors(layers, given)
     match options.method:
         case "gates":
             return {layer: gates.factor(samples[layer], options.rho or 0.0) for layer in layers}

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
 from moescale.errors import printable
@@ -87,6 +87,10 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "fold", "into the config's routed scaling key; every weight is copied"
     elif plan.options.fold == "residual":
         yield "fold", "what else writes into the residual stream is divided; the experts stay"
+    if plan.calibration:
+        facts = plan.calibration
+        unit = next(unit for unit in ("tokens", "bytes") if unit in facts)
+        yield "measured", f"on {facts[unit]:,} {unit} of text, SHA-256 {facts['sha256'][:12]}…"
     before, after = _count(plan.experts.before), _count(plan.experts.after)
     trained = (
         ""
@@ -279,6 +283,22 @@ def _label(name: str, stream: TextIO | None) -> str:
         columns = 0
     room = max(12, min(_NAME_LENGTH, (columns or 80) - _FIGURES))
     return name if len(name) <= room else name.removesuffix(".safetensors")[-room:]
+
+
+def measuring(stream: TextIO | None) -> Callable[[int, int], None]:
+    """What tells of a model that runs over a text: on a terminal at once, else now and then."""
+    last = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if stream is None or (now - last < LINE_SECONDS and not stream.isatty()):
+            return
+        last = now
+        end = "\n" if done == total or not stream.isatty() else "\r"
+        print(f"measuring: {done:,} of {total:,} tokens", end=end, file=stream, flush=True)
+
+    return tell
 
 
 def summary(result: Result, seconds: float) -> str:
