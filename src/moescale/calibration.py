@@ -16,7 +16,7 @@ from moescale import provenance
 from moescale.conversion import status_of
 from moescale.errors import UsageError
 from moescale.files import PROVENANCE
-from moescale.measuring.text import digest
+from moescale.measuring.text import digest, read_text
 from moescale.model.experts import Layer
 from moescale.model.lookup import Moe
 from moescale.options import Options
@@ -110,7 +110,7 @@ class Calibration:
         sha256: its digest.
         max_memory: bytes of main memory for weights; the rest lies on disk.
         progress: is told of tokens done and in all.
-        folder: finds the checkpoint on disk, or brings it there.
+        folder: the checkpoint on disk, once it is there.
         facts: afterwards, what the provenance says of the text.
     """
 
@@ -118,7 +118,7 @@ class Calibration:
     sha256: str
     max_memory: int | None
     progress: Callable[[int, int], None]
-    folder: Callable[[], Path] = Path
+    folder: Path | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, moe: Moe, experts: Experts) -> dict[Layer, Sample]:
@@ -132,10 +132,12 @@ class Calibration:
             SourceError: the model cannot be run here.
         """
         from moescale.measuring.measure import measure
+        from moescale.measuring.running import read_config
 
-        samples, text = measure(
-            self.folder(), self.text, moe, experts, self.max_memory, self.progress
-        )
+        assert self.folder is not None, "there before it is planned for"
+        config = read_config(self.folder)
+        text = read_text(self.text, self.folder, config.get_text_config().vocab_size)
+        samples = measure(self.folder, config, text, moe, experts, self.max_memory, self.progress)
         rest = sorted({p.layer for p in moe.projections} - samples.keys())
         self.facts = {"sha256": self.sha256, text.unit: len(text.tokens)}
         if rest:
@@ -192,6 +194,6 @@ def measured_plan(
         return plan
     check_installed()
     names = [file.name for file in trial.files if file.action in ("rewrite", "copy", "edit")]
-    calibration.folder = lambda: source.on_disk(names)
+    calibration.folder = source.on_disk(names)
     plan = make_plan(source, options, destination, calibration)
     return replace(plan, calibration=calibration.facts)

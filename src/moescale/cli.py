@@ -213,6 +213,8 @@ def _command(
         "calibrate": calibrate,
         "max_memory": max_memory,
     }
+    if quiet or as_json:  # a model that is measured is downloaded by the client, with its own bars
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         if factors is not None:
             options["factors"] = _read_factors(factors)

@@ -194,14 +194,19 @@ class Watched:
             return
         some = torch.linspace(0, len(hidden) - 1, min(self._compared, len(hidden))).long()
         rows = hidden[some].repeat_interleave(k, dim=0)
+        # In two columns, since some experts take one column for none.
+        chosen = index[some].reshape(-1, 1).expand(-1, 2)
+        alone = weights.new_tensor([1.0, 0.0]).expand(len(rows), 2)
         tally, self._tally = self._tally, None  # this call is not counted
-        out = self._experts(rows, index[some].reshape(-1, 1), weights.new_ones(len(rows), 1))
+        out = self._experts(rows, chosen, alone)
         self._tally = tally
         self._cosines.add(out.reshape(len(some), k, -1))
 
 
 def _gain(block: Tensor, routed: Tensor) -> float:
     """By what the block multiplies the routed sum, where it does that and nothing else; else 1."""
+    if block.numel() != routed.numel():  # the experts work in a space of their own
+        return 1.0
     block, routed = block.reshape(routed.shape).float(), routed.float()
     gain = float((block * routed).sum() / routed.square().sum().clamp_min(1e-30))
     difference = float((block - gain * routed).norm() / block.norm().clamp_min(1e-30))

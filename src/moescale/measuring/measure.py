@@ -12,7 +12,8 @@ from moescale.errors import UnsupportedError
 from moescale.measuring import running
 from moescale.measuring.blocks import Numbers, Watched, find_blocks
 from moescale.measuring.tally import WEIGHTS_KEPT
-from moescale.measuring.text import Text, read_text
+from moescale.measuring.text import Text
+from moescale.model import architectures
 from moescale.model.experts import Layer, experts_of_layer
 from moescale.model.lookup import Moe
 from moescale.planning import Experts
@@ -27,12 +28,13 @@ Progress = Callable[[int, int], None]
 
 def measure(
     folder: Path,
-    path: Path,
+    config: Any,
+    text: Text,
     moe: Moe,
     experts: Experts,
     max_memory: int | None = None,
     progress: Progress = lambda done, total: None,
-) -> tuple[dict[Layer, Sample], Text]:
+) -> dict[Layer, Sample]:
     """Run the model over a text as it was trained, and each MoE block with both counts.
 
     Every block gets the hidden states that the unchanged model has there, and is run on them twice:
@@ -40,7 +42,8 @@ def measure(
 
     Args:
         folder: the checkpoint.
-        path: the text.
+        config: its config, as `moescale.measuring.running.read_config` gives it.
+        text: what to run it on.
         moe: what the plan found.
         experts: the numbers of experts per token.
         max_memory: bytes of main memory for weights; the rest lies on disk.
@@ -48,15 +51,12 @@ def measure(
 
     Returns:
         a sample of each MoE layer but of blocks that predict a second token, which transformers
-        does not run; and the text.
+        does not run.
 
     Raises:
-        UsageError: the text is too short, or none.
         UnsupportedError: transformers cannot load or run the model here, or not with these numbers.
     """
-    config = running.read_config(folder)
-    inner = config.get_text_config()
-    text = read_text(path, folder, inner.vocab_size)
+    _check_part(moe)
     wanted = sorted({projection.layer for projection in moe.projections})
     with running.loaded(folder, config, max_memory) as model:
         found = find_blocks(model, moe.architecture)
@@ -64,9 +64,18 @@ def measure(
             layer: _watch(model, found[layer], moe, experts, layer, len(text.tokens))
             for layer in _measured_layers(wanted, found)
         }
-        context = getattr(inner, "max_position_embeddings", None)
+        context = getattr(config.get_text_config(), "max_position_embeddings", None)
         _run(model, [b for blocks in watched.values() for b in blocks], text, context, progress)
-        return {layer: _sample(blocks) for layer, blocks in watched.items()}, text
+        return {layer: _sample(blocks) for layer, blocks in watched.items()}
+
+
+def _check_part(moe: Moe) -> None:
+    """Only the default part, the text model, runs on a text."""
+    row = moe.architecture
+    if row.part is not None and row.part != architectures.find(row.model_type, None).part:
+        raise UnsupportedError(
+            f"the part {row.part!r} of {moe.model_type} does not run on text", hint=running.INSTEAD
+        )
 
 
 def _measured_layers(wanted: Sequence[Layer], found: Collection[Layer]) -> list[Layer]:
@@ -81,7 +90,8 @@ def _measured_layers(wanted: Sequence[Layer], found: Collection[Layer]) -> list[
         second = any("mtp" in word for word in layer.stack.split("."))
         if layer not in found and not (second or layer.number > last >= 0):
             raise UnsupportedError(
-                f"layer {layer}: its experts are not found in the model that transformers makes",
+                f"layer {layer}: the model that transformers makes has no module for its experts"
+                " alone, whose output could be measured",
                 hint=running.INSTEAD,
             )
     return measured

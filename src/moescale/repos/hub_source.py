@@ -112,7 +112,7 @@ class HubSource:
             SourceError: the cache has no room for them.
             TemporaryError: the Hub does not answer.
         """
-        from huggingface_hub import constants, snapshot_download
+        from huggingface_hub import constants
 
         missing = sum(self.files()[name].size for name in names if self._cached(name) is None)
         cache = Path(constants.HF_HUB_CACHE)
@@ -125,9 +125,10 @@ class HubSource:
             )
 
         def fetch() -> Path:
+            patterns = [_literal(name) for name in names]
             return Path(
-                snapshot_download(
-                    self.identity.id, revision=self._commit, allow_patterns=[*map(_literal, names)]
+                hub.api().snapshot_download(
+                    self.identity.id, revision=self._commit, allow_patterns=patterns
                 )
             )
 
