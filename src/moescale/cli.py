@@ -293,6 +293,8 @@ def _convert(
     with report.Progress(sys.stderr if talk else None) as progress:
 
         def planned(plan: Plan) -> None:
+            nonlocal start
+            start = time.monotonic()  # measuring a model may have taken hours
             _warn(plan)
             if talk:
                 print(report.plan_text(plan, verbose), end="\n\n", file=sys.stderr)

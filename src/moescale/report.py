@@ -212,6 +212,7 @@ class Progress:
     def expect(self, sizes: Mapping[str, int], passes: int = 1) -> None:
         """Say how many bytes each file has, and how often each is gone through."""
         self._sizes = sizes
+        self._start = self._last = time.monotonic()
         self._total = passes * sum(sizes.values())
         self._start = self._last = time.monotonic()
         hidden = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in _TRUE
