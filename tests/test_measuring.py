@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,50 @@ def test_a_model_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     tiny_models._write(tmp_path, tensors)
     with pytest.raises(SourceError, match=r"missing keys: model\.norm\.weight"):
         samples(tmp_path, "mixtral", experts=3)
+
+
+def in_fp8(folder: Path, config: dict[str, Any]) -> None:
+    """Store the matrices of a checkpoint as codes of eight bits with a scale each."""
+    stored = {}
+    for name, tensor in tiny_models._read(folder).items():
+        stored[name] = tensor.to(torch.bfloat16)
+        if name.endswith("proj.weight"):
+            scale = tensor.abs().max() / 448
+            stored[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            stored[f"{name}_scale_inv"] = scale.reshape(1, 1)
+    tiny_models._write(folder, stored)
+    old = json.loads((folder / "config.json").read_text())
+    new = {**old, "dtype": "bfloat16", "quantization_config": config}
+    (folder / "config.json").write_text(json.dumps(new))
+
+
+@pytest.mark.usefixtures("short")
+def test_fp8_is_measured_as_what_it_stands_for(tmp_path: Path) -> None:
+    """The factors are those of the model before it was quantised, within its rounding."""
+    build("qwen3_moe", tmp_path)
+    plain = samples(tmp_path, "qwen3_moe", experts=3).values()
+    blocks = {"weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    in_fp8(tmp_path, {"quant_method": "fp8", **blocks})
+    found = samples(tmp_path, "qwen3_moe", experts=3).values()
+    wanted = [s.before.norm / s.after.norm for s in plain]
+    assert [s.before.norm / s.after.norm for s in found] == pytest.approx(wanted, rel=0.02)
+
+
+@pytest.mark.usefixtures("short")
+def test_codes_without_their_scales_are_not_measured(tmp_path: Path) -> None:
+    """A format that transformers passes over is refused, and so is one that it lacks a library for.
+
+    It only warns of an unknown format, and would then run the codes as if they were weights.
+    """
+    build("qwen3_moe", tmp_path)
+    in_fp8(tmp_path, {"quant_method": "unheard of"})
+    with pytest.raises(UnsupportedError, match=r"down_proj: transformers does not read this quant"):
+        samples(tmp_path, "qwen3_moe", experts=3)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match="cannot handle the model: "):
+        samples(tmp_path, "qwen3_moe", experts=3)
 
 
 def test_remote_code_is_never_run(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ on the same inputs, and a hook on ``experts`` sees what goes in and comes out.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,16 +38,23 @@ def find_blocks(model: nn.Module, row: Architecture) -> dict[Layer, list[str]]:
 
     A layer has several where it has several MoEs with one count.
     """
-    names = [name for name, _ in model.named_parameters()]
-    names += [name for name, _ in model.named_buffers()]
+    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    found: defaultdict[Layer, list[str]] = defaultdict(list)
+    for layer, modules in find_modules(names, row).items():
+        for path in filter(None, map(_routed_module, modules)):
+            if path not in found[layer]:
+                found[layer].append(path)
+    return dict(found)
+
+
+def find_modules(names: Iterable[str], row: Architecture) -> dict[Layer, list[str]]:
+    """Those of the tensors' modules that are routed down-projections by the table, by layer."""
     entries = [Entry(name, "F32", (), 0, 0) for name in names]
     others = [other for other in architectures.parts(row.model_type) if other.part != row.part]
     found: defaultdict[Layer, list[str]] = defaultdict(list)
     for projection in find_projections(entries, row, others):
-        path = _routed_module(projection.module)
-        if path is not None and path not in found[projection.layer]:
-            found[projection.layer].append(path)
-    return {layer: paths for layer, paths in found.items() if paths}
+        found[projection.layer].append(projection.module)
+    return dict(found)
 
 
 def _routed_module(parameter: str) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from moescale.errors import UnsupportedError
 from moescale.measuring import running
-from moescale.measuring.blocks import Numbers, Watched, find_blocks
+from moescale.measuring.blocks import Numbers, Watched, find_blocks, find_modules
 from moescale.measuring.tally import WEIGHTS_KEPT
 from moescale.measuring.text import Text
 from moescale.model import architectures
@@ -58,8 +58,9 @@ def measure(
     """
     _check_part(moe)
     wanted = sorted({projection.layer for projection in moe.projections})
-    with running.loaded(folder, config, max_memory) as model:
+    with running.loaded(folder, config, max_memory) as (model, left_over):
         found = find_blocks(model, moe.architecture)
+        _check_scales(find_modules(left_over, moe.architecture), found)
         watched = {
             layer: _watch(model, found[layer], moe, experts, layer, len(text.tokens))
             for layer in _measured_layers(wanted, found)
@@ -76,6 +77,20 @@ def _check_part(moe: Moe) -> None:
         raise UnsupportedError(
             f"the part {row.part!r} of {moe.model_type} does not run on text", hint=running.INSTEAD
         )
+
+
+def _check_scales(left_over: Mapping[Layer, Sequence[str]], found: Collection[Layer]) -> None:
+    """Refuse quantised experts whose scales transformers leaves out: it would run the bare codes.
+
+    Raises:
+        UnsupportedError: with the first of them.
+    """
+    for layer, modules in left_over.items():
+        if layer in found:
+            raise UnsupportedError(
+                f"{modules[0]}: transformers does not read this quantised format",
+                hint="Measure the model in another format, and give the result to --factors.",
+            )
 
 
 def _measured_layers(wanted: Sequence[Layer], found: Collection[Layer]) -> list[Layer]:

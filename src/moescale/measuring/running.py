@@ -54,8 +54,12 @@ def read_config(folder: Path) -> Any:
 
 
 @contextmanager
-def loaded(folder: Path, config: Any, max_memory: int | None) -> Iterator[PreTrainedModel]:
+def loaded(
+    folder: Path, config: Any, max_memory: int | None
+) -> Iterator[tuple[PreTrainedModel, list[str]]]:
     """The model in the dtype that it is stored in, on what devices there are.
+
+    With it come the names of the tensors that it has no use for.
 
     What exceeds `max_memory` bytes of main memory lies in a temporary folder, which is removed.
 
@@ -78,10 +82,11 @@ def loaded(folder: Path, config: Any, max_memory: int | None) -> Iterator[PreTra
                 trust_remote_code=False,
                 local_files_only=True,
                 use_safetensors=True,
+                experts_implementation="eager",  # takes any size, and is not slower on a CPU
                 output_loading_info=True,
             )
         _check_whole(report)
-        yield model.eval()
+        yield model.eval(), sorted(map(str, report.get("unexpected_keys") or ()))
 
 
 def _memory(limit: int | None) -> dict[int | str, int] | None:
