@@ -17,7 +17,7 @@ from hub_checkpoints import Lab, laboratory
 from test_cli import Command, moescale, offline  # noqa: F401
 from tiny_models import build
 
-from moescale import api, calibration
+from moescale import api, calibration, report
 from moescale.calibration import parse_memory
 from moescale.errors import DestinationError, InterruptedRun, SourceError, UsageError
 
@@ -59,14 +59,41 @@ def written(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_provenance_names_the_text_but_not_its_place(model: Model) -> None:
-    """SHA-256 and amount are in it, and nothing of the machine."""
+    """SHA-256 and amount are in it and on the card, and nothing of the machine."""
     plan = api.convert(model.source, model.output, **model.options()).plan
     content = json.loads((model.output / "moescale.json").read_text())
-    assert content["calibration"] == {"sha256": calibration.digest(model.text), "bytes": len(TEXT)}
+    assert content["calibration"] == {
+        "text_sha256": calibration.digest(model.text),
+        "bytes": len(TEXT),
+    }
     assert content["factors"] == plan.factors
     assert len(set(plan.factors.values())) == 3
     assert all(float(f"{factor:.6g}") == factor for factor in plan.factors.values())
     assert str(model.text) not in (model.output / "moescale.json").read_text()
+    card = (model.output / "README.md").read_text()
+    sha256 = calibration.digest(model.text)[:12]
+    assert f"| measured on | 2,048 bytes of text, SHA-256 {sha256}… |" in card
+
+
+def test_a_long_text_is_cut_and_said_to_be(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan, the card and the provenance know that only the first tokens were taken."""
+    monkeypatch.setattr("moescale.measuring.text.MOST", 2_100)
+    model.text.write_bytes(TEXT * 2)
+    plan = api.plan(model.source, **model.options())
+    assert plan.calibration["cut"] is True
+    assert "measured           on the first 2,100 bytes of text" in report.plan_text(plan)
+
+
+def test_a_dry_run_beside_a_finished_output_takes_its_factors(model: Model) -> None:
+    """It says what a run would do, and so measures only where the run would."""
+    api.convert(model.source, model.output, **model.options())
+    plan = api.plan(model.source, model.output, **model.options())
+    assert model.runs == 1
+    assert plan.warnings == ()
+    os.utime(model.source / "config.json")
+    again = api.plan(model.source, model.output, overwrite=True, **model.options())
+    assert model.runs == 2
+    assert again.factors == plan.factors
 
 
 def test_a_finished_run_is_not_measured_again(model: Model) -> None:
@@ -122,14 +149,26 @@ def test_a_source_that_changed_is_measured_again(model: Model) -> None:
     assert result.plan.factors != old
 
 
-@pytest.mark.parametrize("broken", [{}, {"factors": {"0": "x", "1": 1.0, "2": 1.0}}])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"factors": None},
+        {"factors": {"0": 1.0, "1": 1.0}},
+        {"factors": {"0": "x", "1": 1.0, "2": 1.0}},
+        {"calibration": None},
+        {"calibration": {"text_sha256": "0" * 64, "bytes": 2048}},
+        {"calibration": {"bytes": "many"}},
+    ],
+)
 def test_notes_that_are_none_are_not_used(model: Model, broken: dict[str, Any]) -> None:
     """A provenance without whole factors is another output, not a source of factors."""
     api.convert(model.source, model.output, **model.options())
     path = model.output / "moescale.json"
-    content = json.loads(path.read_text())
-    del content["factors"]
-    path.write_text(json.dumps({**content, **broken}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), **broken}))
+    assert api.plan(model.source, model.output, **model.options()).warnings == (
+        f"a run would be refused: {model.output}: already holds another output of moescale Give"
+        " another destination, or --overwrite to replace what is there.",
+    )
     with pytest.raises(DestinationError, match="already holds another output"):
         api.convert(model.source, model.output, **model.options())
 

@@ -66,6 +66,7 @@ def prove(source: Path, text: Path, context: int, work: Path) -> None:
     config = json.loads((source / "config.json").read_text())
     entry, n = config["model_type"], config["num_experts_per_tok"]
     data = text.read_bytes()
+    work.mkdir(exist_ok=True)
     calibration = work / "calibration.bin"
     calibration.write_bytes(data[:CALIBRATED])
     held_back = token_ids(data[-HELD_BACK:], context)

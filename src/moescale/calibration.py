@@ -86,13 +86,20 @@ def noted(sink: Sink, trial: Plan) -> Noted | None:
     factors, calibration = found.get("factors"), found.get("calibration")
     if not isinstance(factors, dict) or factors.keys() != trial.factors.keys():
         return None
-    if not isinstance(calibration, dict) or not all(_is_factor(f) for f in factors.values()):
+    if not all(_is_factor(factor) for factor in factors.values()):
+        return None
+    if not isinstance(calibration, dict) or not _is_text(calibration, trial.options.calibrate):
         return None
     return Noted(factors, calibration)
 
 
 def _is_factor(value: Any) -> bool:
     return isinstance(value, float | int) and not isinstance(value, bool) and 0 < value < 1e30
+
+
+def _is_text(facts: Mapping[str, Any], sha256: str | None) -> bool:
+    amounts = [facts[unit] for unit in ("tokens", "bytes") if unit in facts]
+    return facts.get("text_sha256") == sha256 and [type(amount) for amount in amounts] == [int]
 
 
 def _unmeasured(moe: Moe, experts: Experts) -> dict[Layer, Sample]:
@@ -139,7 +146,9 @@ class Calibration:
         text = read_text(self.text, self.folder, config.get_text_config().vocab_size)
         samples = measure(self.folder, config, text, moe, experts, self.max_memory, self.progress)
         rest = sorted({p.layer for p in moe.projections} - samples.keys())
-        self.facts = {"sha256": self.sha256, text.unit: len(text.tokens)}
+        self.facts = {"text_sha256": self.sha256, text.unit: len(text.tokens)}
+        if text.cut:
+            self.facts["cut"] = True
         if rest:
             self.facts["as_the_last_layer"] = [str(layer) for layer in rest]
         return {**samples, **dict.fromkeys(rest, samples[max(samples)])}

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
+from moescale.card import measured_on
 from moescale.errors import printable
 from moescale.files import Action, PlannedFile
 from moescale.planning import Plan, PlannedTensor
@@ -88,9 +89,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     elif plan.options.fold == "residual":
         yield "fold", "what else writes into the residual stream is divided; the experts stay"
     if plan.calibration:
-        facts = plan.calibration
-        unit = next(unit for unit in ("tokens", "bytes") if unit in facts)
-        yield "measured", f"on {facts[unit]:,} {unit} of text, SHA-256 {facts['sha256'][:12]}…"
+        yield "measured", f"on {measured_on(plan.calibration)}"
     before, after = _count(plan.experts.before), _count(plan.experts.after)
     trained = (
         ""

@@ -30,11 +30,13 @@ class Text:
         tokens: the token ids, at least `FEWEST` and at most `MOST`.
         start: the ids that the tokeniser puts at the beginning of every sequence.
         unit: ``tokens`` of the model's tokeniser, or ``bytes``.
+        cut: the file has more.
     """
 
     tokens: tuple[int, ...]
     start: tuple[int, ...] = ()
     unit: str = "tokens"
+    cut: bool = False
 
 
 def digest(path: Path) -> str:
@@ -68,7 +70,7 @@ def read_text(path: Path, folder: Path, vocabulary: int) -> Text:
     if any(fnmatch.filter(names, pattern) for pattern in _TOKENISERS):
         text = _tokenised(data, path, folder)
     elif vocabulary in _BYTE_VOCABULARY:
-        text = Text(tuple(data[:MOST]), unit="bytes")
+        text = Text(tuple(data[:MOST]), unit="bytes", cut=len(data) > MOST)
     else:
         raise UnsupportedError(
             f"the model has no tokeniser, and {vocabulary} token ids are no vocabulary of bytes",
@@ -85,11 +87,12 @@ def read_text(path: Path, folder: Path, vocabulary: int) -> Text:
 def _tokenised(data: bytes, path: Path, folder: Path) -> Text:
     words = _decoded(data, path)
     tokeniser = _tokeniser(folder)
-    tokens = tokeniser(words, add_special_tokens=False)["input_ids"][:MOST]
+    tokens = tokeniser(words, add_special_tokens=False)["input_ids"]
     both: list[int] = tokeniser("a")["input_ids"]
     bare: list[int] = tokeniser("a", add_special_tokens=False)["input_ids"]
     start = both[: _find(bare, both)]
-    return Text(tuple(tokens), tuple(start))
+    cut = len(tokens) > MOST or len(data) == _MOST_BYTES
+    return Text(tuple(tokens[:MOST]), tuple(start), cut=cut)
 
 
 def _find(part: list[int], whole: list[int]) -> int:
