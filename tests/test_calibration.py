@@ -12,6 +12,7 @@ from typing import Any
 
 import checkpoints
 import pytest
+import quantised_checkpoints
 import torch
 from hub_checkpoints import Lab, laboratory
 from test_cli import Command, moescale, offline  # noqa: F401
@@ -19,7 +20,13 @@ from tiny_models import build
 
 from moescale import api, calibration, report
 from moescale.calibration import parse_memory
-from moescale.errors import DestinationError, InterruptedRun, SourceError, UsageError
+from moescale.errors import (
+    DestinationError,
+    InterruptedRun,
+    SourceError,
+    UnsupportedError,
+    UsageError,
+)
 
 TEXT = bytes(range(256)) * 8
 
@@ -190,6 +197,17 @@ def test_measured_factors_are_applied_where_there_is_no_torch(model: Model, tmp_
             assert (output / large.name).read_bytes() == (model.output / large.name).read_bytes()
 
 
+def test_a_format_that_takes_no_such_factor_is_refused_before_the_model_is_run(
+    model: Model, tmp_path: Path
+) -> None:
+    """Powers of two are all that some scales hold, and a measured factor is none."""
+    case = next(case for case in quantised_checkpoints.POWER_OF_TWO if case.family == "gpt_oss")
+    quantised_checkpoints.write(case, tmp_path / "in")
+    with pytest.raises(UnsupportedError, match="powers of two"):
+        api.plan(tmp_path / "in", **model.options(experts=1))
+    assert model.runs == 0
+
+
 def test_torch_is_imported_only_to_measure(model: Model) -> None:
     """Neither a plan by another rule nor a job that is done needs the extra."""
     api.convert(model.source, model.output, **model.options())
@@ -227,6 +245,7 @@ def test_without_the_extra_one_line_says_what_to_install(
         (["--rule", "measured"], "--rule measured and --calibrate go together"),
         (["--calibrate", "{text}"], "--rule measured and --calibrate go together"),
         (["--rule", "measured", "--calibrate", "nowhere"], "nowhere: No such file or directory"),
+        (["--rule=measured", "--calibrate={text}", "--fold=config"], "takes one factor for all"),
         (["--max-memory", "8GiB"], "--max-memory goes with --rule measured"),
         (["--rule=measured", "--calibrate={text}", "--max-memory=0"], "--max-memory is '0'"),
         (["--rule=measured", "--calibrate={text}", "--rho=1"], "--rho has no meaning"),

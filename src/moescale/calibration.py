@@ -103,9 +103,12 @@ def _is_text(facts: Mapping[str, Any], sha256: str | None) -> bool:
 
 
 def _unmeasured(moe: Moe, experts: Experts) -> dict[Layer, Sample]:
-    """Samples that leave everything as it is, to plan before anything is measured."""
-    one = Sample(Moments(1, 1.0, 1.0, norm=1.0), Moments(1, 1.0, 1.0, norm=1.0))
-    return {projection.layer: one for projection in moe.projections}
+    """Samples to plan with before anything is measured.
+
+    The factor is a common one, so that a format that takes powers of two only is refused already.
+    """
+    some = Sample(Moments(1, 1.0, 1.0, norm=5.0), Moments(1, 1.0, 1.0, norm=4.0))
+    return {projection.layer: some for projection in moe.projections}
 
 
 @dataclass(slots=True)

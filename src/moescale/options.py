@@ -84,6 +84,11 @@ class Options:
             raise UsageError(f"--rho has no meaning for {self.method}; it goes with preserve")
         if self.fold not in (None, "weights", "config", "residual"):
             raise UsageError(f"--fold is {self.fold!r}: it must be weights, config or residual")
+        if self.rule == "measured" and self.fold in ("config", "residual"):
+            raise UsageError(
+                f"--fold {self.fold} takes one factor for all layers, --rule measured gives each"
+                " its own"
+            )
         if self.factor is not None:
             check_factor(self.factor, "--factor")
         for layer, factor in (self.factors or {}).items():
