@@ -5,6 +5,7 @@ Nothing of torch is imported before a model has to be run.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import re
 from collections.abc import Callable, Mapping
@@ -148,6 +149,7 @@ class Calibration:
         config = read_config(self.folder)
         text = read_text(self.text, self.folder, config.get_text_config().vocab_size)
         samples = measure(self.folder, config, text, moe, experts, self.max_memory, self.progress)
+        gc.collect()  # the model is made of circles, and the conversion needs no memory of it
         rest = sorted({p.layer for p in moe.projections} - samples.keys())
         self.facts = {"text_sha256": self.sha256, text.unit: len(text.tokens)}
         if text.cut:

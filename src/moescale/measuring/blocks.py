@@ -27,8 +27,9 @@ from moescale.rules.samples import Sample
 COUNT_NAMES = frozenset({"top_k", "topk", "k", *(key for row in ROWS for key in row.count)})
 """What modules and configs call the number of experts per token."""
 
-_PROPORTIONAL = 0.02
-"""A block's output that differs from a multiple of the routed sum by less is that multiple."""
+_PROPORTIONAL, _SAME = 0.005, 0.02
+"""A block's output that differs from a multiple of the routed sum by less than the first is that
+multiple, and one that differs from 1 by less than the second is 1."""
 
 _EXPERTS = "experts"
 
@@ -89,18 +90,12 @@ class Watched:
         self._sum: Tensor | None = None
         self._shape, self._compared = (1, 1), 0
         self._scores: Tensor | None = None
-        self._hooks = [self._experts.register_forward_hook(self._see, with_kwargs=True)]
+        self._experts.register_forward_hook(self._see, with_kwargs=True)
         router = getattr(self._block, "router", None)
         if isinstance(router, nn.Module):
-            self._hooks.append(router.register_forward_hook(self._note_scores))
+            router.register_forward_hook(self._note_scores)
         self._forward = self._block.forward
         self._block.forward = self._run_twice
-
-    def release(self) -> None:
-        """Leave the model as it was."""
-        for hook in self._hooks:
-            hook.remove()
-        self._block.forward = self._forward
 
     def expect(self, shape: Sequence[int], compared: int) -> None:
         """Say what comes: token ids of this shape; of so many, the experts are compared."""
@@ -217,7 +212,7 @@ def _gain(block: Tensor, routed: Tensor) -> float:
     block, routed = block.reshape(routed.shape).float(), routed.float()
     gain = float((block * routed).sum() / routed.square().sum().clamp_min(1e-30))
     difference = float((block - gain * routed).norm() / block.norm().clamp_min(1e-30))
-    return gain if difference < _PROPORTIONAL else 1.0
+    return gain if difference < _PROPORTIONAL and abs(gain - 1) > _SAME else 1.0
 
 
 def _count_places(block: nn.Module, numbers: Numbers) -> list[tuple[Any, str]]:
