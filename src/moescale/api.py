@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moescale.calibration import Calibration, measured_plan, open_calibration
 from moescale.conversion import Status, fill_digests, run, status_of
 from moescale.errors import DestinationError, SourceError, UsageError
 from moescale.files import PROVENANCE
@@ -47,6 +48,9 @@ def plan(
     private: bool | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
+    calibrate: str | Path | None = None,
+    max_memory: str | int | None = None,
+    measuring: Callable[[int, int], None] = lambda done, total: None,
     **options: Any,
 ) -> Plan:
     """Decide what a conversion would do; reads the config, the index and the shard headers.
@@ -62,19 +66,27 @@ def plan(
         private: as for `convert`.
         create_pr: as for `convert`.
         commit_message: as for `convert`.
-        options: the fields of `Options`.
+        calibrate: the text for the rule ``measured``, which is run for it.
+        max_memory: of main memory for weights then, such as ``8GiB``; the rest lies on disk.
+        measuring: called with the number of tokens done and in all.
+        options: the other fields of `Options`.
 
     Raises:
         UsageError: an option is wrong by itself.
         SourceError: the checkpoint cannot be rescaled so.
     """
-    wanted = Options(**options)
+    calibration = _calibration(calibrate, max_memory, measuring)
+    wanted = _options(options, calibration)
     if destination is None:
-        return make_plan(open_source(str(source), revision), wanted)
+        return _made(open_source(str(source), revision), wanted, None, calibration)
     check_places(str(source), str(destination), revision)
     sink = open_sink(str(destination), private, create_pr, commit_message, overwrite)
     reader = open_source(str(source), revision)
-    made = make_plan(reader, wanted, str(destination))
+    try:
+        beside = sink if isinstance(sink, LocalSink) else None
+        made = _made(reader, wanted, str(destination), calibration, beside, overwrite)
+    except DestinationError:  # a run would be refused, but a dry run shows what it would do
+        made = _made(reader, wanted, str(destination), calibration)
     try:
         if isinstance(sink, LocalSink):
             _check_status(status_of(made, reader, sink, overwrite), str(destination))
@@ -98,6 +110,9 @@ def convert(
     commit_message: str | None = None,
     progress: Progress = lambda name, size: None,
     planned: Callable[[Plan], None] = lambda plan: None,
+    calibrate: str | Path | None = None,
+    max_memory: str | int | None = None,
+    measuring: Callable[[int, int], None] = lambda done, total: None,
     **options: Any,
 ) -> Result:
     """Rescale a checkpoint; continues an interrupted run of the same job.
@@ -115,17 +130,23 @@ def convert(
         commit_message: of the commit that brings the output.
         progress: called with a file's name and a number of bytes, from several threads.
         planned: called with the plan before anything is written.
-        options: the fields of `Options`.
+        calibrate: the text for the rule ``measured``, which is run for it, unless the destination
+            has the factors of this very job.
+        max_memory: of main memory for weights then, such as ``8GiB``; the rest lies on disk.
+        measuring: called with the number of tokens done and in all.
+        options: the other fields of `Options`.
 
     Raises:
         MoescaleError: see `moescale.errors`; a rerun resumes wherever it can.
     """
-    wanted = Options(**options)
+    calibration = _calibration(calibrate, max_memory, measuring)
+    wanted = _options(options, calibration)
     check_places(str(source), str(destination), revision)
     sink = open_sink(str(destination), private, create_pr, commit_message, overwrite)
     reader = open_source(str(source), revision)
     _check_not_source(reader, sink)
-    plan = _with_room(make_plan(reader, wanted, str(destination)), sink)
+    made = _made(reader, wanted, str(destination), calibration, sink, overwrite)
+    plan = _with_room(made, sink)
     planned(plan)
     jobs = default_jobs(sink) if jobs is None else jobs
     outcome = run(plan, reader, sink, jobs=jobs, overwrite=overwrite, progress=progress)
@@ -181,6 +202,8 @@ def verify(
     *,
     revision: str | None = None,
     jobs: int | None = None,
+    calibrate: str | Path | None = None,
+    max_memory: str | int | None = None,
     **options: Any,
 ) -> Result:
     """Prove that `destination` is what `convert` with the same options makes of `source`.
@@ -188,12 +211,43 @@ def verify(
     Raises:
         VerificationError: with file, tensor and offset of the first difference.
     """
-    wanted = Options(**options)
+    calibration = _calibration(calibrate, max_memory)
+    wanted = _options(options, calibration)
     reader = open_source(str(source), revision)
     sink = open_sink(str(destination))
-    plan = make_plan(reader, wanted, str(destination))
+    plan = _made(reader, wanted, str(destination), calibration, sink)
     verify_output(plan, reader, sink, jobs or default_jobs(sink))
     return Result(plan, "done", True)
+
+
+def _calibration(
+    text: str | Path | None,
+    max_memory: str | int | None,
+    measuring: Callable[[int, int], None] = lambda done, total: None,
+) -> Calibration | None:
+    if text is not None:
+        return open_calibration(text, max_memory, measuring)
+    if max_memory is not None:
+        raise UsageError("--max-memory goes with --rule measured")
+    return None
+
+
+def _options(given: Mapping[str, Any], calibration: Calibration | None) -> Options:
+    return Options(**given, calibrate=calibration.sha256 if calibration else None)
+
+
+def _made(
+    source: Source,
+    wanted: Options,
+    destination: str | None,
+    calibration: Calibration | None,
+    sink: Sink | None = None,
+    overwrite: bool | None = None,
+) -> Plan:
+    """The plan; see `moescale.calibration.measured_plan`."""
+    if calibration is None:
+        return make_plan(source, wanted, destination)
+    return measured_plan(source, wanted, destination, calibration, sink, overwrite)
 
 
 def verify_output(

@@ -184,6 +184,7 @@ def _section(plan: Plan) -> str:
         f"| experts per token: trained, before, now | {_numbers(experts.trained)},"
         f" {_numbers(experts.before)}, {_numbers(experts.after)} |",
         f"| rule | `{plan.options.method}` |",
+        *([f"| measured on | {measured_on(plan.calibration)} |"] if plan.calibration else []),
         f"| factor | {_factor_range(plan.factors)} |",
         *_gate_rows(plan),
         f"| tensors scaled | {len(plan.changed_tensors)} |",
@@ -205,9 +206,24 @@ def _gate_rows(plan: Plan) -> list[str]:
     return [] if scale is None else [f"| router weights | multiplied by {scale:.6g} |"]
 
 
+def measured_on(calibration: Mapping[str, Any]) -> str:
+    """The text that a model was run on, in words."""
+    unit = "tokens" if "tokens" in calibration else "bytes"
+    first = "the first " if calibration.get("cut") else ""
+    return (
+        f"{first}{calibration[unit]:,} {unit} of text, SHA-256 {calibration['text_sha256'][:12]}…"
+    )
+
+
+_AIMS = {
+    "preserve": ", so that their expected size stays",
+    "gates": ", so that their expected size stays",
+    "measured": ", so that the mean size that they have on a text stays",
+}
+
+
 def _aim(plan: Plan) -> str:
-    kept = plan.options.method in ("preserve", "gates")
-    return ", so that their expected size stays" if kept else ""
+    return _AIMS.get(plan.options.method, "")
 
 
 def _what_changed(plan: Plan) -> str:

@@ -27,6 +27,7 @@ class Options:
         trained_experts: experts per token that the weights were trained for; None: the config's.
         rule: how the factor is found; None where `factor` or `factors` is given.
         rho: correlation of expert outputs, 0 to 1.
+        calibrate: SHA-256 of the text that the rule ``measured`` runs the model on.
         factor: this constant instead of a rule.
         factors: a factor for each MoE layer instead of a rule.
         fold: where the factor goes; ``config`` multiplies the model's own routed scaling key,
@@ -42,6 +43,7 @@ class Options:
     trained_experts: int | None = None
     rule: Rule | None = None
     rho: float | None = None
+    calibrate: str | None = None
     factor: float | None = None
     factors: Mapping[str, float] | None = None
     fold: Fold | None = None
@@ -62,8 +64,10 @@ class Options:
         given = [self.rule is not None, self.factor is not None, self.factors is not None]
         if sum(given) > 1:
             raise UsageError("--rule, --factor and --factors exclude each other")
-        if self.rule == "measured":
-            raise UsageError(f"--rule {self.rule} is not there yet", hint="Use --rule preserve.")
+        if (self.rule == "measured") != (self.calibrate is not None):
+            raise UsageError(
+                "--rule measured and --calibrate go together: the rule, and the text for it"
+            )
         if self.rule is not None and self.rule not in RULES:
             raise UsageError(f"--rule is {self.rule!r}: it must be one of {', '.join(RULES)}")
         if (self.experts, self.factor, self.factors, self.gate_scale) == (None,) * 4:
@@ -82,6 +86,11 @@ class Options:
             )
         if self.fold not in (None, "weights", "config", "residual"):
             raise UsageError(f"--fold is {self.fold!r}: it must be weights, config or residual")
+        if self.rule == "measured" and self.fold in ("config", "residual"):
+            raise UsageError(
+                f"--fold {self.fold} takes one factor for all layers, --rule measured gives each"
+                " its own"
+            )
         if self.factor is not None:
             check_factor(self.factor, "--factor")
         for layer, factor in (self.factors or {}).items():

@@ -55,6 +55,10 @@ class Experts:
     after: int | tuple[int, ...]
     total: int
 
+    def at(self, layer: Layer) -> tuple[int, int, int]:
+        """The first three, of one layer."""
+        return _at(self.trained, layer), _at(self.before, layer), _at(self.after, layer)
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
@@ -111,6 +115,7 @@ class Plan:
     index: tuple[str, bytes | None] | None  # its name; its content where it has to be made
     new_headers: Mapping[str, NewHeader]  # of the shards in which tensors change their size
     samples: Mapping[str, Sample] = field(default_factory=dict)  # by layer, where a rule has any
+    calibration: Mapping[str, Any] = field(default_factory=dict)  # the text of a measured plan
     warnings: tuple[str, ...] = ()
     states: Mapping[str, Any] = field(default_factory=dict)
 
@@ -199,6 +204,7 @@ class Plan:
             **({"fold": self.options.fold} if self.options.fold else {}),
             **({"gate_scale": scale} if (scale := self.options.gate_scale) is not None else {}),
             "rho": self.rho,
+            **({"calibration": dict(self.calibration)} if self.calibration else {}),
             "factors": dict(self.factors),
             "alternatives": dict(self.alternatives),
             "predicted_norm": dict(self.predicted_norm),
@@ -214,6 +220,7 @@ def make_plan(
     options: Options,
     destination: str | None = None,
     sampler: Sampler | None = None,
+    noted: Mapping[str, float] | None = None,
 ) -> Plan:
     """Decide everything.
 
@@ -222,6 +229,7 @@ def make_plan(
         options: what the user asked for.
         destination: what the user calls the place of the output, for the record.
         sampler: samples the layers for the rule ``measured``; ``gates`` needs none.
+        noted: the factors of ``measured``, where an earlier run of the same job has them.
 
     Raises:
         SourceError: the checkpoint is malformed, incomplete or cannot be rescaled so.
@@ -253,7 +261,7 @@ def make_plan(
         samples = _sampled_gates(source, moe, experts, options, headers)
     else:
         samples = sampler(moe, experts) if sampler is not None else {}
-    factors = _factors(moe, experts, options, samples)
+    factors = _factors(moe, experts, options, samples, noted)
     scaled = _scaled_tensors(moe, factors, tensors, options)
     warnings += confirm(
         ((s, factor) for s, _, factor in scaled), config.value, _instead(moe, factors)
@@ -404,11 +412,15 @@ def _at(count: int | tuple[int, ...], layer: Layer) -> int:
 
 
 def _factors(
-    moe: Moe, experts: Experts, options: Options, samples: Mapping[Layer, Sample]
+    moe: Moe,
+    experts: Experts,
+    options: Options,
+    samples: Mapping[Layer, Sample],
+    noted: Mapping[str, float] | None,
 ) -> dict[Layer, float]:
     layers = sorted({projection.layer for projection in moe.projections})
-    if options.factors is not None:
-        return _given_factors(layers, options.factors)
+    if (given := options.factors if noted is None else noted) is not None:
+        return _given_factors(layers, given)
     match options.method:
         case "gates":
             return {layer: gates.factor(samples[layer], options.rho or 0.0) for layer in layers}

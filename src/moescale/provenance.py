@@ -91,8 +91,16 @@ def job(plan: Plan) -> dict[str, Any]:
             "files": dict(plan.states),
         },
         "options": options_given(plan.options),
+        **_measured(plan),
         "plan": digest.hexdigest(),
     }
+
+
+def _measured(plan: Plan) -> dict[str, Any]:
+    """What a run that goes on takes from here, since measuring again may give another digit."""
+    if plan.options.method != "measured":
+        return {}
+    return {"factors": dict(plan.factors), "calibration": dict(plan.calibration)}
 
 
 def job_difference(one: Any, other: Mapping[str, Any]) -> str:

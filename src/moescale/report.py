@@ -7,9 +7,10 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
+from moescale.card import measured_on
 from moescale.errors import printable
 from moescale.files import Action, PlannedFile
 from moescale.planning import Plan, PlannedTensor
@@ -90,6 +91,8 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     if (scale := plan.options.gate_scale) is not None:
         way = "sharper" if scale > 1 else "flatter" if scale < 1 else "as it was"
         yield "gate", f"the routers' weights are multiplied by {scale:g}: {way}"
+    if plan.calibration:
+        yield "measured", f"on {measured_on(plan.calibration)}"
     before, after = _count(plan.experts.before), _count(plan.experts.after)
     trained = (
         ""
@@ -211,6 +214,7 @@ class Progress:
     def expect(self, sizes: Mapping[str, int], passes: int = 1) -> None:
         """Say how many bytes each file has, and how often each is gone through."""
         self._sizes = sizes
+        self._start = self._last = time.monotonic()
         self._total = passes * sum(sizes.values())
         self._start = self._last = time.monotonic()
         hidden = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in _TRUE
@@ -282,6 +286,22 @@ def _label(name: str, stream: TextIO | None) -> str:
         columns = 0
     room = max(12, min(_NAME_LENGTH, (columns or 80) - _FIGURES))
     return name if len(name) <= room else name.removesuffix(".safetensors")[-room:]
+
+
+def measuring(stream: TextIO | None) -> Callable[[int, int], None]:
+    """What tells of a model that runs over a text: on a terminal at once, else now and then."""
+    last = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if stream is None or (now - last < LINE_SECONDS and not stream.isatty()):
+            return
+        last = now
+        end = "\n" if done == total or not stream.isatty() else "\r"
+        print(f"measuring: {done:,} of {total:,} tokens", end=end, file=stream, flush=True)
+
+    return tell
 
 
 def summary(result: Result, seconds: float) -> str:

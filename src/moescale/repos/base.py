@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from moescale.checkpoint.rewrite import Reader, Writer
@@ -62,6 +63,9 @@ class Source(Protocol):
 
     def open(self, name: str) -> AbstractContextManager[Reader]:
         """Open a large file for reading."""
+
+    def on_disk(self, names: Sequence[str]) -> Path:
+        """The folder that has these files, for programs that read a checkpoint by themselves."""
 
     def newest_change(self) -> int:
         """When the youngest file was last changed, in nanoseconds; 0 for a commit."""

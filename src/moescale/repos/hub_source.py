@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,6 +106,37 @@ class HubSource:
         """Size and digest; a commit does not change."""
         return [self.files()[name].size, self._stated[name]]
 
+    def on_disk(self, names: Sequence[str]) -> Path:
+        """Download the files into the Hub's cache, from where they are read from then on.
+
+        Raises:
+            SourceError: the cache has no room for them.
+            TemporaryError: the Hub does not answer.
+        """
+        from huggingface_hub import constants
+
+        missing = sum(self.files()[name].size for name in names if self._cached(name) is None)
+        cache = Path(constants.HF_HUB_CACHE)
+        cache.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(cache).free) < missing:
+            raise SourceError(
+                f"{self._name}: has to be downloaded to be measured: {missing:,} bytes, and {cache}"
+                f" has {free:,} free",
+                hint="Free some space, or set HF_HOME to a folder on a larger disk.",
+            )
+
+        def fetch() -> Path:
+            patterns = [_literal(name) for name in names]
+            return Path(
+                hub.api().snapshot_download(
+                    self.identity.id, revision=self._commit, allow_patterns=patterns
+                )
+            )
+
+        folder = hub.retried(fetch, self._name)
+        self.received += missing
+        return folder
+
     def newest_change(self) -> int:
         """A commit does not change."""
         return 0
@@ -169,6 +202,11 @@ class HubSource:
         """The file in the Hub cache at this commit, if it is there in its full size."""
         path = _cached_path(self.identity.id, name, self._commit)
         return path if path and Path(path).stat().st_size == self.files()[name].size else None
+
+
+def _literal(name: str) -> str:
+    """A pattern that matches this name only."""
+    return re.sub(r"([*?[])", r"[\1]", name)
 
 
 def _commit(place: HubPlace) -> str:

@@ -1,0 +1,1 @@
+"""Runs the model over a text, for the rule ``measured``; torch is imported in here only."""

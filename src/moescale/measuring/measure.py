@@ -1,0 +1,148 @@
+"""The rule ``measured``: from a checkpoint and a text to a sample of every MoE layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from moescale.errors import UnsupportedError
+from moescale.measuring import running
+from moescale.measuring.blocks import Numbers, Watched, find_blocks, find_modules
+from moescale.measuring.tally import WEIGHTS_KEPT
+from moescale.measuring.text import Text
+from moescale.model import architectures
+from moescale.model.experts import Layer, experts_of_layer
+from moescale.model.lookup import Moe
+from moescale.planning import Experts
+from moescale.rules.samples import Sample
+
+COMPARED_RUNS, COMPARED = 4, 128
+"""In so many runs, for so many tokens, the outputs of the chosen experts are compared."""
+
+Progress = Callable[[int, int], None]
+"""Is told of tokens done and in all."""
+
+
+def measure(
+    folder: Path,
+    config: Any,
+    text: Text,
+    moe: Moe,
+    experts: Experts,
+    max_memory: int | None = None,
+    progress: Progress = lambda done, total: None,
+) -> dict[Layer, Sample]:
+    """Run the model over a text as it was trained, and each MoE block with both counts.
+
+    Every block gets the hidden states that the unchanged model has there, and is run on them twice:
+    with the number of experts that it was trained with, and with the new one.
+
+    Args:
+        folder: the checkpoint.
+        config: its config, as `moescale.measuring.running.read_config` gives it.
+        text: what to run it on.
+        moe: what the plan found.
+        experts: the numbers of experts per token.
+        max_memory: bytes of main memory for weights; the rest lies on disk.
+        progress: is told of tokens done and in all.
+
+    Returns:
+        a sample of each MoE layer but of blocks that predict a second token, which transformers
+        does not run.
+
+    Raises:
+        UnsupportedError: transformers cannot load or run the model here, or not with these numbers.
+    """
+    _check_part(moe)
+    wanted = sorted({projection.layer for projection in moe.projections})
+    with running.loaded(folder, config, max_memory) as (model, left_over):
+        found = find_blocks(model, moe.architecture)
+        _check_scales(find_modules(left_over, moe.architecture), found)
+        watched = {
+            layer: _watch(model, found[layer], moe, experts, layer, len(text.tokens))
+            for layer in _measured_layers(wanted, found)
+        }
+        context = getattr(config.get_text_config(), "max_position_embeddings", None)
+        _run(model, [b for blocks in watched.values() for b in blocks], text, context, progress)
+        return {layer: _sample(blocks) for layer, blocks in watched.items()}
+
+
+def _check_part(moe: Moe) -> None:
+    """Only the default part, the text model, runs on a text."""
+    row = moe.architecture
+    if row.part is not None and row.part != architectures.find(row.model_type, None).part:
+        raise UnsupportedError(
+            f"the part {row.part!r} of {moe.model_type} does not run on text", hint=running.INSTEAD
+        )
+
+
+def _check_scales(left_over: Mapping[Layer, Sequence[str]], found: Collection[Layer]) -> None:
+    """Refuse quantised experts whose scales transformers leaves out: it would run the bare codes.
+
+    Raises:
+        UnsupportedError: with the first of them.
+    """
+    for layer, modules in left_over.items():
+        if layer in found:
+            raise UnsupportedError(
+                f"{modules[0]}: transformers does not read this quantised format",
+                hint="Measure the model in another format, and give the result to --factors.",
+            )
+
+
+def _measured_layers(wanted: Sequence[Layer], found: Collection[Layer]) -> list[Layer]:
+    """The layers that a run reaches: all but the blocks that predict a second token.
+
+    Raises:
+        UnsupportedError: another layer of the checkpoint is not in the model.
+    """
+    measured = [layer for layer in wanted if layer in found]
+    last = measured[-1].number if measured else -1
+    for layer in wanted:
+        second = any("mtp" in word for word in layer.stack.split("."))
+        if layer not in found and not (second or layer.number > last >= 0):
+            raise UnsupportedError(
+                f"layer {layer}: the model that transformers makes has no module for its experts"
+                " alone, whose output could be measured",
+                hint=running.INSTEAD,
+            )
+    return measured
+
+
+def _watch(
+    model: nn.Module, paths: Sequence[str], moe: Moe, experts: Experts, layer: Layer, tokens: int
+) -> list[Watched]:
+    total = experts_of_layer(moe.section, layer.number, moe.total)
+    numbers = Numbers(*experts.at(layer), total)
+    every = max(1, tokens // WEIGHTS_KEPT)
+    return [Watched(model, path, numbers, every) for path in paths]
+
+
+def _run(
+    model: Any, blocks: Sequence[Watched], text: Text, context: int | None, progress: Progress
+) -> None:
+    """Run the model, each block told of what comes."""
+    length = min(context or running.LONGEST, running.LONGEST)
+    batches = list(running.batches(text.tokens, text.start, length))
+    compared = {i * len(batches) // COMPARED_RUNS for i in range(COMPARED_RUNS)}
+    inner = running.text_model(model, [block.path for block in blocks])
+    done = 0
+    for number, ids in enumerate(batches):
+        for block in blocks:
+            block.expect(ids.shape, COMPARED if number in compared else 0)
+        running.forward(inner, ids)
+        done += ids.shape[0] * (ids.shape[1] - len(text.start))
+        progress(done, len(text.tokens))
+
+
+def _sample(blocks: Sequence[Watched]) -> Sample:
+    """Of the MoEs of a layer, the sample of the one that a text goes through."""
+    reached = [block for block in blocks if block.reached]
+    if not reached:
+        raise UnsupportedError(
+            f"{blocks[0].path}: a text does not go through it", hint=running.INSTEAD
+        )
+    return reached[0].sample()

@@ -1,0 +1,108 @@
+"""The proof of the rule ``measured``: trained models, rescaled, run again.
+
+The two small ones are trained here. With ``MOESCALE_TRAINED_MODELS`` every checkpoint folder below
+that directory is held to the same; the text is the ``val.bin`` in it, as bytes, in sequences of
+``MOESCALE_TRAINED_CONTEXT`` bytes (256): the length that the models were trained with, which their
+configs need not say.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import byte_models
+import pytest
+import teacher_forcing
+import tiny_models
+import torch
+from torch import Tensor
+
+from moescale import api
+from moescale.measuring import running
+
+CALIBRATED = HELD_BACK = 16_384
+"""Bytes at the beginning of the text that are measured on; bytes at its end for the loss."""
+
+ELSEWHERE = os.environ.get("MOESCALE_TRAINED_MODELS")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the small models and the text."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("trained")
+    for name in byte_models.MODELS:
+        byte_models.train(name, folder)
+    return folder
+
+
+def token_ids(data: bytes, context: int) -> Tensor:
+    """Bytes as token ids [sequences, context]."""
+    whole = len(data) // context * context
+    return torch.frombuffer(bytearray(data[:whole]), dtype=torch.uint8).long().reshape(-1, context)
+
+
+@torch.no_grad()
+def loss(directory: Path, entry: str, ids: Tensor) -> float:
+    """Mean cross-entropy of the next byte, in nats."""
+    model = tiny_models.load(directory, entry)
+    total = 0.0
+    for batch in ids.split(32):
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
+        targets = batch[:, 1:].flatten()
+        total += float(
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="sum")
+        )
+    return total / ids[:, 1:].numel()
+
+
+def prove(source: Path, text: Path, context: int, work: Path) -> None:
+    """Half and twice the number of experts: the norm comes back, and the loss is no higher."""
+    config = json.loads((source / "config.json").read_text())
+    entry, n = config["model_type"], config["num_experts_per_tok"]
+    data = text.read_bytes()
+    work.mkdir(exist_ok=True)
+    calibration = work / "calibration.bin"
+    calibration.write_bytes(data[:CALIBRATED])
+    held_back = token_ids(data[-HELD_BACK:], context)
+    for m in (n // 2, 2 * n):
+        edited, measured = work / f"none-{m}", work / f"measured-{m}"
+        api.convert(source, edited, experts=m, rule="none")
+        plan = api.convert(source, measured, experts=m, rule="measured", calibrate=calibration).plan
+        ids = token_ids(data[:CALIBRATED], context)
+        norms = teacher_forcing.norms(source, measured, entry, ids)
+        ratios = [after / before for before, after in norms.values()]
+        losses = [loss(folder, entry, held_back) for folder in (source, edited, measured)]
+        print(source.name, m, dict(plan.factors), ratios, losses)
+        assert len(ratios) == len(plan.factors)
+        assert all(abs(ratio - 1) < 0.01 for ratio in ratios), ratios
+        assert losses[2] <= losses[1], losses
+
+
+@pytest.mark.parametrize("name", byte_models.MODELS)
+def test_the_norm_comes_back_and_the_loss_is_no_higher(
+    name: str, trained: Path, tmp_path: Path
+) -> None:
+    """After `measured`, each layer's norm is the original's within 1 %, at half and twice n."""
+    prove(trained / name, trained / "val.bin", byte_models.CONTEXT, tmp_path)
+
+
+@pytest.mark.skipif(ELSEWHERE is None, reason="MOESCALE_TRAINED_MODELS names no directory")
+def test_models_trained_elsewhere_are_held_to_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every checkpoint folder below that directory passes the same proof."""
+    folder = Path(ELSEWHERE or "")
+    sources = sorted(path.parent for path in folder.glob("*/config.json"))
+    assert sources, f"{folder} has no checkpoint folders"
+    context = int(os.environ.get("MOESCALE_TRAINED_CONTEXT", "256"))
+    monkeypatch.setattr(running, "LONGEST", context)
+    for source in sources:
+        prove(source, folder / "val.bin", context, tmp_path / source.name)
