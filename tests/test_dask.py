@@ -112,7 +112,10 @@ def test_a_cluster_proves_an_output(source: Path, tmp_path: Path, workers: Worke
     data = bytearray((out / SHARDS[1]).read_bytes())
     data[-1] ^= 1
     (out / SHARDS[1]).write_bytes(data)
-    with pytest.raises(errors.VerificationError, match=rf"{SHARDS[1]}: differs.*\(worker on "):
+    with pytest.raises(
+        errors.VerificationError,
+        match=rf"{SHARDS[1]}: differs from the plan at byte {len(data) - 1}, in",
+    ):
         convert(source, out, experts=3, dask=workers.address, check=True)
 
 
@@ -301,7 +304,7 @@ from moescale.repos import local
 def slow(self, data, write=local.LocalWriter.write):
     write(self, data)
     open({mark!r}, "w").close()
-    time.sleep(1)
+    time.sleep(0.2)
 local.LocalWriter.write = slow
 """
 
@@ -320,19 +323,15 @@ def test_scheduler_and_workers_as_programs(
         with program(*worker, PYTHONPATH=str(tmp_path / "bare")), start(source, out, file) as run:
             assert "has no moescale; this is moescale" in end(run, 2)
         assert not out.exists()
-        with (
-            program(*worker, "--preload", tmp_path / "slow.py"),
-            start(source, out, file) as run,
-        ):
-            until(mark.exists)
-            scheduler.kill()
-            assert "the scheduler is lost" in end(run, 5)
-        file.unlink()
-    with program("scheduler", "--scheduler-file", file, "--port", "0"):
-        until(file.exists)
-        with program(*worker), start(source, out, file) as run:
-            assert run.communicate(timeout=60) == (f"{out}\n", "")
-    assert checkpoints.tree(out) == wanted
+        with program(*worker, "--preload", tmp_path / "slow.py"):
+            with start(source, out, file) as run:
+                assert run.communicate(timeout=60) == (f"{out}\n", "")
+            assert checkpoints.tree(out) == wanted
+            mark.unlink()
+            with start(source, tmp_path / "lost", file) as run:
+                until(mark.exists)
+                scheduler.kill()
+                assert "the scheduler is lost" in end(run, 5)
 
 
 # What is refused before anything starts -----------------------------------------------------
@@ -387,6 +386,31 @@ def test_a_source_that_is_not_shared_is_refused(
     with pytest.raises(errors.SourceError, match=rf"{why}.*\(worker on \S+\)"):
         convert(source, tmp_path / "out", experts=3, dask=workers.address)
     assert not (tmp_path / "out" / STATE).exists()
+
+
+def test_a_worker_that_comes_later_is_refused_too(
+    source: Path, tmp_path: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each task says which version it is for, whoever was asked at the start."""
+    monkeypatch.setattr(crew, "_check_versions", lambda client: None)
+    monkeypatch.setattr(crew, "__version__", "9.9")
+    with pytest.raises(errors.UsageError, match=r"a worker has moescale .*, not 9\.9 \(worker on"):
+        convert(source, tmp_path / "out", experts=3, dask=workers.address)
+
+
+def test_a_run_does_not_wait_for_workers_for_ever(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When none has been there for long, that is told, and a rerun resumes."""
+    monkeypatch.setattr(crew, "ASK_SECONDS", 0.0)
+    with crew.connect(workers.address) as found:
+        assert found.size() == 2
+        found._check_company()
+        monkeypatch.setattr(found._client, "nthreads", dict)
+        found._check_company()
+        monkeypatch.setattr(crew, "LONELY_SECONDS", 0.0)
+        with pytest.raises(errors.TemporaryError, match="no worker is left"):
+            found._check_company()
 
 
 @pytest.mark.parametrize(

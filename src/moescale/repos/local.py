@@ -203,6 +203,7 @@ class LocalSource:
         part = copy(self)
         part._files = {name: self.files()[name] for name in names}
         part._states = {name: self._states[name] for name in part._files}
+        part._entry_times = {name: self._entry_times[name] for name in part._files}
         return part
 
     def check(self) -> None:
