@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import dask
 from distributed import Client, LocalCluster
 
 from moescale.checkpoint import rewrite
@@ -27,15 +29,19 @@ DEADLINE = 30.0
 @contextmanager
 def cluster(workers: int = 2, env: Mapping[str, str] | None = None) -> Iterator[LocalCluster]:
     """Start workers, one process and one thread each; a nanny starts dead ones again."""
-    with LocalCluster(
-        n_workers=workers,
-        threads_per_worker=1,
-        processes=True,
-        host="127.0.0.1",
-        dashboard_address="127.0.0.1:0",  # without one, its server takes a fixed port
-        silence_logs=50,
-        env=dict(env or {}),
-    ) as running:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        dask.config.set({"temporary-directory": scratch}),
+        LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=True,
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",  # without one, its server takes a fixed port
+            silence_logs=50,
+            env=dict(env or {}),
+        ) as running,
+    ):
         yield running
 
 
@@ -51,18 +57,18 @@ def until(what: Callable[[], Any]) -> Any:
 @contextmanager
 def program(*command: str | Path, **more: str) -> Iterator[subprocess.Popen[bytes]]:
     """Start a program of Dask in a process of its own, and end it."""
-    dask = Path(sys.executable).with_name("dask")
-    quiet = {"DASK_LOGGING__DISTRIBUTED": "critical"}
-    child = subprocess.Popen(
-        [dask, *command, "--host", "127.0.0.1", "--no-dashboard"],
-        env={**os.environ, **quiet, **more},
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        yield child
-    finally:
-        child.kill()
-        child.wait()
+    program = Path(sys.executable).with_name("dask")
+    with tempfile.TemporaryDirectory() as scratch:
+        child = subprocess.Popen(
+            [program, *command, "--host", "127.0.0.1", "--no-dashboard"],
+            env={**os.environ, "DASK_TEMPORARY_DIRECTORY": scratch, **more},
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            yield child
+        finally:
+            child.kill()
+            child.wait()
 
 
 # On the workers -----------------------------------------------------------------------------
