@@ -166,7 +166,7 @@ def check_resumed(base: Path, output: Path, whole: dict[str, bytes]) -> None:
     assert not (output / ".moescale").exists()
 
 
-@pytest.mark.parametrize("at", [8, 20, 35, 50, 65, 80, 95, 110, 125])
+@pytest.mark.parametrize("at", [8, 20, 35, 50, 65, 80, 95, 110, 118])
 def test_a_run_that_is_killed(base: Path, whole: dict[str, bytes], at: int) -> None:
     """SIGKILL of the real command at one of its calls."""
     child, output = paused(base, at, 60)

@@ -286,19 +286,20 @@ def test_a_pipe_is_refused(folder: Path) -> None:
 
 def test_a_file_has_its_name_only_when_it_is_complete(sink: LocalSink) -> None:
     """Until then it lies under a temporary name in the state folder."""
-    with sink.shard("sub/x.bin", 3) as writer:
+    with sink.bench.shard("sub/x.bin", 3) as writer:
         writer.write(memoryview(b"abc"))
         assert not (sink.root / "sub").exists()
         [temporary] = (sink.root / STATE).glob("*.tmp")
-        written = writer.finish()
-    assert written == Written(3)
+        made = writer.finish()
+    assert not (sink.root / "sub").exists()
+    assert sink.commit_file("sub/x.bin", made) == Written(3)
     assert (sink.root / "sub" / "x.bin").read_bytes() == b"abc"
     assert not temporary.exists()
 
 
 def test_a_file_that_is_not_finished_is_discarded(sink: LocalSink) -> None:
     """Leaving without `finish`, by an error say, leaves nothing behind."""
-    with pytest.raises(KeyboardInterrupt), sink.shard("x.bin", 3) as writer:
+    with pytest.raises(KeyboardInterrupt), sink.bench.shard("x.bin", 3) as writer:
         writer.write(memoryview(b"ab"))
         raise KeyboardInterrupt
     assert sink.existing() == {}
@@ -331,7 +332,7 @@ def test_new_folders_are_durable_too(sink: LocalSink, monkeypatch: pytest.Monkey
 
 def test_a_file_of_another_size_than_planned_is_not_finished(sink: LocalSink) -> None:
     """A writer knows how long its file will be, so a fault elsewhere cannot pass for a shard."""
-    with pytest.raises(RewriteError), sink.shard("x.bin", 4) as writer:
+    with pytest.raises(RewriteError), sink.bench.shard("x.bin", 4) as writer:
         writer.write(memoryview(b"abcde"))
         writer.finish()
     assert sink.existing() == {}
@@ -347,11 +348,11 @@ def test_long_paths_can_be_written(sink: LocalSink) -> None:
 def test_names_with_odd_characters_do_not_collide(sink: LocalSink) -> None:
     """Names that look alike once slashes are gone are written side by side."""
     names = ["a/b", "a%-b", "a-b", "a%b", "a%%-b"]
-    writers = [sink.shard(name, len(name)) for name in names]
+    writers = [sink.bench.shard(name, len(name)) for name in names]
     opened = [writer.__enter__() for writer in writers]
     for name, writer in zip(names, opened, strict=True):
         writer.write(memoryview(name.encode()))
-        writer.finish()
+        sink.commit_file(name, writer.finish())
     for writer in writers:
         writer.__exit__(None, None, None)
     assert {name: (sink.root / name).read_text() for name in names} == {n: n for n in names}
@@ -363,11 +364,12 @@ def test_names_with_odd_characters_do_not_collide(sink: LocalSink) -> None:
 def copied(folder: Path, sink: LocalSink, start: int = 0, stop: int = len(DATA)) -> bytes:
     """A file that was written as: two bytes, a copied stretch, two bytes."""
     source = LocalSource(folder)
-    with sink.shard("copy.bin", stop - start + 4) as writer, source.open("data.bin") as reader:
+    size = stop - start + 4
+    with sink.bench.shard("copy.bin", size) as writer, source.open("data.bin") as reader:
         writer.write(memoryview(b"<<"))
         sizes = list(writer.copy_from(reader, start, stop))
         writer.write(memoryview(b">>"))
-        writer.finish()
+        sink.commit_file("copy.bin", writer.finish())
     assert sum(sizes) == stop - start
     result = (sink.root / "copy.bin").read_bytes()
     assert (result[:2], result[-2:]) == (b"<<", b">>")

@@ -161,11 +161,11 @@ def contents(lab: Lab, sink: Sink) -> dict[str, bytes]:
 
 def write(sink: Sink, name: str, data: bytes, finish: bool = True) -> None:
     """Write a large file in a few pieces."""
-    with sink.shard(name, len(data), True) as writer:
+    with sink.bench.shard(name, len(data), True) as writer:
         for start in range(0, len(data), 500_000):
             writer.write(memoryview(data)[start : start + 500_000])
         if finish:
-            written = writer.finish()
+            written = sink.commit_file(name, writer.finish())
             assert (written.size, written.sha256) == (len(data), hashlib.sha256(data).hexdigest())
 
 
@@ -267,7 +267,7 @@ def test_a_shard_that_is_given_up_can_be_written_again(
     """An error inside a shard discards it; the same sink takes it a second time."""
     sink = sinks()
     sink.begin(JOB, replace=False)
-    with pytest.raises(ZeroDivisionError), sink.shard(NAME, len(BIG), True) as writer:
+    with pytest.raises(ZeroDivisionError), sink.bench.shard(NAME, len(BIG), True) as writer:
         writer.write(memoryview(BIG)[:1000])
         raise ZeroDivisionError
     publish(sink)
@@ -280,11 +280,11 @@ def test_a_sink_copies_from_a_reader(lab: Lab, sinks: Callable[..., Sink]) -> No
     sink.begin(JOB, replace=False)
     with (
         LocalSource(lab.folder).open(SHARDS[0]) as reader,
-        sink.shard(NAME, 300_000, False) as writer,
+        sink.bench.shard(NAME, 300_000, False) as writer,
     ):
         assert sum(writer.copy_from(reader, 0, 100_000)) == 100_000
         assert sum(writer.copy_from(reader, 100_000, 300_000)) == 200_000
-        assert writer.finish().size == 300_000
+        assert sink.commit_file(NAME, writer.finish()).size == 300_000
     sink.publish({"config.json": b"{}"}, frozenset({NAME, "config.json"}))
     sink.close()
     assert contents(lab, sink)[NAME] == lab.source[SHARDS[0]][:300_000]

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moescale.calibration import Calibration, measured_plan, open_calibration
 from moescale.conversion import Status, fill_digests, run, status_of
 from moescale.errors import DestinationError, SourceError, UsageError
 from moescale.files import PROVENANCE
 from moescale.options import Options
+from moescale.parallel import Crew
 from moescale.planning import Plan, make_plan
 from moescale.repos.base import Progress, Sink, Source
 from moescale.repos.hub import HubPlace, is_repo_id, parse_place
 from moescale.repos.local import LocalSink, LocalSource
 from moescale.verification import verify as compare
+
+if TYPE_CHECKING:
+    from moescale.cluster import Workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +113,7 @@ def convert(
     private: bool | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
+    dask: str | Path | None = None,
     progress: Progress = lambda name, size: None,
     planned: Callable[[Plan], None] = lambda plan: None,
     calibrate: str | Path | None = None,
@@ -122,12 +128,15 @@ def convert(
         destination: a directory or ``hf://org/name[@branch]``; nothing in it loads before
             everything is there.
         revision: of a source that is given as ``org/name``.
-        jobs: shards at once; by default the number of cores, at most 8, and 2 to the Hub.
+        jobs: shards at once; by default the number of cores, at most 8, and 2 to the Hub; on a
+            cluster what its workers can do.
         overwrite: replace a destination that holds something else.
         check: afterwards read source and output again and prove the output.
         private: whether a repo that has to be made is private; None for the Hub's default.
         create_pr: open a pull request instead of changing the branch.
         commit_message: of the commit that brings the output.
+        dask: address or file of a Dask scheduler, whose workers rewrite the shards. They need this
+            version of moescale, and places that they can reach.
         progress: called with a file's name and a number of bytes, from several threads.
         planned: called with the plan before anything is written.
         calibrate: the text for the rule ``measured``, which is run for it, unless the destination
@@ -143,19 +152,40 @@ def convert(
     wanted = _options(options, calibration)
     check_places(str(source), str(destination), revision)
     sink = open_sink(str(destination), private, create_pr, commit_message, overwrite)
-    reader = open_source(str(source), revision)
-    _check_not_source(reader, sink)
-    made = _made(reader, wanted, str(destination), calibration, sink, overwrite)
-    plan = _with_room(made, sink)
-    planned(plan)
-    jobs = default_jobs(sink) if jobs is None else jobs
-    outcome = run(plan, reader, sink, jobs=jobs, overwrite=overwrite, progress=progress)
-    if not check:
-        _check_status(outcome.status, str(destination))
-    else:
-        verify_output(plan, reader, sink, jobs, progress)
+    with _crew(dask) as crew:
+        reader = open_source(str(source), revision)
+        _check_not_source(reader, sink)
+        made = _made(reader, wanted, str(destination), calibration, sink, overwrite)
+        plan = _with_room(made, sink)
+        planned(plan)
+        if jobs is None:
+            jobs = default_jobs(sink) if crew is None else crew.size()
+        outcome = run(
+            plan, reader, sink, jobs=jobs, overwrite=overwrite, progress=progress, crew=crew
+        )
+        if not check:
+            _check_status(outcome.status, str(destination))
+        else:
+            verify_output(plan, reader, sink, jobs, progress, crew)
     received = [f"{reader.received:,} bytes received"] if reader.received else []
     return Result(plan, outcome.status, check, sink.url, (*received, *sink.remarks))
+
+
+@contextmanager
+def _crew(dask: str | Path | None) -> Iterator[Workers | None]:
+    """The workers of a cluster, None for the threads of this process."""
+    if dask is None:
+        yield None
+        return
+    try:
+        from moescale.cluster import connect
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"--dask needs {error.name}, which is not installed",
+            hint="pip install 'moescale[dask]'",
+        ) from None
+    with connect(str(dask)) as workers:
+        yield workers
 
 
 def _check_status(status: Status, destination: str) -> None:
@@ -256,10 +286,11 @@ def verify_output(
     sink: Sink,
     jobs: int,
     progress: Progress = lambda name, size: None,
+    crew: Crew | None = None,
 ) -> None:
     """Verify a finished output, and note the digests in its provenance."""
     output = _as_source(sink)
-    written = compare(plan, source, output, jobs=jobs, progress=progress)
+    written = compare(plan, source, output, jobs=jobs, progress=progress, crew=crew)
     fill_digests(sink, plan, written, output.read(PROVENANCE))
 
 

@@ -182,6 +182,14 @@ def _command(
             help="Shards at once; default: cores, at most 8, and 2 to the Hub, for the memory.",
         ),
     ] = None,
+    dask: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="ADDRESS",
+            help="Let the workers of a Dask scheduler do the shards: tcp://host:8786, or a"
+            " scheduler file.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -242,7 +250,7 @@ def _command(
         elif destination is None:
             raise errors.UsageError("DST is missing", hint="Only --dry-run does without it.")
         else:
-            run = {**places, "jobs": jobs, "check": verify}
+            run = {**places, "jobs": jobs, "check": verify, "dask": dask}
             _convert(source, destination, options, run, as_json, quiet, verbose)
     except KeyboardInterrupt:
         raise errors.InterruptedRun(interrupts.MESSAGE) from None

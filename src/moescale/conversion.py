@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from threading import Lock
 from typing import Literal
@@ -15,9 +15,9 @@ from moescale.checkpoint.rewrite import rehearse, rewrite
 from moescale.errors import DestinationError
 from moescale.files import CARD, PROVENANCE, PlannedFile
 from moescale.model.count import CONFIG
-from moescale.parallel import Check, each
+from moescale.parallel import Check, Count, Crew, Here, Task, each
 from moescale.planning import Plan
-from moescale.repos.base import Progress, Sink, Source, Written, io_errors
+from moescale.repos.base import Bench, Made, Progress, Sink, Source, Written, io_errors
 from moescale.version import __version__
 
 Status = Literal["new", "resume", "replace", "done", "stale", "changed"]
@@ -107,6 +107,7 @@ def run(
     jobs: int,
     overwrite: bool = False,
     progress: Progress = lambda name, size: None,
+    crew: Crew | None = None,
 ) -> Outcome:
     """Do what the plan says; does nothing where it is done.
 
@@ -117,9 +118,10 @@ def run(
         jobs: shards that are rewritten at once.
         overwrite: replace a destination that holds something else.
         progress: is told of every piece, from several threads.
+        crew: who rewrites the shards; by default threads here.
 
     Raises:
-        DestinationError: the destination holds something else.
+        DestinationError: the destination holds something else, or the crew cannot reach it.
         RewriteError: a file could not be written, or a value would overflow.
         InterruptedRun: the user stopped it; the same call resumes.
     """
@@ -130,8 +132,11 @@ def run(
     _rehearse_scales(plan, source)
     sink.check_card(made_files(plan, source)[CARD])
     try:
+        if crew is not None:  # before anything old is removed
+            sink.share()
+            crew.check(source.only(f.name for f in plan.large_files), sink.bench)
         sink.begin(provenance.job(plan), replace=status == "replace")
-        written = _stream(plan, source, sink, jobs, progress)
+        written = _stream(plan, source, sink, jobs, progress, crew or Here())
         small = small_files(plan, source)  # only now, since an index may have many megabytes
         written |= {name: _written(data) for name, data in small.items()}
         with io_errors(CARD):
@@ -183,7 +188,7 @@ def _written(data: bytes) -> Written:
 
 
 def _stream(
-    plan: Plan, source: Source, sink: Sink, jobs: int, progress: Progress
+    plan: Plan, source: Source, sink: Sink, jobs: int, progress: Progress, crew: Crew
 ) -> dict[str, Written]:
     """Write every large file that an earlier run has not finished."""
     finished = {**sink.finished(), **_copied(plan, source, sink)}
@@ -197,15 +202,12 @@ def _stream(
         progress(name, written.size)
 
     def one(name: str, check: Check) -> Written:
-        count = _Counter(sink.steps, lambda size: progress(name, size))
+        task = task_of(left[name], plan)
+        made = crew.do(make, task, source, sink.bench, check, progress)
+        with io_errors(name):
+            return sink.commit_file(name, made)
 
-        def advance(size: int) -> None:
-            check()
-            count(size)
-
-        return _write(left[name], plan, source, sink, advance, count)
-
-    return {**done, **each(list(left), one, jobs, sink.cancel)}
+    return {**done, **each(list(left), one, jobs, sink.cancel, crew.cancel)}
 
 
 def _copied(plan: Plan, source: Source, sink: Sink) -> Mapping[str, Written]:
@@ -221,7 +223,7 @@ def _copied(plan: Plan, source: Source, sink: Sink) -> Mapping[str, Written]:
 class _Counter:
     """Counts a byte for a part of one at each of its steps: written, and arrived where it goes."""
 
-    def __init__(self, steps: int, progress: Callable[[int], None]) -> None:
+    def __init__(self, steps: int, progress: Count) -> None:
         self._steps = steps
         self._progress = progress
         self._lock = Lock()
@@ -234,22 +236,23 @@ class _Counter:
         self._progress(whole)
 
 
-def _write(
-    file: PlannedFile,
-    plan: Plan,
-    source: Source,
-    sink: Sink,
-    advance: Callable[[int], None],
-    arrived: Callable[[int], None],
-) -> Written:
-    """Write one large file."""
-    digest = source.identity.kind == "hub"  # the bytes come through memory in any case
-    with (
-        io_errors(file.name),
-        sink.shard(file.name, plan.output_size(file), digest, arrived) as writer,
-    ):
-        with source.open(file.name) as reader:
-            rewrite(reader, writer, plan.segments(file), file.name, advance)
+def task_of(file: PlannedFile, plan: Plan) -> Task:
+    """What is to be done to one large file."""
+    digest = plan.source.kind == "hub"  # the bytes come through memory in any case
+    return Task(file.name, plan.output_size(file), digest, tuple(plan.segments(file)))
+
+
+def make(task: Task, source: Source, bench: Bench, check: Check, progress: Count) -> Made:
+    """Write one large file; this is all that is done to it, on whatever machine."""
+    name, count = task.name, _Counter(bench.steps, progress)
+
+    def advance(size: int) -> None:
+        check()
+        count(size)
+
+    with io_errors(name), bench.shard(name, task.size, task.digest, count) as writer:
+        with source.open(name) as reader:
+            rewrite(reader, writer, task.segments, name, advance)
         return writer.finish()
 
 

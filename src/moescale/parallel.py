@@ -1,27 +1,98 @@
-"""Several files at once in threads, where the first failure and Ctrl-C stop all of them."""
+"""Several files at once, where the first failure and Ctrl-C stop all of them.
+
+A file is a `Task`, which says all that is to be done to it; a `Crew` does it, here in the thread
+that asks or on another machine.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
+from moescale.checkpoint.rewrite import Segment
 from moescale.errors import InterruptedRun
+from moescale.repos.base import Bench, Progress, Source
 
 _R = TypeVar("_R")
+_P = TypeVar("_P", Bench, Source)
 
 WAKE_SECONDS = 0.5
 
 Check = Callable[[], None]
 """Raises once the run is to stop; called between pieces."""
 
+Count = Callable[[int], None]
+"""Called with the number of bytes done since the last call, from any thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One large file: its name, its new size in bytes, and how it is put together.
+
+    With `digest` its SHA-256 is wanted.
+    """
+
+    name: str
+    size: int
+    digest: bool
+    segments: tuple[Segment, ...]
+
+
+Work = Callable[[Task, Source, _P, Check, Count], _R]
+"""What is done to a file: from a source, on a bench or against another source."""
+
+
+class Crew(Protocol):
+    """Who does the work. What it is given may be sent to another machine."""
+
+    def check(self, *places: Bench | Source) -> None:
+        """Refuse places that not all can reach."""
+
+    def do(
+        self,
+        work: Work[_P, _R],
+        task: Task,
+        source: Source,
+        place: _P,
+        check: Check,
+        progress: Progress,
+    ) -> _R:
+        """Do one task and wait for it."""
+
+    def cancel(self) -> None:
+        """Stop what is being done elsewhere."""
+
+
+class Here:
+    """The crew of one: the thread that asks does the work."""
+
+    def check(self, *places: Bench | Source) -> None:
+        """What is here can be reached."""
+
+    def do(
+        self,
+        work: Work[_P, _R],
+        task: Task,
+        source: Source,
+        place: _P,
+        check: Check,
+        progress: Progress,
+    ) -> _R:
+        """Do one task."""
+        return work(task, source, place, check, lambda size: progress(task.name, size))
+
+    def cancel(self) -> None:
+        """Nothing is done elsewhere."""
+
 
 def each(
     names: Sequence[str],
     work: Callable[[str, Check], _R],
     jobs: int,
-    cancel: Callable[[], None] = lambda: None,
+    *cancels: Callable[[], None],
 ) -> Mapping[str, _R]:
     """Call `work` for every name, at most `jobs` at once.
 
@@ -29,7 +100,7 @@ def each(
         names: what to work on.
         work: gets a name and what it has to call between pieces.
         jobs: threads.
-        cancel: wakes up threads that wait for something outside.
+        cancels: wake up threads that wait for something outside.
 
     Raises:
         Exception: the one that ended the run, not those of the threads that it stopped.
@@ -52,7 +123,8 @@ def each(
             pool.shutdown(wait=False, cancel_futures=True)
             if not finished:
                 stop.set()
-                cancel()
+                for cancel in cancels:
+                    cancel()
     errors = [f.exception() for f in futures.values() if not f.cancelled()]
     real = [error for error in errors if error is not None]
     real.sort(key=lambda error: isinstance(error, InterruptedRun))

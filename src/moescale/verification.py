@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -11,10 +11,10 @@ from moescale import provenance
 from moescale.checkpoint.header import LENGTH_BYTES, header_length, parse_header
 from moescale.checkpoint.index import SUFFIX
 from moescale.checkpoint.rewrite import PIECE, expected
-from moescale.conversion import made_files
+from moescale.conversion import made_files, task_of
 from moescale.errors import CheckpointError, SourceError, VerificationError
 from moescale.files import PROVENANCE, PlannedFile
-from moescale.parallel import Check, each
+from moescale.parallel import Check, Count, Crew, Here, Task, each
 from moescale.planning import Plan
 from moescale.repos.base import Progress, Source, Written, io_errors
 
@@ -26,8 +26,9 @@ def verify(
     *,
     jobs: int,
     progress: Progress = lambda name, size: None,
+    crew: Crew | None = None,
 ) -> dict[str, Written]:
-    """Compare every byte of the output with what the plan says.
+    """Compare every byte of the output with what the plan says; `crew` reads the large files.
 
     Returns:
         Size and SHA-256 of every file of the output, but the provenance.
@@ -39,16 +40,17 @@ def verify(
     large = {file.name for file in plan.large_files}
     files = {f.name: f for f in plan.files if f.name in large or _is_copied_index(f, plan)}
     _check_names({*files, *small, PROVENANCE}, output)
+    crew = crew or Here()
+    crew.check(source.only(files), output.only(files))
 
     def one(name: str, check: Check) -> Written:
-        def advance(size: int) -> None:
-            check()
-            if name in large:
-                progress(name, size)
+        task, shown = task_of(files[name], plan), progress if name in large else _unseen
+        found = crew.do(compare, task, source, output.only([name]), check, shown)
+        if isinstance(found, int):
+            raise _difference(name, found, _place(files[name], plan, source, found))
+        return found
 
-        return _verify_large(files[name], plan, source, output, advance)
-
-    written = dict(each(list(files), one, jobs))
+    written = dict(each(list(files), one, jobs, crew.cancel))
     written |= {name: _verify_small(name, data, output) for name, data in small.items()}
     _check_provenance(plan, output, written)
     return written
@@ -101,29 +103,33 @@ def _noted_digests(found: Any) -> dict[str, Any]:
     return {f["name"]: f.get("sha256") for f in entries if isinstance(f.get("name"), str)}
 
 
-def _verify_large(
-    file: PlannedFile, plan: Plan, source: Source, output: Source, advance: Callable[[int], None]
-) -> Written:
-    size, found_size = plan.output_size(file), output.files()[file.name].size
-    if size != found_size:
-        raise VerificationError(f"{file.name}: has {found_size} bytes instead of {size}")
-    position = 0
+def _unseen(name: str, size: int) -> None:
+    """Progress that is not shown."""
+
+
+def compare(
+    task: Task, source: Source, output: Source, check: Check, progress: Count
+) -> Written | int:
+    """Compare one large file with what it has to be; the offset of the first difference, if any."""
+    name, position = task.name, 0
+    if (found_size := output.files()[name].size) != task.size:
+        raise VerificationError(f"{name}: has {found_size} bytes instead of {task.size}")
     with (
-        io_errors(file.name),
-        source.open(file.name) as original,
-        output.open(file.name) as copy,
+        io_errors(name),
+        source.open(name) as original,
+        output.open(name) as copy,
         _Digest() as digest,
     ):
-        for _, wanted in expected(original, plan.segments(file)):
+        for _, wanted in expected(original, task.segments):
             found = digest.buffer(len(wanted))
             copy.read_into(found, position)
             if not _equal(found, wanted):
-                offset = position + _first_difference(found, wanted)
-                raise _difference(file.name, offset, _place(file, plan, source, offset))
+                return position + _first_difference(found, wanted)
             digest.update(found)
             position += len(wanted)
-            advance(len(wanted))
-        return Written(size, digest.hexdigest())
+            check()
+            progress(len(wanted))
+        return Written(task.size, digest.hexdigest())
 
 
 class _Digest:

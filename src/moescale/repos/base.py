@@ -73,6 +73,12 @@ class Source(Protocol):
     def state(self, name: str) -> Any:
         """What changes when the file changes (JSON); compared between the runs of one job."""
 
+    def only(self, names: Iterable[str]) -> Source:
+        """The same source with no more than these files; it can be sent to another machine."""
+
+    def check(self) -> None:
+        """Refuse to work where these files cannot be seen as they were when planned."""
+
 
 @dataclass(frozen=True, slots=True)
 class Written:
@@ -90,11 +96,41 @@ def nobody(count: int) -> None:
     """Nobody wants to know how many bytes arrive."""
 
 
-class ShardWriter(Writer, Protocol):
-    """A file under a temporary name; it gets its own name in `finish`."""
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A large file that is complete and durable, but has not got its name yet.
 
-    def finish(self) -> Written:
-        """Make the file complete and durable, then visible."""
+    `at` says where it lies, to the sink that gives it its name.
+    """
+
+    written: Written
+    at: Any = None
+
+
+class ShardWriter(Writer, Protocol):
+    """A file without its name; the sink gives it in `commit_file`."""
+
+    def finish(self) -> Made:
+        """Make the file complete and durable."""
+
+
+class Bench(Protocol):
+    """Where the large files of an output are made; it can be sent to another machine."""
+
+    steps: int
+    """Of a byte on its way: 1 if it is there once it is written, 2 if it is sent from there."""
+
+    def check(self) -> None:
+        """Refuse to work where the output cannot be reached."""
+
+    def shard(
+        self, name: str, size: int, digest: bool, arrived: Arrived
+    ) -> AbstractContextManager[ShardWriter]:
+        """Start a large file of `size` bytes; leaving the context without `finish` discards it.
+
+        With `digest` its SHA-256 is wanted, although that keeps bytes from the kernel's copy.
+        `arrived` is told of the bytes that have been sent, where there are two steps.
+        """
 
 
 class Sink(Protocol):
@@ -104,12 +140,17 @@ class Sink(Protocol):
     """What the user should hear at the end."""
     url: str | None
     """Where the output can be looked at, if it has an address."""
-    steps: int
-    """Of a byte on its way: 1 if it is there once it is written, 2 if it is sent from there."""
 
     @property
     def identity(self) -> str:
         """How the user calls this place."""
+
+    @property
+    def bench(self) -> Bench:
+        """Where its large files are made."""
+
+    def share(self) -> None:
+        """Let the bench be used on other machines, which then check that they see the same."""
 
     def is_at(self, source: SourceId) -> bool:
         """Whether this place is where the source is read from."""
@@ -141,14 +182,8 @@ class Sink(Protocol):
     def copy(self, files: Iterable[FileInfo], source: SourceId) -> Mapping[str, Written]:
         """Copy files of the source without moving their bytes; those that this place can."""
 
-    def shard(
-        self, name: str, size: int, digest: bool, arrived: Arrived
-    ) -> AbstractContextManager[ShardWriter]:
-        """Start a large file of `size` bytes; leaving the context without `finish` discards it.
-
-        With `digest` its SHA-256 is wanted, although that keeps bytes from the kernel's copy.
-        `arrived` is told of the bytes that have been sent, where there are two steps.
-        """
+    def commit_file(self, name: str, made: Made) -> Written:
+        """Give a large file its name, where a rerun finds it."""
 
     def put(self, name: str, data: bytes) -> Written:
         """Write a small file whole."""

@@ -7,6 +7,7 @@ business. Nothing of it is imported before the Hub is used.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import re
 import time
@@ -152,6 +153,34 @@ def has_token() -> bool:
     from huggingface_hub import get_token
 
     return get_token() is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """What the machines of a run must have in common, without saying it: the Hub, and a login."""
+
+    endpoint: str  # its digest, since an address may hold a password
+    logged_in: bool
+
+    @classmethod
+    def here(cls) -> Access:
+        """That of this machine."""
+        return cls(hashlib.sha256(api().endpoint.encode()).hexdigest(), has_token())
+
+    def check(self, what: str, refused: type[MoescaleError]) -> None:
+        """Compare it with that of this machine.
+
+        Raises:
+            MoescaleError: as `refused`; it is another Hub, or nobody is logged in.
+        """
+        here = Access.here()
+        if here.endpoint != self.endpoint:
+            raise refused(f"{what}: HF_ENDPOINT names another Hub here")
+        if self.logged_in and not here.logged_in:
+            raise refused(
+                f"{what}: nobody is logged in to the Hub here",
+                hint="Set HF_TOKEN in the worker's environment; a token is never sent to it.",
+            )
 
 
 # Errors -------------------------------------------------------------------------------------

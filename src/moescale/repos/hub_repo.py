@@ -141,6 +141,18 @@ class HubRepo:
 
     # Commits ---------------------------------------------------------------------------------
 
+    def upload(self, branch: str, operation: Any) -> None:
+        """Send the content of a large file; a commit by its digest brings it to a branch."""
+
+        def send() -> None:
+            addition = _fresh(operation)
+            addition._upload_mode = "lfs"
+            hub.api().preupload_lfs_files(
+                self.id, additions=[addition], revision=branch, free_memory=False
+            )
+
+        self._ask(send)
+
     def commit(
         self, branch: str, operations: Sequence[Any], message: str, parent: str | None
     ) -> Commit:

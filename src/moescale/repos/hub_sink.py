@@ -12,40 +12,29 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import shutil
-import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moescale.errors import DestinationError, MoescaleError, RewriteError, TemporaryError
 from moescale.repos import hub
-from moescale.repos.base import Arrived, FileInfo, SourceId, Written, nobody
+from moescale.repos.base import FileInfo, Made, SourceId, Written
 from moescale.repos.hub import HubPlace
+from moescale.repos.hub_bench import WEIGHTS, HubBench
 from moescale.repos.hub_repo import HubRepo, is_listed, missing
-from moescale.repos.hub_upload import (
-    CountedFile,
-    HubWriter,
-    StreamUpload,
-    can_stream,
-    new_session,
-    uploaded,
-)
+from moescale.repos.hub_upload import Sent, can_stream, uploaded
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
 
 JOURNAL = "moescale-journal.json"
-SMALL_BYTES = 8 << 20
-"""Files up to this size that are no weights go into the last commit from memory."""
 
 COMMITS_AT_ONCE, SECONDS_PER_COMMIT = 40, 60.0
 """The Hub allows about 128 commits an hour; beyond these, finished shards wait for one another."""
 
-WEIGHTS = ".safetensors"
 ATTRIBUTES = ".gitattributes"
 """The file that every repo on the Hub is born with."""
 
@@ -62,8 +51,6 @@ class HubOptions:
 
 class HubSink:
     """A branch of a model repo."""
-
-    steps = 2
 
     def __init__(self, place: HubPlace, options: HubOptions | None = None) -> None:
         """Nothing is created before `begin`."""
@@ -86,10 +73,8 @@ class HubSink:
         self._commits = threading.Lock()  # one commit at a time on the working branch
         self._waiting: tuple[list[Any], dict[str, Written]] = [], {}  # for the next commit
         self._allowance, self._counted = float(COMMITS_AT_ONCE), time.monotonic()
-        self._one_on_disk = threading.Lock()
         self._streams = False
-        self._session: Any = None
-        self._uploads: set[StreamUpload] = set()
+        self.bench = HubBench(place, self._working, False)
         self._sent = self._deduplicated = self._copied = 0
 
     # What is there ---------------------------------------------------------------------------
@@ -143,6 +128,9 @@ class HubSink:
 
     # The start of a run ----------------------------------------------------------------------
 
+    def share(self) -> None:
+        """Every machine reaches the Hub by itself."""
+
     def begin(self, job: Any, replace: bool) -> None:
         """Create the repo and the working branch, or go on with the one that is there.
 
@@ -154,7 +142,7 @@ class HubSink:
         self._head = self._repo.head(self.branch)
         self._check_branch()
         self._streams = can_stream(self.place.repo, self._base(), self.identity)
-        self._session = new_session() if self._streams else None
+        self.bench = HubBench(self.place, self._working, self._streams)
         journal = self._journal()
         if journal is None or replace:
             self._start()
@@ -255,81 +243,17 @@ class HubSink:
         self._copied += sum(written.size for written in large.values())
         return large
 
-    def shard(
-        self, name: str, size: int, digest: bool = True, arrived: Arrived = nobody
-    ) -> AbstractContextManager[HubWriter]:
-        """A writer for a file of `size` bytes; leaving without `finish` discards it."""
-        if size <= SMALL_BYTES and not name.endswith(WEIGHTS):
-            return self._in_memory(name, arrived)
-        return (self._streamed if self._streams else self._on_disk)(name, size, arrived)
-
-    @contextmanager
-    def _in_memory(self, name: str, arrived: Arrived) -> Iterator[HubWriter]:
-        self._addition(name, b"")  # a name that the Hub refuses is refused now
-        data = io.BytesIO()
-
-        def finish() -> Written:
-            arrived(len(data.getvalue()))
-            return self.put(name, data.getvalue())
-
-        yield HubWriter(data.write, finish)
-
-    @contextmanager
-    def _streamed(self, name: str, size: int, arrived: Arrived) -> Iterator[HubWriter]:
-        what = f"{self.identity}: {name}"
-        with hub.in_our_words(what, DestinationError):
-            upload = StreamUpload(self._session, self.place.repo, self._working, arrived)
-
-        def write(data: memoryview) -> None:
-            with hub.in_our_words(what, DestinationError):
-                upload.write(bytes(data))
-
-        def finish() -> Written:
-            with hub.in_our_words(what, DestinationError):
-                sent = upload.finish()
-            written = Written(sent.size, sent.sha256)
-            operation = uploaded(name, sent.size, sent.sha256)
-            self._commit_work([operation], name, {name: written}, can_wait=True)
-            with self._commits:
-                self._sent += sent.transferred
-                self._deduplicated += sent.deduplicated
-            return written
-
-        self._uploads.add(upload)
-        try:
-            yield HubWriter(write, finish)
-        finally:
-            self._uploads.discard(upload)
-            upload.abort()
-
-    @contextmanager
-    def _on_disk(self, name: str, size: int, arrived: Arrived) -> Iterator[HubWriter]:
-        """Without xet: one shard at a time through a temporary file, which has no name."""
-        with self._one_on_disk:
-            folder = tempfile.gettempdir()
-            if shutil.disk_usage(folder).free < size:
-                raise RewriteError(
-                    f"{name}: {folder} has no room for {size} bytes",
-                    hint="Free some space, or set TMPDIR; the same command resumes.",
-                )
-            with tempfile.TemporaryFile() as file:
-                content: Any = getattr(file, "file", file)  # Windows wraps it
-                digest = hashlib.sha256()
-
-                def write(data: memoryview) -> None:
-                    file.write(data)
-                    digest.update(data)
-
-                def finish() -> Written:
-                    file.flush()
-                    written = Written(size, digest.hexdigest())
-                    operation = self._addition(name, content)  # reads it all, for the digest
-                    operation.path_or_fileobj = CountedFile(content, arrived)
-                    self._commit_work([operation], name, {name: written})
-                    self._sent += size
-                    return written
-
-                yield HubWriter(write, finish)
+    def commit_file(self, name: str, made: Made) -> Written:
+        """Commit a large file that has arrived; one from memory is kept for the last commit."""
+        if isinstance(made.at, bytes):
+            return self.put(name, made.at)
+        sent: Sent = made.at
+        operation = uploaded(name, sent.size, sent.sha256)
+        self._commit_work([operation], name, {name: made.written}, can_wait=self._streams)
+        with self._commits:
+            self._sent += sent.transferred
+            self._deduplicated += sent.deduplicated
+        return made.written
 
     def _commit_work(
         self,
@@ -478,8 +402,7 @@ class HubSink:
 
     def cancel(self) -> None:
         """End the uploads that threads may be waiting in."""
-        for upload in list(self._uploads):
-            upload.cancel()
+        self.bench.cancel()
 
     def close(self) -> None:
         """Note what has arrived, if the Hub can still be reached."""

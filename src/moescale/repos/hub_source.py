@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,14 @@ class HubSource:
         self._stated: dict[str, str | None] = {}
         self._heads: dict[str, bytes] = {}
         self._planned: dict[str, tuple[int, bytes]] = {}
+        self._access: hub.Access | None = None  # of the machine that sent this here
+
+    def __getstate__(self) -> dict[str, Any]:
+        access = self._access or hub.Access.here()
+        return {**self.__dict__, "_counting": None, "_access": access}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _counting=threading.Lock(), received=0)
 
     def files(self) -> Mapping[str, FileInfo]:
         """All files of the commit.
@@ -136,6 +145,31 @@ class HubSource:
         folder = hub.retried(fetch, self._name)
         self.received += missing
         return folder
+
+    def only(self, names: Iterable[str]) -> HubSource:
+        """The same commit with no more than these files, as they are now known."""
+        part = copy(self)
+        part._files = {name: self.files()[name] for name in names}
+        part._stated = {name: self._stated[name] for name in part._files}
+        part._planned = {n: v for n, v in self._planned.items() if n in part._files}
+        part._heads = {}
+        return part
+
+    def check(self) -> None:
+        """Look whether this machine can read the commit; offline, whether it has the files.
+
+        Raises:
+            SourceError: it cannot.
+        """
+        if self._access is not None:
+            self._access.check(self._name, SourceError)
+        if not self._offline:
+            _commit(HubPlace(self.identity.id, self._commit))
+        for name in self.files() if self._offline else ():
+            if self._cached(name) is None:
+                raise SourceError(
+                    f"{self._name}: {name}: is not in the Hub cache, and HF_HUB_OFFLINE is set"
+                )
 
     def newest_change(self) -> int:
         """A commit does not change."""

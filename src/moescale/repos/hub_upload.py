@@ -15,7 +15,7 @@ from typing import IO, Any
 from moescale.checkpoint.rewrite import Reader, pieces
 from moescale.errors import DestinationError, InterruptedRun
 from moescale.repos import hub
-from moescale.repos.base import Arrived, Written, nobody
+from moescale.repos.base import Arrived, Made, nobody
 
 LIMITS = {
     "client.ac_max_upload_concurrency": 1,
@@ -38,11 +38,10 @@ def can_stream(repo: str, branch: str, what: str) -> bool:
     Raises:
         DestinationError: the token may not write to the repo.
     """
-    from huggingface_hub import constants, get_session
+    from huggingface_hub import get_session
     from huggingface_hub.utils._http import hf_raise_for_status
-    from huggingface_hub.utils._runtime import is_xet_available
 
-    if constants.HF_HUB_DISABLE_XET or not is_xet_available():
+    if not has_xet():
         return False
 
     def ask() -> bool:
@@ -53,6 +52,14 @@ def can_stream(repo: str, branch: str, what: str) -> bool:
         return True
 
     return hub.retried(ask, what, DestinationError)
+
+
+def has_xet() -> bool:
+    """Whether xet is installed and switched on here."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils._runtime import is_xet_available
+
+    return not constants.HF_HUB_DISABLE_XET and is_xet_available()
 
 
 def _token_url(repo: str, branch: str) -> str:
@@ -227,9 +234,7 @@ class CountedFile(io.BufferedIOBase):
 class HubWriter:
     """A file on its way to the Hub."""
 
-    def __init__(
-        self, write: Callable[[memoryview], object], finish: Callable[[], Written]
-    ) -> None:
+    def __init__(self, write: Callable[[memoryview], object], finish: Callable[[], Made]) -> None:
         self._write = write
         self._finish = finish
 
@@ -243,6 +248,6 @@ class HubWriter:
             self._write(piece)
             yield len(piece)
 
-    def finish(self) -> Written:
-        """Make the file complete where a rerun finds it."""
+    def finish(self) -> Made:
+        """Wait until everything has arrived."""
         return self._finish()

@@ -11,10 +11,12 @@ import contextlib
 import errno
 import hashlib
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from moescale.repos.base import (
     SMALL_FILE_BYTES,
     Arrived,
     FileInfo,
+    Made,
     SourceId,
     Written,
     check_name,
@@ -48,6 +51,9 @@ JOURNAL = "journal.jsonl"
 
 NOT_CHECKPOINT = frozenset({".git", ".cache", STATE})
 """Folders at the top of a repo that are no part of the checkpoint."""
+
+_MARKER = ".shared"
+_SHARE = "Give a place that all machines share under the same path."
 
 _COPY_PIECE = 32 << 20
 _BLOCK = 4096
@@ -196,6 +202,31 @@ class LocalSource:
         self.files()
         return [*self._states[name], self._entry_times[name]]
 
+    def only(self, names: Iterable[str]) -> LocalSource:
+        """The same directory with no more than these files, as they are now known."""
+        part = copy(self)
+        part._files = {name: self.files()[name] for name in names}
+        part._states = {name: self._states[name] for name in part._files}
+        part._entry_times = {name: self._entry_times[name] for name in part._files}
+        return part
+
+    def check(self) -> None:
+        """Look at every file again.
+
+        Raises:
+            SourceError: one is not there, or is another one.
+        """
+        for name in self.files():
+            path = self.root / name
+            try:
+                info = path.stat()
+            except OSError as error:
+                raise SourceError(
+                    f"{path}: cannot be seen: {error.strerror}", hint=_SHARE
+                ) from None
+            if [info.st_size, info.st_mtime_ns] != self._states[name]:
+                raise SourceError(f"{path}: is another file here", hint=_SHARE)
+
 
 class LocalReader:
     """Random access to one open file."""
@@ -239,13 +270,11 @@ else:  # Windows, and macOS before 11; each reader is used by one thread only
 class LocalWriter:
     """A file under a temporary name."""
 
-    def __init__(
-        self, sink: LocalSink, name: str, temporary: Path, size: int, digest: bool
-    ) -> None:
-        self._sink = sink
+    def __init__(self, name: str, temporary: Path, size: int, digest: bool) -> None:
         self._size = size
         self._name = name
         self._temporary = temporary
+        self.finished = False
         self._position = 0
         self._on_its_way = 0  # bytes that the system was asked to write to the disk
         self._digest = hashlib.sha256() if digest else None
@@ -303,8 +332,8 @@ class LocalWriter:
             start_writeback(self.fd, self._on_its_way, self._position - self._on_its_way)
             self._on_its_way = self._position
 
-    def finish(self) -> Written:
-        """Sync, rename to the file's own name, sync the directory, note it in the journal."""
+    def finish(self) -> Made:
+        """Sync; the sink renames."""
         if self._position != self._size:
             raise RewriteError(
                 f"{self._name}: {self._position} bytes were written instead of {self._size}"
@@ -312,7 +341,8 @@ class LocalWriter:
         os.fsync(self.fd)
         self.close()
         sha256 = None if self._digest is None else self._digest.hexdigest()
-        return self._sink.commit_file(self._temporary, self._name, sha256)
+        self.finished = True
+        return Made(Written(self._size, sha256), self._temporary.name)
 
     def close(self) -> None:
         """Close the file; nothing is promised about it."""
@@ -321,10 +351,51 @@ class LocalWriter:
             os.close(fd)
 
 
-class LocalSink:
-    """An output directory."""
+class LocalBench:
+    """Where the files of an output directory are made: its state folder, on any machine.
+
+    Each attempt at a file has a name of its own, so that one which is believed dead and still
+    writes can do no harm.
+    """
 
     steps = 1
+
+    def __init__(self, state: Path, marker: str | None = None) -> None:
+        """`marker` names the file that shows that this is the folder which is meant."""
+        self._state = state
+        self._marker = marker
+
+    def check(self) -> None:
+        """Look for the marker.
+
+        Raises:
+            DestinationError: it is not there, so this is another folder, or none.
+        """
+        if self._marker is not None and not (self._state / self._marker).is_file():
+            raise DestinationError(f"{self._state.parent}: cannot be seen", hint=_SHARE)
+
+    @contextmanager
+    def shard(
+        self, name: str, size: int, digest: bool = False, arrived: Arrived = nobody
+    ) -> Iterator[LocalWriter]:
+        """A writer for a file of `size` bytes; leaving without `finish` discards it."""
+        self.check()
+        temporary = self._state / f"{_stem(name)}.{secrets.token_hex(8)}.tmp"
+        writer = LocalWriter(name, temporary, size, digest)
+        try:
+            yield writer
+        finally:
+            writer.close()
+            if not writer.finished:
+                temporary.unlink(missing_ok=True)
+
+
+def _stem(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:32]
+
+
+class LocalSink:
+    """An output directory."""
 
     def __init__(self, root: Path) -> None:
         """Nothing is created before `begin`."""
@@ -333,6 +404,8 @@ class LocalSink:
         self.remarks: list[str] = []
         self.url: str | None = None
         self._state = self.root / STATE
+        self._marker: Path | None = None
+        self.bench = LocalBench(self._state)
         self._journal: Journal | None = None
         self._begun = False
         self._lock = Lock(self._state / "lock")
@@ -444,6 +517,20 @@ class LocalSink:
                 hint="Remove it yourself, or give another destination.",
             )
 
+    def share(self) -> None:
+        """Leave a marker that other machines have to find, as long as the run lasts.
+
+        Raises:
+            DestinationError: the place cannot be written to.
+        """
+        self._marker = self._state / f"{secrets.token_hex(16)}{_MARKER}"
+        with self._accessible("written to"):
+            self._check_state()
+            make_directory(self._state)
+            self._marker.touch()
+            sync_directory(self._state)
+        self.bench = LocalBench(self._state, self._marker.name)
+
     def begin(self, job: Any, replace: bool) -> None:
         """Take the lock; start a journal for `job`, or go on with the one that is there.
 
@@ -475,8 +562,10 @@ class LocalSink:
             raise
 
     def _remove_leftovers(self) -> None:
-        for leftover in self._state.glob("*.tmp"):
-            leftover.unlink()
+        """Remove what earlier runs were writing; what still writes there is not listened to."""
+        for leftover in (*self._state.glob("*.tmp"), *self._state.glob(f"*{_MARKER}")):
+            if leftover != self._marker:
+                leftover.unlink()
 
     def _remove_content(self) -> None:
         """Remove all files, first those without which nothing loads."""
@@ -506,24 +595,12 @@ class LocalSink:
                 if _stamp(self.root / name) == entry["stamp"] and not behind_link(self.root, name)
             }
 
-    @contextmanager
-    def shard(
-        self, name: str, size: int, digest: bool = False, arrived: Arrived = nobody
-    ) -> Iterator[LocalWriter]:
-        """A writer for a file of `size` bytes; leaving without `finish` discards it."""
-        temporary = self._temporary(name)
-        writer = LocalWriter(self, name, temporary, size, digest)
-        try:
-            yield writer
-        finally:
-            writer.close()
-            temporary.unlink(missing_ok=True)
-
     def put(self, name: str, data: bytes) -> Written:
         """Write a small file whole, as durable as a large one."""
-        with self.shard(name, len(data), digest=True) as writer:
+        with LocalBench(self._state).shard(name, len(data), digest=True) as writer:
             writer.write(memoryview(data))
-            return writer.finish()
+            made = writer.finish()
+        return self.commit_file(name, made)
 
     def publish(self, last: Mapping[str, bytes], keep: frozenset[str]) -> None:
         """Write the last files in order, drop the state; old content is gone since `begin`."""
@@ -539,6 +616,7 @@ class LocalSink:
         """Remove the state, the journal last: while it is there, a rerun comes here again."""
         assert self._journal is not None
         self._journal.close()
+        self._remove_marker()
         self._remove_leftovers()
         (self._state / JOURNAL).unlink()
         self._leave_state()
@@ -571,24 +649,34 @@ class LocalSink:
             os.replace(new, self.root / name)
             sync_directory(self.root)
 
-    def commit_file(self, temporary: Path, name: str, sha256: str | None) -> Written:
-        """Give a synced temporary file its own name, and note it."""
+    def commit_file(self, name: str, made: Made) -> Written:
+        """Rename a synced temporary file to its own name, sync the directory, note it.
+
+        Raises:
+            RewriteError: it has not the size that it was made with.
+        """
         assert self._journal is not None
-        target = self.root / name
-        if behind_link(self.root, name):
-            raise DestinationError(
-                f"{target.parent}: is behind a link, and nothing is written through it",
-                hint="Remove the link and run the same command again; it resumes.",
-            )
-        make_directory(target.parent)
-        os.replace(temporary, target)
+        target, temporary = self.root / name, self._state / made.at
+        try:
+            if behind_link(self.root, name):
+                raise DestinationError(
+                    f"{target.parent}: is behind a link, and nothing is written through it",
+                    hint="Remove the link and run the same command again; it resumes.",
+                )
+            if temporary.stat().st_size != made.written.size:
+                raise RewriteError(f"{name}: has another size here than where it was written")
+            make_directory(target.parent)
+            os.replace(temporary, target)
+        finally:  # other attempts too: a worker may have died, or only have been believed dead
+            for attempt in self._state.glob(f"{_stem(name)}.*.tmp"):
+                with contextlib.suppress(OSError):
+                    attempt.unlink()
         sync_directory(target.parent)
-        written = Written(target.stat().st_size, sha256)
-        self._journal.add(name, written, _stamp(target))
-        return written
+        self._journal.add(name, made.written, _stamp(target))
+        return made.written
 
     def _temporary(self, name: str) -> Path:
-        return self._state / (hashlib.sha256(name.encode()).hexdigest()[:32] + ".tmp")
+        return self._state / f"{_stem(name)}.tmp"
 
     def close(self) -> None:
         """Let go of journal and lock; the state stays for a rerun.
@@ -596,12 +684,19 @@ class LocalSink:
         Where nothing was begun, the output is finished; what a run left that was killed after its
         last file goes too.
         """
+        self._remove_marker()
         if self._journal is not None:
             self._journal.close()
         self._lock.release()
         if not self._begun:
             with contextlib.suppress(OSError, DestinationError):
                 self._tidy()
+
+    def _remove_marker(self) -> None:
+        marker, self._marker = self._marker, None
+        if marker is not None:
+            with contextlib.suppress(OSError):
+                marker.unlink()
 
     def _tidy(self) -> None:
         if self._state.is_symlink() or not self._state.is_dir():
