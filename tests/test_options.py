@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from moescale.errors import UsageError
 from moescale.options import RULES, Options, check_factor, parse_factors
 
+MEASURED = {"rule": "measured", "calibrate": "0" * 64}
+
 
 @pytest.mark.parametrize(
     "given_",
@@ -31,6 +33,7 @@ from moescale.options import RULES, Options, check_factor, parse_factors
         {"gate_scale": 1.5},
         {"experts": 4, "gate_scale": 0.5, "fold": "residual"},
         {"experts": 3, "pattern": ".*", "experts_key": "k"},
+        {"experts": 3, **MEASURED},
     ],
 )
 def test_what_is_right_by_itself_is_taken(given_: dict[str, Any]) -> None:
@@ -59,7 +62,9 @@ def test_what_is_right_by_itself_is_taken(given_: dict[str, Any]) -> None:
         ({"experts": 2, "rho": 0.5, "rule": "published"}, "no meaning"),
         ({"factor": 2.0, "rho": 0.5}, "no meaning"),
         ({"gate_scale": math.nan}, "--gate-scale is nan"),
-        ({"experts": 2, "gate_scale": 2.0, "rule": "measured"}, "measured"),
+        ({"experts": 2, "gate_scale": 2.0, **MEASURED}, "--gate-scale does not go with"),
+        ({"experts": 2, "fold": "residual", **MEASURED}, "--fold residual takes one factor"),
+        ({"experts": 2, "calibrate": "0" * 64}, "--rule measured and --calibrate go together"),
         ({"experts": 2, "pattern": ".*"}, "--experts-key"),
         ({"experts": 2, "experts_key": "k"}, "--pattern"),
         ({"factors": {"0": 1.0, "1": 0.0}}, "0.0"),
