@@ -14,6 +14,7 @@ from pathlib import Path
 
 import checkpoints
 import pytest
+from gated_checkpoints import gated_mixtral
 from sampled_plans import sampled
 
 from moescale.chart import LOOKS
@@ -202,6 +203,17 @@ def test_the_page_is_not_written_into_a_checkpoint(plan: Plan, tmp_path: Path) -
         write(plan, tmp_path / "missing" / "r.html")
     write(inside, tmp_path / "r.html")
     parsed((tmp_path / "r.html").read_text(encoding="utf-8"))
+
+
+def test_a_plan_by_the_routers_shows_what_was_sampled(tmp_path: Path) -> None:
+    """The rule gates fills the charts: its line keeps the norm, and every layer has its weights."""
+    gated_mixtral(tmp_path / "source")
+    one = make_plan(LocalSource(tmp_path / "source"), Options(experts=3, rule="gates"))
+    compared, found = compare(one), charts(parsed(page(one)))
+    assert compared.norms["gates"] == pytest.approx((1, 1))
+    assert compared.factors["gates"] == tuple(one.factors.values())
+    assert {"Gate weights of layer 0", "Gate weights of layer 1"} < set(found)
+    assert "2 experts, as trained: medians" in found["Gate weights of layer 0"]
 
 
 # In a browser -------------------------------------------------------------------------------------

@@ -184,7 +184,7 @@ def _factor_chart(factors: Mapping[str, float], blocks: str) -> str:
         f"{label:>8} |" + "".join(_cell(level - floor * len(blocks), blocks) for level in levels)
         for label, floor in zip(labels, reversed(range(_CHART_ROWS)), strict=True)
     ]
-    names = list(factors)
+    names = [printable(name) for name in factors]
     note = f", a column for each {each} layers" if each > 1 else ""
     title = f"factor by layer, {names[0]} to {names[-1]}{note}"
     return "\n".join([title, *(line.rstrip() for line in lines)])
