@@ -375,7 +375,7 @@ def _facts(rows: Iterable[tuple[str, str]]) -> str:
 
 def _scrolled(table: str) -> str:
     """On a narrow screen the table moves, not the page; the keyboard reaches it too."""
-    return f'<div class="scroll" tabindex="0">{table}</div>'
+    return f'<div class="scroll" role="region" aria-label="Table" tabindex="0">{table}</div>'
 
 
 def _cell(text: str) -> str:
