@@ -866,3 +866,27 @@ def test_nonsense_in_the_config_is_one_line(
     done = moescale(source, "-k", 2, "--dry-run")
     assert done.code == 3
     assert "Traceback" not in done.err
+
+
+def test_report_draws_the_plan_of_a_dry_run_and_of_a_run(
+    moescale: Command, source: Path, out: Path, tmp_path: Path
+) -> None:
+    """The page is the same with and without --dry-run, and stdout stays as it is."""
+    pages = [tmp_path / "dry.html", tmp_path / "run.html"]
+    plain = moescale(source, out, "-k", 3, "--dry-run")
+    assert moescale(source, out, "-k", 3, "--dry-run", "--report", pages[0]).out == plain.out
+    assert not out.exists()
+    assert moescale(source, out, "-k", 3, "-q", "--report", pages[1]).out == f"{out}\n"
+    assert pages[0].read_bytes() == pages[1].read_bytes()
+    assert b"Norm of the routed output" in pages[0].read_bytes()
+
+
+def test_a_report_that_cannot_be_written_stops_the_run_before_it_starts(
+    moescale: Command, source: Path, out: Path, tmp_path: Path
+) -> None:
+    """A place without a folder, or inside a checkpoint, is one line, and nothing is written."""
+    missing = moescale(source, out, "-k", 3, "--report", tmp_path / "no" / "r.html")
+    fails(missing, 1, "r.html: No such file or directory")
+    fails(moescale(source, out, "-k", 3, "--report", source / "r.html"), 2, "lies in")
+    assert not out.exists()
+    assert not (source / "r.html").exists()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -33,3 +35,15 @@ def test_the_file_map_is_true() -> None:
         if not path.name.startswith(("_", "version")) and path.suffix in ("", ".py")
     }
     assert named == found
+
+
+def test_the_figure_of_the_study_is_whole_in_itself() -> None:
+    """It is an SVG with a background and a title, and fetches nothing."""
+    text = (ROOT / "docs" / "study.svg").read_text(encoding="utf-8")
+    root = ET.fromstring(text)
+    svg = "{http://www.w3.org/2000/svg}"
+    assert root.find(f"{svg}title") is not None
+    background = root.find(f"{svg}rect")
+    assert background is not None and background.get("width") == root.get("width")
+    assert not re.search(r"href|<script|@import|url\((?!#)", text)
+    assert "docs/study.svg" in (ROOT / "README.md").read_text(encoding="utf-8")

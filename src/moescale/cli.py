@@ -190,6 +190,10 @@ def _command(
             " scheduler file.",
         ),
     ] = None,
+    report_file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--report", metavar="FILE", help="Draw the plan into this HTML page too."),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -246,12 +250,14 @@ def _command(
             "commit_message": commit_message,
         }
         if dry_run:
-            _show_plan(source, destination, {**options, **places}, as_json, quiet, verbose)
+            _show_plan(
+                source, destination, {**options, **places}, report_file, as_json, quiet, verbose
+            )
         elif destination is None:
             raise errors.UsageError("DST is missing", hint="Only --dry-run does without it.")
         else:
             run = {**places, "jobs": jobs, "check": verify, "dask": dask}
-            _convert(source, destination, options, run, as_json, quiet, verbose)
+            _convert(source, destination, options, run, report_file, as_json, quiet, verbose)
     except KeyboardInterrupt:
         raise errors.InterruptedRun(interrupts.MESSAGE) from None
 
@@ -274,6 +280,7 @@ def _show_plan(
     source: str,
     destination: str | None,
     options: dict[str, Any],
+    report_file: Path | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -283,10 +290,11 @@ def _show_plan(
     measuring = report.measuring(None if quiet or as_json else sys.stderr)
     plan = api.plan(source, destination, measuring=measuring, **options)
     _warn(plan)
+    _draw(plan, report_file)
     if as_json:
         _print_json(plan.as_json())
     elif not quiet:
-        print(report.plan_text(plan, verbose))
+        print(report.plan_text(plan, verbose, report.blocks_for(sys.stdout)))
     elif destination is not None:
         print(destination)
 
@@ -302,6 +310,7 @@ def _convert(
     destination: str,
     options: dict[str, Any],
     run: dict[str, Any],
+    report_file: Path | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -316,8 +325,10 @@ def _convert(
             nonlocal start
             start = time.monotonic()  # measuring a model may have taken hours
             _warn(plan)
+            _draw(plan, report_file)
             if talk:
-                print(report.plan_text(plan, verbose), end="\n\n", file=sys.stderr)
+                text = report.plan_text(plan, verbose, report.blocks_for(sys.stderr))
+                print(text, end="\n\n", file=sys.stderr)
             sizes = {file.name: plan.output_size(file) for file in plan.large_files}
             progress.expect(sizes, passes=2 if run["check"] else 1)
 
@@ -342,6 +353,13 @@ def _convert(
 def _warn(plan: Plan) -> None:
     for warning in plan.warnings:
         print(f"warning: {errors.printable(warning)}", file=sys.stderr)
+
+
+def _draw(plan: Plan, file: Path | None) -> None:
+    if file is not None:
+        from moescale import report_html
+
+        report_html.write(plan, file)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from moescale.card import measured_on
@@ -33,6 +33,13 @@ _FIGURES = 50
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
+LAYER_HEADER = ("layers", "tensors", "of", "dtype", "factor")
+
+BLOCKS, ASCII = "▁▂▃▄▅▆▇█", "#"
+"""What the columns of a chart end in: eighths of a line, or whole lines."""
+
+_CHART_ROWS, _CHART_WIDTH = 4, 64
+
 
 def size(count: float) -> str:
     """A number of bytes for people, in powers of 1,000 as the Hub shows them."""
@@ -43,17 +50,28 @@ def size(count: float) -> str:
     return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.1f} {unit}"
 
 
-def plan_text(plan: Plan, verbose: bool = False) -> str:
-    """The plan as a page of text."""
-    blocks = [
-        _table(_facts(plan)),
+def blocks_for(stream: TextIO) -> str:
+    """What charts are drawn with on this stream: block characters where it can show them."""
+    plain = "NO_COLOR" in os.environ or os.environ.get("TERM", "") == "dumb"
+    try:
+        BLOCKS.encode(stream.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        plain = True
+    return ASCII if plain else BLOCKS
+
+
+def plan_text(plan: Plan, verbose: bool = False, blocks: str = ASCII) -> str:
+    """The plan as a page of text; its chart is drawn with `blocks`, `BLOCKS` or `ASCII`."""
+    parts = [
+        _table(facts(plan)),
         _rules(plan),
-        _table(_layer_rows(plan.tensors), header=("layers", "tensors", "of", "dtype", "factor")),
-        _table(_byte_rows(plan)),
+        _table(layer_rows(plan.tensors), header=LAYER_HEADER),
+        _factor_chart(plan.factors, blocks),
+        _table(byte_rows(plan)),
         _left_out(plan.files),
     ]
     if verbose:
-        blocks.append(
+        parts.append(
             _table(
                 (
                     (
@@ -68,11 +86,12 @@ def plan_text(plan: Plan, verbose: bool = False) -> str:
                 header=("shard", "tensor", "dtype", "shape", "factor"),
             )
         )
-        blocks.append(_table((f.action, f.name, f.why or "") for f in plan.files))
-    return "\n\n".join(block for block in blocks if block)
+        parts.append(_table((f.action, f.name, f.why or "") for f in plan.files))
+    return "\n\n".join(part for part in parts if part)
 
 
-def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
+def facts(plan: Plan) -> Iterator[tuple[str, str]]:
+    """What goes where, and which model it is."""
     where = (
         "local directory" if plan.source.kind == "local" else f"Hub, commit {plan.source.revision}"
     )
@@ -132,7 +151,7 @@ def _span(value: float | Mapping[str, float], form: str) -> str:
     return format(low, form) if low == high else f"{low:{form}} to {high:{form}}"
 
 
-def _layer_rows(tensors: Iterable[PlannedTensor]) -> Iterator[tuple[str, ...]]:
+def layer_rows(tensors: Iterable[PlannedTensor]) -> Iterator[tuple[str, ...]]:
     """One row for each run of layers that look alike."""
     layers: dict[tuple[str, int], Counter[tuple[str, str, float]]] = {}
     for t in tensors:
@@ -152,7 +171,39 @@ def _layer_rows(tensors: Iterable[PlannedTensor]) -> Iterator[tuple[str, ...]]:
             yield name, str(count * (last - first + 1)), role, dtype, f"{scaled_by:.6g}"
 
 
-def _byte_rows(plan: Plan) -> Iterator[tuple[str, str]]:
+def _factor_chart(factors: Mapping[str, float], blocks: str) -> str:
+    """A column a layer, from the smallest factor to the largest; nothing where all are alike."""
+    columns, each = _columns(list(factors.values()))
+    low, high = min(columns), max(columns)
+    if f"{low:.4g}" == f"{high:.4g}":
+        return ""
+    most = _CHART_ROWS * len(blocks)
+    levels = [1 + round((column - low) / (high - low) * (most - 1)) for column in columns]
+    labels = [f"{high:.4g}", *[""] * (_CHART_ROWS - 2), f"{low:.4g}"]
+    lines = [
+        f"{label:>8} |" + "".join(_cell(level - floor * len(blocks), blocks) for level in levels)
+        for label, floor in zip(labels, reversed(range(_CHART_ROWS)), strict=True)
+    ]
+    names = [printable(name) for name in factors]
+    note = f", a column for each {each} layers" if each > 1 else ""
+    title = f"factor by layer, {names[0]} to {names[-1]}{note}"
+    return "\n".join([title, *(line.rstrip() for line in lines)])
+
+
+def _columns(values: Sequence[float]) -> tuple[list[float], int]:
+    """At most `_CHART_WIDTH` means of neighbours, and of how many each."""
+    each = -(-len(values) // _CHART_WIDTH)
+    parts = [values[i : i + each] for i in range(0, len(values), each)]
+    return [sum(part) / len(part) for part in parts], each
+
+
+def _cell(level: int, blocks: str) -> str:
+    """One line of a column that reaches `level` steps into it."""
+    return blocks[min(level, len(blocks)) - 1] if level > 0 else " "
+
+
+def byte_rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    """How many files and bytes are read and written."""
     actions = Counter(f.action for f in plan.files)
     words: dict[Action, str] = {
         "rewrite": "rewritten",

@@ -1,0 +1,489 @@
+#!/usr/bin/env python3
+"""Trains four small MoE language models, one for each kind of router, and tries every rule on them.
+
+The text is Python's own standard library, byte by byte; nothing is downloaded. Needs torch and
+transformers (the `oracle` dependency group), which `scripts/test.sh` installs:
+
+    .venv-test/bin/python scripts/study.py study-output           # some 25 minutes on 2 cores
+    .venv-test/bin/python scripts/study.py quick-output --quick   # does it run; shows nothing
+
+What is in the folder already, models and results, is not done again. The tables go to stdout and,
+with the figure, to `study.md` and `study.svg` in the folder; `--docs docs` renews those of the
+repo. Another version of Python has other sources, and gives other numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import shutil
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import moescale
+from moescale import chart
+
+transformers.utils.logging.disable_progress_bar()
+
+LAYERS, HIDDEN, CONTEXT, BATCH = 4, 96, 128, 16
+STEPS, WARM_UP, RATE = 500, 50, 3e-3
+BALANCE = 2e-3
+"""Step of DeepSeek-V3's selection bias towards experts that got less than their share."""
+
+CALIBRATED, EVALUATED = 128, 512
+"""Pieces of CONTEXT bytes to calibrate with and to evaluate on."""
+
+EQUAL = 0.0005
+"""Losses that differ by less are called equal."""
+
+GAP = 24
+RULES = {
+    "none": "config edit alone",
+    "published": "published",
+    "preserve": "preserve",
+    "gates": "gates",
+    "measured": "measured",
+}
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": HIDDEN,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+BALANCED = {"output_router_logits": True, "router_aux_loss_coef": 0.01}
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """One kind of router.
+
+    Attributes:
+        title: what is special about it.
+        config: of the model, beyond what all have in common.
+        trained: experts per token in training.
+        tried: experts per token to run it with.
+    """
+
+    title: str
+    config: dict[str, Any]
+    trained: int
+    tried: tuple[int, ...]
+
+
+STUDIES = {
+    "mixtral": Study(
+        "8 experts, trained with 2; softmax over the chosen, so weights sum to 1",
+        {"num_local_experts": 8, "intermediate_size": 192, **BALANCED},
+        2,
+        (1, 3, 4, 6, 8),
+    ),
+    "olmoe": Study(
+        "16 experts, trained with 4; softmax over all, not renormalised",
+        {"num_experts": 16, "intermediate_size": 96, "norm_topk_prob": False, **BALANCED},
+        4,
+        (1, 2, 3, 6, 8, 16),
+    ),
+    "deepseek_v3": Study(
+        "16 experts in 4 groups of which 2 are used, trained with 4; sigmoid scores with a"
+        " selection bias, renormalised; one shared expert",
+        {
+            "n_routed_experts": 16,
+            "n_group": 4,
+            "topk_group": 2,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 96,
+            "intermediate_size": 192,
+            "first_k_dense_replace": 0,
+            "num_nextn_predict_layers": 0,
+            "routed_scaling_factor": 1.0,
+            "q_lora_rank": None,
+            "kv_lora_rank": 48,
+            "qk_rope_head_dim": 16,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 24,
+        },
+        4,
+        (1, 2, 3, 6, 8),
+    ),
+    "qwen2_moe": Study(
+        "16 experts, trained with 4; softmax over all, not renormalised; one gated shared expert",
+        {
+            "num_experts": 16,
+            "moe_intermediate_size": 96,
+            "shared_expert_intermediate_size": 96,
+            "intermediate_size": 192,
+            "norm_topk_prob": False,
+            **BALANCED,
+        },
+        4,
+        (1, 2, 3, 6, 8, 16),
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Bytes to train on, to calibrate with and to evaluate on, from different files."""
+
+    train: bytes
+    calibrate: bytes
+    evaluate: bytes
+
+
+def standard_library() -> Text:
+    """The sources of Python's standard library; every eighth file is held back."""
+    root = Path(sysconfig.get_path("stdlib"))
+    packages = ("site-packages", "dist-packages", "test", "idlelib", "lib2to3")
+    files = [p for p in sorted(root.rglob("*.py")) if not set(p.parts) & set(packages)]
+    if len(files) < 100:
+        sys.exit(f"{root} has no sources of the standard library; use a Python that has them")
+    parts = [b"".join(p.read_bytes() for p in files[i::8]) for i in range(8)]
+    return Text(b"".join(parts[:6]), parts[6], parts[7])
+
+
+def contexts(text: bytes, count: int) -> Tensor:
+    """`count` pieces of a text, evenly spread: int64, (count, CONTEXT)."""
+    step = (len(text) - CONTEXT) // count
+    pieces = [list(text[i * step : i * step + CONTEXT]) for i in range(count)]
+    return torch.tensor(pieces)
+
+
+# --- Training --------------------------------------------------------------------------------
+
+
+def train(name: str, study: Study, text: bytes, steps: int, folder: Path) -> None:
+    """Train a model and save it in bf16."""
+    torch.manual_seed(0)
+    layers = {"num_hidden_layers": LAYERS, "num_experts_per_tok": study.trained}
+    config = transformers.CONFIG_MAPPING[name](**COMMON, **layers, **study.config)
+    model = AutoModelForCausalLM.from_config(config)
+    optimiser = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.95), weight_decay=0.1)
+    plan = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, steps))
+    data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    balance = balancer(model)
+    for step in range(steps):
+        starts = torch.randint(len(data) - CONTEXT, (BATCH,))
+        tokens = torch.stack([data[s : s + CONTEXT] for s in starts]).long()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        plan.step()
+        balance()
+        if step % 100 == 0 or step == steps - 1:
+            say(f"{name}: step {step}, training loss {loss.item():.3f}")
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
+def rate(step: int, steps: int) -> float:
+    """Of learning: up in a straight line, down to a tenth in half a cosine."""
+    progress = max(0.0, (step - WARM_UP) / max(1, steps - WARM_UP))
+    return min(1.0, (step + 1) / WARM_UP) * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def balancer(model: PreTrainedModel) -> Callable[[], None]:
+    """Moves the selection biases of DeepSeek-V3 as its authors do; other routers have a loss."""
+    gates = [m for m in model.modules() if hasattr(m, "e_score_correction_bias")]
+    chosen: dict[nn.Module, Tensor] = {}
+    for gate in gates:
+        gate.register_forward_hook(lambda gate, _, output: chosen.update({gate: output[2]}))
+
+    def balance() -> None:
+        for gate in gates:
+            bias = gate.e_score_correction_bias
+            load = torch.bincount(chosen[gate].flatten(), minlength=len(bias)).float()
+            bias += BALANCE * torch.sign(load.mean() - load)
+
+    return balance
+
+
+# --- Trying ----------------------------------------------------------------------------------
+
+
+class Trial(NamedTuple):
+    """A model in use.
+
+    Attributes:
+        loss: mean, in nats a byte.
+        norms: mean norm of the routed experts' output, by layer, on the inputs that the original
+            model has there.
+    """
+
+    loss: float
+    norms: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What came of one router: the model as trained, and a trial for every count and rule."""
+
+    name: str
+    trained: Trial
+    trials: dict[int, dict[str, Trial]]
+
+    def rise(self, rule: str, m: int) -> float:
+        """Of the loss, over that as trained."""
+        return self.trials[m][rule].loss - self.trained.loss
+
+    def norm(self, rule: str, m: int) -> float:
+        """Relative to that as trained, mean over layers."""
+        pairs = zip(self.trials[m][rule].norms, self.trained.norms, strict=True)
+        return sum(new / old for new, old in pairs) / len(self.trained.norms)
+
+
+def try_rules(name: str, counts: Sequence[int], text: Text, pieces: int, folder: Path) -> Results:
+    """Rewrite a model by every rule for every count, through moescale, and use what comes out."""
+    calibrate = folder / "calibrate.txt"
+    calibrate.write_bytes(bytes(contexts(text.calibrate, CALIBRATED).flatten().tolist()))
+    evaluate = contexts(text.evaluate, pieces)
+    model = load(folder / name)
+    inputs = block_inputs(model, evaluate[: pieces // 4])
+    results = Results(name, trial(model, evaluate, inputs), {})
+    for m in counts:
+        notes = folder / f"{name}-{m}.json"
+        if not notes.exists():
+            rewritten = rewrite(folder / name, m, calibrate)
+            notes.write_text(json.dumps(try_them(rewritten, evaluate, inputs)))
+            say(f"{name}: {m} experts tried")
+        results.trials[m] = {r: Trial(*t) for r, t in json.loads(notes.read_text()).items()}
+    return results
+
+
+def rewrite(source: Path, m: int, calibrate: Path) -> Iterator[tuple[str, moescale.Plan, Path]]:
+    """A model with `m` experts per token, by each rule; each is gone when the next one comes."""
+    for rule in RULES:
+        output = source.with_name(f"{source.name}-{m}-{rule}")
+        shutil.rmtree(output, ignore_errors=True)
+        given = {"calibrate": calibrate} if rule == "measured" else {}
+        yield rule, moescale.convert(source, output, experts=m, rule=rule, **given).plan, output
+        shutil.rmtree(output)
+
+
+def try_them(
+    rewritten: Iterable[tuple[str, moescale.Plan, Path]], text: Tensor, inputs: Sequence[Tensor]
+) -> dict[str, Trial]:
+    """A trial for each rule; rules with the same factors (preserve and published) share one."""
+    trials: dict[str, Trial] = {}
+    known: dict[tuple[float, ...], Trial] = {}
+    for rule, plan, output in rewritten:
+        factors = tuple(plan.factors.values())
+        if factors not in known:
+            known[factors] = trial(load(output), text, inputs)
+        trials[rule] = known[factors]
+    return trials
+
+
+def load(folder: Path) -> PreTrainedModel:
+    """A model in float32, for use."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def block_inputs(model: PreTrainedModel, text: Tensor) -> list[Tensor]:
+    """What each MoE block gets to see: float32, (tokens, hidden)."""
+    seen: list[Tensor] = []
+    layers = model.model.layers
+    hooks = [
+        layer.mlp.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+        for layer in layers
+    ]
+    model(input_ids=text)
+    for hook in hooks:
+        hook.remove()
+    return [hidden.flatten(0, 1) for hidden in seen]
+
+
+@torch.no_grad()
+def trial(model: PreTrainedModel, text: Tensor, inputs: Sequence[Tensor]) -> Trial:
+    """Loss on the text, and norms on the inputs of the blocks."""
+    losses = []
+    for part in text.split(64):
+        logits = model(input_ids=part).logits[:, :-1]
+        losses.append(nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten()))
+    norms: list[float] = []
+    for layer, hidden in zip(model.model.layers, inputs, strict=True):
+        hook = layer.mlp.experts.register_forward_hook(
+            lambda _, __, output: norms.append(float(output.norm(dim=-1).mean()))
+        )
+        layer.mlp(hidden[None])
+        hook.remove()
+    return Trial(float(torch.stack(losses).mean()), norms)
+
+
+def say(text: str) -> None:
+    """Progress, for people."""
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
+
+
+# --- Showing ---------------------------------------------------------------------------------
+
+
+def page(everything: Sequence[Results], steps: int, pieces: int) -> str:
+    """All tables, as a page of Markdown."""
+    version = ".".join(map(str, sys.version_info[:2]))
+    intro = f"""# What each rule does to a trained model
+
+Made by `scripts/study.py`.
+Four language models of {LAYERS} MoE layers, one for each kind of router, are trained for {steps}
+steps of {BATCH * CONTEXT:,} bytes on the sources of Python {version}'s standard library.
+Then moescale gives each another number of experts per token, by every rule.
+
+The tables show how much the loss rises over that as trained, in nats a byte, on
+{pieces * CONTEXT:,} bytes of files that were held back.
+Lower is better; what is at most {EQUAL} above the best is bold.
+In brackets is the norm of the routed experts' output relative to that as trained, on the same
+inputs, mean over layers.
+`measured` was calibrated on {CALIBRATED * CONTEXT:,} bytes of other files.
+
+Four small models are no proof for a large one: evaluate yours on your own task.
+
+![The same as a figure](study.svg)
+"""
+    return "\n".join(
+        [intro, *map(table, everything), "All of them together:\n", verdict(everything)]
+    )
+
+
+def table(results: Results) -> str:
+    """Rise of the loss and, in brackets, the norm, for every rule and count."""
+    title = STUDIES[results.name].title
+    lines = [
+        f"**`{results.name}`**: {title}. Loss as trained: {results.trained.loss:.4f}.",
+        "",
+        "| k | " + " | ".join(RULES.values()) + " |",
+        "|---" * (len(RULES) + 1) + "|",
+    ]
+    for m in results.trials:
+        best = min(results.rise(rule, m) for rule in RULES)
+        cells = [str(m)]
+        for rule in RULES:
+            rise, norm = results.rise(rule, m), results.norm(rule, m)
+            mark = "**" if rise <= best + EQUAL else ""
+            cells.append(f"{mark}{rise:.4f}{mark} ({norm:.2f})")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def verdict(everything: Sequence[Results]) -> str:
+    """How often each rule beats the config edit alone, and where it loses most against it."""
+    cases = [(results, m) for results in everything for m in results.trials]
+    lines = [
+        "| rule | better than the config edit | worse | mean rise | most lost against it |",
+        "|---|---|---|---|---|",
+    ]
+    for rule, heading in RULES.items():
+        gains = {f"{r.name}, k={m}": r.rise("none", m) - r.rise(rule, m) for r, m in cases}
+        where = min(gains, key=gains.__getitem__)
+        lost = f"{-gains[where]:.4f} ({where})" if gains[where] < -EQUAL else "nothing"
+        better = sum(gain > EQUAL for gain in gains.values())
+        worse = sum(gain < -EQUAL for gain in gains.values())
+        mean = sum(r.rise(rule, m) for r, m in cases) / len(cases)
+        lines.append(f"| {heading} | {better} of {len(cases)} | {worse} | {mean:.4f} | {lost} |")
+    return "\n".join(lines) + "\n"
+
+
+def figure(everything: Sequence[Results]) -> str:
+    """A panel a router, on one sheet with a light background of its own."""
+    panels = [panel(results) for results in everything]
+    sizes = [re.findall(r'viewBox="0 0 (\d+) (\d+)"', svg)[0] for svg in panels]
+    width, height = chart.WIDTH + GAP, max(int(high) for _, high in sizes) + GAP
+    placed = [
+        svg.replace(
+            "<svg ",
+            f'<svg x="{GAP + i % 2 * width}" y="{GAP + i // 2 * height}" width="{chart.WIDTH}"'
+            f' height="{high}" ',
+            1,
+        )
+        for i, (svg, (_, high)) in enumerate(zip(panels, sizes, strict=True))
+    ]
+    across, down = 2 * width + GAP, -(-len(panels) // 2) * height + GAP
+    whole = f'width="{across}" height="{down}"'
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {across} {down}" {whole}>',
+            "<title>What the factor does to four small trained models</title>",
+            f"<style>svg {{ {chart.variables(chart.LIGHT)} }}{chart.STYLE}</style>",
+            f'<rect {whole} rx="8" fill="var(--paper)"/>',
+            *placed,
+            "</svg>\n",
+        ]
+    )
+
+
+def panel(results: Results) -> str:
+    """The rise of the loss over experts per token; what is far above the others is cut off."""
+    counts = sorted({*results.trials, STUDIES[results.name].trained})
+    lines = {
+        rule: [results.rise(rule, k) if k in results.trials else 0.0 for k in counts]
+        for rule in RULES
+    }
+    shown = [rise for rule, line in lines.items() if rule != "published" for rise in line]
+    names: dict[tuple[float, ...], list[str]] = {}
+    for rule in ("preserve", *RULES):  # what coincides with it is drawn as it
+        names.setdefault(tuple(lines[rule]), []).append(rule)
+    series = [
+        chart.Series(
+            ", ".join(dict.fromkeys(RULES[rule] for rule in rules)),
+            chart.LOOKS[rules[0]],
+            list(enumerate(line)),
+        )
+        for line, rules in names.items()
+    ]
+    described = " ".join(
+        f"{RULES[rule]}: {', '.join(f'{rise:.3f}' for rise in line)}."
+        for rule, line in lines.items()
+    )
+    return chart.chart(
+        results.name,
+        f"{results.name}: rise of the loss by experts per token",
+        described,
+        chart.name_axis("experts per token", [(i, str(k)) for i, k in enumerate(counts)]),
+        chart.number_axis(f"{results.name}: rise of the loss, nats a byte", [0, *shown]),
+        series,
+    )
+
+
+def main() -> None:
+    """Train what is missing, try every rule, show what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--quick", action="store_true", help="a smoke test of about a minute")
+    parser.add_argument("--docs", type=Path, help="where study.md and study.svg go, if elsewhere")
+    arguments = parser.parse_args()
+    folder, quick = arguments.folder, arguments.quick
+    steps, pieces = (20, 16) if quick else (STEPS, EVALUATED)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = standard_library()
+    everything = []
+    for name, study in STUDIES.items():
+        if not (folder / name / "config.json").exists():
+            train(name, study, text.train, steps, folder / name)
+        counts = study.tried[-1:] if quick else study.tried
+        everything.append(try_rules(name, counts, text, pieces, folder))
+    tables = page(everything, steps, pieces)
+    print(tables)
+    docs = arguments.docs or folder
+    (docs / "study.md").write_text(tables, encoding="utf-8")
+    (docs / "study.svg").write_text(figure(everything), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

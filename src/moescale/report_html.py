@@ -1,0 +1,386 @@
+"""The plan as one self-contained page: charts, tables, provenance; no script, no network.
+
+It is written as XML, so that a test can read it, and every text that comes from outside (names,
+paths, warnings) is escaped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby, zip_longest
+from pathlib import Path
+
+from moescale import chart, report
+from moescale.chart import LOOKS, Look, Series
+from moescale.comparison import Basis, Comparison, compare
+from moescale.errors import MoescaleError, UsageError
+from moescale.planning import Plan
+from moescale.provenance import options_given
+from moescale.rules.samples import Moments, Sample
+from moescale.version import __version__
+
+_NAMES = {"none": "config edit alone", "own": "given"}
+
+_BASIS: Mapping[Basis, str] = {
+    "measured": "Measured on the calibration text: the mean norm of the sum over the chosen"
+    " experts, with the new number and with the trained one, on the same inputs. Scaling moves it"
+    " by the factor exactly. The rule gates takes the gate weights of the same text here.",
+    "sampled": "Predicted from the model's own gate weights, sampled layer by layer, for expert"
+    " outputs of equal size and correlation rho.",
+    "balanced": "Predicted by the closed form: a balanced gate, which gives all chosen experts the"
+    " same weight, and expert outputs of equal size and correlation rho. Real gates are peaked.",
+    "unknown": "How this router weighs the experts that it chose is not known, so that nothing can"
+    " be said of the norm.",
+}
+
+_FEW_ROWS = 14
+"""A longer table is folded away."""
+
+_SHOWN_LAYERS = 4
+
+_STYLE = (
+    ":root { color-scheme: light dark; "
+    + chart.variables(chart.LIGHT)
+    + " }\n@media (prefers-color-scheme: dark) { :root { "
+    + chart.variables(chart.DARK)
+    + """ } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 70rem; padding: 2rem 1.25rem 3rem; background: var(--paper);
+  color: var(--ink); font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .25rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2.25rem 0 .5rem; }
+p { margin: .4rem 0 .8rem; max-width: 46rem; overflow-wrap: anywhere; }
+.lead, .note, figcaption, footer { color: var(--muted); }
+.note, figcaption, footer { font-size: .9rem; }
+.charts { display: grid; gap: 1.25rem; margin: 1rem 0;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 22.5rem), 1fr)); }
+figure { margin: 0; padding: 1rem; border: 1px solid var(--rule); border-radius: 8px; }
+figure h3 { margin: 0 0 .6rem; font-size: 1rem; }
+figcaption { margin-top: .6rem; }
+.chart { display: block; width: 100%; max-width: 32rem; height: auto; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .94rem; }
+th, td { padding: .3rem 1.2rem .3rem 0; text-align: left; vertical-align: top; }
+thead th { color: var(--muted); font-weight: 600; border-bottom: 1px solid var(--rule); }
+tbody th { font-weight: 500; color: var(--muted); white-space: nowrap; }
+tr.taken td { font-weight: 650; }
+.facts td { overflow-wrap: anywhere; }
+summary { cursor: pointer; margin: .6rem 0; }
+.warning { border-left: 4px solid var(--orange); padding: .1rem 0 .1rem .8rem; }
+footer { margin-top: 3rem; border-top: 1px solid var(--rule); padding-top: .8rem; }
+@media (max-width: 30rem) { body { padding: 1.25rem .75rem; } figure { padding: .75rem .6rem; } }
+@media print { body { max-width: none; padding: 0; } }
+"""
+    + chart.STYLE
+)
+
+
+def write(plan: Plan, path: Path) -> None:
+    """Write the page of a plan.
+
+    Raises:
+        UsageError: the path lies in the source or the destination, which hold checkpoints only.
+        MoescaleError: it cannot be written.
+    """
+    source = plan.source.id if plan.source.kind == "local" else None
+    for place in (source, plan.destination):
+        if place and not place.startswith("hf://") and _lies_in(path, Path(place)):
+            raise UsageError(f"--report {path}: lies in {place}", hint="Give a place outside.")
+    try:
+        path.write_bytes(page(plan).encode("utf-8", "replace"))
+    except OSError as error:
+        raise MoescaleError(f"--report {path}: {error.strerror}") from None
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def page(plan: Plan) -> str:
+    """The page, as text of well-formed XML that is HTML too."""
+    title = f"{plan.source.repo or plan.source.name}, {_change(plan)}"
+    compared = compare(plan)
+    parts = [
+        f"<h1>{_text(plan.source.repo or plan.source.name)}</h1>",
+        f'<p class="lead">{_text(_lead(plan, compared))}</p>',
+        *(f'<p class="warning">{_text(warning)}</p>' for warning in plan.warnings),
+        *_norms_and_factors(compared),
+        *_gates(plan.samples),
+        *_correlation(plan.samples),
+        *_plan(plan, compared),
+        *_provenance(plan),
+        f"<footer>Made by moescale {_text(__version__)}. Keeping the norm says nothing about"
+        " quality: evaluate the model on your own task.</footer>",
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
+        f"<title>{_text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(parts)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _change(plan: Plan) -> str:
+    counts = dict(report.facts(plan))["experts per token"]
+    return f"{counts} experts per token".replace("->", "to")
+
+
+def _lead(plan: Plan, compared: Comparison) -> str:
+    factor = _range(compared.factors[compared.taken], ".4g")
+    rule = f"--{plan.options.method}" if compared.taken == "own" else f"rule {compared.taken}"
+    layers = f"{len(compared.layers)} MoE layer{'s' * (len(compared.layers) > 1)}"
+    return (
+        f"{plan.model_type}, {layers} of {plan.experts.total} routed experts: {_change(plan)},"
+        f" {rule}, factor {factor}"
+    )
+
+
+# --- Charts ----------------------------------------------------------------------------------
+
+
+def _norms_and_factors(compared: Comparison) -> Iterator[str]:
+    yield "<h2>What each rule does, layer by layer</h2>"
+    yield '<div class="charts">'
+    places = _places(compared.layers)
+    if compared.norms:
+        trained = Series("as trained", Look("ink", "1 3", "none"), _ends(places))
+        drawn = [trained, *_by_rule(compared, compared.norms)]
+        title = "Norm of the routed output"
+        described = _described(compared, compared.norms, "norm")
+        yield _figure(
+            "norm", title, "relative to trained", drawn, described, places, _BASIS[compared.basis]
+        )
+    described = _described(compared, compared.factors, "factor")
+    note = "" if compared.norms else _BASIS["unknown"]
+    yield _figure(
+        "factor", "Factors", "factor", _by_rule(compared, compared.factors), described, places, note
+    )
+    yield "</div>"
+    yield _folded("Factors and norms as numbers", _numbers(compared), _number_header(compared))
+
+
+def _places(layers: Sequence[str]) -> list[tuple[float, str]]:
+    """Where each layer stands on an axis, with a gap between stacks."""
+    places: list[tuple[float, str]] = []
+    for _, group in groupby(layers, key=lambda layer: layer.rpartition(".")[0]):
+        start = places[-1][0] + 2 if places else 0
+        places += [(start + i, layer) for i, layer in enumerate(group)]
+    return places
+
+
+def _ends(places: Sequence[tuple[float, str]]) -> list[tuple[float, float]]:
+    return [(x, 1.0) for x in range(-1, int(places[-1][0]) + 2)]
+
+
+def _by_rule(compared: Comparison, values: Mapping[str, Sequence[float]]) -> list[Series]:
+    """A line for each rule; those that coincide share one."""
+    lines: dict[tuple[str, ...], list[str]] = {}
+    for name, numbers in values.items():
+        lines.setdefault(tuple(f"{number:.5g}" for number in numbers), []).append(name)
+    places = _places(compared.layers)
+    result = []
+    for names in lines.values():
+        taken = compared.taken in names
+        look = LOOKS[compared.taken if taken else names[0]]
+        points = [(x, y) for (x, _), y in zip(places, values[names[0]], strict=True)]
+        shown = ", ".join(_NAMES.get(name, name) for name in names)
+        result.append(Series(f"{shown} (this plan)" if taken else shown, look, points, taken=taken))
+    return result
+
+
+def _described(compared: Comparison, values: Mapping[str, Sequence[float]], what: str) -> str:
+    """A sentence a rule, for those who cannot see the chart."""
+    return " ".join(
+        f"{_NAMES.get(name, name)}: {what} {min(numbers):.3f} to {max(numbers):.3f}."
+        for name, numbers in values.items()
+    )
+
+
+def _figure(
+    key: str,
+    title: str,
+    label: str,
+    series: Sequence[Series],
+    described: str,
+    places: Sequence[tuple[float, str]],
+    note: str,
+) -> str:
+    heights = [y for one in series for _, y in one.points]
+    x, y = chart.name_axis("layer", places), chart.number_axis(label, heights)
+    return _framed(title, chart.chart(key, title, described, x, y, series), note)
+
+
+def _framed(title: str, svg: str, note: str = "") -> str:
+    caption = f"<figcaption>{_text(note)}</figcaption>" if note else ""
+    return f"<figure><h3>{_text(title)}</h3>\n{svg}\n{caption}</figure>"
+
+
+def _gates(samples: Mapping[str, Sample]) -> Iterator[str]:
+    shown = {layer: s for layer, s in samples.items() if s.before.ranks and s.after.ranks}
+    if not shown:
+        return
+    yield "<h2>Weights of the chosen experts</h2>"
+    yield (
+        "<p>By rank, the largest first: the median over tokens, and from the 10th to the 90th"
+        " percentile. A balanced gate would be flat.</p>"
+    )
+    yield '<div class="charts">'
+    for number, layer in enumerate(_spread(list(shown), _SHOWN_LAYERS)):
+        yield _gate_figure(f"gate-{number}", layer, shown[layer])
+    yield "</div>"
+    if len(shown) > _SHOWN_LAYERS:
+        yield f'<p class="note">{_SHOWN_LAYERS} of {len(shown)} layers are shown.</p>'
+
+
+def _spread(layers: Sequence[str], count: int) -> list[str]:
+    """At most `count` layers, from the first to the last, evenly."""
+    if len(layers) <= count:
+        return list(layers)
+    return [layers[round(i * (len(layers) - 1) / (count - 1))] for i in range(count)]
+
+
+def _gate_figure(key: str, layer: str, sample: Sample) -> str:
+    before = _ranks(sample.before, "as trained", Look("blue", "", "circle"), -0.14)
+    after = _ranks(sample.after, "after", Look("orange", "", "square"), 0.14)
+    series = [before] if sample.before == sample.after else [before, after]
+    most = max(len(one.points) for one in series)
+    x = chart.name_axis("rank of the expert", [(i, str(i + 1)) for i in range(most)], 16)
+    y = chart.number_axis("gate weight", [0, *(high for one in series for _, high in one.ranges)])
+    described = " ".join(
+        f"{one.name}: medians {', '.join(f'{y:.3f}' for _, y in one.points)}." for one in series
+    )
+    title = f"Layer {layer}"
+    return _framed(
+        title, chart.chart(key, f"Gate weights of layer {layer}", described, x, y, series)
+    )
+
+
+def _ranks(moments: Moments, when: str, look: Look, shift: float) -> Series:
+    points = [(rank + shift, middle) for rank, (_, middle, _) in enumerate(moments.ranks)]
+    ranges = [(low, high) for low, _, high in moments.ranks]
+    return Series(f"{moments.experts} experts, {when}", look, points, ranges)
+
+
+def _correlation(samples: Mapping[str, Sample]) -> Iterator[str]:
+    known = {layer: s.correlation for layer, s in samples.items() if s.correlation is not None}
+    if not known:
+        return
+    places = _places(list(known))
+    points = [(x, known[layer]) for x, layer in places]
+    series = [Series("as trained", LOOKS["measured"], points, taken=True)]
+    low, high = min(known.values()), max(known.values())
+    x = chart.name_axis("layer", places)
+    y = chart.number_axis("mean cosine", [0, *known.values()])
+    title = "Correlation of the chosen experts' outputs"
+    described = f"Mean pairwise cosine by layer, {low:.3f} to {high:.3f}."
+    yield f"<h2>{title}</h2>"
+    yield '<div class="charts">'
+    note = "The closed forms and the rule gates take one number for it, rho."
+    yield _framed("By layer", chart.chart("correlation", title, described, x, y, series), note)
+    yield "</div>"
+
+
+# --- Tables ----------------------------------------------------------------------------------
+
+
+def _number_header(compared: Comparison) -> tuple[str, ...]:
+    names = [_NAMES.get(name, name) for name in compared.factors]
+    norms = [f"norm, {_NAMES.get(name, name)}" for name in compared.norms]
+    return ("layer", *(f"factor, {name}" for name in names[1:]), *norms)
+
+
+def _numbers(compared: Comparison) -> Iterator[tuple[str, ...]]:
+    factors = [numbers for name, numbers in compared.factors.items() if name != "none"]
+    for row in zip(compared.layers, *factors, *compared.norms.values(), strict=True):
+        yield row[0], *(f"{number:.5g}" for number in row[1:])
+
+
+def _plan(plan: Plan, compared: Comparison) -> Iterator[str]:
+    yield "<h2>The plan</h2>"
+    yield _facts(report.facts(plan))
+    yield "<h2>Rules</h2>"
+    taken = [name == compared.taken for name in compared.factors]
+    header = ("", "rule", "factor", "norm, relative to trained", "")
+    yield _table(_rule_rows(compared), header, taken)
+    if plan.tensors:
+        yield "<h2>What is scaled</h2>"
+        yield _folded("Layers and tensors", report.layer_rows(plan.tensors), report.LAYER_HEADER)
+    yield "<h2>Files</h2>"
+    yield _facts(report.byte_rows(plan))
+    files = [(f.name, f.action, f.why or "") for f in plan.files]
+    yield _folded("Every file", files, ("file", "action", "why"))
+
+
+def _rule_rows(compared: Comparison) -> Iterator[tuple[str, ...]]:
+    notes = {"published": "as printed in mergekit issue 294"}
+    for name, factors in compared.factors.items():
+        yield (
+            "this plan" if name == compared.taken else "",
+            _NAMES.get(name, name),
+            _range(factors, ".6g"),
+            _range(compared.norms.get(name, ()), ".3f"),
+            notes.get(name, ""),
+        )
+
+
+def _range(numbers: Sequence[float], form: str) -> str:
+    """The smallest and the largest, or one where they look alike."""
+    ends = [f"{end:{form}}" for end in (min(numbers), max(numbers))] if numbers else []
+    return " to ".join(dict.fromkeys(ends))
+
+
+def _provenance(plan: Plan) -> Iterator[str]:
+    given = options_given(plan.options)
+    yield "<h2>Provenance</h2>"
+    yield _facts(
+        [
+            ("moescale", __version__),
+            ("source", plan.source.name),
+            ("commit", plan.source.revision or "none: a local directory"),
+            *((f"--{name.replace('_', '-')}", _option(value)) for name, value in given.items()),
+        ]
+    )
+
+
+def _option(value: object) -> str:
+    if isinstance(value, Mapping):
+        return f"for {len(value)} layers"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _folded(title: str, rows: Iterable[tuple[str, ...]], header: Sequence[str]) -> str:
+    """A table, behind its title where it is long."""
+    known = list(rows)
+    opened = ' open="open"' if len(known) <= _FEW_ROWS else ""
+    return f"<details{opened}><summary>{_text(title)}</summary>{_table(known, header)}</details>"
+
+
+def _table(rows: Iterable[Sequence[str]], header: Sequence[str], taken: Iterable[bool] = ()) -> str:
+    head = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in header)
+    body = "".join(
+        ('<tr class="taken">' if mark else "<tr>") + "".join(map(_cell, row)) + "</tr>\n"
+        for row, mark in zip_longest(rows, taken)
+    )
+    return _scrolled(f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>")
+
+
+def _facts(rows: Iterable[tuple[str, str]]) -> str:
+    """A table of names and what they stand for."""
+    body = "".join(
+        f'<tr><th scope="row">{_text(name)}</th>{_cell(value)}</tr>\n' for name, value in rows
+    )
+    return _scrolled(f'<table class="facts"><tbody>\n{body}</tbody></table>')
+
+
+def _scrolled(table: str) -> str:
+    """On a narrow screen the table moves, not the page; the keyboard reaches it too."""
+    return f'<div class="scroll" role="region" aria-label="Table" tabindex="0">{table}</div>'
+
+
+def _cell(text: str) -> str:
+    return f"<td>{_text(text)}</td>"
+
+
+def _text(text: str) -> str:
+    return chart.escaped(text)

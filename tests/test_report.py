@@ -1,0 +1,92 @@
+"""The plan as text: the chart of the factors by layer."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import checkpoints
+import pytest
+
+from moescale.options import Options
+from moescale.planning import Plan, make_plan
+from moescale.report import ASCII, BLOCKS, blocks_for, plan_text
+from moescale.repos.local import LocalSource
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """A plan for a local Mixtral, 2 to 3."""
+    folder = checkpoints.mixtral(tmp_path_factory.mktemp("source") / "tiny-mixtral")
+    return make_plan(LocalSource(folder), Options(experts=3))
+
+
+def chart(plan: Plan, factors: dict[str, float], blocks: str) -> list[str]:
+    """The lines of the chart of these factors; none if there is no chart."""
+    text = plan_text(replace(plan, factors=factors), blocks=blocks)
+    found = [part for part in text.split("\n\n") if part.startswith("factor by layer")]
+    return found[0].splitlines() if found else []
+
+
+def test_factors_that_are_alike_have_no_chart(plan: Plan) -> None:
+    """One factor for all layers is a number, not a chart."""
+    assert chart(plan, dict.fromkeys("0123", 1.2247), BLOCKS) == []
+    assert chart(plan, {"0": 1.2247}, ASCII) == []
+
+
+def test_the_chart_rises_from_the_smallest_factor_to_the_largest(plan: Plan) -> None:
+    """The smallest factor is one step high, the largest fills the chart; both are named."""
+    factors = {"0": 1.6, "1": 1.2, "2": 1.45}
+    assert chart(plan, factors, BLOCKS) == [
+        "factor by layer, 0 to 2",
+        "     1.6 |█",
+        "         |█ ▄",
+        "         |█ █",
+        "     1.2 |█▁█",
+    ]
+    assert chart(plan, factors, ASCII) == [
+        "factor by layer, 0 to 2",
+        "     1.6 |#",
+        "         |# #",
+        "         |# #",
+        "     1.2 |###",
+    ]
+
+
+@pytest.mark.parametrize("layers", [2, 61, 64, 65, 1000])
+def test_the_chart_is_bounded(plan: Plan, layers: int) -> None:
+    """However many layers there are, the chart has 5 lines of at most 80 characters."""
+    lines = chart(plan, {str(i): 1 + i / layers for i in range(layers)}, BLOCKS)
+    assert len(lines) == 5
+    assert max(map(len, lines)) <= 80
+    assert ("a column for each" in lines[0]) == (layers > 64)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "environment", "blocks"),
+    [
+        ("utf-8", {}, BLOCKS),
+        ("cp437", {}, ASCII),
+        ("ascii", {}, ASCII),
+        ("utf-8", {"NO_COLOR": "1"}, ASCII),
+        ("utf-8", {"TERM": "dumb"}, ASCII),
+    ],
+)
+def test_a_plain_terminal_gets_plain_characters(
+    encoding: str, environment: dict[str, str], blocks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks are drawn only where the encoding has them and nobody asked for plain text."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert blocks_for(io.TextIOWrapper(io.BytesIO(), encoding=encoding)) == blocks
+
+
+def test_a_chart_goes_to_a_terminal_that_can_only_show_ascii(plan: Plan, tmp_path: Path) -> None:
+    """What is drawn for such a stream can be written to it."""
+    with open(tmp_path / "out", "w", encoding="ascii") as stream:
+        text = plan_text(replace(plan, factors={"0": 1.0, "1": 2.0}), blocks=blocks_for(stream))
+        stream.write(text)
+    assert "factor by layer" in (tmp_path / "out").read_text(encoding="ascii")
