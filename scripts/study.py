@@ -4,7 +4,7 @@
 The text is Python's own standard library, byte by byte; nothing is downloaded. Needs torch and
 transformers (the `oracle` dependency group), which `scripts/test.sh` installs:
 
-    .venv-test/bin/python scripts/study.py study-output           # some 25 minutes on 2 cores
+    .venv-test/bin/python scripts/study.py study-output           # a quarter of an hour
     .venv-test/bin/python scripts/study.py quick-output --quick   # does it run; shows nothing
 
 What is in the folder already, models and results, is not done again. The tables go to stdout and,
