@@ -4,8 +4,8 @@
 The text is Python's own standard library, byte by byte; nothing is downloaded. Needs torch and
 transformers (the `oracle` dependency group), which `scripts/test.sh` installs:
 
-    .venv-test/bin/python scripts/study.py study-output           # a quarter of an hour
-    .venv-test/bin/python scripts/study.py quick-output --quick   # does it run; shows nothing
+    .venv-test/bin/python scripts/study.py study-output          # a quarter of an hour
+    .venv-test/bin/python scripts/study.py quick-output --quick  # does it run; shows nothing
 
 What is in the folder already, models and results, is not done again. The tables go to stdout and,
 with the figure, to `study.md` and `study.svg` in the folder; `--docs docs` renews those of the
