@@ -28,7 +28,7 @@ from moescale.options import Options, parse_factors
 from moescale.planning import Plan, make_plan
 from moescale.repos.base import FileInfo, SourceId
 from moescale.repos.journal import Journal
-from moescale.repos.local import LocalReader, LocalSource
+from moescale.repos.local_source import LocalReader, LocalSource
 
 NAME = "model-00001-of-00002.safetensors"
 STRICTER = ("stands twice", "needs exactly", "too large", "-0 is not an integer")

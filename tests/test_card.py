@@ -20,7 +20,7 @@ from moescale.card import metadata_is_valid, render
 from moescale.options import Options
 from moescale.planning import Plan, make_plan
 from moescale.repos.base import SourceId
-from moescale.repos.local import LocalSource
+from moescale.repos.local_source import LocalSource
 
 
 @pytest.fixture(scope="module")

@@ -475,7 +475,7 @@ def test_a_file_that_cannot_be_read(
         return real(path, *args, **options)
 
     real = open
-    monkeypatch.setattr("moescale.repos.local.open", refuse, raising=False)
+    monkeypatch.setattr("moescale.repos.local_source.open", refuse, raising=False)
     fails(moescale(source, out, "-k", 3, *flags), 3, name, "Permission denied")
 
 
@@ -623,7 +623,7 @@ def test_a_full_disk_says_which_file(
     moescale: Command, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An error of the system that has no file name does not become ``None``."""
-    from moescale.repos.local import LocalSink
+    from moescale.repos.local_sink import LocalSink
 
     def full(self: Any, name: str, data: bytes) -> Any:
         raise OSError(28, "No space left on device")
@@ -637,13 +637,13 @@ def test_a_full_disk_says_which_file(
 SLOW = """
 import sys, time
 from pathlib import Path
-from moescale.repos import local
-write, marker, seconds = local.LocalWriter.write, Path(sys.argv[1]), float(sys.argv[2])
+from moescale.repos import local_bench
+write, marker, seconds = local_bench.LocalWriter.write, Path(sys.argv[1]), float(sys.argv[2])
 def slow(self, data):
     write(self, data)
     marker.write_bytes(b"")
     time.sleep(seconds)
-local.LocalWriter.write = slow
+local_bench.LocalWriter.write = slow
 sys.argv[:3] = ["moescale"]
 from moescale.cli import main
 main()

@@ -25,8 +25,9 @@ from moescale.errors import (
     VerificationError,
 )
 from moescale.planning import Plan
-from moescale.repos import local
-from moescale.repos.local import JOURNAL, STATE, LocalSink
+from moescale.repos import local_source
+from moescale.repos.journal import JOURNAL, STATE
+from moescale.repos.local_sink import LocalSink
 
 UP, DOWN = math.sqrt(3 / 2), math.sqrt(2 / 3)
 MADE = {"README.md", "moescale.json", "config.json"}
@@ -275,7 +276,7 @@ def test_without_copies_in_the_kernel(
         buffer[: len(data)] = data
         return len(data)
 
-    monkeypatch.setattr(local, "_read_at", read_at)
+    monkeypatch.setattr(local_source, "_read_at", read_at)
     convert(source, tmp_path / "two", experts=3)
     assert checkpoints.tree(tmp_path / "one") == checkpoints.tree(tmp_path / "two")
 
@@ -283,7 +284,7 @@ def test_without_copies_in_the_kernel(
 KILLED = """
 import os, sys
 from moescale.api import convert
-from moescale.repos.local import LocalSink
+from moescale.repos.local_sink import LocalSink
 left, when, commit = int(sys.argv[3]), sys.argv[4], LocalSink.commit_file
 def commit_file(self, *args):
     global left

@@ -30,7 +30,9 @@ from moescale.planning import make_plan
 from moescale.repos.base import Written
 from moescale.repos.hub import Access, HubPlace
 from moescale.repos.hub_source import HubSource
-from moescale.repos.local import STATE, LocalSink, LocalSource
+from moescale.repos.journal import STATE
+from moescale.repos.local_sink import LocalSink
+from moescale.repos.local_source import LocalSource
 
 
 @pytest.fixture(scope="module")
@@ -300,12 +302,12 @@ def test_another_hub_is_refused(lab: Lab) -> None:
 
 SLOW_WORKER = """
 import time
-from moescale.repos import local
-def slow(self, data, write=local.LocalWriter.write):
+from moescale.repos import local_bench
+def slow(self, data, write=local_bench.LocalWriter.write):
     write(self, data)
     open({mark!r}, "w").close()
     time.sleep(0.2)
-local.LocalWriter.write = slow
+local_bench.LocalWriter.write = slow
 """
 
 

@@ -19,7 +19,7 @@ from moescale.model.architectures import ROWS, find
 from moescale.model.count import CONFIG, parse_config
 from moescale.model.gating import GATINGS, Gating
 from moescale.model.lookup import find_moe
-from moescale.repos.local import LocalSource
+from moescale.repos.local_source import LocalSource
 from moescale.rules.gates import RouterWeights, gate_weights
 from moescale.sampling import Routers, find_gates, read_gates
 

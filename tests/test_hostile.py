@@ -34,7 +34,7 @@ from moescale.api import plan
 from moescale.checkpoint.dtypes import BITS
 from moescale.errors import MoescaleError, UsageError
 from moescale.model import architectures
-from moescale.repos.local import LocalSource
+from moescale.repos.local_source import LocalSource
 
 # JSON that a writer of JSON would not make --------------------------------------------------------
 

@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 
 from moescale.errors import CheckpointError, DestinationError, RewriteError, SourceError
-from moescale.repos import journal, local
+from moescale.repos import disk, journal, local_sink, local_source
 from moescale.repos.base import Written, check_name
-from moescale.repos.local import JOURNAL, STATE, LocalSink, LocalSource
+from moescale.repos.journal import JOURNAL, STATE
+from moescale.repos.local_sink import LocalSink
+from moescale.repos.local_source import LocalSource
 
 kernel_copies = pytest.mark.skipif(
     not hasattr(os, "copy_file_range"), reason="this system has no copies inside the kernel"
@@ -168,8 +170,8 @@ def test_a_large_file_is_not_read_whole(folder: Path) -> None:
 
 def test_short_reads_are_continued(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A system that returns fewer bytes than asked for is asked again."""
-    whole = local._read_at
-    monkeypatch.setattr(local, "_read_at", lambda fd, buffer, at: whole(fd, buffer[:7], at))
+    whole = local_source._read_at
+    monkeypatch.setattr(local_source, "_read_at", lambda fd, buffer, at: whole(fd, buffer[:7], at))
     assert read(LocalSource(folder), "data.bin", 3, 100) == DATA[3:103]
 
 
@@ -315,7 +317,7 @@ def test_a_file_is_synced_before_it_is_renamed(
     monkeypatch.setattr(os, "fsync", lambda fd: (steps.append("sync"), fsync(fd))[1])
     monkeypatch.setattr(os, "replace", lambda a, b: (steps.append("rename"), replace(a, b))[1])
     monkeypatch.setattr(
-        local, "sync_directory", lambda path: steps.append(f"sync {Path(path).name}")
+        local_sink, "sync_directory", lambda path: steps.append(f"sync {Path(path).name}")
     )
     monkeypatch.setattr(journal.Journal, "add", lambda *a: (steps.append("note"), add(*a))[1])
     sink.put("x.bin", b"abc")
@@ -325,7 +327,8 @@ def test_a_file_is_synced_before_it_is_renamed(
 def test_new_folders_are_durable_too(sink: LocalSink, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file in a new folder survives a power cut only if the folder's own entry is synced."""
     synced: list[Path] = []
-    monkeypatch.setattr(local, "sync_directory", lambda path: synced.append(Path(path)))
+    for module in (disk, local_sink):
+        monkeypatch.setattr(module, "sync_directory", lambda path: synced.append(Path(path)))
     sink.put("a/b/x.bin", b"abc")
     assert {sink.root, sink.root / "a", sink.root / "a" / "b"} <= set(synced)
 
@@ -572,7 +575,7 @@ def test_many_threads_note_their_files(sink: LocalSink, begin: Begin) -> None:
 HOLD = """
 import sys
 from pathlib import Path
-from moescale.repos.local import LocalSink
+from moescale.repos.local_sink import LocalSink
 sink = LocalSink(Path(sys.argv[1]))
 sink.begin({"job": "one"}, replace=False)
 print("holds", flush=True)
@@ -699,7 +702,7 @@ def test_an_overwrite_that_is_killed_at_its_start_can_be_begun_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(local, "Journal", killed)
+        patch.setattr(local_sink, "Journal", killed)
         begin(folder, replace=True)
     LocalSink(folder).check_replaceable()
 

@@ -21,7 +21,7 @@ from moescale.measuring.text import FEWEST, MOST, Text, read_text
 from moescale.model.architectures import find
 from moescale.options import Options
 from moescale.planning import make_plan
-from moescale.repos.local import LocalSource
+from moescale.repos.local_source import LocalSource
 from moescale.rules.samples import Sample
 
 LENGTH = 32

@@ -14,7 +14,7 @@ from moescale import provenance
 from moescale.options import Options, parse_factors
 from moescale.planning import Plan, make_plan
 from moescale.repos.base import Written
-from moescale.repos.local import LocalSource
+from moescale.repos.local_source import LocalSource
 from moescale.version import __version__
 
 WRITTEN = {"b": Written(2, None), "a": Written(1, "0" * 64)}

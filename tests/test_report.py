@@ -12,7 +12,7 @@ import pytest
 from moescale.options import Options
 from moescale.planning import Plan, make_plan
 from moescale.report import ASCII, BLOCKS, blocks_for, plan_text
-from moescale.repos.local import LocalSource
+from moescale.repos.local_source import LocalSource
 
 
 @pytest.fixture(scope="module")

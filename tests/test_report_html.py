@@ -24,7 +24,7 @@ from moescale.options import Options
 from moescale.planning import Plan, make_plan
 from moescale.report_html import page, write
 from moescale.repos.base import SourceId
-from moescale.repos.local import LocalSource
+from moescale.repos.local_source import LocalSource
 
 HOSTILE = "</title></style></svg><script>alert('1')</script>&\"\x00\x1b[31m\udc80"
 LAYERS = [*map(str, range(3, 61)), "mtp.0", "mtp.1"]

@@ -18,7 +18,8 @@ from moescale.repos.base import Sink, Source
 from moescale.repos.hub import HubPlace, parse_place
 from moescale.repos.hub_sink import HubOptions, HubSink
 from moescale.repos.hub_source import HubSource
-from moescale.repos.local import LocalSink, LocalSource
+from moescale.repos.local_sink import LocalSink
+from moescale.repos.local_source import LocalSource
 
 SOURCES = ("directory", "Hub", "cache")
 SINKS = ("directory", "Hub, xet", "Hub, no xet")

@@ -19,7 +19,8 @@ import pytest
 from moescale.api import convert
 from moescale.errors import DestinationError, InterruptedRun, MoescaleError, VerificationError
 from moescale.repos import journal
-from moescale.repos.local import JOURNAL, STATE, LocalSink
+from moescale.repos.journal import JOURNAL, STATE
+from moescale.repos.local_sink import LocalSink
 
 FIRST, SECOND, THIRD = (f"model-{number:05}-of-00003.safetensors" for number in (1, 2, 3))
 Tree = dict[str, bytes]

@@ -18,7 +18,8 @@ from moescale.parallel import Crew
 from moescale.planning import Plan, make_plan
 from moescale.repos.base import Progress, Sink, Source
 from moescale.repos.hub import HubPlace, is_repo_id, parse_place
-from moescale.repos.local import LocalSink, LocalSource
+from moescale.repos.local_sink import LocalSink
+from moescale.repos.local_source import LocalSource
 from moescale.verification import verify as compare
 
 if TYPE_CHECKING:

@@ -71,6 +71,14 @@ else:
             os.close(fd)
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it, each with a durable entry in the one above."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync_directory(folder.parent)
+
+
 @functools.cache
 def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
     """Linux's call that starts writing to the disk without waiting for it."""

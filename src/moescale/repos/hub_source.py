@@ -18,7 +18,7 @@ from moescale.errors import CheckpointError, RewriteError, SourceError, Temporar
 from moescale.repos import hub
 from moescale.repos.base import SMALL_FILE_BYTES, FileInfo, SourceId, check_name
 from moescale.repos.hub import ATTEMPTS, HubPlace
-from moescale.repos.local import LocalReader
+from moescale.repos.local_source import LocalReader
 
 if TYPE_CHECKING:
     import httpx2

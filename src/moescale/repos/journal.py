@@ -16,6 +16,14 @@ from moescale.errors import CheckpointError, DestinationError
 from moescale.repos.base import Written, check_name
 from moescale.repos.disk import NOT_PLAIN, open_plain, sync_directory, write_all, write_new
 
+STATE = ".moescale"
+"""The folder in an unfinished destination that holds journal, lock and temporary files."""
+
+JOURNAL = "journal.jsonl"
+
+NOT_CHECKPOINT = frozenset({".git", ".cache", STATE})
+"""Folders at the top of a directory that are no part of the checkpoint."""
+
 FOREIGN = "not a journal of moescale"
 
 _NONSENSE = (ValueError, TypeError, KeyError, RecursionError, CheckpointError)

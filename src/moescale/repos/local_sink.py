@@ -1,0 +1,375 @@
+"""An output directory, with the journal of an unfinished run.
+
+A file is written under a temporary name inside ``.moescale/`` of the destination, synced, renamed
+to its own name, and its directory synced; then the journal says so. Whatever the moment of a
+crash, a file under its own name is complete, and what the journal does not list is done again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moescale.errors import DestinationError, RewriteError
+from moescale.repos.base import SMALL_FILE_BYTES, FileInfo, Made, SourceId, Written, io_errors
+from moescale.repos.disk import (
+    NOT_PLAIN,
+    behind_link,
+    make_directory,
+    open_plain,
+    sync_directory,
+    write_new,
+)
+from moescale.repos.journal import JOURNAL, NOT_CHECKPOINT, STATE, Journal, Lock
+from moescale.repos.local_bench import LocalBench, stem
+
+_MARKER = ".shared"
+
+
+class LocalSink:
+    """An output directory."""
+
+    def __init__(self, root: Path) -> None:
+        """Nothing is created before `begin`."""
+        self.root = root.absolute()
+        self.identity = str(root)
+        self.remarks: list[str] = []
+        self.url: str | None = None
+        self._state = self.root / STATE
+        self._marker: Path | None = None
+        self.bench = LocalBench(self._state)
+        self._journal: Journal | None = None
+        self._begun = False
+        self._lock = Lock(self._state / "lock")
+
+    def is_at(self, source: SourceId) -> bool:
+        """Whether the source is this directory."""
+        return source.kind == "local" and Path(source.id).resolve() == self.root.resolve()
+
+    def existing(self) -> dict[str, int]:
+        """Name and size of what is there now, without the state of an unfinished run.
+
+        Raises:
+            DestinationError: there is something, and it is not a directory, or cannot be read.
+        """
+        with self._accessible("read"):
+            if not self.root.exists():
+                return {}
+            if not self.root.is_dir():
+                raise DestinationError(f"{self.root}: exists and is not a directory")
+            names = list(_names(self.root, NOT_CHECKPOINT))
+            return {name: (self.root / name).lstat().st_size for name in names}
+
+    def room(self) -> int:
+        """Bytes that an output may have here: what is free, and what is there already."""
+        free = shutil.disk_usage(self._nearest()).free
+        return free + sum(self.existing().values())
+
+    def check_writable(self) -> None:
+        """Say beforehand what `begin` would find.
+
+        Raises:
+            DestinationError: the directory cannot be made, or nothing can be written into it.
+        """
+        place = self._nearest()
+        if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+            why = "no permission to write" if place.is_dir() else "is not a directory"
+            raise DestinationError(
+                f"{self.root}: cannot be written to: {place}: {why}",
+                hint="Give another destination, or make this one writable.",
+            )
+
+    def _nearest(self) -> Path:
+        """The destination, or what is there above it."""
+        parents = (self.root, *self.root.absolute().parents)
+        return next(path for path in parents if os.path.exists(path))
+
+    def read(self, name: str) -> bytes:
+        """A small file of the output; nothing, where a link or no file has its name.
+
+        Raises:
+            DestinationError: it cannot be read.
+        """
+        with self._accessible("read"):
+            try:
+                fd = open_plain(self.root / name, os.O_RDONLY)
+            except OSError as error:
+                if error.errno in NOT_PLAIN:
+                    return b""
+                raise
+            with open(fd, "rb") as file:
+                return file.read(SMALL_FILE_BYTES)
+
+    def unfinished(self) -> Any:
+        """The job whose unfinished run is here, or None; a text if the journal is not ours.
+
+        Raises:
+            DestinationError: the folder of the state is a link, or cannot be read.
+        """
+        with self._accessible("read"):
+            self._check_state()
+            return Journal.job_of(self._state / JOURNAL)
+
+    def _check_state(self) -> None:
+        if self._state.is_symlink():
+            raise DestinationError(
+                f"{self._state}: is a link, and nothing is written through it",
+                hint="Remove it and run the same command again.",
+            )
+
+    @contextmanager
+    def _accessible(self, how: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DestinationError(
+                f"{error.filename or self.root}: cannot be {how}: {error.strerror}",
+                hint="Mend the cause, or give another destination.",
+            ) from None
+
+    def changed_at(self, name: str) -> int:
+        """When a file of the output was written, in nanoseconds."""
+        with self._accessible("read"):
+            return (self.root / name).stat().st_mtime_ns
+
+    def check_replaceable(self) -> None:
+        """Refuse to remove what is no model: a home folder, say.
+
+        Raises:
+            DestinationError: nothing in the directory looks like a checkpoint.
+        """
+        names = {name for name in self.existing() if "/" not in name}
+        weights = any(name.endswith((".safetensors", ".bin", ".gguf")) for name in names)
+        model = "moescale.json" in names or ("config.json" in names and weights)
+        with self._accessible("read"):
+            state = any((self._state / name).exists() for name in (JOURNAL, "lock"))
+        if not model and not state:
+            raise DestinationError(
+                f"{self.root}: does not look like a model, so --overwrite does not remove it",
+                hint="Remove it yourself, or give another destination.",
+            )
+
+    def share(self) -> None:
+        """Leave a marker that other machines have to find, as long as the run lasts.
+
+        Raises:
+            DestinationError: the place cannot be written to.
+        """
+        self._marker = self._state / f"{secrets.token_hex(16)}{_MARKER}"
+        with self._accessible("written to"):
+            self._check_state()
+            make_directory(self._state)
+            self._marker.touch()
+            sync_directory(self._state)
+        self.bench = LocalBench(self._state, self._marker.name)
+
+    def begin(self, job: Any, replace: bool) -> None:
+        """Take the lock; start a journal for `job`, or go on with the one that is there.
+
+        With `replace` the old content is removed, config and index first, so that it stops to
+        load at once.
+
+        Raises:
+            DestinationError: another run holds the lock, or the place cannot be written to.
+        """
+        self._begun = True
+        try:
+            with self._accessible("written to"):
+                self._check_state()
+                make_directory(self._state)
+                self._lock.acquire()
+                if replace:
+                    (self._state / JOURNAL).unlink(missing_ok=True)
+                    self._remove_content()
+                elif not (self._state / JOURNAL).exists() and self.existing():
+                    self._begun = False
+                    raise DestinationError(
+                        f"{self.root}: another run has just ended here",
+                        hint="Run the same command again to see what it left.",
+                    )
+                self._journal = Journal(self._state / JOURNAL, job)
+                self._remove_leftovers()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _remove_leftovers(self) -> None:
+        """Remove what earlier runs were writing; what still writes there is not listened to."""
+        for leftover in (*self._state.glob("*.tmp"), *self._state.glob(f"*{_MARKER}")):
+            if leftover != self._marker:
+                leftover.unlink()
+
+    def _remove_content(self) -> None:
+        """Remove all files, first those without which nothing loads."""
+        last = sorted(self.existing(), key=lambda name: not name.endswith(".index.json"))
+        for name in sorted(last, key=lambda name: name != "config.json"):
+            (self.root / name).unlink()
+        _remove_empty_folders(self.root)
+        sync_directory(self.root)
+
+    def check_card(self, card: bytes) -> None:
+        """A directory takes every card."""
+
+    def copy(self, files: Iterable[FileInfo], source: SourceId) -> dict[str, Written]:
+        """Every file has to be read."""
+        return {}
+
+    def cancel(self) -> None:
+        """Nobody waits for a disk for ever."""
+
+    def finished(self) -> dict[str, Written]:
+        """What the journal lists and the directory still holds unchanged."""
+        assert self._journal is not None
+        with self._accessible("read"):
+            return {
+                name: Written(entry["size"], entry["sha256"])
+                for name, entry in self._journal.entries.items()
+                if _stamp(self.root / name) == entry["stamp"] and not behind_link(self.root, name)
+            }
+
+    def put(self, name: str, data: bytes) -> Written:
+        """Write a small file whole, as durable as a large one."""
+        with LocalBench(self._state).shard(name, len(data), digest=True) as writer:
+            writer.write(memoryview(data))
+            made = writer.finish()
+        return self.commit_file(name, made)
+
+    def publish(self, last: Mapping[str, bytes], keep: frozenset[str]) -> None:
+        """Write the last files in order, drop the state; old content is gone since `begin`."""
+        with io_errors(self.identity):
+            _remove_empty_folders(self.root)
+        for name, data in last.items():
+            with io_errors(name):
+                self.put(name, data)
+        with io_errors(self.identity):
+            self._drop_state()
+
+    def _drop_state(self) -> None:
+        """Remove the state, the journal last: while it is there, a rerun comes here again."""
+        assert self._journal is not None
+        self._journal.close()
+        self._remove_marker()
+        self._remove_leftovers()
+        (self._state / JOURNAL).unlink()
+        self._leave_state()
+        sync_directory(self.root)
+
+    def _leave_state(self) -> None:
+        """Let go of the lock and remove the folder, unless another run has begun meanwhile."""
+        self._lock.remove()
+        try:
+            self._state.rmdir()
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                raise
+
+    def amend(self, name: str, data: bytes) -> None:
+        """Replace a small file of a finished output.
+
+        Raises:
+            DestinationError: a run is writing here.
+        """
+        self._check_state()
+        make_directory(self._state)
+        self._lock.acquire()
+        new = self._temporary(name)
+        with contextlib.ExitStack() as leaving:
+            leaving.callback(self._leave_state)
+            leaving.callback(new.unlink, missing_ok=True)
+            new.unlink(missing_ok=True)
+            write_new(new, data)
+            os.replace(new, self.root / name)
+            sync_directory(self.root)
+
+    def commit_file(self, name: str, made: Made) -> Written:
+        """Rename a synced temporary file to its own name, sync the directory, note it.
+
+        Raises:
+            RewriteError: it has not the size that it was made with.
+        """
+        assert self._journal is not None
+        target, temporary = self.root / name, self._state / made.at
+        try:
+            if behind_link(self.root, name):
+                raise DestinationError(
+                    f"{target.parent}: is behind a link, and nothing is written through it",
+                    hint="Remove the link and run the same command again; it resumes.",
+                )
+            if temporary.stat().st_size != made.written.size:
+                raise RewriteError(f"{name}: has another size here than where it was written")
+            make_directory(target.parent)
+            os.replace(temporary, target)
+        finally:  # other attempts too: a worker may have died, or only have been believed dead
+            for attempt in self._state.glob(f"{stem(name)}.*.tmp"):
+                with contextlib.suppress(OSError):
+                    attempt.unlink()
+        sync_directory(target.parent)
+        self._journal.add(name, made.written, _stamp(target))
+        return made.written
+
+    def _temporary(self, name: str) -> Path:
+        return self._state / f"{stem(name)}.tmp"
+
+    def close(self) -> None:
+        """Let go of journal and lock; the state stays for a rerun.
+
+        Where nothing was begun, the output is finished; what a run left that was killed after its
+        last file goes too.
+        """
+        self._remove_marker()
+        if self._journal is not None:
+            self._journal.close()
+        self._lock.release()
+        if not self._begun:
+            with contextlib.suppress(OSError, DestinationError):
+                self._tidy()
+
+    def _remove_marker(self) -> None:
+        marker, self._marker = self._marker, None
+        if marker is not None:
+            with contextlib.suppress(OSError):
+                marker.unlink()
+
+    def _tidy(self) -> None:
+        if self._state.is_symlink() or not self._state.is_dir():
+            return
+        self._lock.acquire()
+        if (self._state / JOURNAL).exists():
+            self._lock.release()
+        else:
+            self._remove_leftovers()
+            self._leave_state()
+
+
+def _stamp(path: Path) -> list[int] | None:
+    """What changes when the file does: size, time of last change, of content and of entry."""
+    try:
+        info = path.lstat()
+    except OSError:
+        return None
+    return [info.st_size, info.st_mtime_ns, info.st_ctime_ns]
+
+
+def _names(root: Path, skip: frozenset[str], prefix: str = "") -> Iterator[str]:
+    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+        if entry.name in skip and not prefix:
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            yield from _names(Path(entry.path), skip, prefix + entry.name + "/")
+        else:
+            yield prefix + entry.name
+
+
+def _remove_empty_folders(root: Path) -> None:
+    for folder, _, _ in os.walk(root, topdown=False):
+        path = Path(folder)
+        if path != root and path.relative_to(root).parts[0] not in NOT_CHECKPOINT:
+            with contextlib.suppress(OSError):
+                path.rmdir()

@@ -1,0 +1,232 @@
+"""A checkpoint in a directory: what is read must stay what it was when it was planned."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from pathlib import Path
+
+from moescale.errors import CheckpointError, RewriteError, SourceError
+from moescale.repos.base import SMALL_FILE_BYTES, FileInfo, SourceId, check_name
+from moescale.repos.disk import BINARY
+from moescale.repos.journal import JOURNAL, NOT_CHECKPOINT, STATE
+
+SHARE_HINT = "Give a place that all machines share under the same path."
+
+
+class LocalSource:
+    """A checkpoint in a directory, which may be a snapshot of the Hub's cache."""
+
+    def __init__(self, root: Path, identity: SourceId | None = None) -> None:
+        """`root` is an existing directory; `identity` says what it is a copy of.
+
+        Raises:
+            SourceError: it is not a directory, or an output that is not finished.
+        """
+        with _readable(root):
+            if not root.is_dir():
+                raise SourceError(
+                    f"{root}: {'is not a directory' if root.exists() else 'does not exist'}",
+                    hint="Give the directory of a checkpoint; a repo on the Hub is org/name.",
+                )
+            if not os.access(root, os.R_OK | os.X_OK):
+                raise SourceError(f"{root}: cannot be read", hint="Mend its permissions.")
+            unfinished = (root / STATE / JOURNAL).exists()
+        if unfinished:
+            raise SourceError(
+                f"{root}: holds an unfinished run of moescale ({STATE}/)",
+                hint="Run the command that started it again; it resumes.",
+            )
+        self.root = root.resolve()
+        self.received = 0
+        self._files: dict[str, FileInfo] | None = None
+        self._states: dict[str, list[int]] = {}
+        self._entry_times: dict[str, int] = {}
+        repo, revision = _hub_cache_snapshot(self.root)
+        self.identity = identity or SourceId("local", str(root), revision, repo, self.root.name)
+
+    def files(self) -> Mapping[str, FileInfo]:
+        """All regular files, by name relative to the root.
+
+        Raises:
+            CheckpointError: a link leads out of the repo or nowhere, or a file is no plain file.
+            SourceError: the system does not let us look.
+        """
+        if self._files is None:
+            with _readable(self.root):
+                self._files = dict(sorted(self._walk(self.root, "")))
+        return self._files
+
+    def _walk(self, folder: Path, prefix: str) -> Iterator[tuple[str, FileInfo]]:
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            if entry.name in NOT_CHECKPOINT and not prefix:
+                continue
+            name = check_name(prefix + entry.name, str(self.root))
+            if entry.is_symlink():
+                self._check_link(Path(entry.path), name)
+            self._check_readable(entry, name)
+            if entry.is_dir(follow_symlinks=False):
+                yield from self._walk(Path(entry.path), name + "/")
+                continue
+            info = entry.stat()
+            if not stat.S_ISREG(info.st_mode):
+                raise CheckpointError(f"{self.root}: {name!r} is not a regular file")
+            self._states[name] = [info.st_size, info.st_mtime_ns]
+            self._entry_times[name] = info.st_ctime_ns
+            yield name, FileInfo(name, info.st_size)
+
+    def _check_readable(self, entry: os.DirEntry[str], name: str) -> None:
+        """What cannot be read is found now, and not after the first hundred gigabytes."""
+        mode = os.R_OK | os.X_OK if entry.is_dir() else os.R_OK
+        if not os.access(entry.path, mode):
+            raise SourceError(f"{self.root}: {name!r} cannot be read", hint="Mend its permissions.")
+
+    def _check_link(self, link: Path, name: str) -> None:
+        try:
+            target = link.resolve(strict=True)
+        except (OSError, RuntimeError):
+            raise CheckpointError(f"{self.root}: {name!r} is a link that leads nowhere") from None
+        blobs = self.root.parent.parent / "blobs"
+        in_cache = self.root.parent.name == "snapshots" and target.is_relative_to(blobs)
+        if not (in_cache or target.is_relative_to(self.root)):
+            raise CheckpointError(
+                f"{self.root}: {name!r} is a link out of the directory",
+                hint="Replace it by the file itself, or give the directory that it points to.",
+            )
+
+    def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:
+        """A stretch of one file; the whole file, if it is a small one, by default."""
+        if size is None:
+            size = self.files()[name].size - start
+            if size > SMALL_FILE_BYTES:
+                raise CheckpointError(f"{name}: {size} bytes are too many for a file of this kind")
+        try:
+            with open(self.root / name, "rb") as file:
+                self._check_unchanged(file.fileno(), name)
+                file.seek(start)
+                data = file.read(size)
+                self._check_unchanged(file.fileno(), name)
+                return data
+        except OSError as error:
+            raise SourceError(f"{self.root}: {name}: {error.strerror}") from None
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[LocalReader]:
+        """Open a file, and check at the end that it is still what it was when planned."""
+        fd = os.open(self.root / name, os.O_RDONLY | BINARY)
+        try:
+            self._check_unchanged(fd, name)
+            yield LocalReader(fd, name)
+            self._check_unchanged(fd, name)
+        finally:
+            os.close(fd)
+
+    def on_disk(self, names: Sequence[str]) -> Path:
+        """They are there already."""
+        return self.root
+
+    def newest_change(self) -> int:
+        """When the youngest file was last changed, in nanoseconds."""
+        self.files()
+        return max(mtime for _, mtime in self._states.values())
+
+    def _check_unchanged(self, fd: int, name: str) -> None:
+        info = os.fstat(fd)
+        self.files()
+        if [info.st_size, info.st_mtime_ns] != self._states[name]:
+            raise RewriteError(
+                f"{name}: the source file changed while it was being read",
+                hint="Wait until nothing writes to the source, then run the command again.",
+            )
+
+    def state(self, name: str) -> list[int]:
+        """Size in bytes, times of the last change of the content and of the entry in nanoseconds.
+
+        The last one tells of a file that was replaced between two runs and got its old time back.
+        """
+        self.files()
+        return [*self._states[name], self._entry_times[name]]
+
+    def only(self, names: Iterable[str]) -> LocalSource:
+        """The same directory with no more than these files, as they are now known."""
+        part = copy(self)
+        part._files = {name: self.files()[name] for name in names}
+        part._states = {name: self._states[name] for name in part._files}
+        part._entry_times = {name: self._entry_times[name] for name in part._files}
+        return part
+
+    def check(self) -> None:
+        """Look at every file again.
+
+        Raises:
+            SourceError: one is not there, or is another one.
+        """
+        for name in self.files():
+            path = self.root / name
+            try:
+                info = path.stat()
+            except OSError as error:
+                raise SourceError(
+                    f"{path}: cannot be seen: {error.strerror}", hint=SHARE_HINT
+                ) from None
+            if [info.st_size, info.st_mtime_ns] != self._states[name]:
+                raise SourceError(f"{path}: is another file here", hint=SHARE_HINT)
+
+
+class LocalReader:
+    """Random access to one open file."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        self.fd = fd
+        self._name = name
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill the whole buffer from `offset` on.
+
+        Raises:
+            RewriteError: the file ends before.
+        """
+        done = 0
+        while done < len(buffer):
+            size = _read_at(self.fd, buffer[done:], offset + done)
+            if size == 0:
+                raise self.ended(offset + done)
+            done += size
+
+    def ended(self, offset: int) -> RewriteError:
+        """The error for a file that is shorter than its header says."""
+        return RewriteError(f"{self._name}: the source file ended early, at byte {offset}")
+
+
+if hasattr(os, "preadv"):
+
+    def _read_at(fd: int, buffer: memoryview, offset: int) -> int:
+        return os.preadv(fd, [buffer], offset)
+
+else:  # Windows, and macOS before 11; each reader is used by one thread only
+
+    def _read_at(fd: int, buffer: memoryview, offset: int) -> int:
+        os.lseek(fd, offset, os.SEEK_SET)
+        data = os.read(fd, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+@contextmanager
+def _readable(root: Path) -> Iterator[None]:
+    """Turn what the system says about a source into an error that names the place."""
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(f"{error.filename or root}: cannot be read: {error.strerror}") from None
+
+
+def _hub_cache_snapshot(root: Path) -> tuple[str | None, str | None]:
+    """Repo id and commit of a ``models--org--name/snapshots/<commit>`` folder of the Hub cache."""
+    repo = root.parent.parent
+    if root.parent.name != "snapshots" or not repo.name.startswith("models--"):
+        return None, None
+    return repo.name.removeprefix("models--").replace("--", "/"), root.name
