@@ -25,7 +25,8 @@ from moescale.errors import CheckpointError, DestinationError, MoescaleError, Us
 from moescale.model import architectures
 from moescale.model.architectures import Architecture
 from moescale.options import Options, parse_factors
-from moescale.planning import Plan, make_plan
+from moescale.planning.decide import make_plan
+from moescale.planning.plan import Plan
 from moescale.repos.base import FileInfo, SourceId
 from moescale.repos.journal import Journal
 from moescale.repos.local_source import LocalReader, LocalSource

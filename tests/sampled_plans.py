@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from moescale.planning import Plan
+from moescale.planning.plan import Plan
 from moescale.rules import gates, measured
 from moescale.rules.samples import Moments, Sample
 

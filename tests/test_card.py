@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from moescale.card import metadata_is_valid, render
 from moescale.options import Options
-from moescale.planning import Plan, make_plan
+from moescale.planning.decide import make_plan
+from moescale.planning.plan import Plan
 from moescale.repos.base import SourceId
 from moescale.repos.local_source import LocalSource
 

@@ -24,7 +24,7 @@ from moescale.errors import (
     UsageError,
     VerificationError,
 )
-from moescale.planning import Plan
+from moescale.planning.plan import Plan
 from moescale.repos import local_source
 from moescale.repos.journal import JOURNAL, STATE
 from moescale.repos.local_sink import LocalSink

@@ -26,7 +26,7 @@ from moescale import errors
 from moescale.api import convert, verify
 from moescale.conversion import make, task_of
 from moescale.options import Options
-from moescale.planning import make_plan
+from moescale.planning.decide import make_plan
 from moescale.repos.base import Written
 from moescale.repos.hub import Access, HubPlace
 from moescale.repos.hub_source import HubSource

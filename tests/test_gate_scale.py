@@ -20,7 +20,7 @@ from moescale import api
 from moescale.errors import CheckpointError, UnsupportedError, UsageError, VerificationError
 from moescale.model.gating import GATINGS, Gating
 from moescale.report import plan_text
-from moescale.rules.gates import gate_weights
+from moescale.rules.routing import gate_weights
 
 SCALE = 2.5
 

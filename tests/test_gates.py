@@ -11,8 +11,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from moescale.rules import gates
-from moescale.rules.gates import Gate, RouterWeights, drawn_logits, gate_weights, sample_layer
+from moescale.rules import gates, routing
+from moescale.rules.routing import Gate, RouterWeights, drawn_logits, gate_weights, sample_layer
 from moescale.rules.samples import Moments, Sample
 
 HIDDEN, EXPERTS = 24, 8
@@ -60,7 +60,7 @@ def test_rho_takes_part() -> None:
 def test_the_formula_is_that_of_the_contract() -> None:
     """A is the mean sum of squares, B the mean square of the sum; the factor mixes them by rho."""
     weights = np.array([[0.5, 0.25], [0.75, 0.25]])
-    found = gates.moments(weights)
+    found = routing.moments(weights)
     assert found.squares == pytest.approx((0.3125 + 0.625) / 2)
     assert found.squared_sum == pytest.approx((0.5625 + 1) / 2)
     assert found.experts == 2
@@ -84,14 +84,14 @@ def test_inputs_have_size_one_before_the_norm() -> None:
     """Every input is brought to a root mean square of 1 and multiplied by the norm's weight."""
     norm = np.linspace(0.5, 2, HIDDEN)
     logits = np.concatenate(list(drawn_logits(RouterWeights(np.eye(HIDDEN), norm), [3])))
-    assert logits.shape == (gates.DRAWS, HIDDEN)
+    assert logits.shape == (routing.DRAWS, HIDDEN)
     assert np.sqrt(((logits / norm) ** 2).mean(axis=1)) == pytest.approx(1, rel=1e-12)
     assert logits.mean(axis=0) == pytest.approx(0, abs=0.2)
 
 
 def test_the_numbers_are_normal() -> None:
     """Mean, variance, third and fourth moment are those of the normal distribution."""
-    numbers = gates._normal(np.random.PCG64([1]), 400_001)
+    numbers = routing._normal(np.random.PCG64([1]), 400_001)
     assert len(numbers) == 400_001
     found = [np.mean(numbers**power) for power in (1, 2, 3, 4)]
     assert found == pytest.approx([0, 1, 0, 3], abs=0.03)
@@ -100,7 +100,7 @@ def test_the_numbers_are_normal() -> None:
 
 def test_the_same_numbers_everywhere() -> None:
     """The first numbers of a layer are these, whatever version of numpy draws them."""
-    numbers = gates._normal(np.random.PCG64([5]), 4)
+    numbers = routing._normal(np.random.PCG64([5]), 4)
     assert numbers == pytest.approx(FIRST, rel=1e-12)
     assert factor(0.3, NORMALISED, (2, 6)) == FACTOR
 
@@ -111,7 +111,8 @@ FACTOR = 1.30194
 
 SCRIPT = """
 import numpy as np
-from moescale.rules.gates import Gate, RouterWeights, factor, sample_layer
+from moescale.rules.gates import factor
+from moescale.rules.routing import Gate, RouterWeights, sample_layer
 draw = np.random.RandomState(0)
 for experts, hidden in ((8, 24), (64, 300)):
     router = RouterWeights(0.3 * draw.standard_normal((experts, hidden)), np.ones(hidden))
@@ -144,7 +145,7 @@ def test_another_machine_gives_the_same_digits(machine: dict[str, str]) -> None:
 def test_pieces_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many inputs are drawn at once, they are the same."""
     whole = sample_layer(router(0.3), NORMALISED, (2, 4), [7])
-    monkeypatch.setattr(gates, "_PIECE", 1000)
+    monkeypatch.setattr(routing, "_PIECE", 1000)
     pieces = sample_layer(router(0.3), NORMALISED, (2, 4), [7])
     assert gates.factor(whole) == gates.factor(pieces)
     assert whole.before.squares == pytest.approx(pieces.before.squares, rel=1e-12)

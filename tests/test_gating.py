@@ -13,15 +13,16 @@ import torch
 from tiny_models import TINY, build
 from torch import Tensor, nn
 
-from moescale import api, planning
+from moescale import api
 from moescale.errors import UnsupportedError
 from moescale.model.architectures import ROWS, find
 from moescale.model.count import CONFIG, parse_config
 from moescale.model.gating import GATINGS, Gating
 from moescale.model.lookup import find_moe
+from moescale.planning.sampling import Routers, find_gates, read_gates
+from moescale.planning.shards import read_shards
 from moescale.repos.local_source import LocalSource
-from moescale.rules.gates import RouterWeights, gate_weights
-from moescale.sampling import Routers, find_gates, read_gates
+from moescale.rules.routing import RouterWeights, gate_weights
 
 NAMES = sorted({row.model_type + (f"/{row.part}" if row.part else "") for row in ROWS})
 
@@ -50,8 +51,7 @@ def routers_of(directory: Path, entry: str) -> tuple[Routers, list[RouterWeights
     """The routers of a checkpoint as the rule finds and reads them, in the order of the layers."""
     source = LocalSource(directory)
     files = source.files()
-    shards, _ = planning._find_shards(source, files)
-    headers = dict(planning._read_headers(source, files, shards.names))
+    _, headers, _ = read_shards(source, files)
     tensors = [tensor for header in headers.values() for tensor in header.tensors]
     part = entry.partition("/")[2] or None
     moe = find_moe(parse_config(source.read(CONFIG)), tensors, None, part, None, None)

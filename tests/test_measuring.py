@@ -20,7 +20,7 @@ from moescale.measuring.measure import measure
 from moescale.measuring.text import FEWEST, MOST, Text, read_text
 from moescale.model.architectures import find
 from moescale.options import Options
-from moescale.planning import make_plan
+from moescale.planning.decide import make_plan
 from moescale.repos.local_source import LocalSource
 from moescale.rules.samples import Sample
 

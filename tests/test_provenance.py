@@ -12,7 +12,8 @@ import pytest
 
 from moescale import provenance
 from moescale.options import Options, parse_factors
-from moescale.planning import Plan, make_plan
+from moescale.planning.decide import make_plan
+from moescale.planning.plan import Plan
 from moescale.repos.base import Written
 from moescale.repos.local_source import LocalSource
 from moescale.version import __version__

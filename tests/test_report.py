@@ -10,7 +10,8 @@ import checkpoints
 import pytest
 
 from moescale.options import Options
-from moescale.planning import Plan, make_plan
+from moescale.planning.decide import make_plan
+from moescale.planning.plan import Plan
 from moescale.report import ASCII, BLOCKS, blocks_for, plan_text
 from moescale.repos.local_source import LocalSource
 

@@ -21,7 +21,8 @@ from moescale.chart import LOOKS
 from moescale.comparison import compare
 from moescale.errors import MoescaleError, UsageError
 from moescale.options import Options
-from moescale.planning import Plan, make_plan
+from moescale.planning.decide import make_plan
+from moescale.planning.plan import Plan
 from moescale.report_html import page, write
 from moescale.repos.base import SourceId
 from moescale.repos.local_source import LocalSource

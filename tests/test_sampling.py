@@ -15,13 +15,14 @@ from checkpoints import HIDDEN, Raw, values, write_shards
 from gated_checkpoints import EXPERTS, GATE, NORM, gated_mixtral, gated_tensors
 from hub_checkpoints import Lab, laboratory
 
-from moescale import api, sampling
+from moescale import api
 from moescale.errors import CheckpointError, SourceError, UnsupportedError
 from moescale.options import Options
-from moescale.planning import make_plan
+from moescale.planning import sampling
+from moescale.planning.decide import make_plan
+from moescale.planning.sampling import decode
 from moescale.repos.hub import HubPlace
 from moescale.repos.hub_source import HubSource
-from moescale.sampling import decode
 
 # Every layer of these routes by itself; k goes from 2 to 5 of 8.
 MODELS = {

@@ -13,13 +13,13 @@ from moescale.version import __version__
 if TYPE_CHECKING:
     from moescale.api import convert, plan, verify
     from moescale.options import Options
-    from moescale.planning import Plan
+    from moescale.planning.plan import Plan
 
 __all__ = ["Options", "Plan", "__version__", "convert", "plan", "verify"]
 
 _HOMES = {
     "Options": "moescale.options",
-    "Plan": "moescale.planning",
+    "Plan": "moescale.planning.plan",
     "convert": "moescale.api",
     "plan": "moescale.api",
     "verify": "moescale.api",

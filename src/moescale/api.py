@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from moescale.calibration import Calibration, measured_plan, open_calibration
 from moescale.conversion import Status, fill_digests, run, status_of
 from moescale.errors import DestinationError, SourceError, UsageError
-from moescale.files import PROVENANCE
 from moescale.options import Options
 from moescale.parallel import Crew
-from moescale.planning import Plan, make_plan
+from moescale.planning.decide import make_plan
+from moescale.planning.files import PROVENANCE
+from moescale.planning.plan import Plan
 from moescale.repos.base import Progress, Sink, Source
 from moescale.repos.hub import HubPlace, is_repo_id, parse_place
 from moescale.repos.local_sink import LocalSink

@@ -16,12 +16,13 @@ from typing import Any
 from moescale import provenance
 from moescale.conversion import status_of
 from moescale.errors import UsageError
-from moescale.files import PROVENANCE
 from moescale.measuring.text import digest, read_text
 from moescale.model.experts import Layer
 from moescale.model.lookup import Moe
 from moescale.options import Options
-from moescale.planning import Experts, Plan, make_plan
+from moescale.planning.decide import make_plan
+from moescale.planning.files import PROVENANCE
+from moescale.planning.plan import Experts, Plan
 from moescale.repos.base import Sink, Source
 from moescale.rules.samples import Moments, Sample
 
@@ -109,12 +110,12 @@ def _unmeasured(moe: Moe, experts: Experts) -> dict[Layer, Sample]:
     The factor is a common one, so that a format that takes powers of two only is refused already.
     """
     some = Sample(Moments(1, 1.0, 1.0, norm=5.0), Moments(1, 1.0, 1.0, norm=4.0))
-    return {projection.layer: some for projection in moe.projections}
+    return dict.fromkeys(moe.layers, some)
 
 
 @dataclass(slots=True)
 class Calibration:
-    """Measures a model on a text; what `moescale.planning.make_plan` calls to have it done.
+    """Measures a model on a text; what `moescale.planning.decide.make_plan` calls to have it done.
 
     Attributes:
         text: the file.
@@ -150,7 +151,7 @@ class Calibration:
         text = read_text(self.text, self.folder, config.get_text_config().vocab_size)
         samples = measure(self.folder, config, text, moe, experts, self.max_memory, self.progress)
         gc.collect()  # the model is made of circles, and the conversion needs no memory of it
-        rest = sorted({p.layer for p in moe.projections} - samples.keys())
+        rest = [layer for layer in moe.layers if layer not in samples]
         self.facts = {"text_sha256": self.sha256, text.unit: len(text.tokens)}
         if text.cut:
             self.facts["cut"] = True
@@ -193,7 +194,7 @@ def measured_plan(
             is measured, and one that starts anew measures anew. None: no run follows.
 
     Raises:
-        MoescaleError: see `moescale.planning.make_plan`, `moescale.conversion.status_of`,
+        MoescaleError: see `moescale.planning.decide.make_plan`, `moescale.conversion.status_of`,
             `moescale.measuring.measure`.
     """
     plan = trial = make_plan(source, options, destination, _unmeasured)

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from moescale.planning import Plan
+from moescale.planning.plan import Plan
 from moescale.version import __version__
 
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\n(?P<yaml>(?:.*?\n)??)---[ \t]*(?:\n|\Z)", re.DOTALL)

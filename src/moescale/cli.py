@@ -17,7 +17,7 @@ from moescale import errors, interrupts
 from moescale.version import __version__
 
 if TYPE_CHECKING:
-    from moescale.planning import Plan
+    from moescale.planning.plan import Plan
 
 # Typer has its own copy of Click, and gives the base of its errors no name of its own.
 _UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from moescale.planning import ByLayer, Plan
+from moescale.planning.plan import ByLayer, Plan
 from moescale.rules import gates, measured
 
 Basis = Literal["measured", "sampled", "balanced", "unknown"]

@@ -13,10 +13,10 @@ from moescale import card, provenance
 from moescale.checkpoint.edit import Edit
 from moescale.checkpoint.rewrite import rehearse, rewrite
 from moescale.errors import DestinationError
-from moescale.files import CARD, PROVENANCE, PlannedFile
 from moescale.model.count import CONFIG
 from moescale.parallel import Check, Count, Crew, Here, Task, each
-from moescale.planning import Plan
+from moescale.planning.files import CARD, PROVENANCE, PlannedFile
+from moescale.planning.plan import Plan
 from moescale.repos.base import Bench, Made, Progress, Sink, Source, Written, io_errors
 from moescale.version import __version__
 

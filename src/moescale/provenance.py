@@ -14,7 +14,7 @@ from typing import Any
 
 from moescale.checkpoint.json_text import parse_lenient
 from moescale.options import Options
-from moescale.planning import Plan
+from moescale.planning.plan import Plan
 from moescale.repos.base import Written
 from moescale.version import __version__
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from moescale.card import measured_on
 from moescale.errors import printable
-from moescale.files import Action, PlannedFile
-from moescale.planning import Plan, PlannedTensor
+from moescale.planning.files import Action, PlannedFile
+from moescale.planning.plan import Plan, PlannedTensor
 
 if TYPE_CHECKING:
     from tqdm import tqdm

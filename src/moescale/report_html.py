@@ -14,7 +14,7 @@ from moescale import chart, report
 from moescale.chart import LOOKS, Look, Series
 from moescale.comparison import Basis, Comparison, compare
 from moescale.errors import MoescaleError, UsageError
-from moescale.planning import Plan
+from moescale.planning.plan import Plan
 from moescale.provenance import options_given
 from moescale.rules.samples import Moments, Sample
 from moescale.version import __version__

@@ -13,9 +13,9 @@ from moescale.checkpoint.index import SUFFIX
 from moescale.checkpoint.rewrite import PIECE, expected
 from moescale.conversion import made_files, task_of
 from moescale.errors import CheckpointError, SourceError, VerificationError
-from moescale.files import PROVENANCE, PlannedFile
 from moescale.parallel import Check, Count, Crew, Here, Task, each
-from moescale.planning import Plan
+from moescale.planning.files import PROVENANCE, PlannedFile
+from moescale.planning.plan import Plan
 from moescale.repos.base import Progress, Source, Written, io_errors
 
 

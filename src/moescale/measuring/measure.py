@@ -16,7 +16,7 @@ from moescale.measuring.text import Text
 from moescale.model import architectures
 from moescale.model.experts import Layer, experts_of_layer
 from moescale.model.lookup import Moe
-from moescale.planning import Experts
+from moescale.planning.plan import Experts
 from moescale.rules.samples import Sample
 
 COMPARED_RUNS, COMPARED = 4, 128
@@ -57,7 +57,7 @@ def measure(
         UnsupportedError: transformers cannot load or run the model here, or not with these numbers.
     """
     _check_part(moe)
-    wanted = sorted({projection.layer for projection in moe.projections})
+    wanted = moe.layers
     with running.loaded(folder, config, max_memory) as (model, left_over):
         found = find_blocks(model, moe.architecture)
         _check_scales(find_modules(left_over, moe.architecture), found)

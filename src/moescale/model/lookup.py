@@ -14,6 +14,7 @@ from moescale.model import architectures
 from moescale.model.architectures import TEXT_SECTIONS, Architecture, Flag
 from moescale.model.count import CONFIG, Config, Spelling, spellings, whole
 from moescale.model.experts import (
+    Layer,
     Projection,
     check_complete,
     find_by_pattern,
@@ -49,6 +50,11 @@ class Moe:
     router: Router | None
     projections: Sequence[Projection]
     warnings: list[str]
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The MoE layers, in order."""
+        return sorted({projection.layer for projection in self.projections})
 
 
 def find_moe(

@@ -18,7 +18,7 @@ from moescale.model.gating import RULE, Gating, RouterTensors, find_routers, gat
 from moescale.model.lookup import Moe
 from moescale.model.router import group_limit
 from moescale.repos.base import SMALL_FILE_BYTES, Source
-from moescale.rules.gates import Array, Gate, RouterWeights, Score, sample_layer
+from moescale.rules.routing import Array, Gate, RouterWeights, Score, sample_layer
 from moescale.rules.samples import Sample
 
 HUB_READS = 4

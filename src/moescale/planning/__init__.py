@@ -1,0 +1,1 @@
+"""The one place where everything is decided, before a weight is read: one frozen plan."""

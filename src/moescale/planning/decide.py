@@ -1,0 +1,204 @@
+"""Decides everything: `make_plan` reads config, index and shard headers, and returns a `Plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+
+from moescale.checkpoint.header import Header
+from moescale.errors import SourceError, UnsupportedError
+from moescale.model.count import CONFIG, Config, parse_config, set_count
+from moescale.model.experts import Layer, experts_of_layer
+from moescale.model.formats import confirm
+from moescale.model.lookup import Moe, find_moe
+from moescale.model.router import largest_count
+from moescale.model.scale_key import fold_factor
+from moescale.options import Options
+from moescale.planning.factors import (
+    choose_factors,
+    closed_forms,
+    joined,
+    one_factor,
+    predicted_norm,
+)
+from moescale.planning.files import PROVENANCE, plan_files
+from moescale.planning.plan import Experts, Plan
+from moescale.planning.shards import output_index, read_shards
+from moescale.planning.tensors import (
+    alternative,
+    chosen_tensors,
+    new_headers,
+    planned_tensors,
+    sharpened_routers,
+)
+from moescale.repos.base import Source
+from moescale.rules.samples import Sample
+
+Sampler = Callable[[Moe, Experts], Mapping[Layer, Sample]]
+"""Finds out what a rule wants to know of every MoE layer."""
+
+
+def make_plan(
+    source: Source,
+    options: Options,
+    destination: str | None = None,
+    sampler: Sampler | None = None,
+    noted: Mapping[str, float] | None = None,
+) -> Plan:
+    """Decide everything.
+
+    Args:
+        source: where the checkpoint is; its config, index and shard headers are read.
+        options: what the user asked for.
+        destination: what the user calls the place of the output, for the record.
+        sampler: samples the layers for the rule ``measured``; ``gates`` needs none.
+        noted: the factors of ``measured``, where an earlier run of the same job has them.
+
+    Raises:
+        SourceError: the checkpoint is malformed, incomplete or cannot be rescaled so.
+        UsageError: the factors do not cover the checkpoint's MoE layers.
+    """
+    files = source.files()
+    config = _read_config(source, files)
+    shards, headers, warnings = read_shards(source, files)
+    tensors = [tensor for header in headers.values() for tensor in header.tensors]
+    moe = find_moe(
+        config, tensors, options.arch, options.part, options.pattern, options.experts_key
+    )
+    warnings += moe.warnings
+    if PROVENANCE in files:
+        warnings.append(
+            f"the source is itself an output of moescale ({PROVENANCE}); its factors stay in it"
+        )
+    experts = _experts(moe, options)
+    forms = closed_forms(moe, experts, options)
+    if sampler is not None:
+        samples = sampler(moe, experts)
+    else:
+        samples = _sampled_gates(source, moe, experts, options, headers)
+    factors = choose_factors(moe, experts, options, samples, noted)
+    scaled = chosen_tensors(moe, factors, tensors, options)
+    warnings += confirm(
+        ((s, factor) for s, _, factor in scaled), config.value, alternative(moe, factors)
+    )
+    warnings += _remarks(options)
+    scaled += sharpened_routers(moe, tensors, options)
+    new_config = _edited(config, moe, factors, options)
+    moe = replace(moe, projections=())  # large, and not needed any more
+    planned = planned_tensors(scaled, headers)
+    index = output_index(shards, headers)
+    return Plan(
+        source=source.identity,
+        destination=destination,
+        options=options,
+        model_type=moe.model_type,
+        part=moe.architecture.part,
+        experts=experts,
+        router=moe.router,
+        rho=options.rho or 0.0,
+        factors=MappingProxyType({str(layer): factor for layer, factor in factors.items()}),
+        alternatives=MappingProxyType(
+            {name: joined(form) for name, form in forms.items() if name != "none"}
+        ),
+        predicted_norm=MappingProxyType(predicted_norm(forms)),
+        tensors=planned,
+        files=plan_files(
+            files,
+            shards.names,
+            {t.shard for t in planned if t.edit.factor != 1.0},
+            index and index[0],
+            new_config.text != config.text,
+        ),
+        config=new_config.text.encode(),
+        index=index,
+        new_headers=MappingProxyType(new_headers(source, headers, planned)),
+        samples=MappingProxyType({str(layer): sample for layer, sample in samples.items()}),
+        warnings=tuple(warnings),
+        states=MappingProxyType({name: source.state(name) for name in files}),
+    )
+
+
+def _read_config(source: Source, files: Collection[str]) -> Config:
+    if CONFIG not in files:
+        raise SourceError(
+            f"{source.identity.id}: has no {CONFIG}",
+            hint="Give the folder or the repo that holds a model in the Hugging Face layout.",
+        )
+    return parse_config(source.read(CONFIG))
+
+
+def _edited(config: Config, moe: Moe, factors: Mapping[Layer, float], options: Options) -> Config:
+    """The config of the output."""
+    if options.fold == "config":
+        config = fold_factor(config, moe.architecture, one_factor(factors, options))
+    if options.experts is not None:
+        config = set_count(config, moe.places, options.experts)
+    return config
+
+
+def _remarks(options: Options) -> list[str]:
+    """What the user should know of the options."""
+    remarks = []
+    if options.fold == "residual":
+        remarks.append(
+            "--fold residual is the same as scaling the experts but for the rounding of the divided"
+            " weights and the epsilon of the norms, which stays while the stream shrinks"
+        )
+    if options.gate_scale is not None and options.method in ("preserve", "published"):
+        remarks.append(
+            f"--gate-scale changes the gate weights, which --rule {options.method} does not see,"
+            " since it assumes a balanced gate; --rule gates does"
+        )
+    return remarks
+
+
+def _experts(moe: Moe, options: Options) -> Experts:
+    before: int | tuple[int, ...] = moe.count
+    after = before if options.experts is None else options.experts
+    trained = options.trained_experts or before
+    row = moe.architecture
+    if row.fixed and after != before:
+        raise UnsupportedError(
+            f"model type {moe.model_type!r} cannot run with {after} experts per token: {row.fixed}",
+            hint="--factor scales the experts and leaves their number as it is.",
+        )
+    own = moe.section.get("per_layer_config")
+    overrides = own.values() if isinstance(own, dict) else ()
+    if after != before and any(isinstance(o, dict) and row.count[0] in o for o in overrides):
+        raise UnsupportedError(
+            f"config.json: per_layer_config gives single layers their own {row.count[0]}",
+            hint="Set those numbers yourself, then use --factors without --experts.",
+        )
+    fewest = min(experts_of_layer(moe.section, p.layer.number, moe.total) for p in moe.projections)
+    largest = largest_count(row, moe.section, fewest)
+    for name, count in (("--experts", after), ("--trained-experts", trained)):
+        if max(_as_tuple(count)) > largest:
+            limit = f"a layer has {fewest} routed experts"
+            if largest < fewest:
+                limit += f", of which its group-limited router can choose {largest}"
+            raise UnsupportedError(
+                f"{name} is {count}, but {limit}", hint=f"Choose from 1 to {largest}."
+            )
+    if row.no_effect and options.method != "none":
+        raise UnsupportedError(
+            f"scaling has no effect on model type {moe.model_type!r}: {row.no_effect}",
+            hint="--rule none changes the number of experts alone.",
+        )
+    return Experts(trained, before, after, moe.total)
+
+
+def _as_tuple(count: int | tuple[int, ...]) -> tuple[int, ...]:
+    return count if isinstance(count, tuple) else (count,)
+
+
+def _sampled_gates(
+    source: Source, moe: Moe, experts: Experts, options: Options, headers: Mapping[str, Header]
+) -> Mapping[Layer, Sample]:
+    """What the rule ``gates`` wants to know; nothing for the others."""
+    if options.method != "gates":
+        return {}
+    from moescale.planning.sampling import sample_gates  # here, since the others need no numpy
+
+    counts = {layer: (n, m) for layer in moe.layers for n, _, m in (experts.at(layer),)}
+    return sample_gates(source, moe, headers, counts, options.gate_scale or 1.0)

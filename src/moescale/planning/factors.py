@@ -1,0 +1,106 @@
+"""How much: the factor of each MoE layer, by the rule or as the user gave it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from moescale.errors import UnsupportedError, UsageError
+from moescale.model.experts import Layer
+from moescale.model.lookup import Moe
+from moescale.options import Options
+from moescale.planning.plan import ByLayer, Experts
+from moescale.rules import closed_form, gates, measured
+from moescale.rules.samples import Sample
+
+
+def choose_factors(
+    moe: Moe,
+    experts: Experts,
+    options: Options,
+    samples: Mapping[Layer, Sample],
+    noted: Mapping[str, float] | None,
+) -> dict[Layer, float]:
+    """What each MoE layer is multiplied by; `noted` takes the place of a measurement.
+
+    Raises:
+        UsageError: the factors that the user gave do not cover the layers.
+        UnsupportedError: the rule needs to know how the router weighs, and that is not known.
+    """
+    layers = moe.layers
+    if (given := options.factors if noted is None else noted) is not None:
+        return _given_factors(layers, given)
+    match options.method:
+        case "gates":
+            return {layer: gates.factor(samples[layer], options.rho or 0.0) for layer in layers}
+        case "measured":
+            return {layer: measured.factor(samples[layer]) for layer in layers}
+    return {layer: _factor(moe, experts, options, layer) for layer in layers}
+
+
+def _given_factors(layers: Sequence[Layer], given: Mapping[str, float]) -> dict[Layer, float]:
+    names = {str(layer) for layer in layers}
+    if missing := [str(layer) for layer in layers if str(layer) not in given]:
+        raise UsageError(
+            f"--factors has no factor for layer {missing[0]} ({len(missing)} of {len(layers)}"
+            " MoE layers are missing)"
+        )
+    if surplus := sorted(given.keys() - names):
+        raise UsageError(f"--factors has a factor for layer {surplus[0]}, which is no MoE layer")
+    return {layer: given[str(layer)] for layer in layers}
+
+
+def _factor(moe: Moe, experts: Experts, options: Options, layer: Layer) -> float:
+    n, _, m = experts.at(layer)
+    match options.method:
+        case "factor":
+            assert options.factor is not None
+            return options.factor
+        case "published":
+            return closed_form.published(n, m)
+        case "preserve":
+            if moe.router is None:
+                raise UnsupportedError(
+                    f"model type {moe.model_type!r}: how its router weighs experts is not known",
+                    hint="Use --arch with a type that routes alike, --factor, or --rule published.",
+                )
+            return closed_form.preserve(n, m, moe.router.balanced_weight, options.rho or 0.0)
+        case _:
+            return 1.0
+
+
+def one_factor(factors: Mapping[Layer, float], options: Options) -> float:
+    """The factor of all layers; a config and a residual stream have one for them."""
+    if len(set(factors.values())) > 1:
+        raise UsageError(
+            f"--fold {options.fold} takes one factor for all layers, these differ by layer"
+        )
+    return next(iter(factors.values()))
+
+
+def closed_forms(moe: Moe, experts: Experts, options: Options) -> dict[str, dict[str, float]]:
+    """What each rule would multiply each layer by; nothing where the router is not known."""
+    if moe.router is None:
+        return {}
+    weight, rho = moe.router.balanced_weight, options.rho or 0.0
+    counts = {str(layer): experts.at(layer) for layer in moe.layers}
+    return {
+        "none": dict.fromkeys(counts, 1.0),
+        "preserve": {
+            at: closed_form.preserve(n, m, weight, rho) for at, (n, _, m) in counts.items()
+        },
+        "published": {at: closed_form.published(n, m) for at, (n, _, m) in counts.items()},
+    }
+
+
+def predicted_norm(forms: Mapping[str, Mapping[str, float]]) -> dict[str, ByLayer]:
+    """What each rule would do to the expected norm at a balanced gate."""
+    return {
+        name: joined({at: factor / forms["preserve"][at] for at, factor in form.items()})
+        for name, form in forms.items()
+    }
+
+
+def joined(by_layer: dict[str, float]) -> ByLayer:
+    """The one value of all layers, where they have the same."""
+    values = set(by_layer.values())
+    return values.pop() if len(values) == 1 else by_layer

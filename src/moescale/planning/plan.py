@@ -1,0 +1,197 @@
+"""The plan: everything that a run will do, as one frozen object.
+
+The dry run prints it, the run executes it, the card and the verification read it; none of them
+decides anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moescale.checkpoint.edit import Edit
+from moescale.checkpoint.rewrite import Segment, segments
+from moescale.model.count import CONFIG
+from moescale.model.experts import Layer
+from moescale.model.formats import Role
+from moescale.model.router import Router
+from moescale.options import Options
+from moescale.planning.files import PlannedFile
+from moescale.repos.base import SourceId
+from moescale.rules.samples import Sample
+
+ByLayer = float | dict[str, float]
+"""One number for all layers, or one for each where they differ."""
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """Experts per token that the weights were trained for, before, after; and in total."""
+
+    trained: int | tuple[int, ...]
+    before: int | tuple[int, ...]
+    after: int | tuple[int, ...]
+    total: int
+
+    def at(self, layer: Layer) -> tuple[int, int, int]:
+        """The first three, of one layer."""
+        return _at(self.trained, layer), _at(self.before, layer), _at(self.after, layer)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One tensor to scale, and what it is."""
+
+    edit: Edit
+    shard: str
+    role: Role
+    layer: Layer
+
+    def as_json(self) -> dict[str, Any]:
+        """The tensor as ``--dry-run --json`` prints it; `operation` only where it is another."""
+        edit, tensor = self.edit, self.edit.tensor
+        return {
+            "name": tensor.name,
+            "shard": self.shard,
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "role": self.role,
+            "layer": str(self.layer) if self.layer.stack else self.layer.number,
+            "factor": edit.factor,
+            **({"operation": edit.operation} if edit.operation != "multiply" else {}),
+            **({"promoted_to": edit.promote} if edit.promote else {}),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class NewHeader:
+    """The first bytes of a re-laid shard, where the old data start, and the new size."""
+
+    data: bytes
+    data_start: int
+    file_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that a run will do, and why. Nothing is decided after it."""
+
+    source: SourceId
+    destination: str | None
+    options: Options
+    model_type: str
+    part: str | None
+    experts: Experts
+    router: Router | None
+    rho: float
+    factors: Mapping[str, float]
+    alternatives: Mapping[str, ByLayer]
+    predicted_norm: Mapping[str, ByLayer]
+    tensors: tuple[PlannedTensor, ...]
+    files: tuple[PlannedFile, ...]
+    config: bytes
+    index: tuple[str, bytes | None] | None  # its name; its content where it has to be made
+    new_headers: Mapping[str, NewHeader]  # of the shards in which tensors change their size
+    samples: Mapping[str, Sample] = field(default_factory=dict)  # by layer, where a rule has any
+    calibration: Mapping[str, Any] = field(default_factory=dict)  # the text of a measured plan
+    warnings: tuple[str, ...] = ()
+    states: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def changed_tensors(self) -> tuple[PlannedTensor, ...]:
+        """The tensors whose bytes change; a factor of exactly 1 copies."""
+        return tuple(t for t in self.tensors if t.edit.factor != 1.0)
+
+    def segments(self, file: PlannedFile) -> list[Segment]:
+        """How a large file is written: what is copied, and what is edited."""
+        edits = [t.edit for t in self.tensors if t.shard == file.name and t.edit.factor != 1.0]
+        new = self.new_headers.get(file.name)
+        if new is None:
+            return segments(edits, file.size or 0)
+        return segments(edits, file.size or 0, new.data, new.data_start)
+
+    def output_size(self, file: PlannedFile) -> int:
+        """Size in bytes that a large file has in the output."""
+        new = self.new_headers.get(file.name)
+        return (file.size or 0) if new is None else new.file_size
+
+    @property
+    def large_files(self) -> tuple[PlannedFile, ...]:
+        """The files that are streamed: shards, and what is copied; config and index come last."""
+        last = {CONFIG, self.index[0] if self.index else CONFIG}
+        return tuple(
+            f for f in self.files if f.action in ("rewrite", "copy") and f.name not in last
+        )
+
+    @property
+    def bytes_streamed(self) -> int:
+        """Bytes of the large files of the output."""
+        return sum(self.output_size(f) for f in self.large_files)
+
+    @property
+    def bytes_changed(self) -> int:
+        """Bytes of the tensors that are multiplied."""
+        return sum(t.edit.nbytes for t in self.changed_tensors)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the source that a run reads."""
+        return sum(f.size or 0 for f in self.files if f.action != "skip")
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of the output, without the card and the provenance, which are made at the end."""
+        name, made = self.index or (CONFIG, None)
+        actions = {f.name: f for f in self.files}
+        index = len(made) if made is not None else (actions[name].size or 0)
+        return self.bytes_streamed + len(self.config) + (index if self.index else 0)
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan as ``--dry-run --json`` prints it."""
+        return {
+            "source": {
+                "kind": self.source.kind,
+                "id": self.source.id,
+                "revision": self.source.revision,
+            },
+            "destination": self.destination,
+            **self.decisions(),
+            "tensors": [t.as_json() for t in self.tensors],
+            "files": [f.as_json() for f in self.files],
+            "bytes": {
+                "read": self.bytes_read,
+                "changed": self.bytes_changed,
+                "written": self.bytes_written,
+            },
+            "warnings": list(self.warnings),
+        }
+
+    def decisions(self) -> dict[str, Any]:
+        """What was decided, without places and files."""
+        return {
+            "model_type": self.model_type,
+            **({"part": self.part} if self.part else {}),
+            "experts": {
+                "trained": self.experts.trained,
+                "from": self.experts.before,
+                "to": self.experts.after,
+                "total": self.experts.total,
+            },
+            "router": {"renormalised": self.router.renormalised if self.router else None},
+            "rule": self.options.method,
+            **({"fold": self.options.fold} if self.options.fold else {}),
+            **({"gate_scale": scale} if (scale := self.options.gate_scale) is not None else {}),
+            "rho": self.rho,
+            **({"calibration": dict(self.calibration)} if self.calibration else {}),
+            "factors": dict(self.factors),
+            "alternatives": dict(self.alternatives),
+            "predicted_norm": dict(self.predicted_norm),
+        }
+
+
+def _at(count: int | tuple[int, ...], layer: Layer) -> int:
+    """The count of one layer; a layer after the last of a list is an MTP block."""
+    if isinstance(count, int):
+        return count
+    return count[min(layer.number, len(count) - 1)]
