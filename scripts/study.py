@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import moescale
-from moescale import chart
+from moescale.report import chart
 
 transformers.utils.logging.disable_progress_bar()
 

@@ -336,7 +336,8 @@ def changed_source(base: Path, name: str, change: str, step: int) -> Report:
 
 def serve() -> None:
     """Answer tasks until there are no more."""
-    from moescale import api, verification  # noqa: F401 - warm before the first fork
+    from moescale import api  # noqa: F401 - warm before the first fork
+    from moescale.running import verification  # noqa: F401 - likewise
 
     for line in sys.stdin:
         task = json.loads(line)

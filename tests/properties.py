@@ -17,7 +17,6 @@ from typing import Any
 
 import safetensors
 
-from moescale import card, provenance, report
 from moescale.checkpoint.header import Header, header_length, parse_header
 from moescale.checkpoint.index import parse_index
 from moescale.checkpoint.json_text import parse_lenient, value_spans
@@ -27,9 +26,11 @@ from moescale.model.architectures import Architecture
 from moescale.options import Options, parse_factors
 from moescale.planning.decide import make_plan
 from moescale.planning.plan import Plan
+from moescale.report import terminal
 from moescale.repos.base import FileInfo, SourceId
 from moescale.repos.journal import Journal
 from moescale.repos.local_source import LocalReader, LocalSource
+from moescale.running import card, provenance
 
 NAME = "model-00001-of-00002.safetensors"
 STRICTER = ("stands twice", "needs exactly", "too large", "-0 is not an integer")
@@ -216,7 +217,7 @@ def plan_holds(files: Mapping[str, bytes], **options: Any) -> bool:
         plan = make_plan(MemorySource(files), Options(**options))
         json.dumps(plan.as_json(), allow_nan=False)
         provenance.job(plan)
-        assert report.plan_text(plan, verbose=True)
+        assert terminal.plan_text(plan, verbose=True)
         card.render(plan, files.get("README.md"))
         return True
     return False

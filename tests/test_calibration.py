@@ -18,8 +18,7 @@ from hub_checkpoints import Lab, laboratory
 from test_cli import Command, moescale, offline  # noqa: F401
 from tiny_models import build
 
-from moescale import api, calibration, report
-from moescale.calibration import parse_memory
+from moescale import api
 from moescale.errors import (
     DestinationError,
     InterruptedRun,
@@ -27,6 +26,9 @@ from moescale.errors import (
     UnsupportedError,
     UsageError,
 )
+from moescale.measuring import calibration
+from moescale.measuring.calibration import parse_memory
+from moescale.report import terminal
 
 TEXT = bytes(range(256)) * 8
 
@@ -88,7 +90,7 @@ def test_a_long_text_is_cut_and_said_to_be(model: Model, monkeypatch: pytest.Mon
     model.text.write_bytes(TEXT * 2)
     plan = api.plan(model.source, **model.options())
     assert plan.calibration["cut"] is True
-    assert "measured           on the first 2,100 bytes of text" in report.plan_text(plan)
+    assert "measured           on the first 2,100 bytes of text" in terminal.plan_text(plan)
 
 
 def test_a_dry_run_beside_a_finished_output_takes_its_factors(model: Model) -> None:

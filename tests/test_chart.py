@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moescale.chart import LOOKS, Axis, Series, chart, name_axis, number_axis
+from moescale.report.chart import LOOKS, Axis, Series, chart, name_axis, number_axis
 
 POSITIVE = st.floats(1e-30, 1e30)
 

@@ -699,7 +699,7 @@ def test_an_interrupted_run(source: Path, tmp_path: Path, number: int) -> None:
 SLOW_PROOF = """
 import sys, time
 from pathlib import Path
-from moescale import verification as verify
+from moescale.running import verification as verify
 from moescale.checkpoint import rewrite
 rewrite.PIECE, expected, marker = 64, verify.expected, Path(sys.argv[1])
 def slow(*arguments):

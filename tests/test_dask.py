@@ -21,10 +21,8 @@ from distributed.cfexecutor import ClientExecutor
 from hub_checkpoints import DST, PLACE, SHARDS, SRC, STREAM, Lab, laboratory
 from hub_faults import stall
 
-from moescale import cluster as crew
 from moescale import errors
 from moescale.api import convert, verify
-from moescale.conversion import make, task_of
 from moescale.options import Options
 from moescale.planning.decide import make_plan
 from moescale.repos.base import Written
@@ -33,6 +31,8 @@ from moescale.repos.hub_source import HubSource
 from moescale.repos.journal import STATE
 from moescale.repos.local_sink import LocalSink
 from moescale.repos.local_source import LocalSource
+from moescale.running import cluster as crew
+from moescale.running.conversion import make, task_of
 
 
 @pytest.fixture(scope="module")
@@ -470,7 +470,7 @@ def test_the_extra_is_named_where_it_is_missing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without distributed, --dask says what to install."""
-    monkeypatch.delitem(sys.modules, "moescale.cluster")
+    monkeypatch.delitem(sys.modules, "moescale.running.cluster")
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(errors.UsageError, match=r"moescale\[dask\]"):
         convert(source, tmp_path / "out", experts=3, dask="tcp://127.0.0.1:1")

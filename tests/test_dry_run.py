@@ -16,7 +16,7 @@ import quantised_checkpoints as quantised
 
 from moescale import api
 from moescale.errors import CheckpointError, SourceError, UnsupportedError, UsageError
-from moescale.report import plan_text
+from moescale.report.terminal import plan_text
 
 
 @pytest.fixture

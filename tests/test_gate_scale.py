@@ -19,7 +19,7 @@ from tiny_models import TINY, build
 from moescale import api
 from moescale.errors import CheckpointError, UnsupportedError, UsageError, VerificationError
 from moescale.model.gating import GATINGS, Gating
-from moescale.report import plan_text
+from moescale.report.terminal import plan_text
 from moescale.rules.routing import gate_weights
 
 SCALE = 2.5

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import sparse_checkpoints as sparse
 
-from moescale import api, report
+from moescale import api
+from moescale.report import terminal
 
 LARGE = sparse.qwen3(layers=65, experts=512, shards=200)
 """100,000 tensors of 209 GB, as many as DeepSeek-V3 has with its scales."""
@@ -57,7 +58,7 @@ def cost(folder: Path) -> tuple[float, float]:
     seconds = []
     for _ in range(3):
         start = time.process_time()
-        report.plan_text(api.plan(folder, experts=16))
+        terminal.plan_text(api.plan(folder, experts=16))
         seconds.append(time.process_time() - start)
     tracemalloc.start()
     try:

@@ -11,6 +11,9 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "moescale"
 
+BELOW = {"errors", "version", "checkpoint", "rules", "model", "repos"}
+"""What the plan and all that reads it stand on."""
+
 MAY_USE = {
     "errors": set(),
     "checkpoint": {"errors"},
@@ -18,7 +21,10 @@ MAY_USE = {
     "options": {"errors", "checkpoint"},
     "model": {"errors", "checkpoint"},
     "repos": {"errors", "checkpoint", "version"},
-    "planning": {"errors", "checkpoint", "rules", "options", "model", "repos"},
+    "planning": {*BELOW, "options"},
+    "running": {*BELOW, "options", "planning"},
+    "measuring": {*BELOW, "options", "planning", "running"},
+    "report": {*BELOW, "planning", "running", "api"},
 }
 """What each room may import of the package besides itself."""
 

@@ -15,8 +15,9 @@ import pytest
 from hub_checkpoints import DST, PLACE, SHARDS, SRC, Lab, laboratory
 from hub_faults import reset_upload, run, status, throttle
 
-from moescale import convert, report
+from moescale import convert
 from moescale.errors import DestinationError
+from moescale.report import terminal
 from moescale.repos.hub_upload import CountedFile, HighWater
 
 
@@ -125,10 +126,10 @@ def test_a_narrow_terminal_shows_the_figures(
     monkeypatch: pytest.MonkeyPatch, columns: int, shown: str
 ) -> None:
     """Names give way to bytes, rate and remaining time."""
-    monkeypatch.setattr(report, "BAR_DELAY", 0)
+    monkeypatch.setattr(terminal, "BAR_DELAY", 0)
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(ours, (10, columns))
-    with open(theirs, "w") as stream, report.Progress(stream) as progress:
+    with open(theirs, "w") as stream, terminal.Progress(stream) as progress:
         progress.expect({"model-00001-of-00002.safetensors": 8_000_000_000})
         progress.step("model-00001-of-00002.safetensors", 1_000_000_000)
         next(iter(progress._bars.values())).refresh()
@@ -137,25 +138,25 @@ def test_a_narrow_terminal_shows_the_figures(
     assert re.search(r"1\.00G/8\.00G \[\d\d:\d\d<[\d:?]+, [\d.?]+\w?B/s\]", text)
 
 
-def read_all(terminal: int) -> str:
+def read_all(fd: int) -> str:
     """What is written to a terminal until its other end is closed."""
     found = b""
     try:
-        while piece := os.read(terminal, 1 << 16):
+        while piece := os.read(fd, 1 << 16):
             found += piece
     except OSError:  # how Linux says it
         pass
-    os.close(terminal)
+    os.close(fd)
     return found.decode()
 
 
 def test_what_an_earlier_run_did_is_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bytes of a resumed run's finished shards are shown, and do not make it look fast."""
-    monkeypatch.setattr(report, "LINE_SECONDS", 0)
+    monkeypatch.setattr(terminal, "LINE_SECONDS", 0)
     clock = iter([0.0, 0.0, 10.0, 20.0])
-    monkeypatch.setattr(report.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
     stream = io.StringIO()
-    progress = report.Progress(stream)
+    progress = terminal.Progress(stream)
     progress.expect({"a": 6_000_000, "b": 4_000_000})
     progress.step("a", 6_000_000)
     progress.step("b", 1_000_000)
@@ -167,13 +168,13 @@ def test_what_an_earlier_run_did_is_no_rate(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_bar_for_all_knows_what_an_earlier_run_did(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a terminal the rate of all is that of this run alone."""
-    monkeypatch.setattr(report, "BAR_DELAY", 0)
+    monkeypatch.setattr(terminal, "BAR_DELAY", 0)
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
 
-    with report.Progress(Terminal()) as progress:
+    with terminal.Progress(Terminal()) as progress:
         progress.expect({"a": 6_000_000_000, "b": 4_000_000})
         progress.step("a", 6_000_000_000)
         progress.step("b", 1_000_000)

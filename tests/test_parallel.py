@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from moescale.errors import InterruptedRun
-from moescale.parallel import Check, each
+from moescale.running.parallel import Check, each
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from moescale import report
+from moescale.report import terminal
 
 SIZES = {"model-1.safetensors": 4_000_000, "model-2.safetensors": 3_000_000, "tiny.json": 100}
 
@@ -25,12 +25,12 @@ class Terminal(io.StringIO):
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Show everything at once, as a slow run does."""
-    monkeypatch.setattr(report, "BAR_DELAY", 0)
-    monkeypatch.setattr(report, "LINE_SECONDS", 0)
+    monkeypatch.setattr(terminal, "BAR_DELAY", 0)
+    monkeypatch.setattr(terminal, "LINE_SECONDS", 0)
     monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
 
 
-def bars(progress: report.Progress) -> dict[str, Any]:
+def bars(progress: terminal.Progress) -> dict[str, Any]:
     """The bars of the files, by name."""
     return dict(progress._bars)
 
@@ -38,7 +38,7 @@ def bars(progress: report.Progress) -> dict[str, Any]:
 def test_a_terminal_shows_a_bar_for_all_and_one_a_file() -> None:
     """Each file on its way has a bar with bytes, rate and remaining time, beside that for all."""
     stream = Terminal()
-    with report.Progress(stream) as progress:
+    with terminal.Progress(stream) as progress:
         progress.expect(SIZES)
         progress.step("model-1.safetensors", 1_000_000)
         progress.step("model-2.safetensors", 1_000_000)
@@ -53,7 +53,7 @@ def test_a_terminal_shows_a_bar_for_all_and_one_a_file() -> None:
 
 def test_a_finished_file_makes_room() -> None:
     """There are never more bars than files on their way; a free line is used again."""
-    with report.Progress(Terminal()) as progress:
+    with terminal.Progress(Terminal()) as progress:
         progress.expect(SIZES)
         progress.step("model-1.safetensors", 1)
         progress.step("model-2.safetensors", 1)
@@ -68,7 +68,7 @@ def test_a_finished_file_makes_room() -> None:
 
 def test_a_second_pass_has_bars_again() -> None:
     """While the output is verified, each file is on its way once more."""
-    with report.Progress(Terminal()) as progress:
+    with terminal.Progress(Terminal()) as progress:
         progress.expect(SIZES, passes=2)
         for _ in range(2):
             progress.step("model-1.safetensors", 1_000_000)
@@ -81,7 +81,7 @@ def test_a_second_pass_has_bars_again() -> None:
 
 def test_what_was_there_already_is_counted_without_a_bar() -> None:
     """The finished files of an earlier run are added to the bar for all at once."""
-    with report.Progress(Terminal()) as progress:
+    with terminal.Progress(Terminal()) as progress:
         progress.expect(SIZES)
         progress.step("model-1.safetensors", 4_000_000)
         assert not bars(progress)
@@ -92,7 +92,7 @@ def test_what_was_there_already_is_counted_without_a_bar() -> None:
 def test_threads_may_step_at_once() -> None:
     """No byte is lost when several files move at the same time."""
     sizes = {f"{number}.safetensors": 1000 for number in range(16)}
-    with report.Progress(Terminal()) as progress:
+    with terminal.Progress(Terminal()) as progress:
         progress.expect(sizes)
 
         def one(name: str) -> None:
@@ -109,7 +109,7 @@ def test_threads_may_step_at_once() -> None:
 def test_the_bars_go_when_a_run_fails() -> None:
     """An error in the middle leaves no bar behind."""
     stream = Terminal()
-    with pytest.raises(ZeroDivisionError), report.Progress(stream) as progress:
+    with pytest.raises(ZeroDivisionError), terminal.Progress(stream) as progress:
         progress.expect(SIZES)
         progress.step("model-1.safetensors", 1)
         raise ZeroDivisionError
@@ -121,7 +121,7 @@ def test_bars_can_be_switched_off(monkeypatch: pytest.MonkeyPatch, value: str) -
     """HF_HUB_DISABLE_PROGRESS_BARS turns the bars into lines."""
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", value)
     stream = Terminal()
-    with report.Progress(stream) as progress:
+    with terminal.Progress(stream) as progress:
         progress.expect(SIZES)
         progress.step("model-1.safetensors", 1_000_000)
     assert stream.getvalue().startswith("1.0 MB of 7.0 MB, ")
@@ -130,17 +130,17 @@ def test_bars_can_be_switched_off(monkeypatch: pytest.MonkeyPatch, value: str) -
 def test_without_a_terminal_there_are_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """A log gets a line with bytes, rate and remaining time, and not more often than set."""
     stream = io.StringIO()
-    with report.Progress(stream) as progress:
+    with terminal.Progress(stream) as progress:
         progress.expect(SIZES)
         progress.step("model-1.safetensors", 1_000_000)
-        monkeypatch.setattr(report, "LINE_SECONDS", 30)
+        monkeypatch.setattr(terminal, "LINE_SECONDS", 30)
         progress.step("model-1.safetensors", 1_000_000)
     assert re.fullmatch(r"1\.0 MB of 7\.0 MB, .*B/s, \d+ s left\n", stream.getvalue())
 
 
 def test_silence_is_kept() -> None:
     """Without a stream nothing is shown, and steps are counted all the same."""
-    with report.Progress(None) as progress:
+    with terminal.Progress(None) as progress:
         progress.expect(SIZES)
         progress.step("model-1.safetensors", 5)
         assert progress._done == 5

@@ -12,7 +12,7 @@ import pytest
 from moescale.options import Options
 from moescale.planning.decide import make_plan
 from moescale.planning.plan import Plan
-from moescale.report import ASCII, BLOCKS, blocks_for, plan_text
+from moescale.report.terminal import ASCII, BLOCKS, blocks_for, plan_text
 from moescale.repos.local_source import LocalSource
 
 

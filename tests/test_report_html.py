@@ -17,13 +17,13 @@ import pytest
 from gated_checkpoints import gated_mixtral
 from sampled_plans import sampled
 
-from moescale.chart import LOOKS
-from moescale.comparison import compare
 from moescale.errors import MoescaleError, UsageError
 from moescale.options import Options
 from moescale.planning.decide import make_plan
 from moescale.planning.plan import Plan
-from moescale.report_html import page, write
+from moescale.report.chart import LOOKS
+from moescale.report.comparison import compare
+from moescale.report.page import page, write
 from moescale.repos.base import SourceId
 from moescale.repos.local_source import LocalSource
 

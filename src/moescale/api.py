@@ -9,11 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moescale.calibration import Calibration, measured_plan, open_calibration
-from moescale.conversion import Status, fill_digests, run, status_of
 from moescale.errors import DestinationError, SourceError, UsageError
+from moescale.measuring.calibration import Calibration, measured_plan, open_calibration
 from moescale.options import Options
-from moescale.parallel import Crew
 from moescale.planning.decide import make_plan
 from moescale.planning.files import PROVENANCE
 from moescale.planning.plan import Plan
@@ -21,10 +19,12 @@ from moescale.repos.base import Progress, Sink, Source
 from moescale.repos.hub import HubPlace, is_repo_id, parse_place
 from moescale.repos.local_sink import LocalSink
 from moescale.repos.local_source import LocalSource
-from moescale.verification import verify as compare
+from moescale.running.conversion import Status, fill_digests, run, status_of
+from moescale.running.parallel import Crew
+from moescale.running.verification import verify as compare
 
 if TYPE_CHECKING:
-    from moescale.cluster import Workers
+    from moescale.running.cluster import Workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +180,7 @@ def _crew(dask: str | Path | None) -> Iterator[Workers | None]:
         yield None
         return
     try:
-        from moescale.cluster import connect
+        from moescale.running.cluster import connect
     except ModuleNotFoundError as error:
         raise UsageError(
             f"--dask needs {error.name}, which is not installed",
@@ -276,7 +276,7 @@ def _made(
     sink: Sink | None = None,
     overwrite: bool | None = None,
 ) -> Plan:
-    """The plan; see `moescale.calibration.measured_plan`."""
+    """The plan; see `moescale.measuring.calibration.measured_plan`."""
     if calibration is None:
         return make_plan(source, wanted, destination)
     return measured_plan(source, wanted, destination, calibration, sink, overwrite)

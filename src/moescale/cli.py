@@ -285,16 +285,17 @@ def _show_plan(
     quiet: bool,
     verbose: bool,
 ) -> None:
-    from moescale import api, report
+    from moescale import api
+    from moescale.report import terminal
 
-    measuring = report.measuring(None if quiet or as_json else sys.stderr)
+    measuring = terminal.measuring(None if quiet or as_json else sys.stderr)
     plan = api.plan(source, destination, measuring=measuring, **options)
     _warn(plan)
     _draw(plan, report_file)
     if as_json:
         _print_json(plan.as_json())
     elif not quiet:
-        print(report.plan_text(plan, verbose, report.blocks_for(sys.stdout)))
+        print(terminal.plan_text(plan, verbose, terminal.blocks_for(sys.stdout)))
     elif destination is not None:
         print(destination)
 
@@ -315,11 +316,12 @@ def _convert(
     quiet: bool,
     verbose: bool,
 ) -> None:
-    from moescale import api, report
+    from moescale import api
+    from moescale.report import terminal
 
     talk = not (quiet or as_json)
     start = time.monotonic()
-    with report.Progress(sys.stderr if talk else None) as progress:
+    with terminal.Progress(sys.stderr if talk else None) as progress:
 
         def planned(plan: Plan) -> None:
             nonlocal start
@@ -327,7 +329,7 @@ def _convert(
             _warn(plan)
             _draw(plan, report_file)
             if talk:
-                text = report.plan_text(plan, verbose, report.blocks_for(sys.stderr))
+                text = terminal.plan_text(plan, verbose, terminal.blocks_for(sys.stderr))
                 print(text, end="\n\n", file=sys.stderr)
             sizes = {file.name: plan.output_size(file) for file in plan.large_files}
             progress.expect(sizes, passes=2 if run["check"] else 1)
@@ -337,7 +339,7 @@ def _convert(
             destination,
             progress=progress.step,
             planned=planned,
-            measuring=report.measuring(sys.stderr if talk else None),
+            measuring=terminal.measuring(sys.stderr if talk else None),
             **run,
             **options,
         )
@@ -346,7 +348,7 @@ def _convert(
         _print_json({**result.plan.as_json(), "result": outcome})
         return
     if talk:
-        print(report.summary(result, time.monotonic() - start), file=sys.stderr)
+        print(terminal.summary(result, time.monotonic() - start), file=sys.stderr)
     print(destination)
 
 
@@ -357,9 +359,9 @@ def _warn(plan: Plan) -> None:
 
 def _draw(plan: Plan, file: Path | None) -> None:
     if file is not None:
-        from moescale import report_html
+        from moescale.report import page
 
-        report_html.write(plan, file)
+        page.write(plan, file)
 
 
 def main() -> None:

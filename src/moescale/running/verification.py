@@ -7,16 +7,16 @@ from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from moescale import provenance
 from moescale.checkpoint.header import LENGTH_BYTES, header_length, parse_header
 from moescale.checkpoint.index import SUFFIX
 from moescale.checkpoint.rewrite import PIECE, expected
-from moescale.conversion import made_files, task_of
 from moescale.errors import CheckpointError, SourceError, VerificationError
-from moescale.parallel import Check, Count, Crew, Here, Task, each
 from moescale.planning.files import PROVENANCE, PlannedFile
 from moescale.planning.plan import Plan
 from moescale.repos.base import Progress, Source, Written, io_errors
+from moescale.running import provenance
+from moescale.running.conversion import made_files, task_of
+from moescale.running.parallel import Check, Count, Crew, Here, Task, each
 
 
 def verify(

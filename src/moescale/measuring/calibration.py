@@ -13,8 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moescale import provenance
-from moescale.conversion import status_of
 from moescale.errors import UsageError
 from moescale.measuring.text import digest, read_text
 from moescale.model.experts import Layer
@@ -25,6 +23,8 @@ from moescale.planning.files import PROVENANCE
 from moescale.planning.plan import Experts, Plan
 from moescale.repos.base import Sink, Source
 from moescale.rules.samples import Moments, Sample
+from moescale.running import provenance
+from moescale.running.conversion import status_of
 
 _NEEDED = ("torch", "transformers", "accelerate")
 
@@ -115,7 +115,7 @@ def _unmeasured(moe: Moe, experts: Experts) -> dict[Layer, Sample]:
 
 @dataclass(slots=True)
 class Calibration:
-    """Measures a model on a text; what `moescale.planning.decide.make_plan` calls to have it done.
+    """Measures a model on a text; what `make_plan` calls to have it done.
 
     Attributes:
         text: the file.
@@ -194,8 +194,7 @@ def measured_plan(
             is measured, and one that starts anew measures anew. None: no run follows.
 
     Raises:
-        MoescaleError: see `moescale.planning.decide.make_plan`, `moescale.conversion.status_of`,
-            `moescale.measuring.measure`.
+        MoescaleError: see `make_plan`, `status_of` and `moescale.measuring.measure`.
     """
     plan = trial = make_plan(source, options, destination, _unmeasured)
     earlier = noted(sink, trial) if sink is not None else None

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Literal
 
-from moescale import card, provenance
 from moescale.checkpoint.edit import Edit
 from moescale.checkpoint.rewrite import rehearse, rewrite
 from moescale.errors import DestinationError
 from moescale.model.count import CONFIG
-from moescale.parallel import Check, Count, Crew, Here, Task, each
 from moescale.planning.files import CARD, PROVENANCE, PlannedFile
 from moescale.planning.plan import Plan
 from moescale.repos.base import Bench, Made, Progress, Sink, Source, Written, io_errors
+from moescale.running import card, provenance
+from moescale.running.parallel import Check, Count, Crew, Here, Task, each
 from moescale.version import __version__
 
 Status = Literal["new", "resume", "replace", "done", "stale", "changed"]

@@ -31,8 +31,8 @@ from moescale.errors import (
     TemporaryError,
     UsageError,
 )
-from moescale.parallel import Check, Task, Work
 from moescale.repos.base import Bench, Progress, Source, io_errors
+from moescale.running.parallel import Check, Task, Work
 from moescale.version import __version__
 
 _T = TypeVar("_T")

@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from moescale.card import measured_on
 from moescale.errors import printable
 from moescale.planning.files import Action, PlannedFile
 from moescale.planning.plan import Plan, PlannedTensor
+from moescale.running.card import measured_on
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -265,7 +265,6 @@ class Progress:
     def expect(self, sizes: Mapping[str, int], passes: int = 1) -> None:
         """Say how many bytes each file has, and how often each is gone through."""
         self._sizes = sizes
-        self._start = self._last = time.monotonic()
         self._total = passes * sum(sizes.values())
         self._start = self._last = time.monotonic()
         hidden = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in _TRUE

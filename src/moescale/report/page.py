@@ -10,13 +10,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, zip_longest
 from pathlib import Path
 
-from moescale import chart, report
-from moescale.chart import LOOKS, Look, Series
-from moescale.comparison import Basis, Comparison, compare
 from moescale.errors import MoescaleError, UsageError
 from moescale.planning.plan import Plan
-from moescale.provenance import options_given
+from moescale.report import chart, terminal
+from moescale.report.chart import LOOKS, Look, Series
+from moescale.report.comparison import Basis, Comparison, compare
 from moescale.rules.samples import Moments, Sample
+from moescale.running.provenance import options_given
 from moescale.version import __version__
 
 _NAMES = {"none": "config edit alone", "own": "given"}
@@ -122,7 +122,7 @@ def page(plan: Plan) -> str:
 
 
 def _change(plan: Plan) -> str:
-    counts = dict(report.facts(plan))["experts per token"]
+    counts = dict(terminal.facts(plan))["experts per token"]
     return f"{counts} experts per token".replace("->", "to")
 
 
@@ -298,16 +298,18 @@ def _numbers(compared: Comparison) -> Iterator[tuple[str, ...]]:
 
 def _plan(plan: Plan, compared: Comparison) -> Iterator[str]:
     yield "<h2>The plan</h2>"
-    yield _facts(report.facts(plan))
+    yield _facts(terminal.facts(plan))
     yield "<h2>Rules</h2>"
     taken = [name == compared.taken for name in compared.factors]
     header = ("", "rule", "factor", "norm, relative to trained", "")
     yield _table(_rule_rows(compared), header, taken)
     if plan.tensors:
         yield "<h2>What is scaled</h2>"
-        yield _folded("Layers and tensors", report.layer_rows(plan.tensors), report.LAYER_HEADER)
+        yield _folded(
+            "Layers and tensors", terminal.layer_rows(plan.tensors), terminal.LAYER_HEADER
+        )
     yield "<h2>Files</h2>"
-    yield _facts(report.byte_rows(plan))
+    yield _facts(terminal.byte_rows(plan))
     files = [(f.name, f.action, f.why or "") for f in plan.files]
     yield _folded("Every file", files, ("file", "action", "why"))
 

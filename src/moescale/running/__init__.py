@@ -1,0 +1,1 @@
+"""Carries out a plan: writes the output, says what it is, and proves it."""
