@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import moescale
+
 PACKAGE = Path(__file__).parent.parent / "src" / "moescale"
 
 MAY_USE = {
@@ -17,6 +19,9 @@ MAY_USE = {
     "repos": {"errors", "checkpoint", "version"},
 }
 """What each room may import of the package besides itself."""
+
+COMMAND = {"__main__.py", "cli.py", "interrupts.py", "report.py"}
+"""What belongs to the command alone: streams, exit codes, signals, the environment."""
 
 ABOVE_THE_PLAN = {"cli", "api", "conversion", "verification", "provenance", "card", "report"}
 
@@ -57,3 +62,39 @@ def test_nothing_imports_the_command() -> None:
     """Only the start of the program knows the command line."""
     users = {p.name for p in PACKAGE.rglob("*.py") if "cli" in imports(p)}
     assert users == {"__main__.py"}
+    users = {p.name for p in PACKAGE.rglob("*.py") if "interrupts" in imports(p)}
+    assert users == {"__main__.py", "cli.py"}
+
+
+def test_the_command_uses_only_what_is_public() -> None:
+    """Whatever the command can do can be done from Python, too."""
+    own = {"interrupts", "report", "version"}
+    assert imports(PACKAGE / "cli.py") - own <= {"api", *moescale.__all__}
+
+
+def touched(path: Path) -> set[str]:
+    """What a file does to the process: prints, exits, handles signals, sets variables."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            found.add(ast.unparse(node.func))
+        elif isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
+            found.add(ast.unparse(node.value))
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) in ("sys.stdout", "sys.stderr"):
+            found.add(ast.unparse(node))
+    return found & FOR_THE_COMMAND
+
+
+FOR_THE_COMMAND = {
+    *("print", "input", "exit", "sys.exit", "os._exit", "sys.stdout", "sys.stderr"),
+    *("signal.signal", "faulthandler.enable", "gc.set_threshold"),
+    *(f"os.environ.{call}" for call in ("setdefault", "update", "pop")),
+    *("os.environ", "os.putenv", "os.chdir", "locale.setlocale"),
+}
+
+
+def test_only_the_command_touches_the_process() -> None:
+    """No other module prints, exits, sets signal handlers or variables of the environment."""
+    found = {path.name: what for path in PACKAGE.rglob("*.py") if (what := touched(path))}
+    assert found.keys() <= COMMAND
+    assert {"print", "sys.exit", "os.environ.setdefault"} <= found["cli.py"]

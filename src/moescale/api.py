@@ -3,6 +3,10 @@
 Nothing here prints, exits, changes the environment or touches signals: those are the command's.
 What goes wrong is an exception of `moescale.errors`. Ctrl-C is a `KeyboardInterrupt`, as
 everywhere; after it, as after any error, the call's threads have ended, and the same call resumes.
+An error's hint names the command's options; `check` is ``--verify``, the others have their names.
+
+Only a model that the rule ``measured`` has to download shows the Hub client's own bars, on a
+terminal; `huggingface_hub.utils.disable_progress_bars` turns them off.
 """
 
 from __future__ import annotations
