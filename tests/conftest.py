@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
+import pytest
 from hypothesis import settings
 
 settings.register_profile("moescale", deadline=None)  # a busy machine is no failure
 settings.load_profile("moescale")
+
+SET_BY_THE_COMMAND = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_VERBOSITY", "OPENBLAS_NUM_THREADS")
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """Whatever the command sets for its own process is gone when the next test starts."""
+    before = {name: os.environ.get(name) for name in SET_BY_THE_COMMAND}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -17,8 +18,9 @@ from typing import Any
 import checkpoints
 import numpy as np
 import pytest
+from typer.main import get_command
 
-from moescale.cli import main
+from moescale.cli import app, main
 from moescale.version import __version__
 
 BOXES = "╭╮╰╯│─┌┐└┘"
@@ -789,6 +791,33 @@ def test_help_lists_every_option_of_the_contract(moescale: Command) -> None:
     ):
         assert option in text
     assert "[[DST]]" not in text
+
+
+def test_help_shows_the_options_in_sections(moescale: Command) -> None:
+    """What everybody needs comes first; each option stands once, under a heading."""
+    text = moescale("--help").out
+    headings = re.findall(r"^(\S.*):$", text, re.M)
+    assert headings[:3] == ["Arguments", "Options", "Which factor, and where it goes"]
+    assert len(headings) == 7
+    first = text.partition("\nOptions:\n")[2].partition(headings[2])[0]
+    assert re.findall(r"^  (?:-\w, )?--(\w+)", first, re.M)[:3] == ["experts", "dry", "verify"]
+    names = re.findall(r"^  (?:-\w, )?(--[\w-]+)", text, re.M)
+    assert len(names) == len(set(names)) == len(get_command(app).params) - 2 + 1  # --help
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_import_little(option: str) -> None:
+    """Neither waits for numpy, the Hub's client, rich or anything else that takes long to start."""
+    code = (
+        "import sys; from moescale.__main__ import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "slow = {'numpy', 'huggingface_hub', 'rich', 'pydantic', 'asyncio', 'tqdm', 'yaml'}\n"
+        "print(sorted(slow & sys.modules.keys()))"
+    )
+    command = [sys.executable, "-c", code, option]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
 
 
 def test_version() -> None:

@@ -110,7 +110,7 @@ def test_a_cluster_proves_an_output(source: Path, tmp_path: Path, workers: Worke
     """The workers read again and compare; what differs is said as by one machine."""
     out = tmp_path / "out"
     assert convert(source, out, experts=3, dask=workers.address, check=True).verified
-    verify(source, out, experts=3)
+    assert verify(source, out, experts=3, dask=workers.address).verified
     data = bytearray((out / SHARDS[1]).read_bytes())
     data[-1] ^= 1
     (out / SHARDS[1]).write_bytes(data)

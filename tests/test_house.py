@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import moescale
+
 PACKAGE = Path(__file__).parent.parent / "src" / "moescale"
 
 BELOW = {"errors", "version", "checkpoint", "rules", "model", "repos"}
@@ -24,9 +26,12 @@ MAY_USE = {
     "planning": {*BELOW, "options"},
     "running": {*BELOW, "options", "planning"},
     "measuring": {*BELOW, "options", "planning", "running"},
-    "report": {*BELOW, "planning", "running", "api"},
+    "report": {*BELOW, "planning", "running"},
 }
 """What each room may import of the package besides itself."""
+
+COMMAND = {"__main__.py", "cli.py", "interrupts.py", "terminal.py"}
+"""What belongs to the command alone: streams, exit codes, signals, the environment."""
 
 
 def imports(path: Path) -> set[str]:
@@ -67,3 +72,39 @@ def test_a_plan_needs_no_numpy() -> None:
     """Numpy is 15 MB and half of the start-up time; only rules that sample, and runs, load it."""
     code = "import sys; from moescale import api; sys.exit('numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    users = {p.name for p in PACKAGE.rglob("*.py") if "interrupts" in imports(p)}
+    assert users == {"__main__.py", "cli.py"}
+
+
+def test_the_command_uses_only_what_is_public() -> None:
+    """Whatever the command can do can be done from Python, too."""
+    own = {"interrupts", "report", "version"}
+    assert imports(PACKAGE / "cli.py") - own <= {"api", *moescale.__all__}
+
+
+def touched(path: Path) -> set[str]:
+    """What a file does to the process: prints, exits, handles signals, sets variables."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            found.add(ast.unparse(node.func))
+        elif isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
+            found.add(ast.unparse(node.value))
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) in ("sys.stdout", "sys.stderr"):
+            found.add(ast.unparse(node))
+    return found & FOR_THE_COMMAND
+
+
+FOR_THE_COMMAND = {
+    *("print", "input", "exit", "sys.exit", "os._exit", "sys.stdout", "sys.stderr"),
+    *("signal.signal", "faulthandler.enable", "gc.set_threshold"),
+    *(f"os.environ.{call}" for call in ("setdefault", "update", "pop")),
+    *("os.environ", "os.putenv", "os.chdir", "locale.setlocale"),
+}
+
+
+def test_only_the_command_touches_the_process() -> None:
+    """No other module prints, exits, sets signal handlers or variables of the environment."""
+    found = {path.name: what for path in PACKAGE.rglob("*.py") if (what := touched(path))}
+    assert found.keys() <= COMMAND
+    assert {"print", "sys.exit", "os.environ.setdefault"} <= found["cli.py"]

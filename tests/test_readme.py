@@ -8,6 +8,8 @@ import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import checkpoints
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -35,6 +37,22 @@ def test_the_file_map_is_true() -> None:
         if not path.name.startswith(("_", "version")) and path.suffix in ("", ".py")
     }
     assert named == found
+
+
+def test_the_example_from_python_runs(tmp_path: Path) -> None:
+    """The code under "From Python" does what it says, on a small Mixtral of its name."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## From Python")[2]
+    code = text.partition("```python\n")[2].partition("```")[0]
+    assert {"plan", "convert", "verify"} == set(re.findall(r"moescale\.(\w+)\(", code))
+    checkpoints.mixtral(tmp_path / "Mixtral-8x7B")
+    command = [sys.executable, "-c", code]
+    child = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert child.returncode == 0, child.stderr
+    first, *between, last = child.stdout.splitlines()
+    assert first.startswith("1.2247")
+    assert any(line.endswith(": 100%") for line in between)
+    assert last == "new None"
+    assert child.stderr == ""
 
 
 def test_the_figure_of_the_study_is_whole_in_itself() -> None:

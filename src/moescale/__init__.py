@@ -1,34 +1,60 @@
 """Run a mixture-of-experts checkpoint with another number of active experts.
 
-The public names are here: `plan`, `convert` and `verify` with `Options`, and the errors of
-`moescale.errors`. They are imported on first use, so that ``import moescale`` costs nothing.
+The public names are here: `plan`, `convert` and `verify`, the types of what goes into them and
+comes out, and the exceptions in `moescale.errors`. They are imported on first use, so that
+``import moescale`` costs nothing.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from moescale import errors
 from moescale.version import __version__
 
 if TYPE_CHECKING:
-    from moescale.api import convert, plan, verify
-    from moescale.options import Options
+    from moescale.api import Measuring, convert, plan, verify
+    from moescale.options import Options, Rescaling
     from moescale.planning.plan import Plan
+    from moescale.repos.base import Progress
+    from moescale.running.conversion import Result
 
-__all__ = ["Options", "Plan", "__version__", "convert", "plan", "verify"]
+__all__ = [
+    "Measuring",
+    "Options",
+    "Plan",
+    "Progress",
+    "Rescaling",
+    "Result",
+    "__version__",
+    "convert",
+    "errors",
+    "plan",
+    "verify",
+]
 
 _HOMES = {
+    "Measuring": "moescale.api",
     "Options": "moescale.options",
     "Plan": "moescale.planning.plan",
+    "Progress": "moescale.repos.base",
+    "Rescaling": "moescale.options",
+    "Result": "moescale.running.conversion",
     "convert": "moescale.api",
     "plan": "moescale.api",
     "verify": "moescale.api",
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+if not TYPE_CHECKING:  # a type checker would take any name for one of the package
 
-    return getattr(import_module(_HOMES[name]), name)
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -17,7 +17,7 @@ from moescale import errors, interrupts
 from moescale.version import __version__
 
 if TYPE_CHECKING:
-    from moescale.planning.plan import Plan
+    from moescale import Plan
 
 # Typer has its own copy of Click, and gives the base of its errors no name of its own.
 _UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -32,8 +32,8 @@ EXIT_CODES: dict[type[errors.MoescaleError], int] = {
 }
 """By error; every other one is 1."""
 
-FACTORS_BYTES = 8 << 20
-"""Much more than an earlier output's provenance has."""
+HELP_COLUMN = 24
+"""Where the meaning of an option starts."""
 
 HELP = """Run a mixture-of-experts model with another number of active experts.
 
@@ -53,6 +53,32 @@ output, and the number in config.json is set. SRC is never written to; an interr
 is continued by the same command.
 """
 
+FACTOR, HUB, MODEL, RUN, OUTPUT = (
+    "Which factor, and where it goes",
+    "The Hub",
+    "Models that are not in the table, or have several MoEs",
+    "The run",
+    "What is shown",
+)
+"""Headings of the options but the first ones; Typer's own take rich, which takes long to start."""
+
+
+class _Command(typer.core.TyperCommand):
+    """A command that shows its options under headings."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the help of every argument and option, in one column under all headings."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if record := parameter.get_help_record(ctx):
+                usual = f"{parameter.param_type_name.capitalize()}s"
+                panel = getattr(parameter, "rich_help_panel", None)
+                sections.setdefault(panel or usual, []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl([(f"{names:{HELP_COLUMN}}", text) for names, text in records])
+
+
 app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
@@ -62,7 +88,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.command(help=HELP, no_args_is_help=True)
+@app.command(help=HELP, no_args_is_help=True, cls=_Command)
 def _command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="The checkpoint to read.")],
     destination: Annotated[
@@ -79,6 +105,7 @@ def _command(
             "-n",
             "--trained-experts",
             metavar="N",
+            rich_help_panel=FACTOR,
             help="Experts per token that the weights were trained for; default: the config's."
             " 1 restores a merge of dense models.",
         ),
@@ -86,12 +113,15 @@ def _command(
     rule: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            metavar="RULE", help="preserve (default), published, gates, measured, or none."
+            rich_help_panel=FACTOR,
+            metavar="RULE",
+            help="preserve (default), published, gates, measured, or none.",
         ),
     ] = None,
     calibrate: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
+            rich_help_panel=FACTOR,
             metavar="FILE",
             help="The text that --rule measured runs the model on: 2,048 tokens or more, of which"
             " the first 65,536 are taken. Needs pip install 'moescale[measure]'.",
@@ -100,6 +130,7 @@ def _command(
     max_memory: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
+            rich_help_panel=FACTOR,
             metavar="SIZE",
             help="How much of the model --rule measured holds in main memory, such as 8GiB; the"
             " rest lies on disk.",
@@ -108,6 +139,7 @@ def _command(
     fold: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
+            rich_help_panel=FACTOR,
             metavar="WHERE",
             help="weights (default); config: multiply the model's own routed scaling key and"
             " leave every weight as it is; or residual: leave the experts, divide the embedding and"
@@ -116,67 +148,96 @@ def _command(
     ] = None,
     rho: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(metavar="R", help="Correlation of expert outputs, 0 to 1; default 0."),
+        typer.Option(
+            rich_help_panel=FACTOR,
+            metavar="R",
+            help="Correlation of expert outputs, 0 to 1; default 0.",
+        ),
     ] = None,
     factor: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(metavar="F", help="This factor instead of a rule."),
+        typer.Option(rich_help_panel=FACTOR, metavar="F", help="This factor instead of a rule."),
     ] = None,
     factors: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
-            metavar="FILE", help="Factors by layer as JSON, or an earlier output's moescale.json."
+            rich_help_panel=FACTOR,
+            metavar="FILE",
+            help="Factors by layer as JSON, or an earlier output's moescale.json.",
         ),
     ] = None,
     gate_scale: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(
+            rich_help_panel=FACTOR,
             metavar="F",
             help="Multiply the router's weight: above 1 sharpens the gate, below 1 flattens it.",
         ),
     ] = None,
     revision: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="REV", help="Branch, tag or commit of a SRC given as org/name."),
+        typer.Option(
+            rich_help_panel=HUB,
+            metavar="REV",
+            help="Branch, tag or commit of a SRC given as org/name.",
+        ),
     ] = None,
     part: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="NAME", help="Which MoE of a checkpoint that has several."),
+        typer.Option(
+            rich_help_panel=MODEL,
+            metavar="NAME",
+            help="Which MoE of a checkpoint that has several.",
+        ),
     ] = None,
     arch: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="TYPE", help="Treat the model as this model type."),
+        typer.Option(
+            rich_help_panel=MODEL, metavar="TYPE", help="Treat the model as this model type."
+        ),
     ] = None,
     pattern: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
+            rich_help_panel=MODEL,
             metavar="REGEX",
             help="The names of the down-projections, for an architecture that is not known.",
         ),
     ] = None,
     experts_key: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="KEY", help="The config key of the experts per token, likewise."),
+        typer.Option(
+            rich_help_panel=MODEL,
+            metavar="KEY",
+            help="The config key of the experts per token, likewise.",
+        ),
     ] = None,
     private: Annotated[
         Optional[bool],  # noqa: UP045
         typer.Option(
-            "--private/--public", help="Of a repo that has to be made; default: the Hub's own."
+            "--private/--public",
+            rich_help_panel=HUB,
+            help="Of a repo that has to be made; default: the Hub's own.",
         ),
     ] = None,
     create_pr: Annotated[
         bool,
-        typer.Option("--create-pr", help="Open a pull request instead; takes the right to write."),
+        typer.Option(
+            "--create-pr",
+            rich_help_panel=HUB,
+            help="Open a pull request instead; takes the right to write.",
+        ),
     ] = False,
     commit_message: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="TEXT", help="Of the commit on the Hub."),
+        typer.Option(rich_help_panel=HUB, metavar="TEXT", help="Of the commit on the Hub."),
     ] = None,
     jobs: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(
             "-j",
             "--jobs",
+            rich_help_panel=RUN,
             metavar="N",
             min=1,
             help="Shards at once; default: cores, at most 8, and 2 to the Hub, for the memory.",
@@ -185,6 +246,7 @@ def _command(
     dask: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
+            rich_help_panel=RUN,
             metavar="ADDRESS",
             help="Let the workers of a Dask scheduler do the shards: tcp://host:8786, or a"
             " scheduler file.",
@@ -192,7 +254,12 @@ def _command(
     ] = None,
     report_file: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--report", metavar="FILE", help="Draw the plan into this HTML page too."),
+        typer.Option(
+            "--report",
+            rich_help_panel=OUTPUT,
+            metavar="FILE",
+            help="Draw the plan into this HTML page too.",
+        ),
     ] = None,
     dry_run: Annotated[
         bool,
@@ -207,13 +274,18 @@ def _command(
         bool, typer.Option("--overwrite", help="Replace a destination that holds something else.")
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object on stdout.")
+        bool,
+        typer.Option("--json", rich_help_panel=OUTPUT, help="Print one JSON object on stdout."),
     ] = False,
     quiet: Annotated[
-        bool, typer.Option("-q", "--quiet", help="Print the destination only.")
+        bool,
+        typer.Option("-q", "--quiet", rich_help_panel=OUTPUT, help="Print the destination only."),
     ] = False,
     verbose: Annotated[
-        bool, typer.Option("-v", "--verbose", help="List every tensor and every file.")
+        bool,
+        typer.Option(
+            "-v", "--verbose", rich_help_panel=OUTPUT, help="List every tensor and every file."
+        ),
     ] = False,
     version: Annotated[
         bool,
@@ -226,6 +298,7 @@ def _command(
         "rule": rule,
         "rho": rho,
         "factor": factor,
+        "factors": factors,
         "fold": fold,
         "gate_scale": gate_scale,
         "part": part,
@@ -240,47 +313,29 @@ def _command(
     if quiet or as_json:  # a model that is measured is downloaded by the client, with its own bars
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        if factors is not None:
-            options["factors"] = _read_factors(factors)
         places = {
             "revision": revision,
             "overwrite": overwrite,
             "private": private,
             "create_pr": create_pr,
             "commit_message": commit_message,
+            "report": report_file,
         }
         if dry_run:
-            _show_plan(
-                source, destination, {**options, **places}, report_file, as_json, quiet, verbose
-            )
+            _show_plan(source, destination, {**options, **places}, as_json, quiet, verbose)
         elif destination is None:
             raise errors.UsageError("DST is missing", hint="Only --dry-run does without it.")
         else:
             run = {**places, "jobs": jobs, "check": verify, "dask": dask}
-            _convert(source, destination, options, run, report_file, as_json, quiet, verbose)
+            _convert(source, destination, {**options, **run}, as_json, quiet, verbose)
     except KeyboardInterrupt:
         raise errors.InterruptedRun(interrupts.MESSAGE) from None
-
-
-def _read_factors(path: Path) -> dict[str, float]:
-    from moescale.options import parse_factors
-
-    try:
-        with open(path, "rb") as file:  # a pipe or a device may have no end
-            data = file.read(FACTORS_BYTES + 1)
-        if len(data) > FACTORS_BYTES:
-            raise errors.UsageError(f"--factors {path}: is too long for a file of factors")
-        return parse_factors(data.decode("utf-8-sig"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else error.reason
-        raise errors.UsageError(f"--factors {path}: {why}") from None
 
 
 def _show_plan(
     source: str,
     destination: str | None,
     options: dict[str, Any],
-    report_file: Path | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -291,7 +346,6 @@ def _show_plan(
     measuring = terminal.measuring(None if quiet or as_json else sys.stderr)
     plan = api.plan(source, destination, measuring=measuring, **options)
     _warn(plan)
-    _draw(plan, report_file)
     if as_json:
         _print_json(plan.as_json())
     elif not quiet:
@@ -310,8 +364,6 @@ def _convert(
     source: str,
     destination: str,
     options: dict[str, Any],
-    run: dict[str, Any],
-    report_file: Path | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -327,12 +379,11 @@ def _convert(
             nonlocal start
             start = time.monotonic()  # measuring a model may have taken hours
             _warn(plan)
-            _draw(plan, report_file)
             if talk:
                 text = terminal.plan_text(plan, verbose, terminal.blocks_for(sys.stderr))
                 print(text, end="\n\n", file=sys.stderr)
             sizes = {file.name: plan.output_size(file) for file in plan.large_files}
-            progress.expect(sizes, passes=2 if run["check"] else 1)
+            progress.expect(sizes, passes=2 if options["check"] else 1)
 
         result = api.convert(
             source,
@@ -340,7 +391,6 @@ def _convert(
             progress=progress.step,
             planned=planned,
             measuring=terminal.measuring(sys.stderr if talk else None),
-            **run,
             **options,
         )
     if as_json:
@@ -355,13 +405,6 @@ def _convert(
 def _warn(plan: Plan) -> None:
     for warning in plan.warnings:
         print(f"warning: {errors.printable(warning)}", file=sys.stderr)
-
-
-def _draw(plan: Plan, file: Path | None) -> None:
-    if file is not None:
-        from moescale.report import page
-
-        page.write(plan, file)
 
 
 def main() -> None:

@@ -49,40 +49,70 @@ class MoescaleError(Exception):
 
 
 class UsageError(MoescaleError):
-    """A value is wrong by itself, whatever the source."""
+    """A value is wrong by itself, whatever the source, or two do not go together.
+
+    Raised before anything is read; but for factors that are not those of the source's layers.
+    """
 
 
 class SourceError(MoescaleError):
-    """The source cannot be used; nothing was written."""
+    """The source cannot be used; nothing was written.
+
+    Raised where it is not there, is not a checkpoint, or may not be read.
+    """
 
 
 class CheckpointError(SourceError):
-    """A file of the checkpoint is malformed or does not fit the others."""
+    """A file of the checkpoint is malformed or does not fit the others.
+
+    Raised while a plan is made: for a config, an index, a header, a missing shard or expert.
+    """
 
     advice = "The checkpoint is damaged, or its files are of different versions; fetch it again."
 
 
 class UnsupportedError(SourceError):
-    """The checkpoint is well formed, but what was asked for cannot be done to it exactly."""
+    """The checkpoint is well formed, but what was asked for cannot be done to it exactly.
+
+    Raised while a plan is made: for a model type, a tensor format, a number of experts or a factor.
+    """
 
 
 class DestinationError(MoescaleError):
-    """The destination holds something else, or cannot take the output."""
+    """The destination holds something else, or cannot take the output.
+
+    Raised before the first shard; what was there is untouched. `moescale.plan` says it as a
+    warning.
+    """
 
 
 class RewriteError(MoescaleError):
-    """A shard could not be rewritten as planned."""
+    """A shard could not be rewritten as planned.
+
+    Raised in the middle of a run: the source changed, a value would overflow, the disk is full.
+    The output does not load; what is finished of it is used by the next run.
+    """
 
 
 class VerificationError(MoescaleError):
-    """The output differs from what the plan says."""
+    """The output differs from what the plan says.
+
+    Raised by `moescale.verify`, and by `moescale.convert` with ``check=True``.
+    """
 
     advice = "Remove the output and run the same command again."
 
 
 class TemporaryError(MoescaleError):
-    """Something outside failed for now; the same command resumes."""
+    """Something outside failed for now; the same command resumes.
+
+    Raised where the Hub or a cluster does not answer after several attempts.
+    """
 
 
 class InterruptedRun(MoescaleError):  # noqa: N818 - it is an answer to the user, not a fault
-    """The user stopped the run; the same command resumes."""
+    """The user stopped the run; the same command resumes.
+
+    What the command makes of Ctrl-C. From Python that is a `KeyboardInterrupt`; this one comes out
+    of a call only where somebody else stopped a part of it, such as a task of a cluster.
+    """

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from numbers import Integral, Real
+from typing import Any, Literal, TypedDict
 
 from moescale.checkpoint.json_text import parse_strict
 from moescale.errors import UsageError
@@ -16,6 +18,49 @@ Rule = Literal["preserve", "published", "gates", "measured", "none"]
 Fold = Literal["weights", "config", "residual"]
 
 RULES: tuple[Rule, ...] = ("preserve", "published", "gates", "measured", "none")
+
+StrPath = str | os.PathLike[str]
+
+
+class Rescaling(TypedDict, total=False):
+    """Keywords of `moescale.plan`, `convert` and `verify`: what shall be rescaled, and how.
+
+    The names and meanings are those of the command's long options; None is as good as left out.
+
+    Attributes:
+        experts: experts per token of the output; required but with `factor`, `factors` or
+            `gate_scale`.
+        trained_experts: experts per token that the weights were trained for; default: the config's.
+            1 restores a merge of dense models.
+        rule: how the factor is found; default ``preserve``.
+        rho: correlation of expert outputs, 0 to 1, for the rules ``preserve`` and ``gates``.
+        factor: this one instead of a rule.
+        factors: one for each MoE layer instead, by the layer's name (``"0"``, ``"mtp.0"``); or the
+            path of a JSON file, or of the ``moescale.json`` of an earlier output.
+        fold: where the factor goes; default ``weights``.
+        gate_scale: what the routers' weights are multiplied by.
+        part: which MoE of a checkpoint that has several.
+        arch: treat the model as this model type.
+        pattern: expression for the down-projections' names, for an architecture that is not known.
+        experts_key: the config key of the experts per token, likewise.
+        calibrate: path of the text for the rule ``measured``.
+        max_memory: of main memory for weights then: bytes, or text such as ``8GiB``.
+    """
+
+    experts: int | None
+    trained_experts: int | None
+    rule: Rule | None
+    rho: float | None
+    factor: float | None
+    factors: Mapping[str, float] | StrPath | None
+    fold: Fold | None
+    gate_scale: float | None
+    part: str | None
+    arch: str | None
+    pattern: str | None
+    experts_key: str | None
+    calibrate: StrPath | None
+    max_memory: str | int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +187,54 @@ def check_factor(factor: float, what: str = "the factor") -> None:
         raise UsageError(f"{what} is {factor!r}: it must be above 0, and float32 must hold it")
 
 
+def options_of(given: Rescaling, calibrate: str | None) -> Options:
+    """What was asked for; `calibrate` is the digest of its text.
+
+    Numbers may be of any kind, such as those of numpy; a file of factors is read.
+
+    Raises:
+        UsageError: a value is wrong by itself, or no number.
+    """
+    values: dict[str, Any] = {**given, "calibrate": calibrate}
+    values.pop("max_memory", None)
+    for name in ("experts", "trained_experts"):
+        if values.get(name) is not None:
+            values[name] = int(_number(values[name], name, Integral))
+    for name in ("rho", "factor", "gate_scale"):
+        if values.get(name) is not None:
+            values[name] = float(_number(values[name], name, Real))
+    factors = values.get("factors")
+    if isinstance(factors, Mapping):
+        values["factors"] = _factors(factors, "--factors")
+    elif factors is not None:
+        values["factors"] = read_factors(factors)
+    return Options(**values)
+
+
+def _number(value: Any, name: str, kind: type) -> Any:
+    if isinstance(value, kind) and not isinstance(value, bool):
+        return value
+    what = "a whole number" if kind is Integral else "a number"
+    raise UsageError(f"--{name.replace('_', '-')} is {value!r}: it must be {what}")
+
+
+def read_factors(path: StrPath) -> dict[str, float]:
+    """Factors by layer from a file; see `parse_factors`.
+
+    Raises:
+        UsageError: it cannot be read, or holds none.
+    """
+    try:
+        with open(path, "rb") as file:  # a pipe or a device may have no end
+            data = file.read(FACTORS_BYTES + 1)
+        if len(data) > FACTORS_BYTES:
+            raise UsageError(f"--factors {path}: is too long for a file of factors")
+        return parse_factors(data.decode("utf-8-sig"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error.reason
+        raise UsageError(f"--factors {path}: {why}") from None
+
+
 def parse_factors(text: str, where: str) -> dict[str, float]:
     """Factors by layer from ``{"factors": {"0": 1.2}}``, the bare mapping, or a provenance file.
 
@@ -154,13 +247,23 @@ def parse_factors(text: str, where: str) -> dict[str, float]:
         raise UsageError(f"{where}: is not valid JSON: {error}") from None
     if isinstance(content, dict) and "factors" in content:
         content = content["factors"]
-    if not isinstance(content, dict) or not content:
+    return _factors(content, where)
+
+
+def _factors(content: Any, where: str) -> dict[str, float]:
+    if not isinstance(content, Mapping) or not content:
         raise UsageError(f"{where}: holds no factors", hint='It needs {"factors": {"0": 1.2}}.')
     for layer, factor in content.items():
-        if type(factor) not in (int, float) or not -_LARGEST < factor < _LARGEST:
-            shown = repr(factor)[:40] if isinstance(factor, (str, int, float)) else "something else"
+        if not isinstance(layer, str):
+            raise UsageError(f"{where}: the layer {layer!r} must be text, such as {str(layer)!r}")
+        number = isinstance(factor, Real) and not isinstance(factor, bool)
+        if not number or not -_LARGEST < factor < _LARGEST:
+            shown = repr(factor)[:40] if isinstance(factor, (str, Real)) else "something else"
             raise UsageError(f"{where}: the factor of layer {layer} is {shown}, not a number")
     return {layer: float(factor) for layer, factor in content.items()}
 
+
+FACTORS_BYTES = 8 << 20
+"""Much more than an earlier output's provenance has."""
 
 _LARGEST = 1e300

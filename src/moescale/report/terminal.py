@@ -18,7 +18,7 @@ from moescale.running.card import measured_on
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from moescale.api import Result
+    from moescale.running.conversion import Result
 
 LINE_SECONDS = 30.0
 """Without a terminal, progress is one line this often."""

@@ -26,6 +26,25 @@ but a file of the output, perhaps the provenance, was changed or lost since."""
 
 
 @dataclass(frozen=True, slots=True)
+class Result:
+    """What came of a run.
+
+    Attributes:
+        plan: what was to be done.
+        status: ``new``, ``resume``, ``replace``, or ``done`` if there was nothing left to do.
+        verified: the output was read again and compared.
+        url: where the output can be looked at, if it is on the Hub.
+        remarks: what else there is to know.
+    """
+
+    plan: Plan
+    status: Status
+    verified: bool
+    url: str | None = None
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What a run did: whether it had anything to do, and what stands in the output."""
 

@@ -1,0 +1,342 @@
+"""From Python: the same as the command, typed, silent, and nothing left running."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+from collections import Counter
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import checkpoints
+import numpy as np
+import pytest
+import typer
+from gated_checkpoints import gated_mixtral
+
+import moescale
+from moescale import api, cli
+from moescale.errors import UsageError
+from moescale.options import Options, Rescaling, Rule
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, with a small Mixtral in it under the name that examples use."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    return checkpoints.mixtral(tmp_path / "Mixtral-8x7B")
+
+
+# What there is ------------------------------------------------------------------------------------
+
+
+def test_every_public_name_is_there_and_no_other_is() -> None:
+    """What `__all__` lists can be had from the package, and an editor sees it."""
+    assert set(moescale.__all__) <= set(dir(moescale))
+    for name in moescale.__all__:
+        assert getattr(moescale, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = moescale.nothing
+
+
+LAZY = """
+import sys
+before = set(sys.modules)
+import moescale
+moescale.errors.UsageError, dir(moescale)
+print(sorted(name for name in set(sys.modules) - before if name.startswith("moescale")))
+heavy = {"numpy", "huggingface_hub", "typer", "torch", "json", "threading", "pathlib"}
+print(sorted(heavy & (set(sys.modules) - before)))
+"""
+
+
+def test_the_import_costs_nothing() -> None:
+    """``import moescale`` brings its errors and its version, and no other module."""
+    command = [sys.executable, "-c", LAZY]
+    child = subprocess.run(command, capture_output=True, text=True, check=True)
+    ours, heavy = child.stdout.splitlines()
+    assert ours == "['moescale', 'moescale.errors', 'moescale.version']"
+    assert heavy == "[]"
+
+
+def test_the_keywords_are_the_fields_of_options() -> None:
+    """An option that the plan knows can be given from Python, typed as there or wider."""
+    typed, kept = get_type_hints(Rescaling), get_type_hints(Options)
+    assert typed.keys() - {"max_memory"} == kept.keys() == {field.name for field in fields(Options)}
+    for name in kept.keys() - {"factors", "calibrate"}:
+        assert typed[name] == kept[name], name
+
+
+@pytest.mark.parametrize("verb", [api.plan, api.convert, api.verify])
+def test_every_option_of_the_command_is_a_keyword(verb: Any) -> None:
+    """A long option is a keyword with underscores; what only the command needs is listed here."""
+    own = {"dry_run", "version", "json", "quiet", "verbose", "install_completion"}
+    own |= {"show_completion", "verify", "public"}
+    taken = {*inspect.signature(verb).parameters, *Rescaling.__annotations__}
+    lacks = {
+        api.plan: {"jobs", "dask"},
+        api.convert: set(),
+        api.verify: {"overwrite", "private", "create_pr", "commit_message", "report"},
+    }[verb]
+    options = {
+        name[2:].replace("-", "_")
+        for parameter in typer.main.get_command(cli.app).params
+        if parameter.param_type_name == "option"
+        for name in (*parameter.opts, *parameter.secondary_opts)
+        if name.startswith("--")
+    }
+    assert options - own - taken == lacks
+
+
+# Documentation ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["plan", "convert", "verify"])
+def test_the_examples_of_the_docstrings_hold(verb: str, there: Path) -> None:
+    """Each docstring's example runs as printed, on a small Mixtral of the example's name."""
+    (test,) = doctest.DocTestFinder(recurse=False).find(getattr(api, verb), verb, globs={})
+    done = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test)
+    assert done.attempted >= 3
+    assert done.failed == 0
+
+
+@pytest.mark.parametrize("verb", [api.plan, api.convert])
+def test_every_keyword_is_documented(verb: Any) -> None:
+    """Each parameter has its line in the docstring, and each option in that of `Rescaling`."""
+    text = inspect.getdoc(verb) or ""
+    for name in inspect.signature(verb).parameters:
+        assert f"\n    {name}: " in text, name
+    for name in Rescaling.__annotations__:
+        assert f"\n    {name}: " in (inspect.getdoc(Rescaling) or ""), name
+
+
+def test_every_error_says_when_it_is_raised() -> None:
+    """The classes of `moescale.errors` all have a docstring, and stand in the module's tree."""
+    found = [c for c in vars(moescale.errors).values() if inspect.isclass(c)]
+    assert len(found) > 8
+    for kind in found:
+        if issubclass(kind, Exception):
+            assert kind.__doc__
+            assert kind.__name__ in (moescale.errors.__doc__ or "")
+
+
+# Types --------------------------------------------------------------------------------------------
+
+SCRIPT = """
+from pathlib import Path
+import moescale
+
+def tell(name: str, size: int) -> None: ...
+
+plan: moescale.Plan = moescale.plan("a", experts=3, rule="gates", rho=0.5)
+result: moescale.Result = moescale.convert(
+    Path("a"), "b", experts=3, factors={"0": 1.2}, max_memory=1 << 30, progress=tell, check=True
+)
+moescale.verify("a", "b", factors=Path("moescale.json"), jobs=2, progress=tell)
+how: moescale.Rescaling = {"experts": 3, "fold": "config"}
+moescale.plan("a", **how)
+try:
+    sizes: dict[str, float] = dict(plan.factors)
+except moescale.errors.TemporaryError as error:
+    hint: str | None = error.hint
+moescale.plan("a", expert=3)  # wrong: call-arg
+moescale.plan("a", experts="3")  # wrong: arg-type
+moescale.plan("a", experts=3, rule="best")  # wrong: arg-type
+moescale.convert("a", experts=3)  # wrong: call-arg
+moescale.convert("a", "b", factors={0: 1.2})  # wrong: dict-item
+moescale.convert("a", "b", experts=3, verify=True)  # wrong: call-arg
+moescale.convert("a", "b", experts=3, progress=print())  # wrong: arg-type
+moescale.verify("a", "b", experts=3, overwrite=True)  # wrong: call-arg
+result.state  # wrong: attr-defined
+moescale.run  # wrong: attr-defined
+"""
+
+CONFIG = """
+[mypy]
+strict = True
+[mypy-numpy.*,ml_dtypes.*,huggingface_hub.*,httpx.*,yaml.*,tqdm.*,torch.*,transformers.*]
+follow_imports = skip
+ignore_missing_imports = True
+[mypy-accelerate.*,safetensors.*,distributed.*,hf_xet.*]
+follow_imports = skip
+ignore_missing_imports = True
+"""
+"""Strict, without the time that the types of other packages take."""
+
+
+def test_a_script_is_checked_against_the_installed_package(tmp_path: Path) -> None:
+    """Strict mypy takes what is right and finds each wrong keyword, type, value and attribute."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "mypy.ini").write_text(CONFIG)
+    command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "script.py"]
+    command += ["--cache-dir", str(tmp_path / "cache"), "--no-pretty", "--hide-error-context"]
+    child = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    found = re.findall(r"^script\.py:(\d+): error: .* \[([a-z-]+)\]$", child.stdout, re.M)
+    lines = enumerate(SCRIPT.splitlines(), 1)
+    wanted = [(str(n), line.split("# wrong: ")[1]) for n, line in lines if "# wrong: " in line]
+    assert found == wanted, child.stdout + child.stderr
+
+
+# Values -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"experts": 3.0}, "--experts is 3.0: it must be a whole number"),
+        ({"experts": True}, "--experts is True: it must be a whole number"),
+        ({"experts": "3"}, "--experts is '3': it must be a whole number"),
+        ({"experts": 3, "rho": "0.5"}, "--rho is '0.5': it must be a number"),
+        ({"factor": "2"}, "--factor is '2': it must be a number"),
+        ({"factors": {0: 1.2}}, "the layer 0 must be text, such as '0'"),
+        ({"factors": {"0": "1.2"}}, "not a number"),
+        ({"factors": {}}, "holds no factors"),
+        ({"factors": "nowhere.json"}, "--factors nowhere.json: No such file"),
+        ({"experts": 3, "max_memory": "8GiB"}, "--max-memory goes with --rule measured"),
+    ],
+)
+def test_a_value_that_no_type_checker_saw_is_refused(options: Any, why: str, there: Path) -> None:
+    """A wrong type is a usage error before anything is read or written."""
+    with pytest.raises(UsageError) as caught:
+        moescale.convert(there, "out", **options)
+    assert why in caught.value.message
+    assert not Path("out").exists()
+
+
+def test_a_keyword_that_is_none_is_a_type_error(there: Path) -> None:
+    """A misspelt keyword is refused as Python does, and named."""
+    with pytest.raises(TypeError, match="'expert'"):
+        moescale.plan(there, expert=3)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("jobs", [0, -1])
+def test_a_number_of_jobs_that_is_none_is_refused(there: Path, jobs: int) -> None:
+    """Less than one shard at once is a usage error."""
+    for verb in (moescale.convert, moescale.verify):
+        with pytest.raises(UsageError, match="--jobs"):
+            verb(there, "out", experts=3, jobs=jobs)
+
+
+def test_numbers_of_numpy_give_the_same_bytes(there: Path) -> None:
+    """Whole numbers and floats of other kinds are what they stand for, in the provenance too."""
+    moescale.convert(there, "one", experts=3, factor=2.0)
+    numbers: Any = {"experts": np.int64(3), "factor": np.float32(2)}
+    moescale.convert(there, "two", **numbers)
+    moescale.convert(str(there), "three", experts=3, factor=2)
+    assert checkpoints.tree(Path("one")) == checkpoints.tree(Path("two"))
+    assert checkpoints.tree(Path("one")) == checkpoints.tree(Path("three"))
+
+
+def test_factors_come_as_a_mapping_or_from_an_earlier_output(there: Path) -> None:
+    """A path stands for the factors in the file."""
+    made = moescale.convert(there, "one", experts=3).plan
+    assert moescale.plan(there, experts=3, factors="one/moescale.json").factors == made.factors
+    assert moescale.plan(there, experts=3, factors=made.factors).factors == made.factors
+
+
+def test_the_report_is_drawn_by_plan_and_convert(there: Path) -> None:
+    """`report` names the page, which is there before a run is planned for."""
+    moescale.plan(there, "out", experts=3, report="plan.html")
+    seen: list[bytes] = []
+    moescale.convert(
+        there,
+        "out",
+        experts=3,
+        report=Path("run.html"),
+        planned=lambda plan: seen.append(Path("run.html").read_bytes()),
+    )
+    assert seen == [Path("plan.html").read_bytes()]
+
+
+# Progress -----------------------------------------------------------------------------------------
+
+
+def test_progress_adds_up_to_the_sizes_of_the_plan(there: Path) -> None:
+    """Once for the run, once more for the proof, and nothing where all is done."""
+    done: Counter[str] = Counter()
+    lock = threading.Lock()
+
+    def progress(name: str, size: int) -> None:
+        assert size >= 0
+        with lock:
+            done[name] += size
+
+    result = moescale.convert(there, "out", experts=3, progress=progress)
+    sizes = {file.name: result.plan.output_size(file) for file in result.plan.large_files}
+    assert done == Counter(sizes)  # which counts an empty file like one without calls
+    moescale.verify(there, "out", experts=3, progress=progress)
+    assert done == Counter({name: 2 * size for name, size in sizes.items()})
+    moescale.convert(there, "out", experts=3, progress=progress)
+    assert done == Counter({name: 2 * size for name, size in sizes.items()})
+    moescale.convert(there, "new", experts=3, progress=progress, check=True)
+    assert done == Counter({name: 4 * size for name, size in sizes.items()})
+
+
+# What it leaves alone -----------------------------------------------------------------------------
+
+
+def test_nothing_is_printed_or_changed(there: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """No output, no warning, no signal handler, no variable of the environment, no thread."""
+
+    def world() -> tuple[Any, ...]:
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        return dict(os.environ), handlers, os.getcwd(), threading.active_count()
+
+    gated_mixtral(there.parent / "gated")
+    rules: list[Rule] = ["preserve", "gates"]
+    before = world()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for rule in rules:
+            moescale.plan("gated", rule, experts=3, rule=rule)
+            moescale.convert("gated", rule, experts=3, rule=rule, check=True)
+            moescale.verify("gated", rule, experts=3, rule=rule)
+        with pytest.raises(moescale.errors.SourceError):
+            moescale.plan("gated/nothing here", experts=3)
+    assert world() == before
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, SystemExit])
+def test_what_a_callback_raises_ends_the_threads(there: Path, error: type[BaseException]) -> None:
+    """The exception comes out of the call, no thread is left, and the same call resumes."""
+
+    def fail(name: str, size: int) -> None:
+        if name.startswith("model-00003"):
+            raise error
+
+    before = threading.active_count()
+    with pytest.raises(error):
+        moescale.convert(there, "out", experts=3, jobs=2, progress=fail)
+    assert threading.active_count() == before
+    assert moescale.convert(there, "out", experts=3, check=True).status == "resume"
+
+
+def test_an_interrupted_call_resumes(there: Path) -> None:
+    """Ctrl-C in a notebook is a KeyboardInterrupt; the threads end, and the same call goes on."""
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    pressed = threading.Event()
+
+    def press(name: str, size: int) -> None:
+        if not pressed.is_set():
+            pressed.set()
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            threading.Event().wait(0.3)
+
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        moescale.convert(there, "out", experts=3, jobs=1, progress=press)
+    assert threading.active_count() == before
+    assert not Path("out/config.json").exists()
+    assert moescale.convert(there, "out", experts=3, check=True).status == "resume"
