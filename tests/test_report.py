@@ -91,3 +91,10 @@ def test_a_chart_goes_to_a_terminal_that_can_only_show_ascii(plan: Plan, tmp_pat
         text = plan_text(replace(plan, factors={"0": 1.0, "1": 2.0}), blocks=blocks_for(stream))
         stream.write(text)
     assert "factor by layer" in (tmp_path / "out").read_text(encoding="ascii")
+
+
+def test_an_assumption_is_pointed_out_where_it_is_strong(plan: Plan, tmp_path: Path) -> None:
+    """Where weights are not renormalised, the plan says what `preserve` assumes."""
+    qwen2 = make_plan(LocalSource(checkpoints.qwen2(tmp_path / "qwen2")), Options(experts=3))
+    assert "if the gate is balanced; --rule gates looks at it" in plan_text(qwen2)
+    assert "balanced" not in plan_text(plan)

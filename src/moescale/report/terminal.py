@@ -129,6 +129,8 @@ def _rules(plan: Plan) -> str:
     """Both closed forms, and what each does to the expected norm of the routed output."""
     taken = plan.options.method
     notes = {"none": "config edit alone", "published": "as printed in mergekit issue 294"}
+    if plan.router is not None and not plan.router.renormalised:
+        notes["preserve"] = "if the gate is balanced; --rule gates looks at it"
     rows = []
     for name, relative in plan.predicted_norm.items():
         factor = _span(plan.alternatives.get(name, 1.0), ".6g")
