@@ -11,7 +11,7 @@ import torch
 from tiny_models import TINY
 from torch import Tensor, nn
 
-from moescale.measuring import running
+from moescale.measuring import runner
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def norms(
     for path, moe in blocks.items():
         moe.block.register_forward_pre_hook(partial(keep, path), with_kwargs=True)
     with tiny_models._watch({path: moe.routed for path, moe in blocks.items()}, before):
-        running.forward(running.text_model(first, blocks), ids)
+        runner.forward(runner.text_model(first, blocks), ids)
     with tiny_models._watch({path: moe.routed for path, moe in others.items()}, after):
         for path, (args, named) in inputs.items():
             others[path].block(*args, **named)

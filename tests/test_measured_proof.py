@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moescale import api
-from moescale.measuring import running
+from moescale.measuring import runner
 
 CALIBRATED = HELD_BACK = 16_384
 """Bytes at the beginning of the text that are measured on; bytes at its end for the loss."""
@@ -103,6 +103,6 @@ def test_models_trained_elsewhere_are_held_to_the_same(
     sources = sorted(path.parent for path in folder.glob("*/config.json"))
     assert sources, f"{folder} has no checkpoint folders"
     context = int(os.environ.get("MOESCALE_TRAINED_CONTEXT", "256"))
-    monkeypatch.setattr(running, "LONGEST", context)
+    monkeypatch.setattr(runner, "LONGEST", context)
     for source in sources:
         prove(source, folder / "val.bin", context, tmp_path / source.name)

@@ -15,7 +15,7 @@ from tiny_models import TINY, build
 
 from moescale import api
 from moescale.errors import SourceError, UnsupportedError, UsageError
-from moescale.measuring import running
+from moescale.measuring import runner
 from moescale.measuring.measure import measure
 from moescale.measuring.text import FEWEST, MOST, Text, read_text
 from moescale.model.architectures import find
@@ -59,7 +59,7 @@ def samples(
     found: dict[str, Sample] = {}
 
     def sampler(moe: Any, experts: Any) -> Any:
-        config = running.read_config(source)
+        config = runner.read_config(source)
         text = Text(tuple(IDS.flatten().tolist()))
         measured = measure(source, config, text, moe, experts, max_memory)
         found.update({str(layer): sample for layer, sample in measured.items()})
@@ -73,7 +73,7 @@ def samples(
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences as long as those of `IDS`."""
-    monkeypatch.setattr(running, "LONGEST", LENGTH)
+    monkeypatch.setattr(runner, "LONGEST", LENGTH)
 
 
 @pytest.mark.usefixtures("short")
@@ -167,14 +167,14 @@ def test_a_model_larger_than_the_memory_lies_on_disk(
     monkeypatch.setattr(tempfile, "tempdir", str(offload))
     whole = samples(source, "mixtral", experts=3)
     lain: list[str] = []
-    forward = running.forward
+    forward = runner.forward
 
     def watched(model: Any, ids: Any) -> None:
         lain.extend(path.name for path in offload.rglob("*.safetensors"))
         assert any(parameter.device.type == "meta" for parameter in model.parameters())
         forward(model, ids)
 
-    monkeypatch.setattr(running, "forward", watched)
+    monkeypatch.setattr(runner, "forward", watched)
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     assert samples(source, "mixtral", experts=3, max_memory=size // 2) == whole
     assert any("experts" in name for name in lain)
@@ -186,7 +186,7 @@ def test_no_room_for_what_exceeds_the_memory_is_said_before(
 ) -> None:
     """The disk is looked at before the model is loaded."""
     build("mixtral", tmp_path)
-    monkeypatch.setattr(running.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 7}))
+    monkeypatch.setattr(runner.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 7}))
     with pytest.raises(SourceError, match=r"max-memory .* 7 are free\nFree some space"):
         samples(tmp_path, "mixtral", experts=3, max_memory=1000)
 
@@ -308,7 +308,7 @@ def test_a_text_is_read_with_the_models_own_tokeniser(tmp_path: Path) -> None:
     assert found.tokens == (2, 3) * 2_000
     assert found.start == (0,)
     assert found.unit == "tokens"
-    batch = next(running.batches(found.tokens, found.start, 8))
+    batch = next(runner.batches(found.tokens, found.start, 8))
     assert batch[1].tolist() == [0, 3, 2, 3, 2, 3, 2, 3]
     text.write_bytes(b"a \xff " * 2_000)
     with pytest.raises(UsageError, match=r"is not UTF-8 text \(byte 2\)"):
@@ -319,10 +319,10 @@ def test_a_text_is_read_with_the_models_own_tokeniser(tmp_path: Path) -> None:
 def test_every_token_of_the_text_is_run_once(tokens: int) -> None:
     """Sequences are as long as the context but for the last, and bounded in number at once."""
     text = tuple(range(tokens))
-    found = list(running.batches(text, (7777,), 33))
+    found = list(runner.batches(text, (7777,), 33))
     rows = [row[1:] for batch in found for row in batch.tolist()]
     assert [token for row in rows for token in row] == list(text)
-    assert all(batch.numel() <= running.AT_ONCE for batch in found)
+    assert all(batch.numel() <= runner.AT_ONCE for batch in found)
     assert all(row[0] == 7777 for batch in found for row in batch.tolist())
 
 

@@ -144,7 +144,7 @@ class Calibration:
             SourceError: the model cannot be run here.
         """
         from moescale.measuring.measure import measure
-        from moescale.measuring.running import read_config
+        from moescale.measuring.runner import read_config
 
         assert self.folder is not None, "there before it is planned for"
         config = read_config(self.folder)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from moescale.errors import UnsupportedError
-from moescale.measuring import running
+from moescale.measuring import runner
 from moescale.measuring.blocks import Numbers, Watched, find_blocks, find_modules
 from moescale.measuring.tally import WEIGHTS_KEPT
 from moescale.measuring.text import Text
@@ -42,7 +42,7 @@ def measure(
 
     Args:
         folder: the checkpoint.
-        config: its config, as `moescale.measuring.running.read_config` gives it.
+        config: its config, as `moescale.measuring.runner.read_config` gives it.
         text: what to run it on.
         moe: what the plan found.
         experts: the numbers of experts per token.
@@ -58,7 +58,7 @@ def measure(
     """
     _check_part(moe)
     wanted = moe.layers
-    with running.loaded(folder, config, max_memory) as (model, left_over):
+    with runner.loaded(folder, config, max_memory) as (model, left_over):
         found = find_blocks(model, moe.architecture)
         _check_scales(find_modules(left_over, moe.architecture), found)
         watched = {
@@ -75,7 +75,7 @@ def _check_part(moe: Moe) -> None:
     row = moe.architecture
     if row.part is not None and row.part != architectures.find(row.model_type, None).part:
         raise UnsupportedError(
-            f"the part {row.part!r} of {moe.model_type} does not run on text", hint=running.INSTEAD
+            f"the part {row.part!r} of {moe.model_type} does not run on text", hint=runner.INSTEAD
         )
 
 
@@ -107,7 +107,7 @@ def _measured_layers(wanted: Sequence[Layer], found: Collection[Layer]) -> list[
             raise UnsupportedError(
                 f"layer {layer}: the model that transformers makes has no module for its experts"
                 " alone, whose output could be measured",
-                hint=running.INSTEAD,
+                hint=runner.INSTEAD,
             )
     return measured
 
@@ -125,15 +125,15 @@ def _run(
     model: Any, blocks: Sequence[Watched], text: Text, context: int | None, progress: Progress
 ) -> None:
     """Run the model, each block told of what comes."""
-    length = min(context or running.LONGEST, running.LONGEST)
-    batches = list(running.batches(text.tokens, text.start, length))
+    length = min(context or runner.LONGEST, runner.LONGEST)
+    batches = list(runner.batches(text.tokens, text.start, length))
     compared = {i * len(batches) // COMPARED_RUNS for i in range(COMPARED_RUNS)}
-    inner = running.text_model(model, [block.path for block in blocks])
+    inner = runner.text_model(model, [block.path for block in blocks])
     done = 0
     for number, ids in enumerate(batches):
         for block in blocks:
             block.expect(ids.shape, COMPARED if number in compared else 0)
-        running.forward(inner, ids)
+        runner.forward(inner, ids)
         done += ids.shape[0] * (ids.shape[1] - len(text.start))
         progress(done, len(text.tokens))
 
@@ -143,6 +143,6 @@ def _sample(blocks: Sequence[Watched]) -> Sample:
     reached = [block for block in blocks if block.reached]
     if not reached:
         raise UnsupportedError(
-            f"{blocks[0].path}: a text does not go through it", hint=running.INSTEAD
+            f"{blocks[0].path}: a text does not go through it", hint=runner.INSTEAD
         )
     return reached[0].sample()

@@ -19,7 +19,7 @@ from moescale.rules.samples import Moments, Sample
 from moescale.running.provenance import options_given
 from moescale.version import __version__
 
-_NAMES = {"none": "config edit alone", "own": "given"}
+_NAMES = {"none": terminal.RULE_NOTES["none"], "own": "given"}
 
 _BASIS: Mapping[Basis, str] = {
     "measured": "Measured on the calibration text: the mean norm of the sum over the chosen"
@@ -127,7 +127,7 @@ def _change(plan: Plan) -> str:
 
 
 def _lead(plan: Plan, compared: Comparison) -> str:
-    factor = _range(compared.factors[compared.taken], ".4g")
+    factor = terminal.span(compared.factors[compared.taken], ".4g")
     rule = f"--{plan.options.method}" if compared.taken == "own" else f"rule {compared.taken}"
     layers = f"{len(compared.layers)} MoE layer{'s' * (len(compared.layers) > 1)}"
     return (
@@ -315,21 +315,14 @@ def _plan(plan: Plan, compared: Comparison) -> Iterator[str]:
 
 
 def _rule_rows(compared: Comparison) -> Iterator[tuple[str, ...]]:
-    notes = {"published": "as printed in mergekit issue 294"}
     for name, factors in compared.factors.items():
         yield (
             "this plan" if name == compared.taken else "",
             _NAMES.get(name, name),
-            _range(factors, ".6g"),
-            _range(compared.norms.get(name, ()), ".3f"),
-            notes.get(name, ""),
+            terminal.span(factors, ".6g"),
+            terminal.span(compared.norms.get(name, ()), ".3f"),
+            "" if name in _NAMES else terminal.RULE_NOTES.get(name, ""),
         )
-
-
-def _range(numbers: Sequence[float], form: str) -> str:
-    """The smallest and the largest, or one where they look alike."""
-    ends = [f"{end:{form}}" for end in (min(numbers), max(numbers))] if numbers else []
-    return " to ".join(dict.fromkeys(ends))
 
 
 def _provenance(plan: Plan) -> Iterator[str]:

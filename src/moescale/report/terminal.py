@@ -35,6 +35,8 @@ _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 LAYER_HEADER = ("layers", "tensors", "of", "dtype", "factor")
 
+RULE_NOTES = {"none": "config edit alone", "published": "as printed in mergekit issue 294"}
+
 BLOCKS, ASCII = "▁▂▃▄▅▆▇█", "#"
 """What the columns of a chart end in: eighths of a line, or whole lines."""
 
@@ -128,9 +130,9 @@ def _count(count: int | tuple[int, ...]) -> str:
 def _rules(plan: Plan) -> str:
     """Both closed forms, and what each does to the expected norm of the routed output."""
     taken = plan.options.method
-    notes = {"none": "config edit alone", "published": "as printed in mergekit issue 294"}
+    notes = RULE_NOTES
     if plan.router is not None and not plan.router.renormalised:
-        notes["preserve"] = "if the gate is balanced; --rule gates looks at it"
+        notes = {**notes, "preserve": "if the gate is balanced; --rule gates looks at it"}
     rows = []
     for name, relative in plan.predicted_norm.items():
         factor = _span(plan.alternatives.get(name, 1.0), ".6g")
@@ -147,10 +149,14 @@ def _rules(plan: Plan) -> str:
 
 
 def _span(value: float | Mapping[str, float], form: str) -> str:
-    """One number, or the smallest and the largest of the layers."""
-    values = value.values() if isinstance(value, Mapping) else (value,)
-    low, high = min(values), max(values)
-    return format(low, form) if low == high else f"{low:{form}} to {high:{form}}"
+    """One number, or the span of the layers."""
+    return span(list(value.values()) if isinstance(value, Mapping) else [value], form)
+
+
+def span(numbers: Sequence[float], form: str) -> str:
+    """The smallest and the largest, or one where they look alike; nothing of none."""
+    ends = [f"{end:{form}}" for end in (min(numbers), max(numbers))] if numbers else []
+    return " to ".join(dict.fromkeys(ends))
 
 
 def layer_rows(tensors: Iterable[PlannedTensor]) -> Iterator[tuple[str, ...]]:
