@@ -1,0 +1,229 @@
+"""How files of an output directory are made, and come to stand under their names."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import pytest
+
+from moescale.errors import RewriteError
+from moescale.repos import disk, journal, local_sink
+from moescale.repos.base import Written
+from moescale.repos.journal import STATE
+from moescale.repos.local_sink import LocalSink
+from moescale.repos.local_source import LocalSource
+
+kernel_copies = pytest.mark.skipif(
+    not hasattr(os, "copy_file_range"), reason="this system has no copies inside the kernel"
+)
+
+DATA = bytes(range(256)) * 100
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A directory with some files of a checkpoint."""
+    root = tmp_path / "model"
+    checkpoints.write_files(root, {"config.json": b"{}", "data.bin": DATA, "sub/a.txt": b"a"})
+    return root
+
+
+@pytest.fixture
+def sink(tmp_path: Path) -> Iterator[LocalSink]:
+    """A sink in which a run has begun."""
+    with contextlib.closing(LocalSink(tmp_path / "out")) as sink:
+        sink.begin({"job": "one"}, replace=False)
+        yield sink
+
+
+# Writing a file -----------------------------------------------------------------------------------
+
+
+def test_a_file_has_its_name_only_when_it_is_complete(sink: LocalSink) -> None:
+    """Until then it lies under a temporary name in the state folder."""
+    with sink.bench.shard("sub/x.bin", 3) as writer:
+        writer.write(memoryview(b"abc"))
+        assert not (sink.root / "sub").exists()
+        [temporary] = (sink.root / STATE).glob("*.tmp")
+        made = writer.finish()
+    assert not (sink.root / "sub").exists()
+    assert sink.commit_file("sub/x.bin", made) == Written(3)
+    assert (sink.root / "sub" / "x.bin").read_bytes() == b"abc"
+    assert not temporary.exists()
+
+
+def test_a_file_that_is_not_finished_is_discarded(sink: LocalSink) -> None:
+    """Leaving without `finish`, by an error say, leaves nothing behind."""
+    with pytest.raises(KeyboardInterrupt), sink.bench.shard("x.bin", 3) as writer:
+        writer.write(memoryview(b"ab"))
+        raise KeyboardInterrupt
+    assert sink.existing() == {}
+    assert not list((sink.root / STATE).glob("*.tmp"))
+
+
+def test_a_file_is_synced_before_it_is_renamed(
+    sink: LocalSink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sync, rename, sync of the directory, then the line in the journal: in this order."""
+    steps: list[str] = []
+    fsync, replace, add = os.fsync, os.replace, journal.Journal.add
+    monkeypatch.setattr(os, "fsync", lambda fd: (steps.append("sync"), fsync(fd))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (steps.append("rename"), replace(a, b))[1])
+    monkeypatch.setattr(
+        local_sink, "sync_directory", lambda path: steps.append(f"sync {Path(path).name}")
+    )
+    monkeypatch.setattr(journal.Journal, "add", lambda *a: (steps.append("note"), add(*a))[1])
+    sink.put("x.bin", b"abc")
+    assert steps == ["sync", "rename", "sync out", "note", "sync"]
+
+
+def test_new_folders_are_durable_too(sink: LocalSink, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file in a new folder survives a power cut only if the folder's own entry is synced."""
+    synced: list[Path] = []
+    for module in (disk, local_sink):
+        monkeypatch.setattr(module, "sync_directory", lambda path: synced.append(Path(path)))
+    sink.put("a/b/x.bin", b"abc")
+    assert {sink.root, sink.root / "a", sink.root / "a" / "b"} <= set(synced)
+
+
+def test_a_file_of_another_size_than_planned_is_not_finished(sink: LocalSink) -> None:
+    """A writer knows how long its file will be, so a fault elsewhere cannot pass for a shard."""
+    with pytest.raises(RewriteError), sink.bench.shard("x.bin", 4) as writer:
+        writer.write(memoryview(b"abcde"))
+        writer.finish()
+    assert sink.existing() == {}
+
+
+def test_long_paths_can_be_written(sink: LocalSink) -> None:
+    """A path that the file system allows is written, however long the temporary name gets."""
+    name = "/".join(["folder" * 10] * 5 + ["x.bin"])
+    sink.put(name, b"abc")
+    assert (sink.root / name).read_bytes() == b"abc"
+
+
+def test_names_with_odd_characters_do_not_collide(sink: LocalSink) -> None:
+    """Names that look alike once slashes are gone are written side by side."""
+    names = ["a/b", "a%-b", "a-b", "a%b", "a%%-b"]
+    writers = [sink.bench.shard(name, len(name)) for name in names]
+    opened = [writer.__enter__() for writer in writers]
+    for name, writer in zip(names, opened, strict=True):
+        writer.write(memoryview(name.encode()))
+        sink.commit_file(name, writer.finish())
+    for writer in writers:
+        writer.__exit__(None, None, None)
+    assert {name: (sink.root / name).read_text() for name in names} == {n: n for n in names}
+
+
+# Copies -------------------------------------------------------------------------------------------
+
+
+def copied(folder: Path, sink: LocalSink, start: int = 0, stop: int = len(DATA)) -> bytes:
+    """A file that was written as: two bytes, a copied stretch, two bytes."""
+    source = LocalSource(folder)
+    size = stop - start + 4
+    with sink.bench.shard("copy.bin", size) as writer, source.open("data.bin") as reader:
+        writer.write(memoryview(b"<<"))
+        sizes = list(writer.copy_from(reader, start, stop))
+        writer.write(memoryview(b">>"))
+        sink.commit_file("copy.bin", writer.finish())
+    assert sum(sizes) == stop - start
+    result = (sink.root / "copy.bin").read_bytes()
+    assert (result[:2], result[-2:]) == (b"<<", b">>")
+    return result[2:-2]
+
+
+@pytest.mark.parametrize(
+    ("start", "stop"), [(0, 0), (0, 1), (5, 4096), (4096, 8192), (4095, 9001), (0, len(DATA))]
+)
+def test_a_stretch_is_copied(folder: Path, sink: LocalSink, start: int, stop: int) -> None:
+    """Whatever its start and length, and with other writes before and after."""
+    assert copied(folder, sink, start, stop) == DATA[start:stop]
+
+
+def test_copies_without_help_of_the_kernel(
+    folder: Path, sink: LocalSink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Systems without `copy_file_range` read and write."""
+    monkeypatch.delattr(os, "copy_file_range", raising=False)
+    assert copied(folder, sink, 3, 20_000) == DATA[3:20_000]
+
+
+@kernel_copies
+@pytest.mark.parametrize(
+    "code", [errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM]
+)
+@pytest.mark.parametrize("after", [0, 1])
+def test_copies_that_the_kernel_refuses(
+    folder: Path, sink: LocalSink, monkeypatch: pytest.MonkeyPatch, code: int, after: int
+) -> None:
+    """Across file systems, or halfway through, the rest is read and written."""
+    copy, calls = os.copy_file_range, []
+
+    def refuse(*args: Any) -> int:
+        calls.append(args)
+        if len(calls) > after:
+            raise OSError(code, os.strerror(code))
+        return copy(*args)
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+    assert copied(folder, sink, 3, 20_000) == DATA[3:20_000]
+    assert len(calls) == after + 1
+
+
+@kernel_copies
+def test_short_copies_are_continued(
+    folder: Path, sink: LocalSink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that copies less than asked for is asked again, at the right place."""
+    copy = os.copy_file_range
+    monkeypatch.setattr(
+        os, "copy_file_range", lambda a, b, count, *rest: copy(a, b, min(count, 997), *rest)
+    )
+    assert copied(folder, sink, 3, 20_000) == DATA[3:20_000]
+
+
+@kernel_copies
+def test_a_kernel_that_copies_nothing_is_not_believed(
+    folder: Path, sink: LocalSink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some file systems answer 0 though there is more: the bytes are then read and written."""
+    monkeypatch.setattr(os, "copy_file_range", lambda *args: 0)
+    assert copied(folder, sink, 3, 20_000) == DATA[3:20_000]
+
+
+@kernel_copies
+def test_other_errors_of_a_copy_are_errors(
+    folder: Path, sink: LocalSink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk does not become a slow copy to a full disk."""
+
+    def full(*args: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "copy_file_range", full)
+    with pytest.raises(OSError, match="No space"):
+        copied(folder, sink)
+    assert sink.existing() == {}
+
+
+def test_short_writes_are_continued(
+    folder: Path, sink: LocalSink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A system that writes less than asked for is asked again."""
+    write = os.write
+    monkeypatch.delattr(os, "copy_file_range", raising=False)
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:999]))
+    assert copied(folder, sink, 1, 9000) == DATA[1:9000]
+
+
+def test_a_source_that_ends_early_ends_the_copy(folder: Path, sink: LocalSink) -> None:
+    """Both ways of copying say so, and nothing appears under the name."""
+    with pytest.raises(RewriteError, match="ended early"):
+        copied(folder, sink, 0, len(DATA) + 1)
+    assert sink.existing() == {}
