@@ -129,7 +129,6 @@ class Architecture:
         moes: MoEs in one layer that share count and numbering.
         fixed: why another count is refused.
         fixed_count: the number that the code fixes.
-        fixed_tensor: `fixed` holds only where the checkpoint has a tensor that ends so.
         no_effect: why scaling the down-projections has no effect on this model.
         partly: what scaling the down-projections does not reach.
         scale_key: config key of a constant that multiplies the routed output.
@@ -150,7 +149,6 @@ class Architecture:
     moes: int = 1
     fixed: str | None = None
     fixed_count: int | None = None
-    fixed_tensor: str | None = None
     no_effect: str | None = None
     partly: str | None = None
     scale_key: str | None = None
@@ -288,7 +286,6 @@ ROWS: Final[tuple[Architecture, ...]] = (
         moe_layers=All(),
         fixed="its hash layers choose experts from a table with one column an expert per token"
         " (gate.tid2eid), which would have to be cut or invented",
-        fixed_tensor="gate.tid2eid",
         scale_key=_SCALE,
         folds=True,
     ),

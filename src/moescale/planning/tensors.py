@@ -64,6 +64,7 @@ def sharpened_routers(
 def planned_tensors(
     chosen: Sequence[tuple[Scaled, Layer, float]], headers: Mapping[str, Header]
 ) -> tuple[PlannedTensor, ...]:
+    """Each with its edit, and the shard that it is in."""
     names = {scaled.tensor.name for scaled, _, _ in chosen}
     home = {t.name: shard for shard, h in headers.items() for t in h.tensors if t.name in names}
     return tuple(
