@@ -7,6 +7,7 @@ import hashlib
 import os
 import secrets
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,6 +44,8 @@ class LocalWriter:
         self._digest = hashlib.sha256() if digest else None
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | BINARY
         self.fd = os.open(temporary, flags, 0o666)
+        # Whoever tells the system to write waits while the disk is busy: not the thread that works.
+        self._flusher = ThreadPoolExecutor(1, "moescale-flush")
 
     def write(self, data: memoryview) -> None:
         """Append the bytes."""
@@ -92,7 +95,8 @@ class LocalWriter:
     def _moved(self, size: int) -> None:
         self._position += size
         if self._position - self._on_its_way >= _WRITEBACK:
-            start_writeback(self.fd, self._on_its_way, self._position - self._on_its_way)
+            stretch = self._on_its_way, self._position - self._on_its_way
+            self._flusher.submit(start_writeback, self.fd, *stretch)
             self._on_its_way = self._position
 
     def finish(self) -> Made:
@@ -111,6 +115,7 @@ class LocalWriter:
         """Close the file; nothing is promised about it."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
+            self._flusher.shutdown(cancel_futures=True)
             os.close(fd)
 
 
