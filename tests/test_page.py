@@ -167,6 +167,27 @@ def test_measured_norms_are_those_of_the_run(plans: dict[str, Plan]) -> None:
     assert compared.norms["published"][0] == pytest.approx(ratio / 1.5**0.5, rel=1e-5)
 
 
+def test_noted_factors_of_a_measurement_give_its_norms(plans: dict[str, Plan]) -> None:
+    """A rerun, which has the factors alone, draws the norms of the run that measured them."""
+    one = plans["two stacks"]
+    rerun = replace(one, samples={})
+    norms, compared = compare(one).norms, compare(rerun)
+    assert compared.basis == "noted"
+    for rule in ("none", "preserve", "published", "measured"):
+        assert compared.norms[rule] == norms[rule]
+    assert compared.norms["measured"] == pytest.approx((1.0,) * len(LAYERS))
+    assert "relative to trained, measured earlier" in page(rerun)
+
+
+def test_given_factors_are_drawn_by_the_closed_form_which_is_named(plan: Plan) -> None:
+    """What they were made for is not known, so the chart says what its norms assume."""
+    folder = Path(plan.source.id)
+    one = make_plan(LocalSource(folder), Options(experts=3, factors=dict.fromkeys("01", 1.5)))
+    assert compare(one).basis == "balanced"
+    assert compare(one).norms["own"] == pytest.approx((1.5 / 1.5**0.5,) * 2)
+    assert "relative to trained, if the gate is balanced" in page(one)
+
+
 def test_sampled_norms_come_from_the_gate_weights(plans: dict[str, Plan]) -> None:
     """Without a run, the norm is predicted from A and B of each layer."""
     one = plans["32 layers"]

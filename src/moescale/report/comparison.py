@@ -1,8 +1,9 @@
 """What each rule does to each MoE layer, as far as a plan knows: for people to look at.
 
 Factors of all rules that can be computed, and the norm of the routed output with each, relative
-to that of the model as it was trained. The norm is measured where experts were run, predicted
-from the model's own gate weights where those were sampled, and from the closed form elsewhere.
+to that of the model as it was trained. The norm is measured where experts were run, now or when
+the factors were noted, predicted from the model's own gate weights where those were sampled, and
+from the closed form elsewhere.
 """
 
 from __future__ import annotations
@@ -14,8 +15,16 @@ from typing import Literal
 from moescale.planning.plan import ByLayer, Plan
 from moescale.rules import gates, measured
 
-Basis = Literal["measured", "sampled", "balanced", "unknown"]
+Basis = Literal["measured", "noted", "sampled", "balanced", "unknown"]
 """Where the norms come from."""
+
+BASES: Mapping[Basis, str] = {
+    "measured": "measured",
+    "noted": "measured earlier",
+    "sampled": "from sampled gates",
+    "balanced": "if the gate is balanced",
+    "unknown": "unknown",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +77,11 @@ def _edited(
 ) -> tuple[tuple[float, ...], Basis]:
     """The relative norm of each layer with the config edit alone: what undoes it, inverted."""
     bases: tuple[tuple[str, Basis], ...] = (
-        ("measured", "measured"),
+        ("measured", "measured" if sampled else "noted"),
         ("gates", "sampled"),
         ("preserve", "balanced"),
     )
     for rule, basis in bases:
-        if rule in factors and (sampled or basis == "balanced"):
+        if rule in factors:
             return tuple(1 / factor for factor in factors[rule]), basis
     return (), "unknown"

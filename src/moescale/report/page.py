@@ -14,7 +14,7 @@ from moescale.errors import MoescaleError, UsageError
 from moescale.planning.plan import Plan
 from moescale.report import chart, terminal
 from moescale.report.chart import LOOKS, Look, Series
-from moescale.report.comparison import Basis, Comparison, compare
+from moescale.report.comparison import BASES, Basis, Comparison, compare
 from moescale.rules.samples import Moments, Sample
 from moescale.running.provenance import options_given
 from moescale.version import __version__
@@ -25,10 +25,13 @@ _BASIS: Mapping[Basis, str] = {
     "measured": "Measured on the calibration text: the mean norm of the sum over the chosen"
     " experts, with the new number and with the trained one, on the same inputs. Scaling moves it"
     " by the factor exactly. The rule gates takes the gate weights of the same text here.",
+    "noted": "Measured on the calibration text in an earlier run of this job, which noted the"
+    " factors: one over the factor is the norm with the new number alone. No more of it was kept.",
     "sampled": "Predicted from the model's own gate weights, sampled layer by layer, for expert"
     " outputs of equal size and correlation rho.",
     "balanced": "Predicted by the closed form: a balanced gate, which gives all chosen experts the"
-    " same weight, and expert outputs of equal size and correlation rho. Real gates are peaked.",
+    " same weight, and expert outputs of equal size and correlation rho. Real gates are peaked:"
+    " for factors that a user gave, such as measured ones, it may be far off.",
     "unknown": "How this router weighs the experts that it chose is not known, so that nothing can"
     " be said of the norm.",
 }
@@ -146,11 +149,9 @@ def _norms_and_factors(compared: Comparison) -> Iterator[str]:
     if compared.norms:
         trained = Series("as trained", Look("ink", "1 3", "none"), _ends(places))
         drawn = [trained, *_by_rule(compared, compared.norms)]
-        title = "Norm of the routed output"
+        title, label = "Norm of the routed output", f"relative to trained, {BASES[compared.basis]}"
         described = _described(compared, compared.norms, "norm")
-        yield _figure(
-            "norm", title, "relative to trained", drawn, described, places, _BASIS[compared.basis]
-        )
+        yield _figure("norm", title, label, drawn, described, places, _BASIS[compared.basis])
     described = _described(compared, compared.factors, "factor")
     note = "" if compared.norms else _BASIS["unknown"]
     yield _figure(
@@ -301,7 +302,7 @@ def _plan(plan: Plan, compared: Comparison) -> Iterator[str]:
     yield _facts(terminal.facts(plan))
     yield "<h2>Rules</h2>"
     taken = [name == compared.taken for name in compared.factors]
-    header = ("", "rule", "factor", "norm, relative to trained", "")
+    header = ("", "rule", "factor", f"norm, {BASES[compared.basis]}", "")
     yield _table(_rule_rows(compared), header, taken)
     if plan.tensors:
         yield "<h2>What is scaled</h2>"
