@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from moescale.errors import printable
 from moescale.planning.files import Action, PlannedFile
 from moescale.planning.plan import Plan, PlannedTensor
+from moescale.report.comparison import BASES, compare
 from moescale.running.card import measured_on
 
 if TYPE_CHECKING:
@@ -128,29 +129,21 @@ def _count(count: int | tuple[int, ...]) -> str:
 
 
 def _rules(plan: Plan) -> str:
-    """Both closed forms, and what each does to the expected norm of the routed output."""
-    taken = plan.options.method
-    notes = RULE_NOTES
-    if plan.router is not None and not plan.router.renormalised:
-        notes = {**notes, "preserve": "if the gate is balanced; --rule gates looks at it"}
+    """Every rule that can be computed, and what it does to the norm of the routed output."""
+    compared = compare(plan)
+    notes, head = dict(RULE_NOTES), f"norm, {BASES[compared.basis]}"
+    if compared.basis == "balanced":
+        head, notes["own"] = "expected norm", "norm if the gate is balanced"
+        if plan.router is not None and not plan.router.renormalised:
+            notes["preserve"] = "if the gate is balanced; --rule gates looks at it"
     rows = []
-    for name, relative in plan.predicted_norm.items():
-        factor = _span(plan.alternatives.get(name, 1.0), ".6g")
-        mark = "->" if name == taken else ""
-        rows.append((mark, name, factor, f"x {_span(relative, '.3f')}", notes.get(name, "")))
-    if taken not in plan.predicted_norm:
-        norm = ""
-        low, preserve = min(plan.factors.values()), plan.alternatives.get("preserve")
-        if isinstance(preserve, float) and low == max(plan.factors.values()):
-            norm = f"x {low / preserve:.3f}"
-        name = f"--{taken}" if taken in ("factor", "factors") else taken
-        rows.append(("->", name, _span(plan.factors, ".6g"), norm, ""))
-    return _table(rows, header=("", "rule", "factor", "expected norm", ""))
-
-
-def _span(value: float | Mapping[str, float], form: str) -> str:
-    """One number, or the span of the layers."""
-    return span(list(value.values()) if isinstance(value, Mapping) else [value], form)
+    for name, factors in compared.factors.items():
+        mark = "->" if name == compared.taken else ""
+        shown = f"--{plan.options.method}" if name == "own" else name
+        norm = span(compared.norms.get(name, ()), ".3f")
+        note = notes.get(name, "")
+        rows.append((mark, shown, span(factors, ".6g"), norm and f"x {norm}", note))
+    return _table(rows, header=("", "rule", "factor", head, ""))
 
 
 def span(numbers: Sequence[float], form: str) -> str:
