@@ -23,7 +23,7 @@ from moescale.planning.decide import make_plan
 from moescale.planning.plan import Plan
 from moescale.report.chart import LOOKS
 from moescale.report.comparison import compare
-from moescale.report.page import page, write
+from moescale.report.page import check, page, write
 from moescale.repos.base import SourceId
 from moescale.repos.local_source import LocalSource
 
@@ -216,14 +216,16 @@ def test_an_unknown_router_has_factors_only(plans: dict[str, Plan]) -> None:
 
 def test_the_page_is_not_written_into_a_checkpoint(plan: Plan, tmp_path: Path) -> None:
     """A place inside the source or the destination is refused before anything is written."""
-    inside = replace(plan, destination=str(tmp_path / "out"))
+    places = (plan.source.id, str(tmp_path / "out"))
     for path in (Path(plan.source.id) / "r.html", tmp_path / "out" / "r.html"):
         with pytest.raises(UsageError, match="lies in"):
-            write(inside, path)
+            check(path, *places)
         assert not path.exists()
     with pytest.raises(MoescaleError, match="No such file or directory"):
         write(plan, tmp_path / "missing" / "r.html")
-    write(inside, tmp_path / "r.html")
+    check(tmp_path / "r.html", *places)
+    assert not (tmp_path / "r.html").exists()
+    write(plan, tmp_path / "r.html")
     parsed((tmp_path / "r.html").read_text(encoding="utf-8"))
 
 

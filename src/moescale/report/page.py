@@ -78,17 +78,32 @@ footer { margin-top: 3rem; border-top: 1px solid var(--rule); padding-top: .8rem
 )
 
 
-def write(plan: Plan, path: Path) -> None:
-    """Write the page of a plan.
+def check(path: Path, *places: str) -> None:
+    """Refuse a path that a page cannot be written to, before hours are spent on what it shows.
 
     Raises:
-        UsageError: the path lies in the source or the destination, which hold checkpoints only.
-        MoescaleError: it cannot be written.
+        UsageError: it cannot, or lies in one of the places, which hold checkpoints only.
     """
-    source = plan.source.id if plan.source.kind == "local" else None
-    for place in (source, plan.destination):
-        if place and not place.startswith("hf://") and _lies_in(path, Path(place)):
+    for place in places:
+        if not place.startswith("hf://") and _lies_in(path, Path(place)):
             raise UsageError(f"--report {path}: lies in {place}", hint="Give a place outside.")
+    try:
+        there = path.exists()
+        if not path.is_fifo():  # whoever reads that would take it for the end
+            path.open("ab").close()
+        if not there:
+            path.resolve().unlink()
+    except OSError as error:
+        hint = "Give a file, in a folder that is there and can be written to."
+        raise UsageError(f"--report {path}: {error.strerror}", hint=hint) from None
+
+
+def write(plan: Plan, path: Path) -> None:
+    """Write the page of a plan to a path that was checked.
+
+    Raises:
+        MoescaleError: it cannot be written any more.
+    """
     try:
         path.write_bytes(page(plan).encode("utf-8", "replace"))
     except OSError as error:
