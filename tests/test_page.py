@@ -48,6 +48,7 @@ def plans(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pla
         "closed form": plan,
         "one layer": sampled(plan, ["0"], 2, 3, run=True),
         "32 layers": sampled(plan, [str(i) for i in range(32)], 2, 4),
+        "24 of 48": sampled(plan, ["0"], 20, 24),
         "two stacks": sampled(plan, LAYERS, 8, 16, run=True),
         "fold": make_plan(LocalSource(deepseek), Options(experts=3, fold="config")),
         "not renormalised": make_plan(
@@ -275,7 +276,7 @@ def chromium() -> Iterator[str]:
     yield found
 
 
-@pytest.mark.parametrize("name", ["two stacks", "hostile"])
+@pytest.mark.parametrize("name", ["two stacks", "hostile", "24 of 48"])
 def test_a_browser_draws_it_at_phone_width(
     name: str, plans: dict[str, Plan], chromium: str, tmp_path: Path
 ) -> None:
