@@ -24,6 +24,7 @@ from moescale.planning.plan import Plan
 from moescale.report.chart import LOOKS
 from moescale.report.comparison import compare
 from moescale.report.page import check, page, write
+from moescale.report.terminal import plan_text
 from moescale.repos.base import SourceId
 from moescale.repos.local_source import LocalSource
 
@@ -239,6 +240,23 @@ def test_a_plan_by_the_routers_shows_what_was_sampled(tmp_path: Path) -> None:
     assert compared.factors["gates"] == tuple(one.factors.values())
     assert {"Gate weights of layer 0", "Gate weights of layer 1"} < set(found)
     assert "2 experts, as trained: medians" in found["Gate weights of layer 0"]
+
+
+def test_what_a_sharper_gate_does_is_not_the_config_edit_alone(tmp_path: Path) -> None:
+    """With --gate-scale, the line without a factor has both, and is called so."""
+    gated_mixtral(tmp_path / "source")
+    options = Options(experts=3, rule="gates", gate_scale=1.5)
+    one = make_plan(LocalSource(tmp_path / "source"), options)
+    for text in (page(one), plan_text(one)):
+        assert "config edit and gate" in text
+        assert "config edit alone" not in text
+
+
+def test_one_layer_is_no_layers(plans: dict[str, Plan]) -> None:
+    """The number of MoE layers is said in the singular, in the lead and in the table."""
+    text = page(plans["one layer"])
+    assert text.count("1 MoE layer of 6 routed experts") == 2
+    assert "1 MoE layers" not in text
 
 
 # In a browser -------------------------------------------------------------------------------------

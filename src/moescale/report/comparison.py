@@ -37,6 +37,7 @@ class Comparison:
         factors: by rule, the factor of each layer; ``none`` is the config edit alone.
         norms: by rule, the relative norm in each layer; empty where nothing is known of it.
         basis: where the norms come from.
+        edit: what is done without any factor, in words.
     """
 
     layers: tuple[str, ...]
@@ -44,6 +45,11 @@ class Comparison:
     factors: Mapping[str, tuple[float, ...]]
     norms: Mapping[str, tuple[float, ...]]
     basis: Basis
+    edit: str
+
+    def name(self, rule: str) -> str:
+        """What people call a rule."""
+        return {"none": self.edit, "own": "given"}.get(rule, rule)
 
 
 def compare(plan: Plan) -> Comparison:
@@ -65,7 +71,8 @@ def compare(plan: Plan) -> Comparison:
         for name, found in factors.items()
         if edited
     }
-    return Comparison(layers, taken, factors, norms, basis)
+    edit = "config edit alone" if plan.options.gate_scale is None else "config edit and gate"
+    return Comparison(layers, taken, factors, norms, basis, edit)
 
 
 def _by_layer(value: ByLayer, layers: tuple[str, ...]) -> tuple[float, ...]:

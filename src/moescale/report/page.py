@@ -19,8 +19,6 @@ from moescale.rules.samples import Moments, Sample
 from moescale.running.provenance import options_given
 from moescale.version import __version__
 
-_NAMES = {"none": terminal.RULE_NOTES["none"], "own": "given"}
-
 _BASIS: Mapping[Basis, str] = {
     "measured": "Measured on the calibration text: the mean norm of the sum over the chosen"
     " experts, with the new number and with the trained one, on the same inputs. Scaling moves it"
@@ -147,11 +145,8 @@ def _change(plan: Plan) -> str:
 def _lead(plan: Plan, compared: Comparison) -> str:
     factor = terminal.span(compared.factors[compared.taken], ".4g")
     rule = f"--{plan.options.method}" if compared.taken == "own" else f"rule {compared.taken}"
-    layers = f"{len(compared.layers)} MoE layer{'s' * (len(compared.layers) > 1)}"
-    return (
-        f"{plan.model_type}, {layers} of {plan.experts.total} routed experts: {_change(plan)},"
-        f" {rule}, factor {factor}"
-    )
+    layers = terminal.layers_text(plan)
+    return f"{plan.model_type}, {layers}: {_change(plan)}, {rule}, factor {factor}"
 
 
 # --- Charts ----------------------------------------------------------------------------------
@@ -200,7 +195,7 @@ def _by_rule(compared: Comparison, values: Mapping[str, Sequence[float]]) -> lis
         taken = compared.taken in names
         look = LOOKS[compared.taken if taken else names[0]]
         points = [(x, y) for (x, _), y in zip(places, values[names[0]], strict=True)]
-        shown = ", ".join(_NAMES.get(name, name) for name in names)
+        shown = ", ".join(compared.name(name) for name in names)
         result.append(Series(f"{shown} (this plan)" if taken else shown, look, points, taken=taken))
     return result
 
@@ -208,7 +203,7 @@ def _by_rule(compared: Comparison, values: Mapping[str, Sequence[float]]) -> lis
 def _described(compared: Comparison, values: Mapping[str, Sequence[float]], what: str) -> str:
     """A sentence a rule, for those who cannot see the chart."""
     return " ".join(
-        f"{_NAMES.get(name, name)}: {what} {min(numbers):.3f} to {max(numbers):.3f}."
+        f"{compared.name(name)}: {what} {min(numbers):.3f} to {max(numbers):.3f}."
         for name, numbers in values.items()
     )
 
@@ -301,8 +296,8 @@ def _correlation(samples: Mapping[str, Sample]) -> Iterator[str]:
 
 
 def _number_header(compared: Comparison) -> tuple[str, ...]:
-    names = [_NAMES.get(name, name) for name in compared.factors]
-    norms = [f"norm, {_NAMES.get(name, name)}" for name in compared.norms]
+    names = [compared.name(name) for name in compared.factors]
+    norms = [f"norm, {compared.name(name)}" for name in compared.norms]
     return ("layer", *(f"factor, {name}" for name in names[1:]), *norms)
 
 
@@ -334,10 +329,10 @@ def _rule_rows(compared: Comparison) -> Iterator[tuple[str, ...]]:
     for name, factors in compared.factors.items():
         yield (
             "this plan" if name == compared.taken else "",
-            _NAMES.get(name, name),
+            compared.name(name),
             terminal.span(factors, ".6g"),
             terminal.span(compared.norms.get(name, ()), ".3f"),
-            "" if name in _NAMES else terminal.RULE_NOTES.get(name, ""),
+            terminal.RULE_NOTES.get(name, ""),
         )
 
 

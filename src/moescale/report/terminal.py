@@ -36,7 +36,7 @@ _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 LAYER_HEADER = ("layers", "tensors", "of", "dtype", "factor")
 
-RULE_NOTES = {"none": "config edit alone", "published": "as printed in mergekit issue 294"}
+RULE_NOTES = {"published": "as printed in mergekit issue 294"}
 
 BLOCKS, ASCII = "▁▂▃▄▅▆▇█", "#"
 """What the columns of a chart end in: eighths of a line, or whole lines."""
@@ -101,8 +101,7 @@ def facts(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "source", f"{plan.source.id} ({where})"
     yield "destination", plan.destination or "none given"
     part = f", part {plan.part}" if plan.part else ""
-    layers = f"{len(plan.factors)} MoE layers of {plan.experts.total} routed experts"
-    yield "model", f"{plan.model_type}{part}: {layers}"
+    yield "model", f"{plan.model_type}{part}: {layers_text(plan)}"
     if plan.router is not None:
         sums = "sum to 1" if plan.router.renormalised else "are not renormalised"
         yield "router", f"the weights of the chosen experts {sums}"
@@ -124,6 +123,12 @@ def facts(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "experts per token", f"{before} -> {after}{trained}"
 
 
+def layers_text(plan: Plan) -> str:
+    """How many MoE layers there are, and experts in each."""
+    plural = "s" * (len(plan.factors) > 1)
+    return f"{len(plan.factors)} MoE layer{plural} of {plan.experts.total} routed experts"
+
+
 def _count(count: int | tuple[int, ...]) -> str:
     return str(count) if isinstance(count, int) else ",".join(map(str, count))
 
@@ -131,7 +136,8 @@ def _count(count: int | tuple[int, ...]) -> str:
 def _rules(plan: Plan) -> str:
     """Every rule that can be computed, and what it does to the norm of the routed output."""
     compared = compare(plan)
-    notes, head = dict(RULE_NOTES), f"norm, {BASES[compared.basis]}"
+    notes = {**RULE_NOTES, "none": compared.name("none")}
+    head = f"norm, {BASES[compared.basis]}"
     if compared.basis == "balanced":
         head, notes["own"] = "expected norm", "norm if the gate is balanced"
         if plan.router is not None and not plan.router.renormalised:
