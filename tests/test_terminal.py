@@ -15,8 +15,9 @@ from moescale.options import Options
 from moescale.planning.decide import make_plan
 from moescale.planning.plan import Plan
 from moescale.report.comparison import compare
-from moescale.report.terminal import ASCII, BLOCKS, blocks_for, plan_text
+from moescale.report.terminal import ASCII, BLOCKS, blocks_for, plan_text, summary
 from moescale.repos.local_source import LocalSource
+from moescale.running.conversion import Result, Status
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,16 @@ def test_a_chart_goes_to_a_terminal_that_can_only_show_ascii(plan: Plan, tmp_pat
         text = plan_text(replace(plan, factors={"0": 1.0, "1": 2.0}), blocks=blocks_for(stream))
         stream.write(text)
     assert "factor by layer" in (tmp_path / "out").read_text(encoding="ascii")
+
+
+def test_the_summary_steers_no_terminal(plan: Plan) -> None:
+    """Where the output went is shown on one line, whatever its name holds."""
+    went = replace(plan, destination="out\x1b[2J\nput")
+    statuses: tuple[Status, ...] = ("new", "resume", "done")
+    for status in statuses:
+        text = summary(Result(went, status, False), 1.0)
+        assert text.startswith(r"out\x1b[2J\nput ")
+        assert len(text.splitlines()) == 2
 
 
 def rules(plan: Plan) -> list[list[str]]:

@@ -379,4 +379,5 @@ def summary(result: Result, seconds: float) -> str:
         if result.verified
         else "Run the same command with --verify to prove the output."
     )
-    return "\n".join([first, *result.remarks, *([result.url] if result.url else []), proof])
+    lines = [first, *result.remarks, *([result.url] if result.url else []), proof]
+    return "\n".join(map(printable, lines))
