@@ -356,10 +356,21 @@ inputs, mean over layers.
 Four small models are no proof for a large one: evaluate yours on your own task.
 
 ![The same as a figure](study.svg)
+
+In the figure {outside(everything)}.
 """
-    return "\n".join(
-        [intro, *map(table, everything), "All of them together:\n", verdict(everything)]
-    )
+    together = f"All of them together, better and worse by more than {EQUAL}:\n"
+    return "\n".join([intro, *map(table, everything), together, verdict(everything)])
+
+
+def outside(everything: Sequence[Results]) -> str:
+    """Where `published` leaves the frame of its panel, in words."""
+    names = [
+        f"`{r.name}`"
+        for r in everything
+        if max(r.rise("published", m) for m in r.trials) > height(r).high
+    ]
+    return f"`published` runs out of the frame for {' and '.join(names) or 'no router'}"
 
 
 def table(results: Results) -> str:
@@ -435,7 +446,6 @@ def panel(results: Results) -> str:
         rule: [results.rise(rule, k) if k in results.trials else 0.0 for k in counts]
         for rule in RULES
     }
-    shown = [rise for rule, line in lines.items() if rule != "published" for rise in line]
     names: dict[tuple[float, ...], list[str]] = {}
     for rule in ("preserve", *RULES):  # what coincides with it is drawn as it
         names.setdefault(tuple(lines[rule]), []).append(rule)
@@ -456,9 +466,15 @@ def panel(results: Results) -> str:
         f"{results.name}: rise of the loss by experts per token",
         described,
         chart.name_axis("experts per token", [(i, str(k)) for i, k in enumerate(counts)]),
-        chart.number_axis(f"{results.name}: rise of the loss, nats a byte", [0, *shown]),
+        height(results),
         series,
     )
+
+
+def height(results: Results) -> chart.Axis:
+    """The axis of a panel; it holds every rule but `published`."""
+    shown = [results.rise(r, m) for r in RULES if r != "published" for m in results.trials]
+    return chart.number_axis(f"{results.name}: rise of the loss, nats a byte", [0, *shown])
 
 
 def main() -> None:

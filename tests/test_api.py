@@ -24,7 +24,7 @@ from gated_checkpoints import gated_mixtral
 
 import moescale
 from moescale import api, cli
-from moescale.errors import UsageError
+from moescale.errors import SourceError, UsageError
 from moescale.options import Options, Rescaling, Rule
 
 ROOT = Path(__file__).parent.parent
@@ -257,6 +257,33 @@ def test_the_report_is_drawn_by_plan_and_convert(there: Path) -> None:
         planned=lambda plan: seen.append(Path("run.html").read_bytes()),
     )
     assert seen == [Path("plan.html").read_bytes()]
+
+
+def test_a_bad_place_for_the_report_is_refused_before_anything_else(there: Path) -> None:
+    """Even before the source is looked at; a page that is there stays as it is."""
+    Path("old.html").write_text("old")
+    for report, why in (("no/r.html", "No such file"), (".", "directory"), ("x" * 999, "too long")):
+        with pytest.raises(UsageError, match=f"--report .*{why}"):
+            moescale.convert("nowhere", "out", experts=3, report=report)
+        with pytest.raises(UsageError, match=f"--report .*{why}"):
+            moescale.plan("nowhere", experts=3, report=report)
+    with pytest.raises(SourceError):
+        moescale.plan("nowhere", experts=3, report="old.html")
+    assert Path("old.html").read_text() == "old"
+
+
+def test_a_page_that_cannot_be_drawn_any_more_stops_nothing(
+    there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured factors would be lost with the run, so it goes on and warns."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    result = moescale.convert(there, "out", experts=3, report="r.html")
+    assert result.status == "new"
+    assert result.plan.warnings[-1] == "--report r.html: No space left on device"
 
 
 # Progress -----------------------------------------------------------------------------------------

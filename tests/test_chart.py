@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -47,11 +48,15 @@ def test_ticks_are_round_numbers(values: list[float], texts: list[str]) -> None:
 
 @given(st.integers(1, 300), st.integers(2, 16))
 def test_an_axis_of_names_shows_its_ends(count: int, most: int) -> None:
-    """However many names there are, few are shown, the first and the last among them."""
+    """However many names there are, few are shown, evenly, the first and the last among them."""
     ticks = name_axis("layer", [(i, str(i)) for i in range(count)], most).ticks
     texts = [text for _, text in ticks]
     assert texts[0] == "0" and texts[-1] == str(count - 1)
-    assert len(texts) == len(set(texts)) == min(count, most)
+    assert len(texts) == len(set(texts)) <= most
+    steps = [int(b) - int(a) for a, b in pairwise(texts)]
+    assert all(step == steps[0] for step in steps[:-1])
+    assert not steps or steps[0] <= steps[-1] <= 2 * steps[0]
+    assert len(texts) == count if count <= most else steps[0] > 1
 
 
 def test_a_gap_breaks_the_line() -> None:

@@ -915,7 +915,8 @@ def test_a_report_that_cannot_be_written_stops_the_run_before_it_starts(
 ) -> None:
     """A place without a folder, or inside a checkpoint, is one line, and nothing is written."""
     missing = moescale(source, out, "-k", 3, "--report", tmp_path / "no" / "r.html")
-    fails(missing, 1, "r.html: No such file or directory")
+    fails(missing, 2, "r.html: No such file or directory")
+    fails(moescale(source, out, "-k", 3, "--report", tmp_path), 2, "Is a directory")
     fails(moescale(source, out, "-k", 3, "--report", source / "r.html"), 2, "lies in")
     assert not out.exists()
     assert not (source / "r.html").exists()

@@ -23,7 +23,8 @@ from moescale.planning.decide import make_plan
 from moescale.planning.plan import Plan
 from moescale.report.chart import LOOKS
 from moescale.report.comparison import compare
-from moescale.report.page import page, write
+from moescale.report.page import check, page, write
+from moescale.report.terminal import plan_text
 from moescale.repos.base import SourceId
 from moescale.repos.local_source import LocalSource
 
@@ -48,6 +49,7 @@ def plans(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pla
         "closed form": plan,
         "one layer": sampled(plan, ["0"], 2, 3, run=True),
         "32 layers": sampled(plan, [str(i) for i in range(32)], 2, 4),
+        "24 of 48": sampled(plan, ["0"], 20, 24),
         "two stacks": sampled(plan, LAYERS, 8, 16, run=True),
         "fold": make_plan(LocalSource(deepseek), Options(experts=3, fold="config")),
         "not renormalised": make_plan(
@@ -167,6 +169,27 @@ def test_measured_norms_are_those_of_the_run(plans: dict[str, Plan]) -> None:
     assert compared.norms["published"][0] == pytest.approx(ratio / 1.5**0.5, rel=1e-5)
 
 
+def test_noted_factors_of_a_measurement_give_its_norms(plans: dict[str, Plan]) -> None:
+    """A rerun, which has the factors alone, draws the norms of the run that measured them."""
+    one = plans["two stacks"]
+    rerun = replace(one, samples={})
+    norms, compared = compare(one).norms, compare(rerun)
+    assert compared.basis == "noted"
+    for rule in ("none", "preserve", "published", "measured"):
+        assert compared.norms[rule] == norms[rule]
+    assert compared.norms["measured"] == pytest.approx((1.0,) * len(LAYERS))
+    assert "relative to trained, measured earlier" in page(rerun)
+
+
+def test_given_factors_are_drawn_by_the_closed_form_which_is_named(plan: Plan) -> None:
+    """What they were made for is not known, so the chart says what its norms assume."""
+    folder = Path(plan.source.id)
+    one = make_plan(LocalSource(folder), Options(experts=3, factors=dict.fromkeys("01", 1.5)))
+    assert compare(one).basis == "balanced"
+    assert compare(one).norms["own"] == pytest.approx((1.5 / 1.5**0.5,) * 2)
+    assert "relative to trained, if the gate is balanced" in page(one)
+
+
 def test_sampled_norms_come_from_the_gate_weights(plans: dict[str, Plan]) -> None:
     """Without a run, the norm is predicted from A and B of each layer."""
     one = plans["32 layers"]
@@ -195,14 +218,16 @@ def test_an_unknown_router_has_factors_only(plans: dict[str, Plan]) -> None:
 
 def test_the_page_is_not_written_into_a_checkpoint(plan: Plan, tmp_path: Path) -> None:
     """A place inside the source or the destination is refused before anything is written."""
-    inside = replace(plan, destination=str(tmp_path / "out"))
+    places = (plan.source.id, str(tmp_path / "out"))
     for path in (Path(plan.source.id) / "r.html", tmp_path / "out" / "r.html"):
         with pytest.raises(UsageError, match="lies in"):
-            write(inside, path)
+            check(path, *places)
         assert not path.exists()
     with pytest.raises(MoescaleError, match="No such file or directory"):
         write(plan, tmp_path / "missing" / "r.html")
-    write(inside, tmp_path / "r.html")
+    check(tmp_path / "r.html", *places)
+    assert not (tmp_path / "r.html").exists()
+    write(plan, tmp_path / "r.html")
     parsed((tmp_path / "r.html").read_text(encoding="utf-8"))
 
 
@@ -215,6 +240,23 @@ def test_a_plan_by_the_routers_shows_what_was_sampled(tmp_path: Path) -> None:
     assert compared.factors["gates"] == tuple(one.factors.values())
     assert {"Gate weights of layer 0", "Gate weights of layer 1"} < set(found)
     assert "2 experts, as trained: medians" in found["Gate weights of layer 0"]
+
+
+def test_what_a_sharper_gate_does_is_not_the_config_edit_alone(tmp_path: Path) -> None:
+    """With --gate-scale, the line without a factor has both, and is called so."""
+    gated_mixtral(tmp_path / "source")
+    options = Options(experts=3, rule="gates", gate_scale=1.5)
+    one = make_plan(LocalSource(tmp_path / "source"), options)
+    for text in (page(one), plan_text(one)):
+        assert "config edit and gate" in text
+        assert "config edit alone" not in text
+
+
+def test_one_layer_is_no_layers(plans: dict[str, Plan]) -> None:
+    """The number of MoE layers is said in the singular, in the lead and in the table."""
+    text = page(plans["one layer"])
+    assert text.count("1 MoE layer of 6 routed experts") == 2
+    assert "1 MoE layers" not in text
 
 
 # In a browser -------------------------------------------------------------------------------------
@@ -252,7 +294,7 @@ def chromium() -> Iterator[str]:
     yield found
 
 
-@pytest.mark.parametrize("name", ["two stacks", "hostile"])
+@pytest.mark.parametrize("name", ["two stacks", "hostile", "24 of 48"])
 def test_a_browser_draws_it_at_phone_width(
     name: str, plans: dict[str, Plan], chromium: str, tmp_path: Path
 ) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import checkpoints
 import pytest
+from sampled_plans import sampled
 
 from moescale.options import Options
 from moescale.planning.decide import make_plan
 from moescale.planning.plan import Plan
-from moescale.report.terminal import ASCII, BLOCKS, blocks_for, plan_text
+from moescale.report.comparison import compare
+from moescale.report.terminal import ASCII, BLOCKS, blocks_for, plan_text, summary
 from moescale.repos.local_source import LocalSource
+from moescale.running.conversion import Result, Status
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +95,49 @@ def test_a_chart_goes_to_a_terminal_that_can_only_show_ascii(plan: Plan, tmp_pat
         text = plan_text(replace(plan, factors={"0": 1.0, "1": 2.0}), blocks=blocks_for(stream))
         stream.write(text)
     assert "factor by layer" in (tmp_path / "out").read_text(encoding="ascii")
+
+
+def test_the_summary_steers_no_terminal(plan: Plan) -> None:
+    """Where the output went is shown on one line, whatever its name holds."""
+    went = replace(plan, destination="out\x1b[2J\nput")
+    statuses: tuple[Status, ...] = ("new", "resume", "done")
+    for status in statuses:
+        text = summary(Result(went, status, False), 1.0)
+        assert text.startswith(r"out\x1b[2J\nput ")
+        assert len(text.splitlines()) == 2
+
+
+def rules(plan: Plan) -> list[list[str]]:
+    """The table of rules, its cells."""
+    table = plan_text(plan).split("\n\n")[1]
+    return [re.split(r"  +", line.removeprefix("->").strip()) for line in table.splitlines()]
+
+
+def test_the_norms_are_those_of_the_page(plan: Plan) -> None:
+    """Where something was sampled or measured, the column says so and holds what the page draws."""
+    noted = replace(sampled(plan, ["0", "1"], 2, 3, run=True), samples={})
+    heads = {
+        "norm, measured": sampled(plan, ["0", "1"], 2, 3, run=True),
+        "norm, measured earlier": noted,
+        "norm, from sampled gates": sampled(plan, ["0", "1"], 2, 3),
+        "expected norm": plan,
+    }
+    for head, one in heads.items():
+        header, *rows = rules(one)
+        assert header == ["rule", "factor", head]
+        norms = {row[0]: row[2] for row in rows}
+        for name, numbers in compare(one).norms.items():
+            low, high = f"{min(numbers):.3f}", f"{max(numbers):.3f}"
+            assert norms[name] == (f"x {low}" if low == high else f"x {low} to {high}")
+        assert norms[one.options.method] == "x 1.000"
+
+
+def test_own_factors_have_a_norm_by_layer(plan: Plan) -> None:
+    """It says that it assumes a balanced gate."""
+    options = Options(experts=3, factors={"0": 1.0, "1": 1.5})
+    one = make_plan(LocalSource(Path(plan.source.id)), options)
+    wanted = ["--factors", "1 to 1.5", "x 0.816 to 1.225", "norm if the gate is balanced"]
+    assert rules(one)[-1] == wanted
 
 
 def test_an_assumption_is_pointed_out_where_it_is_strong(plan: Plan, tmp_path: Path) -> None:

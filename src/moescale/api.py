@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from moescale.errors import DestinationError, UsageError
+from moescale.errors import DestinationError, MoescaleError, UsageError
 from moescale.measuring.calibration import Calibration, measured_plan, open_calibration
 from moescale.options import Options, Rescaling, StrPath, options_of
 from moescale.planning.decide import make_plan
@@ -92,6 +92,7 @@ def plan(
         SourceError: the checkpoint cannot be read, or not be rescaled so.
         TemporaryError: the Hub does not answer.
     """
+    _check_report(report, source, destination)
     wanted, calibration = _asked(options, measuring)
     if destination is None:
         made = _made(open_source(os.fspath(source), revision), wanted, None, calibration)
@@ -100,8 +101,7 @@ def plan(
         sink = open_sink(os.fspath(destination), private, create_pr, commit_message, overwrite)
         reader = open_source(os.fspath(source), revision)
         made = _trial(reader, sink, os.fspath(destination), wanted, calibration, overwrite)
-    _draw(made, report)
-    return made
+    return _drawn(made, report)
 
 
 def convert(
@@ -149,7 +149,8 @@ def convert(
         commit_message: of the commit that brings the output.
         dask: address or file of a Dask scheduler, whose workers rewrite the shards. They need this
             version of moescale, and places that they can reach.
-        report: draw the plan into this HTML page, before anything is written.
+        report: draw the plan into this HTML page, before anything is written. Where that cannot be
+            done is refused at first; what goes wrong later is a warning of the plan.
         progress: called with a file's name and the number of its bytes done since the last call,
             from several threads, also at once. For each of `Plan.large_files` the numbers add up
             to `Plan.output_size`; with `check`, once more. Where nothing is left to do there are
@@ -167,6 +168,7 @@ def convert(
         VerificationError: `check` found a difference.
         TemporaryError: the Hub or the cluster failed for now; the same call resumes.
     """
+    _check_report(report, source, destination)
     wanted, calibration = _asked(options, measuring)
     _check_jobs(jobs)
     check_places(os.fspath(source), os.fspath(destination), revision)
@@ -175,8 +177,7 @@ def convert(
         reader = open_source(os.fspath(source), revision)
         check_not_source(reader, sink)
         made = _made(reader, wanted, os.fspath(destination), calibration, sink, overwrite)
-        plan = _with_room(made, sink)
-        _draw(plan, report)
+        plan = _drawn(_with_room(made, sink), report)
         planned(plan)
         jobs = jobs or _default_jobs(sink, crew)
         outcome = run(
@@ -255,11 +256,23 @@ def _default_jobs(sink: Sink, crew: Workers | None) -> int:
     return min(8 if isinstance(sink, LocalSink) else 2, os.cpu_count() or 1)
 
 
-def _draw(plan: Plan, file: StrPath | None) -> None:
+def _check_report(file: StrPath | None, *places: StrPath | None) -> None:
     if file is not None:
         from moescale.report import page
 
-        page.write(plan, Path(file))
+        page.check(Path(file), *(os.fspath(place) for place in places if place))
+
+
+def _drawn(plan: Plan, file: StrPath | None) -> Plan:
+    """The plan; what hinders its page is a warning, since its factors may have taken hours."""
+    if file is not None:
+        from moescale.report import page
+
+        try:
+            page.write(plan, Path(file))
+        except MoescaleError as error:
+            return replace(plan, warnings=(*plan.warnings, error.message))
+    return plan
 
 
 def _trial(

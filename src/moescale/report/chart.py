@@ -146,10 +146,10 @@ def _round_step(least: float) -> float:
 
 
 def name_axis(label: str, names: Sequence[tuple[float, str]], most: int = 7) -> Axis:
-    """An axis with a name at each place, as many as there is room for, the ends among them."""
+    """An axis with a name at every, every second, or so, place, and at the last; at most `most`."""
     last = len(names) - 1
-    count = min(last, most - 1)
-    shown = [names[round(i * last / count)] for i in range(count + 1)] if count else names
+    step = max(1, math.ceil(last / (most - 1)))
+    shown = [*names[: last - step + 1 : step], names[last]]
     return Axis(label, names[0][0] - 0.5, names[-1][0] + 0.5, shown)
 
 

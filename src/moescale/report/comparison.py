@@ -1,8 +1,9 @@
 """What each rule does to each MoE layer, as far as a plan knows: for people to look at.
 
 Factors of all rules that can be computed, and the norm of the routed output with each, relative
-to that of the model as it was trained. The norm is measured where experts were run, predicted
-from the model's own gate weights where those were sampled, and from the closed form elsewhere.
+to that of the model as it was trained. The norm is measured where experts were run, now or when
+the factors were noted, predicted from the model's own gate weights where those were sampled, and
+from the closed form elsewhere.
 """
 
 from __future__ import annotations
@@ -14,8 +15,16 @@ from typing import Literal
 from moescale.planning.plan import ByLayer, Plan
 from moescale.rules import gates, measured
 
-Basis = Literal["measured", "sampled", "balanced", "unknown"]
+Basis = Literal["measured", "noted", "sampled", "balanced", "unknown"]
 """Where the norms come from."""
+
+BASES: Mapping[Basis, str] = {
+    "measured": "measured",
+    "noted": "measured earlier",
+    "sampled": "from sampled gates",
+    "balanced": "if the gate is balanced",
+    "unknown": "unknown",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +37,7 @@ class Comparison:
         factors: by rule, the factor of each layer; ``none`` is the config edit alone.
         norms: by rule, the relative norm in each layer; empty where nothing is known of it.
         basis: where the norms come from.
+        edit: what is done without any factor, in words.
     """
 
     layers: tuple[str, ...]
@@ -35,6 +45,11 @@ class Comparison:
     factors: Mapping[str, tuple[float, ...]]
     norms: Mapping[str, tuple[float, ...]]
     basis: Basis
+    edit: str
+
+    def name(self, rule: str) -> str:
+        """What people call a rule."""
+        return {"none": self.edit, "own": "given"}.get(rule, rule)
 
 
 def compare(plan: Plan) -> Comparison:
@@ -56,7 +71,8 @@ def compare(plan: Plan) -> Comparison:
         for name, found in factors.items()
         if edited
     }
-    return Comparison(layers, taken, factors, norms, basis)
+    edit = "config edit alone" if plan.options.gate_scale is None else "config edit and gate"
+    return Comparison(layers, taken, factors, norms, basis, edit)
 
 
 def _by_layer(value: ByLayer, layers: tuple[str, ...]) -> tuple[float, ...]:
@@ -68,11 +84,11 @@ def _edited(
 ) -> tuple[tuple[float, ...], Basis]:
     """The relative norm of each layer with the config edit alone: what undoes it, inverted."""
     bases: tuple[tuple[str, Basis], ...] = (
-        ("measured", "measured"),
+        ("measured", "measured" if sampled else "noted"),
         ("gates", "sampled"),
         ("preserve", "balanced"),
     )
     for rule, basis in bases:
-        if rule in factors and (sampled or basis == "balanced"):
+        if rule in factors:
             return tuple(1 / factor for factor in factors[rule]), basis
     return (), "unknown"

@@ -14,21 +14,22 @@ from moescale.errors import MoescaleError, UsageError
 from moescale.planning.plan import Plan
 from moescale.report import chart, terminal
 from moescale.report.chart import LOOKS, Look, Series
-from moescale.report.comparison import Basis, Comparison, compare
+from moescale.report.comparison import BASES, Basis, Comparison, compare
 from moescale.rules.samples import Moments, Sample
 from moescale.running.provenance import options_given
 from moescale.version import __version__
-
-_NAMES = {"none": terminal.RULE_NOTES["none"], "own": "given"}
 
 _BASIS: Mapping[Basis, str] = {
     "measured": "Measured on the calibration text: the mean norm of the sum over the chosen"
     " experts, with the new number and with the trained one, on the same inputs. Scaling moves it"
     " by the factor exactly. The rule gates takes the gate weights of the same text here.",
+    "noted": "Measured on the calibration text in an earlier run of this job, which noted the"
+    " factors: one over the factor is the norm with the new number alone. No more of it was kept.",
     "sampled": "Predicted from the model's own gate weights, sampled layer by layer, for expert"
     " outputs of equal size and correlation rho.",
     "balanced": "Predicted by the closed form: a balanced gate, which gives all chosen experts the"
-    " same weight, and expert outputs of equal size and correlation rho. Real gates are peaked.",
+    " same weight, and expert outputs of equal size and correlation rho. Real gates are peaked:"
+    " for factors that a user gave, such as measured ones, it may be far off.",
     "unknown": "How this router weighs the experts that it chose is not known, so that nothing can"
     " be said of the norm.",
 }
@@ -75,17 +76,32 @@ footer { margin-top: 3rem; border-top: 1px solid var(--rule); padding-top: .8rem
 )
 
 
-def write(plan: Plan, path: Path) -> None:
-    """Write the page of a plan.
+def check(path: Path, *places: str) -> None:
+    """Refuse a path that a page cannot be written to, before hours are spent on what it shows.
 
     Raises:
-        UsageError: the path lies in the source or the destination, which hold checkpoints only.
-        MoescaleError: it cannot be written.
+        UsageError: it cannot, or lies in one of the places, which hold checkpoints only.
     """
-    source = plan.source.id if plan.source.kind == "local" else None
-    for place in (source, plan.destination):
-        if place and not place.startswith("hf://") and _lies_in(path, Path(place)):
+    for place in places:
+        if not place.startswith("hf://") and _lies_in(path, Path(place)):
             raise UsageError(f"--report {path}: lies in {place}", hint="Give a place outside.")
+    try:
+        there = path.exists()
+        if not path.is_fifo():  # whoever reads that would take it for the end
+            path.open("ab").close()
+        if not there:
+            path.resolve().unlink()
+    except OSError as error:
+        hint = "Give a file, in a folder that is there and can be written to."
+        raise UsageError(f"--report {path}: {error.strerror}", hint=hint) from None
+
+
+def write(plan: Plan, path: Path) -> None:
+    """Write the page of a plan to a path that was checked.
+
+    Raises:
+        MoescaleError: it cannot be written any more.
+    """
     try:
         path.write_bytes(page(plan).encode("utf-8", "replace"))
     except OSError as error:
@@ -129,11 +145,8 @@ def _change(plan: Plan) -> str:
 def _lead(plan: Plan, compared: Comparison) -> str:
     factor = terminal.span(compared.factors[compared.taken], ".4g")
     rule = f"--{plan.options.method}" if compared.taken == "own" else f"rule {compared.taken}"
-    layers = f"{len(compared.layers)} MoE layer{'s' * (len(compared.layers) > 1)}"
-    return (
-        f"{plan.model_type}, {layers} of {plan.experts.total} routed experts: {_change(plan)},"
-        f" {rule}, factor {factor}"
-    )
+    layers = terminal.layers_text(plan)
+    return f"{plan.model_type}, {layers}: {_change(plan)}, {rule}, factor {factor}"
 
 
 # --- Charts ----------------------------------------------------------------------------------
@@ -146,11 +159,9 @@ def _norms_and_factors(compared: Comparison) -> Iterator[str]:
     if compared.norms:
         trained = Series("as trained", Look("ink", "1 3", "none"), _ends(places))
         drawn = [trained, *_by_rule(compared, compared.norms)]
-        title = "Norm of the routed output"
+        title, label = "Norm of the routed output", f"relative to trained, {BASES[compared.basis]}"
         described = _described(compared, compared.norms, "norm")
-        yield _figure(
-            "norm", title, "relative to trained", drawn, described, places, _BASIS[compared.basis]
-        )
+        yield _figure("norm", title, label, drawn, described, places, _BASIS[compared.basis])
     described = _described(compared, compared.factors, "factor")
     note = "" if compared.norms else _BASIS["unknown"]
     yield _figure(
@@ -184,7 +195,7 @@ def _by_rule(compared: Comparison, values: Mapping[str, Sequence[float]]) -> lis
         taken = compared.taken in names
         look = LOOKS[compared.taken if taken else names[0]]
         points = [(x, y) for (x, _), y in zip(places, values[names[0]], strict=True)]
-        shown = ", ".join(_NAMES.get(name, name) for name in names)
+        shown = ", ".join(compared.name(name) for name in names)
         result.append(Series(f"{shown} (this plan)" if taken else shown, look, points, taken=taken))
     return result
 
@@ -192,7 +203,7 @@ def _by_rule(compared: Comparison, values: Mapping[str, Sequence[float]]) -> lis
 def _described(compared: Comparison, values: Mapping[str, Sequence[float]], what: str) -> str:
     """A sentence a rule, for those who cannot see the chart."""
     return " ".join(
-        f"{_NAMES.get(name, name)}: {what} {min(numbers):.3f} to {max(numbers):.3f}."
+        f"{compared.name(name)}: {what} {min(numbers):.3f} to {max(numbers):.3f}."
         for name, numbers in values.items()
     )
 
@@ -285,8 +296,8 @@ def _correlation(samples: Mapping[str, Sample]) -> Iterator[str]:
 
 
 def _number_header(compared: Comparison) -> tuple[str, ...]:
-    names = [_NAMES.get(name, name) for name in compared.factors]
-    norms = [f"norm, {_NAMES.get(name, name)}" for name in compared.norms]
+    names = [compared.name(name) for name in compared.factors]
+    norms = [f"norm, {compared.name(name)}" for name in compared.norms]
     return ("layer", *(f"factor, {name}" for name in names[1:]), *norms)
 
 
@@ -301,7 +312,7 @@ def _plan(plan: Plan, compared: Comparison) -> Iterator[str]:
     yield _facts(terminal.facts(plan))
     yield "<h2>Rules</h2>"
     taken = [name == compared.taken for name in compared.factors]
-    header = ("", "rule", "factor", "norm, relative to trained", "")
+    header = ("", "rule", "factor", f"norm, {BASES[compared.basis]}", "")
     yield _table(_rule_rows(compared), header, taken)
     if plan.tensors:
         yield "<h2>What is scaled</h2>"
@@ -318,10 +329,10 @@ def _rule_rows(compared: Comparison) -> Iterator[tuple[str, ...]]:
     for name, factors in compared.factors.items():
         yield (
             "this plan" if name == compared.taken else "",
-            _NAMES.get(name, name),
+            compared.name(name),
             terminal.span(factors, ".6g"),
             terminal.span(compared.norms.get(name, ()), ".3f"),
-            "" if name in _NAMES else terminal.RULE_NOTES.get(name, ""),
+            terminal.RULE_NOTES.get(name, ""),
         )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from moescale.errors import printable
 from moescale.planning.files import Action, PlannedFile
 from moescale.planning.plan import Plan, PlannedTensor
+from moescale.report.comparison import BASES, compare
 from moescale.running.card import measured_on
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 LAYER_HEADER = ("layers", "tensors", "of", "dtype", "factor")
 
-RULE_NOTES = {"none": "config edit alone", "published": "as printed in mergekit issue 294"}
+RULE_NOTES = {"published": "as printed in mergekit issue 294"}
 
 BLOCKS, ASCII = "▁▂▃▄▅▆▇█", "#"
 """What the columns of a chart end in: eighths of a line, or whole lines."""
@@ -100,8 +101,7 @@ def facts(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "source", f"{plan.source.id} ({where})"
     yield "destination", plan.destination or "none given"
     part = f", part {plan.part}" if plan.part else ""
-    layers = f"{len(plan.factors)} MoE layers of {plan.experts.total} routed experts"
-    yield "model", f"{plan.model_type}{part}: {layers}"
+    yield "model", f"{plan.model_type}{part}: {layers_text(plan)}"
     if plan.router is not None:
         sums = "sum to 1" if plan.router.renormalised else "are not renormalised"
         yield "router", f"the weights of the chosen experts {sums}"
@@ -123,34 +123,33 @@ def facts(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "experts per token", f"{before} -> {after}{trained}"
 
 
+def layers_text(plan: Plan) -> str:
+    """How many MoE layers there are, and experts in each."""
+    plural = "s" * (len(plan.factors) > 1)
+    return f"{len(plan.factors)} MoE layer{plural} of {plan.experts.total} routed experts"
+
+
 def _count(count: int | tuple[int, ...]) -> str:
     return str(count) if isinstance(count, int) else ",".join(map(str, count))
 
 
 def _rules(plan: Plan) -> str:
-    """Both closed forms, and what each does to the expected norm of the routed output."""
-    taken = plan.options.method
-    notes = RULE_NOTES
-    if plan.router is not None and not plan.router.renormalised:
-        notes = {**notes, "preserve": "if the gate is balanced; --rule gates looks at it"}
+    """Every rule that can be computed, and what it does to the norm of the routed output."""
+    compared = compare(plan)
+    notes = {**RULE_NOTES, "none": compared.name("none")}
+    head = f"norm, {BASES[compared.basis]}"
+    if compared.basis == "balanced":
+        head, notes["own"] = "expected norm", "norm if the gate is balanced"
+        if plan.router is not None and not plan.router.renormalised:
+            notes["preserve"] = "if the gate is balanced; --rule gates looks at it"
     rows = []
-    for name, relative in plan.predicted_norm.items():
-        factor = _span(plan.alternatives.get(name, 1.0), ".6g")
-        mark = "->" if name == taken else ""
-        rows.append((mark, name, factor, f"x {_span(relative, '.3f')}", notes.get(name, "")))
-    if taken not in plan.predicted_norm:
-        norm = ""
-        low, preserve = min(plan.factors.values()), plan.alternatives.get("preserve")
-        if isinstance(preserve, float) and low == max(plan.factors.values()):
-            norm = f"x {low / preserve:.3f}"
-        name = f"--{taken}" if taken in ("factor", "factors") else taken
-        rows.append(("->", name, _span(plan.factors, ".6g"), norm, ""))
-    return _table(rows, header=("", "rule", "factor", "expected norm", ""))
-
-
-def _span(value: float | Mapping[str, float], form: str) -> str:
-    """One number, or the span of the layers."""
-    return span(list(value.values()) if isinstance(value, Mapping) else [value], form)
+    for name, factors in compared.factors.items():
+        mark = "->" if name == compared.taken else ""
+        shown = f"--{plan.options.method}" if name == "own" else name
+        norm = span(compared.norms.get(name, ()), ".3f")
+        note = notes.get(name, "")
+        rows.append((mark, shown, span(factors, ".6g"), norm and f"x {norm}", note))
+    return _table(rows, header=("", "rule", "factor", head, ""))
 
 
 def span(numbers: Sequence[float], form: str) -> str:
@@ -380,4 +379,5 @@ def summary(result: Result, seconds: float) -> str:
         if result.verified
         else "Run the same command with --verify to prove the output."
     )
-    return "\n".join([first, *result.remarks, *([result.url] if result.url else []), proof])
+    lines = [first, *result.remarks, *([result.url] if result.url else []), proof]
+    return "\n".join(map(printable, lines))
