@@ -195,6 +195,10 @@ def test_measured_factors_are_applied_where_there_is_no_torch(model: Model, tmp_
         )
         arguments = [model.source, output, "-k3", "--factors", file, "-q"]
         subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=True)
+        made = json.loads((output / "moescale.json").read_text())
+        assert (made["rule"], made["factors_rule"]) == ("factors", "measured")
+        assert made["calibration"] == plan.calibration
+        assert "| `factors`, made by `measured` |" in (output / "README.md").read_text()
         for large in plan.large_files:
             assert (output / large.name).read_bytes() == (model.output / large.name).read_bytes()
 
@@ -271,6 +275,37 @@ def test_wrong_use_is_exit_code_2(
     assert (done.code, done.out) == (2, "")
     assert why in done.err
     assert len(done.err.splitlines()) <= 2
+    assert not model.output.exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no FIFOs")
+def test_a_text_that_is_no_file_is_refused_and_not_waited_for(
+    model: Model,
+    moescale: Command,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """A pipe can be read once only, and a device may have no end."""
+    os.mkfifo(tmp_path / "pipe")
+    for text in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        done = moescale(model.source, model.output, "-k3", "--rule=measured", "--calibrate", text)
+        assert (done.code, done.out) == (2, "")
+        assert f"--calibrate {text}: is no regular file" in done.err
+
+
+def test_who_stops_a_measurement_is_not_told_that_it_goes_on(
+    model: Model,
+    moescale: Command,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Factors are noted when there are all of them, so that a rerun has nothing of it."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibration.Calibration, "__call__", stop)
+    done = moescale(model.source, model.output, "-k3", "--rule=measured", "--calibrate", model.text)
+    assert done.code == 130
+    assert done.err.endswith("the same command resumes from what was finished\n")
     assert not model.output.exists()
 
 

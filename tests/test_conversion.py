@@ -15,6 +15,7 @@ from typing import Any
 import checkpoints
 import numpy as np
 import pytest
+from gated_checkpoints import gated_mixtral
 
 from moescale.api import convert, plan
 from moescale.errors import (
@@ -147,6 +148,56 @@ def test_factors_of_an_earlier_output(source: Path, tmp_path: Path) -> None:
     one, two = checkpoints.tree(tmp_path / "one"), checkpoints.tree(tmp_path / "two")
     for name in one.keys() - {"README.md", "moescale.json"}:
         assert one[name] == two[name]
+
+
+@pytest.mark.parametrize(
+    ("made_for", "options", "says"),
+    [
+        ({}, {"experts": 3}, None),
+        (
+            {},
+            {"experts": 4},
+            "made with -k 3, this run has 4",
+        ),
+        ({}, {}, "made with -k 3, this run has 2"),
+        ({}, {"experts": 3, "trained_experts": 1}, "made with -n 2, this run has 1"),
+        ({"experts": None}, {"experts": 4}, None),
+        (
+            {"experts": {"trained": [2, 4], "to": 3}},
+            {"experts": 3},
+            "made with -n [2, 4], this run has 2",
+        ),
+        ({"gate_scale": 1.5}, {"experts": 3, "gate_scale": 1.5}, None),
+        ({"gate_scale": 1.5}, {"experts": 3}, "made with --gate-scale 1.5, this run has 1.0"),
+        ({"gate_scale": 10**400}, {"experts": 3}, "made with --gate-scale 1000"),
+        ({}, {"experts": 3, "gate_scale": 2}, "made with --gate-scale 1.0, this run has 2"),
+        (
+            {"model_type": "olmoe"},
+            {"experts": 3},
+            "made with model type olmoe, this run has mixtral",
+        ),
+        ({"calibration": {"text_sha256": "x", "tokens": 1}}, {"experts": 3}, None),
+    ],
+)
+def test_factors_that_were_made_for_another_job_are_warned_of(
+    tmp_path: Path, made_for: Any, options: Any, says: str | None
+) -> None:
+    """The file says for which numbers, routers and model type; each that differs is named."""
+    source, file = tmp_path / "source", tmp_path / "plan.json"
+    gated_mixtral(source)
+    file.write_text(json.dumps({**plan(source, experts=3).as_json(), **made_for}))
+    found = plan(source, factors=file, **options)
+    warnings = [warning for warning in found.warnings if "--factors" in warning]
+    assert len(warnings) == (says is not None)
+    assert (says or "") in "".join(warnings)
+    assert found.calibration == {}
+
+
+def test_bare_factors_say_nothing_of_their_job(source: Path) -> None:
+    """A mapping is taken for any numbers, as it always was."""
+    for experts in (None, 1, 4):
+        found = plan(source, factors={"0": 1.0, "1": 2.0}, experts=experts)
+        assert not any("--factors" in warning for warning in found.warnings)
 
 
 @pytest.mark.parametrize(

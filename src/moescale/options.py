@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, Literal, TypedDict
+from types import MappingProxyType
+from typing import Any, Literal, TypedDict, TypeGuard
 
 from moescale.checkpoint.json_text import parse_strict
 from moescale.errors import UsageError
@@ -218,7 +220,7 @@ def _number(value: Any, name: str, kind: type) -> Any:
     raise UsageError(f"--{name.replace('_', '-')} is {value!r}: it must be {what}")
 
 
-def read_factors(path: StrPath) -> dict[str, float]:
+def read_factors(path: StrPath) -> Factors:
     """Factors by layer from a file; see `parse_factors`.
 
     Raises:
@@ -235,7 +237,13 @@ def read_factors(path: StrPath) -> dict[str, float]:
         raise UsageError(f"--factors {path}: {why}") from None
 
 
-def parse_factors(text: str, where: str) -> dict[str, float]:
+class Factors(dict[str, float]):
+    """Factors by layer; `made_for` is what their file says of the job that they are of."""
+
+    made_for: Mapping[str, Any] = MappingProxyType({})
+
+
+def parse_factors(text: str, where: str) -> Factors:
     """Factors by layer from ``{"factors": {"0": 1.2}}``, the bare mapping, or a provenance file.
 
     Raises:
@@ -245,9 +253,20 @@ def parse_factors(text: str, where: str) -> dict[str, float]:
         content: Any = parse_strict(text)
     except ValueError as error:
         raise UsageError(f"{where}: is not valid JSON: {error}") from None
-    if isinstance(content, dict) and "factors" in content:
-        content = content["factors"]
-    return _factors(content, where)
+    if not isinstance(content, dict) or "factors" not in content:
+        return Factors(_factors(content, where))
+    factors = Factors(_factors(content["factors"], where))
+    factors.made_for = {key: content[key] for key, ok in _MADE_FOR.items() if ok(content.get(key))}
+    return factors
+
+
+def is_calibration(facts: Any) -> TypeGuard[Mapping[str, Any]]:
+    """Whether they name a text and how much of it was used, as a provenance does."""
+    if not isinstance(facts, dict):
+        return False
+    amounts = [facts[unit] for unit in ("tokens", "bytes") if unit in facts]
+    known = re.fullmatch("[0-9a-f]{64}", str(facts.get("text_sha256")))
+    return known is not None and [type(amount) for amount in amounts] == [int]
 
 
 def _factors(content: Any, where: str) -> dict[str, float]:
@@ -262,6 +281,16 @@ def _factors(content: Any, where: str) -> dict[str, float]:
             raise UsageError(f"{where}: the factor of layer {layer} is {shown}, not a number")
     return {layer: float(factor) for layer, factor in content.items()}
 
+
+_MADE_FOR: Mapping[str, Callable[[Any], bool]] = {
+    "experts": lambda counts: isinstance(counts, dict),
+    "model_type": lambda kind: isinstance(kind, str),
+    "gate_scale": lambda scale: isinstance(scale, (int, float)),
+    "rule": lambda rule: rule in RULES,
+    "factors_rule": lambda rule: rule in RULES,
+    "calibration": is_calibration,
+}
+"""What a file of factors may say of the job that they were made for."""
 
 FACTORS_BYTES = 8 << 20
 """Much more than an earlier output's provenance has."""

@@ -17,7 +17,7 @@ from moescale.errors import UsageError
 from moescale.measuring.text import digest, read_text
 from moescale.model.experts import Layer
 from moescale.model.lookup import Moe
-from moescale.options import Options
+from moescale.options import Options, is_calibration
 from moescale.planning.decide import make_plan
 from moescale.planning.files import PROVENANCE
 from moescale.planning.plan import Experts, Plan
@@ -90,18 +90,14 @@ def noted(sink: Sink, trial: Plan) -> Noted | None:
         return None
     if not all(_is_factor(factor) for factor in factors.values()):
         return None
-    if not isinstance(calibration, dict) or not _is_text(calibration, trial.options.calibrate):
+    if not is_calibration(calibration):
         return None
-    return Noted(factors, calibration)
+    same = calibration["text_sha256"] == trial.options.calibrate
+    return Noted(factors, calibration) if same else None
 
 
 def _is_factor(value: Any) -> bool:
     return isinstance(value, float | int) and not isinstance(value, bool) and 0 < value < 1e30
-
-
-def _is_text(facts: Mapping[str, Any], sha256: str | None) -> bool:
-    amounts = [facts[unit] for unit in ("tokens", "bytes") if unit in facts]
-    return facts.get("text_sha256") == sha256 and [type(amount) for amount in amounts] == [int]
 
 
 def _unmeasured(moe: Moe, experts: Experts) -> dict[Layer, Sample]:

@@ -19,6 +19,7 @@ from moescale.planning.factors import (
     choose_factors,
     closed_forms,
     joined,
+    of_another_job,
     one_factor,
     predicted_norm,
 )
@@ -82,7 +83,8 @@ def make_plan(
     warnings += confirm(
         ((s, factor) for s, _, factor in scaled), config.value, alternative(moe, factors)
     )
-    warnings += _remarks(options)
+    made_for = getattr(options.factors, "made_for", {})
+    warnings += [*_remarks(options), *of_another_job(made_for, moe, experts, options)]
     scaled += sharpened_routers(moe, tensors, options)
     new_config = _edited(config, moe, factors, options)
     moe = replace(moe, projections=())  # large, and not needed any more
@@ -116,6 +118,8 @@ def make_plan(
         samples=MappingProxyType({str(layer): sample for layer, sample in samples.items()}),
         warnings=tuple(warnings),
         states=MappingProxyType({name: source.state(name) for name in files}),
+        calibration=made_for.get("calibration", {}),
+        factors_rule=made_for.get("factors_rule", made_for.get("rule")),
     )
 
 

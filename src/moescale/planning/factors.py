@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from moescale.errors import UnsupportedError, UsageError
 from moescale.model.experts import Layer
@@ -66,6 +67,25 @@ def _factor(moe: Moe, experts: Experts, options: Options, layer: Layer) -> float
             return closed_form.preserve(n, m, moe.router.balanced_weight, options.rho or 0.0)
         case _:
             return 1.0
+
+
+def of_another_job(
+    made_for: Mapping[str, Any], moe: Moe, experts: Experts, options: Options
+) -> Iterator[str]:
+    """What the file of the factors says of its job that is not so in this one."""
+    if not made_for:
+        return
+    then = made_for.get("experts", {})
+    both = {
+        "-n": (then.get("trained"), experts.trained),
+        "-k": (then.get("to"), experts.after),
+        "--gate-scale": (made_for.get("gate_scale", 1.0), options.gate_scale or 1.0),
+        "model type": (made_for.get("model_type"), moe.model_type),
+    }
+    for what, (old, new) in both.items():
+        now = list(new) if isinstance(new, tuple) else new  # JSON has no tuples
+        if old is not None and old != now:
+            yield f"--factors were made with {what} {old}, this run has {now}"
 
 
 def one_factor(factors: Mapping[Layer, float], options: Options) -> float:

@@ -94,7 +94,8 @@ class Plan:
     index: tuple[str, bytes | None] | None  # its name; its content where it has to be made
     new_headers: Mapping[str, NewHeader]  # of the shards in which tensors change their size
     samples: Mapping[str, Sample] = field(default_factory=dict)  # by layer, where a rule has any
-    calibration: Mapping[str, Any] = field(default_factory=dict)  # the text of a measured plan
+    calibration: Mapping[str, Any] = field(default_factory=dict)  # the text of measured factors
+    factors_rule: str | None = None  # the rule that made the factors of a file
     warnings: tuple[str, ...] = ()
     states: Mapping[str, Any] = field(default_factory=dict)
 
@@ -180,6 +181,7 @@ class Plan:
             },
             "router": {"renormalised": self.router.renormalised if self.router else None},
             "rule": self.options.method,
+            **({"factors_rule": self.factors_rule} if self.factors_rule else {}),
             **({"fold": self.options.fold} if self.options.fold else {}),
             **({"gate_scale": scale} if (scale := self.options.gate_scale) is not None else {}),
             "rho": self.rho,

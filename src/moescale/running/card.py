@@ -170,6 +170,7 @@ def _section(plan: Plan) -> str:
     link = f"[{source}](https://huggingface.co/{source})" if plan.source.repo else f"`{source}`"
     at = f" at commit `{plan.source.revision}`" if plan.source.revision else ""
     experts = plan.experts
+    made_by = f", made by `{plan.factors_rule}`" if plan.factors_rule else ""
     lines = [
         "## Rescaled mixture of experts",
         "",
@@ -183,7 +184,7 @@ def _section(plan: Plan) -> str:
         f"| routed experts per layer | {experts.total} |",
         f"| experts per token: trained, before, now | {_numbers(experts.trained)},"
         f" {_numbers(experts.before)}, {_numbers(experts.after)} |",
-        f"| rule | `{plan.options.method}` |",
+        f"| rule | `{plan.options.method}`{made_by} |",
         *([f"| measured on | {measured_on(plan.calibration)} |"] if plan.calibration else []),
         f"| factor | {_factor_range(plan.factors)} |",
         *_gate_rows(plan),
