@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """Feeds bytes to the readers of hostile files, led by coverage, for as long as you like.
 
-    pip install -e . --group fuzz                        # atheris, for CPython on Linux
-    python scripts/fuzz.py all -max_total_time=600       # or one of the targets below
-    python scripts/fuzz.py header crash-0123             # what one input does
+    .venv-test/bin/pip install --group fuzz              # atheris, for CPython on Linux
+    .venv-test/bin/python scripts/fuzz.py all -max_total_time=600  # or one of the targets below
+    .venv-test/bin/python scripts/fuzz.py header crash-0123        # what one input does
+
+`scripts/test.sh` makes `.venv-test`; elsewhere `--group` needs pip 25.1 or newer.
 
 What must hold is in ``tests/properties.py``, which the tests use too: only our own errors, in one
 line, what safetensors rejects is refused, and what is taken means what other readers take it for.

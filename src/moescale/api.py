@@ -310,7 +310,7 @@ def _crew(dask: StrPath | None) -> Iterator[Workers | None]:
     except ModuleNotFoundError as error:
         raise UsageError(
             f"--dask needs {error.name}, which is not installed",
-            hint="pip install 'moescale[dask]'",
+            hint="Install it with pip install '.[dask]' in the clone, or: pip install distributed",
         ) from None
     with connect(os.fspath(dask)) as workers:
         yield workers

@@ -124,7 +124,7 @@ def _command(
             rich_help_panel=FACTOR,
             metavar="FILE",
             help="The text that --rule measured runs the model on: 2,048 tokens or more, of which"
-            " the first 65,536 are taken. Needs pip install 'moescale[measure]'.",
+            " the first 65,536 are taken. Needs torch, transformers and accelerate.",
         ),
     ] = None,
     max_memory: Annotated[
