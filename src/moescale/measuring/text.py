@@ -45,6 +45,8 @@ def digest(path: Path) -> str:
     Raises:
         UsageError: it cannot be read.
     """
+    if path.exists() and not path.is_file():
+        raise UsageError(f"--calibrate {path}: is no regular file, which is read more than once")
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
