@@ -25,7 +25,7 @@ from crash_lab import small_mixtral
 from moescale.api import convert
 
 TESTS = Path(__file__).parent
-RESUMES = "moescale: interrupted; the same command resumes\n"
+RESUMES = "moescale: interrupted; the same command resumes from what was finished\n"
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 

@@ -229,7 +229,10 @@ def test_a_stopped_run_ends_at_once(lab: Lab, number: signal.Signals, match: Mat
         process.send_signal(number)
         _, err = process.communicate(timeout=20)
     assert time.monotonic() - begun < 6
-    assert (process.returncode, err) == (130, "moescale: interrupted; the same command resumes\n")
+    assert (process.returncode, err) == (
+        130,
+        "moescale: interrupted; the same command resumes from what was finished\n",
+    )
     fault.release()
     hub.log.clear()
     lab.done(SRC, PLACE, "-k", "3", "-q")
@@ -246,7 +249,7 @@ def test_a_dry_run_that_hangs_can_be_stopped(lab: Lab) -> None:
         out, err = process.communicate(timeout=20)
     assert time.monotonic() - begun < 6
     assert (process.returncode, out) == (130, "")
-    assert err == "moescale: interrupted; the same command resumes\n"
+    assert err == "moescale: interrupted; the same command resumes from what was finished\n"
 
 
 # Other jobs ---------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import signal
 import threading
 from typing import NoReturn
 
-MESSAGE = "interrupted; the same command resumes"
+MESSAGE = "interrupted; the same command resumes from what was finished"
 
 EXIT_CODE = 130
 
