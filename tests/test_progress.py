@@ -144,3 +144,18 @@ def test_silence_is_kept() -> None:
         progress.expect(SIZES)
         progress.step("model-1.safetensors", 5)
         assert progress._done == 5
+
+
+def test_a_rule_that_samples_routers_is_told_of_when_it_takes_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At first nothing is shown; after that, layers done and in all."""
+    stream = Terminal()
+    with monkeypatch.context() as patch:
+        patch.setattr(terminal, "BAR_DELAY", 60)
+        terminal.measuring(stream, "gates")(1, 58)
+    assert stream.getvalue() == ""
+    tell = terminal.measuring(stream, "gates")
+    tell(3, 58)
+    tell(58, 58)
+    assert stream.getvalue() == "measuring: 3 of 58 layers\rmeasuring: 58 of 58 layers\n"

@@ -60,6 +60,16 @@ def test_a_block_that_predicts_a_second_token_has_its_own_factor(tmp_path: Path)
     assert len(set(factors.values())) == 3
 
 
+def test_every_layer_that_is_sampled_is_told_of(tmp_path: Path) -> None:
+    """Layers done and in all; a plan by another rule has nothing to tell."""
+    tiny_models.build("mixtral", tmp_path)
+    told: list[tuple[int, int]] = []
+    api.plan(tmp_path, experts=3, rule="gates", measuring=lambda *now: told.append(now))
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    api.plan(tmp_path, experts=3, measuring=lambda *now: told.append(now))
+    assert len(told) == 3
+
+
 def test_counts_may_differ_by_layer(tmp_path: Path) -> None:
     """Each layer is sampled with the count that it was trained with."""
     tiny_models.build("hunyuan_v1_moe", tmp_path)

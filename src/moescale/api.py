@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from moescale.running.cluster import Workers
 
 Measuring = Callable[[int, int], None]
-"""Called with the numbers of tokens done and in all, while a model runs over a text."""
+"""Called with the numbers done and in all: of tokens, while a model runs over a text; of layers,
+while ``gates`` samples the routers."""
 
 
 def _silent(*_: object) -> None:
@@ -84,7 +85,7 @@ def plan(
         create_pr: as for `convert`.
         commit_message: as for `convert`.
         report: draw the plan into this HTML page.
-        measuring: told of the rule ``measured`` at work.
+        measuring: told of the rule ``measured`` or ``gates`` at work.
         options: see `moescale.Rescaling`.
 
     Raises:
@@ -95,12 +96,14 @@ def plan(
     _check_report(report, source, destination)
     wanted, calibration = _asked(options, measuring)
     if destination is None:
-        made = _made(open_source(os.fspath(source), revision), wanted, None, calibration)
+        made = _made(open_source(os.fspath(source), revision), wanted, None, calibration, measuring)
     else:
         check_places(os.fspath(source), os.fspath(destination), revision)
         sink = open_sink(os.fspath(destination), private, create_pr, commit_message, overwrite)
         reader = open_source(os.fspath(source), revision)
-        made = _trial(reader, sink, os.fspath(destination), wanted, calibration, overwrite)
+        made = _trial(
+            reader, sink, os.fspath(destination), wanted, calibration, measuring, overwrite
+        )
     return _drawn(made, report)
 
 
@@ -156,8 +159,8 @@ def convert(
             to `Plan.output_size`; with `check`, once more. Where nothing is left to do there are
             no calls. What it raises ends the run.
         planned: called with the plan, in the calling thread, before anything is written.
-        measuring: told of the rule ``measured`` at work. It runs unless the destination has the
-            factors of this very job.
+        measuring: told of the rule ``measured`` or ``gates`` at work. ``measured`` runs the model
+            unless the destination has the factors of this very job.
         options: see `moescale.Rescaling`.
 
     Raises:
@@ -176,7 +179,9 @@ def convert(
     with _crew(dask) as crew:
         reader = open_source(os.fspath(source), revision)
         check_not_source(reader, sink)
-        made = _made(reader, wanted, os.fspath(destination), calibration, sink, overwrite)
+        made = _made(
+            reader, wanted, os.fspath(destination), calibration, measuring, sink, overwrite
+        )
         plan = _drawn(_with_room(made, sink), report)
         planned(plan)
         jobs = jobs or _default_jobs(sink, crew)
@@ -225,7 +230,7 @@ def verify(
     sink = open_sink(os.fspath(destination))
     with _crew(dask) as crew:
         reader = open_source(os.fspath(source), revision)
-        plan = _made(reader, wanted, os.fspath(destination), calibration, sink)
+        plan = _made(reader, wanted, os.fspath(destination), calibration, measuring, sink)
         verify_output(plan, reader, sink, jobs or _default_jobs(sink, crew), progress, crew)
     return Result(plan, "done", True)
 
@@ -281,14 +286,15 @@ def _trial(
     destination: str,
     wanted: Options,
     calibration: Calibration | None,
+    measuring: Measuring,
     overwrite: bool,
 ) -> Plan:
     """A plan that no run follows: what a run would be refused for is a warning."""
     try:
         beside = sink if isinstance(sink, LocalSink) else None
-        made = _made(source, wanted, destination, calibration, beside, overwrite)
+        made = _made(source, wanted, destination, calibration, measuring, beside, overwrite)
     except DestinationError:  # a run would be refused, but a dry run shows what it would do
-        made = _made(source, wanted, destination, calibration)
+        made = _made(source, wanted, destination, calibration, measuring)
     try:
         if isinstance(sink, LocalSink):
             _check_status(status_of(made, source, sink, overwrite), destination)
@@ -359,12 +365,13 @@ def _made(
     wanted: Options,
     destination: str | None,
     calibration: Calibration | None,
+    measuring: Measuring,
     sink: Sink | None = None,
     overwrite: bool | None = None,
 ) -> Plan:
     """The plan; see `moescale.measuring.calibration.measured_plan`."""
     if calibration is None:
-        return make_plan(source, wanted, destination)
+        return make_plan(source, wanted, destination, progress=measuring)
     return measured_plan(source, wanted, destination, calibration, sink, overwrite)
 
 

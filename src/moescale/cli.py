@@ -343,7 +343,7 @@ def _show_plan(
     from moescale import api
     from moescale.report import terminal
 
-    measuring = terminal.measuring(None if quiet or as_json else sys.stderr)
+    measuring = terminal.measuring(None if quiet or as_json else sys.stderr, options["rule"])
     plan = api.plan(source, destination, measuring=measuring, **options)
     _warn(plan)
     if as_json:
@@ -390,7 +390,7 @@ def _convert(
             destination,
             progress=progress.step,
             planned=planned,
-            measuring=terminal.measuring(sys.stderr if talk else None),
+            measuring=terminal.measuring(sys.stderr if talk else None, options["rule"]),
             **options,
         )
     if as_json:

@@ -46,6 +46,7 @@ def make_plan(
     destination: str | None = None,
     sampler: Sampler | None = None,
     noted: Mapping[str, float] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Plan:
     """Decide everything.
 
@@ -55,6 +56,7 @@ def make_plan(
         destination: what the user calls the place of the output, for the record.
         sampler: samples the layers for the rule ``measured``; ``gates`` needs none.
         noted: the factors of ``measured``, where an earlier run of the same job has them.
+        progress: is told of layers that ``gates`` has sampled, and of all.
 
     Raises:
         SourceError: the checkpoint is malformed, incomplete or cannot be rescaled so.
@@ -77,7 +79,7 @@ def make_plan(
     if sampler is not None:
         samples = sampler(moe, experts)
     else:
-        samples = _sampled_gates(source, moe, experts, options, headers)
+        samples = _sampled_gates(source, moe, experts, options, headers, progress)
     factors = choose_factors(moe, experts, options, samples, noted)
     scaled = chosen_tensors(moe, factors, tensors, options)
     warnings += confirm(
@@ -116,10 +118,10 @@ def make_plan(
         index=index,
         new_headers=MappingProxyType(new_headers(source, headers, planned)),
         samples=MappingProxyType({str(layer): sample for layer, sample in samples.items()}),
-        warnings=tuple(warnings),
-        states=MappingProxyType({name: source.state(name) for name in files}),
         calibration=made_for.get("calibration", {}),
         factors_rule=made_for.get("factors_rule", made_for.get("rule")),
+        warnings=tuple(warnings),
+        states=MappingProxyType({name: source.state(name) for name in files}),
     )
 
 
@@ -197,7 +199,12 @@ def _as_tuple(count: int | tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _sampled_gates(
-    source: Source, moe: Moe, experts: Experts, options: Options, headers: Mapping[str, Header]
+    source: Source,
+    moe: Moe,
+    experts: Experts,
+    options: Options,
+    headers: Mapping[str, Header],
+    progress: Callable[[int, int], None],
 ) -> Mapping[Layer, Sample]:
     """What the rule ``gates`` wants to know; nothing for the others."""
     if options.method != "gates":
@@ -205,4 +212,4 @@ def _sampled_gates(
     from moescale.planning.sampling import sample_gates  # here, since the others need no numpy
 
     counts = {layer: (n, m) for layer in moe.layers for n, _, m in (experts.at(layer),)}
-    return sample_gates(source, moe, headers, counts, options.gate_scale or 1.0)
+    return sample_gates(source, moe, headers, counts, options.gate_scale or 1.0, progress)

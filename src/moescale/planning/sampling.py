@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -79,6 +79,7 @@ def sample_gates(
     headers: Mapping[str, Header],
     counts: Mapping[Layer, tuple[int, int]],
     sharpness: float = 1.0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[Layer, Sample]:
     """The gate's moments of every layer.
 
@@ -88,6 +89,7 @@ def sample_gates(
         headers: of all shards, by name.
         counts: experts per token before and after, by layer.
         sharpness: what the logits are multiplied by after.
+        progress: is told of layers done and in all.
 
     Raises:
         UnsupportedError: the router of this model type cannot be formed, or is quantised.
@@ -109,6 +111,7 @@ def sample_gates(
                 hint="The tensor is damaged, or is none of this model type.",
             )
         result[layer] = sample
+        progress(len(result), len(routers.tensors))
     return result
 
 

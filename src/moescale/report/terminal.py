@@ -345,18 +345,21 @@ def _label(name: str, stream: TextIO | None) -> str:
     return name if len(name) <= room else name.removesuffix(".safetensors")[-room:]
 
 
-def measuring(stream: TextIO | None) -> Callable[[int, int], None]:
-    """What tells of a model that runs over a text: on a terminal at once, else now and then."""
-    last = time.monotonic()
+def measuring(stream: TextIO | None, rule: str | None = None) -> Callable[[int, int], None]:
+    """What tells of a rule at work: on a terminal soon, else now and then."""
+    start = last = time.monotonic()
+    unit = "layers" if rule == "gates" else "tokens"
 
     def tell(done: int, total: int) -> None:
         nonlocal last
         now = time.monotonic()
-        if stream is None or (now - last < LINE_SECONDS and not stream.isatty()):
+        if stream is None or now - start < BAR_DELAY:
+            return
+        if now - last < LINE_SECONDS and not stream.isatty():
             return
         last = now
         end = "\n" if done == total or not stream.isatty() else "\r"
-        print(f"measuring: {done:,} of {total:,} tokens", end=end, file=stream, flush=True)
+        print(f"measuring: {done:,} of {total:,} {unit}", end=end, file=stream, flush=True)
 
     return tell
 
