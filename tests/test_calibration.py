@@ -74,6 +74,7 @@ def test_the_provenance_names_the_text_but_not_its_place(model: Model) -> None:
     assert content["calibration"] == {
         "text_sha256": calibration.digest(model.text),
         "bytes": len(TEXT),
+        "context": 64,
     }
     assert content["factors"] == plan.factors
     assert len(set(plan.factors.values())) == 3

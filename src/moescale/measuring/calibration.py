@@ -141,7 +141,7 @@ class Calibration:
             UsageError: the text is too short.
             SourceError: the model cannot be run here.
         """
-        from moescale.measuring.measure import measure
+        from moescale.measuring.measure import context_of, measure
         from moescale.measuring.runner import read_config
 
         assert self.folder is not None, "there before it is planned for"
@@ -150,7 +150,8 @@ class Calibration:
         samples = measure(self.folder, config, text, moe, experts, self.max_memory, self.progress)
         gc.collect()  # the model is made of circles, and the conversion needs no memory of it
         rest = [layer for layer in moe.layers if layer not in samples]
-        self.facts = {"text_sha256": self.sha256, text.unit: len(text.tokens)}
+        amount = {text.unit: len(text.tokens), "context": context_of(config)}
+        self.facts = {"text_sha256": self.sha256, **amount}
         if text.cut:
             self.facts["cut"] = True
         if rest:

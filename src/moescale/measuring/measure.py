@@ -65,9 +65,15 @@ def measure(
             layer: _watch(model, found[layer], moe, experts, layer, len(text.tokens))
             for layer in _measured_layers(wanted, found)
         }
-        context = getattr(config.get_text_config(), "max_position_embeddings", None)
-        _run(model, [b for blocks in watched.values() for b in blocks], text, context, progress)
+        blocks = [b for blocks in watched.values() for b in blocks]
+        _run(model, blocks, text, context_of(config), progress)
         return {layer: _sample(blocks) for layer, blocks in watched.items()}
+
+
+def context_of(config: Any) -> int:
+    """Tokens of the sequences that a model is run on."""
+    own = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min(own or runner.LONGEST, runner.LONGEST)
 
 
 def _check_part(moe: Moe) -> None:
@@ -122,11 +128,10 @@ def _watch(
 
 
 def _run(
-    model: Any, blocks: Sequence[Watched], text: Text, context: int | None, progress: Progress
+    model: Any, blocks: Sequence[Watched], text: Text, context: int, progress: Progress
 ) -> None:
     """Run the model, each block told of what comes."""
-    length = min(context or runner.LONGEST, runner.LONGEST)
-    batches = list(runner.batches(text.tokens, text.start, length))
+    batches = list(runner.batches(text.tokens, text.start, context))
     compared = {i * len(batches) // COMPARED_RUNS for i in range(COMPARED_RUNS)}
     inner = runner.text_model(model, [block.path for block in blocks])
     done = 0
