@@ -315,6 +315,25 @@ def test_a_text_is_read_with_the_models_own_tokeniser(tmp_path: Path) -> None:
         read_text(text, model, 4)
 
 
+def test_a_text_may_be_longer_than_the_tokeniser_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is run in pieces, so the library's warning would be no help."""
+    from transformers import AutoTokenizer, tokenization_utils_base
+
+    said: list[Any] = []
+    monkeypatch.setattr(tokenization_utils_base.logger, "warning", lambda *a: said.append(a))
+    with_tokeniser(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_max_length": 16}))
+    text = tmp_path / "text.txt"
+    text.write_text("a " * 3_000)
+    assert len(read_text(text, tmp_path, 4).tokens) == 3_000
+    assert said == []
+    AutoTokenizer.from_pretrained(tmp_path)("a " * 17)
+    assert len(said) == 1
+
+
 @pytest.mark.parametrize("tokens", [100, 128, 129, 1000])
 def test_every_token_of_the_text_is_run_once(tokens: int) -> None:
     """Sequences are as long as the context but for the last, and bounded in number at once."""

@@ -89,7 +89,8 @@ def read_text(path: Path, folder: Path, vocabulary: int) -> Text:
 def _tokenised(data: bytes, path: Path, folder: Path) -> Text:
     words = _decoded(data, path)
     tokeniser = _tokeniser(folder)
-    tokens = tokeniser(words, add_special_tokens=False)["input_ids"]
+    # Not verbose: it is no fault that a text is longer than what the model runs at once.
+    tokens = tokeniser(words, add_special_tokens=False, verbose=False)["input_ids"]
     both: list[int] = tokeniser("a")["input_ids"]
     bare: list[int] = tokeniser("a", add_special_tokens=False)["input_ids"]
     start = both[: _find(bare, both)]
