@@ -190,7 +190,10 @@ def train(name: str, study: Study, text: bytes, steps: int, folder: Path) -> Non
         balance()
         if step % 100 == 0 or step == steps - 1:
             say(f"{name}: step {step}, training loss {loss.item():.3f}")
-    model.to(torch.bfloat16).save_pretrained(folder)
+    part = folder.with_name(f"{folder.name}.part")  # what was cut short is not taken for done
+    shutil.rmtree(part, ignore_errors=True)
+    model.to(torch.bfloat16).save_pretrained(part)
+    part.rename(folder)
 
 
 def rate(step: int, steps: int) -> float:
@@ -261,7 +264,9 @@ def try_rules(name: str, counts: Sequence[int], text: Text, pieces: int, folder:
         notes = folder / f"{name}-{m}.json"
         if not notes.exists():
             rewritten = rewrite(folder / name, m, calibrate)
-            notes.write_text(json.dumps(try_them(rewritten, evaluate, inputs)))
+            part = notes.with_suffix(".part")
+            part.write_text(json.dumps(try_them(rewritten, evaluate, inputs)))
+            part.rename(notes)
             say(f"{name}: {m} experts tried")
         results.trials[m] = {r: Trial(*t) for r, t in json.loads(notes.read_text()).items()}
     return results
@@ -484,19 +489,20 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smoke test of about a minute")
     parser.add_argument("--docs", type=Path, help="where study.md and study.svg go, if elsewhere")
     arguments = parser.parse_args()
-    folder, quick = arguments.folder, arguments.quick
+    quick = arguments.quick
     steps, pieces = (20, 16) if quick else (STEPS, EVALUATED)
+    folder = arguments.folder / f"{steps}-steps"  # models of another length are others
     folder.mkdir(parents=True, exist_ok=True)
     text = standard_library()
     everything = []
     for name, study in STUDIES.items():
-        if not (folder / name / "config.json").exists():
+        if not (folder / name).exists():
             train(name, study, text.train, steps, folder / name)
         counts = study.tried[-1:] if quick else study.tried
         everything.append(try_rules(name, counts, text, pieces, folder))
     tables = page(everything, steps, pieces)
     print(tables)
-    docs = arguments.docs or folder
+    docs = arguments.docs or arguments.folder
     (docs / "study.md").write_text(tables, encoding="utf-8")
     (docs / "study.svg").write_text(figure(everything), encoding="utf-8")
 
