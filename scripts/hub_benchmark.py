@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Measures memory and traffic of moescale with the Hub, against a loopback Hub on this machine.
 
-    python scripts/hub_benchmark.py                # a model of 1.4 GB in a temporary folder
-    python scripts/hub_benchmark.py --dir /mnt/disk --gigabytes 5
+    .venv-test/bin/python scripts/hub_benchmark.py                # 1.4 GB in a temporary folder
+    .venv-test/bin/python scripts/hub_benchmark.py --dir /mnt/disk --gigabytes 5
 
-Needs moescale installed in the Python that runs it, and about four times the size on the disk.
+Needs what `scripts/test.sh` installs into `.venv-test`, and about four times the size on the disk.
 The Hub is that of the tests, in a process of its own, so that only moescale's memory counts. Every
 run is on a new machine as far as moescale can see (HF_HOME is empty). Bytes are those of request
 and response bodies. With xet the storage is a `local://` folder, which hf_xet fills in its own
