@@ -240,8 +240,7 @@ def test_without_the_extra_one_line_says_what_to_install(
     done = moescale(model.source, model.output, "-k3", "--rule=measured", "--calibrate", model.text)
     assert (done.code, done.out) == (2, "")
     assert done.err.splitlines() == [
-        "moescale: --rule measured runs the model: torch, transformers, accelerate are not"
-        " installed",
+        "moescale: --rule measured needs torch, transformers, accelerate to run the model",
         "Install them with pip install '.[measure]' in the clone, or: pip install torch"
         " transformers accelerate",
     ]

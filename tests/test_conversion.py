@@ -176,7 +176,7 @@ def test_factors_of_an_earlier_output(source: Path, tmp_path: Path) -> None:
             {"experts": 3},
             "made with model type olmoe, this run has mixtral",
         ),
-        ({"calibration": {"text_sha256": "x", "tokens": 1}}, {"experts": 3}, None),
+        ({"calibration": {"text_sha256": 1, "tokens": 1}}, {"experts": 3}, None),
     ],
 )
 def test_factors_that_were_made_for_another_job_are_warned_of(

@@ -41,8 +41,7 @@ if TYPE_CHECKING:
     from moescale.running.cluster import Workers
 
 Measuring = Callable[[int, int], None]
-"""Called with the numbers done and in all: of tokens, while a model runs over a text; of layers,
-while ``gates`` samples the routers."""
+"""Called with tokens that a model ran over, or layers that ``gates`` sampled: done, and in all."""
 
 
 def _silent(*_: object) -> None:
@@ -85,7 +84,7 @@ def plan(
         create_pr: as for `convert`.
         commit_message: as for `convert`.
         report: draw the plan into this HTML page.
-        measuring: told of the rule ``measured`` or ``gates`` at work.
+        measuring: told of the rule at work.
         options: see `moescale.Rescaling`.
 
     Raises:
@@ -159,8 +158,8 @@ def convert(
             to `Plan.output_size`; with `check`, once more. Where nothing is left to do there are
             no calls. What it raises ends the run.
         planned: called with the plan, in the calling thread, before anything is written.
-        measuring: told of the rule ``measured`` or ``gates`` at work. ``measured`` runs the model
-            unless the destination has the factors of this very job.
+        measuring: told of the rule at work. ``measured`` runs the model unless the destination has
+            the factors of this very job.
         options: see `moescale.Rescaling`.
 
     Raises:

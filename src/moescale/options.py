@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -261,12 +260,11 @@ def parse_factors(text: str, where: str) -> Factors:
 
 
 def is_calibration(facts: Any) -> TypeGuard[Mapping[str, Any]]:
-    """Whether they name a text and how much of it was used, as a provenance does."""
+    """Whether they name a text and how much of it was used."""
     if not isinstance(facts, dict):
         return False
     amounts = [facts[unit] for unit in ("tokens", "bytes") if unit in facts]
-    known = re.fullmatch("[0-9a-f]{64}", str(facts.get("text_sha256")))
-    return known is not None and [type(amount) for amount in amounts] == [int]
+    return type(facts.get("text_sha256")) is str and [type(amount) for amount in amounts] == [int]
 
 
 def _factors(content: Any, where: str) -> dict[str, float]:
@@ -283,14 +281,13 @@ def _factors(content: Any, where: str) -> dict[str, float]:
 
 
 _MADE_FOR: Mapping[str, Callable[[Any], bool]] = {
-    "experts": lambda counts: isinstance(counts, dict),
-    "model_type": lambda kind: isinstance(kind, str),
-    "gate_scale": lambda scale: isinstance(scale, (int, float)),
-    "rule": lambda rule: rule in RULES,
-    "factors_rule": lambda rule: rule in RULES,
+    "experts": lambda value: isinstance(value, dict),
+    "model_type": lambda value: isinstance(value, str),
+    "gate_scale": lambda value: isinstance(value, Real),
+    "rule": RULES.__contains__,
+    "factors_rule": RULES.__contains__,
     "calibration": is_calibration,
 }
-"""What a file of factors may say of the job that they were made for."""
 
 FACTORS_BYTES = 8 << 20
 """Much more than an earlier output's provenance has."""

@@ -45,8 +45,7 @@ def check_installed() -> None:
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(
-            f"--rule measured runs the model: {', '.join(missing)}"
-            f" {'is' if len(missing) == 1 else 'are'} not installed",
+            f"--rule measured needs {', '.join(missing)} to run the model",
             hint="Install them with pip install '.[measure]' in the clone, or: pip install "
             + " ".join(_NEEDED),
         )

@@ -89,7 +89,7 @@ def read_text(path: Path, folder: Path, vocabulary: int) -> Text:
 def _tokenised(data: bytes, path: Path, folder: Path) -> Text:
     words = _decoded(data, path)
     tokeniser = _tokeniser(folder)
-    # Not verbose: it is no fault that a text is longer than what the model runs at once.
+    # Not verbose, since it would warn of a long text.
     tokens = tokeniser(words, add_special_tokens=False, verbose=False)["input_ids"]
     both: list[int] = tokeniser("a")["input_ids"]
     bare: list[int] = tokeniser("a", add_special_tokens=False)["input_ids"]

@@ -56,7 +56,7 @@ def make_plan(
         destination: what the user calls the place of the output, for the record.
         sampler: samples the layers for the rule ``measured``; ``gates`` needs none.
         noted: the factors of ``measured``, where an earlier run of the same job has them.
-        progress: is told of layers that ``gates`` has sampled, and of all.
+        progress: that of `sample_gates`.
 
     Raises:
         SourceError: the checkpoint is malformed, incomplete or cannot be rescaled so.
