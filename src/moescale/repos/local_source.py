@@ -139,7 +139,8 @@ class LocalSource:
         if [info.st_size, info.st_mtime_ns] != self._states[name]:
             raise RewriteError(
                 f"{name}: the source file changed while it was being read",
-                hint="Wait until nothing writes to the source, then run the command again.",
+                hint="Wait until nothing writes to the source, then run the command again; it needs"
+                " --overwrite if it had begun to write.",
             )
 
     def state(self, name: str) -> list[int]:
