@@ -386,7 +386,9 @@ def test_the_factors_of_an_earlier_output(moescale: Command, source: Path, tmp_p
             assert one.read_bytes() == two.read_bytes()
 
 
-@pytest.mark.parametrize("destination", ["hf://", "hf://name", "hf://a/b/c", "hf://a/b@"])
+@pytest.mark.parametrize(
+    "destination", ["hf://", "hf://name", "hf://a/b/c", "hf://a/b@", "hf:a/b", "hf:/a/b"]
+)
 def test_a_place_on_the_hub_that_is_none(
     moescale: Command, source: Path, tmp_path: Path, destination: str, monkeypatch: Any
 ) -> None:
