@@ -30,7 +30,8 @@ class LocalSource:
             if not root.is_dir():
                 raise SourceError(
                     f"{root}: {'is not a directory' if root.exists() else 'does not exist'}",
-                    hint="Give the directory of a checkpoint; a repo on the Hub is org/name.",
+                    hint="Give the directory of a checkpoint; a repo on the Hub is org/name,"
+                    " a revision of it hf://org/name@rev, or org/name with --revision.",
                 )
             if not os.access(root, os.R_OK | os.X_OK):
                 raise SourceError(f"{root}: cannot be read", hint="Mend its permissions.")
