@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import checkpoints
@@ -79,7 +80,11 @@ def test_a_place_that_cannot_be_written_to_is_a_warning(
         os, "access", lambda path, mode: mode & os.W_OK == 0 and allowed(path, mode)
     )
     (warning,) = api.plan(source, tmp_path / "out", experts=3).warnings
-    assert "no permission to write" in warning
+    assert "no permission to write. Give another destination" in warning
+    flags = os.statvfs(tmp_path).f_flag | os.ST_RDONLY
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=flags))
+    (warning,) = api.plan(source, tmp_path / "out", experts=3).warnings
+    assert "mounted read-only" in warning and "permission" not in warning
 
 
 def test_nothing_is_written_there(source: Path, tmp_path: Path) -> None:

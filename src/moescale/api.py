@@ -294,7 +294,7 @@ def _trial(
             _check_status(status_of(made, source, sink, overwrite), destination)
             sink.check_writable()
     except DestinationError as error:
-        refusal = f"a run would be refused: {error}".replace("\n", " ")
+        refusal = f"a run would be refused: {error}".replace("\n", ". ")
         return replace(made, warnings=(*made.warnings, refusal))
     return _with_room(made, sink)
 

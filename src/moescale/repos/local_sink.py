@@ -12,6 +12,7 @@ import errno
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,6 +82,8 @@ class LocalSink:
         place = self._nearest()
         if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
             why = "no permission to write" if place.is_dir() else "is not a directory"
+            if _is_read_only(place):
+                why = "is on a file system that is mounted read-only"
             raise DestinationError(
                 f"{self.root}: cannot be written to: {place}: {why}",
                 hint="Give another destination, or make this one writable.",
@@ -346,6 +349,14 @@ class LocalSink:
         else:
             self._remove_leftovers()
             self._leave_state()
+
+
+def _is_read_only(place: Path) -> bool:
+    if sys.platform == "win32":
+        return False
+    with contextlib.suppress(OSError):
+        return bool(os.statvfs(place).f_flag & os.ST_RDONLY)
+    return False
 
 
 def _stamp(path: Path) -> list[int] | None:
