@@ -565,9 +565,14 @@ def test_a_pattern_names_the_projections(moescale: Command, tmp_path: Path, out:
 
 
 def test_a_destination_with_other_content(moescale: Command, source: Path, out: Path) -> None:
-    """It stays as it is; --overwrite is named, and replaces models only."""
-    checkpoints.write_files(out, {"notes.txt": b"mine"})
+    """It stays as it is; --overwrite, which replaces models only, is named for those only."""
+    checkpoints.write_files(out, {"config.json": b"{}", "model.safetensors": b"mine"})
     fails(moescale(source, out, "-k", 3, "-q"), 3, str(out), "--overwrite")
+    shutil.rmtree(out)
+    checkpoints.write_files(out, {"notes.txt": b"mine"})
+    refused = moescale(source, out, "-k", 3, "-q")
+    fails(refused, 3, str(out), "remove yourself")
+    assert "--overwrite" not in refused.err
     fails(moescale(source, out, "-k", 3, "-q", "--overwrite"), 3, "does not look like a model")
     assert checkpoints.tree(out) == {"notes.txt": b"mine"}
 
