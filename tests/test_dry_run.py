@@ -16,8 +16,15 @@ import pytest
 import quantised_checkpoints as quantised
 
 from moescale import api
-from moescale.errors import CheckpointError, SourceError, UnsupportedError, UsageError
+from moescale.errors import (
+    CheckpointError,
+    DestinationError,
+    SourceError,
+    UnsupportedError,
+    UsageError,
+)
 from moescale.report.terminal import plan_text
+from moescale.repos.local_sink import LocalSink
 
 
 @pytest.fixture
@@ -112,6 +119,41 @@ def test_a_disk_that_is_too_small_is_said_first(
         (warning,) = plan.warnings
         assert f"{plan.bytes_written - 100:,} bytes less" in warning
     assert api.plan(source, tmp_path / "out", experts=3).warnings == ()  # it is there already
+
+
+def test_another_disk_that_is_too_small_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no block can be shared, nothing is begun; a subvolume, as free as the source, may."""
+    real, usage, free = Path.stat, shutil.disk_usage(tmp_path), {"source": 200}
+
+    def stat(path: Path, **more: Any) -> os.stat_result:
+        info = real(path, **more)
+        return os.stat_result((*info[:2], 99, *info[3:])) if path == source else info
+
+    monkeypatch.setattr(Path, "stat", stat)
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: usage._replace(free=free.get(Path(path).name, 100))
+    )
+    (warning,) = api.plan(source, tmp_path / "out", experts=3).warnings
+    assert "would be refused" in warning and "bytes less than the output needs. Free" in warning
+    with pytest.raises(DestinationError, match="bytes less than the output needs"):
+        api.convert(source, tmp_path / "out", experts=3)
+    assert not (tmp_path / "out").exists()
+    free["source"] = 100
+    assert api.convert(source, tmp_path / "out", experts=3).status == "new"
+
+
+def test_what_an_unfinished_run_has_written_counts_as_room(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on needs room for what is left only; its temporary files are removed."""
+    written = api.plan(source, tmp_path / "out", experts=3).bytes_written
+    sink = LocalSink(tmp_path / "out")
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    checkpoints.write_files(tmp_path / "out", {"a": bytes(10), ".moescale/b.tmp": bytes(written)})
+    assert sink.room() == 100 + 10 + written
 
 
 def test_a_disk_that_tells_nothing_is_taken_as_it_is(

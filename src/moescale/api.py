@@ -293,10 +293,10 @@ def _trial(
         if isinstance(sink, LocalSink):
             _check_status(status_of(made, source, sink, overwrite), destination)
             sink.check_writable()
+        return _with_room(made, sink)
     except DestinationError as error:
         refusal = f"a run would be refused: {error}".replace("\n", ". ")
         return replace(made, warnings=(*made.warnings, refusal))
-    return _with_room(made, sink)
 
 
 @contextmanager
@@ -337,20 +337,24 @@ def _check_status(status: Status, destination: str) -> None:
 def _with_room(plan: Plan, sink: Sink) -> Plan:
     """The plan, with a warning where the disk has less room than the output needs.
 
-    It is no refusal: where blocks can be shared with the source, a copy needs no room.
+    Where blocks may be shared with the source, it is no refusal: a copy of them needs no room.
+
+    Raises:
+        DestinationError: the disk is too small, and nothing can be shared.
     """
     if not isinstance(sink, LocalSink):
         return plan
     try:
         missing = plan.bytes_written - sink.room()
+        may_share = missing <= 0 or sink.may_share(plan.source)
     except OSError:  # a file system that does not tell, or a place that the run will refuse
         return plan
     if missing <= 0:
         return plan
-    warning = (
-        f"{sink.identity}: the disk has {missing:,} bytes less than the output needs, which is"
-        " enough only where it can share blocks with the source"
-    )
+    less = f"{sink.identity}: the disk has {missing:,} bytes less than the output needs"
+    if not may_share:
+        raise DestinationError(less, hint="Free some space, or give another destination.")
+    warning = f"{less}, which is enough only where it can share blocks with the source"
     return replace(plan, warnings=(*plan.warnings, warning))
 
 

@@ -71,7 +71,17 @@ class LocalSink:
     def room(self) -> int:
         """Bytes that an output may have here: what is free, and what is there already."""
         free = shutil.disk_usage(self._nearest()).free
-        return free + sum(self.existing().values())
+        begun = sum(file.lstat().st_size for file in self._state.glob("*.tmp"))
+        return free + begun + sum(self.existing().values())
+
+    def may_share(self, source: SourceId) -> bool:
+        """Whether the source may be on this disk; subvolumes of one are devices with equal room."""
+        if source.kind == "hub":
+            return False
+        here, there = self._nearest(), Path(source.id)
+        if here.stat().st_dev == there.stat().st_dev:
+            return True
+        return shutil.disk_usage(here).free == shutil.disk_usage(there).free
 
     def check_writable(self) -> None:
         """Say beforehand what `begin` would find.
