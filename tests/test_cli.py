@@ -762,6 +762,7 @@ def test_a_second_run_at_the_same_time(source: Path, tmp_path: Path) -> None:
 def test_help_leads_with_examples(moescale: Command) -> None:
     """Whoever asks for help sees commands to copy before the list of options."""
     done = moescale("--help")
+    assert moescale("-h") == done
     assert (done.code, done.err) == (0, "")
     assert 0 < done.out.index("Examples:") < done.out.index("--experts M")
     assert done.out.index("moescale ./") < done.out.index("Options:")

@@ -88,7 +88,12 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.command(help=HELP, no_args_is_help=True, cls=_Command)
+@app.command(
+    help=HELP,
+    no_args_is_help=True,
+    cls=_Command,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 def _command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="The checkpoint to read.")],
     destination: Annotated[
