@@ -814,6 +814,22 @@ def test_help_shows_the_options_in_sections(moescale: Command) -> None:
     assert len(names) == len(set(names)) == len(get_command(app).params) - 2 + 1  # --help
 
 
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("--rule g", {"gates"}),
+        ("--fold ", {"weights", "config", "residual"}),
+        ("--arch mixt", {"mixtral"}),
+        ("--part ta", {"talker"}),
+    ],
+)
+def test_the_shell_completes_what_an_option_takes(typed: str, completed: set[str]) -> None:
+    """Names of the tables, and not of files."""
+    line = {"COMP_WORDS": f"moescale {typed}", "COMP_CWORD": "2"}
+    environment = {**os.environ, **line, "_MOESCALE_COMPLETE": "complete_bash"}
+    assert set(shell(env=environment).out.split()) == completed
+
+
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_help_and_version_import_little(option: str) -> None:
     """Neither waits for numpy, the Hub's client, rich or anything else that takes long to start."""

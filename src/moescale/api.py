@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Unpack, get_args
 
 from moescale.errors import DestinationError, MoescaleError, UsageError
 from moescale.measuring.calibration import Calibration, measured_plan, open_calibration
-from moescale.options import Options, Rescaling, StrPath, options_of
+from moescale.model.architectures import ROWS, known_types
+from moescale.options import RULES, Fold, Options, Rescaling, StrPath, options_of
 from moescale.planning.decide import make_plan
 from moescale.planning.files import PROVENANCE
 from moescale.planning.plan import Plan
@@ -228,6 +229,17 @@ def verify(
         plan = _made(reader, wanted, os.fspath(destination), calibration, sink)
         verify_output(plan, reader, sink, jobs or _default_jobs(sink, crew), progress, crew)
     return Result(plan, "done", True)
+
+
+def values(option: str) -> list[str]:
+    """What an option takes: ``rule``, ``fold``, ``arch`` or ``part``."""
+    found = {
+        "rule": RULES,
+        "fold": get_args(Fold),
+        "arch": known_types(),
+        "part": {row.part for row in ROWS if row.part},
+    }
+    return sorted(found[option])
 
 
 def _asked(given: Rescaling, measuring: Measuring) -> tuple[Options, Calibration | None]:

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
@@ -82,6 +83,17 @@ class _Command(typer.core.TyperCommand):
 app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
+def _values(option: str) -> Callable[[], list[str]]:
+    """What the shell completes; the tables are read only then."""
+
+    def values() -> list[str]:
+        from moescale import api
+
+        return api.values(option)
+
+    return values
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"moescale {__version__}")
@@ -120,6 +132,7 @@ def _command(
         typer.Option(
             rich_help_panel=FACTOR,
             metavar="RULE",
+            autocompletion=_values("rule"),
             help="preserve (default), published, gates, measured, or none.",
         ),
     ] = None,
@@ -146,6 +159,7 @@ def _command(
         typer.Option(
             rich_help_panel=FACTOR,
             metavar="WHERE",
+            autocompletion=_values("fold"),
             help="weights (default); config: multiply the model's own routed scaling key and"
             " leave every weight as it is; or residual: leave the experts, divide the embedding and"
             " the attention outputs (gpt-oss).",
@@ -192,13 +206,17 @@ def _command(
         typer.Option(
             rich_help_panel=MODEL,
             metavar="NAME",
+            autocompletion=_values("part"),
             help="Which MoE of a checkpoint that has several.",
         ),
     ] = None,
     arch: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            rich_help_panel=MODEL, metavar="TYPE", help="Treat the model as this model type."
+            rich_help_panel=MODEL,
+            metavar="TYPE",
+            autocompletion=_values("arch"),
+            help="Treat the model as this model type.",
         ),
     ] = None,
     pattern: Annotated[
