@@ -313,9 +313,10 @@ def test_a_pull_request_whose_answer_is_lost_is_found(lab: Lab) -> None:
     """The one that was opened is reported; no second one is."""
     hub = lab.start()
     hub.fault(LAST, applied(500))
-    outcome = lab.done(SRC, PLACE, "-k", "3", "--create-pr")
+    outcome = lab.done(SRC, PLACE, "-k", "3", "--create-pr", "-q")
     assert [pull.num for pull in hub.repo(DST).pulls] == [1]
     assert "/discussions/1\n" in outcome.err
+    assert (outcome.out, outcome.err.count("\n")) == (f"{PLACE}\n", 1)
 
 
 def test_a_missing_branch_whose_answer_is_lost_is_found(lab: Lab) -> None:

@@ -422,6 +422,8 @@ def _convert(
         return
     if talk:
         print(terminal.summary(result, time.monotonic() - start), file=sys.stderr)
+    elif options["create_pr"] and result.url is not None:
+        print(result.url, file=sys.stderr)
     print(destination)
 
 
