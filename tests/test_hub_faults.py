@@ -368,6 +368,16 @@ def test_waits_grow(lab: Lab) -> None:
     assert lab.waits == [0.5, 1, 2, 4, 8, 8, 8]
 
 
+def test_without_a_network_nothing_is_said_of_resuming(lab: Lab) -> None:
+    """Where nobody answers at all, the line says so, and that the network is to be looked at."""
+    lab.start()
+    lab.monkeypatch.setattr(hub_module.api(), "endpoint", "http://127.0.0.1:1")
+    outcome = lab.run(SRC, "-k", "3", "--dry-run")
+    assert outcome.code == 5
+    assert f"hf://{SRC}: cannot be reached: " in outcome.failure
+    assert "Check the network" in outcome.failure and "resumes" not in outcome.failure
+
+
 # The client ---------------------------------------------------------------------------------
 
 
