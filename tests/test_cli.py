@@ -127,6 +127,16 @@ def test_quiet_prints_the_destination_only(moescale: Command, source: Path, out:
     assert moescale(source, out, "-k", 3, "-q", "--dry-run") == Done(0, f"{out}\n", "")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only there any bytes can be a name")
+def test_a_destination_whose_name_is_no_text(source: Path, tmp_path: Path) -> None:
+    """Its bytes are on stdout as they were given; on stderr, for people, they are escaped."""
+    out = os.fsencode(tmp_path) + b"/\xff"
+    command = [sys.executable, "-m", "moescale", os.fsencode(source), out, b"-k", b"3"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (0, out + b"\n")
+    assert b"udcff" in done.stderr and b"\xff" not in done.stderr
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(
     moescale: Command, source: Path, tmp_path: Path
 ) -> None:

@@ -440,7 +440,8 @@ def main() -> None:
     gc.set_threshold(100_000, 50, 100)  # a plan is many objects and no cycles; looking costs time
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path may have letters that a terminal has not
-            stream.reconfigure(errors="backslashreplace")
+            exact = stream is sys.stdout and stream.encoding.lower() == "utf-8"  # for scripts
+            stream.reconfigure(errors="surrogateescape" if exact else "backslashreplace")
     try:
         _run()
     finally:
