@@ -519,6 +519,19 @@ def test_an_unknown_model_type_that_is_like_none(
     assert moescale(source, "-k", 4, "--dry-run", *words).code == 0
 
 
+def test_an_unknown_model_type_with_names_of_its_own(moescale: Command, tmp_path: Path) -> None:
+    """The suggestion that the README's recipe follows."""
+    folder = tmp_path / "new"
+    names = [f"model.layers.0.moe.{e}.{leaf}.weight" for e in range(4) for leaf in ("out", "gate")]
+    checkpoints.write_shards(folder, {n: checkpoints.values("BF16", (2, 2)) for n in names}, 1)
+    config = {"model_type": "xyzzy", "top_k": 2, "num_experts": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    pattern = r"--pattern 'model\.layers\.\d+\.moe\.\d+\.out\.weight' --experts-key top_k"
+    fails(moescale(folder, "-k", 3, "--dry-run"), 3, pattern)
+    words = [*shlex.split(pattern), "--factor", 1.1]
+    assert moescale(folder, "-k", 3, "--dry-run", *words).code == 0
+
+
 @pytest.mark.parametrize("arch", ["llama", "Mixtral"])
 def test_an_arch_that_is_not_known(moescale: Command, source: Path, out: Path, arch: str) -> None:
     """--arch takes the types of the table."""
