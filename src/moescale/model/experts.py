@@ -106,7 +106,7 @@ def _drop_single_stack(projections: Collection[Projection]) -> None:
     """Call the layers by their numbers alone where there is one stack of them, however named."""
     if len({p.layer.stack for p in projections}) == 1:
         for projection in projections:
-            projection.layer = Layer("", projection.layer.number)
+            projection.layer = _same_layer("", projection.layer.number)
 
 
 def _mlx_names(templates: Iterable[str]) -> list[str]:
