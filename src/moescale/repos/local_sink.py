@@ -75,7 +75,7 @@ class LocalSink:
         return free + begun + sum(self.existing().values())
 
     def may_share(self, source: SourceId) -> bool:
-        """Whether the source may be on this disk; subvolumes of one are devices with equal room."""
+        """Whether the source may be on this disk, whose subvolumes have the same room."""
         if source.kind == "hub":
             return False
         here, there = self._nearest(), Path(source.id)
@@ -92,8 +92,8 @@ class LocalSink:
         place = self._nearest()
         if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
             why = "no permission to write" if place.is_dir() else "is not a directory"
-            if _is_read_only(place):
-                why = "is on a file system that is mounted read-only"
+            if sys.platform != "win32" and os.statvfs(place).f_flag & os.ST_RDONLY:
+                why = "is mounted read-only"
             raise DestinationError(
                 f"{self.root}: cannot be written to: {place}: {why}",
                 hint="Give another destination, or make this one writable.",
@@ -359,14 +359,6 @@ class LocalSink:
         else:
             self._remove_leftovers()
             self._leave_state()
-
-
-def _is_read_only(place: Path) -> bool:
-    if sys.platform == "win32":
-        return False
-    with contextlib.suppress(OSError):
-        return bool(os.statvfs(place).f_flag & os.ST_RDONLY)
-    return False
 
 
 def _stamp(path: Path) -> list[int] | None:
