@@ -36,6 +36,7 @@ from typing import NamedTuple
 
 HIDDEN, INNER, EXPERTS, HEADS, VOCABULARY = 2048, 3584, 8, 16, 1024
 NORMS = ("input", "post_attention")
+SMALLEST = 1.4
 PIECE = 16 << 20
 SETTLE = 3.0
 """Seconds between runs: a removed file keeps a disk busy for a while after the sync."""
@@ -45,7 +46,7 @@ def main() -> None:
     """Make the models, run the pairs, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--gigabytes", type=float, default=3.0)
+    parser.add_argument("--gigabytes", type=gigabytes, default=3.0)
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--mergekit", metavar="PROGRAM", help="compare with this mergekit-yaml")
     parser.add_argument("--transformers", metavar="PYTHON", help="compare with its transformers")
@@ -65,6 +66,13 @@ def main() -> None:
         others = other_tools(many, output, arguments.mergekit, arguments.transformers)
         compare(many, output, "4 shards", arguments.pairs, others)
         compare(stacked, output, "one stacked tensor", arguments.pairs, {})
+
+
+def gigabytes(text: str) -> float:
+    """The size of the model; the smallest one has a layer in each of its 4 shards."""
+    if (size := float(text)) < SMALLEST:
+        raise argparse.ArgumentTypeError(f"is {text}: the smallest model has {SMALLEST}")
+    return size
 
 
 def in_child(function: Callable[..., None], *arguments: object) -> None:

@@ -33,7 +33,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmark import describe_machine, in_child, make_mixtral
+from benchmark import SMALLEST, describe_machine, gigabytes, in_child, make_mixtral
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 SRC, DST = "lab/model", "me/out"
@@ -69,7 +69,7 @@ def main() -> None:
     """Make the model, do the runs, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--gigabytes", type=float, default=1.0)
+    parser.add_argument("--gigabytes", type=gigabytes, default=SMALLEST)
     arguments = parser.parse_args()
     print(describe_machine())
     with tempfile.TemporaryDirectory(dir=arguments.dir, prefix="moescale-bench-") as folder:

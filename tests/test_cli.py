@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,6 +125,16 @@ def test_quiet_prints_the_destination_only(moescale: Command, source: Path, out:
     """-q leaves stderr to warnings and errors."""
     assert moescale(source, out, "-k", 3, "-q") == Done(0, f"{out}\n", "")
     assert moescale(source, out, "-k", 3, "-q", "--dry-run") == Done(0, f"{out}\n", "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there any bytes can be a name")
+def test_a_destination_whose_name_is_no_text(source: Path, tmp_path: Path) -> None:
+    """Its bytes are on stdout as they were given; on stderr, for people, they are escaped."""
+    out = os.fsencode(tmp_path) + b"/\xff"
+    command = [sys.executable, "-m", "moescale", os.fsencode(source), out, b"-k", b"3"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (0, out + b"\n")
+    assert b"udcff" in done.stderr and b"\xff" not in done.stderr
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(
@@ -386,7 +397,9 @@ def test_the_factors_of_an_earlier_output(moescale: Command, source: Path, tmp_p
             assert one.read_bytes() == two.read_bytes()
 
 
-@pytest.mark.parametrize("destination", ["hf://", "hf://name", "hf://a/b/c", "hf://a/b@"])
+@pytest.mark.parametrize(
+    "destination", ["hf://", "hf://name", "hf://a/b/c", "hf://a/b@", "hf:a/b", "hf:/a/b"]
+)
 def test_a_place_on_the_hub_that_is_none(
     moescale: Command, source: Path, tmp_path: Path, destination: str, monkeypatch: Any
 ) -> None:
@@ -506,6 +519,19 @@ def test_an_unknown_model_type_that_is_like_none(
     assert moescale(source, "-k", 4, "--dry-run", *words).code == 0
 
 
+def test_an_unknown_model_type_with_names_of_its_own(moescale: Command, tmp_path: Path) -> None:
+    """The suggestion that the README's recipe follows."""
+    folder = tmp_path / "new"
+    names = [f"model.layers.0.moe.{e}.{leaf}.weight" for e in range(4) for leaf in ("out", "gate")]
+    checkpoints.write_shards(folder, {n: checkpoints.values("BF16", (2, 2)) for n in names}, 1)
+    config = {"model_type": "xyzzy", "top_k": 2, "num_experts": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    pattern = r"--pattern 'model\.layers\.\d+\.moe\.\d+\.out\.weight' --experts-key top_k"
+    fails(moescale(folder, "-k", 3, "--dry-run"), 3, pattern)
+    words = [*shlex.split(pattern), "--factor", 1.1]
+    assert moescale(folder, "-k", 3, "--dry-run", *words).code == 0
+
+
 @pytest.mark.parametrize("arch", ["llama", "Mixtral"])
 def test_an_arch_that_is_not_known(moescale: Command, source: Path, out: Path, arch: str) -> None:
     """--arch takes the types of the table."""
@@ -563,9 +589,14 @@ def test_a_pattern_names_the_projections(moescale: Command, tmp_path: Path, out:
 
 
 def test_a_destination_with_other_content(moescale: Command, source: Path, out: Path) -> None:
-    """It stays as it is; --overwrite is named, and replaces models only."""
-    checkpoints.write_files(out, {"notes.txt": b"mine"})
+    """It stays as it is; --overwrite, which replaces models only, is named for those only."""
+    checkpoints.write_files(out, {"config.json": b"{}", "model.safetensors": b"mine"})
     fails(moescale(source, out, "-k", 3, "-q"), 3, str(out), "--overwrite")
+    shutil.rmtree(out)
+    checkpoints.write_files(out, {"notes.txt": b"mine"})
+    refused = moescale(source, out, "-k", 3, "-q")
+    fails(refused, 3, str(out), "remove yourself")
+    assert "--overwrite" not in refused.err
     fails(moescale(source, out, "-k", 3, "-q", "--overwrite"), 3, "does not look like a model")
     assert checkpoints.tree(out) == {"notes.txt": b"mine"}
 
@@ -754,6 +785,7 @@ def test_a_second_run_at_the_same_time(source: Path, tmp_path: Path) -> None:
 def test_help_leads_with_examples(moescale: Command) -> None:
     """Whoever asks for help sees commands to copy before the list of options."""
     done = moescale("--help")
+    assert moescale("-h") == done
     assert (done.code, done.err) == (0, "")
     assert 0 < done.out.index("Examples:") < done.out.index("--experts M")
     assert done.out.index("moescale ./") < done.out.index("Options:")
@@ -803,6 +835,22 @@ def test_help_shows_the_options_in_sections(moescale: Command) -> None:
     assert re.findall(r"^  (?:-\w, )?--(\w+)", first, re.M)[:3] == ["experts", "dry", "verify"]
     names = re.findall(r"^  (?:-\w, )?(--[\w-]+)", text, re.M)
     assert len(names) == len(set(names)) == len(get_command(app).params) - 2 + 1  # --help
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("--rule g", {"gates"}),
+        ("--fold ", {"weights", "config", "residual"}),
+        ("--arch mixt", {"mixtral"}),
+        ("--part ta", {"talker"}),
+    ],
+)
+def test_the_shell_completes_what_an_option_takes(typed: str, completed: set[str]) -> None:
+    """Names of the tables, and not of files."""
+    line = {"COMP_WORDS": f"moescale {typed}", "COMP_CWORD": "2"}
+    environment = {**os.environ, **line, "_MOESCALE_COMPLETE": "complete_bash"}
+    assert set(shell(env=environment).out.split()) == completed
 
 
 @pytest.mark.parametrize("option", ["--help", "--version"])

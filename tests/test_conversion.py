@@ -643,9 +643,14 @@ def test_a_source_that_changes_during_the_run_is_noticed(
         (small / name).write_bytes((small / name).read_bytes()[::-1])
         os.utime(small / name, (1, 1))
 
-    with pytest.raises(RewriteError, match="changed"):
+    with pytest.raises(RewriteError, match="changed") as caught:
         convert(small, tmp_path / "out", experts=3, planned=change)
     assert not (tmp_path / "out" / "config.json").exists()
+    assert "--overwrite if it had begun to write" in str(caught.value.hint)
+    (small / name).write_bytes((small / name).read_bytes()[::-1])
+    with pytest.raises(DestinationError, match="unfinished run of another source"):
+        convert(small, tmp_path / "out", experts=3)
+    assert convert(small, tmp_path / "out", experts=3, overwrite=True).status == "replace"
 
 
 @pytest.mark.parametrize("name", ["README.md", "model.safetensors.index.json"])

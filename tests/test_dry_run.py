@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import checkpoints
@@ -15,8 +16,15 @@ import pytest
 import quantised_checkpoints as quantised
 
 from moescale import api
-from moescale.errors import CheckpointError, SourceError, UnsupportedError, UsageError
+from moescale.errors import (
+    CheckpointError,
+    DestinationError,
+    SourceError,
+    UnsupportedError,
+    UsageError,
+)
 from moescale.report.terminal import plan_text
+from moescale.repos.local_sink import LocalSink
 
 
 @pytest.fixture
@@ -47,7 +55,7 @@ def test_an_occupied_destination_is_a_warning(source: Path, tmp_path: Path) -> N
     (tmp_path / "out" / "letter.txt").write_text("dear")
     (warning,) = api.plan(source, tmp_path / "out", experts=3).warnings
     assert "would be refused" in warning and "something else" in warning
-    assert "--overwrite" in warning and "\n" not in warning
+    assert "remove yourself" in warning and "\n" not in warning
     (warning,) = api.plan(source, tmp_path / "out", overwrite=True, experts=3).warnings
     assert "does not look like a model" in warning
 
@@ -79,7 +87,11 @@ def test_a_place_that_cannot_be_written_to_is_a_warning(
         os, "access", lambda path, mode: mode & os.W_OK == 0 and allowed(path, mode)
     )
     (warning,) = api.plan(source, tmp_path / "out", experts=3).warnings
-    assert "no permission to write" in warning
+    assert "no permission to write. Give another destination" in warning
+    flags = os.statvfs(tmp_path).f_flag | os.ST_RDONLY
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=flags))
+    (warning,) = api.plan(source, tmp_path / "out", experts=3).warnings
+    assert "mounted read-only" in warning and "permission" not in warning
 
 
 def test_nothing_is_written_there(source: Path, tmp_path: Path) -> None:
@@ -107,6 +119,41 @@ def test_a_disk_that_is_too_small_is_said_first(
         (warning,) = plan.warnings
         assert f"{plan.bytes_written - 100:,} bytes less" in warning
     assert api.plan(source, tmp_path / "out", experts=3).warnings == ()  # it is there already
+
+
+def test_another_disk_that_is_too_small_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no block can be shared, nothing is begun; a subvolume, as free as the source, may."""
+    real, usage, free = Path.stat, shutil.disk_usage(tmp_path), {"source": 200}
+
+    def stat(path: Path, **more: Any) -> os.stat_result:
+        info = real(path, **more)
+        return os.stat_result((*info[:2], 99, *info[3:])) if path == source else info
+
+    monkeypatch.setattr(Path, "stat", stat)
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: usage._replace(free=free.get(Path(path).name, 100))
+    )
+    (warning,) = api.plan(source, tmp_path / "out", experts=3).warnings
+    assert "would be refused" in warning and "bytes less than the output needs. Free" in warning
+    with pytest.raises(DestinationError, match="bytes less than the output needs"):
+        api.convert(source, tmp_path / "out", experts=3)
+    assert not (tmp_path / "out").exists()
+    free["source"] = 100
+    assert api.convert(source, tmp_path / "out", experts=3).status == "new"
+
+
+def test_what_an_unfinished_run_has_written_counts_as_room(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on needs room for what is left only; its temporary files are removed."""
+    written = api.plan(source, tmp_path / "out", experts=3).bytes_written
+    sink = LocalSink(tmp_path / "out")
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    checkpoints.write_files(tmp_path / "out", {"a": bytes(10), ".moescale/b.tmp": bytes(written)})
+    assert sink.room() == 100 + 10 + written
 
 
 def test_a_disk_that_tells_nothing_is_taken_as_it_is(

@@ -404,3 +404,15 @@ def test_a_likely_name_is_shown_for_an_unknown_type() -> None:
     likely = [f"h.0.moe.experts.{i}.down.weight" for i in range(9)]
     assert looks_routed([*others, *reversed(likely)]) == likely[0]
     assert looks_routed(others) is None
+
+
+def test_an_expert_with_a_number_is_likely_where_one_name_is_left() -> None:
+    """Without a known word the kind that is no gate, no up and no norm is meant, if it is one."""
+    experts = [f"model.layers.{i}.moe.{e}" for i in range(2) for e in range(4)]
+    names = [f"{expert}.{leaf}" for expert in experts for leaf in ("gate.weight", "up.weight")]
+    names += ["model.layers.0.attn.0.out.weight", "a.0.shared_experts.0.out.weight"]
+    names += ["model.layers.0.moe.9.norm.weight", *(f"{expert}.out.bias" for expert in experts)]
+    assert looks_routed(names) is None
+    names += [f"{expert}.out.weight" for expert in experts]
+    assert looks_routed(names[::-1]) == "model.layers.0.moe.0.out.weight"
+    assert looks_routed([*names, *(f"{expert}.other.weight" for expert in experts)]) is None

@@ -181,7 +181,8 @@ def test_what_only_some_runs_ask_for_is_waited_for_too(lab: Lab, request_: str) 
         hub.add_repo(DST, {"old.txt": b"1"})
     for action in (status(503, Retry_After=7), reset()):
         fault = hub.fault(match, action, times=None)
-        assert lab.run(SRC, PLACE, "-k", "3", "-q", *options).code == code
+        # one shard at a time: a second one would ask until it hears that the run has ended
+        assert lab.run(SRC, PLACE, "-k", "3", "-q", "-j", "1", *options).code == code
         assert fault.fired == hub_module.ATTEMPTS
         hub.log.clear()
         if code == 0:
@@ -312,9 +313,10 @@ def test_a_pull_request_whose_answer_is_lost_is_found(lab: Lab) -> None:
     """The one that was opened is reported; no second one is."""
     hub = lab.start()
     hub.fault(LAST, applied(500))
-    outcome = lab.done(SRC, PLACE, "-k", "3", "--create-pr")
+    outcome = lab.done(SRC, PLACE, "-k", "3", "--create-pr", "-q")
     assert [pull.num for pull in hub.repo(DST).pulls] == [1]
     assert "/discussions/1\n" in outcome.err
+    assert (outcome.out, outcome.err.count("\n")) == (f"{PLACE}\n", 1)
 
 
 def test_a_missing_branch_whose_answer_is_lost_is_found(lab: Lab) -> None:
@@ -364,6 +366,16 @@ def test_waits_grow(lab: Lab) -> None:
     for attempt in range(4, 7):
         hub_module.pause(attempt)
     assert lab.waits == [0.5, 1, 2, 4, 8, 8, 8]
+
+
+def test_without_a_network_nothing_is_said_of_resuming(lab: Lab) -> None:
+    """Where nobody answers at all, the line says so, and that the network is to be looked at."""
+    lab.start()
+    lab.monkeypatch.setattr(hub_module.api(), "endpoint", "http://127.0.0.1:1")
+    outcome = lab.run(SRC, "-k", "3", "--dry-run")
+    assert outcome.code == 5
+    assert f"hf://{SRC}: cannot be reached: " in outcome.failure
+    assert "Check the network" in outcome.failure and "resumes" not in outcome.failure
 
 
 # The client ---------------------------------------------------------------------------------

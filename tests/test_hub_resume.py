@@ -359,6 +359,30 @@ def test_a_shard_that_is_not_what_the_journal_says_is_done_again(lab: Lab) -> No
     assert {name: hub.read(DST, name) for name in SHARDS} == rescaled(lab.source)
 
 
+DAMAGED: dict[str, Any] = {
+    "a list": [],
+    "nothing": None,
+    "an entry without anything": {SHARDS[0]: {}},
+    "entries of other kinds": {SHARDS[0]: [], SHARDS[1]: 3, SHARDS[2]: None},
+    "a size as text": {SHARDS[0]: {"size": "1", "sha256": "0" * 64}},
+    "a digest that is none": {SHARDS[0]: {"size": 1, "sha256": ["0"]}},
+    "a name outside": {"../x": {"size": 1, "sha256": "0" * 64}, "": {"size": 1, "sha256": None}},
+}
+
+
+@pytest.mark.parametrize("files", DAMAGED)
+def test_what_a_damaged_journal_lists_is_done_again(lab: Lab, files: str) -> None:
+    """A journal of the right job whose files are of wrong types lists nothing."""
+    hub = lab.start()
+    leave_unfinished(lab)
+    journal = json.loads(hub.read(DST, JOURNAL, WORKING))
+    damaged = json.dumps({**journal, "files": DAMAGED[files]}).encode()
+    hub.commit(DST, {JOURNAL: damaged}, branch=WORKING)
+    lab.done(SRC, PLACE, "-k", "3", "-q")
+    assert streamed(lab) == set(SHARDS)
+    assert {name: hub.read(DST, name) for name in SHARDS} == rescaled(lab.source)
+
+
 def test_of_two_runs_at_once_one_ends(lab: Lab) -> None:
     """A second run of the same job takes over; the first notices and leaves in good order."""
     hub = lab.start(xet="http")

@@ -472,5 +472,6 @@ def test_a_sink_has_no_other_way_out(lab: Lab) -> None:
     assert HubSink(HubPlace(DST)).unfinished() == "not a journal of moescale"
     with pytest.raises(DestinationError):
         HubSink(HubPlace(DST)).begin({"version": "1"}, replace=False)
-    hub.commit(DST, {"moescale-journal.json": b"no json"}, branch=WORKING)
-    assert lab.run(SRC, PLACE, "-k", "3", "-q").code == 3
+    for journal in (b"no json", b"[" * 100_000, b'{"job":' * 9000 + b"1" + b"}" * 9000):
+        hub.commit(DST, {"moescale-journal.json": journal}, branch=WORKING)
+        assert lab.run(SRC, PLACE, "-k", "3", "-q").code == 3

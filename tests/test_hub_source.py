@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -485,3 +486,14 @@ def test_an_error_never_shows_the_token(lab: Lab) -> None:
         raise ValueError(f"bad header 'Bearer {hub.token}'")
     assert hub.token not in str(caught.value)
     assert "[token]" in str(caught.value)
+
+
+def test_a_disk_that_is_too_small_for_a_repo_is_said_first(lab: Lab) -> None:
+    """Nothing of the Hub can be shared, so the run ends before the first weight, with no folder."""
+    lab.start()
+    usage = shutil.disk_usage(lab.root)._replace(free=100)
+    lab.monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    outcome = lab.run(SRC, str(lab.root / "out"), "-k", "3", "-q")
+    assert outcome.code == 3
+    assert "bytes less than the output needs" in outcome.failure
+    assert not (lab.root / "out").exists()

@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Unpack, get_args
 
 from moescale.errors import DestinationError, MoescaleError, UsageError
 from moescale.measuring.calibration import Calibration, measured_plan, open_calibration
-from moescale.options import Options, Rescaling, StrPath, options_of
+from moescale.model.architectures import ROWS, known_types
+from moescale.options import RULES, Fold, Options, Rescaling, StrPath, options_of
 from moescale.planning.decide import make_plan
 from moescale.planning.files import PROVENANCE
 from moescale.planning.plan import Plan
@@ -234,6 +235,17 @@ def verify(
     return Result(plan, "done", True)
 
 
+def values(option: str) -> list[str]:
+    """What an option takes: ``rule``, ``fold``, ``arch`` or ``part``."""
+    found = {
+        "rule": RULES,
+        "fold": get_args(Fold),
+        "arch": known_types(),
+        "part": {row.part for row in ROWS if row.part},
+    }
+    return sorted(found[option])
+
+
 def _asked(given: Rescaling, measuring: Measuring) -> tuple[Options, Calibration | None]:
     """What was asked for, and the text for the rule ``measured``.
 
@@ -298,10 +310,10 @@ def _trial(
         if isinstance(sink, LocalSink):
             _check_status(status_of(made, source, sink, overwrite), destination)
             sink.check_writable()
+        return _with_room(made, sink)
     except DestinationError as error:
-        refusal = f"a run would be refused: {error}".replace("\n", " ")
+        refusal = f"a run would be refused: {error}".replace("\n", ". ")
         return replace(made, warnings=(*made.warnings, refusal))
-    return _with_room(made, sink)
 
 
 @contextmanager
@@ -342,20 +354,24 @@ def _check_status(status: Status, destination: str) -> None:
 def _with_room(plan: Plan, sink: Sink) -> Plan:
     """The plan, with a warning where the disk has less room than the output needs.
 
-    It is no refusal: where blocks can be shared with the source, a copy needs no room.
+    Where blocks may be shared with the source, it is no refusal: a copy of them needs no room.
+
+    Raises:
+        DestinationError: the disk is too small, and nothing can be shared.
     """
     if not isinstance(sink, LocalSink):
         return plan
     try:
         missing = plan.bytes_written - sink.room()
+        may_share = missing <= 0 or sink.may_share(plan.source)
     except OSError:  # a file system that does not tell, or a place that the run will refuse
         return plan
     if missing <= 0:
         return plan
-    warning = (
-        f"{sink.identity}: the disk has {missing:,} bytes less than the output needs, which is"
-        " enough only where it can share blocks with the source"
-    )
+    less = f"{sink.identity}: the disk has {missing:,} bytes less than the output needs"
+    if not may_share:
+        raise DestinationError(less, hint="Free some space, or give another destination.")
+    warning = f"{less}, which is enough only where it can share blocks with the source"
     return replace(plan, warnings=(*plan.warnings, warning))
 
 

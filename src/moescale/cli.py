@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
@@ -82,13 +83,29 @@ class _Command(typer.core.TyperCommand):
 app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
+def _values(option: str) -> Callable[[], list[str]]:
+    """What the shell completes; the tables are read only then."""
+
+    def values() -> list[str]:
+        from moescale import api
+
+        return api.values(option)
+
+    return values
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"moescale {__version__}")
         raise typer.Exit
 
 
-@app.command(help=HELP, no_args_is_help=True, cls=_Command)
+@app.command(
+    help=HELP,
+    no_args_is_help=True,
+    cls=_Command,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 def _command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="The checkpoint to read.")],
     destination: Annotated[
@@ -115,6 +132,7 @@ def _command(
         typer.Option(
             rich_help_panel=FACTOR,
             metavar="RULE",
+            autocompletion=_values("rule"),
             help="preserve (default), published, gates, measured, or none.",
         ),
     ] = None,
@@ -141,6 +159,7 @@ def _command(
         typer.Option(
             rich_help_panel=FACTOR,
             metavar="WHERE",
+            autocompletion=_values("fold"),
             help="weights (default); config: multiply the model's own routed scaling key and"
             " leave every weight as it is; or residual: leave the experts, divide the embedding and"
             " the attention outputs (gpt-oss).",
@@ -187,13 +206,17 @@ def _command(
         typer.Option(
             rich_help_panel=MODEL,
             metavar="NAME",
+            autocompletion=_values("part"),
             help="Which MoE of a checkpoint that has several.",
         ),
     ] = None,
     arch: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            rich_help_panel=MODEL, metavar="TYPE", help="Treat the model as this model type."
+            rich_help_panel=MODEL,
+            metavar="TYPE",
+            autocompletion=_values("arch"),
+            help="Treat the model as this model type.",
         ),
     ] = None,
     pattern: Annotated[
@@ -399,6 +422,8 @@ def _convert(
         return
     if talk:
         print(terminal.summary(result, time.monotonic() - start), file=sys.stderr)
+    elif options["create_pr"] and result.url is not None:
+        print(result.url, file=sys.stderr)
     print(destination)
 
 
@@ -415,7 +440,8 @@ def main() -> None:
     gc.set_threshold(100_000, 50, 100)  # a plan is many objects and no cycles; looking costs time
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path may have letters that a terminal has not
-            stream.reconfigure(errors="backslashreplace")
+            exact = stream is sys.stdout and stream.encoding.lower() == "utf-8"  # for scripts
+            stream.reconfigure(errors="surrogateescape" if exact else "backslashreplace")
     try:
         _run()
     finally:

@@ -38,6 +38,9 @@ def parse_strict(text: str) -> Any:
 DEEPEST = 200
 """Levels of nesting that a config may have; what walks through one needs a stack for each."""
 
+MOST_DIGITS = 640
+"""Of a whole number; so many Python always takes."""
+
 
 def parse_lenient(text: str) -> Any:
     """Parse JSON as `json.loads` does (a ``config.json`` may hold ``Infinity``).
@@ -45,7 +48,7 @@ def parse_lenient(text: str) -> Any:
     Raises:
         ValueError: with one line that says what is wrong.
     """
-    value = _parse(text)
+    value = _parse(text, parse_int=_whole)
     level, depth = [value], 0
     while level := [part for item in level for part in _parts(item)]:
         depth += 1
@@ -64,7 +67,7 @@ def _parse(text: str, *, check_surrogates: bool = False, **hooks: Any) -> Any:
     if check_surrogates and re.search(r"\\u[dD][89a-fA-F]", text):
         # The only way to a lone surrogate is an escape; a pair decodes to one character.
         try:
-            json.dumps(json.loads(text), ensure_ascii=False).encode()
+            json.dumps(json.loads(text, parse_int=_whole), ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise ValueError("a string holds half of a surrogate pair") from None
         except RecursionError:
@@ -91,6 +94,12 @@ def _no_constant(name: str) -> Any:
 def _integer(digits: str) -> int:
     if digits == "-0":
         raise ValueError("-0 is not an integer")
+    return _whole(digits)
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"a number has {len(digits):,} digits")
     return int(digits)
 
 

@@ -192,10 +192,12 @@ def _unknown(named: Sequence[str], tensors: Sequence[Tensor], config: Config) ->
 
 def _likely_key(config: Config) -> str:
     """A config key that looks like the number of experts per token."""
-    for section in TEXT_SECTIONS:
-        for key in config.section(section) or {}:
-            if re.search(r"(expert|moe).*(per_tok|top_?k)|top_?k.*expert|^moe_k$", key):
-                return f"{section}.{key}" if section else key
+    sections = [(section, config.section(section) or {}) for section in TEXT_SECTIONS]
+    for likely in (r"(expert|moe).*(per_tok|top_?k)|top_?k.*expert|^moe_k$", "^top_?k$"):
+        for section, keys in sections:
+            for key in keys:
+                if re.search(likely, key):
+                    return f"{section}.{key}" if section else key
     return "KEY"
 
 

@@ -34,6 +34,7 @@ _CONFLICT = "another conflicting operation is in progress"
 
 TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 RESUMES = "Run the same command again; it resumes."
+UNREACHABLE = "Check the network, then run the same command again."
 
 _REPO_ID = re.compile(r"[A-Za-z0-9](?:[\w.-]*\w)?/[A-Za-z0-9](?:[\w.-]*\w)?", re.ASCII)
 _STORAGE_ANSWER = re.compile(
@@ -117,6 +118,8 @@ def _guarded(client: httpx2.Client) -> httpx2.Client:
         except httpx2.TransportError as error:
             if part:
                 raise
+            if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
+                raise BusyError(f"cannot be reached: {_line(error)}", hint=UNREACHABLE) from None
             raise BusyError(f"the connection broke: {_line(error)}") from None
         asked = _retry_after(response.headers)
         if response.status_code in TRANSIENT_STATUS and (not part or (asked or 0) > LONGEST_WAIT):
@@ -212,7 +215,8 @@ def _translated(what: str, error: Exception, refused: type[MoescaleError]) -> Ex
 
     match error:
         case BusyError():
-            return BusyError(f"{what}: {error.message}", retry_after=error.retry_after)
+            message = f"{what}: {error.message}"
+            return BusyError(message, hint=error.hint or RESUMES, retry_after=error.retry_after)
         case MoescaleError():
             return error
         case OfflineModeIsEnabled() if refused is DestinationError:

@@ -26,6 +26,7 @@ from moescale.repos.hub import HubPlace
 from moescale.repos.hub_bench import WEIGHTS, HubBench
 from moescale.repos.hub_repo import HubRepo, is_listed, missing
 from moescale.repos.hub_upload import Sent, can_stream, uploaded
+from moescale.repos.journal import FOREIGN, NONSENSE, listed
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
@@ -104,14 +105,14 @@ class HubSink:
     def unfinished(self) -> Any:
         """The job of the working branch; None if there is no such branch."""
         journal = self._journal()
-        return None if journal is None else journal.get("job", "not a journal of moescale")
+        return None if journal is None else journal.get("job", FOREIGN)
 
     def _journal(self) -> dict[str, Any] | None:
         if JOURNAL not in self._repo.tree(self._working):
             return None
         try:
             content = json.loads(self._repo.read(JOURNAL, self._working))
-        except ValueError:
+        except NONSENSE:
             return {}
         return content if isinstance(content, dict) else {}
 
@@ -194,10 +195,11 @@ class HubSink:
     def _resume(self, journal: Mapping[str, Any]) -> None:
         tree = self._repo.tree(self._working)
         self._working_head = self._repo.head(self._working)
-        for name, entry in journal.get("files", {}).items():
-            written = Written(entry["size"], entry["sha256"])
-            if is_listed(tree.get(name), written):
-                self._done[name] = written
+        files = journal.get("files")
+        for name, entry in files.items() if isinstance(files, dict) else ():
+            with suppress(*NONSENSE):
+                if is_listed(tree.get(name), written := listed(name, entry)):
+                    self._done[name] = written
         if journal.get("head") == self._head or self._options.overwrite:
             return
         self._moved = True

@@ -26,7 +26,7 @@ NOT_CHECKPOINT = frozenset({".git", ".cache", STATE})
 
 FOREIGN = "not a journal of moescale"
 
-_NONSENSE = (ValueError, TypeError, KeyError, RecursionError, CheckpointError)
+NONSENSE = (ValueError, TypeError, KeyError, RecursionError, CheckpointError)
 _SHA256 = re.compile("[0-9a-f]{64}")
 _HELD = {errno.EAGAIN, errno.EACCES, errno.EDEADLK}
 
@@ -66,7 +66,7 @@ class Journal:
             return json.loads(line)["job"] if line.endswith(b"\n") else FOREIGN
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except _NONSENSE:
+        except NONSENSE:
             return FOREIGN
         except OSError as error:
             if error.errno in NOT_PLAIN:
@@ -78,7 +78,7 @@ class Journal:
             lines = file.read().split(b"\n")
         complete = lines[:-1]  # what follows the last line end is torn
         for line in complete[1:]:
-            with contextlib.suppress(*_NONSENSE):
+            with contextlib.suppress(*NONSENSE):
                 name, entry = _entry(json.loads(line))
                 self.entries[name] = entry
         if lines[-1]:
@@ -98,13 +98,23 @@ class Journal:
 
 
 def _entry(line: Any) -> tuple[str, dict[str, Any]]:
-    """A file's name and the rest of its line; raises one of `_NONSENSE` if it is none of ours."""
-    name, size, sha256, stamp = (line[key] for key in ("file", "size", "sha256", "stamp"))
-    if [type(value) for value in (name, size, *stamp)] != [str, int, int, int, int]:
+    """A file's name and the rest of its line; raises one of `NONSENSE` if it is none of ours."""
+    name, stamp = line["file"], line["stamp"]
+    written = listed(name, line)
+    if [type(value) for value in stamp] != [int] * 3 or stamp[0] != written.size:
         raise ValueError
-    if stamp[0] != size or size < 0 or not (sha256 is None or _SHA256.fullmatch(sha256)):
+    return name, {"size": written.size, "sha256": written.sha256, "stamp": stamp}
+
+
+def listed(name: Any, entry: Any) -> Written:
+    """What a journal says of a file; raises one of `NONSENSE` if that is none of ours."""
+    size, sha256 = entry["size"], entry["sha256"]
+    if [type(name), type(size)] != [str, int] or size < 0:
         raise ValueError
-    return check_name(name, "journal"), {"size": size, "sha256": sha256, "stamp": stamp}
+    if not (sha256 is None or _SHA256.fullmatch(sha256)):
+        raise ValueError
+    check_name(name, "journal")
+    return Written(size, sha256)
 
 
 class Lock:

@@ -12,6 +12,7 @@ import errno
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,7 +71,17 @@ class LocalSink:
     def room(self) -> int:
         """Bytes that an output may have here: what is free, and what is there already."""
         free = shutil.disk_usage(self._nearest()).free
-        return free + sum(self.existing().values())
+        begun = sum(file.lstat().st_size for file in self._state.glob("*.tmp"))
+        return free + begun + sum(self.existing().values())
+
+    def may_share(self, source: SourceId) -> bool:
+        """Whether the source may be on this disk, whose subvolumes have the same room."""
+        if source.kind == "hub":
+            return False
+        here, there = self._nearest(), Path(source.id)
+        if here.stat().st_dev == there.stat().st_dev:
+            return True
+        return shutil.disk_usage(here).free == shutil.disk_usage(there).free
 
     def check_writable(self) -> None:
         """Say beforehand what `begin` would find.
@@ -81,6 +92,8 @@ class LocalSink:
         place = self._nearest()
         if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
             why = "no permission to write" if place.is_dir() else "is not a directory"
+            if sys.platform != "win32" and os.statvfs(place).f_flag & os.ST_RDONLY:
+                why = "is mounted read-only"
             raise DestinationError(
                 f"{self.root}: cannot be written to: {place}: {why}",
                 hint="Give another destination, or make this one writable.",

@@ -30,7 +30,8 @@ class LocalSource:
             if not root.is_dir():
                 raise SourceError(
                     f"{root}: {'is not a directory' if root.exists() else 'does not exist'}",
-                    hint="Give the directory of a checkpoint; a repo on the Hub is org/name.",
+                    hint="Give the directory of a checkpoint; a repo on the Hub is org/name,"
+                    " a revision of it hf://org/name@rev, or org/name with --revision.",
                 )
             if not os.access(root, os.R_OK | os.X_OK):
                 raise SourceError(f"{root}: cannot be read", hint="Mend its permissions.")
@@ -139,7 +140,8 @@ class LocalSource:
         if [info.st_size, info.st_mtime_ns] != self._states[name]:
             raise RewriteError(
                 f"{name}: the source file changed while it was being read",
-                hint="Wait until nothing writes to the source, then run the command again.",
+                hint="Wait until nothing writes to the source, then run the command again; it needs"
+                " --overwrite if it had begun to write.",
             )
 
     def state(self, name: str) -> list[int]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moescale.errors import SourceError, UsageError
 from moescale.repos.base import Sink, Source
-from moescale.repos.hub import HubPlace, is_repo_id, parse_place
+from moescale.repos.hub import PREFIX, HubPlace, is_repo_id, parse_place
 from moescale.repos.local_sink import LocalSink
 from moescale.repos.local_source import LocalSource
 
@@ -20,7 +20,7 @@ def open_source(text: str, revision: str | None = None) -> Source:
     """
     if not text.strip():
         raise UsageError("SRC is empty", hint="For this directory say a dot.")
-    if not text.startswith("hf://") and (is_directory(text) or not is_repo_id(text)):
+    if not _says_hub(text) and (is_directory(text) or not is_repo_id(text)):
         if revision is not None:
             raise UsageError(f"--revision goes with a repo on the Hub; {text} is a directory")
         return LocalSource(Path(text))
@@ -30,6 +30,16 @@ def open_source(text: str, revision: str | None = None) -> Source:
     from moescale.repos.hub_source import HubSource
 
     return HubSource(HubPlace(place.repo, revision or place.revision))
+
+
+def _says_hub(text: str) -> bool:
+    """Whether a place starts with ``hf://``; what only begins like it is a slip, no directory."""
+    if text.startswith("hf:") and not text.startswith(PREFIX):
+        raise UsageError(
+            f"{text!r}: a place on the Hub is {PREFIX}org/name",
+            hint="For a directory of this name put ./ before it.",
+        )
+    return text.startswith(PREFIX)
 
 
 def is_directory(text: str) -> bool:
@@ -56,7 +66,7 @@ def open_sink(
     Raises:
         UsageError: an option of the Hub is given for a directory.
     """
-    if not text.startswith("hf://"):
+    if not _says_hub(text):
         if private is not None or create_pr or commit_message is not None:
             raise UsageError(f"--private, --create-pr and --commit-message need hf://, not {text}")
         return LocalSink(Path(text))
@@ -85,15 +95,15 @@ def check_places(source: str, destination: str, revision: str | None) -> None:
     for name, text in (("SRC", source), ("DST", destination)):
         if not text.strip():
             raise UsageError(f"{name} is empty", hint="For this directory say a dot.")
-    if destination.startswith("hf://"):
+    if _says_hub(destination):
         place = parse_place(destination)
-        if source.startswith("hf://") or (not is_directory(source) and is_repo_id(source)):
+        if _says_hub(source) or (not is_directory(source) and is_repo_id(source)):
             other = parse_place(source)
             branches = (place.revision or "main", revision or other.revision or "main")
             if place.repo == other.repo and branches[0] == branches[1]:
                 raise UsageError(f"{destination}: is the branch that the source is read from")
         return
-    if source.startswith("hf://"):
+    if _says_hub(source):
         return
     one, other_folder = Path(source).resolve(), Path(destination).resolve()
     if one == other_folder:

@@ -89,13 +89,16 @@ def _what_is_there(sink: Sink, existing: Mapping[str, int]) -> str:
 
 
 def _replace(sink: Sink, overwrite: bool, why: str) -> Status:
-    if not overwrite:
-        raise DestinationError(
-            f"{sink.identity}: {why}",
-            hint="Give another destination, or --overwrite to replace what is there.",
-        )
-    sink.check_replaceable()
-    return "replace"
+    what = "--overwrite to replace what is there"
+    try:
+        sink.check_replaceable()
+    except DestinationError:
+        if overwrite:
+            raise
+        what = "remove yourself what is there"
+    if overwrite:
+        return "replace"
+    raise DestinationError(f"{sink.identity}: {why}", hint=f"Give another destination, or {what}.")
 
 
 def _is_output(plan: Plan, source: Source, sink: Sink, existing: Mapping[str, int]) -> bool:
