@@ -409,6 +409,13 @@ def test_a_place_on_the_hub_that_is_none(
     assert not list(tmp_path.glob("hf*"))
 
 
+def test_a_source_on_the_hub_that_is_misspelt(moescale: Command, out: Path) -> None:
+    """The line shows how a repo and a revision of it are written."""
+    fails(moescale("hf:lab/source", out, "-k", 3), 2, "hf://org/name")
+    fails(moescale("hf:/lab/source", "-k", 3, "--dry-run"), 2, "hf://org/name")
+    fails(moescale("lab/source@rev", out, "-k", 3), 3, "does not exist", "hf://org/name@rev")
+
+
 # What this source does not allow: 3 ---------------------------------------------------------------
 
 
