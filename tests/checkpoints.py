@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 import rounding
 
+DATA = bytes(range(256)) * 100
+"""The bytes of ``data.bin`` in the fixture `folder`."""
+
 Raw = tuple[str, tuple[int, ...], bytes]
 """A tensor: dtype, shape, bytes."""
 

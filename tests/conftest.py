@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
+import checkpoints
 import pytest
 from hypothesis import settings
 
@@ -24,3 +26,12 @@ def _environment() -> Iterator[None]:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A directory with some files of a checkpoint."""
+    root = tmp_path / "model"
+    files = {"config.json": b"{}", "data.bin": checkpoints.DATA, "sub/a.txt": b"a"}
+    checkpoints.write_files(root, files)
+    return root

@@ -23,16 +23,6 @@ kernel_copies = pytest.mark.skipif(
     not hasattr(os, "copy_file_range"), reason="this system has no copies inside the kernel"
 )
 
-DATA = bytes(range(256)) * 100
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A directory with some files of a checkpoint."""
-    root = tmp_path / "model"
-    checkpoints.write_files(root, {"config.json": b"{}", "data.bin": DATA, "sub/a.txt": b"a"})
-    return root
-
 
 @pytest.fixture
 def sink(tmp_path: Path) -> Iterator[LocalSink]:
@@ -123,7 +113,9 @@ def test_names_with_odd_characters_do_not_collide(sink: LocalSink) -> None:
 # Copies -------------------------------------------------------------------------------------------
 
 
-def copied(folder: Path, sink: LocalSink, start: int = 0, stop: int = len(DATA)) -> bytes:
+def copied(
+    folder: Path, sink: LocalSink, start: int = 0, stop: int = len(checkpoints.DATA)
+) -> bytes:
     """A file that was written as: two bytes, a copied stretch, two bytes."""
     source = LocalSource(folder)
     size = stop - start + 4
@@ -139,11 +131,12 @@ def copied(folder: Path, sink: LocalSink, start: int = 0, stop: int = len(DATA))
 
 
 @pytest.mark.parametrize(
-    ("start", "stop"), [(0, 0), (0, 1), (5, 4096), (4096, 8192), (4095, 9001), (0, len(DATA))]
+    ("start", "stop"),
+    [(0, 0), (0, 1), (5, 4096), (4096, 8192), (4095, 9001), (0, len(checkpoints.DATA))],
 )
 def test_a_stretch_is_copied(folder: Path, sink: LocalSink, start: int, stop: int) -> None:
     """Whatever its start and length, and with other writes before and after."""
-    assert copied(folder, sink, start, stop) == DATA[start:stop]
+    assert copied(folder, sink, start, stop) == checkpoints.DATA[start:stop]
 
 
 def test_copies_without_help_of_the_kernel(
@@ -151,7 +144,7 @@ def test_copies_without_help_of_the_kernel(
 ) -> None:
     """Systems without `copy_file_range` read and write."""
     monkeypatch.delattr(os, "copy_file_range", raising=False)
-    assert copied(folder, sink, 3, 20_000) == DATA[3:20_000]
+    assert copied(folder, sink, 3, 20_000) == checkpoints.DATA[3:20_000]
 
 
 @kernel_copies
@@ -172,7 +165,7 @@ def test_copies_that_the_kernel_refuses(
         return copy(*args)
 
     monkeypatch.setattr(os, "copy_file_range", refuse)
-    assert copied(folder, sink, 3, 20_000) == DATA[3:20_000]
+    assert copied(folder, sink, 3, 20_000) == checkpoints.DATA[3:20_000]
     assert len(calls) == after + 1
 
 
@@ -185,7 +178,7 @@ def test_short_copies_are_continued(
     monkeypatch.setattr(
         os, "copy_file_range", lambda a, b, count, *rest: copy(a, b, min(count, 997), *rest)
     )
-    assert copied(folder, sink, 3, 20_000) == DATA[3:20_000]
+    assert copied(folder, sink, 3, 20_000) == checkpoints.DATA[3:20_000]
 
 
 @kernel_copies
@@ -194,7 +187,7 @@ def test_a_kernel_that_copies_nothing_is_not_believed(
 ) -> None:
     """Some file systems answer 0 though there is more: the bytes are then read and written."""
     monkeypatch.setattr(os, "copy_file_range", lambda *args: 0)
-    assert copied(folder, sink, 3, 20_000) == DATA[3:20_000]
+    assert copied(folder, sink, 3, 20_000) == checkpoints.DATA[3:20_000]
 
 
 @kernel_copies
@@ -219,11 +212,11 @@ def test_short_writes_are_continued(
     write = os.write
     monkeypatch.delattr(os, "copy_file_range", raising=False)
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:999]))
-    assert copied(folder, sink, 1, 9000) == DATA[1:9000]
+    assert copied(folder, sink, 1, 9000) == checkpoints.DATA[1:9000]
 
 
 def test_a_source_that_ends_early_ends_the_copy(folder: Path, sink: LocalSink) -> None:
     """Both ways of copying say so, and nothing appears under the name."""
     with pytest.raises(RewriteError, match="ended early"):
-        copied(folder, sink, 0, len(DATA) + 1)
+        copied(folder, sink, 0, len(checkpoints.DATA) + 1)
     assert sink.existing() == {}

@@ -23,15 +23,6 @@ from moescale.repos.local_sink import LocalSink
 from moescale.repos.local_source import LocalSource
 
 JOB = {"job": "one"}
-DATA = bytes(range(256)) * 100
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A directory with some files of a checkpoint."""
-    root = tmp_path / "model"
-    checkpoints.write_files(root, {"config.json": b"{}", "data.bin": DATA, "sub/a.txt": b"a"})
-    return root
 
 
 Begin = Callable[..., LocalSink]
@@ -213,7 +204,11 @@ def test_existing_files_are_seen(folder: Path) -> None:
     for name in (".git", ".cache", STATE):
         (folder / name).mkdir()
         (folder / name / "x").write_bytes(b"x")
-    assert LocalSink(folder).existing() == {"config.json": 2, "data.bin": len(DATA), "sub/a.txt": 1}
+    assert LocalSink(folder).existing() == {
+        "config.json": 2,
+        "data.bin": len(checkpoints.DATA),
+        "sub/a.txt": 1,
+    }
     assert LocalSink(folder / "nothing").existing() == {}
 
 

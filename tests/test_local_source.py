@@ -13,16 +13,6 @@ from moescale.repos import local_source
 from moescale.repos.base import check_name
 from moescale.repos.local_source import LocalSource
 
-DATA = bytes(range(256)) * 100
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A directory with some files of a checkpoint."""
-    root = tmp_path / "model"
-    checkpoints.write_files(root, {"config.json": b"{}", "data.bin": DATA, "sub/a.txt": b"a"})
-    return root
-
 
 def read(source: LocalSource, name: str, start: int, size: int) -> bytes:
     """A stretch of a file through its reader."""
@@ -82,7 +72,7 @@ def test_a_source_has_all_files_of_the_directory(folder: Path) -> None:
     files = LocalSource(folder).files()
     assert {name: info.size for name, info in files.items()} == {
         "config.json": 2,
-        "data.bin": len(DATA),
+        "data.bin": len(checkpoints.DATA),
         "sub/a.txt": 1,
     }
 
@@ -114,9 +104,9 @@ def test_what_is_no_directory_is_no_source(folder: Path, name: str, why: str) ->
 def test_reads_stretches_and_whole_files(folder: Path) -> None:
     """Both the small reads and the reader give the bytes of the file."""
     source = LocalSource(folder)
-    assert source.read("data.bin") == DATA
-    assert source.read("data.bin", 5, 7) == DATA[5:12]
-    assert read(source, "data.bin", 300, 1000) == DATA[300:1300]
+    assert source.read("data.bin") == checkpoints.DATA
+    assert source.read("data.bin", 5, 7) == checkpoints.DATA[5:12]
+    assert read(source, "data.bin", 300, 1000) == checkpoints.DATA[300:1300]
 
 
 def test_a_large_file_is_not_read_whole(folder: Path) -> None:
@@ -131,16 +121,16 @@ def test_short_reads_are_continued(folder: Path, monkeypatch: pytest.MonkeyPatch
     """A system that returns fewer bytes than asked for is asked again."""
     whole = local_source._read_at
     monkeypatch.setattr(local_source, "_read_at", lambda fd, buffer, at: whole(fd, buffer[:7], at))
-    assert read(LocalSource(folder), "data.bin", 3, 100) == DATA[3:103]
+    assert read(LocalSource(folder), "data.bin", 3, 100) == checkpoints.DATA[3:103]
 
 
 def test_a_file_that_ends_early_is_an_error(folder: Path) -> None:
     """Reading beyond the end names the file and the byte."""
-    with pytest.raises(RewriteError, match=f"data.bin.*byte {len(DATA)}"):
-        read(LocalSource(folder), "data.bin", len(DATA) - 5, 10)
+    with pytest.raises(RewriteError, match=f"data.bin.*byte {len(checkpoints.DATA)}"):
+        read(LocalSource(folder), "data.bin", len(checkpoints.DATA) - 5, 10)
 
 
-@pytest.mark.parametrize("new", [b"short", DATA[::-1]])
+@pytest.mark.parametrize("new", [b"short", checkpoints.DATA[::-1]])
 def test_a_file_that_changed_since_the_plan_is_an_error(folder: Path, new: bytes) -> None:
     """A source that is being written to does not become a mixture of two checkpoints."""
     source = LocalSource(folder)
@@ -166,17 +156,17 @@ def test_a_snapshot_of_the_hub_cache_is_a_source(tmp_path: Path) -> None:
     repo, commit = tmp_path / "models--org--name-x", "0123456789" * 4
     (repo / "blobs").mkdir(parents=True)
     (repo / "snapshots" / commit / "sub").mkdir(parents=True)
-    (repo / "blobs" / "abc").write_bytes(DATA)
+    (repo / "blobs" / "abc").write_bytes(checkpoints.DATA)
     (repo / "snapshots" / commit / "config.json").symlink_to("../../blobs/abc")
     (repo / "snapshots" / commit / "sub" / "x").symlink_to("../../../blobs/abc")
     source = LocalSource(repo / "snapshots" / commit)
     assert {name: info.size for name, info in source.files().items()} == {
-        "config.json": len(DATA),
-        "sub/x": len(DATA),
+        "config.json": len(checkpoints.DATA),
+        "sub/x": len(checkpoints.DATA),
     }
     assert (source.identity.repo, source.identity.revision) == ("org/name-x", commit)
     assert source.identity.name == "org/name-x"
-    assert read(source, "sub/x", 1, 5) == DATA[1:6]
+    assert read(source, "sub/x", 1, 5) == checkpoints.DATA[1:6]
 
 
 def test_links_into_another_repo_of_the_cache_are_refused(tmp_path: Path) -> None:
@@ -194,7 +184,7 @@ def test_links_into_another_repo_of_the_cache_are_refused(tmp_path: Path) -> Non
 def test_links_inside_the_directory_are_files(folder: Path) -> None:
     """A link to a file of the same checkpoint is that file."""
     (folder / "copy.bin").symlink_to("data.bin")
-    assert LocalSource(folder).read("copy.bin") == DATA
+    assert LocalSource(folder).read("copy.bin") == checkpoints.DATA
 
 
 def test_a_source_that_is_itself_a_link_is_fine(folder: Path) -> None:
