@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from threading import Lock
 from typing import Literal
 
@@ -23,6 +24,9 @@ from moescale.version import __version__
 Status = Literal["new", "resume", "replace", "done", "stale", "changed"]
 """``stale``: done, but the source has changed since, or at least its times have; ``changed``: done,
 but a file of the output, perhaps the provenance, was changed or lost since."""
+
+Small = Callable[[], Mapping[str, bytes]]
+"""Gives the small files of the output, as `small_files` does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +72,9 @@ def status_of(plan: Plan, source: Source, sink: Sink, overwrite: bool) -> Status
     existing = sink.existing()
     if not existing:
         return "new"
-    said = _is_output(plan, source, sink, existing)
-    whole = _is_whole(plan, source, sink, existing)
+    small = cache(partial(small_files, plan, source))  # read once, and only where it is needed
+    said = _is_output(plan, sink, existing, small)
+    whole = _is_whole(plan, sink, existing, small)
     if said and whole and source.newest_change() <= sink.changed_at(PROVENANCE):
         return "done"
     if said or whole:
@@ -101,24 +106,23 @@ def _replace(sink: Sink, overwrite: bool, why: str) -> Status:
     raise DestinationError(f"{sink.identity}: {why}", hint=f"Give another destination, or {what}.")
 
 
-def _is_output(plan: Plan, source: Source, sink: Sink, existing: Mapping[str, int]) -> bool:
+def _is_output(plan: Plan, sink: Sink, existing: Mapping[str, int], small: Small) -> bool:
     """Whether the destination says that it is the output of this very job."""
     if PROVENANCE not in existing:
         return False
     sizes = {f.name: Written(plan.output_size(f)) for f in plan.large_files}
-    small = {name: _written(data) for name, data in small_files(plan, source).items()}
-    wanted = provenance.provenance(plan, {**sizes, **small})
+    others = {name: _written(data) for name, data in small().items()}
+    wanted = provenance.provenance(plan, {**sizes, **others})
     return provenance.same_job(provenance.decode(sink.read(PROVENANCE)), wanted)
 
 
-def _is_whole(plan: Plan, source: Source, sink: Sink, existing: Mapping[str, int]) -> bool:
+def _is_whole(plan: Plan, sink: Sink, existing: Mapping[str, int], small: Small) -> bool:
     """Whether all its files are there, the large ones in their sizes, the small ones as written."""
     if any(existing.get(f.name) != plan.output_size(f) for f in plan.large_files):
         return False
-    small = small_files(plan, source)
-    if any(existing.get(name) != len(data) for name, data in small.items()):
+    if any(existing.get(name) != len(data) for name, data in small().items()):
         return False
-    return all(sink.read(name) == data for name, data in small.items())
+    return all(sink.read(name) == data for name, data in small().items())
 
 
 def run(
