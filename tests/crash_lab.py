@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
+import pytest
 import quantised_checkpoints
 from faulty_calls import CHANGING, KILLED, READING, SIZED, Calls, Fault
 
@@ -64,13 +65,19 @@ class Scenario:
     old: Tree = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     without: frozenset[str] = frozenset()  # calls that this system does not have
+    piece: int = 0  # write as past the page cache, this many bytes at a time
     prelude: Callable[[Lab], Any] = lambda lab: None  # what happened in the destination before
 
     def convert(self, source: Path, output: Path) -> str:
         """Run it to its end in this process."""
         from moescale.api import convert
+        from moescale.repos import local_bench
 
-        return convert(source, output, jobs=1, **{"experts": 3, **self.options}).status
+        with pytest.MonkeyPatch.context() as patch:
+            if self.piece:
+                patch.setattr(local_bench, "PIECE", self.piece)
+                patch.setattr(local_bench, "pass_cache", lambda fd, on: on)
+            return convert(source, output, jobs=1, **{"experts": 3, **self.options}).status
 
 
 SCENARIOS: Mapping[str, Scenario] = {
@@ -80,6 +87,7 @@ SCENARIOS: Mapping[str, Scenario] = {
     "promoted headers": Scenario(source=promoted, options={"experts": 2}),
     "stacked": Scenario(source=checkpoints.fused_mixtral),
     "no kernel copies": Scenario(without=frozenset({"copy_file_range"})),
+    "past the cache": Scenario(piece=8192),
     "resumed": Scenario(prelude=lambda lab: lab.kill_another(45)),
     "verified later": Scenario(
         options={"check": True}, prelude=lambda lab: lab.finish(check=False)

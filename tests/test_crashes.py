@@ -66,7 +66,7 @@ def ask(base: Path) -> Iterator[Ask]:
 # Every call ---------------------------------------------------------------------------------------
 
 MATRIX: tuple[tuple[str, str, int, int], ...] = (
-    ("new", "killed before", 4, 30),
+    ("new", "killed before", 4, 25),
     ("new", "killed after", 1, 100),
     ("new", "power cut", 1, 100),
     ("new", "power cut, but for names", 4, 25),
@@ -94,6 +94,13 @@ MATRIX: tuple[tuple[str, str, int, int], ...] = (
     ("stacked", "power cut", 4, 10),
     ("no kernel copies", "killed after", 4, 20),
     ("no kernel copies", "short", 1, 40),
+    ("past the cache", "killed after", 2, 30),
+    ("past the cache", "power cut", 4, 20),
+    ("past the cache", "disk full", 1, 60),
+    ("past the cache", "bad disk", 5, 30),
+    ("past the cache", "interrupted call", 6, 20),
+    ("past the cache", "failed though done", 2, 30),
+    ("past the cache", "short", 1, 40),
     ("resumed", "killed after", 4, 20),
     ("resumed", "power cut", 7, 10),
 )
@@ -166,7 +173,7 @@ def check_resumed(base: Path, output: Path, whole: dict[str, bytes]) -> None:
     assert not (output / ".moescale").exists()
 
 
-@pytest.mark.parametrize("at", [8, 20, 35, 50, 65, 80, 95, 110, 118])
+@pytest.mark.parametrize("at", [8, 20, 35, 50, 65, 80, 95, 100, 108])
 def test_a_run_that_is_killed(base: Path, whole: dict[str, bytes], at: int) -> None:
     """SIGKILL of the real command at one of its calls."""
     child, output = paused(base, at, 60)
@@ -184,7 +191,7 @@ def test_a_run_that_is_killed(base: Path, whole: dict[str, bytes], at: int) -> N
         (55, [signal.SIGTERM, signal.SIGTERM]),
         (70, [signal.SIGINT] * 20),
         (100, [signal.SIGINT]),
-        (118, [signal.SIGTERM, signal.SIGINT]),
+        (108, [signal.SIGTERM, signal.SIGINT]),
     ],
 )
 def test_a_run_that_is_interrupted(

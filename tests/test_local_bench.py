@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,9 @@ from typing import Any
 import checkpoints
 import pytest
 
+from moescale.checkpoint.rewrite import PIECE
 from moescale.errors import RewriteError
-from moescale.repos import disk, journal, local_sink
+from moescale.repos import disk, journal, local_bench, local_sink
 from moescale.repos.base import Written
 from moescale.repos.journal import STATE
 from moescale.repos.local_sink import LocalSink
@@ -22,6 +25,12 @@ from moescale.repos.local_source import LocalSource
 kernel_copies = pytest.mark.skipif(
     not hasattr(os, "copy_file_range"), reason="this system has no copies inside the kernel"
 )
+
+
+@pytest.fixture
+def through_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write as on a file system that has no disk of its own."""
+    monkeypatch.setattr(local_bench, "pass_cache", lambda fd, on: False)
 
 
 @pytest.fixture
@@ -130,12 +139,22 @@ def copied(
     return result[2:-2]
 
 
+@pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize(
     ("start", "stop"),
     [(0, 0), (0, 1), (5, 4096), (4096, 8192), (4095, 9001), (0, len(checkpoints.DATA))],
 )
-def test_a_stretch_is_copied(folder: Path, sink: LocalSink, start: int, stop: int) -> None:
+def test_a_stretch_is_copied(
+    request: pytest.FixtureRequest,
+    folder: Path,
+    sink: LocalSink,
+    start: int,
+    stop: int,
+    cached: bool,
+) -> None:
     """Whatever its start and length, and with other writes before and after."""
+    if cached:
+        request.getfixturevalue("through_cache")
     assert copied(folder, sink, start, stop) == checkpoints.DATA[start:stop]
 
 
@@ -148,6 +167,7 @@ def test_copies_without_help_of_the_kernel(
 
 
 @kernel_copies
+@pytest.mark.usefixtures("through_cache")
 @pytest.mark.parametrize(
     "code", [errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM]
 )
@@ -162,7 +182,8 @@ def test_copies_that_the_kernel_refuses(
         calls.append(args)
         if len(calls) > after:
             raise OSError(code, os.strerror(code))
-        return copy(*args)
+        source, target, count, *rest = args
+        return copy(source, target, min(count, 997), *rest)
 
     monkeypatch.setattr(os, "copy_file_range", refuse)
     assert copied(folder, sink, 3, 20_000) == checkpoints.DATA[3:20_000]
@@ -170,6 +191,7 @@ def test_copies_that_the_kernel_refuses(
 
 
 @kernel_copies
+@pytest.mark.usefixtures("through_cache")
 def test_short_copies_are_continued(
     folder: Path, sink: LocalSink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +204,7 @@ def test_short_copies_are_continued(
 
 
 @kernel_copies
+@pytest.mark.usefixtures("through_cache")
 def test_a_kernel_that_copies_nothing_is_not_believed(
     folder: Path, sink: LocalSink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +214,7 @@ def test_a_kernel_that_copies_nothing_is_not_believed(
 
 
 @kernel_copies
+@pytest.mark.usefixtures("through_cache")
 def test_other_errors_of_a_copy_are_errors(
     folder: Path, sink: LocalSink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,3 +244,82 @@ def test_a_source_that_ends_early_ends_the_copy(folder: Path, sink: LocalSink) -
     with pytest.raises(RewriteError, match="ended early"):
         copied(folder, sink, 0, len(checkpoints.DATA) + 1)
     assert sink.existing() == {}
+
+
+# Past the page cache ------------------------------------------------------------------------------
+
+MIB = bytes(range(256)) * 4096
+assert len(MIB) == PIECE
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="this system has no writes past its cache")
+@pytest.mark.parametrize("tail", [b"", b"x", b"x" * 4096])
+def test_a_disk_is_written_past_the_page_cache(
+    tmp_path: Path, sink: LocalSink, tail: bytes
+) -> None:
+    """The system itself says so; only the last bytes, less than a block, take the other way."""
+    import fcntl
+
+    if not os.major(tmp_path.stat().st_dev):
+        pytest.skip(f"{tmp_path} is on no disk of its own")
+    with sink.bench.shard("x.bin", 2 * PIECE + len(tail)) as writer:
+        writer.write(memoryview(MIB + MIB))
+        if not fcntl.fcntl(writer.fd, fcntl.F_GETFL) & os.O_DIRECT:
+            pytest.skip(f"the file system of {tmp_path} has no such writes")
+        writer.write(memoryview(tail))
+        sink.commit_file("x.bin", writer.finish())
+    assert (sink.root / "x.bin").read_bytes() == MIB + MIB + tail
+
+
+@pytest.mark.parametrize("largest", [0, 512, 999])
+def test_a_disk_that_refuses_such_writes(
+    sink: LocalSink, monkeypatch: pytest.MonkeyPatch, largest: int
+) -> None:
+    """Its blocks may be larger than ours, or it writes less than asked for: then by the cache."""
+    state = {"uncached": False}
+
+    def switch(fd: int, on: bool) -> bool:
+        state["uncached"] = on
+        return on
+
+    def write(fd: int, data: memoryview) -> int:
+        if state["uncached"] and not largest:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        assert not (state["uncached"] and len(data) % 4096)
+        return real(fd, data[:largest] if state["uncached"] else data)
+
+    real = os.write
+    monkeypatch.setattr(local_bench, "pass_cache", switch)
+    monkeypatch.setattr(os, "write", write)
+    with sink.bench.shard("x.bin", 2 * PIECE + 5) as writer:
+        writer.write(memoryview(MIB + MIB + b"12345"))
+        made = writer.finish()
+    monkeypatch.undo()
+    sink.commit_file("x.bin", made)
+    assert (sink.root / "x.bin").read_bytes() == MIB + MIB + b"12345"
+
+
+def test_what_fails_in_the_writing_thread_ends_the_file(
+    sink: LocalSink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next write says so, and nothing is left: no file, no thread."""
+
+    def full(fd: int, data: memoryview) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = threading.active_count()
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space"), sink.bench.shard("x.bin", 9 * PIECE) as writer:
+        for _ in range(3):  # the first is on its way, and the second waits for it
+            writer.write(memoryview(MIB))
+        pytest.fail("nobody noticed")
+    assert threading.active_count() == before
+    assert not list((sink.root / STATE).glob("*.tmp"))
+
+
+def test_a_digest_is_that_of_all_bytes(sink: LocalSink) -> None:
+    """It is made in the thread that writes, piece by piece."""
+    with sink.bench.shard("x.bin", 2 * PIECE + 3, digest=True) as writer:
+        writer.write(memoryview(MIB + MIB + b"123"))
+        made = writer.finish()
+    assert made.written.sha256 == hashlib.sha256(MIB + MIB + b"123").hexdigest()

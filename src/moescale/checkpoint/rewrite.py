@@ -13,7 +13,10 @@ from moescale.checkpoint.header import LENGTH_BYTES
 from moescale.errors import RewriteError
 
 PIECE = 1 << 20
-"""Bytes that are in memory at once, for each shard that is being rewritten."""
+"""Bytes that are read and written at once, for each shard that is being rewritten."""
+
+_EDIT_PIECE = 1 << 18
+"""Bytes that are edited at once: source, result and a table then stay in the second-level cache."""
 
 
 class Reader(Protocol):
@@ -100,7 +103,7 @@ def rewrite(
     where: str,
     advance: Callable[[int], None],
 ) -> None:
-    """Send every segment from `reader` to `writer`, in pieces of at most 1 MiB.
+    """Send every segment from `reader` to `writer`, in pieces.
 
     `advance` is called with the size of each piece; what it raises ends the run.
 
@@ -174,7 +177,7 @@ def edited(reader: Reader, edit: Edit) -> Iterator[tuple[memoryview, int]]:
     from moescale.checkpoint.scaling import scaler
 
     tensor, scale = edit.tensor, scaler(edit)
-    length = tensor.nbytes if edit.operation == "nested_offset" else min(PIECE, tensor.nbytes)
+    length = tensor.nbytes if edit.operation == "nested_offset" else min(_EDIT_PIECE, tensor.nbytes)
     source = memoryview(bytearray(length))
     result = memoryview(bytearray(length * edit.widening))
     for start in range(tensor.start, tensor.stop, length):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import errno
-import functools
 import os
 import stat
+import struct
 import sys
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
+
+if sys.platform == "linux":
+    import fcntl
 
 BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 _PLAIN = BINARY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+
+_FICLONERANGE = 0x4020940D  # of linux/fs.h
 
 NOT_PLAIN = frozenset({errno.EISDIR, errno.ELOOP, errno.ENXIO, None})
 """Errors of `open_plain` that say what stands there, not that something is wrong with the disk."""
@@ -79,27 +83,37 @@ def make_directory(path: Path) -> None:
         sync_directory(folder.parent)
 
 
-@functools.cache
-def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
-    """Linux's call that starts writing to the disk without waiting for it."""
-    if not sys.platform.startswith("linux"):
-        return None
-    import ctypes
+if sys.platform == "linux":
 
-    try:
-        call = ctypes.CDLL(None).sync_file_range
-    except (OSError, AttributeError):
-        return None
-    call.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-    call.restype = ctypes.c_int
-    return call
+    def pass_cache(fd: int, on: bool) -> bool:
+        """Write past the page cache from now on, or no longer; whether it is so then.
 
+        Only on a file system with a block device of its own: those on a network, in memory or over
+        others (and btrfs, which has checksums to make) are best left to do it their way.
+        """
+        try:
+            if not os.major(os.fstat(fd).st_dev):
+                return False
+            flags = fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT * on)
+        except OSError:
+            return False
+        return on
 
-def start_writeback(fd: int, offset: int, size: int) -> None:
-    """Let the disk begin with what was written, so that the sync at the end has little to wait for.
+    def share_blocks(source: int, start: int, size: int, target: int, offset: int) -> None:
+        """Let a stretch of one open file be a stretch of another too, in whole blocks.
 
-    A hint: what it cannot do, the sync does.
-    """
-    call = _sync_file_range()
-    if call is not None:
-        call(fd, offset, size, 2)  # SYNC_FILE_RANGE_WRITE
+        Raises:
+            OSError: this file system shares none, or the two files are not on one.
+        """
+        fcntl.ioctl(target, _FICLONERANGE, struct.pack("@qQQQ", source, start, size, offset))
+
+else:
+
+    def pass_cache(fd: int, on: bool) -> bool:
+        """Other systems write through their cache."""
+        return False
+
+    def share_blocks(source: int, start: int, size: int, target: int, offset: int) -> None:
+        """Other systems are not asked."""
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))

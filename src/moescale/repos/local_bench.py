@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import mmap
 import os
 import secrets
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from moescale.checkpoint.rewrite import Reader, pieces
+from moescale.checkpoint.rewrite import PIECE, Reader
 from moescale.errors import DestinationError, RewriteError
 from moescale.repos.base import Arrived, Made, Written, nobody
-from moescale.repos.disk import BINARY, start_writeback
+from moescale.repos.disk import BINARY, pass_cache, share_blocks
 from moescale.repos.local_source import SHARE_HINT, LocalReader
 
-_COPY_PIECE = 32 << 20
+_KERNEL_PIECE = 32 << 20
 _BLOCK = 4096
-_WRITEBACK = 16 << 20
+"""Disks are written past the page cache, and blocks shared, in multiples of this."""
+
 _NO_KERNEL_COPY = {
     errno.EXDEV,
     errno.EINVAL,
     errno.ENOSYS,
+    errno.ENOTTY,
     errno.EOPNOTSUPP,
     errno.EBADF,
     errno.EPERM,
@@ -32,75 +35,116 @@ _NO_KERNEL_COPY = {
 
 
 class LocalWriter:
-    """A file under a temporary name."""
+    """A file under a temporary name.
+
+    Its bytes gather in one piece of memory while a thread writes the other: past the page cache
+    where the system can. A cache would keep what nobody reads next in place of what is read, at
+    the price of a second copy, and the sync at the end would wait for it all the same.
+    """
 
     def __init__(self, name: str, temporary: Path, size: int, digest: bool) -> None:
         self._size = size
         self._name = name
         self._temporary = temporary
         self.finished = False
-        self._position = 0
-        self._on_its_way = 0  # bytes that the system was asked to write to the disk
         self._digest = hashlib.sha256() if digest else None
+        self._kernel = self._digest is None and hasattr(os, "copy_file_range")
+        self._gathering, self._other = (memoryview(mmap.mmap(-1, PIECE)) for _ in range(2))
+        self._gathered = 0
+        self._position = 0  # the bytes that are gathered included
+        self._thread = ThreadPoolExecutor(1, "moescale-write")
+        self._writing: Future[None] | None = None
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | BINARY
         self.fd = os.open(temporary, flags, 0o666)
-        # Whoever tells the system to write waits while the disk is busy: not the thread that works.
-        self._flusher = ThreadPoolExecutor(1, "moescale-flush")
+        self._uncached = pass_cache(self.fd, True)
 
     def write(self, data: memoryview) -> None:
         """Append the bytes."""
+        while data:
+            room = self._room(len(data))
+            room[:] = data[: len(room)]
+            data = data[len(room) :]
+
+    def copy_from(self, reader: Reader, start: int, stop: int) -> Iterator[int]:
+        """Append a stretch of another file, inside the kernel where that is better."""
+        if self._kernel and isinstance(reader, LocalReader):
+            # File systems share whole blocks only.
+            for size in self._through_memory(reader, start, min(start + -start % _BLOCK, stop)):
+                start += size
+                yield size
+            while start < stop and (size := self._kernel_copy(reader.fd, start, stop)):
+                start += size
+                yield size
+        yield from self._through_memory(reader, start, stop)
+
+    def _through_memory(self, reader: Reader, start: int, stop: int) -> Iterator[int]:
+        while start < stop:
+            room = self._room(stop - start)
+            reader.read_into(room, start)
+            start += len(room)
+            yield len(room)
+
+    def _room(self, size: int) -> memoryview:
+        """Where the next bytes go, at most `size` of them; the caller fills all of it."""
+        if self._gathered == PIECE:
+            self._wait()
+            self._writing = self._thread.submit(self._put, self._gathering)
+            self._gathering, self._other = self._other, self._gathering
+            self._gathered = 0
+        room = self._gathering[self._gathered : self._gathered + size]
+        self._gathered += len(room)
+        self._position += len(room)
+        return room
+
+    def _wait(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _put_gathered(self) -> None:
+        self._wait()
+        self._put(self._gathering[: self._gathered])
+        self._gathered = 0
+
+    def _put(self, data: memoryview) -> None:
         if self._digest is not None:
             self._digest.update(data)
         while data:
-            size = os.write(self.fd, data)
+            if self._uncached and len(data) % _BLOCK:  # the last bytes, or what a short write left
+                self._uncached = pass_cache(self.fd, False)
+            try:
+                size = os.write(self.fd, data)
+            except OSError as error:
+                if not self._uncached or error.errno != errno.EINVAL:
+                    raise
+                self._uncached = pass_cache(self.fd, False)  # a disk with larger blocks
+                continue
             data = data[size:]
-            self._moved(size)
 
-    def copy_from(self, reader: Reader, start: int, stop: int) -> Iterator[int]:
-        """Append a stretch of another file, inside the kernel where it can."""
-        in_kernel = isinstance(reader, LocalReader) and hasattr(os, "copy_file_range")
-        if in_kernel and self._digest is None:
-            assert isinstance(reader, LocalReader)
-            while start < stop:
-                size = self._kernel_copy(reader, start, stop)
-                if not size:
-                    break
-                start += size
-                yield size
-        for piece in pieces(reader, start, stop):
-            self.write(piece)
-            yield len(piece)
-
-    def _kernel_copy(self, reader: LocalReader, start: int, stop: int) -> int:
-        """Copy one piece; 0 where this pair of files has no copy inside the kernel.
-
-        File systems that share blocks do so from block to block only, so the first piece ends
-        where a block ends.
-        """
-        piece = -start % _BLOCK or _COPY_PIECE
+    def _kernel_copy(self, source: int, start: int, stop: int) -> int:
+        """Let the kernel copy one piece; 0 where it cannot, or not better than we can."""
+        size = min(_KERNEL_PIECE, stop - start)
         try:
-            size = os.copy_file_range(
-                reader.fd, self.fd, min(piece, stop - start), start, self._position
-            )
-        except OSError as error:
-            if error.errno in _NO_KERNEL_COPY:
+            if not self._uncached:
+                self._put_gathered()
+                size = os.copy_file_range(source, self.fd, size, start)
+            elif (size := size - size % _BLOCK) and not (start - self._position) % _BLOCK:
+                self._put_gathered()
+                share_blocks(source, start, size, self.fd, self._position)
+                os.lseek(self.fd, size, os.SEEK_CUR)
+            else:
                 return 0
-            raise
-        if size == 0:  # the end of the file, or a kernel that copies nothing: reading will tell
+        except OSError as error:
+            if error.errno not in _NO_KERNEL_COPY:
+                raise
+            self._kernel = False
             return 0
-        os.lseek(self.fd, self._position + size, os.SEEK_SET)
-        self._moved(size)
-        return size
-
-    def _moved(self, size: int) -> None:
         self._position += size
-        if self._position - self._on_its_way >= _WRITEBACK:
-            stretch = self._on_its_way, self._position - self._on_its_way
-            self._flusher.submit(start_writeback, self.fd, *stretch)
-            self._on_its_way = self._position
+        return size  # 0 at the end of the file, or from a kernel that copies nothing: we read then
 
     def finish(self) -> Made:
         """Sync; the sink renames."""
+        self._put_gathered()
         if self._position != self._size:
             raise RewriteError(
                 f"{self._name}: {self._position} bytes were written instead of {self._size}"
@@ -115,7 +159,7 @@ class LocalWriter:
         """Close the file; nothing is promised about it."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            self._flusher.shutdown(cancel_futures=True)
+            self._thread.shutdown(cancel_futures=True)
             os.close(fd)
 
 
