@@ -76,6 +76,7 @@ class Scenario:
         with pytest.MonkeyPatch.context() as patch:
             if self.piece:
                 patch.setattr(local_bench, "PIECE", self.piece)
+                patch.setattr(local_bench, "_BLOCK", self.piece // 4)
                 patch.setattr(local_bench, "pass_cache", lambda fd, on: on)
             return convert(source, output, jobs=1, **{"experts": 3, **self.options}).status
 
@@ -87,7 +88,7 @@ SCENARIOS: Mapping[str, Scenario] = {
     "promoted headers": Scenario(source=promoted, options={"experts": 2}),
     "stacked": Scenario(source=checkpoints.fused_mixtral),
     "no kernel copies": Scenario(without=frozenset({"copy_file_range"})),
-    "past the cache": Scenario(piece=8192),
+    "past the cache": Scenario(piece=256),
     "resumed": Scenario(prelude=lambda lab: lab.kill_another(45)),
     "verified later": Scenario(
         options={"check": True}, prelude=lambda lab: lab.finish(check=False)

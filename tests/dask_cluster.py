@@ -22,7 +22,7 @@ from distributed import Client, LocalCluster
 from moescale.checkpoint import rewrite
 from moescale.repos import local_bench
 
-WRITE, PIECE = local_bench.LocalWriter.write, rewrite.PIECE
+WRITE, PIECE = local_bench.LocalWriter.write, rewrite.EDIT_PIECE
 DEADLINE = 30.0
 
 
@@ -94,12 +94,12 @@ def _crawl(folder: Path, seconds: float) -> None:
         time.sleep(seconds)
 
     local_bench.LocalWriter.write = write  # type: ignore[method-assign]
-    rewrite.PIECE = 4096
+    rewrite.EDIT_PIECE = 4096
 
 
 def _restore() -> None:
     local_bench.LocalWriter.write = WRITE  # type: ignore[method-assign]
-    rewrite.PIECE = PIECE
+    rewrite.EDIT_PIECE = PIECE
 
 
 def _is_busy(dask_worker: Any) -> bool:

@@ -741,7 +741,8 @@ import sys, time
 from pathlib import Path
 from moescale.running import verification as verify
 from moescale.checkpoint import rewrite
-rewrite.PIECE, expected, marker = 64, verify.expected, Path(sys.argv[1])
+rewrite.PIECE = rewrite.EDIT_PIECE = 64
+expected, marker = verify.expected, Path(sys.argv[1])
 def slow(*arguments):
     for number, piece in enumerate(expected(*arguments)):
         if number == 3:  # of a shard, since all other files are shorter

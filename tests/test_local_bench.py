@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import mmap
 import os
 import threading
 from collections.abc import Iterator
@@ -31,6 +32,21 @@ kernel_copies = pytest.mark.skipif(
 def through_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Write as on a file system that has no disk of its own."""
     monkeypatch.setattr(local_bench, "pass_cache", lambda fd, on: False)
+
+
+@pytest.fixture
+def sharing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write as on a disk whose file system shares blocks, and asks for whole ones."""
+
+    def share(source: int, start: int, size: int, target: int, offset: int) -> bool:
+        assert size
+        assert (start % 4096, size % 4096, offset % 4096) == (0, 0, 0)
+        if start + size > os.fstat(source).st_size:
+            return False
+        return os.pwrite(target, os.pread(source, size, start), offset) == size
+
+    monkeypatch.setattr(local_bench, "pass_cache", lambda fd, on: on)
+    monkeypatch.setattr(local_bench, "share_blocks", share)
 
 
 @pytest.fixture
@@ -139,7 +155,7 @@ def copied(
     return result[2:-2]
 
 
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("way", ["as it is", "through_cache", "sharing"])
 @pytest.mark.parametrize(
     ("start", "stop"),
     [(0, 0), (0, 1), (5, 4096), (4096, 8192), (4095, 9001), (0, len(checkpoints.DATA))],
@@ -150,11 +166,11 @@ def test_a_stretch_is_copied(
     sink: LocalSink,
     start: int,
     stop: int,
-    cached: bool,
+    way: str,
 ) -> None:
     """Whatever its start and length, and with other writes before and after."""
-    if cached:
-        request.getfixturevalue("through_cache")
+    if way != "as it is":
+        request.getfixturevalue(way)
     assert copied(folder, sink, start, stop) == checkpoints.DATA[start:stop]
 
 
@@ -252,23 +268,54 @@ MIB = bytes(range(256)) * 4096
 assert len(MIB) == PIECE
 
 
-@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="this system has no writes past its cache")
+def refuses_direct(folder: Path) -> str:
+    """Why files there cannot be written past the page cache; nothing where they can."""
+    if not hasattr(os, "O_DIRECT") or not os.major(folder.stat().st_dev):
+        return f"{folder} is on no disk of its own, or the system cannot pass its page cache"
+    try:
+        fd = os.open(folder / "probe", os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
+        os.write(fd, mmap.mmap(-1, 4096))
+        os.close(fd)
+    except OSError as error:
+        return f"{folder} cannot be written past the page cache: {error}"
+    return ""
+
+
 @pytest.mark.parametrize("tail", [b"", b"x", b"x" * 4096])
 def test_a_disk_is_written_past_the_page_cache(
     tmp_path: Path, sink: LocalSink, tail: bytes
 ) -> None:
-    """The system itself says so; only the last bytes, less than a block, take the other way."""
+    """The system itself says so; only the piece with the last bytes may take the other way."""
+    if why := refuses_direct(tmp_path):
+        pytest.skip(why)
     import fcntl
 
-    if not os.major(tmp_path.stat().st_dev):
-        pytest.skip(f"{tmp_path} is on no disk of its own")
     with sink.bench.shard("x.bin", 2 * PIECE + len(tail)) as writer:
         writer.write(memoryview(MIB + MIB))
-        if not fcntl.fcntl(writer.fd, fcntl.F_GETFL) & os.O_DIRECT:
-            pytest.skip(f"the file system of {tmp_path} has no such writes")
+        assert fcntl.fcntl(writer.fd, fcntl.F_GETFL) & os.O_DIRECT
         writer.write(memoryview(tail))
         sink.commit_file("x.bin", writer.finish())
     assert (sink.root / "x.bin").read_bytes() == MIB + MIB + tail
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_write_that_fails_before_a_copy(
+    folder: Path, sink: LocalSink, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """What a write says is no answer of the kernel to whether it copies."""
+    write, calls = os.write, []
+
+    def refuse(fd: int, data: memoryview) -> int:
+        calls.append(fd)
+        if len(calls) == 1:
+            raise OSError(code, os.strerror(code))
+        return write(fd, data)
+
+    monkeypatch.setattr(local_bench, "pass_cache", lambda fd, on: False)
+    monkeypatch.setattr(os, "write", refuse)
+    with pytest.raises(OSError, match=os.strerror(code)):
+        copied(folder, sink, 3, 20_000)
+    assert sink.existing() == {}
 
 
 @pytest.mark.parametrize("largest", [0, 512, 999])
@@ -307,13 +354,12 @@ def test_what_fails_in_the_writing_thread_ends_the_file(
     def full(fd: int, data: memoryview) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    before = threading.active_count()
     monkeypatch.setattr(os, "write", full)
     with pytest.raises(OSError, match="No space"), sink.bench.shard("x.bin", 9 * PIECE) as writer:
         for _ in range(3):  # the first is on its way, and the second waits for it
             writer.write(memoryview(MIB))
         pytest.fail("nobody noticed")
-    assert threading.active_count() == before
+    assert not [t for t in threading.enumerate() if t.name.startswith("moescale-write")]
     assert not list((sink.root / STATE).glob("*.tmp"))
 
 

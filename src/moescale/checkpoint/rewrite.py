@@ -15,7 +15,7 @@ from moescale.errors import RewriteError
 PIECE = 1 << 20
 """Bytes that are read and written at once, for each shard that is being rewritten."""
 
-_EDIT_PIECE = 1 << 18
+EDIT_PIECE = 1 << 18
 """Bytes that are edited at once: source, result and a table then stay in the second-level cache."""
 
 
@@ -177,7 +177,7 @@ def edited(reader: Reader, edit: Edit) -> Iterator[tuple[memoryview, int]]:
     from moescale.checkpoint.scaling import scaler
 
     tensor, scale = edit.tensor, scaler(edit)
-    length = tensor.nbytes if edit.operation == "nested_offset" else min(_EDIT_PIECE, tensor.nbytes)
+    length = tensor.nbytes if edit.operation == "nested_offset" else min(EDIT_PIECE, tensor.nbytes)
     source = memoryview(bytearray(length))
     result = memoryview(bytearray(length * edit.widening))
     for start in range(tensor.start, tensor.stop, length):

@@ -15,7 +15,7 @@ if sys.platform == "linux":
 BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 _PLAIN = BINARY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
-_FICLONERANGE = 0x4020940D  # of linux/fs.h
+_FICLONERANGE = 0x4020940D  # of linux/fs.h on x86 and ARM; elsewhere it is refused
 
 NOT_PLAIN = frozenset({errno.EISDIR, errno.ELOOP, errno.ENXIO, None})
 """Errors of `open_plain` that say what stands there, not that something is wrong with the disk."""
@@ -100,13 +100,16 @@ if sys.platform == "linux":
             return False
         return on
 
-    def share_blocks(source: int, start: int, size: int, target: int, offset: int) -> None:
-        """Let a stretch of one open file be a stretch of another too, in whole blocks.
+    def share_blocks(source: int, start: int, size: int, target: int, offset: int) -> bool:
+        """Let a stretch of one open file be a stretch of another too, in whole blocks; if it can.
 
-        Raises:
-            OSError: this file system shares none, or the two files are not on one.
+        Where it cannot, whatever the reason, reading and writing will do, or say why not.
         """
-        fcntl.ioctl(target, _FICLONERANGE, struct.pack("@qQQQ", source, start, size, offset))
+        try:
+            fcntl.ioctl(target, _FICLONERANGE, struct.pack("@qQQQ", source, start, size, offset))
+        except OSError:
+            return False
+        return True
 
 else:
 
@@ -114,6 +117,6 @@ else:
         """Other systems write through their cache."""
         return False
 
-    def share_blocks(source: int, start: int, size: int, target: int, offset: int) -> None:
+    def share_blocks(source: int, start: int, size: int, target: int, offset: int) -> bool:
         """Other systems are not asked."""
-        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return False

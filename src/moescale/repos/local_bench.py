@@ -26,7 +26,6 @@ _NO_KERNEL_COPY = {
     errno.EXDEV,
     errno.EINVAL,
     errno.ENOSYS,
-    errno.ENOTTY,
     errno.EOPNOTSUPP,
     errno.EBADF,
     errno.EPERM,
@@ -38,8 +37,8 @@ class LocalWriter:
     """A file under a temporary name.
 
     Its bytes gather in one piece of memory while a thread writes the other: past the page cache
-    where the system can. A cache would keep what nobody reads next in place of what is read, at
-    the price of a second copy, and the sync at the end would wait for it all the same.
+    where the system can. The cache would be filled with the output in place of the source, at the
+    price of a second copy, and the sync at the end would wait for the disk all the same.
     """
 
     def __init__(self, name: str, temporary: Path, size: int, digest: bool) -> None:
@@ -48,7 +47,7 @@ class LocalWriter:
         self._temporary = temporary
         self.finished = False
         self._digest = hashlib.sha256() if digest else None
-        self._kernel = self._digest is None and hasattr(os, "copy_file_range")
+        self._kernel = not digest
         self._gathering, self._other = (memoryview(mmap.mmap(-1, PIECE)) for _ in range(2))
         self._gathered = 0
         self._position = 0  # the bytes that are gathered included
@@ -72,7 +71,7 @@ class LocalWriter:
             for size in self._through_memory(reader, start, min(start + -start % _BLOCK, stop)):
                 start += size
                 yield size
-            while start < stop and (size := self._kernel_copy(reader.fd, start, stop)):
+            while start < stop and (size := self._in_kernel(reader.fd, start, stop)):
                 start += size
                 yield size
         yield from self._through_memory(reader, start, stop)
@@ -121,26 +120,33 @@ class LocalWriter:
                 continue
             data = data[size:]
 
-    def _kernel_copy(self, source: int, start: int, stop: int) -> int:
-        """Let the kernel copy one piece; 0 where it cannot, or not better than we can."""
+    def _in_kernel(self, source: int, start: int, stop: int) -> int:
+        """Let the kernel copy or share one piece; 0 where it cannot, or not better than we can."""
         size = min(_KERNEL_PIECE, stop - start)
-        try:
-            if not self._uncached:
-                self._put_gathered()
-                size = os.copy_file_range(source, self.fd, size, start)
-            elif (size := size - size % _BLOCK) and not (start - self._position) % _BLOCK:
-                self._put_gathered()
-                share_blocks(source, start, size, self.fd, self._position)
-                os.lseek(self.fd, size, os.SEEK_CUR)
-            else:
+        if self._uncached:
+            size -= size % _BLOCK
+            if not size or (start - self._position) % _BLOCK:
                 return 0
-        except OSError as error:
-            if error.errno not in _NO_KERNEL_COPY:
-                raise
-            self._kernel = False
-            return 0
+        self._put_gathered()
+        if not self._uncached:
+            size = self._copied(source, start, size)
+        elif share_blocks(source, start, size, self.fd, self._position):
+            os.lseek(self.fd, size, os.SEEK_CUR)
+        else:
+            size = 0
+        self._kernel = size > 0  # else the bytes are read, which tells whether they are there
         self._position += size
-        return size  # 0 at the end of the file, or from a kernel that copies nothing: we read then
+        return size
+
+    def _copied(self, source: int, start: int, size: int) -> int:
+        try:
+            return os.copy_file_range(source, self.fd, size, start)
+        except AttributeError:  # not on this system
+            return 0
+        except OSError as error:
+            if error.errno in _NO_KERNEL_COPY:
+                return 0
+            raise
 
     def finish(self) -> Made:
         """Sync; the sink renames."""
