@@ -10,6 +10,7 @@ Needs moescale installed in the Python that runs it, and three times the size on
 page cache is warm; the runs of a round follow one another in changing order, so that a drifting
 machine shows in all of them. `cp -r` does not wait for the disk; moescale does (every file is
 synced before it gets its name), so a third row has `cp -r` followed by a sync of what it wrote.
+What a plain `cp -r` leaves in memory shows with a model that fits there, less with a larger one.
 mergekit 0.1.5 scales with `passthrough` and `scale`, transformers loads, scales and saves; both
 need torch and live in environments of their own. Blocks that a file system shares between source
 and output (XFS, btrfs) are not new.
