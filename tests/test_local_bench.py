@@ -7,6 +7,7 @@ import errno
 import hashlib
 import mmap
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -296,6 +297,34 @@ def test_a_disk_is_written_past_the_page_cache(
         writer.write(memoryview(tail))
         sink.commit_file("x.bin", writer.finish())
     assert (sink.root / "x.bin").read_bytes() == MIB + MIB + tail
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems are not asked for room")
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_file_asks_for_its_room_at_once(
+    folder: Path, sink: LocalSink, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """Files that grow side by side would lie in many small parts; an answer of no is no error."""
+    reserve, asked = os.posix_fallocate, []
+
+    def ask(fd: int, offset: int, size: int) -> None:
+        asked.append((offset, size))
+        if fails:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        reserve(fd, offset, size)
+        assert os.fstat(fd).st_size == 9004
+
+    monkeypatch.setattr(local_bench, "pass_cache", lambda fd, on: on)
+    monkeypatch.setattr(local_bench, "share_blocks", lambda *_: False)
+    monkeypatch.setattr(os, "posix_fallocate", ask)
+    assert copied(folder, sink, 0, 9000) == checkpoints.DATA[:9000]
+    assert not asked, "the stretch does not begin where a block does"
+    with sink.bench.shard("x.bin", 9004) as writer, LocalSource(folder).open("data.bin") as reader:
+        list(writer.copy_from(reader, 0, 9000))
+        assert asked == [(0, 9004)]
+        writer.write(memoryview(b"tail"))
+        sink.commit_file("x.bin", writer.finish())
+    assert (sink.root / "x.bin").read_bytes() == checkpoints.DATA[:9000] + b"tail"
 
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.EINVAL, errno.EOPNOTSUPP])

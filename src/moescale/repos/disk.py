@@ -7,6 +7,7 @@ import os
 import stat
 import struct
 import sys
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 if sys.platform == "linux":
@@ -100,6 +101,11 @@ if sys.platform == "linux":
             return False
         return on
 
+    def reserve(fd: int, offset: int, size: int) -> None:
+        """Ask for room in one piece, where several files that grow at once would mix theirs."""
+        with suppress(OSError):
+            os.posix_fallocate(fd, offset, size)
+
     def share_blocks(source: int, start: int, size: int, target: int, offset: int) -> bool:
         """Let a stretch of one open file be a stretch of another too, in whole blocks; if it can.
 
@@ -116,6 +122,9 @@ else:
     def pass_cache(fd: int, on: bool) -> bool:
         """Other systems write through their cache."""
         return False
+
+    def reserve(fd: int, offset: int, size: int) -> None:
+        """Other systems decide by themselves."""
 
     def share_blocks(source: int, start: int, size: int, target: int, offset: int) -> bool:
         """Other systems are not asked."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from moescale.checkpoint.rewrite import PIECE, Reader
 from moescale.errors import DestinationError, RewriteError
 from moescale.repos.base import Arrived, Made, Written, nobody
-from moescale.repos.disk import BINARY, pass_cache, share_blocks
+from moescale.repos.disk import BINARY, pass_cache, reserve, share_blocks
 from moescale.repos.local_source import SHARE_HINT, LocalReader
 
 _KERNEL_PIECE = 32 << 20
@@ -56,6 +56,8 @@ class LocalWriter:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | BINARY
         self.fd = os.open(temporary, flags, 0o666)
         self._uncached = pass_cache(self.fd, True)
+        if self._uncached and digest:  # else a copy of blocks is tried first, which needs no room
+            reserve(self.fd, 0, size)
 
     def write(self, data: memoryview) -> None:
         """Append the bytes."""
@@ -133,6 +135,7 @@ class LocalWriter:
         elif share_blocks(source, start, size, self.fd, self._position):
             os.lseek(self.fd, size, os.SEEK_CUR)
         else:
+            reserve(self.fd, self._position, self._size - self._position)
             size = 0
         self._kernel = size > 0  # else the bytes are read, which tells whether they are there
         self._position += size
