@@ -4,20 +4,12 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 
-LARGEST_WHEEL=200000
-
 make_environment .venv-release "--group release"
 rm -rf dist
 .venv-release/bin/python -m build --outdir dist .
 .venv-release/bin/python -m twine check --strict dist/*
 
 wheel=$(echo dist/*.whl)
-size=$(wc -c < "$wheel")
-echo "$wheel: $size bytes"
-if [ "$size" -ge "$LARGEST_WHEEL" ]; then
-  echo "The wheel is larger than $LARGEST_WHEEL bytes." >&2
-  exit 1
-fi
 
 # The home of pipx is a temporary folder, so that nothing of the user's changes.
 home=$(mktemp -d)

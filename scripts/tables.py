@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Writes the tables of options, model types and formats into the README, from the code.
+"""Writes the tables of options, model types and formats into the README and docs/, from the code.
 
 python scripts/tables.py          # writes
-python scripts/tables.py --check  # only says whether the README is up to date
+python scripts/tables.py --check  # only says whether they are up to date
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import typer
@@ -18,28 +18,41 @@ from moescale.model import architectures, formats
 from moescale.model.architectures import Architecture
 from moescale.model.gating import GATINGS, Gating, Other
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 START, END = "<!-- {}: made by scripts/tables.py -->\n", "<!-- end of {} -->\n"
 
 
 def main() -> None:
     """Write or check."""
-    old = README.read_text(encoding="utf-8")
-    new = with_tables(old)
-    if "--check" not in sys.argv:
-        README.write_text(new, encoding="utf-8")
-    elif new != old:
-        sys.exit("README.md is not up to date; run: python scripts/tables.py")
+    for name, tables in PAGES.items():
+        page = ROOT / name
+        old = page.read_text(encoding="utf-8")
+        new = with_tables(old, tables)
+        if "--check" not in sys.argv:
+            page.write_text(new, encoding="utf-8")
+        elif new != old:
+            sys.exit(f"{name} is not up to date; run: python scripts/tables.py")
 
 
-def with_tables(text: str) -> str:
-    """The README with fresh tables."""
-    for name, table in TABLES.items():
+def with_tables(text: str, tables: Mapping[str, Callable[[], str]]) -> str:
+    """A page with fresh tables."""
+    for name, table in tables.items():
         start, end = START.format(name), END.format(name)
         before, _, rest = text.partition(start)
         after = rest.partition(end)[2]
         text = f"{before}{start}\n{table()}\n{end}{after}"
     return text
+
+
+def counts() -> str:
+    """How many model types and tensor formats the tables know."""
+    types = len({row.model_type for row in architectures.ROWS})
+    kinds = len({row.name for row in formats.ROWS})
+    refused = len({row.name for row in formats.REFUSED})
+    return (
+        f"[The tables](docs/models.md) know {types} model types and {kinds} tensor formats;"
+        f" {refused} more formats are refused by name.\n"
+    )
 
 
 def options_table() -> str:
@@ -59,21 +72,24 @@ def spelling(option: typer.core.TyperOption) -> str:
 
 
 def types_table() -> str:
-    """Model types by what can be done with them."""
-    groups: dict[str, list[str]] = {}
-    for row in architectures.ROWS:
-        groups.setdefault(group(row), []).append(name(row))
-    lines = ["| model types | what happens |", "|---|---|"]
-    lines += [f"| {', '.join(sorted(set(names)))} | {what} |" for what, names in groups.items()]
-    return "\n".join(lines) + "\n"
+    """Every model type: what happens to its experts, and what can be done with its router."""
+    lines = [
+        "| model type | what happens | `--fold config` | `--rule gates` | `--gate-scale` |",
+        "|---|---|---|---|---|",
+    ]
+    rows = sorted(architectures.ROWS, key=lambda row: (row.model_type, row.part or ""))
+    return "\n".join([*lines, *map(types_row, rows)]) + "\n"
 
 
-def name(row: Architecture) -> str:
-    """The model type, with its part, marked where `--fold config` can be used."""
-    return f"`{row.model_type}`" + (f" ({row.part})" if row.part else "") + " ᶠ" * row.folds
+def types_row(row: Architecture) -> str:
+    """One model type, or one part of it."""
+    part = f"/{row.part}" if row.part else ""
+    gates, scale = router_group(row, GATINGS[row.model_type + part])
+    name = f"`{row.model_type}`" + (f" ({row.part})" if row.part else "")
+    return f"| {name} | {effect(row)} | {'yes' if row.folds else 'no'} | {gates} | {scale} |"
 
 
-def group(row: Architecture) -> str:
+def effect(row: Architecture) -> str:
     """What happens to models of this type."""
     if row.fixed:
         return f"scaled, but the number of experts stays: {row.fixed}"
@@ -81,22 +97,7 @@ def group(row: Architecture) -> str:
         return f"only `--rule none`: {row.no_effect}"
     if row.partly:
         return f"scaled, with a warning: {row.partly}"
-    return "scaled (ᶠ: or folded into the config, `--fold config`)"
-
-
-def routers_table() -> str:
-    """Model types by what can be done with their routers."""
-    groups: dict[tuple[str, str], set[str]] = {}
-    for row in architectures.ROWS:
-        part = f"/{row.part}" if row.part else ""
-        what = router_group(row, GATINGS[row.model_type + part])
-        groups.setdefault(what, set()).add(name(row).removesuffix(" ᶠ"))
-    lines = ["| routers of | `--rule gates` | `--gate-scale` |", "|---|---|---|"]
-    lines += [
-        f"| {', '.join(sorted(names))} | {gates} | {scale} |"
-        for (gates, scale), names in groups.items()
-    ]
-    return "\n".join(lines) + "\n"
+    return "scaled"
 
 
 def router_group(row: Architecture, gating: Gating | Other) -> tuple[str, str]:
@@ -134,11 +135,10 @@ def kind(row: formats.Format) -> str:
     return "the scale, in its own dtype; every code stays bit-identical"
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "types": types_table,
-    "routers": routers_table,
-    "formats": formats_table,
-    "options": options_table,
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"counts": counts},
+    "docs/models.md": {"types": types_table, "formats": formats_table},
+    "docs/options.md": {"options": options_table},
 }
 
 
