@@ -33,6 +33,7 @@ SIZES: Overrides = {
     **dict.fromkeys(("moe_shared_expert_intermediate_size", "share_expert_dim"), 24),
     **dict.fromkeys(("shared_experts_intermediate_size", "moe_hidden_size"), 24),
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 96),
+    "unpadded_vocab_size": 90,
     "mlp_layer_types": ["dense", "sparse", "sparse"],
     "hidden_size_per_layer_input": 8,
     "max_position_embeddings": 64,

@@ -1,0 +1,66 @@
+"""Faults of other projects that a test meets: which versions have them, and five lines that show it.
+
+A test that meets one is expected to fail, and fails when it passes: then the fault is mended, and
+`versions` ends where it was.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from packaging.specifiers import SpecifierSet
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault of one package."""
+
+    package: str
+    versions: str
+    """Those that have it; open at the end until it is mended."""
+    tests: str
+    """The ids of the tests that meet it, as a regular expression."""
+    raises: type[Exception]
+    """What they fail with; any other failure is one of ours."""
+    reason: str
+    reproduction: str
+    """A few lines that fail in the same way, without anything of ours."""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the installed version has it."""
+        try:
+            installed = version(self.package)
+        except PackageNotFoundError:
+            return False
+        return SpecifierSet(self.versions).contains(installed, prereleases=True)
+
+    def is_met_by(self, test_id: str) -> bool:
+        """Whether the test of this id runs into it."""
+        return re.search(self.tests, test_id) is not None
+
+    def __str__(self) -> str:
+        return f"{self.package} {version(self.package)}: {self.reason}"
+
+
+FAULTS = [
+    Fault(
+        package="transformers",
+        versions=">=5.24",
+        tests=r"test_routed_output_is_the_factor_times_the_original\[llama4-",
+        raises=AttributeError,
+        reason="Llama4ForConditionalGeneration reads image_outputs, which its text model never has",
+        reproduction="""
+import torch
+from transformers import Llama4Config, Llama4ForConditionalGeneration
+tiny = dict.fromkeys(("hidden_size", "head_dim", "intermediate_size", "vocab_size"), 8)
+tiny |= dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1)
+config = Llama4Config(text_config=tiny | {"pad_token_id": 0}, vision_config=tiny)
+Llama4ForConditionalGeneration(config)(input_ids=torch.zeros(1, 2, dtype=torch.long))
+""",
+    ),
+]
+
+HERE = [fault for fault in FAULTS if fault.is_here]
