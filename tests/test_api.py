@@ -26,7 +26,15 @@ from gated_checkpoints import gated_mixtral
 import moescale
 from moescale import api, cli
 from moescale.errors import SourceError, UsageError
-from moescale.options import Options, Rescaling, Rule
+from moescale.options import (
+    ConvertOptions,
+    Options,
+    PlanOptions,
+    Rescaling,
+    Rule,
+    VerifyOptions,
+    option_rows,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,16 +87,52 @@ def test_the_keywords_are_the_fields_of_options() -> None:
         assert typed[name] == kept[name], name
 
 
+@pytest.mark.parametrize(
+    ("verb", "keywords"),
+    [(api.plan, PlanOptions), (api.convert, ConvertOptions), (api.verify, VerifyOptions)],
+)
+def test_the_signature_shows_every_option(verb: Any, keywords: type) -> None:
+    """`help` and a notebook show each option with its type and default, not ``**options``."""
+    signature = inspect.signature(verb)
+    for name, hint in get_type_hints(keywords).items():
+        assert signature.parameters[name].annotation == hint
+        assert signature.parameters[name].default is (False if hint is bool else None)
+    assert all(p.kind is not p.VAR_KEYWORD for p in signature.parameters.values())
+
+
+@pytest.mark.parametrize(
+    ("verb", "word", "meant"),
+    [
+        ("convert", "k", "experts"),
+        ("convert", "check", "verify"),
+        ("convert", "dry_run", "moescale.plan"),
+        ("plan", "expert", "experts"),
+        ("verify", "num_experts_per_tok", "experts"),
+        ("verify", "n", "trained_experts"),
+    ],
+)
+def test_a_wrong_keyword_names_the_right_one(verb: str, word: str, meant: str) -> None:
+    """Words of the command, of configs and of other tools are told what they are called here."""
+    with pytest.raises(TypeError, match=rf"^{verb}\(\) has no option '{word}'; {meant}\?$"):
+        getattr(moescale, verb)("a", **{word: 3})
+
+
+def test_a_keyword_that_resembles_nothing_is_named() -> None:
+    """No suggestion is better than a wrong one."""
+    with pytest.raises(TypeError, match=r"^plan\(\) has no option 'zzz'$"):
+        moescale.plan("a", zzz=1)
+
+
 @pytest.mark.parametrize("verb", [api.plan, api.convert, api.verify])
 def test_every_option_of_the_command_is_a_keyword(verb: Any) -> None:
     """A long option is a keyword with underscores; what only the command needs is listed here."""
     own = {"dry_run", "version", "json", "quiet", "verbose", "install_completion"}
-    own |= {"show_completion", "verify", "public"}
-    taken = {*inspect.signature(verb).parameters, *Rescaling.__annotations__}
+    own |= {"show_completion", "public"}
+    taken = {*inspect.signature(verb).parameters}
     lacks = {
-        api.plan: {"jobs", "dask"},
+        api.plan: {"jobs", "dask", "verify"},
         api.convert: set(),
-        api.verify: {"overwrite", "private", "create_pr", "commit_message", "report"},
+        api.verify: {"overwrite", "private", "create_pr", "commit_message", "report", "verify"},
     }[verb]
     options = {
         name[2:].replace("-", "_")
@@ -114,12 +158,11 @@ def test_the_examples_of_the_docstrings_hold(verb: str, there: Path) -> None:
 
 @pytest.mark.parametrize("verb", [api.plan, api.convert])
 def test_every_keyword_is_documented(verb: Any) -> None:
-    """Each parameter has its line in the docstring, and each option in that of `Rescaling`."""
+    """Each parameter has its line in the docstring, each option that of the table."""
     text = inspect.getdoc(verb) or ""
     for name in inspect.signature(verb).parameters:
         assert f"\n    {name}: " in text, name
-    for name in Rescaling.__annotations__:
-        assert f"\n    {name}: " in (inspect.getdoc(Rescaling) or ""), name
+    assert option_rows(PlanOptions)["rho"].help in text
 
 
 def test_every_error_says_when_it_is_raised() -> None:
@@ -142,7 +185,7 @@ def tell(name: str, size: int) -> None: ...
 
 plan: moescale.Plan = moescale.plan("a", experts=3, rule="gates", rho=0.5)
 result: moescale.Result = moescale.convert(
-    Path("a"), "b", experts=3, factors={"0": 1.2}, max_memory=1 << 30, progress=tell, check=True
+    Path("a"), "b", experts=3, factors={"0": 1.2}, max_memory=1 << 30, progress=tell, verify=True
 )
 moescale.verify("a", "b", factors=Path("moescale.json"), jobs=2, progress=tell)
 how: moescale.Rescaling = {"experts": 3, "fold": "config"}
@@ -155,8 +198,9 @@ moescale.plan("a", expert=3)  # wrong: call-arg
 moescale.plan("a", experts="3")  # wrong: arg-type
 moescale.plan("a", experts=3, rule="best")  # wrong: arg-type
 moescale.convert("a", experts=3)  # wrong: call-arg
-moescale.convert("a", "b", factors={0: 1.2})  # wrong: dict-item
-moescale.convert("a", "b", experts=3, verify=True)  # wrong: call-arg
+moescale.convert("a", "b", factors={0: 1.2})
+moescale.convert("a", "b", factors={0: "1.2"})  # wrong: arg-type
+moescale.convert("a", "b", experts=3, check=True)  # wrong: call-arg
 moescale.convert("a", "b", experts=3, progress=print())  # wrong: arg-type
 moescale.verify("a", "b", experts=3, overwrite=True)  # wrong: call-arg
 result.state  # wrong: attr-defined
@@ -200,7 +244,7 @@ def test_a_script_is_checked_against_the_installed_package(tmp_path: Path) -> No
         ({"experts": "3"}, "--experts is '3': it must be a whole number"),
         ({"experts": 3, "rho": "0.5"}, "--rho is '0.5': it must be a number"),
         ({"factor": "2"}, "--factor is '2': it must be a number"),
-        ({"factors": {0: 1.2}}, "the layer 0 must be text, such as '0'"),
+        ({"factors": {0: 1.2, "0": 1.3}}, "--factors: names a layer twice"),
         ({"factors": {"0": "1.2"}}, "not a number"),
         ({"factors": {}}, "holds no factors"),
         ({"factors": "nowhere.json"}, "--factors nowhere.json: No such file"),
@@ -307,7 +351,7 @@ def test_progress_adds_up_to_the_sizes_of_the_plan(there: Path) -> None:
     assert done == Counter({name: 2 * size for name, size in sizes.items()})
     moescale.convert(there, "out", experts=3, progress=progress)
     assert done == Counter({name: 2 * size for name, size in sizes.items()})
-    moescale.convert(there, "new", experts=3, progress=progress, check=True)
+    moescale.convert(there, "new", experts=3, progress=progress, verify=True)
     assert done == Counter({name: 4 * size for name, size in sizes.items()})
 
 
@@ -328,7 +372,7 @@ def test_nothing_is_printed_or_changed(there: Path, capfd: pytest.CaptureFixture
         warnings.simplefilter("error")
         for rule in rules:
             moescale.plan("gated", rule, experts=3, rule=rule)
-            moescale.convert("gated", rule, experts=3, rule=rule, check=True)
+            moescale.convert("gated", rule, experts=3, rule=rule, verify=True)
             moescale.verify("gated", rule, experts=3, rule=rule)
         with pytest.raises(moescale.errors.SourceError):
             moescale.plan("gated/nothing here", experts=3)
@@ -348,7 +392,7 @@ def test_what_a_callback_raises_ends_the_threads(there: Path, error: type[BaseEx
     with pytest.raises(error):
         moescale.convert(there, "out", experts=3, jobs=2, progress=fail)
     assert threading.active_count() == before
-    assert moescale.convert(there, "out", experts=3, check=True).status == "resume"
+    assert moescale.convert(there, "out", experts=3, verify=True).status == "resume"
 
 
 def test_an_interrupted_call_resumes(there: Path) -> None:
@@ -371,4 +415,4 @@ def test_an_interrupted_call_resumes(there: Path) -> None:
         time.sleep(0.05)
     assert threading.active_count() == before
     assert not Path("out/config.json").exists()
-    assert moescale.convert(there, "out", experts=3, check=True).status == "resume"
+    assert moescale.convert(there, "out", experts=3, verify=True).status == "resume"

@@ -110,7 +110,7 @@ def test_a_finished_run_is_not_measured_again(model: Model) -> None:
     """The same command says that it is done; proving the output needs no model either."""
     api.convert(model.source, model.output, **model.options())
     assert api.convert(model.source, model.output, **model.options()).status == "done"
-    assert api.convert(model.source, model.output, check=True, **model.options()).verified
+    assert api.convert(model.source, model.output, verify=True, **model.options()).verified
     assert api.verify(model.source, model.output, **model.options()).verified
     assert model.runs == 1
 

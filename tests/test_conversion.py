@@ -219,7 +219,7 @@ def test_a_tensor_of_several_pieces(tmp_path: Path) -> None:
     checkpoints.write_shards(tmp_path / "source", tensors, 1)
     config = {"model_type": "mixtral", "num_experts_per_tok": 2, "num_local_experts": 4}
     (tmp_path / "source" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
-    convert(tmp_path / "source", tmp_path / "out", experts=3, check=True)
+    convert(tmp_path / "source", tmp_path / "out", experts=3, verify=True)
     check_weights(tmp_path / "source", tmp_path / "out", factor_by_layer(UP))
 
 
@@ -272,7 +272,7 @@ def test_the_source_is_never_touched(source: Path, tmp_path: Path) -> None:
     """No file of it is written, made, removed or given another time."""
     before = checkpoints.tree(source)
     stats = {name: (source / name).stat().st_mtime_ns for name in before}
-    convert(source, tmp_path / "out", experts=3, check=True)
+    convert(source, tmp_path / "out", experts=3, verify=True)
     assert checkpoints.tree(source) == before
     assert {name: (source / name).stat().st_mtime_ns for name in before} == stats
 
@@ -524,7 +524,7 @@ def test_a_younger_source_makes_the_output_stale(source: Path, tmp_path: Path) -
     os.utime(source / "model-00001-of-00003.safetensors", (later, later))
     with pytest.raises(DestinationError, match="younger"):
         convert(source, tmp_path / "out", experts=3)
-    assert convert(source, tmp_path / "out", experts=3, check=True).verified
+    assert convert(source, tmp_path / "out", experts=3, verify=True).verified
     assert convert(source, tmp_path / "out", experts=3, overwrite=True).status == "replace"
 
 
@@ -546,7 +546,7 @@ def test_an_output_whose_config_was_edited_is_not_done(source: Path, tmp_path: P
     with pytest.raises(DestinationError, match="changed since"):
         convert(source, tmp_path / "out", experts=3)
     with pytest.raises(VerificationError, match=r"config\.json: differs"):
-        convert(source, tmp_path / "out", experts=3, check=True)
+        convert(source, tmp_path / "out", experts=3, verify=True)
 
 
 def test_an_output_can_be_rescaled_again(source: Path, tmp_path: Path) -> None:
@@ -709,7 +709,7 @@ def test_a_count_for_each_layer_is_done_and_proven_like_any_other(tmp_path: Path
     del config["num_experts_per_tok"]
     config |= {"model_type": "hunyuan_v1_moe", "moe_topk": [1, 2, 2, 1]}
     (source / "config.json").write_text(json.dumps(config))
-    assert convert(source, tmp_path / "out", experts=3, check=True).verified
+    assert convert(source, tmp_path / "out", experts=3, verify=True).verified
     assert convert(source, tmp_path / "out", experts=3).status == "done"
     after = json.loads((tmp_path / "out" / "config.json").read_text())
     assert after["moe_topk"] == [3, 3, 3, 3]

@@ -230,7 +230,7 @@ from moescale.api import convert
 hits = []
 signal.signal(signal.SIGALRM, lambda *_: hits.append(1))
 signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
-convert(sys.argv[1], sys.argv[2], experts=3, jobs=2, check=True)
+convert(sys.argv[1], sys.argv[2], experts=3, jobs=2, verify=True)
 signal.setitimer(signal.ITIMER_REAL, 0)
 assert len(hits) > 10, hits
 """

@@ -109,7 +109,7 @@ def test_a_cluster_makes_what_one_machine_makes(
 def test_a_cluster_proves_an_output(source: Path, tmp_path: Path, workers: Workers) -> None:
     """The workers read again and compare; what differs is said as by one machine."""
     out = tmp_path / "out"
-    assert convert(source, out, experts=3, dask=workers.address, check=True).verified
+    assert convert(source, out, experts=3, dask=workers.address, verify=True).verified
     assert verify(source, out, experts=3, dask=workers.address).verified
     data = bytearray((out / SHARDS[1]).read_bytes())
     data[-1] ^= 1
@@ -118,7 +118,7 @@ def test_a_cluster_proves_an_output(source: Path, tmp_path: Path, workers: Worke
         errors.VerificationError,
         match=rf"{SHARDS[1]}: differs from the plan at byte {len(data) - 1}, in",
     ):
-        convert(source, out, experts=3, dask=workers.address, check=True)
+        convert(source, out, experts=3, dask=workers.address, verify=True)
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -459,7 +459,7 @@ def test_without_dask_nothing_of_it_is_imported(source: Path, tmp_path: Path) ->
     """A run without --dask costs no import of dask or distributed."""
     code = (
         "import sys; from moescale.api import convert\n"
-        "convert(sys.argv[1], sys.argv[2], experts=3, check=True)\n"
+        "convert(sys.argv[1], sys.argv[2], experts=3, verify=True)\n"
         "print([name for name in ('dask', 'distributed', 'tornado') if name in sys.modules])"
     )
     command = [sys.executable, "-c", code, str(source), str(tmp_path / "out")]

@@ -111,7 +111,7 @@ def test_a_norm_on_the_routed_output_is_no_obstacle(tmp_path: Path) -> None:
 def test_only_routers_change(tmp_path: Path) -> None:
     """Without --experts, the routers' weights are multiplied and every other byte stays."""
     gated_mixtral(tmp_path / "in")
-    plan = api.convert(tmp_path / "in", tmp_path / "out", gate_scale=SCALE, check=True).plan
+    plan = api.convert(tmp_path / "in", tmp_path / "out", gate_scale=SCALE, verify=True).plan
     assert set(plan.factors.values()) == {1.0}
     for name, data in checkpoints.tree(tmp_path / "in").items():
         wanted = data
@@ -201,7 +201,12 @@ def test_it_goes_with_the_inverse_fold(tmp_path: Path) -> None:
     """The norm before a router undoes a smaller stream, so both can be done together."""
     build("gpt_oss", tmp_path / "in")
     plan = api.convert(
-        tmp_path / "in", tmp_path / "out", factor=1.5, fold="residual", gate_scale=SCALE, check=True
+        tmp_path / "in",
+        tmp_path / "out",
+        factor=1.5,
+        fold="residual",
+        gate_scale=SCALE,
+        verify=True,
     ).plan
     assert {t.edit.factor for t in plan.tensors if t.role == "router"} == {SCALE}
     assert {t.edit.factor for t in plan.tensors if t.role != "router"} == {1 / 1.5}

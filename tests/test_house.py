@@ -78,7 +78,7 @@ def test_a_plan_needs_no_numpy() -> None:
 
 def test_the_command_uses_only_what_is_public() -> None:
     """Whatever the command can do can be done from Python, too."""
-    own = {"interrupts", "report", "version"}
+    own = {"interrupts", "options", "report", "version"}
     assert imports(PACKAGE / "cli.py") - own <= {"api", *moescale.__all__}
 
 

@@ -119,7 +119,7 @@ def test_a_shard_whose_header_changes_is_streamed_too(lab: Lab, xet: bool) -> No
     files = checkpoints.tree(folder)
     hub.add_repo("lab/widened", files)
     convert(folder, lab.root / "out", factor=1.37)
-    result = convert("lab/widened", PLACE, factor=1.37, check=True)
+    result = convert("lab/widened", PLACE, factor=1.37, verify=True)
     want = checkpoints.tree(lab.root / "out")
     shards = [name for name in want if name.endswith(".safetensors")]
     assert result.verified

@@ -25,7 +25,7 @@ powers_of_two = pytest.mark.parametrize("case", q.POWER_OF_TWO, ids=lambda case:
 def convert(case: Case, folder: Path, factor: float) -> tuple[dict[str, Raw], dict[str, Raw]]:
     """The tensors before and after, of a conversion that was verified."""
     before = q.write(case, folder / "in")
-    result = api.convert(folder / "in", folder / "out", factor=factor, check=True)
+    result = api.convert(folder / "in", folder / "out", factor=factor, verify=True)
     assert result.verified
     return before, q.read(folder / "out")
 
@@ -215,7 +215,7 @@ def test_a_scale_that_was_subnormal_may_stay_so(tmp_path: Path) -> None:
     """Groups of zeros have the smallest scales that F16 can hold; that is no reason to refuse."""
     tiny = q.raw("F16", np.full((q.OUT, 8), 6.7e-7))
     source = with_scale("AWQ gemv", tmp_path / "in", ".scales", tiny)
-    api.convert(source, tmp_path / "out", factor=0.9, check=True)
+    api.convert(source, tmp_path / "out", factor=0.9, verify=True)
 
 
 STATE = ".weight.quant_state.bitsandbytes__nf4"
@@ -248,7 +248,7 @@ def test_an_offset_with_few_digits_still_fits(tmp_path: Path) -> None:
     text = b'{"quant_type": "nf4", "shape": [1, 2], "nested_offset": 0.5}'
     state = q.raw("U8", np.frombuffer(text, np.uint8))
     source = with_scale("bitsandbytes nf4 double", tmp_path / "in", STATE, state)
-    api.convert(source, tmp_path / "out", factor=FACTOR, check=True)
+    api.convert(source, tmp_path / "out", factor=FACTOR, verify=True)
     name = q.modules(case_of("bitsandbytes nf4 double"))[1] + STATE
     new = q.read(tmp_path / "out")[name][2]
     assert len(new) == len(text) and np.float32(json.loads(new)["nested_offset"]) == np.float32(

@@ -33,8 +33,8 @@ def differences(
     """Largest difference between folding and scaling, and between scaling and the source."""
     source = folder / "source"
     tiny_models.build("gpt_oss", source, dtype=dtype, config={"rms_norm_eps": eps, **config})
-    api.convert(source, folder / "scaled", factor=FACTOR, check=True)
-    api.convert(source, folder / "folded", factor=FACTOR, fold="residual", check=True)
+    api.convert(source, folder / "scaled", factor=FACTOR, verify=True)
+    api.convert(source, folder / "folded", factor=FACTOR, fold="residual", verify=True)
     scaled = logits(folder / "scaled")
     folded = (logits(folder / "folded") - scaled).abs().max()
     return float(folded), float((scaled - logits(source)).abs().max())
@@ -84,7 +84,7 @@ def test_experts_stay_and_all_other_writers_are_divided(tmp_path: Path) -> None:
     """Any factor works on MXFP4: only embedding and attention outputs change, by its inverse."""
     before = gpt_oss(tmp_path / "in")
     plan = api.convert(
-        tmp_path / "in", tmp_path / "out", factor=FACTOR, fold="residual", check=True
+        tmp_path / "in", tmp_path / "out", factor=FACTOR, fold="residual", verify=True
     ).plan
     after = q.read(tmp_path / "out")
     assert set(plan.factors.values()) == {FACTOR}
@@ -161,7 +161,7 @@ def test_other_model_types_are_refused(tmp_path: Path) -> None:
 def test_a_factor_of_one_divides_nothing(tmp_path: Path) -> None:
     """A factor of one leaves every tensor as it was."""
     before = gpt_oss(tmp_path / "in")
-    api.convert(tmp_path / "in", tmp_path / "out", factor=1.0, fold="residual", check=True)
+    api.convert(tmp_path / "in", tmp_path / "out", factor=1.0, fold="residual", verify=True)
     assert q.read(tmp_path / "out") == before
 
 

@@ -100,7 +100,7 @@ def test_runs_agree_to_the_last_byte(tmp_path: Path) -> None:
     gated_mixtral(tmp_path / "in")
     for name in ("one", "two"):
         plan = api.convert(
-            tmp_path / "in", tmp_path / name, experts=4, rule="gates", rho=0.25, check=True
+            tmp_path / "in", tmp_path / name, experts=4, rule="gates", rho=0.25, verify=True
         ).plan
     assert checkpoints.tree(tmp_path / "one") == checkpoints.tree(tmp_path / "two")
     written = json.loads((tmp_path / "one" / "moescale.json").read_text())

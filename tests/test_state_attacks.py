@@ -279,7 +279,7 @@ def test_what_everything_vouches_for_is_told_by_the_proof(source: Path, out: Pat
     content[2] = json.dumps(entry).encode() + b"\n"
     (out / STATE / JOURNAL).write_bytes(b"".join(content))
     with pytest.raises(VerificationError, match=FIRST):
-        convert(source, out, experts=3, check=True)
+        convert(source, out, experts=3, verify=True)
 
 
 @pytest.mark.parametrize("damage", [alter, replace])
@@ -291,7 +291,7 @@ def test_a_finished_output_that_is_damaged(
     damage(tmp_path / "out" / SECOND)
     before = checkpoints.tree(tmp_path / "out")
     with pytest.raises(VerificationError, match=SECOND):
-        convert(source, tmp_path / "out", experts=3, check=True)
+        convert(source, tmp_path / "out", experts=3, verify=True)
     assert checkpoints.tree(tmp_path / "out") == before
 
 

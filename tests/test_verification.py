@@ -86,7 +86,7 @@ def test_a_second_proof_changes_nothing(source: Path, output: Path) -> None:
 
 def test_a_run_with_proof_is_as_good(source: Path, tmp_path: Path) -> None:
     """Written and verified in one go gives the bytes of written, then verified."""
-    convert(source, tmp_path / "one", experts=3, check=True)
+    convert(source, tmp_path / "one", experts=3, verify=True)
     convert(source, tmp_path / "two", experts=3)
     verify(source, tmp_path / "two", experts=3)
     assert checkpoints.tree(tmp_path / "one") == checkpoints.tree(tmp_path / "two")
@@ -94,14 +94,14 @@ def test_a_run_with_proof_is_as_good(source: Path, tmp_path: Path) -> None:
 
 def test_an_output_that_is_not_rescaled_passes(source: Path, tmp_path: Path) -> None:
     """The rule none is verified like every other."""
-    assert convert(source, tmp_path / "out", experts=3, rule="none", check=True).verified
+    assert convert(source, tmp_path / "out", experts=3, rule="none", verify=True).verified
 
 
 def test_a_stale_output_that_is_still_right_passes(source: Path, output: Path) -> None:
     """Times of the source are no difference, and after the proof the output is done again."""
     later = (output / "moescale.json").stat().st_mtime + 5
     os.utime(source / SHARD, (later, later))
-    assert convert(source, output, experts=3, check=True).status in ("stale", "done")
+    assert convert(source, output, experts=3, verify=True).status in ("stale", "done")
 
 
 def test_git_and_cache_of_the_output_do_not_matter(source: Path, output: Path) -> None:
@@ -127,13 +127,13 @@ def test_the_same_command_again_rewrites_nothing(source: Path, output: Path) -> 
         seen[name] = seen.get(name, 0) + size
 
     before = stamps(output)
-    result = convert(source, output, experts=3, check=True, progress=count)
+    result = convert(source, output, experts=3, verify=True, progress=count)
     assert (result.status, result.verified) == ("done", True)
     first = stamps(output)
     assert {n for n in first if first[n] != before[n]} <= {"moescale.json", "."}
     assert seen == {f.name: result.plan.output_size(f) for f in result.plan.large_files if f.size}
     for _ in range(2):
-        assert convert(source, output, experts=3, check=True).status == "done"
+        assert convert(source, output, experts=3, verify=True).status == "done"
         assert stamps(output) == first
 
 
@@ -169,7 +169,7 @@ def fails_with_four(source: Path, output: Path, **options: Any) -> str:
     """The line of the same command with --verify, which changes nothing, and its exit code."""
     before = checkpoints.tree(output)
     with pytest.raises(VerificationError) as caught:
-        convert(source, output, check=True, **{"experts": 3, **options})
+        convert(source, output, verify=True, **{"experts": 3, **options})
     assert next(code for kind, code in EXIT_CODES.items() if isinstance(caught.value, kind)) == 4
     assert checkpoints.tree(output) == before
     return caught.value.message
@@ -194,7 +194,7 @@ def test_any_byte_of_any_file(source: Path, output: Path, seed: int) -> None:
         path.write_bytes(data)
         if name.endswith(".safetensors"):
             assert tensor_at(path, offset) in message
-    assert convert(source, output, experts=3, check=True).verified
+    assert convert(source, output, experts=3, verify=True).verified
 
 
 def test_a_bit_of_the_provenance(source: Path, output: Path) -> None:
@@ -217,7 +217,7 @@ def test_a_byte_of_a_promoted_scale(tmp_path: Path, where: str) -> None:
     case = next(c for c in quantised_checkpoints.EXACT if c.id == "block FP8, BF16 scales")
     source, output = tmp_path / "source", tmp_path / "out"
     quantised_checkpoints.write(case, source)
-    convert(source, output, factor=1.5, check=True)
+    convert(source, output, factor=1.5, verify=True)
     path = output / SHARD
     start, stop = next(
         place
@@ -248,7 +248,7 @@ def test_an_output_of_another_version(source: Path, output: Path) -> None:
     path.write_bytes(path.read_bytes().replace(__version__.encode(), b"99.1"))
     (output / "README.md").write_bytes(b"Made by another version.")
     with pytest.raises(DestinationError, match=f"moescale 99.1, and this is {__version__}"):
-        convert(source, output, experts=3, check=True)
+        convert(source, output, experts=3, verify=True)
 
 
 def test_an_output_of_links_out_of_it(source: Path, output: Path) -> None:
@@ -266,7 +266,7 @@ def test_a_pipe_in_the_output(source: Path, output: Path) -> None:
         (output / name).rename(output.parent / "aside")
         os.mkfifo(output / name)
         with pytest.raises(MoescaleError):
-            convert(source, output, experts=3, check=True)
+            convert(source, output, experts=3, verify=True)
         (output.parent / "aside").rename(output / name)
     assert verify(source, output, experts=3).verified
 

@@ -3,7 +3,7 @@
 Nothing here prints, exits, changes the environment or touches signals: those are the command's.
 What goes wrong is an exception of `moescale.errors`. Ctrl-C is a `KeyboardInterrupt`, as
 everywhere; after it, as after any error, the call's threads have ended, and the same call resumes.
-An error's hint names the command's options; `check` is ``--verify``, the others have their names.
+An error's hint names the command's options, which have the same names here.
 
 Only a model that the rule ``measured`` has to download shows the Hub client's own bars, on a
 terminal; `huggingface_hub.utils.disable_progress_bars` turns them off.
@@ -15,13 +15,26 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack, get_args
+from typing import TYPE_CHECKING, ParamSpec, TypeVar, Unpack, get_args
 
 from moescale.errors import DestinationError, MoescaleError, UsageError
 from moescale.measuring.calibration import Calibration, measured_plan, open_calibration
 from moescale.model.architectures import ROWS, known_types
-from moescale.options import RULES, Fold, Options, Rescaling, StrPath, options_of
+from moescale.options import (
+    RULES,
+    ConvertOptions,
+    Fold,
+    Options,
+    PlanOptions,
+    Rescaling,
+    StrPath,
+    VerifyOptions,
+    documented,
+    options_of,
+    wrong_keyword,
+)
 from moescale.planning.decide import make_plan
 from moescale.planning.files import PROVENANCE
 from moescale.planning.plan import Plan
@@ -41,26 +54,43 @@ from moescale.running.verification import verify as compare
 if TYPE_CHECKING:
     from moescale.running.cluster import Workers
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
 Measuring = Callable[[int, int], None]
 """Called with tokens that a model ran over, or layers that ``gates`` sampled: done, and in all."""
 
 
 def _silent(*_: object) -> None:
-    """Nobody wants to know."""
+    """Default callback: ignore."""
 
 
+def _with_options(keywords: type) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Show the options of a verb in its signature and docstring, and refuse other keywords."""
+
+    def decorate(verb: Callable[_P, _R]) -> Callable[_P, _R]:
+        signature, rows = documented(verb, keywords)
+
+        @wraps(verb)
+        def checked(*args: _P.args, **given: _P.kwargs) -> _R:
+            if unknown := next((name for name in given if name not in signature.parameters), None):
+                raise TypeError(wrong_keyword(verb.__name__, unknown, [*signature.parameters]))
+            return verb(*args, **given)
+
+        setattr(checked, "__signature__", signature)  # noqa: B010 - mypy knows no such attribute
+        checked.__doc__ = rows
+        return checked
+
+    return decorate
+
+
+@_with_options(PlanOptions)
 def plan(
     source: StrPath,
     destination: StrPath | None = None,
     *,
-    revision: str | None = None,
-    overwrite: bool = False,
-    private: bool | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    report: StrPath | None = None,
     measuring: Measuring = _silent,
-    **options: Unpack[Rescaling],
+    **options: Unpack[PlanOptions],
 ) -> Plan:
     """Decide what a conversion would do; reads the config, the index and the shard headers.
 
@@ -79,27 +109,22 @@ def plan(
     Args:
         source: a directory, ``org/name``, or ``hf://org/name[@revision]``.
         destination: a directory or ``hf://org/name[@branch]``.
-        revision: of a source that is given as ``org/name``.
-        overwrite: as for `convert`.
-        private: as for `convert`.
-        create_pr: as for `convert`.
-        commit_message: as for `convert`.
-        report: draw the plan into this HTML page.
         measuring: told of the rule at work.
-        options: see `moescale.Rescaling`.
 
     Raises:
         UsageError: an option is wrong by itself.
         SourceError: the checkpoint cannot be read, or not be rescaled so.
         TemporaryError: the Hub does not answer.
     """
+    report, revision = options.get("report"), options.get("revision")
     _check_report(report, source, destination)
     wanted, calibration = _asked(options, measuring)
     if destination is None:
         made = _made(open_source(os.fspath(source), revision), wanted, None, calibration, measuring)
     else:
         check_places(os.fspath(source), os.fspath(destination), revision)
-        sink = open_sink(os.fspath(destination), private, create_pr, commit_message, overwrite)
+        overwrite = options.get("overwrite", False)
+        sink = _sink(destination, options)
         reader = open_source(os.fspath(source), revision)
         made = _trial(
             reader, sink, os.fspath(destination), wanted, calibration, measuring, overwrite
@@ -107,28 +132,20 @@ def plan(
     return _drawn(made, report)
 
 
+@_with_options(ConvertOptions)
 def convert(
     source: StrPath,
     destination: StrPath,
     *,
-    revision: str | None = None,
-    jobs: int | None = None,
-    overwrite: bool = False,
-    check: bool = False,
-    private: bool | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    dask: StrPath | None = None,
-    report: StrPath | None = None,
     progress: Progress = _silent,
     planned: Callable[[Plan], None] = _silent,
     measuring: Measuring = _silent,
-    **options: Unpack[Rescaling],
+    **options: Unpack[ConvertOptions],
 ) -> Result:
     """Rescale a checkpoint; continues an interrupted run of the same job.
 
     >>> import moescale
-    >>> result = moescale.convert("Mixtral-8x7B", "Mixtral-8x7B-3", experts=3, check=True)
+    >>> result = moescale.convert("Mixtral-8x7B", "Mixtral-8x7B-3", experts=3, verify=True)
     >>> result.status, result.verified
     ('new', True)
     >>> moescale.convert("Mixtral-8x7B", "Mixtral-8x7B-3", experts=3).status
@@ -142,41 +159,30 @@ def convert(
         source: a directory, ``org/name``, or ``hf://org/name[@revision]``.
         destination: a directory or ``hf://org/name[@branch]``; nothing in it loads before
             everything is there.
-        revision: of a source that is given as ``org/name``.
-        jobs: shards at once; by default the number of cores, at most 8, and 2 to the Hub; on a
-            cluster what its workers can do.
-        overwrite: replace a destination that holds something else.
-        check: afterwards read source and output again and prove the output (``--verify``).
-        private: whether a repo that has to be made is private; None for the Hub's default.
-        create_pr: open a pull request instead of changing the branch.
-        commit_message: of the commit that brings the output.
-        dask: address or file of a Dask scheduler, whose workers rewrite the shards. They need this
-            version of moescale, and places that they can reach.
-        report: draw the plan into this HTML page, before anything is written. Where that cannot be
-            done is refused at first; what goes wrong later is a warning of the plan.
         progress: called with a file's name and the number of its bytes done since the last call,
             from several threads, also at once. For each of `Plan.large_files` the numbers add up
-            to `Plan.output_size`; with `check`, once more. Where nothing is left to do there are
+            to `Plan.output_size`; with `verify`, once more. Where nothing is left to do there are
             no calls. What it raises ends the run.
         planned: called with the plan, in the calling thread, before anything is written.
         measuring: told of the rule at work. ``measured`` runs the model unless the destination has
             the factors of this very job.
-        options: see `moescale.Rescaling`.
 
     Raises:
         UsageError: an option is wrong by itself.
         SourceError: the checkpoint cannot be read, or not be rescaled so; nothing was written.
         DestinationError: the destination holds something else, or cannot take the output.
         RewriteError: a shard could not be rewritten, or a value would overflow.
-        VerificationError: `check` found a difference.
+        VerificationError: `verify` found a difference.
         TemporaryError: the Hub or the cluster failed for now; the same call resumes.
     """
+    report, revision = options.get("report"), options.get("revision")
+    overwrite, jobs = options.get("overwrite", False), options.get("jobs")
     _check_report(report, source, destination)
     wanted, calibration = _asked(options, measuring)
     _check_jobs(jobs)
     check_places(os.fspath(source), os.fspath(destination), revision)
-    sink = open_sink(os.fspath(destination), private, create_pr, commit_message, overwrite)
-    with _crew(dask) as crew:
+    sink = _sink(destination, options)
+    with _crew(options.get("dask")) as crew:
         reader = open_source(os.fspath(source), revision)
         check_not_source(reader, sink)
         made = _made(
@@ -188,6 +194,7 @@ def convert(
         outcome = run(
             plan, reader, sink, jobs=jobs, overwrite=overwrite, progress=progress, crew=crew
         )
+        check = options.get("verify", False)
         if not check:
             _check_status(outcome.status, os.fspath(destination))
         else:
@@ -196,16 +203,14 @@ def convert(
     return Result(plan, outcome.status, check, sink.url, (*received, *sink.remarks))
 
 
+@_with_options(VerifyOptions)
 def verify(
     source: StrPath,
     destination: StrPath,
     *,
-    revision: str | None = None,
-    jobs: int | None = None,
-    dask: StrPath | None = None,
     progress: Progress = _silent,
     measuring: Measuring = _silent,
-    **options: Unpack[Rescaling],
+    **options: Unpack[VerifyOptions],
 ) -> Result:
     """Prove that `destination` is what `convert` with the same options makes of `source`.
 
@@ -219,17 +224,18 @@ def verify(
     ...     print(error.message)
     model-00001-of-00003.safetensors: differs from the plan at byte 1720, in tensor ...
 
-    The arguments are those of `convert`. What SHA-256 sums the provenance lacks are noted there.
+    The arguments are those of `convert`. SHA-256 sums that the provenance lacks are noted there.
 
     Raises:
         VerificationError: with file, tensor and offset of the first difference.
         MoescaleError: as for `convert`.
     """
     wanted, calibration = _asked(options, measuring)
+    jobs = options.get("jobs")
     _check_jobs(jobs)
     sink = open_sink(os.fspath(destination))
-    with _crew(dask) as crew:
-        reader = open_source(os.fspath(source), revision)
+    with _crew(options.get("dask")) as crew:
+        reader = open_source(os.fspath(source), options.get("revision"))
         plan = _made(reader, wanted, os.fspath(destination), calibration, measuring, sink)
         verify_output(plan, reader, sink, jobs or _default_jobs(sink, crew), progress, crew)
     return Result(plan, "done", True)
@@ -244,6 +250,17 @@ def values(option: str) -> list[str]:
         "part": {row.part for row in ROWS if row.part},
     }
     return sorted(found[option])
+
+
+def _sink(destination: StrPath, given: PlanOptions) -> Sink:
+    """The destination, opened as the options say."""
+    return open_sink(
+        os.fspath(destination),
+        given.get("private"),
+        given.get("create_pr", False),
+        given.get("commit_message"),
+        given.get("overwrite", False),
+    )
 
 
 def _asked(given: Rescaling, measuring: Measuring) -> tuple[Options, Calibration | None]:

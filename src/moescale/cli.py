@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import io
 import json
 import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypedDict
 
 import typer
 
 from moescale import errors, interrupts
+from moescale.options import (
+    EXECUTION,
+    FACTOR,
+    HUB,
+    MODEL,
+    OUTPUT,
+    ConvertOptions,
+    Option,
+    PlanOptions,
+    Rescaling,
+    option_rows,
+)
 from moescale.version import __version__
 
 if TYPE_CHECKING:
@@ -54,15 +66,6 @@ output, and the number in config.json is set. SRC is never written to; an interr
 is continued by the same command.
 """
 
-FACTOR, HUB, MODEL, RUN, OUTPUT = (
-    "Which factor, and where it goes",
-    "The Hub",
-    "Models that are not in the table, or have several MoEs",
-    "The run",
-    "What is shown",
-)
-"""Headings of the options but the first ones; Typer's own take rich, which takes long to start."""
-
 
 class _Command(typer.core.TyperCommand):
     """A command that shows its options under headings."""
@@ -72,7 +75,7 @@ class _Command(typer.core.TyperCommand):
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             if record := parameter.get_help_record(ctx):
-                usual = f"{parameter.param_type_name.capitalize()}s"
+                usual = "Arguments" if parameter.param_type_name == "argument" else "Other"
                 panel = getattr(parameter, "rich_help_panel", None)
                 sections.setdefault(panel or usual, []).append(record)
         for title, records in sections.items():
@@ -100,259 +103,96 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.command(
-    help=HELP,
-    no_args_is_help=True,
-    cls=_Command,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-def _command(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="The checkpoint to read.")],
-    destination: Annotated[
-        Optional[str],  # noqa: UP045 - Typer shows it
-        typer.Argument(metavar="DST", help="Where to write; may be left out with --dry-run."),
-    ] = None,
-    experts: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("-k", "--experts", metavar="M", help="Experts per token of the output."),
-    ] = None,
-    trained_experts: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(
-            "-n",
-            "--trained-experts",
-            metavar="N",
-            rich_help_panel=FACTOR,
-            help="Experts per token that the weights were trained for; default: the config's."
-            " 1 restores a merge of dense models.",
-        ),
-    ] = None,
-    rule: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            rich_help_panel=FACTOR,
-            metavar="RULE",
-            autocompletion=_values("rule"),
-            help="preserve (default), published, gates, measured, or none.",
-        ),
-    ] = None,
-    calibrate: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(
-            rich_help_panel=FACTOR,
-            metavar="FILE",
-            help="The text that --rule measured runs the model on: 2,048 tokens or more, of which"
-            " the first 65,536 are taken. Needs torch, transformers and accelerate.",
-        ),
-    ] = None,
-    max_memory: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            rich_help_panel=FACTOR,
-            metavar="SIZE",
-            help="How much of the model --rule measured holds in main memory, such as 8GiB; the"
-            " rest lies on disk.",
-        ),
-    ] = None,
-    fold: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            rich_help_panel=FACTOR,
-            metavar="WHERE",
-            autocompletion=_values("fold"),
-            help="weights (default); config: multiply the model's own routed scaling key and"
-            " leave every weight as it is; or residual: leave the experts, divide the embedding and"
-            " the attention outputs (gpt-oss).",
-        ),
-    ] = None,
-    rho: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(
-            rich_help_panel=FACTOR,
-            metavar="R",
-            help="Correlation of expert outputs, 0 to 1; default 0.",
-        ),
-    ] = None,
-    factor: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(rich_help_panel=FACTOR, metavar="F", help="This factor instead of a rule."),
-    ] = None,
-    factors: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(
-            rich_help_panel=FACTOR,
-            metavar="FILE",
-            help="Factors by layer as JSON, or an earlier output's moescale.json.",
-        ),
-    ] = None,
-    gate_scale: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(
-            rich_help_panel=FACTOR,
-            metavar="F",
-            help="Multiply the router's weight: above 1 sharpens the gate, below 1 flattens it.",
-        ),
-    ] = None,
-    revision: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            rich_help_panel=HUB,
-            metavar="REV",
-            help="Branch, tag or commit of a SRC given as org/name.",
-        ),
-    ] = None,
-    part: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            rich_help_panel=MODEL,
-            metavar="NAME",
-            autocompletion=_values("part"),
-            help="Which MoE of a checkpoint that has several.",
-        ),
-    ] = None,
-    arch: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            rich_help_panel=MODEL,
-            metavar="TYPE",
-            autocompletion=_values("arch"),
-            help="Treat the model as this model type.",
-        ),
-    ] = None,
-    pattern: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            rich_help_panel=MODEL,
-            metavar="REGEX",
-            help="The names of the down-projections, for an architecture that is not known.",
-        ),
-    ] = None,
-    experts_key: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            rich_help_panel=MODEL,
-            metavar="KEY",
-            help="The config key of the experts per token, likewise.",
-        ),
-    ] = None,
-    private: Annotated[
-        Optional[bool],  # noqa: UP045
-        typer.Option(
-            "--private/--public",
-            rich_help_panel=HUB,
-            help="Of a repo that has to be made; default: the Hub's own.",
-        ),
-    ] = None,
-    create_pr: Annotated[
-        bool,
-        typer.Option(
-            "--create-pr",
-            rich_help_panel=HUB,
-            help="Open a pull request instead; takes the right to write.",
-        ),
-    ] = False,
-    commit_message: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(rich_help_panel=HUB, metavar="TEXT", help="Of the commit on the Hub."),
-    ] = None,
-    jobs: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(
-            "-j",
-            "--jobs",
-            rich_help_panel=RUN,
-            metavar="N",
-            min=1,
-            help="Shards at once; default: cores, at most 8, and 2 to the Hub, for the memory.",
-        ),
-    ] = None,
-    dask: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            rich_help_panel=RUN,
-            metavar="ADDRESS",
-            help="Let the workers of a Dask scheduler do the shards: tcp://host:8786, or a"
-            " scheduler file.",
-        ),
-    ] = None,
-    report_file: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(
-            "--report",
-            rich_help_panel=OUTPUT,
-            metavar="FILE",
-            help="Draw the plan into this HTML page too.",
-        ),
-    ] = None,
+class Showing(TypedDict, total=False):
+    """What only the command has: whether it runs, and what it prints."""
+
     dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Print the plan and what a run would refuse; write nothing."
-        ),
-    ] = False,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Afterwards read everything again and prove it.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a destination that holds something else.")
-    ] = False,
-    as_json: Annotated[
-        bool,
-        typer.Option("--json", rich_help_panel=OUTPUT, help="Print one JSON object on stdout."),
-    ] = False,
+        bool, Option("Print the plan and what a run would refuse; write nothing.", kind=bool)
+    ]
+    json: Annotated[bool, Option("Print one JSON object on stdout.", panel=OUTPUT, kind=bool)]
     quiet: Annotated[
         bool,
-        typer.Option("-q", "--quiet", rich_help_panel=OUTPUT, help="Print the destination only."),
-    ] = False,
+        Option("Print the destination only.", panel=OUTPUT, flags=("-q", "--quiet"), kind=bool),
+    ]
     verbose: Annotated[
         bool,
-        typer.Option(
-            "-v", "--verbose", rich_help_panel=OUTPUT, help="List every tensor and every file."
+        Option(
+            "List every tensor and every file.",
+            panel=OUTPUT,
+            flags=("-v", "--verbose"),
+            kind=bool,
         ),
-    ] = False,
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
-    ] = False,
-) -> None:
-    options: dict[str, Any] = {
-        "experts": experts,
-        "trained_experts": trained_experts,
-        "rule": rule,
-        "rho": rho,
-        "factor": factor,
-        "factors": factors,
-        "fold": fold,
-        "gate_scale": gate_scale,
-        "part": part,
-        "arch": arch,
-        "pattern": pattern,
-        "experts_key": experts_key,
-        "calibrate": calibrate,
-        "max_memory": max_memory,
-    }
-    if rule == "gates":  # before numpy starts threads, which wait for each other on a busy machine
+    ]
+
+
+def _parameters() -> list[inspect.Parameter]:
+    """The parameters of the command, as Typer reads them from a signature."""
+    rows = option_rows(Rescaling) | option_rows(Showing) | option_rows(ConvertOptions)
+    source = typer.Argument(metavar="SRC", help="The checkpoint to read.")
+    destination = typer.Argument(
+        metavar="DST", help="Where to write; may be left out with --dry-run."
+    )
+    version = typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    return [
+        _parameter("source", Annotated[str, source]),
+        _parameter("destination", Annotated[str | None, destination], None),
+        *(_option(name, rows[name]) for name in sorted(rows, key=lambda n: _rank(rows[n].panel))),
+        _parameter("version", Annotated[bool, version], False),
+    ]
+
+
+_PANELS = ("Options", FACTOR, HUB, MODEL, EXECUTION, OUTPUT)
+"""The headings of ``--help``, in order; within one, rows stand in the order of the table."""
+
+_rank = _PANELS.index
+
+
+def _option(name: str, row: Option) -> inspect.Parameter:
+    option = typer.Option(
+        *row.spellings(name),
+        metavar=row.metavar or None,
+        help=row.help,
+        rich_help_panel=row.panel,
+        autocompletion=_values(name) if row.completes else None,
+    )
+    yes_or_no = row.kind is bool and "/" not in "".join(row.flags)
+    kind = bool if yes_or_no else row.kind | None
+    return _parameter(name, Annotated[kind, option], False if yes_or_no else None)
+
+
+def _parameter(name: str, kind: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    by_name = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, by_name, default=default, annotation=kind)
+
+
+def _command(source: str, destination: str | None, version: bool, **given: Any) -> None:
+    shown = {name: given.pop(name) for name in Showing.__annotations__}
+    as_json, quiet, verbose = shown["json"], shown["quiet"], shown["verbose"]
+    if (
+        given["rule"] == "gates"
+    ):  # before numpy starts threads, which wait for each other on a busy machine
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if quiet or as_json:  # a model that is measured is downloaded by the client, with its own bars
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        places = {
-            "revision": revision,
-            "overwrite": overwrite,
-            "private": private,
-            "create_pr": create_pr,
-            "commit_message": commit_message,
-            "report": report_file,
-        }
-        if dry_run:
-            _show_plan(source, destination, {**options, **places}, as_json, quiet, verbose)
+        if shown["dry_run"]:
+            wanted = {name: given[name] for name in option_rows(PlanOptions)}
+            _show_plan(source, destination, wanted, as_json, quiet, verbose)
         elif destination is None:
             raise errors.UsageError("DST is missing", hint="Only --dry-run does without it.")
         else:
-            run = {**places, "jobs": jobs, "check": verify, "dask": dask}
-            _convert(source, destination, {**options, **run}, as_json, quiet, verbose)
+            _convert(source, destination, given, as_json, quiet, verbose)
     except KeyboardInterrupt:
         raise errors.InterruptedRun(interrupts.MESSAGE) from None
+
+
+setattr(_command, "__signature__", inspect.Signature(_parameters()))  # noqa: B010 - mypy
+app.command(
+    help=HELP,
+    no_args_is_help=True,
+    cls=_Command,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)(_command)
 
 
 def _show_plan(
@@ -406,7 +246,7 @@ def _convert(
                 text = terminal.plan_text(plan, verbose, terminal.blocks_for(sys.stderr))
                 print(text, end="\n\n", file=sys.stderr)
             sizes = {file.name: plan.output_size(file) for file in plan.large_files}
-            progress.expect(sizes, passes=2 if options["check"] else 1)
+            progress.expect(sizes, passes=2 if options["verify"] else 1)
 
         result = api.convert(
             source,

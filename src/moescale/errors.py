@@ -97,7 +97,7 @@ class RewriteError(MoescaleError):
 class VerificationError(MoescaleError):
     """The output differs from what the plan says.
 
-    Raised by `moescale.verify`, and by `moescale.convert` with ``check=True``.
+    Raised by `moescale.verify`, and by `moescale.convert` with ``verify=True``.
     """
 
     advice = "Remove the output and run the same command again."

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
 import os
 import struct
-from collections.abc import Callable, Mapping
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypedDict, TypeGuard
+from typing import Annotated, Any, Literal, TypedDict, TypeGuard, get_type_hints
 
 from moescale.checkpoint.json_text import parse_strict
 from moescale.errors import UsageError
@@ -23,66 +27,285 @@ RULES: tuple[Rule, ...] = ("preserve", "published", "gates", "measured", "none")
 StrPath = str | os.PathLike[str]
 
 
+@dataclass(frozen=True, slots=True)
+class Option:
+    """What an option means and how the command spells it.
+
+    The command, its completion, the signatures and docstrings of the API, and docs/options.md are
+    made from these rows.
+
+    Attributes:
+        help: what it means.
+        metavar: what the command calls its value; empty for a switch.
+        panel: the heading that it stands under in ``--help``.
+        flags: its spellings; by default ``--`` and the name with dashes.
+        kind: type of the value on the command line.
+        python: what the API says of it besides.
+        completes: the shell completes its values; see `moescale.api.values`.
+    """
+
+    help: str
+    metavar: str = ""
+    panel: str = "Options"
+    flags: tuple[str, ...] = ()
+    kind: type = str
+    python: str = ""
+    completes: bool = False
+
+    def spellings(self, name: str) -> tuple[str, ...]:
+        """How the command spells the option `name`."""
+        return self.flags or (f"--{name.replace('_', '-')}",)
+
+
+FACTOR, HUB, MODEL, EXECUTION, OUTPUT = (
+    "Which factor, and where it goes",
+    "The Hub",
+    "Models that are not in the table, or have several MoEs",
+    "Execution",
+    "Output",
+)
+"""Headings of the options but the first ones."""
+
+
 class Rescaling(TypedDict, total=False):
     """Keywords of `moescale.plan`, `convert` and `verify`: what shall be rescaled, and how.
 
-    The names and meanings are those of the command's long options; None is as good as left out.
-
-    Attributes:
-        experts: experts per token of the output; required but with `factor`, `factors` or
-            `gate_scale`.
-        trained_experts: experts per token that the weights were trained for; default: the config's.
-            1 restores a merge of dense models.
-        rule: how the factor is found; default ``preserve``.
-        rho: correlation of expert outputs, 0 to 1, for the rules ``preserve`` and ``gates``.
-        factor: this one instead of a rule.
-        factors: one for each MoE layer instead, by the layer's name (``"0"``, ``"mtp.0"``); or the
-            path of a JSON file, or of the ``moescale.json`` of an earlier output.
-        fold: where the factor goes; default ``weights``.
-        gate_scale: what the routers' weights are multiplied by.
-        part: which MoE of a checkpoint that has several.
-        arch: treat the model as this model type.
-        pattern: expression for the down-projections' names, for an architecture that is not known.
-        experts_key: the config key of the experts per token, likewise.
-        calibrate: path of the text for the rule ``measured``.
-        max_memory: of main memory for weights then: bytes, or text such as ``8GiB``.
+    `help(moescale.plan)` says what each means. None means: not given.
     """
 
-    experts: int | None
-    trained_experts: int | None
-    rule: Rule | None
-    rho: float | None
-    factor: float | None
-    factors: Mapping[str, float] | StrPath | None
-    fold: Fold | None
-    gate_scale: float | None
-    part: str | None
-    arch: str | None
-    pattern: str | None
-    experts_key: str | None
-    calibrate: StrPath | None
-    max_memory: str | int | None
+    experts: Annotated[
+        int | None,
+        Option(
+            "Experts per token of the output.",
+            "M",
+            flags=("-k", "--experts"),
+            kind=int,
+            python="Required, except with factor, factors or gate_scale.",
+        ),
+    ]
+    trained_experts: Annotated[
+        int | None,
+        Option(
+            "Experts per token that the weights were trained for; default: the config's."
+            " 1 restores a merge of dense models.",
+            "N",
+            FACTOR,
+            ("-n", "--trained-experts"),
+            int,
+        ),
+    ]
+    rule: Annotated[
+        Rule | None,
+        Option(
+            "preserve (default), published, gates, measured, or none.",
+            "RULE",
+            FACTOR,
+            completes=True,
+        ),
+    ]
+    calibrate: Annotated[
+        StrPath | None,
+        Option(
+            "The text that --rule measured runs the model on: 2,048 tokens or more, of which"
+            " the first 65,536 are taken. Needs torch, transformers and accelerate.",
+            "FILE",
+            FACTOR,
+            kind=Path,
+        ),
+    ]
+    max_memory: Annotated[
+        str | int | None,
+        Option(
+            "How much of the model --rule measured holds in main memory, such as 8GiB; the"
+            " rest lies on disk.",
+            "SIZE",
+            FACTOR,
+            python="A number means bytes.",
+        ),
+    ]
+    fold: Annotated[
+        Fold | None,
+        Option(
+            "weights (default); config: multiply the model's own routed scaling key and"
+            " leave every weight as it is; or residual: leave the experts, divide the embedding and"
+            " the attention outputs (gpt-oss).",
+            "WHERE",
+            FACTOR,
+            completes=True,
+        ),
+    ]
+    rho: Annotated[
+        float | None,
+        Option("Correlation of expert outputs, 0 to 1; default 0.", "R", FACTOR, kind=float),
+    ]
+    factor: Annotated[
+        float | None, Option("This factor instead of a rule.", "F", FACTOR, kind=float)
+    ]
+    factors: Annotated[
+        Mapping[str, float] | Mapping[int, float] | StrPath | None,
+        Option(
+            "Factors by layer as JSON, or an earlier output's moescale.json.",
+            "FILE",
+            FACTOR,
+            kind=Path,
+            python='A mapping such as {0: 1.2} or {"mtp.0": 1.2} does as well.',
+        ),
+    ]
+    gate_scale: Annotated[
+        float | None,
+        Option(
+            "Multiply the router's weight: above 1 sharpens the gate, below 1 flattens it.",
+            "F",
+            FACTOR,
+            kind=float,
+        ),
+    ]
+    part: Annotated[
+        str | None,
+        Option("Which MoE of a checkpoint that has several.", "NAME", MODEL, completes=True),
+    ]
+    arch: Annotated[
+        str | None, Option("Treat the model as this model type.", "TYPE", MODEL, completes=True)
+    ]
+    pattern: Annotated[
+        str | None,
+        Option(
+            "The names of the down-projections, for an architecture that is not known;"
+            " goes with --experts-key.",
+            "REGEX",
+            MODEL,
+        ),
+    ]
+    experts_key: Annotated[
+        str | None,
+        Option("Config key of the experts per token; goes with --pattern.", "KEY", MODEL),
+    ]
+
+
+class Reading(TypedDict, total=False):
+    """How the source is read."""
+
+    revision: Annotated[
+        str | None, Option("Branch, tag or commit of a SRC given as org/name.", "REV", HUB)
+    ]
+
+
+class Writing(TypedDict, total=False):
+    """How the destination is written, and the plan drawn."""
+
+    overwrite: Annotated[
+        bool, Option("Replace a destination that holds something else.", kind=bool)
+    ]
+    private: Annotated[
+        bool | None,
+        Option(
+            "Visibility if the repo is created; default: your Hub setting.",
+            panel=HUB,
+            flags=("--private/--public",),
+            kind=bool,
+        ),
+    ]
+    create_pr: Annotated[
+        bool,
+        Option("Open a pull request instead; needs the right to write.", panel=HUB, kind=bool),
+    ]
+    commit_message: Annotated[str | None, Option("Of the commit on the Hub.", "TEXT", HUB)]
+    report: Annotated[
+        StrPath | None,
+        Option("Draw the plan into this HTML page too.", "FILE", OUTPUT, kind=Path),
+    ]
+
+
+class Proving(TypedDict, total=False):
+    """Whether the output is proved."""
+
+    verify: Annotated[bool, Option("Afterwards read everything again and prove it.", kind=bool)]
+
+
+class Running(TypedDict, total=False):
+    """How many shards at once, and where."""
+
+    jobs: Annotated[
+        int | None,
+        Option(
+            "Shards processed in parallel; default: cores, at most 8; 2 when uploading.",
+            "N",
+            EXECUTION,
+            ("-j", "--jobs"),
+            int,
+        ),
+    ]
+    dask: Annotated[
+        StrPath | None,
+        Option(
+            "Let the workers of a Dask scheduler do the shards: tcp://host:8786, or a"
+            " scheduler file.",
+            "ADDRESS",
+            EXECUTION,
+            python="They need this version of moescale, and paths and addresses that they reach.",
+        ),
+    ]
+
+
+class PlanOptions(Rescaling, Reading, Writing, total=False):
+    """Keywords of `moescale.plan`."""
+
+
+class ConvertOptions(Rescaling, Reading, Proving, Writing, Running, total=False):
+    """Keywords of `moescale.convert`."""
+
+
+class VerifyOptions(Rescaling, Reading, Running, total=False):
+    """Keywords of `moescale.verify`."""
+
+
+def option_rows(keywords: type) -> dict[str, Option]:
+    """The rows of a class of keywords, by name, in the order of its definition."""
+    hints = get_type_hints(keywords, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items()}
+
+
+def documented(verb: Callable[..., Any], keywords: type) -> tuple[inspect.Signature, str]:
+    """The signature of a verb with all its options, and its docstring with a line for each."""
+    signature, hints = inspect.signature(verb), get_type_hints(keywords)
+    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    by_name, lines = inspect.Parameter.KEYWORD_ONLY, []
+    for name, row in option_rows(keywords).items():
+        default = False if hints[name] is bool else None
+        named.append(inspect.Parameter(name, by_name, default=default, annotation=hints[name]))
+        text = f"{name}: {row.help} {row.python}".rstrip()
+        lines.append(textwrap.fill(text, 100, initial_indent=" " * 8, subsequent_indent=" " * 12))
+    before, raises, after = (verb.__doc__ or "").partition("    Raises:\n")
+    return signature.replace(parameters=named), "\n".join(
+        [before.rstrip("\n"), *lines, raises + after]
+    )
+
+
+def wrong_keyword(verb: str, name: str, known: Sequence[str]) -> str:
+    """What to say of a keyword that a verb does not have."""
+    rows = option_rows(ConvertOptions)
+    short = [key for key, row in rows.items() if f"-{name}" in row.flags]
+    meant = next(iter([*short, *difflib.get_close_matches(name, known, 1)]), None)
+    if hint := _OTHERWISE.get(name):
+        meant = hint
+    return f"{verb}() has no option {name!r}" + (f"; {meant}?" if meant else "")
+
+
+_OTHERWISE: Mapping[str, str] = {
+    "dry_run": "moescale.plan",
+    "check": "verify",
+    "top_k": "experts",
+    "num_experts_per_tok": "experts",
+}
+"""Words that people use for something that is called otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """What the user asked for; a value that is wrong by itself is refused here.
 
-    Attributes:
-        experts: experts per token of the output; None keeps the config's number.
-        trained_experts: experts per token that the weights were trained for; None: the config's.
-        rule: how the factor is found; None where `factor` or `factors` is given.
-        rho: correlation of expert outputs, 0 to 1.
-        calibrate: SHA-256 of the text that the rule ``measured`` runs the model on.
-        factor: this constant instead of a rule.
-        factors: a factor for each MoE layer instead of a rule.
-        fold: where the factor goes; ``config`` multiplies the model's own routed scaling key,
-            ``residual`` divides what else writes into the residual stream.
-        part: which MoE of a checkpoint that has several.
-        arch: treat the model as this model type.
-        gate_scale: what the router's weight is multiplied by, to sharpen or flatten the gate.
-        pattern: expression for the names of the down-projections, for an unknown architecture.
-        experts_key: config key of the experts per token, for an unknown architecture.
+    The fields are the keys of `Rescaling`, but for `max_memory`, which changes no decision.
+    `calibrate` is the SHA-256 of the text. `rule` is None where `factor` or `factors` is given.
     """
 
     experts: int | None = None
@@ -197,7 +420,7 @@ def options_of(given: Rescaling, calibrate: str | None) -> Options:
         UsageError: a value is wrong by itself, or no number.
     """
     values: dict[str, Any] = {**given, "calibrate": calibrate}
-    values.pop("max_memory", None)
+    values = {name: values[name] for name in Options.__dataclass_fields__ if name in values}
     for name in ("experts", "trained_experts"):
         if values.get(name) is not None:
             values[name] = int(_number(values[name], name, Integral))
@@ -271,13 +494,14 @@ def _factors(content: Any, where: str) -> dict[str, float]:
     if not isinstance(content, Mapping) or not content:
         raise UsageError(f"{where}: holds no factors", hint='It needs {"factors": {"0": 1.2}}.')
     for layer, factor in content.items():
-        if not isinstance(layer, str):
-            raise UsageError(f"{where}: the layer {layer!r} must be text, such as {str(layer)!r}")
         number = isinstance(factor, Real) and not isinstance(factor, bool)
         if not number or not -_LARGEST < factor < _LARGEST:
             shown = repr(factor)[:40] if isinstance(factor, (str, Real)) else "something else"
             raise UsageError(f"{where}: the factor of layer {layer} is {shown}, not a number")
-    return {layer: float(factor) for layer, factor in content.items()}
+    factors = {str(layer): float(factor) for layer, factor in content.items()}
+    if len(factors) < len(content):  # 0 and "0"
+        raise UsageError(f"{where}: names a layer twice")
+    return factors
 
 
 _MADE_FOR: Mapping[str, Callable[[Any], bool]] = {
