@@ -4,5 +4,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 
-make_environment .venv-docs "--group docs"
+make_environment .venv-docs "$LOCK" --group docs
 exec .venv-docs/bin/python -m mkdocs "${1:-build}" --strict --config-file scripts/mkdocs.yml

@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 
-make_environment .venv-release "--group release"
+make_environment .venv-release "$LOCK" --group release
 rm -rf dist
 .venv-release/bin/python -m build --outdir dist .
 .venv-release/bin/python -m twine check --strict dist/*

@@ -1,17 +1,30 @@
 #!/usr/bin/env bash
 # Sets up an environment of its own and runs every check and every test.
-# Arguments go to pytest: ./scripts/test.sh tests/test_header.py
+#   --latest    with the newest version of everything, instead of those of the lock
+#   --no-torch  without torch and what needs it, for a Python or a machine that has no torch
+# Other arguments go to pytest: ./scripts/test.sh tests/test_header.py
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 
-make_environment .venv-test "--group test --group oracle -e ."
+folder=.venv-test lock=$LOCK groups="--group test --group oracle" without=
+while [ "$#" -gt 0 ]; do
+  case $1 in
+    --latest) folder=.venv-latest lock= ;;
+    --no-torch) groups="--group test" without=$1 ;;
+    *) break ;;
+  esac
+  shift
+done
+folder=$folder${without#-}
+
+# shellcheck disable=SC2086 - the words of $groups are separate arguments
+make_environment "$folder" "$lock" $groups --editable .
 
 if [ "$#" -eq 0 ]; then
-  .venv-test/bin/ruff check .
-  .venv-test/bin/ruff format --check .
-  .venv-test/bin/mypy
-  .venv-test/bin/python -m pytest --numprocesses auto --dist worksteal --cov --cov-report term
-else
-  .venv-test/bin/python -m pytest "$@"
+  "$folder/bin/ruff" check .
+  "$folder/bin/ruff" format --check .
+  [ -n "$without" ] || "$folder/bin/mypy" # reads the types of torch
+  set -- --numprocesses auto --dist worksteal --cov --cov-report term
 fi
+exec "$folder/bin/python" -m pytest ${without:+"$without"} "$@"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import checkpoints
@@ -15,6 +16,24 @@ settings.register_profile("moescale", deadline=None)  # a busy machine is no fai
 settings.load_profile("moescale")
 
 SET_BY_THE_COMMAND = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_VERBOSITY", "OPENBLAS_NUM_THREADS")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--no-torch`: what imports torch is left out, and named."""
+    parser.addoption("--no-torch", action="store_true", help="leave out the files that need torch")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """A file that cannot be imported for want of torch is skipped where that was asked for."""
+    report = yield
+    missing = re.search(r"No module named '(torch|bitsandbytes)'", str(report.longrepr))
+    if report.failed and missing and collector.config.getoption("--no-torch"):
+        report.outcome = "skipped"
+        report.longrepr = (str(collector.path), 1, "Skipped: needs torch, and --no-torch was given")
+    return report
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""Faults of other projects that a test meets: which versions have them, and five lines that show it.
+"""Faults of other projects that a test meets: which versions have them, and lines that show it.
 
 A test that meets one is expected to fail, and fails when it passes: then the fault is mended, and
 `versions` ends where it was.

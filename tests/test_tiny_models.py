@@ -6,10 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import (
