@@ -50,7 +50,7 @@ def imports(path: Path) -> set[str]:
 def files_of(room: str) -> list[Path]:
     """The modules of a room, or the one that has no room."""
     file = PACKAGE / f"{room}.py"
-    return [file] if file.exists() else sorted((PACKAGE / room).glob("*.py"))
+    return [file] if file.exists() else sorted((PACKAGE / room).rglob("*.py"))
 
 
 @pytest.mark.parametrize("room", MAY_USE)

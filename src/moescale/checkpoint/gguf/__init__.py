@@ -1,0 +1,1 @@
+"""The GGUF format: header, types of tensors, and how a header changes."""

@@ -1,0 +1,332 @@
+"""The header of a GGUF file: bytes to keys and tensors, as strict as llama.cpp.
+
+Layout, little-endian: ``GGUF``, u32 version, u64 tensors, u64 keys; the keys; the tensors' names,
+shapes, types and offsets; then, at the next multiple of the alignment, their data, each padded to
+the alignment. Source: ``ggml/src/gguf.cpp`` (``gguf_init_from_reader``) of llama.cpp 0.5.0.
+
+Large arrays (a vocabulary) are walked over, not kept.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from moescale.checkpoint.gguf.types import BY_NUMBER, REMOVED, GgmlType
+from moescale.errors import CheckpointError
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+MAX_HEADER_BYTES = 1 << 30
+"""A longer header is refused; the largest known ones have 10 MB."""
+ALIGNMENT = "general.alignment"
+
+_MOST = 1 << 30
+"""Bytes of a string, elements of an array; llama.cpp's bound."""
+_NAME_BYTES = 64
+_DIMENSIONS = 4
+_AHEAD = 1 << 18
+"""Bytes that are read at once."""
+
+STRING, ARRAY, BOOL = 8, 9, 7
+SCALARS: Final[Mapping[int, str]] = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    BOOL: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+"""The code of `struct` for each type of value but strings and arrays."""
+
+Read = Callable[[int, int], bytes]
+"""Gives so many bytes of a file from an offset on; fewer at its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key of the header.
+
+    Attributes:
+        name: its name.
+        kind: the type of its value; of an array `ARRAY`.
+        value: a number, a bool or a string; the numbers of an array of at most `KEPT`, else None.
+        start: where its entry starts in the file.
+        value_start: where the value itself starts; of an array, its first element.
+        stop: where its entry stops.
+        element: the type of an array's elements.
+        count: how many elements an array has.
+    """
+
+    name: str
+    kind: int
+    value: Any
+    start: int
+    value_start: int
+    stop: int
+    element: int | None = None
+    count: int | None = None
+
+
+KEPT = 4_096
+"""Arrays of numbers up to this length are kept: they have one number a layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """One tensor; `shape` has the fastest dimension first, `start` is an offset in the file."""
+
+    name: str
+    type: GgmlType
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+    info: tuple[int, int]  # where its entry starts and stops in the header
+
+    @property
+    def stop(self) -> int:
+        """Where its data stops."""
+        return self.start + self.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class GgufHeader:
+    """What a header says; keys and tensors are in the order of the file."""
+
+    version: int
+    keys: Mapping[str, Key]
+    tensors: tuple[GgufTensor, ...]
+    alignment: int
+    infos_start: int
+    infos_stop: int
+    data_start: int
+    file_size: int
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of a key."""
+        key = self.keys.get(name)
+        return default if key is None else key.value
+
+
+def parse_header(read: Read, file_size: int, where: str) -> GgufHeader:
+    """Read and check a header.
+
+    Raises:
+        CheckpointError: llama.cpp would reject the file, or it is too large to be true.
+    """
+    cursor = _Cursor(read, file_size, where)
+    version, tensor_count, key_count = _head(cursor)
+    keys: dict[str, Key] = {}
+    for _ in range(key_count):
+        key = _key(cursor)
+        if not key.name or key.name in keys:
+            raise cursor.bad(f"has the key {key.name!r} twice" if key.name else "has an empty key")
+        keys[key.name] = key
+    alignment = _alignment(keys, cursor)
+    infos_start = cursor.position
+    infos = [_info(cursor) for _ in range(tensor_count)]
+    infos_stop = cursor.position
+    data_start = infos_stop + -infos_stop % alignment if infos else infos_stop
+    tensors = _placed(infos, data_start, alignment, cursor)
+    return GgufHeader(
+        version, keys, tensors, alignment, infos_start, infos_stop, data_start, file_size
+    )
+
+
+class _Cursor:
+    """Walks over the header; holds what was read ahead."""
+
+    def __init__(self, read: Read, file_size: int, where: str) -> None:
+        self._read, self.file_size, self.where = read, file_size, where
+        self.position = 0
+        self._data, self._start = b"", 0
+
+    def bad(self, why: str, hint: str | None = None) -> CheckpointError:
+        return CheckpointError(f"{self.where}: {why}", hint=hint)
+
+    def peek(self, size: int) -> tuple[bytes, int]:
+        """A buffer and where in it the next `size` bytes start."""
+        at = self.position - self._start
+        if at + size > len(self._data):
+            self._fill(size)
+            at = 0
+        return self._data, at
+
+    def _fill(self, size: int) -> None:
+        if size > self.left:
+            raise self.bad("ends within its header", "The download is incomplete, or it is damaged")
+        if self.position + size > MAX_HEADER_BYTES:
+            raise self.bad(f"its header has more than {MAX_HEADER_BYTES:,} bytes")
+        ahead = min(max(size, _AHEAD), self.left)
+        self._data, self._start = self._read(self.position, ahead), self.position
+        if len(self._data) < size:
+            raise self.bad("ends within its header", "The download is incomplete, or it is damaged")
+
+    @property
+    def left(self) -> int:
+        return self.file_size - self.position
+
+    def take(self, form: struct.Struct) -> tuple[Any, ...]:
+        data, at = self.peek(form.size)
+        self.position += form.size
+        return form.unpack_from(data, at)
+
+    def number(self, code: str) -> Any:
+        return self.take(_STRUCTS[code])[0]
+
+    def string(self) -> str:
+        size = self.number("Q")
+        if size > min(_MOST, self.left):
+            raise self.bad(f"claims a string of {size:,} bytes")
+        data, at = self.peek(size)
+        self.position += size
+        return data[at : at + size].decode("utf-8", "surrogateescape")
+
+    def skip(self, size: int) -> None:
+        """Go on without reading."""
+        if size > self.left:
+            raise self.bad("ends within its header", "The download is incomplete, or it is damaged")
+        self.position += size
+        if self.position > MAX_HEADER_BYTES:
+            raise self.bad(f"its header has more than {MAX_HEADER_BYTES:,} bytes")
+
+    def skip_strings(self, count: int) -> None:
+        """Go on over many strings, with little to do for each."""
+        unpack = _STRUCTS["Q"].unpack_from
+        while count:
+            data, at = self.peek(8)
+            end, first = len(data) - 8, at
+            while count and at <= end:
+                at += 8 + unpack(data, at)[0]
+                count -= 1
+            self.skip(at - first)
+
+
+_STRUCTS = {code: struct.Struct("<" + code) for code in SCALARS.values()}
+_HEAD = struct.Struct("<4sIQQ")
+
+
+def _head(cursor: _Cursor) -> tuple[int, int, int]:
+    if cursor.file_size < _HEAD.size:
+        raise cursor.bad(f"{cursor.file_size} bytes are too few for a GGUF file")
+    magic, version, tensors, keys = cursor.take(_HEAD)
+    if magic != MAGIC:
+        lfs = "Run git lfs pull." if magic == b"vers" else None
+        raise cursor.bad("is no GGUF file", lfs)
+    if version not in VERSIONS:
+        if version & 0xFFFF == 0:
+            raise cursor.bad("is big-endian, which llama.cpp does not read here")
+        raise cursor.bad(f"is GGUF version {version}; 2 and 3 are read")
+    # An entry of a tensor has at least 24 bytes, one of a key 13.
+    if tensors * 24 + keys * 13 > cursor.left:
+        raise cursor.bad(f"claims {tensors:,} tensors and {keys:,} keys, more than it has room for")
+    return version, tensors, keys
+
+
+def _key(cursor: _Cursor) -> Key:
+    start = cursor.position
+    name, kind = cursor.string(), cursor.number("I")
+    if kind == ARRAY:
+        return _array(cursor, name, start)
+    at = cursor.position
+    if kind == STRING:
+        value: Any = cursor.string()
+    elif kind in SCALARS:
+        value = cursor.number(SCALARS[kind])
+    else:
+        raise cursor.bad(f"key {name!r} has the unknown type {kind}")
+    return Key(name, kind, value, start, at, cursor.position)
+
+
+def _array(cursor: _Cursor, name: str, start: int) -> Key:
+    element, count = cursor.number("I"), cursor.number("Q")
+    at, value = cursor.position, None
+    if element == STRING:
+        if count > _MOST or count * 8 > cursor.left:
+            raise cursor.bad(f"key {name!r} claims {count:,} strings")
+        cursor.skip_strings(count)
+    elif element in SCALARS:
+        form = struct.Struct(f"<{SCALARS[element]}")
+        if count > _MOST or count * form.size > cursor.left:
+            raise cursor.bad(f"key {name!r} claims {count:,} numbers")
+        if count <= KEPT:
+            value = cursor.take(struct.Struct(f"<{count}{SCALARS[element]}"))
+        else:
+            cursor.skip(count * form.size)
+    else:
+        raise cursor.bad(f"key {name!r} is an array of the unknown type {element}")
+    return Key(name, ARRAY, value, start, at, cursor.position, element, count)
+
+
+def _alignment(keys: Mapping[str, Key], cursor: _Cursor) -> int:
+    key = keys.get(ALIGNMENT)
+    if key is None:
+        return 32
+    if key.kind != 4:
+        raise cursor.bad(f"{ALIGNMENT} is no unsigned 32-bit number")
+    alignment = int(key.value)
+    if not alignment or alignment & (alignment - 1):
+        raise cursor.bad(f"{ALIGNMENT} is {alignment}, not a power of two")
+    return alignment
+
+
+_Info = tuple[str, GgmlType, tuple[int, ...], int, int, int]
+
+
+def _info(cursor: _Cursor) -> _Info:
+    start = cursor.position
+    name = cursor.string()
+    if len(name.encode("utf-8", "surrogateescape")) >= _NAME_BYTES:
+        raise cursor.bad(f"tensor {name[:80]!r}: its name has {_NAME_BYTES} bytes or more")
+    dimensions = cursor.number("I")
+    if dimensions > _DIMENSIONS:
+        raise cursor.bad(f"tensor {name!r} has {dimensions} dimensions")
+    shape = tuple(cursor.number("q") for _ in range(dimensions))
+    number, offset = cursor.number("I"), cursor.number("Q")
+    kind = _type(number, name, cursor)
+    if any(size < 0 for size in shape) or (shape[0] if shape else 1) % kind.weights:
+        raise cursor.bad(f"tensor {name!r}: the shape {list(shape)} is not possible in {kind.name}")
+    return name, kind, shape, offset, start, cursor.position
+
+
+def _type(number: int, name: str, cursor: _Cursor) -> GgmlType:
+    if number in BY_NUMBER:
+        return BY_NUMBER[number]
+    if number in REMOVED:
+        raise cursor.bad(f"tensor {name!r} has the type {REMOVED[number]}, which was removed")
+    raise cursor.bad(
+        f"tensor {name!r} has the type {number}, which llama.cpp does not have",
+        "It may be a type of a fork (ik_llama.cpp).",
+    )
+
+
+def _placed(
+    infos: list[_Info], data_start: int, alignment: int, cursor: _Cursor
+) -> tuple[GgufTensor, ...]:
+    """The tensors with their places; they lie one after the other, in order."""
+    tensors, names, expected = [], set[str](), 0
+    for name, kind, shape, offset, start, stop in infos:
+        if name in names:
+            raise cursor.bad(f"has the tensor {name!r} twice")
+        names.add(name)
+        if offset != expected:
+            raise cursor.bad(f"tensor {name!r} has offset {offset:,}, expected {expected:,}")
+        elements = 1
+        for size in shape:
+            elements *= size
+        nbytes = elements // kind.weights * kind.size
+        if data_start + offset + nbytes > cursor.file_size:
+            raise cursor.bad(
+                f"tensor {name!r} ends after the file does",
+                "The download is incomplete, or it is damaged; fetch it again.",
+            )
+        tensors.append(GgufTensor(name, kind, shape, data_start + offset, nbytes, (start, stop)))
+        expected += nbytes + -nbytes % alignment
+    return tuple(tensors)

@@ -1,0 +1,157 @@
+"""The arithmetic of GGUF: the scales of every block by a factor, rounded once.
+
+``new = f16(f32(d) * f32(factor))``, ties to even, subnormal numbers included; codes and quantised
+sub-scales keep their bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from moescale.checkpoint.gguf.types import GgmlType
+from moescale.checkpoint.scaling import exponent, table_16bit
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+@dataclass(slots=True)
+class Rounding:
+    """What the rounding of a tensor's scales did to its weights, relative to exact products.
+
+    Attributes:
+        blocks: blocks seen.
+        squares: sum over scales of their squared relative error.
+        counted: how many scales that were not zero are in it.
+        worst: the largest relative error of a scale.
+        zeroed: scales that became zero.
+        lost: finite scales that have no finite result.
+    """
+
+    blocks: int = 0
+    squares: float = 0.0
+    counted: int = 0
+    worst: float = 0.0
+    zeroed: int = 0
+    lost: int = 0
+
+    @property
+    def rms(self) -> float:
+        """Root mean square of the relative errors."""
+        return float((self.squares / self.counted) ** 0.5) if self.counted else 0.0
+
+
+def scale_blocks(
+    kind: GgmlType, factor: float, source: Bytes, result: Bytes, seen: Rounding
+) -> None:
+    """Multiply whole blocks of one type; `seen` counts what the rounding does.
+
+    Args:
+        kind: the type, one that can be scaled.
+        factor: what the weights are multiplied by.
+        source: bytes of the blocks.
+        result: as many bytes, filled.
+        seen: is added to.
+    """
+    result[:] = source
+    blocks, new = source.reshape(-1, kind.size), result.reshape(-1, kind.size)
+    seen.blocks += len(blocks)
+    if kind.kind == "E8M0":
+        _shift(blocks, new, kind, exponent(factor), seen)
+    elif kind.kind == "F32":
+        _multiply(blocks, new, factor, seen)
+    else:
+        for at in kind.scales:
+            codes = _codes(blocks, at, kind)
+            _put_codes(new, at, kind, _table(kind.kind, factor).new[codes])
+            _count(_table(kind.kind, factor), codes, seen)
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """All 65,536 scales of 16 bits: their results, and what is lost by rounding."""
+
+    new: np.ndarray[Any, np.dtype[np.uint16]]
+    error: np.ndarray[Any, np.dtype[np.float64]]  # relative; 0 where there is none to speak of
+    counted: np.ndarray[Any, np.dtype[np.bool_]]
+    zeroed: np.ndarray[Any, np.dtype[np.bool_]]
+    lost: np.ndarray[Any, np.dtype[np.bool_]]
+
+
+@lru_cache(maxsize=16)
+def _table(kind: str, factor: float) -> _Table:
+    name = "BF16" if kind == "BF16" else "F16"
+    new = table_16bit(name, factor)
+    codes = np.arange(1 << 16, dtype=np.uint16)
+    before, after = _values(codes, name), _values(new, name)
+    with np.errstate(all="ignore"):
+        exact = before * float(np.float32(factor))
+        finite = np.isfinite(before) & np.isfinite(after)
+        counted = finite & (before != 0)
+        error = np.where(counted, np.abs(after / exact - 1), 0.0)
+    lost = np.isfinite(before) & ~np.isfinite(after)
+    return _Table(new.astype("<u2"), error, counted, counted & (after == 0), lost)
+
+
+def _values(codes: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
+    if name == "F16":
+        return codes.view(np.float16).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        return (codes.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def _count(table: _Table, codes: np.ndarray[Any, Any], seen: Rounding) -> None:
+    error = table.error[codes]
+    seen.squares += float(np.square(error).sum())
+    seen.counted += int(np.count_nonzero(table.counted[codes]))
+    seen.worst = max(seen.worst, float(error.max(initial=0.0)))
+    seen.zeroed += int(np.count_nonzero(table.zeroed[codes]))
+    seen.lost += int(np.count_nonzero(table.lost[codes]))
+
+
+def _codes(blocks: Bytes, at: int, kind: GgmlType) -> np.ndarray[Any, Any]:
+    """The 16 bits of one scale of each block."""
+    if kind.kind != "NIBBLES":
+        return np.ascontiguousarray(blocks[:, at : at + 2]).view("<u2")[:, 0]
+    words = np.ascontiguousarray(blocks[:, at : at + 8]).view("<u2")
+    shifts = np.arange(0, 16, 4, dtype=np.uint16)
+    joined: np.ndarray[Any, Any] = np.bitwise_or.reduce((words >> 12) << shifts, axis=1)
+    return joined
+
+
+def _put_codes(
+    blocks: Bytes, at: int, kind: GgmlType, codes: np.ndarray[Any, np.dtype[np.uint16]]
+) -> None:
+    if kind.kind != "NIBBLES":
+        blocks[:, at : at + 2] = codes.astype("<u2")[:, None].view(np.uint8)
+        return
+    words = np.ascontiguousarray(blocks[:, at : at + 8]).view("<u2")
+    shifts = np.arange(0, 16, 4, dtype=np.uint16)
+    new = (words & 0x0FFF) | (((codes[:, None] >> shifts) & 0xF) << 12)
+    blocks[:, at : at + 8] = new.astype("<u2").view(np.uint8)
+
+
+def _multiply(blocks: Bytes, new: Bytes, factor: float, seen: Rounding) -> None:
+    values, results = blocks.reshape(-1).view("<f4"), new.reshape(-1).view("<f4")
+    with np.errstate(all="ignore"):
+        np.multiply(values, np.float32(factor), out=results)
+    np.copyto(results, values, where=np.isnan(values))
+    seen.lost += int(np.count_nonzero(np.isinf(results) & np.isfinite(values)))
+    seen.zeroed += int(np.count_nonzero((results == 0) & (values != 0)))
+
+
+def _shift(blocks: Bytes, new: Bytes, kind: GgmlType, k: int, seen: Rounding) -> None:
+    """E8M0: the byte b means 2**(b - 127), 255 is NaN and stays; so does that of a block of zeros.
+
+    Its codes are in the other bytes, two in each; 0 and 8 are the zeros.
+    """
+    (at,) = kind.scales
+    codes = blocks[:, at].astype(np.int16)
+    zeros = ~np.delete(blocks & 0x77, at, axis=1).any(axis=1)
+    stays = (codes == 255) | (zeros & (codes + k < 0))
+    shifted = np.where(stays, codes, codes + k)
+    seen.lost += int(np.count_nonzero((shifted < 0) | ((shifted > 254) & ~stays)))
+    new[:, at] = np.clip(shifted, 0, 255).astype(np.uint8)

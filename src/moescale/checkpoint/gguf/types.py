@@ -1,0 +1,113 @@
+"""The tensor types of GGUF, one row each: how large a block is, and where its scales are.
+
+A block of weights is a linear function of its scales: to multiply the weights, the scales are
+multiplied; codes and quantised sub-scales stay.
+
+Source: llama.cpp 0.5.0, ``ggml/src/ggml.c`` (``type_traits``), ``ggml/src/ggml-common.h`` (the
+block structures) and ``ggml/src/ggml-quants.c`` (what a block stands for).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+ScaleKind = Literal["F32", "F16", "BF16", "E8M0", "NIBBLES"]
+"""How a scale is stored. ``NIBBLES``: an F16 whose nibbles, the lowest first, are the top nibbles
+of four 16-bit words. ``E8M0``: the exponent of a power of two."""
+
+
+@dataclass(frozen=True, slots=True)
+class GgmlType:
+    """One type of tensor.
+
+    Attributes:
+        number: its id in a file.
+        name: as llama.cpp prints it, in capitals.
+        weights: numbers of a block.
+        size: bytes of a block.
+        scales: where the scales of a block start, in bytes; () where it cannot be scaled.
+        kind: how they are stored.
+        refused: why it cannot be scaled.
+    """
+
+    number: int
+    name: str
+    weights: int
+    size: int
+    scales: tuple[int, ...] = (0,)
+    kind: ScaleKind = "F16"
+    refused: str | None = None
+
+    @property
+    def rounding(self) -> float:
+        """Bound of the relative rounding error of a scale that stays a normal number."""
+        return {"F32": 2**-24, "F16": 2**-11, "NIBBLES": 2**-11, "BF16": 2**-8, "E8M0": 0.0}[
+            self.kind
+        ]
+
+
+_NOT_FOR_EXPERTS = "llama.cpp keeps no expert weights in it"
+_NOT_IN_FILES = "llama.cpp uses it while it computes, not in files"
+_NVFP4 = (
+    "its block scales (FP8 E4M3) cannot be multiplied without loss; blk.N.ffn_down_exps.scale can"
+)
+
+
+def _none(number: int, name: str, weights: int, size: int, why: str) -> GgmlType:
+    return GgmlType(number, name, weights, size, (), "F32", why)
+
+
+ROWS: Final[tuple[GgmlType, ...]] = (
+    GgmlType(0, "F32", 1, 4, kind="F32"),
+    GgmlType(1, "F16", 1, 2),
+    GgmlType(2, "Q4_0", 32, 18),
+    GgmlType(3, "Q4_1", 32, 20, (0, 2)),
+    GgmlType(6, "Q5_0", 32, 22),
+    GgmlType(7, "Q5_1", 32, 24, (0, 2)),
+    GgmlType(8, "Q8_0", 32, 34),
+    _none(9, "Q8_1", 32, 36, _NOT_IN_FILES),
+    GgmlType(10, "Q2_K", 256, 84, (80, 82)),
+    GgmlType(11, "Q3_K", 256, 110, (108,)),
+    GgmlType(12, "Q4_K", 256, 144, (0, 2)),
+    GgmlType(13, "Q5_K", 256, 176, (0, 2)),
+    GgmlType(14, "Q6_K", 256, 210, (208,)),
+    _none(15, "Q8_K", 256, 292, _NOT_IN_FILES),
+    GgmlType(16, "IQ2_XXS", 256, 66),
+    GgmlType(17, "IQ2_XS", 256, 74),
+    GgmlType(18, "IQ3_XXS", 256, 98),
+    GgmlType(19, "IQ1_S", 256, 50),
+    GgmlType(20, "IQ4_NL", 32, 18),
+    GgmlType(21, "IQ3_S", 256, 110),
+    GgmlType(22, "IQ2_S", 256, 82),
+    GgmlType(23, "IQ4_XS", 256, 136),
+    _none(24, "I8", 1, 1, _NOT_FOR_EXPERTS),
+    _none(25, "I16", 1, 2, _NOT_FOR_EXPERTS),
+    _none(26, "I32", 1, 4, _NOT_FOR_EXPERTS),
+    _none(27, "I64", 1, 8, _NOT_FOR_EXPERTS),
+    _none(28, "F64", 1, 8, _NOT_FOR_EXPERTS),
+    GgmlType(29, "IQ1_M", 256, 56, (48,), "NIBBLES"),
+    GgmlType(30, "BF16", 1, 2, kind="BF16"),
+    GgmlType(34, "TQ1_0", 256, 54, (52,)),
+    GgmlType(35, "TQ2_0", 256, 66, (64,)),
+    GgmlType(39, "MXFP4", 32, 17, kind="E8M0"),
+    _none(40, "NVFP4", 64, 36, _NVFP4),
+    GgmlType(41, "Q1_0", 128, 18),
+    GgmlType(42, "Q2_0", 64, 18),
+)
+
+BY_NUMBER: Final[Mapping[int, GgmlType]] = {row.number: row for row in ROWS}
+BY_NAME: Final[Mapping[str, GgmlType]] = {row.name: row for row in ROWS}
+
+REMOVED: Final[Mapping[int, str]] = {
+    4: "Q4_2",
+    5: "Q4_3",
+    31: "Q4_0_4_4",
+    32: "Q4_0_4_8",
+    33: "Q4_0_8_8",
+    36: "IQ4_NL_4_4",
+    37: "IQ4_NL_4_8",
+    38: "IQ4_NL_8_8",
+}
+"""Types that llama.cpp no longer reads."""
