@@ -135,6 +135,7 @@ EXTRAS: Mapping[str, bytes] = {
     "modeling_tiny.py": b"raise SystemExit('remote code was run')\n",
     "extra/deep/notes.txt": b"notes\n",
     "empty.txt": b"",
+    "side/model.safetensors": shard({"linear.weight": values("F32", (2,))}),
 }
 """Files that a repo has beside its weights; the card is edited, the others stay."""
 
@@ -144,10 +145,10 @@ LEFT_OUT: Mapping[str, bytes] = {
     "consolidated.00.pth": b"another twin",
     "original/params.json": b"{}",
     "tiny.gguf": b"GGUF",
-    "stale.safetensors": shard({"stale": values("F32", (2,))}),
+    "original/consolidated.00.pth": b"a third twin",
     "onnx/model.onnx": b"onnx",
 }
-"""Weights in other forms, and a shard that the index does not list."""
+"""Weights in other forms, under the names that give them away, and what goes with them."""
 
 NO_CHECKPOINT: Mapping[str, bytes] = {
     ".git/HEAD": b"ref: refs/heads/main\n",
@@ -288,7 +289,7 @@ def mixtral(folder: Path, *, shards: int = 3, dtype: str = "BF16", extras: bool 
     write_shards(folder, mixtral_tensors(dtype=dtype), shards)
     (folder / "config.json").write_bytes(MIXTRAL_CONFIG.encode())
     if extras:
-        write_files(folder, {**EXTRAS, **LEFT_OUT, **NO_CHECKPOINT})
+        write_files(folder, {**EXTRAS, **NO_CHECKPOINT})
     return folder
 
 

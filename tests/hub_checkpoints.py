@@ -55,7 +55,7 @@ def model(folder: Path, seed: int = 0) -> dict[str, Content]:
     """Write a checkpoint of three shards with all that a repo has beside; returns its files."""
     checkpoints.write_shards(folder, tensors(seed), len(SHARDS))
     (folder / "config.json").write_bytes(checkpoints.MIXTRAL_CONFIG.encode())
-    extras = {**checkpoints.EXTRAS, **checkpoints.LEFT_OUT, "README.md": CARD}
+    extras = {**checkpoints.EXTRAS, "README.md": CARD}
     checkpoints.write_files(folder, extras)
     return {name: folder / name for name in checkpoints.tree(folder)}
 

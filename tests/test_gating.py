@@ -51,7 +51,7 @@ def routers_of(directory: Path, entry: str) -> tuple[Routers, list[RouterWeights
     """The routers of a checkpoint as the rule finds and reads them, in the order of the layers."""
     source = LocalSource(directory)
     files = source.files()
-    _, headers, _ = read_shards(source, files)
+    headers = read_shards(source, files).headers
     tensors = [tensor for header in headers.values() for tensor in header.tensors]
     part = entry.partition("/")[2] or None
     moe = find_moe(parse_config(source.read(CONFIG)), tensors, None, part, None, None)

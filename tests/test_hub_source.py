@@ -229,7 +229,7 @@ def test_a_file_in_the_cache_is_not_fetched(lab: Lab) -> None:
     hub.log.clear()
     lab.done(SRC, str(lab.root / "out"), "-k", "3", "-q")
     asked = {found[1] for r in hub.requests if (found := re.search(r"/resolve/\w+/(.*)", r.path))}
-    assert asked == (lab.source.keys() - checkpoints.LEFT_OUT.keys()) - {
+    assert asked == lab.source.keys() - {
         SHARDS[0],
         "config.json",
         "model.safetensors.index.json",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import checkpoints
 import pytest
@@ -165,42 +165,120 @@ def test_no_shards_is_an_error(names: list[str]) -> None:
         shards_without_index(names)
 
 
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "model-{:05}-of-{:05}",
+        "model-{:04}-of-{:04}",
+        "model-{}-of-{}",
+        "model-{:05}-of-{:04}",
+        "model_{:05}-of-{:05}",
+        "model-{:05}_of_{:05}",
+        "model.safetensors-{:05}-of-{:05}",
+        "{:05}-of-{:05}",
+        "model-{:05}-of-{:07}",
+        "model-part-{}-of-{}-fp8",
+        "Model {} of {}",
+        "model{}of{}",
+        "MODEL-{:03}-OF-{:03}",
+        "model-{{x}}-{}-of-{}",
+    ],
+)
+def test_any_count_in_a_name_counts(spelling: str) -> None:
+    """However a total is spelled, the part that is missing is named as its file would be."""
+    files = [f"{spelling.format(i, 3)}.safetensors" for i in (1, 2, 3)]
+    for missing in files[1:]:
+        with pytest.raises(CheckpointError, match="is missing") as caught:
+            shards_without_index(name for name in files if name != missing)
+        assert caught.value.message.startswith(f"{missing}: part ")
+    assert set(shards_without_index(files).names) == set(files)
+
+
+def test_a_set_may_count_from_zero() -> None:
+    """Parts 0 to M - 1 are complete; without one of them they are not."""
+    files = [f"model-{i:05}-of-00003.safetensors" for i in range(3)]
+    assert shards_without_index(files).names == tuple(files)
+    with pytest.raises(CheckpointError, match=r"^model-00001-of-00003\.safetensors"):
+        shards_without_index([files[0], files[2]])
+
+
+@pytest.mark.parametrize(
+    "stem", ["pytorch_model-00001-TP-000", "tensor00000", "proof2", "model-2of"]
+)
+def test_names_without_a_total_say_nothing_of_parts(stem: str) -> None:
+    """A number alone is no count."""
+    assert shards_without_index([f"{stem}.safetensors"]).names == (f"{stem}.safetensors",)
+
+
+def test_a_total_beyond_measure_is_an_answer_at_once() -> None:
+    """Nobody counts to a number that a file name made up."""
+    with pytest.raises(CheckpointError, match="part 2 of 999999999"):
+        shards_without_index(["model-1-of-999999999.safetensors"])
+
+
 # Index and headers --------------------------------------------------------------------------------
 
 
-def remarks(
-    shards: Shards, weight_map: dict[str, str] | None, found: dict[str, Header]
-) -> list[str]:
-    """What a check says that passes; it gives back every header."""
+def checked(
+    weight_map: dict[str, str] | None, found: dict[str, Header], scaled: Collection[str] = ()
+) -> tuple[dict[str, list[str]], list[str]]:
+    """The tensors that count, by shard, and what is said where `scaled` are to be scaled."""
     listed = None if weight_map is None else by_shard(weight_map)
-    taken, said = check_against_headers(shards, listed, found.items())
-    assert taken == found
-    return said
+    shards = Shards(tuple(found), None if weight_map is None else INDEX)
+    taken, faults = check_against_headers(shards, listed, found.items())
+    return {s: [t.name for t in h.tensors] for s, h in taken.items()}, faults.check(scaled)
 
 
 def test_index_and_headers_that_agree_pass() -> None:
     """Nothing is said where all is well."""
     found = headers({"s1": ["a", "b"], "s2": ["c"]})
-    assert remarks(Shards(("s1", "s2"), INDEX), {"a": "s1", "b": "s1", "c": "s2"}, found) == []
-    assert remarks(Shards(("s1", "s2")), None, found) == []
+    all_there = {"s1": ["a", "b"], "s2": ["c"]}
+    assert checked({"a": "s1", "b": "s1", "c": "s2"}, found) == (all_there, [])
+    assert checked(None, found) == (all_there, [])
 
 
-def test_a_tensor_that_the_index_misplaces_is_named() -> None:
-    """The shard that should hold it does not, so index and shards do not belong together."""
+def test_a_listed_tensor_that_is_not_there_is_said() -> None:
+    """No loader minds; where it is one to be scaled, the index is stale."""
     found = headers({"s1": ["a"], "s2": ["b"]})
-    with pytest.raises(CheckpointError, match="s1: has no tensor 'b'"):
-        remarks(Shards(("s1", "s2"), INDEX), {"a": "s1", "b": "s1"}, found)
+    weight_map = {"a": "s1", "x": "s1", "b": "s2"}
+    taken, [remark] = checked(weight_map, found, {"a", "b"})
+    assert (taken, "'x' in s1" in remark) == ({"s1": ["a"], "s2": ["b"]}, True)
+    with pytest.raises(CheckpointError, match="lists 'x' in s1") as caught:
+        checked(weight_map, found, {"x"})
+    assert "stale" in str(caught.value)
+    assert "fetch" not in str(caught.value)
 
 
-def test_a_tensor_in_two_shards_is_refused() -> None:
-    """Which of two copies counts is not guessed."""
-    with pytest.raises(CheckpointError, match="'a' is in s1 and in s2"):
-        remarks(Shards(("s1", "s2")), None, headers({"s1": ["a"], "s2": ["a"]}))
+@pytest.mark.parametrize("home", ["s1", "s2"])
+def test_of_two_copies_the_listed_one_counts(home: str) -> None:
+    """The other is in its shard still, but no tensor of the model; both shards are named."""
+    found = headers({"s1": ["a", "x"], "s2": ["x", "b"]})
+    taken, [remark] = checked({"a": "s1", "b": "s2", "x": home}, found)
+    assert [shard for shard, names in taken.items() if "x" in names] == [home]
+    assert all(word in remark for word in ("'x'", "s1", "s2", f"the one in {home} counts"))
+
+
+def test_without_an_index_the_last_copy_counts() -> None:
+    """That is what a loader has that reads all shards in the order of their names."""
+    taken, [remark] = checked(None, headers({"s1": ["x"], "s2": ["x"], "s3": ["x", "b"]}))
+    assert taken == {"s1": [], "s2": [], "s3": ["x", "b"]}
+    assert "'x' is in s3 and in s1 (and 1 more)" in remark
+
+
+@pytest.mark.parametrize("weight_map", [None, {"x": "s2"}])
+def test_two_copies_of_what_is_scaled_are_refused(weight_map: dict[str, str] | None) -> None:
+    """Loaders differ in the copy that they take, so tensor and both shards are named."""
+    if weight_map:
+        weight_map["y"] = "s1"
+    with pytest.raises(CheckpointError, match="'x'") as caught:
+        checked(weight_map, headers({"s1": ["y", "x"], "s2": ["x"]}), {"x"})
+    assert all(word in caught.value.message for word in ("s1", "s2"))
+    assert "fetch" not in str(caught.value)
 
 
 def test_unlisted_tensors_are_mentioned() -> None:
     """Tensors that the index does not list are counted in a remark."""
-    [remark] = remarks(Shards(("s1",), INDEX), {"a": "s1"}, headers({"s1": ["a", "b"]}))
+    _, [remark] = checked({"a": "s1"}, headers({"s1": ["a", "b"]}))
     assert "does not list 1 " in remark
 
 

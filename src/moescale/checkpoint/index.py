@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moescale.checkpoint.header import Header
@@ -18,7 +18,12 @@ INDEX_SUFFIX = ".safetensors.index.json"
 INDEX = "model" + INDEX_SUFFIX
 SINGLE = "model" + SUFFIX
 
-_PART = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5,6})-of-(?P<total>[0-9]{5,6})\.safetensors")
+_PART = re.compile(
+    r"(?<![0-9])(?P<number>[0-9]{1,9})(?P<of>[-_. ]{0,2}of[-_. ]{0,2})(?P<total>[0-9]{1,9})"
+    r"(?![0-9])",
+    re.IGNORECASE,
+)
+"""Which part of how many a file is, however that is spelled."""
 _OTHER_WEIGHTS = re.compile(r"(consolidated|adapter_)")
 
 
@@ -125,19 +130,37 @@ def shards_without_index(files: Iterable[str]) -> Shards:
             "no safetensors weights found",
             hint="Weights in other forms (*.bin, *.gguf) must be converted first.",
         )
-    sets: dict[tuple[str, int], set[int]] = {}
+    check_parts(names)
+    return Shards(tuple(names))
+
+
+def set_of(name: str) -> str:
+    """The name of the set that a file is part of, as its own name counts it; else its own name."""
+    return _PART.sub(lambda part: f"#{part['of']}{part['total']}", name)
+
+
+def check_parts(names: Iterable[str]) -> None:
+    """Refuse a set of files that lacks a part; the first may have the number 1 or 0.
+
+    Raises:
+        CheckpointError: with the name of the first file that is missing.
+    """
+    sets: dict[tuple[str, str, str], dict[int, tuple[str, int, str]]] = {}
     for name in names:
-        match = _PART.fullmatch(name)
-        if match:
-            key = match["stem"], int(match["total"])
-            sets.setdefault(key, set()).add(int(match["number"]))
-    for (stem, total), numbers in sets.items():
-        if missing := next((i for i in range(1, total + 1) if i not in numbers), None):
+        for part in _PART.finditer(name):
+            before, after = name[: part.start()], name[part.end("number") :]
+            spelling = before, len(part["number"]), after
+            sets.setdefault((before, part["total"], after), {})[int(part["number"])] = spelling
+    for (_, total, _), parts in sets.items():
+        first = 0 if 0 in parts else 1
+        numbers = range(first, first + int(total))
+        if (lost := next((i for i in numbers if i not in parts), None)) is not None:
+            before, digits, after = next(iter(parts.values()))
             raise CheckpointError(
-                f"{stem}: part {missing} of {total} is missing, and there is no index",
+                f"{before}{lost:0{digits}}{after}: part {lost} of {int(total)} is missing, and"
+                " there is no index",
                 hint="The download is incomplete; fetch the missing files.",
             )
-    return Shards(tuple(names))
 
 
 def by_shard(weight_map: Mapping[str, str]) -> dict[str, list[str]]:
@@ -148,10 +171,89 @@ def by_shard(weight_map: Mapping[str, str]) -> dict[str, list[str]]:
     return listed
 
 
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """A tensor that the index lists in a shard that does not hold it."""
+
+    name: str
+    shard: str
+
+
+@dataclass(frozen=True, slots=True)
+class Doubled:
+    """A tensor in two shards; the index lists the one in `kept`, or else that is the last."""
+
+    name: str
+    kept: str
+    other: str
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """Where index and headers differ, and how many tensors the index does not list."""
+
+    index: str | None
+    absent: tuple[Absent, ...] = ()
+    doubled: tuple[Doubled, ...] = ()
+    unlisted: int = 0
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors that are not where they should be."""
+        return [*(absent.name for absent in self.absent), *(two.name for two in self.doubled)]
+
+    def check(self, scaled: Collection[str]) -> list[str]:
+        """What the user should know of them.
+
+        Raises:
+            CheckpointError: one of the tensors is in `scaled`; loaders may take another one.
+        """
+        for absent in self.absent:
+            if absent.name in scaled:
+                raise CheckpointError(
+                    f"{self.index}: lists {absent.name!r} in {absent.shard}, which does not hold"
+                    " it",
+                    hint="The index is stale: write it anew, or remove it; the output gets one.",
+                )
+        for doubled in self.doubled:
+            if doubled.name in scaled:
+                raise self._two_copies(doubled)
+        return list(self._remarks())
+
+    def _two_copies(self, doubled: Doubled) -> CheckpointError:
+        said = f", as {self.index} says," if self.index else ""
+        why = f"{self.index} is stale, or the" if self.index else "The"
+        return CheckpointError(
+            f"{doubled.name!r}: is in {doubled.kept}{said} and in {doubled.other}",
+            hint=f"{why} shard {doubled.other} was reused or is of another set: take the copy out"
+            " that does not belong, since loaders differ in which they read.",
+        )
+
+    def _remarks(self) -> Iterator[str]:
+        if self.absent:
+            first = self.absent[0]
+            yield (
+                f"{self.index} lists {first.name!r} in {first.shard}, which does not hold it"
+                f"{_more(self.absent)}; it is not one to be scaled"
+            )
+        if self.doubled:
+            kept = self.doubled[0]
+            yield (
+                f"{kept.name!r} is in {kept.kept} and in {kept.other}{_more(self.doubled)}; the one"
+                f" in {kept.kept} counts, and both are copied"
+            )
+        if self.unlisted:
+            yield f"{self.index} does not list {self.unlisted} of the tensors"
+
+
+def _more(found: Sized) -> str:
+    return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+
+
 def check_against_headers(
     shards: Shards, listed: dict[str, list[str]] | None, headers: Iterable[tuple[str, Header]]
-) -> tuple[dict[str, Header], list[str]]:
-    """Check that every tensor is in one shard only, and where the index says.
+) -> tuple[dict[str, Header], Faults]:
+    """Find every tensor that is not in one shard only, and where the index says.
 
     Args:
         shards: the shards and the name of their index.
@@ -160,40 +262,52 @@ def check_against_headers(
         headers: the header of each shard, read as they are asked for.
 
     Returns:
-        All headers by shard, and remarks on what the index does not list.
-
-    Raises:
-        CheckpointError: a tensor is missing from its shard, or is in two.
+        All headers by shard, of two copies of a tensor only the one that counts; and the faults.
     """
     taken: dict[str, Header] = {}
-    unlisted = 0
+    absent: list[Absent] = []
+    unlisted: dict[str, set[str]] = {}
     for shard, header in headers:
         taken[shard] = header
         if listed is not None:
-            names = listed.pop(shard)
-            unlisted += len(header.tensors) - len(names)
-            _check_listed(shard, header, names, shards.index)
+            there, names = {t.name for t in header.tensors}, listed.pop(shard)
+            absent += [Absent(name, shard) for name in names if name not in there]
+            if surplus := there.difference(names):
+                unlisted[shard] = surplus
+    doubled = []
     if listed is None or unlisted:  # else each name stands once in the index
-        _check_unique(taken)
-    return taken, [f"{shards.index} does not list {unlisted} of the tensors"] if unlisted else []
+        doubled = list(_doubled(taken, None if listed is None else unlisted))
+        taken = _single(taken, doubled)
+    count = sum(map(len, unlisted.values())) - (len(doubled) if listed is not None else 0)
+    return taken, Faults(shards.index, tuple(absent), tuple(doubled), count)
 
 
-def _check_listed(shard: str, header: Header, names: Iterable[str], index: str | None) -> None:
-    there = header.by_name
-    for name in names:
-        if name not in there:
-            raise CheckpointError(
-                f"{shard}: has no tensor {name!r}, though {index} says so",
-                hint="Index and shards are of different versions; fetch the repo again.",
-            )
-
-
-def _check_unique(headers: Mapping[str, Header]) -> None:
+def _doubled(
+    headers: Mapping[str, Header], unlisted: Mapping[str, Collection[str]] | None
+) -> Iterator[Doubled]:
+    """Tensors in two shards; a copy that is listed counts, else the last one, as for loaders."""
     home: dict[str, str] = {}
+    copies: dict[str, list[str]] = {}
     for shard, header in headers.items():
         for tensor in header.tensors:
-            if (other := home.setdefault(tensor.name, shard)) != shard:
-                raise CheckpointError(f"tensor {tensor.name!r} is in {other} and in {shard}")
+            if (first := home.setdefault(tensor.name, shard)) != shard:
+                copies.setdefault(tensor.name, [first]).append(shard)
+    for name, shards in copies.items():
+        listed = [s for s in shards if unlisted is not None and name not in unlisted.get(s, ())]
+        kept = listed[0] if listed else shards[-1]
+        yield from (Doubled(name, kept, other) for other in shards if other != kept)
+
+
+def _single(headers: Mapping[str, Header], doubled: Iterable[Doubled]) -> dict[str, Header]:
+    """The headers without the copies that do not count."""
+    dropped = {(d.other, d.name) for d in doubled}
+    shards = {shard for shard, _ in dropped}
+    return {
+        shard: replace(h, tensors=tuple(t for t in h.tensors if (shard, t.name) not in dropped))
+        if shard in shards
+        else h
+        for shard, h in headers.items()
+    }
 
 
 def make_index(headers: Mapping[str, Header]) -> bytes:

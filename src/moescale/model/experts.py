@@ -454,3 +454,13 @@ def _looks_numbered(names: Iterable[str]) -> str | None:
         if match and routed and not _NOT_DOWN.search(match[2]):
             found[match[2]] = name
     return found.popitem()[1] if len(found) == 1 else None
+
+
+def raw_layer(before: str, number: int) -> Layer:
+    """The layer of that number, by what stands before it in the name of a tensor."""
+    return _same_layer(_stack(before), number)
+
+
+def in_part(layer: Layer, architecture: Architecture, others: Iterable[Architecture]) -> bool:
+    """Whether a layer that `raw_layer` gives is of this part of a model type."""
+    return layer.stack in _Stacks(architecture, others)

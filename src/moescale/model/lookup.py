@@ -19,6 +19,7 @@ from moescale.model.experts import (
     check_complete,
     find_by_pattern,
     find_projections,
+    in_part,
     looks_routed,
     total_experts,
 )
@@ -55,6 +56,10 @@ class Moe:
     def layers(self) -> list[Layer]:
         """The MoE layers, in order."""
         return sorted({projection.layer for projection in self.projections})
+
+    def owns(self, layer: Layer) -> bool:
+        """Whether a layer is of this part, by what stands before its number in tensor names."""
+        return in_part(layer, self.architecture, _other_parts(self.architecture))
 
 
 def find_moe(

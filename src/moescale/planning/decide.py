@@ -11,7 +11,7 @@ from moescale.errors import SourceError, UnsupportedError
 from moescale.model.count import CONFIG, Config, parse_config, set_count
 from moescale.model.experts import Layer, experts_of_layer
 from moescale.model.formats import confirm
-from moescale.model.lookup import Moe, find_moe
+from moescale.model.lookup import Moe
 from moescale.model.router import largest_count
 from moescale.model.scale_key import fold_factor
 from moescale.options import Options
@@ -23,9 +23,9 @@ from moescale.planning.factors import (
     one_factor,
     predicted_norm,
 )
-from moescale.planning.files import PROVENANCE, plan_files
+from moescale.planning.files import PROVENANCE, left_out_warnings, plan_files
 from moescale.planning.plan import Experts, Plan
-from moescale.planning.shards import output_index, read_shards
+from moescale.planning.shards import output_index
 from moescale.planning.tensors import (
     alternative,
     chosen_tensors,
@@ -33,6 +33,7 @@ from moescale.planning.tensors import (
     planned_tensors,
     sharpened_routers,
 )
+from moescale.planning.weights import find_weights
 from moescale.repos.base import Source
 from moescale.rules.samples import Sample
 
@@ -64,12 +65,9 @@ def make_plan(
     """
     files = source.files()
     config = _read_config(source, files)
-    shards, headers, warnings = read_shards(source, files)
-    tensors = [tensor for header in headers.values() for tensor in header.tensors]
-    moe = find_moe(
-        config, tensors, options.arch, options.part, options.pattern, options.experts_key
-    )
-    warnings += moe.warnings
+    weights = find_weights(source, config, options)
+    moe, tensors, headers = weights.moe, weights.tensors, weights.found.headers
+    warnings = [*weights.warnings]
     if PROVENANCE in files:
         warnings.append(
             f"the source is itself an output of moescale ({PROVENANCE}); its factors stay in it"
@@ -91,7 +89,15 @@ def make_plan(
     new_config = _edited(config, moe, factors, options)
     moe = replace(moe, projections=())  # large, and not needed any more
     planned = planned_tensors(scaled, headers)
-    index = output_index(shards, headers)
+    index = output_index(weights.found)
+    rows = plan_files(
+        files,
+        headers,
+        {t.shard for t in planned if t.edit.factor != 1.0},
+        index and index[0],
+        new_config.text != config.text,
+        weights.left_out,
+    )
     return Plan(
         source=source.identity,
         destination=destination,
@@ -107,20 +113,14 @@ def make_plan(
         ),
         predicted_norm=MappingProxyType(predicted_norm(forms)),
         tensors=planned,
-        files=plan_files(
-            files,
-            shards.names,
-            {t.shard for t in planned if t.edit.factor != 1.0},
-            index and index[0],
-            new_config.text != config.text,
-        ),
+        files=rows,
         config=new_config.text.encode(),
         index=index,
         new_headers=MappingProxyType(new_headers(source, headers, planned)),
         samples=MappingProxyType({str(layer): sample for layer, sample in samples.items()}),
         calibration=made_for.get("calibration", {}),
         factors_rule=made_for.get("factors_rule", made_for.get("rule")),
-        warnings=tuple(warnings),
+        warnings=(*warnings, *left_out_warnings(rows)),
         states=MappingProxyType({name: source.state(name) for name in files}),
     )
 

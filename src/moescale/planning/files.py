@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Literal
 
-from moescale.checkpoint.index import SUFFIX
 from moescale.errors import CheckpointError
 from moescale.model.count import CONFIG
 from moescale.repos.base import FileInfo
@@ -19,29 +16,6 @@ Action = Literal["rewrite", "copy", "edit", "create", "skip"]
 CARD = "README.md"
 PROVENANCE = "moescale.json"
 """What the output says about itself, for people and for programs."""
-
-SKIPPED: Mapping[str, str] = MappingProxyType(
-    {
-        "*.bin": "weights in another form, not rescaled",
-        "*.bin.index.json": "index of weights in another form",
-        "*.pt": "weights in another form, not rescaled",
-        "*.pth": "weights in another form, not rescaled",
-        "*.ckpt": "weights in another form, not rescaled",
-        "*.gguf": "weights in another form, not rescaled",
-        "*.ggml": "weights in another form, not rescaled",
-        "*.h5": "weights in another form, not rescaled",
-        "*.h5.index.json": "index of weights in another form",
-        "*.msgpack": "weights in another form, not rescaled",
-        "*.msgpack.index.json": "index of weights in another form",
-        "*.onnx": "weights in another form, not rescaled",
-        "*.onnx_data": "weights in another form, not rescaled",
-        "*.tflite": "weights in another form, not rescaled",
-        "consolidated*": "weights in another form, not rescaled",
-        "original/*": "weights in another form, not rescaled",
-        ".eval_results/*": "evaluation results of the source model",
-    }
-)
-"""File name patterns that do not belong into the output, each with the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +38,7 @@ def plan_files(
     changed: Iterable[str],
     index: str | None,
     config_changes: bool,
+    left_out: Mapping[str, str],
 ) -> tuple[PlannedFile, ...]:
     """One row for each file of the source and for each that is made.
 
@@ -73,6 +48,7 @@ def plan_files(
         changed: those of them in which a tensor changes.
         index: the name of the index of the output, None for a single shard.
         config_changes: whether the config's text changes.
+        left_out: the files that do not belong into the output, each with the reason.
 
     Raises:
         CheckpointError: the source has a folder under the name of a file that is made.
@@ -87,10 +63,8 @@ def plan_files(
     rows = []
     for name in sorted(files.keys() | actions.keys()):
         size = files[name].size if name in files else None
-        action, why = actions.get(name, "copy"), None
-        if name not in actions and (why := _skip_reason(name)):
-            action = "skip"
-        rows.append(PlannedFile(name, size, action, why))
+        why = left_out.get(name)
+        rows.append(PlannedFile(name, size, "skip" if why else actions.get(name, "copy"), why))
     _check_folders({row.name for row in rows if row.action != "skip"})
     return tuple(rows)
 
@@ -105,12 +79,15 @@ def _check_folders(names: Collection[str]) -> None:
                 )
 
 
-def _skip_reason(name: str) -> str | None:
-    for pattern, reason in SKIPPED.items():
-        if fnmatch.fnmatchcase(name, pattern):
-            return reason
-    if name.endswith(SUFFIX):
-        return "not part of the checkpoint: the index does not list it"
-    if name.endswith(SUFFIX + ".index.json"):
-        return "an index of files that are left out"
-    return None
+def left_out_warnings(files: Iterable[PlannedFile]) -> list[str]:
+    """What is left out, one line for each reason."""
+    names: dict[str, list[str]] = {}
+    for file in files:
+        if file.action == "skip":
+            names.setdefault(file.why or "", []).append(file.name)
+    return [f"left out: {_some(found)}: {why}" for why, found in names.items()]
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
-from moescale.checkpoint.header import LENGTH_BYTES, Header, header_length, parse_header
+from moescale.checkpoint.header import LENGTH_BYTES, Header, Tensor, header_length, parse_header
 from moescale.checkpoint.index import (
     INDEX,
+    SINGLE,
+    SUFFIX,
+    Faults,
     Shards,
     by_shard,
     check_against_headers,
@@ -19,56 +23,163 @@ from moescale.checkpoint.index import (
 from moescale.errors import CheckpointError
 from moescale.repos.base import FileInfo, Source, check_name
 
+PIECE = 1 << 20
+"""Bytes of two tensors that are compared at once."""
 
-def read_shards(
-    source: Source, files: Mapping[str, FileInfo]
-) -> tuple[Shards, dict[str, Header], list[str]]:
-    """The shards, their headers by name, and what is wrong with the index but does no harm."""
-    shards, listed = _find_shards(source, files)
-    headers, warnings = check_against_headers(
-        shards, listed, _read_headers(source, files, shards.names)
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The shards, their headers by name, what is wrong with the index, and what does not count."""
+
+    shards: Shards
+    headers: Mapping[str, Header]
+    faults: Faults
+    left_out: Mapping[str, str] = field(default_factory=dict)  # with the reason
+
+
+def read_shards(source: Source, files: Mapping[str, FileInfo]) -> Found:
+    """The set of weights that loaders take.
+
+    Raises:
+        CheckpointError: a shard is damaged or missing, or loaders differ in what they take.
+    """
+    shards, listed, left_out = _find_shards(source, files)
+    headers, faults = check_against_headers(
+        shards, listed, read_headers(source, files, shards.names)
     )
-    return shards, headers, warnings
+    if shards.index is not None and SINGLE in files and SINGLE not in headers:
+        left_out = {**left_out, SINGLE: _same_as_set(source, files, shards.index, headers)}
+    return Found(shards, headers, faults, left_out)
 
 
 def _find_shards(
     source: Source, files: Mapping[str, FileInfo]
-) -> tuple[Shards, dict[str, list[str]] | None]:
-    """The shards, and what the index lists of each."""
+) -> tuple[Shards, dict[str, list[str]] | None, dict[str, str]]:
+    """The shards, what the index lists of each, and the index if it is left out."""
     index = index_name(files)
     if index is None:
-        return shards_without_index(files), None
+        return shards_without_index(files), None, {}
     listed = by_shard(parse_index(source.read(index), index))
-    names = tuple(sorted(listed))
-    for name in names:
-        check_name(name, index)
-        if name not in files:
-            raise CheckpointError(
-                f"{index}: lists {name}, which is not there",
-                hint="The download is incomplete; fetch the missing file.",
-            )
-    return Shards(names, index), listed
+    absent = [name for name in sorted(listed) if check_name(name, index) not in files]
+    if absent and SINGLE in files and SINGLE not in listed:
+        why = f"stale: it lists {absent[0]}, which is not there, and {SINGLE} is what loaders take"
+        return Shards((SINGLE,)), None, {index: why}
+    if absent:
+        raise _absent(source, files, index, absent[0], listed)
+    return Shards(tuple(sorted(listed)), index), listed, {}
 
 
-def _read_headers(
-    source: Source, files: Mapping[str, FileInfo], names: Sequence[str]
+def _absent(
+    source: Source,
+    files: Mapping[str, FileInfo],
+    index: str,
+    absent: str,
+    listed: Mapping[str, Sequence[str]],
+) -> CheckpointError:
+    """What to say of a shard that is not there: its tensors may be in files of another name."""
+    wanted = {tensor for shard, names in listed.items() if shard not in files for tensor in names}
+    others = [n for n in files if n.endswith(SUFFIX) and "/" not in n and n not in listed]
+    there: dict[str, str] = {}
+    try:
+        for name, header in read_headers(source, files, others):
+            there |= dict.fromkeys((t.name for t in header.tensors), name)
+    except CheckpointError:  # a file that is damaged says nothing
+        there = {}
+    if wanted <= there.keys():
+        return CheckpointError(
+            f"{index}: lists {absent}, which is not there; its tensors are in other files, such as"
+            f" {there[min(wanted)]}",
+            hint="The index is stale: remove it, or write it anew.",
+        )
+    return CheckpointError(
+        f"{index}: lists {absent}, which is not there",
+        hint="The download is incomplete; fetch the missing file.",
+    )
+
+
+def _same_as_set(
+    source: Source, files: Mapping[str, FileInfo], index: str, headers: Mapping[str, Header]
+) -> str:
+    """Why the single file beside an indexed set is left out.
+
+    Raises:
+        CheckpointError: it holds something else.
+    """
+    one = dict(read_headers(source, files, [SINGLE]))
+    if not same_weights(source, one, headers):
+        raise two_sets(source, index)
+    return f"the same tensors and bytes as the shards of {index}, which are kept"
+
+
+def two_sets(source: Source, other: str) -> CheckpointError:
+    """The error for two sets of weights of which loaders take one or the other."""
+    why = ", or nobody has compared them" if source.identity.kind == "hub" else ""
+    return CheckpointError(
+        f"{SINGLE} and the shards of {other} are two sets of weights, and not the same{why}:"
+        " transformers takes the first, other loaders the second",
+        hint="Remove the set that is not the model.",
+    )
+
+
+def same_weights(source: Source, one: Mapping[str, Header], other: Mapping[str, Header]) -> bool:
+    """Whether two sets of shards hold the same tensors; False from the Hub, where that is unknown.
+
+    Comparing there would take as long as two downloads.
+    """
+    places = {t.name: (shard, t) for shard, header in other.items() for t in header.tensors}
+    pairs = {s: [(t, places.get(t.name)) for t in h.tensors] for s, h in one.items()}
+    found = [(t, place[1]) for pair in pairs.values() for t, place in pair if place]
+    alike = all((a.dtype, a.shape) == (b.dtype, b.shape) for a, b in found)
+    if not alike or not len(found) == len(places) == sum(map(len, pairs.values())):
+        return False
+    if source.identity.kind == "hub":
+        return False
+    return all(
+        _same_bytes(source, shard, tensor, *place)
+        for shard, pair in pairs.items()
+        for tensor, place in pair
+        if place is not None
+    )
+
+
+def _same_bytes(source: Source, one: str, tensor: Tensor, other: str, twin: Tensor) -> bool:
+    return all(
+        source.read(one, tensor.start + at, min(PIECE, tensor.nbytes - at))
+        == source.read(other, twin.start + at, min(PIECE, tensor.nbytes - at))
+        for at in range(0, tensor.nbytes, PIECE)
+    )
+
+
+def read_header(source: Source, file: FileInfo) -> Header:
+    """The header of one file.
+
+    Raises:
+        CheckpointError: it is no safetensors file, or a damaged one.
+    """
+    length = header_length(source.read(file.name, 0, LENGTH_BYTES), file.size, file.name)
+    return parse_header(source.read(file.name, LENGTH_BYTES, length), file.size, file.name)
+
+
+def read_headers(
+    source: Source, files: Mapping[str, FileInfo], names: Iterable[str]
 ) -> Iterator[tuple[str, Header]]:
     """The headers of all shards; several at once where each is a request."""
-
-    def read(name: str) -> Header:
-        size = files[name].size
-        length = header_length(source.read(name, 0, LENGTH_BYTES), size, name)
-        return parse_header(source.read(name, LENGTH_BYTES, length), size, name)
-
+    names = list(names)
     if source.identity.kind == "local":
-        yield from ((name, read(name)) for name in names)
+        yield from ((name, read_header(source, files[name])) for name in names)
         return
     with ThreadPoolExecutor(max_workers=8) as pool:
-        yield from zip(names, pool.map(read, names), strict=True)
+        headers = pool.map(lambda name: read_header(source, files[name]), names)
+        yield from zip(names, headers, strict=True)
 
 
-def output_index(shards: Shards, headers: Mapping[str, Header]) -> tuple[str, bytes | None] | None:
-    """The name of the output's index, and its content where it has to be made."""
-    if shards.index is not None:
-        return shards.index, None
-    return (INDEX, make_index(headers)) if len(shards.names) > 1 else None
+def output_index(found: Found) -> tuple[str, bytes | None] | None:
+    """The name of the output's index, and its content where it has to be made.
+
+    Only ``model.safetensors`` is found by loaders without one.
+    """
+    if found.shards.index is not None:
+        return found.shards.index, None
+    if SINGLE in found.headers:
+        return None
+    return INDEX, make_index(found.headers)

@@ -1,0 +1,43 @@
+"""What weights in other forms say of themselves in their first bytes; nothing is unpickled."""
+
+from __future__ import annotations
+
+import re
+
+TORCH_HEAD = 4 << 20
+"""Bytes of a torch file that are looked at: the names of 24,000 tensors, before any data."""
+
+GGUF_HEAD = 64 << 10
+"""Bytes of a GGUF file that are looked at: its hyperparameters, before its vocabulary."""
+
+_TEXT = re.compile(rb"X(?P<long>.[\x00-\x03]\x00\x00)|\x8c(?P<short>.)", re.DOTALL)
+"""The opcodes BINUNICODE and SHORT_BINUNICODE, each with the length of the text that follows."""
+
+
+def torch_names(head: bytes) -> set[str] | None:
+    """All texts in the pickle of a torch file, the tensors' names among them; None if it is none.
+
+    Args:
+        head: the first `TORCH_HEAD` bytes: a zip that starts with ``data.pkl``, as `torch.save`
+            writes it since 1.6, or a bare pickle.
+    """
+    zipped = head.startswith(b"PK\x03\x04") and b"data.pkl" in head[:512]
+    if not zipped and not head.startswith(b"\x80"):
+        return None
+    found = set()
+    for match in _TEXT.finditer(head):
+        size = int.from_bytes(match["long"] or match["short"], "little")
+        text = head[match.end() : match.end() + size]
+        if text.isascii():
+            found.add(text.decode())
+    return found
+
+
+def gguf_has_experts(head: bytes) -> bool | None:
+    """Whether a GGUF file is a MoE model, as its hyperparameters say; None if it is no GGUF file.
+
+    Source: `{arch}.expert_count`, which llama.cpp's converter writes before the tokenizer.
+    """
+    if not head.startswith(b"GGUF") or len(head) < 24:
+        return None
+    return b".expert_count" in head

@@ -1,0 +1,332 @@
+"""What lies beside the shards: unscaled twins are left out, forgotten shards join, the rest stays.
+
+A twin holds what the plan scales, under the same names or under those of another layout. That is
+found out from what is in a file, where it can be read, else from its name, place and size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+from moescale.checkpoint.foreign import GGUF_HEAD, TORCH_HEAD, gguf_has_experts, torch_names
+from moescale.checkpoint.header import Header, Tensor
+from moescale.checkpoint.index import SINGLE, SUFFIX, check_parts, set_of
+from moescale.checkpoint.json_text import parse_lenient
+from moescale.errors import CheckpointError, SourceError
+from moescale.model.architectures import TEXT_SECTIONS
+from moescale.model.count import CONFIG, Config
+from moescale.model.experts import Layer
+from moescale.model.lookup import Moe
+from moescale.model.twins import held_layers, layers_by_name
+from moescale.planning.shards import Found, read_header, same_weights, two_sets
+from moescale.repos.base import SMALL_FILE_BYTES, Source
+
+TORCH = (".bin", ".pt", ".pth", ".ckpt")
+WHOLE = (".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".ot")
+"""Suffixes of weights in other forms: of torch, and of programs that take a whole model."""
+WEIGHTS = (SUFFIX, *TORCH, *WHOLE)
+
+TWIN_FOLDERS = frozenset({"original", "metal", "onnx", "openvino", "gguf", "coreml"})
+"""Folders in which publishers put the same model in another form."""
+
+_MODEL = re.compile(
+    r"consolidated.*|ggml-.*|(?:pytorch_|tf_|flax_|rust_|openvino_)?model(?:[-.].*)?\.[a-z0-9]+"
+    r"|(?:.*_)?model(?:[-_.].*)?\.onnx(?:_data)?"
+)
+"""File names of a whole model in another form; where it can be looked into, that counts more."""
+_CONSOLIDATED = re.compile("consolidated.*")
+_NO_TWIN = re.compile(
+    r"adapter_model\b|non_lora|mmproj|imatrix|training_args|optim|scheduler|rng_state|random_states"
+    r"|scaler",
+    re.IGNORECASE,
+)
+"""Adapters, projectors and what a training leaves behind."""
+_INDEX = re.compile(r"(?P<stem>.+)\.(?P<suffix>[a-z0-9]+)\.index(?:\.[^.]+)?\.json")
+
+FORM = "weights in another form, not rescaled"
+TWIN = "an unscaled twin: it holds the routed experts too"
+LAYOUT = "an unscaled twin: it holds the routed experts under other names"
+INDEX = "an index of files that are left out"
+EVALUATION = "evaluation results of the source model"
+_SMALLEST = 32
+"""A twin has at least the size of what is scaled, at half a bit for 16."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What is in a file: the layers whose routed experts it holds, under which names.
+
+    Attributes:
+        layers: by the names of the tensors; None where the file cannot be looked into.
+        same: whether it has tensors that are scaled, by name and shape.
+        other: whether it has such names with other shapes, so that it is another model.
+        header: that of a safetensors file with routed experts.
+    """
+
+    layers: frozenset[Layer] | None
+    same: bool = False
+    other: bool = False
+    header: Header | None = None
+
+
+@dataclass(slots=True)
+class Beside:
+    """What becomes of the files beside the shards.
+
+    Attributes:
+        joined: headers of shards with routed experts that the index does not list.
+        left_out: files that do not belong into the output, each with the reason.
+        warnings: what the user should know of those that are copied.
+    """
+
+    joined: dict[str, Header] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def look_beside(source: Source, found: Found, moe: Moe) -> Beside:
+    """Decide what becomes of every file that is no shard.
+
+    Raises:
+        CheckpointError: a file holds routed experts of the model and can neither be scaled with
+            the others nor left out, or is a second set of weights.
+    """
+    ours = {*found.headers, *found.left_out, found.shards.index, CONFIG}
+    names = [name for name in source.files() if name not in ours]
+    result = Beside(left_out=dict(found.left_out))
+    _Looker(source, found, moe, result).decide_all(n for n in names if n.endswith(WEIGHTS))
+    _leave_out_companions(names, result.left_out)
+    result.left_out |= {n: EVALUATION for n in names if n.startswith(".eval_results/")}
+    result.warnings += _adapters(names)
+    return result
+
+
+def forgotten(source: Source, found: Found) -> str | None:
+    """A file at the top with routed experts that is no shard, for a model that lacks some."""
+    files = source.files()
+    names = [n for n in files if n.endswith(SUFFIX) and "/" not in n and n not in found.headers]
+    for name in names:
+        if _is_no_twin(name) or _is_model(name):
+            continue
+        try:
+            header = read_header(source, files[name])
+        except CheckpointError:
+            continue
+        if held_layers(t.name for t in header.tensors):
+            return name
+    return None
+
+
+class _Looker:
+    """Looks into sets of files and notes in a result what becomes of them."""
+
+    def __init__(self, source: Source, found: Found, moe: Moe, result: Beside) -> None:
+        self._source = source
+        self._files = source.files()
+        self._found = found
+        self._moe = moe
+        self._result = result
+        self._layers = layers_by_name(moe.projections)
+        self._scaled = {t.name: t for p in moe.projections for t in p.leaves.values()}
+        self._least = sum(t.nbytes for t in self._scaled.values()) // _SMALLEST
+
+    def decide_all(self, names: Iterable[str]) -> None:
+        """Look at all files, many at once where each is a request; decide set by set."""
+        sets: dict[str, list[str]] = defaultdict(list)
+        for name in sorted(names):
+            if not _is_no_twin(name):
+                sets[set_of(name)].append(name)
+        unclear = [n for members in sets.values() if not _is_named(members) for n in members]
+        with ThreadPoolExecutor(8 if self._source.identity.kind == "hub" else 1) as pool:
+            looks = dict(zip(unclear, pool.map(self._look, unclear), strict=True))
+        for members in sets.values():
+            self._decide({name: looks.get(name, Look(None)) for name in members})
+
+    def _decide(self, looks: Mapping[str, Look]) -> None:
+        if all(look.layers is None for look in looks.values()):
+            self._unread(list(looks))
+            return
+        held = {layer for look in looks.values() for layer in look.layers or ()}
+        if layers := {layer for layer in held if self._moe.owns(layer)}:
+            self._routed(looks, layers)
+
+    def _unread(self, names: Sequence[str]) -> None:
+        """What cannot be looked into is a twin by its name and place, or by its size."""
+        first, size = names[0], sum(self._files[name].size for name in names)
+        if _is_model(first) or (_is_placed(first) and size >= self._least and not _is_shard(first)):
+            self._result.left_out |= dict.fromkeys(names, FORM)
+        elif _is_shard(first) or size >= self._least:
+            self._warn(first, "cannot be looked into")
+
+    def _routed(self, looks: Mapping[str, Look], layers: set[Layer]) -> None:
+        """A set with routed experts: a twin, another model, or forgotten shards of this one."""
+        first = next(name for name, look in looks.items() if look.layers)
+        same = any(look.same for look in looks.values())
+        ours = layers & self._layers
+        whole = self._layers <= layers or (ours and not _is_shard(first))
+        if self._other_model(first) or (not same and any(look.other for look in looks.values())):
+            self._warn(first, "has experts of another model")
+        elif whole or (same and ours == layers):
+            self._check_single(list(looks))
+            self._result.left_out |= dict.fromkeys(looks, TWIN if same else LAYOUT)
+        elif not _is_shard(first):
+            self._warn(first, f"has routed experts of layer {min(layers)} that are not rescaled")
+        elif ours or "/" in first:
+            raise _undecided(first, layers - ours or layers)
+        else:
+            self._join(looks)
+
+    def _warn(self, name: str, why: str) -> None:
+        self._result.warnings.append(f"{name}: {why}; it is copied as it is")
+
+    def _look(self, name: str) -> Look:
+        try:
+            if _is_shard(name):
+                return self._look_at_header(read_header(self._source, self._files[name]))
+            if name.endswith(TORCH):
+                texts = torch_names(self._head(name, TORCH_HEAD))
+                if texts is None:
+                    return Look(None)
+                return Look(frozenset(held_layers(texts)), not texts.isdisjoint(self._scaled))
+            experts = None
+            if name.endswith(".gguf"):
+                experts = gguf_has_experts(self._head(name, GGUF_HEAD))
+        except SourceError:  # damaged, or not in the cache, offline
+            return Look(None)
+        return Look(None if experts is None else frozenset(self._layers if experts else ()))
+
+    def _head(self, name: str, size: int) -> bytes:
+        return self._source.read(name, 0, min(size, self._files[name].size))
+
+    def _look_at_header(self, header: Header) -> Look:
+        layers = held_layers(t.name for t in header.tensors)
+        pairs = [(t, self._scaled[t.name]) for t in header.tensors if t.name in self._scaled]
+        same = any(_alike(t, mine) for t, mine in pairs)
+        joins = header if layers - self._layers else None
+        return Look(frozenset(layers), same, bool(pairs) and not same, joins)
+
+    def _check_single(self, names: Sequence[str]) -> None:
+        """Refuse another complete set beside ``model.safetensors``: not all loaders take that one.
+
+        Where there is no index, some read every file.
+        """
+        counted = _is_shard(names[0]) and set_of(names[0]) != names[0] and "/" not in names[0]
+        if not counted or self._found.shards.names != (SINGLE,):
+            return
+        try:
+            check_parts(names)
+        except CheckpointError:  # it is what was left behind of a set
+            return
+        headers = {name: read_header(self._source, self._files[name]) for name in names}
+        if not same_weights(self._source, self._found.headers, headers):
+            raise two_sets(self._source, f"{names[0]} and its set")
+
+    def _join(self, looks: Mapping[str, Look]) -> None:
+        """Take forgotten shards, without the tensors that the others have."""
+        names = {t.name for header in self._found.headers.values() for t in header.tensors}
+        for shard, look in looks.items():
+            if (header := look.header) is not None:
+                own = tuple(t for t in header.tensors if t.name not in names)
+                self._result.joined[shard] = replace(header, tensors=own)
+
+    def _other_model(self, name: str) -> bool:
+        """Whether the folder of a file has a config of its own, of another size."""
+        folder = name.rpartition("/")[0]
+        at = f"{folder}/{CONFIG}"
+        if not folder or at not in self._files or self._files[at].size > SMALL_FILE_BYTES:
+            return False
+        try:
+            value = parse_lenient(self._source.read(at).decode())
+        except ValueError:
+            return False
+        own = Config("", value if isinstance(value, dict) else {})
+        sections = [own.section(section) or {} for section in TEXT_SECTIONS]
+        return any(
+            section[key] != self._moe.section[key]
+            for section in sections
+            for key in ("hidden_size", "num_hidden_layers")
+            if key in section and key in self._moe.section
+        )
+
+
+def _is_shard(name: str) -> bool:
+    return name.endswith(SUFFIX)
+
+
+def _is_no_twin(name: str) -> bool:
+    return _NO_TWIN.search(name.rpartition("/")[2]) is not None
+
+
+def _is_placed(name: str) -> bool:
+    """Whether the file lies where publishers put the same model in another form."""
+    return "/" not in name or name.partition("/")[0] in TWIN_FOLDERS
+
+
+def _is_model(name: str) -> bool:
+    """Whether place and name are those of a whole model in another form."""
+    file = name.rpartition("/")[2]
+    pattern = _CONSOLIDATED if _is_shard(name) else _MODEL
+    if name.endswith(".gguf"):
+        return _is_placed(name)
+    return _is_placed(name) and pattern.fullmatch(file) is not None
+
+
+def _is_named(names: Sequence[str]) -> bool:
+    """Whether a set is a twin by name, so that nothing has to be read."""
+    first = names[0]
+    known = _is_shard(first) or first.startswith("consolidated") or set_of(first) != first
+    return _is_model(first) and known and not first.endswith(".gguf")
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors may hold the same; codes of another format have other shapes."""
+    return one.shape == other.shape or one.dtype != other.dtype
+
+
+def _undecided(name: str, layers: Collection[Layer]) -> CheckpointError:
+    return CheckpointError(
+        f"{name}: holds routed experts (layer {min(layers)}) and is not among the shards of the"
+        " model",
+        hint="List it in the index, so that it is scaled with them, or move it out of the folder.",
+    )
+
+
+def _leave_out_companions(names: Iterable[str], left_out: dict[str, str]) -> None:
+    """Leave out what goes with the files that are left out: their indexes, and their folders."""
+    kept = [name for name in names if name not in left_out]
+    twins = sorted(left_out)
+    weights = [name for name in kept if name.endswith(WEIGHTS) and not _is_no_twin(name)]
+    for name in kept:
+        if (match := _INDEX.fullmatch(name)) and any(_is_listed(match, twin) for twin in twins):
+            left_out[name] = INDEX
+        elif folder := _folder_left_out(name, twins, weights):
+            twin = next(twin for twin in twins if twin.startswith(folder))
+            left_out[name] = f"goes with {twin}, which is left out"
+
+
+def _is_listed(index: re.Match[str], name: str) -> bool:
+    """Whether a file has the name that the files of an index have."""
+    return name.startswith(index["stem"]) and name.endswith("." + index["suffix"])
+
+
+def _folder_left_out(name: str, twins: Collection[str], weights: Collection[str]) -> str | None:
+    """The folder of a file in which all weights are left out."""
+    for slash in re.finditer("/", name):
+        folder = name[: slash.end()]
+        lost = any(twin.startswith(folder) for twin in twins)
+        if lost and not any(other.startswith(folder) for other in weights):
+            return folder
+    return None
+
+
+def _adapters(names: Collection[str]) -> Iterator[str]:
+    config, weights = "adapter_config.json", [n for n in names if n.startswith("adapter_model.")]
+    if config in names and weights:
+        yield (
+            f"{weights[0]}: is an adapter beside the model; it is copied with {config}, and not"
+            " rescaled"
+        )

@@ -1,0 +1,111 @@
+"""The weights of a checkpoint: its shards, the MoE in them, and what lies beside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from moescale.checkpoint.header import Header, Tensor
+from moescale.errors import CheckpointError
+from moescale.model.count import Config
+from moescale.model.lookup import Moe, find_moe
+from moescale.model.twins import held_layer, like
+from moescale.options import Options
+from moescale.planning.beside import forgotten, look_beside
+from moescale.planning.shards import Found, read_shards
+from moescale.repos.base import Source
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What was found.
+
+    Attributes:
+        found: the shards, forgotten ones among them, and their headers.
+        tensors: all of them.
+        moe: the MoE that they hold.
+        left_out: files that do not belong into the output, each with the reason.
+        warnings: what the user should know.
+    """
+
+    found: Found
+    tensors: Sequence[Tensor]
+    moe: Moe
+    left_out: Mapping[str, str]
+    warnings: Sequence[str]
+
+
+def find_weights(source: Source, config: Config, options: Options) -> Weights:
+    """Find the shards and the MoE, and decide what becomes of the files beside them.
+
+    Raises:
+        UnsupportedError: the model type is not known.
+        CheckpointError: a file is damaged, or files, index and config do not fit.
+    """
+    found = read_shards(source, source.files())
+    moe = _moe(source, config, options, found)
+    warnings = found.faults.check(like(found.faults.names, moe.projections))
+    beside = look_beside(source, found, moe)
+    if beside.joined:
+        found = replace(found, headers={**found.headers, **beside.joined})
+        moe = _with_forgotten(config, options, found, beside.joined)
+        warnings += _joined(found.shards.index, beside.joined)
+    return Weights(
+        found,
+        _tensors(found.headers),
+        moe,
+        beside.left_out,
+        [*warnings, *beside.warnings, *moe.warnings],
+    )
+
+
+def _tensors(headers: Mapping[str, Header]) -> list[Tensor]:
+    return [tensor for header in headers.values() for tensor in header.tensors]
+
+
+def _find(config: Config, options: Options, headers: Mapping[str, Header]) -> Moe:
+    given = options.arch, options.part, options.pattern, options.experts_key
+    return find_moe(config, _tensors(headers), *given)
+
+
+def _moe(source: Source, config: Config, options: Options, found: Found) -> Moe:
+    """The MoE; where it is not complete, the index may be the cause."""
+    try:
+        return _find(config, options, found.headers)
+    except CheckpointError as error:
+        found.faults.check({name for name in found.faults.names if held_layer(name) is not None})
+        if (name := forgotten(source, found)) is None:
+            raise
+        raise CheckpointError(
+            f"{error.message}; {name} holds routed experts, and is not among the shards of the"
+            " model",
+            hint="The index is stale or missing: write one that lists all shards of the model.",
+        ) from None
+
+
+def _with_forgotten(
+    config: Config, options: Options, found: Found, joined: Mapping[str, Header]
+) -> Moe:
+    """The MoE with forgotten shards, which all have a part in it."""
+    first = min(joined)
+    try:
+        moe = _find(config, options, found.headers)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{first}: holds routed experts that no index lists: {error.message}", hint=error.hint
+        ) from None
+    taken = {tensor.name for p in moe.projections for tensor in p.leaves.values()}
+    for shard, header in joined.items():
+        if taken.isdisjoint(tensor.name for tensor in header.tensors):
+            raise CheckpointError(
+                f"{shard}: holds routed experts under names that the other shards do not have",
+                hint="Move it out of the folder if it is no part of the model.",
+            )
+    return moe
+
+
+def _joined(index: str | None, names: Iterable[str]) -> list[str]:
+    why = f"{index} does not list it" if index else "loaders may take model.safetensors alone"
+    return [
+        f"{name}: its routed experts are scaled with the others, although {why}" for name in names
+    ]
