@@ -295,6 +295,34 @@ def test_a_source_in_the_hub_cache(source: Path, tmp_path: Path) -> None:
     assert b"org/tiny" in (tmp_path / "out" / "README.md").read_bytes()
 
 
+def test_a_source_of_links_becomes_files(source: Path, tmp_path: Path) -> None:
+    """Shards that lie elsewhere beside a config of one's own, the way people try numbers out."""
+    own = tmp_path / "own"
+    own.mkdir()
+    for path in source.iterdir():
+        if path.name != "config.json":
+            (own / path.name).symlink_to(path, target_is_directory=path.is_dir())
+    (own / "config.json").write_bytes((source / "config.json").read_bytes())
+    convert(own, tmp_path / "out", experts=3, verify=True)
+    check_weights(source, tmp_path / "out", factor_by_layer(UP))
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+
+
+@pytest.mark.parametrize("run", [convert, plan])
+def test_a_destination_that_links_of_the_source_lead_to_is_refused(
+    source: Path, tmp_path: Path, run: Callable[..., object]
+) -> None:
+    """To replace it would remove the very weights that are read."""
+    own, before = tmp_path / "own", checkpoints.tree(source)
+    own.mkdir()
+    for name in before:
+        if "/" not in name:
+            (own / name).symlink_to(source / name)
+    with pytest.raises(UsageError, match=f"{source}: holds the file"):
+        run(own, source, experts=3, overwrite=True)
+    assert checkpoints.tree(source) == before
+
+
 # However the run goes, the same bytes -------------------------------------------------------------
 
 

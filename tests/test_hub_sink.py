@@ -38,6 +38,28 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
         yield lab
 
 
+# What is published ----------------------------------------------------------------------------
+
+
+def test_what_links_lead_to_is_published_only_on_demand(lab: Lab) -> None:
+    """A linked shard is the model; any other link out of the folder takes an option."""
+    hub = lab.start()
+    (lab.root / "elsewhere.txt").write_bytes(b"not of this model")
+    (lab.folder / "notes.txt").symlink_to(lab.root / "elsewhere.txt")
+    shard = lab.folder / SHARDS[0]
+    shard.rename(lab.root / "blob")
+    shard.symlink_to(lab.root / "blob")
+    for more in ((), ("--dry-run",)):
+        outcome = lab.run(str(lab.folder), PLACE, "-k", "3", *more)
+        assert outcome.code == 3
+        assert "'notes.txt' is a link out" in outcome.failure
+        assert "--follow-links" in outcome.failure
+    assert not hub.has(DST)
+    lab.done(str(lab.folder), PLACE, "-k", "3", "--follow-links", "--verify")
+    assert hub.read(DST, "notes.txt") == b"not of this model"
+    assert {name: hub.read(DST, name) for name in SHARDS} == rescaled(lab.source)
+
+
 # The repo, and who may write ----------------------------------------------------------------
 
 

@@ -169,16 +169,32 @@ def test_a_snapshot_of_the_hub_cache_is_a_source(tmp_path: Path) -> None:
     assert read(source, "sub/x", 1, 5) == checkpoints.DATA[1:6]
 
 
-def test_links_into_another_repo_of_the_cache_are_refused(tmp_path: Path) -> None:
-    """Only the blobs of the same repo are its own."""
+def test_links_into_another_repo_of_the_cache_are_not_published(tmp_path: Path) -> None:
+    """Only the blobs of the same repo are its own; other links are those of the user's machine."""
     for name in ("models--a--a", "models--b--b"):
         (tmp_path / name / "blobs").mkdir(parents=True)
     (tmp_path / "models--b--b" / "blobs" / "x").write_bytes(b"secret")
     snapshot = tmp_path / "models--a--a" / "snapshots" / "c"
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").symlink_to("../../../models--b--b/blobs/x")
-    with pytest.raises(CheckpointError, match="link out"):
-        LocalSource(snapshot).files()
+    assert LocalSource(snapshot).read("config.json") == b"secret"
+    with pytest.raises(CheckpointError, match=r"'config\.json' is a link out"):
+        LocalSource(snapshot, follow_links=False).files()
+
+
+def test_blobs_may_lie_on_another_disk(tmp_path: Path) -> None:
+    """The folder of blobs may be a link, and each of them; the first is the cache's own."""
+    cache, disk = tmp_path / "models--org--x", tmp_path / "disk"
+    (cache / "snapshots" / "c").mkdir(parents=True)
+    disk.mkdir()
+    (disk / "abc").write_bytes(checkpoints.DATA)
+    (cache / "blobs").symlink_to(disk)
+    (cache / "snapshots" / "c" / "config.json").symlink_to("../../blobs/abc")
+    strict = LocalSource(cache / "snapshots" / "c", follow_links=False)
+    assert strict.read("config.json") == checkpoints.DATA
+    (disk / "abc").rename(tmp_path / "far")
+    (disk / "abc").symlink_to(tmp_path / "far")
+    assert LocalSource(cache / "snapshots" / "c").read("config.json") == checkpoints.DATA
 
 
 def test_links_inside_the_directory_are_files(folder: Path) -> None:
@@ -194,28 +210,74 @@ def test_a_source_that_is_itself_a_link_is_fine(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["../outside", "{absolute}", "sub/../../outside"])
-def test_links_out_of_the_directory_are_refused(folder: Path, target: str) -> None:
-    """What such a link points to would be published with the output."""
+def test_links_out_of_the_directory_are_followed(folder: Path, target: str) -> None:
+    """Every loader does; what they lead to is published only if the user says so."""
     outside = folder.parent / "outside"
     outside.write_bytes(b"secret")
     (folder / "x").symlink_to(target.format(absolute=outside))
-    with pytest.raises(CheckpointError, match="'x' is a link"):
-        LocalSource(folder).files()
+    source = LocalSource(folder)
+    assert (source.read("x"), source.linked) == (b"secret", {"x": outside})
+    with pytest.raises(CheckpointError, match="'x' is a link out") as caught:
+        LocalSource(folder, follow_links=False).files()
+    assert "--follow-links" in str(caught.value)
 
 
-@pytest.mark.parametrize("target", ["gone", "x"])
-def test_links_that_lead_nowhere_are_refused(folder: Path, target: str) -> None:
+def test_a_linked_shard_may_be_published(folder: Path) -> None:
+    """It is the model that the user means; another file under the name of a shard is not."""
+    outside, link = folder.parent / "blob", folder / "model.safetensors"
+    outside.write_bytes(checkpoints.shard({"a": checkpoints.values("F32", (2,))}))
+    link.symlink_to(outside)
+    assert LocalSource(folder, follow_links=False).read(link.name) == outside.read_bytes()
+    outside.write_bytes(b"a private key, say")
+    with pytest.raises(CheckpointError, match="published"):
+        LocalSource(folder, follow_links=False).files()
+
+
+@pytest.mark.parametrize("target", ["gone", "", "data.bin/x"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model-00001-of-00002.safetensors", "vocab.txt", "sub/tokenizer.model"]
+)
+def test_a_link_that_a_loader_needs_must_lead_somewhere(
+    folder: Path, name: str, target: str
+) -> None:
     """A dangling link and a link to itself are an incomplete checkpoint."""
-    (folder / "x").symlink_to(target)
-    with pytest.raises(CheckpointError, match="'x' is a link that leads nowhere"):
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(target or (folder / name).name)
+    with pytest.raises(CheckpointError, match=f"{name!r} is a link that leads nowhere"):
         LocalSource(folder).files()
 
 
-def test_links_to_directories_are_refused(folder: Path) -> None:
-    """A linked folder could hold itself; it is no file."""
+@pytest.mark.parametrize("name", [".#config.json", "gone.lock", "notes.txt", ".x.safetensors"])
+def test_a_link_to_nothing_that_nobody_needs_is_left_out(folder: Path, name: str) -> None:
+    """An editor's lock is no part of a model; the user hears of it."""
+    (folder / name).symlink_to("user@host.1234:99")
+    source = LocalSource(folder)
+    assert len(source.files()) == 3
+    assert [name in remark for remark in source.remarks] == [True]
+
+
+def test_linked_folders_are_followed(folder: Path) -> None:
+    """Inside the directory and out of it; their files may be published as other links may."""
+    outside = folder.parent / "outside"
+    outside.mkdir()
+    (outside / "b.txt").write_bytes(b"b")
     (folder / "x").symlink_to("sub", target_is_directory=True)
-    with pytest.raises(CheckpointError, match="'x'"):
-        LocalSource(folder).files()
+    (folder / "y").symlink_to(outside, target_is_directory=True)
+    assert {"x/a.txt", "y/b.txt"} < LocalSource(folder).files().keys()
+    with pytest.raises(CheckpointError, match="'y' is a link out"):
+        LocalSource(folder, follow_links=False).files()
+
+
+def test_folders_that_lead_round_in_a_circle_are_left_out(folder: Path) -> None:
+    """A folder is not looked through again inside itself, nor by way of another."""
+    for name, target in (("sub/up", ".."), ("sub/z", "../other"), ("sub/self", ".")):
+        (folder / name).symlink_to(target, target_is_directory=True)
+    (folder / "other").mkdir()
+    (folder / "other" / "back").symlink_to("../sub", target_is_directory=True)
+    source = LocalSource(folder)
+    names = source.files().keys()
+    assert names == {"config.json", "data.bin", "sub/a.txt", "other/back/a.txt"}
+    assert all("circle" in remark for remark in source.remarks)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")

@@ -42,6 +42,7 @@ from moescale.repos.base import Progress, Sink, Source
 from moescale.repos.local_sink import LocalSink
 from moescale.repos.places import (
     as_source,
+    check_links,
     check_not_source,
     check_places,
     open_sink,
@@ -120,12 +121,13 @@ def plan(
     _check_report(report, source, destination)
     wanted, calibration = _asked(options, measuring)
     if destination is None:
-        made = _made(open_source(os.fspath(source), revision), wanted, None, calibration, measuring)
+        reader = open_source(os.fspath(source), revision)
+        made = _made(reader, wanted, None, calibration, measuring)
     else:
         check_places(os.fspath(source), os.fspath(destination), revision)
         overwrite = options.get("overwrite", False)
         sink = _sink(destination, options)
-        reader = open_source(os.fspath(source), revision)
+        reader = _source(source, sink, options)
         made = _trial(
             reader, sink, os.fspath(destination), wanted, calibration, measuring, overwrite
         )
@@ -183,7 +185,7 @@ def convert(
     check_places(os.fspath(source), os.fspath(destination), revision)
     sink = _sink(destination, options)
     with _crew(options.get("dask")) as crew:
-        reader = open_source(os.fspath(source), revision)
+        reader = _source(source, sink, options)
         check_not_source(reader, sink)
         made = _made(
             reader, wanted, os.fspath(destination), calibration, measuring, sink, overwrite
@@ -250,6 +252,18 @@ def values(option: str) -> list[str]:
         "part": {row.part for row in ROWS if row.part},
     }
     return sorted(found[option])
+
+
+def _source(source: StrPath, sink: Sink, given: PlanOptions) -> Source:
+    """The source; to the Hub, its links are followed only as far as the options say.
+
+    Raises:
+        UsageError: the destination holds what a link leads to.
+    """
+    follow = isinstance(sink, LocalSink) or given.get("follow_links", False)
+    reader = open_source(os.fspath(source), given.get("revision"), follow)
+    check_links(reader, sink)
+    return reader
 
 
 def _sink(destination: StrPath, given: PlanOptions) -> Sink:

@@ -210,6 +210,14 @@ class Writing(TypedDict, total=False):
         Option("Open a pull request instead; needs the right to write.", panel=HUB, kind=bool),
     ]
     commit_message: Annotated[str | None, Option("Of the commit on the Hub.", "TEXT", HUB)]
+    follow_links: Annotated[
+        bool,
+        Option(
+            "To the Hub, also publish what links of other files than shards lead to outside SRC.",
+            panel=HUB,
+            kind=bool,
+        ),
+    ]
     report: Annotated[
         StrPath | None,
         Option("Draw the plan into this HTML page too.", "FILE", OUTPUT, kind=Path),

@@ -67,7 +67,7 @@ def make_plan(
     config = _read_config(source, files)
     weights = find_weights(source, config, options)
     moe, tensors, headers = weights.moe, weights.tensors, weights.found.headers
-    warnings = [*weights.warnings]
+    warnings = [*source.remarks, *weights.warnings]
     if PROVENANCE in files:
         warnings.append(
             f"the source is itself an output of moescale ({PROVENANCE}); its factors stay in it"
@@ -127,9 +127,12 @@ def make_plan(
 
 def _read_config(source: Source, files: Collection[str]) -> Config:
     if CONFIG not in files:
+        inner = next((name for name in files if name.endswith(f"/{CONFIG}")), None)
+        such = f", such as {inner.removesuffix(f'/{CONFIG}')} in it" if inner else ""
         raise SourceError(
             f"{source.identity.id}: has no {CONFIG}",
-            hint="Give the folder or the repo that holds a model in the Hugging Face layout.",
+            hint="Give the folder or the repo that holds a model in the Hugging Face layout"
+            f"{such}.",
         )
     return parse_config(source.read(CONFIG))
 

@@ -50,13 +50,15 @@ class Source(Protocol):
 
     received: int
     """Bytes that have come over the network."""
+    remarks: list[str]
+    """What the user should know of its files, once they are known."""
 
     @property
     def identity(self) -> SourceId:
         """Where this is."""
 
     def files(self) -> Mapping[str, FileInfo]:
-        """All files that belong to the checkpoint, by name; no symlink out of the repo."""
+        """All files that belong to the checkpoint, by name."""
 
     def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:
         """A stretch of one file, the whole file by default; for small reads."""

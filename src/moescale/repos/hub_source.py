@@ -62,6 +62,7 @@ class HubSource:
         self.identity = SourceId("hub", place.repo, self._commit, place.repo)
         self._name = str(HubPlace(place.repo))
         self.received = 0
+        self.remarks: list[str] = []
         self._counting = threading.Lock()
         self._files: dict[str, FileInfo] | None = None
         self._stated: dict[str, str | None] = {}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 
+from moescale.checkpoint.header import LENGTH_BYTES, header_length, parse_header
+from moescale.checkpoint.index import SUFFIX
 from moescale.errors import CheckpointError, RewriteError, SourceError
 from moescale.repos.base import SMALL_FILE_BYTES, FileInfo, SourceId, check_name
 from moescale.repos.disk import BINARY
@@ -20,8 +23,13 @@ SHARE_HINT = "Give a place that all machines share under the same path."
 class LocalSource:
     """A checkpoint in a directory, which may be a snapshot of the Hub's cache."""
 
-    def __init__(self, root: Path, identity: SourceId | None = None) -> None:
+    def __init__(
+        self, root: Path, identity: SourceId | None = None, follow_links: bool = True
+    ) -> None:
         """`root` is an existing directory; `identity` says what it is a copy of.
+
+        Without `follow_links` only shards may be links out of it, since what a link leads to is
+        published with the output.
 
         Raises:
             SourceError: it is not a directory, or an output that is not finished.
@@ -43,6 +51,10 @@ class LocalSource:
             )
         self.root = root.resolve()
         self.received = 0
+        self.remarks: list[str] = []
+        self.linked: dict[str, Path] = {}
+        """Where the links out of the directory lead."""
+        self._follow = follow_links
         self._files: dict[str, FileInfo] | None = None
         self._states: dict[str, list[int]] = {}
         self._entry_times: dict[str, int] = {}
@@ -53,24 +65,34 @@ class LocalSource:
         """All regular files, by name relative to the root.
 
         Raises:
-            CheckpointError: a link leads out of the repo or nowhere, or a file is no plain file.
+            CheckpointError: a link that the model needs leads nowhere, one leads out of the repo
+                and may not be followed, or a file is no plain file.
             SourceError: the system does not let us look.
         """
         if self._files is None:
             with _readable(self.root):
-                self._files = dict(sorted(self._walk(self.root, "")))
+                self._files = dict(sorted(self._walk(self.root, "", (self.root,))))
         return self._files
 
-    def _walk(self, folder: Path, prefix: str) -> Iterator[tuple[str, FileInfo]]:
+    def _walk(
+        self, folder: Path, prefix: str, above: tuple[Path, ...]
+    ) -> Iterator[tuple[str, FileInfo]]:
+        """The files of a folder; `above` are the real folders that it lies in, and its own."""
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             if entry.name in NOT_CHECKPOINT and not prefix:
                 continue
             name = check_name(prefix + entry.name, str(self.root))
+            real = above[-1] / entry.name
             if entry.is_symlink():
-                self._check_link(Path(entry.path), name)
+                target = _target(Path(entry.path))
+                if target is None or target in above:
+                    self._check_needless(name, target)
+                    continue
+                self._check_link(name, target)
+                real = target
             self._check_readable(entry, name)
-            if entry.is_dir(follow_symlinks=False):
-                yield from self._walk(Path(entry.path), name + "/")
+            if entry.is_dir():
+                yield from self._walk(Path(entry.path), name + "/", (*above, real))
                 continue
             info = entry.stat()
             if not stat.S_ISREG(info.st_mode):
@@ -85,18 +107,30 @@ class LocalSource:
         if not os.access(entry.path, mode):
             raise SourceError(f"{self.root}: {name!r} cannot be read", hint="Mend its permissions.")
 
-    def _check_link(self, link: Path, name: str) -> None:
-        try:
-            target = link.resolve(strict=True)
-        except (OSError, RuntimeError):
-            raise CheckpointError(f"{self.root}: {name!r} is a link that leads nowhere") from None
-        blobs = self.root.parent.parent / "blobs"
-        in_cache = self.root.parent.name == "snapshots" and target.is_relative_to(blobs)
-        if not (in_cache or target.is_relative_to(self.root)):
+    def _check_needless(self, name: str, target: Path | None) -> None:
+        """Pass by a link that leads nowhere, or round in a circle, where no loader reads it."""
+        where = "nowhere" if target is None else "round in a circle"
+        if _NEEDED.search(name.rpartition("/")[2]):
             raise CheckpointError(
-                f"{self.root}: {name!r} is a link out of the directory",
-                hint="Replace it by the file itself, or give the directory that it points to.",
+                f"{self.root}: {name!r} is a link that leads {where}",
+                hint="Put the file there, or remove the link if it is no part of the model.",
             )
+        self.remarks.append(f"{name}: is a link that leads {where}; it is left out")
+
+    def _check_link(self, name: str, target: Path) -> None:
+        """Note where a link out of the directory leads, and refuse it where that is not wanted."""
+        blobs = (self.root.parent.parent / "blobs").resolve()
+        in_cache = self.root.parent.name == "snapshots" and target.is_relative_to(blobs)
+        if in_cache or target.is_relative_to(self.root):
+            return
+        self.linked[name] = target
+        if self._follow or (name.endswith(SUFFIX) and _is_sound(target)):
+            return
+        raise CheckpointError(
+            f"{self.root}: {name!r} is a link out of the directory, and what it leads to would be"
+            " published",
+            hint="Put the file itself there, or say --follow-links.",
+        )
 
     def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:
         """A stretch of one file; the whole file, if it is a small one, by default."""
@@ -215,6 +249,34 @@ else:  # Windows, and macOS before 11; each reader is used by one thread only
         data = os.read(fd, len(buffer))
         buffer[: len(data)] = data
         return len(data)
+
+
+_NEEDED = re.compile(
+    r"^(?!\.).*\.(?:safetensors|json|model|py|jinja|tiktoken|bin|pt|pth)$|^(?:vocab|merges)\b"
+)
+"""File names that a loader may read."""
+
+
+def _target(link: Path) -> Path | None:
+    """What a link leads to in the end; None for nothing."""
+    try:
+        return link.resolve(strict=True)
+    except PermissionError:
+        raise
+    except (OSError, RuntimeError):  # nothing is there, or it leads to itself
+        return None
+
+
+def _is_sound(shard: Path) -> bool:
+    """Whether a file is a safetensors file."""
+    size = shard.stat().st_size
+    try:
+        with open(shard, "rb") as file:
+            length = header_length(file.read(LENGTH_BYTES), size, shard.name)
+            parse_header(file.read(length), size, shard.name)
+    except CheckpointError:
+        return False
+    return True
 
 
 @contextmanager

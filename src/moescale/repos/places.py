@@ -11,8 +11,8 @@ from moescale.repos.local_sink import LocalSink
 from moescale.repos.local_source import LocalSource
 
 
-def open_source(text: str, revision: str | None = None) -> Source:
-    """An existing directory wins over a repo id.
+def open_source(text: str, revision: str | None = None, follow_links: bool = True) -> Source:
+    """An existing directory wins over a repo id; see `LocalSource` for its links.
 
     Raises:
         UsageError: a revision is given twice, or for a directory.
@@ -23,7 +23,7 @@ def open_source(text: str, revision: str | None = None) -> Source:
     if not _says_hub(text) and (is_directory(text) or not is_repo_id(text)):
         if revision is not None:
             raise UsageError(f"--revision goes with a repo on the Hub; {text} is a directory")
-        return LocalSource(Path(text))
+        return LocalSource(Path(text), follow_links=follow_links)
     place = parse_place(text)
     if revision is not None and place.revision is not None:
         raise UsageError(f"{text} names a revision already; leave --revision out")
@@ -120,3 +120,21 @@ def check_not_source(source: Source, sink: Sink) -> None:
     """
     if sink.is_at(source.identity):
         raise UsageError(f"{sink.identity}: is the branch that the source is read from")
+
+
+def check_links(source: Source, sink: Sink) -> None:
+    """Refuse a destination that holds what a link of the source leads to.
+
+    Raises:
+        UsageError: writing there would change the source.
+    """
+    if not (isinstance(source, LocalSource) and isinstance(sink, LocalSink)):
+        return
+    source.files()
+    root = sink.root.resolve()
+    for name, target in source.linked.items():
+        if target.is_relative_to(root):
+            raise UsageError(
+                f"{sink.identity}: holds the file that the source's {name} is a link to",
+                hint="Give another destination.",
+            )
