@@ -29,11 +29,28 @@ def pytest_make_collect_report(
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
     """A file that cannot be imported for want of torch is skipped where that was asked for."""
     report = yield
-    missing = re.search(r"No module named '(torch|bitsandbytes)'", str(report.longrepr))
-    if report.failed and missing and collector.config.getoption("--no-torch"):
-        report.outcome = "skipped"
-        report.longrepr = (str(collector.path), 1, "Skipped: needs torch, and --no-torch was given")
+    if re.search(r"No module named '(torch|bitsandbytes)'", str(report.longrepr)):
+        _leave_out(collector, report)
     return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """So is a test that wants it later."""
+    report = yield
+    if call.excinfo and getattr(call.excinfo.value, "name", "") == "torch":
+        _leave_out(item, report)
+    return report
+
+
+def _leave_out(
+    node: pytest.Item | pytest.Collector, report: pytest.TestReport | pytest.CollectReport
+) -> None:
+    if node.config.getoption("--no-torch"):
+        report.outcome = "skipped"
+        report.longrepr = (str(node.path), 1, "Skipped: needs torch, and --no-torch was given")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

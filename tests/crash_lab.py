@@ -84,14 +84,14 @@ class Scenario:
 SCENARIOS: Mapping[str, Scenario] = {
     "new": Scenario(),
     "overwrite": Scenario(old=OLD, options={"overwrite": True}),
-    "verify": Scenario(options={"check": True}),
+    "verify": Scenario(options={"verify": True}),
     "promoted headers": Scenario(source=promoted, options={"experts": 2}),
     "stacked": Scenario(source=checkpoints.fused_mixtral),
     "no kernel copies": Scenario(without=frozenset({"copy_file_range"})),
     "past the cache": Scenario(piece=256),
     "resumed": Scenario(prelude=lambda lab: lab.kill_another(45)),
     "verified later": Scenario(
-        options={"check": True}, prelude=lambda lab: lab.finish(check=False)
+        options={"verify": True}, prelude=lambda lab: lab.finish(verify=False)
     ),
     "over another run": Scenario(
         options={"overwrite": True}, prelude=lambda lab: lab.kill_another(60, experts=4)
@@ -151,7 +151,7 @@ class Lab:
     def _whole(self) -> list[Tree]:
         """The trees that may load: the finished one, with digests and without; the old one."""
         found = []
-        for options in ({"check": False}, self.scenario.options):
+        for options in ({"verify": False}, self.scenario.options):
             shutil.rmtree(self.output.parent, ignore_errors=True)
             self.output.parent.mkdir(parents=True)
             self.finish(**options)

@@ -405,7 +405,7 @@ def test_a_link_in_a_finished_output(
     """A proof and a replacement do not write through it either."""
     convert(source, tmp_path / "out", experts=3)
     plant(tmp_path / "out" / place, outside / target)
-    options = {"overwrite": True, "experts": 4} if overwrite else {"check": True}
+    options = {"overwrite": True, "experts": 4} if overwrite else {"verify": True}
     with contextlib.suppress(MoescaleError):
         convert(source, tmp_path / "out", **{"experts": 3, **options})
 
@@ -450,7 +450,7 @@ def test_a_folder_that_was_moved_away_is_not_finished(
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 @pytest.mark.parametrize("name", ["moescale.json", "config.json", "README.md", FIRST])
-@pytest.mark.parametrize("options", [{}, {"check": True}, {"overwrite": True, "experts": 4}])
+@pytest.mark.parametrize("options", [{}, {"verify": True}, {"overwrite": True, "experts": 4}])
 def test_a_pipe_in_a_finished_output(
     source: Path, tmp_path: Path, name: str, make: Callable[[Path], Any], options: dict[str, Any]
 ) -> None:
