@@ -220,6 +220,31 @@ def test_another_model_in_a_folder_is_copied(source: Path, sizes: dict[str, int]
     assert warning.startswith("speculator/model.safetensors: has experts of another model")
 
 
+def test_experts_of_a_model_of_its_own_are_copied(source: Path) -> None:
+    """In a folder with a config, layers that the model does not have are of another one."""
+    add(source, "mtp/model.safetensors", mtp())
+    add(source, "mtp/config.json", b"{}")
+    assert left_out(source) == {}
+
+
+def test_code_and_licences_stay_without_their_weights(source: Path) -> None:
+    """Only what is of no use without the twins goes with them."""
+    add(source, "original/consolidated.00.pth", b"a twin")
+    for name in ("params.json", "run.py", "LICENSE", "README.md"):
+        add(source, f"original/{name}", b"x")
+    assert left_out(source).keys() == {"original/consolidated.00.pth", "original/params.json"}
+
+
+def test_a_twin_of_what_a_pattern_names_is_left_out(source: Path) -> None:
+    """Names that no table knows are compared as they are."""
+    tensors = renamed("mlp.experts.", "block.things.")
+    (source / SINGLE).write_bytes(checkpoints.shard(tensors))
+    add(source, "model.fp16.safetensors", tensors)
+    pattern = r"model\.layers\.\d+\.block\.things\.\d+\.down_proj\.weight"
+    found = left_out(source, pattern=pattern, experts_key="num_experts_per_tok")
+    assert found == {"model.fp16.safetensors": TWIN}
+
+
 def test_other_shapes_are_another_model(source: Path) -> None:
     """The same names with other sizes are not what the plan scales."""
     small = {name: ("BF16", (2, 2), bytes(8)) for name in checkpoints.qwen2_tensors()}

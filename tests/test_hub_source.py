@@ -257,6 +257,19 @@ def test_offline_the_cache_gives_the_same_output(lab: Lab) -> None:
     assert not hub.requests
 
 
+def test_offline_twins_need_not_be_in_the_cache(lab: Lab) -> None:
+    """What is left out in any case is nobody's download; what has to be copied is asked for."""
+    hub = lab.start()
+    hub.commit(SRC, checkpoints.LEFT_OUT)
+    lab.fill_cache("*.safetensors", "*.json", *checkpoints.EXTRAS)
+    hub.log.clear()
+    lab.monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    outcome = lab.done(SRC, str(lab.root / "out"), "-k", "3", "-q", "--verify")
+    assert "left out: consolidated.00.pth" in outcome.err
+    assert not hub.requests
+    assert not checkpoints.LEFT_OUT.keys() & checkpoints.tree(lab.root / "out").keys()
+
+
 def test_offline_a_child_honours_the_setting(lab: Lab) -> None:
     """The variable itself works in a process of its own."""
     hub = lab.start()

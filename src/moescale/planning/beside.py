@@ -45,6 +45,8 @@ _NO_TWIN = re.compile(
     re.IGNORECASE,
 )
 """Adapters, projectors and what a training leaves behind."""
+_STAYS = re.compile(r"\.(?:py|ipynb|sh|md)$|(?:^|/)(?:LICEN[CS]E|NOTICE)[^/]*$", re.IGNORECASE)
+"""Code and texts, which stay although the weights beside them do not."""
 _INDEX = re.compile(r"(?P<stem>.+)\.(?P<suffix>[a-z0-9]+)\.index(?:\.[^.]+)?\.json")
 
 FORM = "weights in another form, not rescaled"
@@ -98,7 +100,8 @@ def look_beside(source: Source, found: Found, moe: Moe) -> Beside:
     ours = {*found.headers, *found.left_out, found.shards.index, CONFIG}
     names = [name for name in source.files() if name not in ours]
     result = Beside(left_out=dict(found.left_out))
-    _Looker(source, found, moe, result).decide_all(n for n in names if n.endswith(WEIGHTS))
+    if weights := [name for name in names if name.endswith(WEIGHTS)]:
+        _Looker(source, found, moe, result).decide_all(weights)
     _leave_out_companions(names, result.left_out)
     result.left_out |= {n: EVALUATION for n in names if n.startswith(".eval_results/")}
     result.warnings += _adapters(names)
@@ -151,7 +154,8 @@ class _Looker:
             self._unread(list(looks))
             return
         held = {layer for look in looks.values() for layer in look.layers or ()}
-        if layers := {layer for layer in held if self._moe.owns(layer)}:
+        layers = {layer for layer in held if self._moe.owns(layer)}
+        if layers or any(look.same for look in looks.values()):
             self._routed(looks, layers)
 
     def _unread(self, names: Sequence[str]) -> None:
@@ -164,11 +168,12 @@ class _Looker:
 
     def _routed(self, looks: Mapping[str, Look], layers: set[Layer]) -> None:
         """A set with routed experts: a twin, another model, or forgotten shards of this one."""
-        first = next(name for name, look in looks.items() if look.layers)
+        first = next(name for name, look in looks.items() if look.layers or look.same)
         same = any(look.same for look in looks.values())
         ours = layers & self._layers
         whole = self._layers <= layers or (ours and not _is_shard(first))
-        if self._other_model(first) or (not same and any(look.other for look in looks.values())):
+        other = not same and any(look.other for look in looks.values())
+        if other or self._is_other_model(first, same or bool(ours)):
             self._warn(first, "has experts of another model")
         elif whole or (same and ours == layers):
             self._check_single(list(looks))
@@ -233,12 +238,14 @@ class _Looker:
                 own = tuple(t for t in header.tensors if t.name not in names)
                 self._result.joined[shard] = replace(header, tensors=own)
 
-    def _other_model(self, name: str) -> bool:
-        """Whether the folder of a file has a config of its own, of another size."""
+    def _is_other_model(self, name: str, alike: bool) -> bool:
+        """Whether the folder of a file has a config of its own, where alike, of another size."""
         folder = name.rpartition("/")[0]
         at = f"{folder}/{CONFIG}"
         if not folder or at not in self._files or self._files[at].size > SMALL_FILE_BYTES:
             return False
+        if not alike:
+            return True
         try:
             value = parse_lenient(self._source.read(at).decode())
         except ValueError:
@@ -303,7 +310,7 @@ def _leave_out_companions(names: Iterable[str], left_out: dict[str, str]) -> Non
     for name in kept:
         if (match := _INDEX.fullmatch(name)) and any(_is_listed(match, twin) for twin in twins):
             left_out[name] = INDEX
-        elif folder := _folder_left_out(name, twins, weights):
+        elif not _STAYS.search(name) and (folder := _folder_left_out(name, twins, weights)):
             twin = next(twin for twin in twins if twin.startswith(folder))
             left_out[name] = f"goes with {twin}, which is left out"
 

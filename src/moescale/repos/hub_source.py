@@ -168,9 +168,13 @@ class HubSource:
             _commit(HubPlace(self.identity.id, self._commit))
         for name in self.files() if self._offline else ():
             if self._cached(name) is None:
-                raise SourceError(
-                    f"{self._name}: {name}: is not in the Hub cache, and HF_HUB_OFFLINE is set"
-                )
+                raise self._not_cached(name)
+
+    def _not_cached(self, name: str) -> SourceError:
+        return SourceError(
+            f"{self._name}: {name}: is not in the Hub cache, and HF_HUB_OFFLINE is set",
+            hint="Unset HF_HUB_OFFLINE, or download the model first.",
+        )
 
     def newest_change(self) -> int:
         """A commit does not change."""
@@ -226,6 +230,8 @@ class HubSource:
             with open(cached, "rb") as file:
                 yield LocalReader(file.fileno(), name)
             return
+        if self._offline:
+            raise self._not_cached(name)
         url = hf_hub_url(self.identity.id, name, revision=self._commit, endpoint=hub.api().endpoint)
         info, planned = self.files()[name], self._planned.get(name, (0, b""))
         with closing(HubReader(url, info, self._stated[name], planned)) as reader:
