@@ -177,11 +177,24 @@ def tree(folder: Path) -> dict[str, bytes]:
 HIDDEN, INNER = 8, 6
 
 
-def _matrices(names: Iterable[str], dtype: str, special: bool = True) -> dict[str, Raw]:
+def _matrices(
+    names: Iterable[str], dtype: str, experts: int, special: bool = True
+) -> dict[str, Raw]:
     return {
-        name: values(dtype, (HIDDEN, INNER), seed=i, special=special)
+        name: values(dtype, _shape(name, experts), seed=i, special=special)
         for i, name in enumerate(names)
     }
+
+
+def _shape(name: str, experts: int) -> tuple[int, ...]:
+    """That of a router, of its bias, of a shared expert's gate, or of a matrix of an expert."""
+    if name.endswith("correction_bias"):
+        return (experts,)
+    if name.endswith("shared_expert_gate.weight"):
+        return (1, HIDDEN)
+    if name.endswith(".gate.weight"):
+        return (experts, HIDDEN)
+    return (HIDDEN, INNER) if name.endswith(("w2.weight", "down_proj.weight")) else (INNER, HIDDEN)
 
 
 def _frame(blocks: Mapping[str, Raw], layers: int, dtype: str) -> dict[str, Raw]:
@@ -205,7 +218,7 @@ def mixtral_tensors(layers: int = 2, experts: int = 4, dtype: str = "BF16") -> d
         at = f"model.layers.{layer}.block_sparse_moe."
         names.append(at + "gate.weight")
         names += [at + f"experts.{e}.w{w}.weight" for e in range(experts) for w in (1, 2, 3)]
-    return _frame(_matrices(names, dtype), layers, dtype)
+    return _frame(_matrices(names, dtype, experts), layers, dtype)
 
 
 def fused_mixtral_tensors(layers: int = 2, experts: int = 4, dtype: str = "BF16") -> dict[str, Raw]:
@@ -231,7 +244,7 @@ def qwen2_tensors(layers: int = 3, experts: int = 4, dtype: str = "BF16") -> dic
             for e in range(experts)
             for p in ("gate", "up", "down")
         ]
-    return _frame(_matrices(names, dtype), layers, dtype)
+    return _frame(_matrices(names, dtype, experts), layers, dtype)
 
 
 def deepseek_tensors(layers: int = 3, experts: int = 4, dtype: str = "BF16") -> dict[str, Raw]:
@@ -246,7 +259,7 @@ def deepseek_tensors(layers: int = 3, experts: int = 4, dtype: str = "BF16") -> 
             for e in range(experts)
             for p in ("gate", "up", "down")
         ]
-    return _frame(_matrices(names, dtype), layers, dtype)
+    return _frame(_matrices(names, dtype, experts), layers, dtype)
 
 
 def routed(tensors: Iterable[str]) -> list[str]:

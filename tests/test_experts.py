@@ -11,17 +11,17 @@ import pytest
 
 from moescale.checkpoint.header import Tensor
 from moescale.errors import CheckpointError, MoescaleError, UnsupportedError, UsageError
-from moescale.model import architectures, experts
+from moescale.model import architectures, experts, pattern
+from moescale.model.complete import check_complete
 from moescale.model.experts import (
     Layer,
     Projection,
-    check_complete,
-    find_by_pattern,
     find_projections,
-    looks_routed,
     total_experts,
 )
 from moescale.model.formats import scaled_tensors
+from moescale.model.hints import looks_routed
+from moescale.model.pattern import find_by_pattern
 
 
 def tensor(name: str, shape: tuple[int, ...] = (8, 6), dtype: str = "BF16") -> Tensor:
@@ -39,7 +39,7 @@ def find(model_type: str, tensors: Iterable[Tensor], section: dict[str, Any]) ->
     row, tensors = architectures.find(model_type), list(tensors)
     found = find_projections(tensors, row)
     total = total_experts(row, section)
-    check_complete(found, [t.name for t in tensors], row, section, total)
+    check_complete(found, tensors, row, section, total)
     return found
 
 
@@ -227,7 +227,7 @@ def test_a_layer_where_the_config_has_a_dense_one_is_refused() -> None:
 def test_a_fused_tensor_of_other_experts_is_refused() -> None:
     """A stacked tensor must hold the experts that the config names."""
     tensors = tensors_of(checkpoints.fused_mixtral_tensors(experts=3))
-    with pytest.raises(CheckpointError, match="does not hold 4 experts"):
+    with pytest.raises(CheckpointError, match="says 4 routed experts, but expert 3 is missing"):
         find("mixtral", tensors, MIXTRAL)
 
 
@@ -378,7 +378,7 @@ def test_a_broken_pattern_is_one_line(pattern: str) -> None:
 
 def test_a_pattern_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     """An expression that backtracks without end costs some seconds, not the session."""
-    monkeypatch.setattr(experts, "_SEARCH_SECONDS", 0.5)
+    monkeypatch.setattr(pattern, "_SEARCH_SECONDS", 0.5)
     start = time.monotonic()
     with pytest.raises(UsageError, match="took longer"):
         by_pattern("(a+)+b", ["a" * 60 + ".0"])

@@ -20,7 +20,6 @@ from moescale.checkpoint.header import Tensor
 from moescale.checkpoint.scaling import Edit, scaler
 from moescale.errors import CheckpointError, SourceError, UnsupportedError
 from moescale.model import formats
-from moescale.model.experts import find_by_pattern
 from moescale.model.formats import (
     REFUSED,
     ROWS,
@@ -31,6 +30,7 @@ from moescale.model.formats import (
     scaled_tensors,
     split_name,
 )
+from moescale.model.pattern import find_by_pattern
 
 CASES = (*q.EXACT, *q.POWER_OF_TWO)
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from moescale.checkpoint.dtypes import BITS
 from moescale.checkpoint.edit import Edit
 from moescale.checkpoint.header import LENGTH_BYTES
-from moescale.errors import RewriteError
+from moescale.errors import CheckpointError, RewriteError
 
 PIECE = 1 << 20
 """Bytes that are read and written at once, for each shard that is being rewritten."""
@@ -174,7 +174,7 @@ def edited(reader: Reader, edit: Edit) -> Iterator[tuple[memoryview, int]]:
     """The edited bytes of a tensor in pieces; with each, how many values have no finite result."""
     import numpy as np  # here, since a plan needs none: 15 MB and half of the start-up time
 
-    from moescale.checkpoint.scaling import scaler
+    from moescale.checkpoint.scaling import holds_nan, scaler
 
     tensor, scale = edit.tensor, scaler(edit)
     length = tensor.nbytes if edit.operation == "nested_offset" else min(EDIT_PIECE, tensor.nbytes)
@@ -183,6 +183,12 @@ def edited(reader: Reader, edit: Edit) -> Iterator[tuple[memoryview, int]]:
     for start in range(tensor.start, tensor.stop, length):
         size = min(length, tensor.stop - start)
         reader.read_into(source[:size], start)
+        if edit.scale and holds_nan(edit, source[:size]):
+            raise CheckpointError(
+                f"tensor {tensor.name!r}: holds a scale that is no number (NaN), and so is every"
+                " weight that it belongs to",
+                hint="The tensor is damaged; quantise it again, or fetch it again.",
+            )
         piece = result[: size * edit.widening]
         lost = scale(np.frombuffer(source[:size], np.uint8), np.frombuffer(piece, np.uint8))
         yield piece, lost

@@ -148,6 +148,16 @@ def _promoting_scaler(dtype: str, factor: float, scales: bool) -> Scale:
     return scale
 
 
+def holds_nan(edit: Edit, data: memoryview) -> bool:
+    """Whether any of the values is no number."""
+    dtype = edit.tensor.dtype
+    if edit.operation == "shift":
+        return bool((np.frombuffer(data, np.uint8) == 255).any())
+    if dtype in _INFINITY_16:
+        return bool(((np.frombuffer(data, "<u2") & 0x7FFF) > _INFINITY_16[dtype]).any())
+    return dtype == "F32" and bool(np.isnan(np.frombuffer(data, "<f4")).any())
+
+
 def _mend(values: np.ndarray[Any, Any], scaled: np.ndarray[Any, Any]) -> int:
     """Give NaNs the bits they had, whatever the processor made of them; count new infinities."""
     if np.isfinite(scaled).all():

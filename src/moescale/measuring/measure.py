@@ -14,7 +14,7 @@ from moescale.measuring.blocks import Numbers, Watched, find_blocks, find_module
 from moescale.measuring.tally import WEIGHTS_KEPT
 from moescale.measuring.text import Text
 from moescale.model import architectures
-from moescale.model.experts import Layer, experts_of_layer
+from moescale.model.experts import Layer
 from moescale.model.lookup import Moe
 from moescale.planning.plan import Experts
 from moescale.rules.samples import Sample
@@ -121,8 +121,7 @@ def _measured_layers(wanted: Sequence[Layer], found: Collection[Layer]) -> list[
 def _watch(
     model: nn.Module, paths: Sequence[str], moe: Moe, experts: Experts, layer: Layer, tokens: int
 ) -> list[Watched]:
-    total = experts_of_layer(moe.section, layer.number, moe.total)
-    numbers = Numbers(*experts.at(layer), total)
+    numbers = Numbers(*experts.at(layer), moe.held[layer])
     every = max(1, tokens // WEIGHTS_KEPT)
     return [Watched(model, path, numbers, every) for path in paths]
 

@@ -26,13 +26,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final, Literal
 
-from moescale.checkpoint.dtypes import SCALABLE
+from moescale.checkpoint.dtypes import BITS, SCALABLE
 from moescale.checkpoint.edit import Operation
 from moescale.checkpoint.header import Tensor
 from moescale.errors import CheckpointError, UnsupportedError
 
 Role = Literal["weight", "bias", "scale", "router"]
 Leaves = Mapping[str, Tensor]
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,9 @@ class Format:
         scaled: the leaves that change; those that are not in `dtypes` may be missing.
         stays: leaves that may be there and do not change.
         fits: what the shapes must be, where the dtypes leave a doubt.
+        size: the shape ``[..., out, in]`` of what is stored; None where the shapes do not tell.
+        misfit: the leaf whose shape cannot be beside the others, if any.
+        free: tensors of one checkpoint differ in shape, as their numbers of bits do.
         source: where the facts can be read.
     """
 
@@ -62,6 +66,9 @@ class Format:
     scaled: Mapping[str, Part]
     stays: tuple[str, ...] = ()
     fits: Callable[[Leaves], bool] = lambda leaves: True
+    size: Callable[[Leaves], Shape | None] = lambda leaves: None
+    misfit: Callable[[Leaves], str | None] = lambda leaves: None
+    free: bool = False
     source: str = ""
 
 
@@ -126,6 +133,78 @@ def _scale_per_row(scale: str, packed: int = 1) -> Callable[[Leaves], bool]:
     return fits
 
 
+def _as_stored(leaves: Leaves) -> Shape:
+    return leaves["weight"].shape
+
+
+def _packed(codes: str, each: int) -> Callable[[Leaves], Shape]:
+    """So many codes in an element of the last dimension."""
+
+    def size(leaves: Leaves) -> Shape:
+        shape = leaves[codes].shape
+        return (*shape[:-1], each * shape[-1]) if shape else shape
+
+    return size
+
+
+def _scaled_in_groups(scale: str, group: int) -> Callable[[Leaves], Shape]:
+    """A scale for so many values of the last dimension."""
+    return _packed(scale, group)
+
+
+def _in_rows(*names: str) -> Callable[[Leaves], str | None]:
+    """Each has as many rows as the first; a single number is that of all rows."""
+
+    def misfit(leaves: Leaves) -> str | None:
+        rows = leaves[names[0]].shape[:-1]
+        others = (name for name in names[1:] if math.prod(leaves[name].shape) > 1)
+        return next((name for name in others if leaves[name].shape[:-1] != rows), None)
+
+    return misfit
+
+
+def _in_blocks(scale: str) -> Callable[[Leaves], str | None]:
+    """A scale for the tensor, for each expert, each row or column, or each block of values."""
+
+    def misfit(leaves: Leaves) -> str | None:
+        values, scales = leaves["weight"].shape, leaves[scale].shape
+        count, experts = math.prod(scales), math.prod(values[:-2])
+        if len(values) < 2 or count in (1, experts):
+            return None
+        if len(scales) != len(values):
+            return None if count in {experts * size for size in values[-2:]} else scale
+        ends = zip(values[-2:], scales[-2:], strict=True)
+        fits = scales[:-2] == values[:-2] and all(_divides(*pair) for pair in ends)
+        return None if fits else scale
+
+    return misfit
+
+
+def _divides(size: int, blocks: int) -> bool:
+    """Whether so many blocks of a usual size, the last of them cut, make up a dimension."""
+    usual = (*(1 << i for i in range(size.bit_length() + 1)), *range(48, size + 1, 16))
+    return blocks == 1 or any(-(-size // block) == blocks for block in usual)
+
+
+def _absmax(leaves: Leaves) -> str | None:
+    """A number for each block of codes, which are two a byte, whatever dtype they lie in."""
+    weight = leaves["weight"]
+    codes = 2 * math.prod(weight.shape) * BITS[weight.dtype] // 8
+    blocks = math.prod(leaves["absmax"].shape)
+    return None if any(-(-codes // (1 << i)) == blocks for i in range(4, 14)) else "absmax"
+
+
+def _in_pairs(scale: str) -> Callable[[Leaves], str | None]:
+    """Two 4-bit codes a byte, and a scale for each 16 or 32 of them."""
+
+    def misfit(leaves: Leaves) -> str | None:
+        codes, scales = leaves["weight"].shape, leaves[scale].shape
+        groups = codes and scales and codes[-1] in (8 * scales[-1], 16 * scales[-1])
+        return None if groups and codes[:-1] == scales[:-1] else scale
+
+    return misfit
+
+
 # The rows ---------------------------------------------------------------------------------------
 
 _FP8_SCALES = ("weight_scale_inv", "scale_inv", "weight_scale", "scale", "qscale_weight")
@@ -145,6 +224,7 @@ ROWS: Final[tuple[Format, ...]] = (
         "plain",
         {"weight": SCALABLE},
         {"weight": Part("weight")},
+        size=_as_stored,
         source="the values themselves",
     ),
     # 8 bits
@@ -154,6 +234,8 @@ ROWS: Final[tuple[Format, ...]] = (
             {"weight": FP8, scale: FLOAT},
             {scale: WIDENED},
             ("weight_zero_point",),
+            size=_as_stored,
+            misfit=_in_blocks(scale),
             source="DeepSeek-V3 README_WEIGHTS; transformers integrations/finegrained_fp8.py;"
             " compressed-tensors naive_quantized; modelopt quant_utils.py: W = weight * scale",
         )
@@ -164,6 +246,8 @@ ROWS: Final[tuple[Format, ...]] = (
             "MXFP8 or UE8M0 FP8",
             {"weight": FP8, scale: E8M0},
             {scale: EXPONENT},
+            size=_as_stored,
+            misfit=_in_blocks(scale),
             source="compressed-tensors mxfp8, mx_utils.py; modelopt MXFP8;"
             " transformers integrations/finegrained_fp8.py: W = weight * 2**(scale - 127)",
         )
@@ -174,6 +258,8 @@ ROWS: Final[tuple[Format, ...]] = (
         {"weight": ("I8",), "weight_scale": FLOAT},
         {"weight_scale": WIDENED},
         ("weight_zero_point",),
+        size=_as_stored,
+        misfit=_in_blocks("weight_scale"),
         source="compressed-tensors naive_quantized; modelopt quant_utils.py; Quark"
         " realquantizer.py: W = (weight - zero_point) * scale; vLLM and sglang allocate F32",
     ),
@@ -182,6 +268,8 @@ ROWS: Final[tuple[Format, ...]] = (
         {"weight": ("I8",), "weight_scale_inv": FLOAT},
         {"weight_scale_inv": WIDENED},
         fits=lambda leaves: not _scale_per_row("weight_scale_inv")(leaves),
+        size=_as_stored,
+        misfit=_in_blocks("weight_scale_inv"),
         source="sglang blockwise_int8.py: W = weight * scale",
     ),
     Format(
@@ -189,6 +277,8 @@ ROWS: Final[tuple[Format, ...]] = (
         {"weight": ("I8",), "SCB": F32},
         {"SCB": SCALE},
         ("weight_format",),
+        size=_as_stored,
+        misfit=_in_blocks("SCB"),
         source="bitsandbytes functional.py int8_vectorwise_dequant: W = weight * SCB / 127",
     ),
     # 4 and 6 bits with floating codes
@@ -197,6 +287,8 @@ ROWS: Final[tuple[Format, ...]] = (
         {"weight": BYTES, "weight_scale": ("F8_E4M3",), "weight_scale_2": F32},
         {"weight_scale_2": SCALE, "svdquant_lora_b": Part("weight")},
         ("svdquant_lora_a",),
+        size=_packed("weight", 2),
+        misfit=_in_pairs("weight_scale"),
         source="modelopt unified_export_hf.py: W = fp4 * weight_scale * weight_scale_2;"
         " NVFP4_SVD adds (x lora_a^T) lora_b^T; Quark file2file_quantization.py",
     ),
@@ -205,6 +297,8 @@ ROWS: Final[tuple[Format, ...]] = (
         {"weight_packed": BYTES, "weight_scale": ("F8_E4M3",), "weight_global_scale": F32},
         {"weight_global_scale": DIVISOR},
         ("weight_zero_point", "weight_shape"),
+        size=_packed("weight_packed", 2),
+        misfit=_in_rows("weight_packed", "weight_scale"),
         source="compressed-tensors forward_helpers.py _dequantize:"
         " W = fp4 * weight_scale / weight_global_scale",
     ),
@@ -214,6 +308,8 @@ ROWS: Final[tuple[Format, ...]] = (
         {"weight_scale": EXPONENT},
         ("weight_shape",),
         _groups("weight_packed", "weight_scale", *_MX_GROUPS),
+        size=_scaled_in_groups("weight_scale", 32),
+        misfit=_in_rows("weight_packed", "weight_scale"),
         source="compressed-tensors mxfp4, mxfp6, mx_utils.py: W = fp * 2**(scale - 127)",
     ),
     Format(
@@ -222,6 +318,8 @@ ROWS: Final[tuple[Format, ...]] = (
         {"weight_scale": EXPONENT},
         (),
         _groups("weight", "weight_scale", *_MX_GROUPS),
+        size=_scaled_in_groups("weight_scale", 32),
+        misfit=_in_rows("weight", "weight_scale"),
         source="Quark export/utils.py, scale_format e8m0; humming schema/quark.py:"
         " W = fp * 2**(scale - 127)",
     ),
@@ -231,6 +329,7 @@ ROWS: Final[tuple[Format, ...]] = (
         {"scales": EXPONENT},
         (),
         lambda leaves: leaves["blocks"].shape == (*leaves["scales"].shape, 16),
+        size=_scaled_in_groups("scales", 32),
         source="transformers integrations/mxfp4.py: W = fp4 * 2**(scale - 127)",
     ),
     *(
@@ -238,6 +337,8 @@ ROWS: Final[tuple[Format, ...]] = (
             "FP4 (DeepSeek-V4)",
             {"weight": ("I8",), scale: ("F8_E8M0",)},
             {scale: EXPONENT},
+            size=_packed("weight", 2),
+            misfit=_in_pairs(scale),
             source="transformers integrations/finegrained_fp8.py Fp8Dequantize:"
             " W = fp4 * 2**(scale - 127)",
         )
@@ -249,6 +350,7 @@ ROWS: Final[tuple[Format, ...]] = (
         {"qweight": WORDS, "qzeros": WORDS, "scales": FLOAT},
         {"scales": SCALE},
         ("g_idx",),
+        misfit=_in_rows("scales", "qzeros"),
         source="gptqmodel qlinear/__init__.py _dequantize_from_codes;"
         " autoawq packing_utils.py: W = (q - zero) * scale",
     ),
@@ -257,6 +359,7 @@ ROWS: Final[tuple[Format, ...]] = (
             "AWQ (gemv_fast, llm-awq)",
             {"qweight": ("I16",), "scales": FLOAT, zeros: FLOAT},
             {"scales": SCALE, zeros: OFFSET},
+            misfit=_in_rows("scales", zeros),
             source="gptqmodel qlinear/gemv_fast_awq.py, mlx_packing.py:"
             " W = q * scale + zeros, zeros = -scale * zero",
         )
@@ -267,6 +370,7 @@ ROWS: Final[tuple[Format, ...]] = (
         {"weight_packed": WORDS, "weight_scale": FLOAT, "weight_shape": ("I32", "I64")},
         {"weight_scale": SCALE},
         ("weight_zero_point", "weight_g_idx"),
+        misfit=_in_rows("weight_packed", "weight_scale"),
         source="compressed-tensors pack_quantized: W = (q - zero_point) * scale",
     ),
     Format(
@@ -298,6 +402,7 @@ ROWS: Final[tuple[Format, ...]] = (
         {"weight_scale_inv": SCALE},
         (),
         _scale_per_row("weight_scale_inv"),
+        size=_packed("weight", 2),
         source="sglang w4afp8.py: W = int4 * scale, which it casts to the model's dtype",
     ),
     *(
@@ -306,6 +411,7 @@ ROWS: Final[tuple[Format, ...]] = (
             {"weight": _BNB, "absmax": F32, f"quant_state.bitsandbytes__{kind}": BYTES},
             {"absmax": SCALE},
             ("quant_map",),
+            misfit=_absmax,
             source="bitsandbytes functional.py QuantState: W = table[q] * absmax",
         )
         for kind in ("nf4", "fp4")
@@ -324,6 +430,7 @@ ROWS: Final[tuple[Format, ...]] = (
                 f"quant_state.bitsandbytes__{kind}": Part("scale", "nested_offset"),
             },
             ("quant_map", "nested_quant_map"),
+            misfit=_absmax,
             source="bitsandbytes functional.py QuantState:"
             " absmax = nested_quant_map[q] * nested_absmax + nested_offset",
         )
@@ -342,6 +449,7 @@ ROWS: Final[tuple[Format, ...]] = (
             f"{engine} affine",
             {"weight": ("U32",), "scales": FLOAT, offsets: FLOAT},
             {"scales": SCALE, offsets: OFFSET},
+            misfit=_in_rows("weight", "scales", offsets),
             source="mlx core quantize; transformers integrations/metal_quantization.py:"
             " W = q * scale + bias",
         )
@@ -353,6 +461,8 @@ ROWS: Final[tuple[Format, ...]] = (
         {"scales": EXPONENT},
         (),
         _groups("weight", "scales", 4, 8),  # words of 32 codes of 4 or 8 bits
+        size=_scaled_in_groups("scales", 32),
+        misfit=_in_rows("weight", "scales"),
         source="mlx core quantize; mlx-lm convert.py: groups of 32",
     ),
     Format(
@@ -361,6 +471,8 @@ ROWS: Final[tuple[Format, ...]] = (
         {"global_scale": SCALE},
         (),
         _groups("weight", "scales", 2),
+        size=_scaled_in_groups("scales", 16),
+        misfit=_in_rows("weight", "scales"),
         source="mlx-lm models/switch_layers.py, muse_spark.py:"
         " global_scale = weight_scale_2 * constant",
     ),
@@ -369,6 +481,7 @@ ROWS: Final[tuple[Format, ...]] = (
         {"q_weight": WORDS, "q_scale": WORDS, "q_scale_max": ("F16",)},
         {"q_scale_max": SCALE},
         ("q_groups", "q_group_map", "q_perm", "q_invperm"),
+        free=True,
         source="exllamav2 ext.py, qdq_util.cuh dq_scale:"
         " W = q * (q_scale + 1)**2 * q_scale_max / 256",
     ),
@@ -377,6 +490,7 @@ ROWS: Final[tuple[Format, ...]] = (
         {"trellis": ("I16",), "svh": ("F16",)},
         {"svh": SCALE},
         ("suh", "su", "mcg", "mul1"),
+        free=True,
         source="exllamav3 modules/quant/exl3.py: svh multiplies the output channels",
     ),
 )
@@ -466,6 +580,56 @@ def split_name(name: str) -> tuple[str, str]:
     return (match["module"], match["leaf"]) if match else (name, "weight")
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What the shapes of a projection's tensors say; leaves by name, None for none.
+
+    `alike` are leaf, dtype and shape of what has the same shape in all that are stored so.
+    """
+
+    codes: str
+    size: Shape | None = None
+    misfit: str | None = None
+    empty: str | None = None
+    alike: tuple[tuple[str, str, Shape], ...] = ()
+
+
+def measured(leaves: Leaves) -> Measured:
+    """The sizes of a projection, by the row of its format; of what no row fits, what is empty."""
+    row = _row_of(leaves)
+    needed = {*row.dtypes, *row.scaled, "bias"} if row else leaves.keys()
+    empty = next((leaf for leaf, t in leaves.items() if 0 in t.shape and leaf in needed), None)
+    if row is None or empty is not None:
+        return Measured(next(iter(leaves)), empty=empty)
+    codes, size = next(iter(row.dtypes)), row.size(leaves)
+    equal = () if row.free else (*row.dtypes, *row.scaled)
+    return Measured(
+        codes,
+        size,
+        row.misfit(leaves) or _misfit_bias(leaves, size),
+        alike=tuple(
+            (leaf, t.dtype, t.shape)
+            for leaf, t in sorted(leaves.items())
+            if leaf in equal and not leaf.startswith("quant_state")  # a text of any length
+        ),
+    )
+
+
+def _misfit_bias(leaves: Leaves, size: Shape | None) -> str | None:
+    """A bias has a number for each output, which are columns where experts lie transposed."""
+    if size is None or len(size) < 2 or "bias" not in leaves:
+        return None
+    shape = leaves["bias"].shape
+    outs = size[-2:] if len(size) > 2 else size[-2:-1]
+    return None if any(math.prod(shape) == math.prod(size[:-2]) * out for out in outs) else "bias"
+
+
+def _row_of(leaves: Leaves) -> Format | None:
+    """The row that fits; an empty tensor fits none that has a doubt about shapes."""
+    dtypes = frozenset((leaf, tensor.dtype) for leaf, tensor in leaves.items())
+    return next((row for row in _candidates(dtypes) if row.fits(leaves)), None)
+
+
 def scaled_tensors(
     module: str, leaves: Leaves, factor: float, instead: str | None = None
 ) -> list[Scaled]:
@@ -482,8 +646,7 @@ def scaled_tensors(
             cannot be multiplied by this factor.
         CheckpointError: a tensor that its format needs is missing.
     """
-    dtypes = frozenset((leaf, tensor.dtype) for leaf, tensor in leaves.items())
-    row = next((row for row in _candidates(dtypes) if row.fits(leaves)), None)
+    row = _row_of(leaves)
     if row is None and factor == 1.0:
         return []  # nothing is touched, so nothing has to be known
     if row is None:

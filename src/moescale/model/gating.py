@@ -23,7 +23,9 @@ from moescale.errors import CheckpointError, UnsupportedError
 from moescale.model.architectures import Architecture
 from moescale.model.experts import Layer, Projection
 from moescale.model.formats import Scaled
+from moescale.model.names import plain_name
 from moescale.model.router import group_limit
+from moescale.model.witness import CHOICE_BIASES, LOGIT_BIASES, PACKED, WEIGHTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,8 @@ class Other:
 
 
 _NORM = "post_attention_layernorm.weight"
+_LLAMA_NORM = "ffn_norm.weight"
+"""What Meta's names call the norm before the router, for any type."""
 _BIAS = "e_score_correction_bias"
 
 SOFTMAX: Final = Gating(("mlp.gate.weight",), (_NORM,))
@@ -341,19 +345,25 @@ def find_routers(
         UnsupportedError: a tensor is quantised.
     """
     ends = (*gating.weight, *gating.norm, *gating.bias, *gating.logit_bias)
-    by_name = {t.name: t for t in tensors if t.name.endswith(ends)}
-    prefixes = {p.layer: p.module[: p.number_at[1]] for p in projections}
+    ends = (*ends, *WEIGHTS, *CHOICE_BIASES, *LOGIT_BIASES, *PACKED, _LLAMA_NORM)
+    by_name = {plain_name(t.name): t for t in tensors if t.name.endswith(ends)}
+    by_layer = {p.layer: p for p in projections}
     biased = gating.bias_key is None or section.get(gating.bias_key) is not False
+    normed = gating.norm and option == RULE
 
-    def one(prefix: str, names: Sequence[str]) -> Tensor:
-        found = next((t for name in names if (t := by_name.get(f"{prefix}.{name}"))), None)
-        if found is None:
+    def one(beside: Projection, names: Sequence[str], known: Sequence[str]) -> Tensor:
+        """By the names of the row, or by one of another layout in the block of the experts."""
+        prefix = plain_name(beside.prefix)
+        looked_for = (*(f".{name}" for name in names), *(beside.block + name for name in known))
+        at = next((prefix + name for name in looked_for if prefix + name in by_name), None)
+        if at is None:
             raise CheckpointError(
                 f"{prefix}: has routed experts, but no {' or '.join(names)}",
                 hint="The checkpoint is incomplete, quantised or of another layout."
                 f" {_INSTEAD[option]}",
             )
-        if found.dtype not in SCALABLE:
+        found = by_name[at]
+        if found.dtype not in SCALABLE or any(f"{at}.{leaf}" in by_name for leaf in PACKED):
             raise UnsupportedError(
                 f"{found.name}: is {found.dtype}; {option} needs a router of plain numbers",
                 hint=_INSTEAD[option],
@@ -363,12 +373,12 @@ def find_routers(
     return [
         RouterTensors(
             layer,
-            one(prefix, gating.weight),
-            one(prefix, gating.norm) if gating.norm else None,
-            one(prefix, gating.bias) if gating.bias and biased else None,
-            one(prefix, gating.logit_bias) if gating.logit_bias else None,
+            one(beside, gating.weight, WEIGHTS),
+            one(beside, (*gating.norm, _LLAMA_NORM), ()) if normed else None,
+            one(beside, gating.bias, CHOICE_BIASES) if gating.bias and biased else None,
+            one(beside, gating.logit_bias, LOGIT_BIASES) if gating.logit_bias else None,
         )
-        for layer, prefix in sorted(prefixes.items())
+        for layer, beside in sorted(by_layer.items())
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,18 +12,22 @@ from moescale.checkpoint.header import Tensor
 from moescale.errors import CheckpointError, UnsupportedError
 from moescale.model import architectures
 from moescale.model.architectures import TEXT_SECTIONS, Architecture, Flag
+from moescale.model.complete import check_complete
 from moescale.model.count import CONFIG, Config, Spelling, spellings, whole
 from moescale.model.experts import (
     Layer,
     Projection,
-    check_complete,
-    find_by_pattern,
+    experts_of_layer,
     find_projections,
     in_part,
-    looks_routed,
     total_experts,
 )
-from moescale.model.router import Router, router_of
+from moescale.model.hints import looks_routed
+from moescale.model.names import plain_name, refuse_unmerged
+from moescale.model.pattern import find_by_pattern
+from moescale.model.router import Router, group_limit, router_of
+from moescale.model.shapes import check_shapes
+from moescale.model.witness import Witness
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,8 @@ class Moe:
         section: the config section that describes it.
         places: where the experts per token stand; the first is what counts.
         count: the experts per token, or those of each layer.
-        total: routed experts of a layer.
+        total: routed experts of a layer, as the config says.
+        held: routed experts of each layer, as its tensors hold.
         router: how it weighs them; None where that is not known.
         projections: the routed down-projections, complete.
         warnings: what the user should know.
@@ -48,6 +53,7 @@ class Moe:
     places: Sequence[Spelling]
     count: int | tuple[int, ...]
     total: int
+    held: Mapping[Layer, int]
     router: Router | None
     projections: Sequence[Projection]
     warnings: list[str]
@@ -95,20 +101,16 @@ def find_moe(
         )
     section = _section(config, places, row)
     _check_lists(places, section)
+    adapted = refuse_unmerged(tensor.name for tensor in tensors)
     if pattern is not None:
         projections = find_by_pattern(tensors, pattern)
     else:
         projections = find_projections(tensors, row, _other_parts(row))
     if not projections:
-        looked_for = repr(pattern) if pattern else row.experts[0]
-        raise CheckpointError(
-            f"no routed down-projections found for model type {model_type!r}: no tensor has a"
-            f" name like {looked_for}",
-            hint="Name the layout with --arch, or with --pattern and --experts-key.",
-        )
+        raise _none_found(model_type, row, tensors, pattern)
     total = total_experts(row, section)
-    names = [tensor.name for tensor in tensors]
-    check_complete(projections, names, row, section, total, _other_parts(row))
+    held = check_complete(projections, tensors, row, section, total, _other_parts(row))
+    check_shapes(projections, tensors, section, held, Witness(tensors, row, section))
     return Moe(
         architecture=row,
         model_type=model_type,
@@ -116,10 +118,71 @@ def find_moe(
         places=places,
         count=places[0].value if places else row.fixed_count or 0,
         total=total,
+        held=held,
         router=_router(row, section),
         projections=projections,
-        warnings=_warnings(row, places, section),
+        warnings=[
+            *adapted,
+            *_warnings(row, places, section),
+            *_of_counts(row, section, total, held),
+        ],
     )
+
+
+def _none_found(
+    model_type: str, row: Architecture, tensors: Sequence[Tensor], pattern: str | None
+) -> CheckpointError:
+    names = [plain_name(tensor.name) for tensor in tensors]
+    if pattern is None and not any(re.search("expert|moe|router|switch_mlp", n) for n in names):
+        return CheckpointError(
+            f"the model has no experts, so there is nothing to rescale: {CONFIG} says"
+            f" {model_type!r}, but no tensor is one of an expert or a router",
+            hint="The weights are those of a dense model, or a part of the checkpoint is missing.",
+        )
+    looked_for = repr(pattern) if pattern else f"{row.experts[0]} or of another known layout"
+    routed = pattern is None and looks_routed(names)
+    return CheckpointError(
+        f"no routed down-projections found for model type {model_type!r}: no tensor has a"
+        f" name like {looked_for}",
+        hint=(f"{routed!r} looks like one: " if routed else "")
+        + "describe the names with --pattern and --experts-key.",
+    )
+
+
+def _of_counts(
+    row: Architecture, section: Mapping[str, Any], total: int, held: Mapping[Layer, int]
+) -> Iterator[str]:
+    """What is unusual in the numbers of experts."""
+    fewest, most = min(held.values()), max(held.values())
+    stated = {layer: experts_of_layer(section, layer.number, total) for layer in held}
+    if fewest < most:
+        yield f"the layers have {fewest} to {most} routed experts; the fewest limit the choice"
+    differing = [layer for layer, number in held.items() if number != stated[layer]]
+    if differing:
+        layer = differing[0]
+        yield (
+            f"{CONFIG} says {stated[layer]} routed experts, but layer {layer} has {held[layer]}"
+            f" ({len(differing)} of {len(held)} layers differ); that is what its router chooses"
+            " from, so the tensors are believed"
+        )
+    limit = group_limit(row, section)
+    odd = sorted({number for number in held.values() if limit and number % limit[0]})
+    if limit and odd:
+        yield (
+            f"{odd[0]} experts cannot be divided into the {limit[0]} groups of {CONFIG} (n_group):"
+            " loaders fail, or choose from a part of them"
+        )
+
+
+def own_router(config: Config, moe: Moe) -> tuple[str, Router] | None:
+    """The type that the config names and its router, where the run was told another type."""
+    for model_type in _model_types(config):
+        if parts := architectures.parts(model_type):
+            row = next((p for p in parts if p.part == moe.architecture.part), parts[0])
+            if model_type == moe.model_type:
+                return None
+            return model_type, router_of(row, moe.section)
+    return None
 
 
 def _row(

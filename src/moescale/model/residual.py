@@ -21,6 +21,7 @@ from moescale.checkpoint.header import Tensor
 from moescale.errors import CheckpointError, UnsupportedError
 from moescale.model.experts import Layer
 from moescale.model.formats import Scaled
+from moescale.model.names import plain_name
 
 EMBEDDING: Final = "embed_tokens"
 HEAD: Final = "lm_head.weight"
@@ -54,14 +55,14 @@ def residual_writers(
             " residual stream is not known",
             hint="Leave --fold out; the weights are scaled then.",
         )
-    if section.get("tie_word_embeddings") or not any(t.name == HEAD for t in tensors):
+    if section.get("tie_word_embeddings") or not any(plain_name(t.name) == HEAD for t in tensors):
         raise UnsupportedError(
             "--fold residual divides the embedding, which is also the head of this model",
             hint="Leave --fold out; the weights are scaled then.",
         )
     escaped = re.escape(WRITERS[model_type]).replace(r"\{L\}", r"(?P<layer>[0-9]{1,9})")
     pattern = re.compile(rf"(?:model\.)?(?:{EMBEDDING}|{escaped})\.(?P<leaf>.+)")
-    found = [(match, t) for t in tensors if (match := pattern.fullmatch(t.name))]
+    found = [(match, t) for t in tensors if (match := pattern.fullmatch(plain_name(t.name)))]
     _check_complete({m["layer"] for m, t in found if m["leaf"] == "weight"}, layers)
     return [_divided(tensor, match["leaf"], match["layer"]) for match, tensor in found]
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
 from moescale.checkpoint.header import Header
 from moescale.errors import SourceError, UnsupportedError
 from moescale.model.count import CONFIG, Config, parse_config, set_count
-from moescale.model.experts import Layer, experts_of_layer
+from moescale.model.experts import Layer
 from moescale.model.formats import confirm
-from moescale.model.lookup import Moe
+from moescale.model.lookup import Moe, own_router
 from moescale.model.router import largest_count
 from moescale.model.scale_key import fold_factor
 from moescale.options import Options
@@ -35,6 +35,7 @@ from moescale.planning.tensors import (
 )
 from moescale.planning.weights import find_weights
 from moescale.repos.base import Source
+from moescale.rules import closed_form
 from moescale.rules.samples import Sample
 
 Sampler = Callable[[Moe, Experts], Mapping[Layer, Sample]]
@@ -84,7 +85,11 @@ def make_plan(
         ((s, factor) for s, _, factor in scaled), config.value, alternative(moe, factors)
     )
     made_for = getattr(options.factors, "made_for", {})
-    warnings += [*_remarks(options), *of_another_job(made_for, moe, experts, options)]
+    warnings += [
+        *_of_arch(config, moe, experts, options),
+        *_remarks(options),
+        *of_another_job(made_for, moe, experts, options),
+    ]
     scaled += sharpened_routers(moe, tensors, options)
     new_config = _edited(config, moe, factors, options)
     moe = replace(moe, projections=())  # large, and not needed any more
@@ -146,6 +151,23 @@ def _edited(config: Config, moe: Moe, factors: Mapping[Layer, float], options: O
     return config
 
 
+def _of_arch(config: Config, moe: Moe, experts: Experts, options: Options) -> Iterator[str]:
+    """What --arch changes, where the config names a type that the table knows."""
+    own = own_router(config, moe) if options.arch is not None else None
+    if own is None or moe.router is None:
+        return
+    n, _, m = experts.at(moe.layers[0])
+    asked, known = (
+        closed_form.preserve(n, m, router.balanced_weight, options.rho or 0.0)
+        for router in (moe.router, own[1])
+    )
+    yield (
+        f"--arch {options.arch} contradicts {CONFIG}, whose model_type is {own[0]!r}: the router of"
+        f" {options.arch!r} makes the factor {asked:.4f}, that of {own[0]!r} {known:.4f}; the names"
+        " of the tensors need no --arch"
+    )
+
+
 def _remarks(options: Options) -> list[str]:
     """What the user should know of the options."""
     remarks = []
@@ -179,7 +201,7 @@ def _experts(moe: Moe, options: Options) -> Experts:
             f"config.json: per_layer_config gives single layers their own {row.count[0]}",
             hint="Set those numbers yourself, then use --factors without --experts.",
         )
-    fewest = min(experts_of_layer(moe.section, p.layer.number, moe.total) for p in moe.projections)
+    fewest = min(moe.held.values())
     largest = largest_count(row, moe.section, fewest)
     for name, count in (("--experts", after), ("--trained-experts", trained)):
         if max(_as_tuple(count)) > largest:

@@ -13,7 +13,7 @@ import numpy as np
 from moescale.checkpoint.header import Header, Tensor
 from moescale.errors import CheckpointError, UnsupportedError
 from moescale.model.count import CONFIG, whole
-from moescale.model.experts import Layer, experts_of_layer
+from moescale.model.experts import Layer
 from moescale.model.gating import RULE, Gating, RouterTensors, find_routers, gating_of
 from moescale.model.lookup import Moe
 from moescale.model.router import group_limit
@@ -176,7 +176,7 @@ def _weights(routers: Routers, tensors: RouterTensors, data: list[bytes]) -> Rou
 
     assert tensors.norm is not None, "a row without a norm has experts whose scaling does nothing"
     moe, gate = routers.moe, routers.gate
-    experts = experts_of_layer(moe.section, tensors.layer.number, moe.total) + gate.idle
+    experts = moe.held[tensors.layer] + gate.idle
     logits = 2 * math.isqrt(experts) if gate.grid else experts + gate.shared
     hidden = math.prod(tensors.norm.shape)
     if gate.groups is not None and experts % gate.groups[0]:

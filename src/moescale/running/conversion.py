@@ -176,17 +176,15 @@ def run(
 
 
 def _rehearse_scales(plan: Plan, source: Source) -> None:
-    """Find the scales that would leave their range before the first shard is written.
+    """Find the scales that are no numbers or would leave their range, before a shard is written.
 
-    Only those that can in earnest, with few bits of exponent or none, and only on a disk: from
-    the Hub each of them would be a request.
+    Only on a disk: from the Hub each of them would be a request.
     """
     if source.identity.kind == "hub":
         return
     edits: dict[str, list[Edit]] = defaultdict(list)
     for t in plan.changed_tensors:
-        narrow = t.edit.tensor.dtype == "F16" and not t.edit.promote
-        if t.role == "scale" and (narrow or t.edit.operation in ("shift", "nested_offset")):
+        if t.role == "scale":
             edits[t.shard].append(t.edit)
     for shard, chosen in edits.items():
         with io_errors(shard), source.open(shard) as reader:
