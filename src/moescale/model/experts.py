@@ -184,7 +184,9 @@ def _same_layer(stack: str, number: int) -> Layer:
 def block_of(rest: str) -> str:
     """The name of the MoE block after the layer's number: ``.mlp.`` of ``.mlp.experts.0.w2``."""
     experts = re.search(r"(?:experts|switch_mlp)\.", rest)
-    return rest[: experts.start()] if experts else rest.rpartition(".")[0] + "."
+    if experts:
+        return rest[: experts.start()]
+    return re.split(r"(?<=\.)[0-9]+\.", rest.rpartition(".")[0] + ".")[0]
 
 
 def total_experts(architecture: Architecture, section: Mapping[str, Any]) -> int:

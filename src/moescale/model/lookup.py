@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -133,10 +133,10 @@ def _none_found(
     model_type: str, row: Architecture, tensors: Sequence[Tensor], pattern: str | None
 ) -> CheckpointError:
     names = [plain_name(tensor.name) for tensor in tensors]
-    if pattern is None and not any(re.search("expert|moe|router|switch_mlp", n) for n in names):
+    if pattern is None and _is_dense(names):
         return CheckpointError(
-            f"the model has no experts, so there is nothing to rescale: {CONFIG} says"
-            f" {model_type!r}, but no tensor is one of an expert or a router",
+            f"the model has no experts: there is nothing to rescale, although {CONFIG} says"
+            f" {model_type!r}",
             hint="The weights are those of a dense model, or a part of the checkpoint is missing.",
         )
     looked_for = repr(pattern) if pattern else f"{row.experts[0]} or of another known layout"
@@ -147,6 +147,10 @@ def _none_found(
         hint=(f"{routed!r} looks like one: " if routed else "")
         + "describe the names with --pattern and --experts-key.",
     )
+
+
+def _is_dense(names: Iterable[str]) -> bool:
+    return not any(re.search("expert|moe|router|switch_mlp", name) for name in names)
 
 
 def _of_counts(
@@ -246,6 +250,10 @@ def _model_types(config: Config) -> list[str]:
 def _unknown(named: Sequence[str], tensors: Sequence[Tensor], config: Config) -> UnsupportedError:
     """Say what is not known, which types are close, and what to try."""
     what = f"model type {named[0]!r}" if named else "a config without model_type"
+    if tensors and _is_dense(plain_name(tensor.name) for tensor in tensors):
+        return UnsupportedError(
+            f"{what}: is a dense model; it has no experts, so there is nothing to rescale"
+        )
     close = difflib.get_close_matches(named[0] if named else "", architectures.known_types(), 3)
     advice = [f"Closest known types: {', '.join(close)} (--arch)."] if close else []
     if routed := looks_routed([tensor.name for tensor in tensors]):
