@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import tiny_models
@@ -34,21 +35,31 @@ def norms(
     )
     blocks = {moe.path: moe for moe in tiny_models._blocks(first, TINY[entry])}
     others = {moe.path: moe for moe in tiny_models._blocks(second, TINY[entry])}
-    inputs: dict[str, tuple[Any, Any]] = {}
-    before: dict[str, Tensor] = {}
-    after: dict[str, Tensor] = {}
+    inputs: list[tuple[str, Any, Any]] = []
+    before, after = (_norms_of_calls(moes, ids) for moes in (blocks, others))
 
     def keep(path: str, _: nn.Module, args: Any, named: Any) -> None:
-        inputs[path] = args, named
+        inputs.append((path, args, named))
 
     for path, moe in blocks.items():
         moe.block.register_forward_pre_hook(partial(keep, path), with_kwargs=True)
-    with tiny_models._watch({path: moe.routed for path, moe in blocks.items()}, before):
-        runner.forward(runner.text_model(first, blocks), ids)
-    with tiny_models._watch({path: moe.routed for path, moe in others.items()}, after):
-        for path, (args, named) in inputs.items():
-            others[path].block(*args, **named)
-    return {path: (_mean(before[path], ids), _mean(after[path], ids)) for path in inputs}
+    runner.forward(runner.text_model(first, blocks), ids)
+    for path, args, named in inputs:
+        others[path].block(*args, **named)
+    return {path: (fmean(before[path]), fmean(after[path])) for path in before}
+
+
+def _norms_of_calls(moes: dict[str, tiny_models.MoE], ids: Tensor) -> dict[str, list[float]]:
+    """To be filled by whoever runs the blocks: a mean norm a call, and a layer may be looped."""
+    found: dict[str, list[float]] = {}
+
+    def note(path: str, _: nn.Module, __: Any, output: Any) -> None:
+        routed = output if isinstance(output, Tensor) else output[0]
+        found.setdefault(path, []).append(_mean(routed, ids))
+
+    for path, moe in moes.items():
+        moe.routed.register_forward_hook(partial(note, path))
+    return found
 
 
 def _mean(routed: Tensor, ids: Tensor) -> float:

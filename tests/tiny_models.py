@@ -39,7 +39,7 @@ __all__ = [
 TOKENS = 12
 HIDDEN = SIZES["hidden_size"]
 
-LAYER = r"(?!.*(vis|audio)).*?\blayers\.\d+\."
+LAYER = r"(?!.*(vis|\bvit\b|audio)).*?\blayers\.\d+\."
 ATTENTION = r"(self_attn|attn|self_attention|SelfAttention|mixer)(\.0)?"
 
 torch.set_num_threads(1)
@@ -82,7 +82,7 @@ def build(
 
 def _random_model(tiny: Tiny, overrides: Overrides, seed: int) -> PreTrainedModel:
     """A model whose every value is drawn: a new one has zeros, ones and values never set."""
-    config = _config(_class(tiny).config_class, overrides)
+    config = _config(_config_class(tiny), overrides)
     with torch.random.fork_rng(), _whole_numbers():
         torch.manual_seed(seed)
         model = _class(tiny)(config).eval()
@@ -103,6 +103,12 @@ def _merged(base: Overrides, over: Overrides) -> Overrides:
 
 def _class(tiny: Tiny) -> type[PreTrainedModel]:
     return getattr(transformers, tiny.model)
+
+
+def _config_class(tiny: Tiny) -> type[PreTrainedConfig]:
+    return (
+        getattr(transformers, tiny.config_class) if tiny.config_class else _class(tiny).config_class
+    )
 
 
 def _config(config_class: type[PreTrainedConfig], overrides: Overrides) -> PreTrainedConfig:
@@ -209,13 +215,13 @@ def _whole_numbers() -> Iterator[None]:
 def load(directory: Path, entry_id: str, *, top_k: int | None = None) -> PreTrainedModel:
     """The model in float32; an error if the checkpoint lacks a tensor or has one too many."""
     tiny = TINY[entry_id]
-    config, _ = _class(tiny).config_class.get_config_dict(directory)
+    config, _ = _config_class(tiny).get_config_dict(directory)
     if top_k is not None:
         _set_count(config, tiny, top_k)
     with _whole_numbers():
         model, report = _class(tiny).from_pretrained(
             directory,
-            config=_class(tiny).config_class.from_dict(config),
+            config=_config_class(tiny).from_dict(config),
             dtype=torch.float32,
             output_loading_info=True,
         )
@@ -370,7 +376,7 @@ def _shared(model: PreTrainedModel, moe: MoE, tiny: Tiny) -> dict[str, nn.Module
 
 def _first_attention(model: PreTrainedModel, tiny: Tiny) -> dict[str, nn.Module]:
     """The first attention module of the stack that holds the MoE blocks, by path."""
-    stack = re.match(r".*?\.(layers|blocks?)\.", next(_blocks(model, tiny)).path)[0]
+    stack = re.match(r"(.*?\.)?(layers|blocks?)\.", next(_blocks(model, tiny)).path)[0]
     return next(
         {path: module}
         for path, module in model.named_modules()

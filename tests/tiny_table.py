@@ -91,6 +91,8 @@ class Tiny:
     """How the experts of a token are counted, a key of `tiny_models.WIDTHS`."""
     shard: str = "1GB"
     """Largest size of a shard."""
+    config_class: str = ""
+    """Name of the config class, where the model class belongs to another type."""
     mtp: str | None = None
     """Where the hub's files hold the block that predicts a second token."""
 
@@ -128,11 +130,25 @@ _OMNI: Overrides = {
     },
 }
 _DELTA_NET: Overrides = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+_QWEN4: Overrides = {
+    **_DELTA_NET,
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 4,
+}
 _SAM: Overrides = {"sam_config": {"downsample_channels": [8, 32], "mlp_dim": 48}}
 _MAMBA_MOE: Overrides = {
     "layers_block_type": ["full_attention", "moe", "linear_attention", "moe"],
     "num_hidden_layers": 4,
     "n_groups": 2,
+}
+_LOOP: Overrides = {
+    "n_layers_per_attn_res_block": 1,
+    "loop_layer_index_start": 1,
+    "loop_layer_index_end": 2,
+    "loop_gate_rank": 8,
 }
 _DOTS3: Overrides = {
     "text_config": {"layer_types": ["indexed_attention"] * 3},
@@ -171,6 +187,11 @@ TINY: dict[str, Tiny] = {
         part="talker",
         run="talker",
     ),
+    "qwen3_omni_moe_thinker": Tiny(
+        "Qwen3OmniMoeThinkerForConditionalGeneration",
+        _OMNI["thinker_config"],
+        count="text_config.num_experts_per_tok",
+    ),
     "deepseek_v2": Tiny("DeepseekV2ForCausalLM", {"topk_method": "group_limited_greedy"}),
     "deepseek_v3": Tiny("DeepseekV3ForCausalLM", shard="100KB", mtp="model.layers.3"),
     "deepseek_v32": Tiny("DeepseekV32ForCausalLM", mtp="model.layers.3"),
@@ -189,16 +210,10 @@ TINY: dict[str, Tiny] = {
     "phimoe": Tiny("PhimoeForCausalLM", fixed="the router takes two, whatever the config says"),
     "qwen4_exp": _text(
         "Qwen4ExpForConditionalGeneration",
-        {
-            **_DELTA_NET,
-            "indexer_n_heads": 4,
-            "indexer_kv_heads": 1,
-            "indexer_head_dim": 8,
-            "indexer_budget": 8,
-            "indexer_compress_ratio": 4,
-        },
+        _QWEN4,
         mtp="mtp.layers.0",
     ),
+    "qwen4_exp_text": Tiny("Qwen4ExpForCausalLM", _QWEN4, mtp="mtp.layers.0"),
     "flex_olmo": Tiny("FlexOlmoForCausalLM"),
     "mellum": Tiny("MellumForCausalLM", {"num_mtp_layers": 1}, mtp="mtp.layers.0"),
     "hunyuan_v1_moe": Tiny("HunYuanMoEV1ForCausalLM", count="moe_topk"),
@@ -221,6 +236,7 @@ TINY: dict[str, Tiny] = {
         count="moe_k",
     ),
     "flint": Tiny("FlintForCausalLM", {"mlp_only_layers": [0]}),
+    "lara_mini": Tiny("LaraMiniForCausalLM", _DELTA_NET),
     "cohere2_moe": Tiny("Cohere2MoeForCausalLM", {"num_shared_experts": 1}),
     "deepseek_ocr2": _text(
         "DeepseekOcr2ForConditionalGeneration", {}, config={"vision_config": _SAM}
@@ -250,8 +266,15 @@ TINY: dict[str, Tiny] = {
         mtp="model.language_model.layers.3",
     ),
     "hy_v4": Tiny("HYV4ForCausalLM", mtp="model.mtp_layers.0"),
+    "hy_v4_vl": _text(
+        "HYV4VLForConditionalGeneration",
+        {"rope_parameters": _rope(mrope_section=[1, 1, 2])},
+        mtp="model.mtp_layers.0",
+    ),
     "mimo_v2_flash": Tiny("MiMoV2FlashForCausalLM", {"head_dim": 12, "num_key_value_heads": 2}),
     "solar_open": Tiny("SolarOpenForCausalLM"),
+    "sarvam_moe": Tiny("Glm4MoeForCausalLM", config_class="SarvamMoEConfig"),
+    "sarvam_mla": Tiny("DeepseekV3ForCausalLM", config_class="SarvamMLAConfig"),
     "axk1": Tiny("AXK1ForCausalLM"),
     "axk2": Tiny("AXK2ForCausalLM"),
     "beam": Tiny("BeamForCausalLM"),
@@ -275,6 +298,7 @@ TINY: dict[str, Tiny] = {
         count="text_config.num_experts_per_tok",
         part="model.language_model",
     ),
+    "dots3_note_text": Tiny("Dots3NoteForCausalLM", _DOTS3["text_config"]),
     "dots3_note/vision": Tiny(
         "Dots3NoteForConditionalGeneration",
         _DOTS3,
@@ -288,6 +312,8 @@ TINY: dict[str, Tiny] = {
     "lfm2_moe": Tiny("Lfm2MoeForCausalLM", {"layer_types": ["full_attention", "conv", "conv"]}),
     "hy_v3": Tiny("HYV3ForCausalLM", mtp="model.layers.3"),
     "minimax_m3_vl": _text("MiniMaxM3SparseForConditionalGeneration", {}),
+    "minimax_m3_vl_text": Tiny("MiniMaxM3VLForCausalLM"),
+    "step3p5": Tiny("Step3p7TextModel", run="forward"),
     "step3p7": _text("Step3p7ForConditionalGeneration", {}, mtp="model.layers.3"),
     "mistral4": Tiny("Mistral4ForCausalLM"),
     "mistral3": _text("Mistral3ForConditionalGeneration", {"model_type": "mistral4"}),
@@ -368,8 +394,11 @@ TINY: dict[str, Tiny] = {
             "audio_config": {"n_mel_bins": 8, "mel_vocab_size": 16},
         },
     ),
+    "inkling_text": Tiny("InklingForCausalLM"),
     "inkling2": _text("Inkling2ForConditionalGeneration", {}),
     "inkling2_text": Tiny("Inkling2ForCausalLM"),
+    "inkling2_loop": _text("Inkling2LoopForConditionalGeneration", _LOOP),
+    "inkling2_loop_text": Tiny("Inkling2LoopForCausalLM", _LOOP),
     "muse_spark": _text(
         "MuseSparkForConditionalGeneration",
         {},

@@ -2,7 +2,7 @@
 
 A row says how the routed experts' down-projections are called, at which config keys the number
 of experts per token stands, how the router forms its weights, and what stands in the way of
-rescaling. Facts are those of transformers 5.23 (modeling and configuration files of each type),
+rescaling. Facts are those of transformers 5.24 (modeling and configuration files of each type),
 where they were checked on small models; rows under "remote code" follow the published code.
 
 To add an architecture, add a row: the names of one checkpoint (its index lists them) and its
@@ -186,6 +186,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
     Architecture("minimax", SPARSE_MOE, ALWAYS, moe_layers=All()),
     Architecture("minimax_m2", SPARSE_MOE, ALWAYS, moe_layers=All()),
     Architecture("minimax_m3_vl", SPARSE_MOE, ALWAYS, scale_key=_SCALE, folds=True),
+    Architecture("minimax_m3_vl_text", SPARSE_MOE, ALWAYS, scale_key=_SCALE, folds=True),
     Architecture(
         "phimoe",
         SPARSE_MOE,
@@ -202,6 +203,8 @@ ROWS: Final[tuple[Architecture, ...]] = (
     Architecture("qwen3_5_moe", MLP, ALWAYS, moe_layers=All()),
     Architecture("qwen3_5_moe_text", MLP, ALWAYS, moe_layers=All()),
     Architecture("qwen4_exp", MLP, NORM_TRUE),
+    Architecture("qwen4_exp_text", MLP, NORM_TRUE),
+    Architecture("qwen3_omni_moe_thinker", MLP, NORM_TRUE, moe_layers=SparseStep()),
     Architecture(
         "qwen3_omni_moe",
         MLP,
@@ -248,8 +251,11 @@ ROWS: Final[tuple[Architecture, ...]] = (
     _group_limited("glm_moe_dsa", NORM_TRUE, folds=True),
     _group_limited("glm5_next", NORM_TRUE),
     _group_limited("hy_v4", NORM_TRUE, experts=(*MLP, "mtp_layers.{L}.mlp.experts.down_proj")),
+    _group_limited("hy_v4_vl", NORM_TRUE, experts=(*MLP, "mtp_layers.{L}.mlp.experts.down_proj")),
     _group_limited("mimo_v2_flash", NORM_TRUE),
     _group_limited("solar_open", NORM_TRUE),
+    _group_limited("sarvam_moe", NORM_TRUE, moe_layers=FirstDense(1)),
+    _group_limited("sarvam_mla", NORM_TRUE, moe_layers=FirstDense(1)),
     _group_limited("axk1", NORM_TRUE, partly=_JOINT_NORM),
     _group_limited("axk2", NORM_TRUE),
     _group_limited("beam", NORM_TRUE, no_effect=_POST_NORM),
@@ -264,6 +270,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         experts=("layers.{L}.experts.{E}.w2", "layers.{L}.mlp.experts.down_proj"),
     ),
     _group_limited("dots3_note", NORM_TRUE, part="text"),
+    _group_limited("dots3_note_text", NORM_TRUE),
     Architecture(
         "dots3_note",
         ("blocks.{L}.mlp.experts.{E}.fc2", "blocks.{L}.mlp.experts.down_proj"),
@@ -311,6 +318,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         moes=2,
     ),
     Architecture("flint", MLP, NORM_FALSE),
+    Architecture("lara_mini", MLP, NORM_TRUE, moe_layers=All()),
     Architecture(
         "cohere2_moe",
         MLP,
@@ -329,13 +337,16 @@ ROWS: Final[tuple[Architecture, ...]] = (
         scale_key=_SCALE,
     ),
     Architecture("hy_v3", MLP, ALWAYS, scale_key="router_scaling_factor"),
-    Architecture(
-        "step3p7",
-        ("layers.{L}.moe.down_proj", "layers.{L}.mlp.experts.down_proj"),
-        ALWAYS,
-        count=("moe_top_k", "num_experts_per_tok"),
-        total=("n_routed_experts", "moe_num_experts"),
-        scale_key="moe_router_scaling_factor",
+    *(
+        Architecture(
+            model_type,
+            ("layers.{L}.moe.down_proj", "layers.{L}.mlp.experts.down_proj"),
+            ALWAYS,
+            count=("moe_top_k", "num_experts_per_tok"),
+            total=("n_routed_experts", "moe_num_experts"),
+            scale_key="moe_router_scaling_factor",
+        )
+        for model_type in ("step3p5", "step3p7")
     ),
     Architecture("granitemoe", GRANITE, ALWAYS, moe_layers=All()),
     Architecture("granitemoeshared", GRANITE, ALWAYS, moe_layers=All()),
@@ -381,16 +392,21 @@ ROWS: Final[tuple[Architecture, ...]] = (
         no_effect="the output of each expert is normalised before its gate weight",
         scale_key=_SCALE,
     ),
-    Architecture(
-        "inkling_mm_model",
-        INKLING,
-        SharedSum("n_shared_experts"),
-        partly="routed and shared experts share one normalisation: another number of routed"
-        " experts also changes the weight of the shared ones, which is not scaled",
-        scale_key="route_scale",
+    *(
+        Architecture(
+            model_type,
+            INKLING,
+            SharedSum("n_shared_experts"),
+            partly="routed and shared experts share one normalisation: another number of routed"
+            " experts also changes the weight of the shared ones, which is not scaled",
+            scale_key="route_scale",
+        )
+        for model_type in ("inkling_mm_model", "inkling_text")
     ),
     Architecture("inkling2", INKLING, ALWAYS, scale_key="route_scale"),
     Architecture("inkling2_text", INKLING, ALWAYS, scale_key="route_scale"),
+    Architecture("inkling2_loop", INKLING, ALWAYS, scale_key="route_scale"),
+    Architecture("inkling2_loop_text", INKLING, ALWAYS, scale_key="route_scale"),
     Architecture("zaya", MLP, NEVER, fixed="its configuration allows one expert a token only"),
     Architecture(
         "nllb-moe",

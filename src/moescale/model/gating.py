@@ -125,6 +125,7 @@ _ROWS: Final[tuple[tuple[Gating | Other, Sequence[str]], ...]] = (
         SOFTMAX,
         (
             *("qwen2_moe", "qwen3_moe", "qwen3_vl_moe", "qwen3_vl_moe_text", "olmoe", "mellum"),
+            *("lara_mini", "qwen3_omni_moe_thinker"),
             *("qwen3_omni_moe/thinker", "qwen3_omni_moe/talker"),
             *("mistral4", "mistral3"),
             *("deepseek", "bailing_moe", "minicpm"),
@@ -170,14 +171,14 @@ _ROWS: Final[tuple[tuple[Gating | Other, Sequence[str]], ...]] = (
         (
             *("deepseek_v3", "deepseek_v32", "kimi_k25", "kimi_k2", "bailing_hybrid"),
             *("exaone_moe", "dots1", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa"),
-            *("glm5_next", "hy_v4", "mimo_v2_flash", "solar_open", "axk1", "dots3_note/text"),
-            "bailing_moe_v2",
+            *("glm5_next", "hy_v4", "hy_v4_vl", "mimo_v2_flash", "solar_open", "axk1"),
+            *("dots3_note/text", "dots3_note_text", "sarvam_moe", "sarvam_mla", "bailing_moe_v2"),
         ),
     ),
     (replace(SIGMOID, norm=("pre_feedforward_layernorm.weight",)), ("beam",)),
     (NEMOTRON, ("nemotron_h", "nemotron_h_omni", "nemo_speechlm")),
     (SPARSE_SIGMOID, ("minimax_m2", "kimi_linear")),
-    (replace(SPARSE_SIGMOID, zero_centred=True), ("minimax_m3_vl",)),
+    (replace(SPARSE_SIGMOID, zero_centred=True), ("minimax_m3_vl", "minimax_m3_vl_text")),
     (
         replace(
             SIGMOID,
@@ -185,7 +186,7 @@ _ROWS: Final[tuple[tuple[Gating | Other, Sequence[str]], ...]] = (
             bias=("moe.router_bias", f"mlp.gate.{_BIAS}"),
             zero_centred=True,
         ),
-        ("step3p7",),
+        ("step3p5", "step3p7"),
     ),
     (
         replace(SIGMOID, weight=("mlp.router.gate.weight", "mlp.gate.weight")),
@@ -227,8 +228,11 @@ _ROWS: Final[tuple[tuple[Gating | Other, Sequence[str]], ...]] = (
         ("dots3_note/vision",),
     ),
     (V4, ("deepseek_v4",)),
-    (INKLING, ("inkling_mm_model",)),
-    (replace(INKLING, score_key="scoring_func"), ("inkling2", "inkling2_text")),
+    (INKLING, ("inkling_mm_model", "inkling_text")),
+    (
+        replace(INKLING, score_key="scoring_func"),
+        ("inkling2", "inkling2_text", "inkling2_loop", "inkling2_loop_text"),
+    ),
     (
         replace(LATE, norm=("input_layernorm.weight",), score_key="expert_selection_fn"),
         ("cohere2_moe",),
@@ -252,7 +256,7 @@ _ROWS: Final[tuple[tuple[Gating | Other, Sequence[str]], ...]] = (
     ),
     (
         Other("its input is a mix of several streams, which depends on what is in them"),
-        ("qwen4_exp",),
+        ("qwen4_exp", "qwen4_exp_text"),
     ),
     (Other("its input is gated by a small network after the norm"), ("axk2",)),
     (Other("it is a network of its own, with a state from layer to layer"), ("zaya",)),
