@@ -25,8 +25,11 @@ _SIBLINGS: Final[Mapping[str, tuple[str, ...]]] = {
     "linear_1": ("linear", "linear_v"),
 }
 """What the matrices before a down-projection are called beside it."""
-_JOINED: Final = {"gate_up_proj", "gate_up_projs", "w13", "fc1", "wi", "input_linear"}
-"""Those of them that hold gate and up in one tensor, in some layouts."""
+_MATRICES: Final[Mapping[str, tuple[int, ...]]] = {
+    **dict.fromkeys(("gate_up_proj", "gate_up_projs", "w13", "input_linear"), (2,)),
+    "fc1": (1, 2),  # Aria's is gate and up, Nemotron's is up alone
+}
+"""How many matrices are joined in one tensor, where it is not one."""
 _HIDDEN: Final = ("hidden_size", "d_model", "n_embd")
 _DAMAGED: Final = "The tensor is damaged, or belongs to another checkpoint."
 
@@ -185,7 +188,7 @@ class _Before:
                 )
             if own.size is None or other.size is None:
                 continue
-            joined = _parts(module)[1] in _JOINED
+            joined = _MATRICES.get(_parts(module)[1], (1,))
             if not _is_transpose(own.size, other.size, joined, projection.expert is None):
                 raise _not_transposed(projection, own, leaves, other)
             paired = True
@@ -201,8 +204,10 @@ def _parts(module: str) -> tuple[str, str, str]:
     return head + ".", named, "." + word
 
 
-def _is_transpose(down: tuple[int, ...], up: tuple[int, ...], joined: bool, stacked: bool) -> bool:
-    """``[..., hidden, inner]`` beside ``[..., inner, hidden]``; gate and up may be one tensor.
+def _is_transpose(
+    down: tuple[int, ...], up: tuple[int, ...], joined: tuple[int, ...], stacked: bool
+) -> bool:
+    """``[..., hidden, inner]`` beside ``[..., inner, hidden]``, whose `inner` may count twice.
 
     Of stacked experts both may be stored the other way round, and they may lie flat (DBRX).
     """
@@ -211,7 +216,7 @@ def _is_transpose(down: tuple[int, ...], up: tuple[int, ...], joined: bool, stac
     if len(down) != len(up) or len(down) < 2 or down[:-2] != up[:-2]:
         return False
     (x, y), shape = up[-2:], down[-2:]
-    return shape == (y, x) or (joined and shape in ((y, x / 2), (y / 2, x)))
+    return any(shape in ((y, x / many), (y / many, x)) for many in joined)
 
 
 def _not_transposed(
@@ -235,12 +240,12 @@ def _check_width(
     """Experts write hidden states, or those of a narrower stream that the config may name."""
     size = _measured(_signature(projection)).size
     hidden = next((section[key] for key in _HIDDEN if type(section.get(key)) is int), None)
-    if size is None or hidden is None or len(size) < 2:
+    if size is None or hidden is None:
         return
     narrower = {v for key, v in section.items() if _NARROWER.search(key) and type(v) is int}
     widths = {hidden, *narrower}
-    transposed = paired or projection.expert is None
-    if size[-2] in widths or (transposed and size[-1] in widths):
+    either = paired or projection.expert is None
+    if len(size) > 1 and not widths.isdisjoint(size[-2:] if either else size[-2:-1]):
         return
     router = witness.router(projection)
     if paired and router is not None and hidden in router.shape:
