@@ -91,6 +91,14 @@ def test_without_gate_and_up_the_config_tells(shape: tuple[int, ...], tmp_path: 
     refused(written(tmp_path / "m", tensors), "w2.weight", str(list(shape)))
 
 
+def test_a_part_of_every_expert_is_refused(tmp_path: Path) -> None:
+    """One rank of a split model: gate and up may be elsewhere, but the config says the size."""
+    alone: dict[str, Raw | None] = dict.fromkeys((*experts_(1, of="w1"), *experts_(1, of="w3")))
+    tensors = mixtral({**alone, **experts_(HIDDEN, INNER // 2)})
+    source = written(tmp_path / "m", tensors, moe_intermediate_size=INNER)
+    refused(source, "w2.weight", f"{INNER} wide")
+
+
 def test_a_model_of_another_size_is_refused(tmp_path: Path) -> None:
     """Config and weights of two models do not pass, however well the weights fit together."""
     refused(written(tmp_path / "m", checkpoints.mixtral_tensors(), hidden_size=16), "16 numbers")

@@ -246,6 +246,8 @@ def _check_width(
     widths = {hidden, *narrower}
     either = paired or projection.expert is None
     if len(size) > 1 and not widths.isdisjoint(size[-2:] if either else size[-2:-1]):
+        if not either:
+            _check_inner(projection, size, section)
         return
     router = witness.router(projection)
     if paired and router is not None and hidden in router.shape:
@@ -256,6 +258,18 @@ def _check_width(
         f" have {hidden} numbers",
         hint="The config belongs to another checkpoint, or the tensor is damaged or transposed.",
     )
+
+
+def _check_inner(projection: Projection, size: tuple[int, ...], section: Mapping[str, Any]) -> None:
+    """Where no gate and up are beside, only the config can tell a part of an expert."""
+    stated = section.get("moe_intermediate_size")
+    if type(stated) is int and stated not in size and "per_layer_config" not in section:
+        tensor = projection.leaves[_measured(_signature(projection)).codes]
+        raise CheckpointError(
+            f"{tensor.name}: its shape is {list(tensor.shape)}, but the config says that an expert"
+            f" is {stated} wide (moe_intermediate_size)",
+            hint="The config belongs to another checkpoint, or the tensor is a part of one.",
+        )
 
 
 _NARROWER: Final = re.compile(r"latent|rank|expert_hidden|moe_hidden")
