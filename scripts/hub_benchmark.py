@@ -3,6 +3,7 @@
 
     .venv-test/bin/python scripts/hub_benchmark.py                # 1.4 GB in a temporary folder
     .venv-test/bin/python scripts/hub_benchmark.py --dir /mnt/disk --gigabytes 5
+    .venv-test/bin/python scripts/hub_benchmark.py --runs 10      # and min, median, max of each row
 
 Needs what `scripts/test.sh` installs into `.venv-test`, and about four times the size on the disk.
 The Hub is that of the tests, in a process of its own, so that only moescale's memory counts. Every
@@ -31,6 +32,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmark import SMALLEST, describe_machine, gigabytes, in_child, make_mixtral
@@ -38,11 +40,12 @@ from benchmark import SMALLEST, describe_machine, gigabytes, in_child, make_mixt
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 SRC, DST = "lab/model", "me/out"
 PLACE, WORKING = f"hf://{DST}", "moescale-unfinished-main"
-TO_DISK, TO_HUB = 150, 512
+TO_DISK, TO_HUB = 150, 400
 """Limits of memory in MiB."""
 
 SENT = re.compile(r"([\d,]+) bytes of weights sent, ([\d,]+) were on the Hub already")
 HEADINGS = ("run", "seconds", "peak MiB", "limit", "received", "sent", "weights sent", "known")
+SUMMARY = "{:34} {:>5} {:>8} {:>7} {:>7} {:>9}"
 ROW = "{:34} {:>8} {:>9} {:>6} {:>14} {:>14} {:>14} {:>14}"
 
 
@@ -70,14 +73,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--gigabytes", type=gigabytes, default=SMALLEST)
+    parser.add_argument("--runs", type=int, default=1)
     arguments = parser.parse_args()
     print(describe_machine())
     with tempfile.TemporaryDirectory(dir=arguments.dir, prefix="moescale-bench-") as folder:
         bench = Bench(Path(folder), arguments.gigabytes)
         print(f"{bench.size:,} bytes in {bench.shards} shards", end="\n\n", flush=True)
         print(ROW.format(*HEADINGS))
-        for case in (bench.to_disk, bench.all_new, bench.known, bench.over_http, bench.no_xet):
-            case()
+        for _ in range(arguments.runs):
+            for case in (bench.to_disk, bench.all_new, bench.known, bench.over_http, bench.no_xet):
+                case()
+            bench.by_hand()
+        if arguments.runs > 1:
+            bench.summarise()
     sys.exit("\n".join(bench.complaints) or 0)
 
 
@@ -153,6 +161,7 @@ class Bench:
         self.shards, self.size = len(weights), sum(path.stat().st_size for path in weights)
         self.digests: dict[str, str] = {}
         self.complaints: list[str] = []
+        self.figures: dict[str, list[Figures]] = {}
         self._homes = 0
 
     def hub(self, xet: bool | str) -> Any:
@@ -202,6 +211,29 @@ class Bench:
             self.measure(server, "Hub to Hub, without xet", TO_HUB, SRC, PLACE)
             self.check(server)
 
+    def by_hand(self) -> None:
+        """What "source known" replaces: download, convert, upload; each step is a row."""
+        source = self.root / "download"
+        with self.hub(True) as server:
+            self.upload_source(server)
+            steps = {
+                "By hand: hf download": [*HF, "download", SRC, "--local-dir", str(source)],
+                "  convert": [*MOESCALE, str(source), str(self.output), "-k", "3"],
+                "  hf upload": [*HF, "upload", DST, str(self.output)],
+            }
+            for name, command in steps.items():
+                self.measure_command(server, name, TO_HUB, command)
+        for folder in (source, self.output):
+            shutil.rmtree(folder)
+
+    def summarise(self) -> None:
+        """Print what the rows of all runs have in common."""
+        print("\n" + SUMMARY.format("row", "runs", "MiB min", "median", "max", "median s"))
+        for name, rows in self.figures.items():
+            peaks = [f"{pick(row.peak for row in rows):.0f}" for pick in (min, median, max)]
+            seconds = f"{median(row.seconds for row in rows):.1f}"
+            print(SUMMARY.format(name, len(rows), *peaks, seconds))
+
     def upload_source(self, server: Hub) -> None:
         """Let the storage have what the source has."""
         place = "hf://me/base"
@@ -220,10 +252,17 @@ class Bench:
     def measure(
         self, server: Hub, name: str, limit: int, *arguments: str, stop: int | None = None
     ) -> None:
-        """Run the command, killed once `stop` shards are finished; print its figures."""
+        """Run moescale, killed once `stop` shards are finished; print its figures."""
+        self.measure_command(server, name, limit, [*MOESCALE, *arguments, "-k", "3"], stop)
+
+    def measure_command(
+        self, server: Hub, name: str, limit: int, command: list[str], stop: int | None = None
+    ) -> None:
+        """The same for any command."""
         server.ask("forget")
         environment, start = self.machine(server), time.perf_counter()
-        command = [*MOESCALE, *arguments, "-k", "3"]
+        if "download" in command:  # the Hub of the tests takes xet, and does not give it out
+            environment["HF_HUB_DISABLE_XET"] = "1"
         with tempfile.TemporaryFile("w+") as said:
             child = subprocess.Popen(
                 command, env=environment, stdout=subprocess.DEVNULL, stderr=said
@@ -243,6 +282,7 @@ class Bench:
         sent, received = server.ask("traffic")
         figures = Figures(name, seconds, peak, limit, received, sent, *weights_sent(text))
         print(figures, flush=True)
+        self.figures.setdefault(name, []).append(figures)
         if peak > limit:
             self.complaints.append(f"{name.strip()}: {peak:.0f} MiB are more than {limit}")
 
@@ -254,6 +294,7 @@ class Bench:
 
 
 MOESCALE = [sys.executable, "-m", "moescale"]
+HF = [sys.executable, "-m", "huggingface_hub.cli.hf"]
 
 
 def weights_sent(text: str) -> tuple[int | None, int | None]:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakSet
 
 from moescale.errors import DestinationError, MoescaleError, SourceError, TemporaryError, UsageError
 from moescale.version import __version__
@@ -41,6 +42,7 @@ _STORAGE_ANSWER = re.compile(
     r"HTTP status \w+ error \((?P<status>\d+)[^)]*\)(?P<token>, domain: \S+/xet-write-token/)?"
 )
 _ours: ContextVar[bool] = ContextVar("moescale_request", default=False)
+_guarded: WeakSet[httpx2.Client] = WeakSet()
 _T = TypeVar("_T")
 
 
@@ -85,19 +87,27 @@ class BusyError(TemporaryError):
 
 @functools.cache
 def api() -> HfApi:
-    """The client, with time limits on all of its requests."""
-    from huggingface_hub import HfApi, constants, set_client_factory
-    from huggingface_hub.utils import _http
+    """The client; `session` is what its requests go through."""
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    made_before = _http._GLOBAL_CLIENT_FACTORY  # a user may have set one, for a proxy say
-    set_client_factory(lambda: _guarded(made_before()))
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
         disable_progress_bars()
     return HfApi(library_name="moescale", library_version=__version__)
 
 
-def _guarded(client: httpx2.Client) -> httpx2.Client:
+def session() -> httpx2.Client:
+    """The client's own session, which a user may have made, with time limits on all requests."""
+    from huggingface_hub import get_session
+
+    client = get_session()
+    if client not in _guarded:
+        _guard(client)
+        _guarded.add(client)
+    return client
+
+
+def _guard(client: httpx2.Client) -> None:
     """Give the client time limits, and let our own requests fail at once with `BusyError`.
 
     Some calls of huggingface_hub ask for no time limit at all; a stall would be for ever. Others
@@ -116,8 +126,8 @@ def _guarded(client: httpx2.Client) -> httpx2.Client:
         try:
             response = send(request, **more)
         except httpx2.TransportError as error:
-            if part:
-                raise
+            if part:  # not as ConnectError, after which the client would take another session
+                raise httpx2.NetworkError(str(error), request=request) from error
             if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
                 raise BusyError(f"cannot be reached: {_line(error)}", hint=UNREACHABLE) from None
             raise BusyError(f"the connection broke: {_line(error)}") from None
@@ -130,7 +140,6 @@ def _guarded(client: httpx2.Client) -> httpx2.Client:
         return response
 
     client.send = guarded  # type: ignore[method-assign]
-    return client
 
 
 def _limit_time(request: httpx2.Request) -> None:
@@ -146,7 +155,7 @@ def _limit_time(request: httpx2.Request) -> None:
 
 def headers() -> dict[str, str]:
     """The headers of a request to the Hub, with the user's token if there is one."""
-    from huggingface_hub.utils._headers import build_hf_headers
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # see its __all__
 
     return build_hf_headers(library_name="moescale", library_version=__version__)
 
@@ -199,6 +208,7 @@ def in_our_words(what: str, refused: type[MoescaleError] = SourceError) -> Itera
     """
     token = _ours.set(True)
     try:
+        session()
         yield
     except Exception as error:
         translated = _translated(what, error, refused)
@@ -331,7 +341,7 @@ def sleep(seconds: float) -> None:
 
 def _retry_after(answer: Mapping[str, str]) -> float | None:
     """The seconds that an answer asks to wait, in either of the Hub's two ways."""
-    from huggingface_hub.utils._http import parse_ratelimit_headers
+    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
 
     value = answer.get("retry-after", "")
     if value.isdigit():

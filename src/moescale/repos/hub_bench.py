@@ -27,6 +27,7 @@ from moescale.repos.hub_upload import (
     StreamUpload,
     can_stream,
     has_xet,
+    lacking,
     new_session,
 )
 
@@ -77,7 +78,7 @@ class HubBench:
         """A writer for a file of `size` bytes; leaving without `finish` discards it."""
         if size <= SMALL_BYTES and not name.endswith(WEIGHTS):
             return self._in_memory(name, arrived)
-        streams = self._streams and has_xet()
+        streams = self._streams and has_xet() and lacking() is None
         return (self._streamed if streams else self._on_disk)(name, size, arrived)
 
     @contextmanager
@@ -145,9 +146,12 @@ class HubBench:
                     file.flush()
                     sha256 = digest.hexdigest()
                     operation = self._addition(name, content)  # reads it all, for the digest
-                    operation.path_or_fileobj = CountedFile(content, arrived)
-                    self._repo.upload(self._branch, operation)
-                    return Made(Written(size, sha256), Sent(size, sha256, size, 0))
+                    operation.path_or_fileobj = counted = CountedFile(content, arrived)
+                    sent = self._repo.upload(self._branch, operation)
+                    if sent is None:
+                        counted.seek(0)
+                        return Made(Written(size, sha256), counted.read())
+                    return Made(Written(size, sha256), Sent(size, sha256, size, 0, sent))
 
                 yield HubWriter(write, finish)
 

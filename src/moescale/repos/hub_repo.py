@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import warnings
@@ -28,6 +29,28 @@ class Commit:
 
     revision: str
     url: str
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """The operation that brings a large file from another revision, of this repo or another."""
+
+    path_in_repo: str
+    written: Written
+    revision: str | None
+    repo: str | None = None
+
+    def operation(self) -> Any:
+        """The same for the client."""
+        from huggingface_hub import CommitOperationCopy
+
+        return CommitOperationCopy(
+            self.path_in_repo,
+            self.path_in_repo,
+            src_revision=self.revision,
+            src_repo_id=self.repo,
+            src_repo_type=self.repo and "model",
+        )
 
 
 class HubRepo:
@@ -88,13 +111,12 @@ class HubRepo:
 
     def read(self, name: str, branch: str) -> bytes:
         """A small file of a branch."""
-        from huggingface_hub import get_session, hf_hub_url
-        from huggingface_hub.utils._http import hf_raise_for_status
+        from huggingface_hub import hf_hub_url, hf_raise_for_status
 
         url = hf_hub_url(self.id, name, revision=branch, endpoint=hub.api().endpoint)
 
         def fetch() -> bytes:
-            response = get_session().get(url, headers=hub.headers())
+            response = hub.session().get(url, headers=hub.headers())
             hf_raise_for_status(response)
             return bytes(response.content)
 
@@ -141,17 +163,21 @@ class HubRepo:
 
     # Commits ---------------------------------------------------------------------------------
 
-    def upload(self, branch: str, operation: Any) -> None:
-        """Send the content of a large file; a commit by its digest brings it to a branch."""
+    def upload(self, branch: str, operation: Any) -> Any:
+        """Send the content of a large file.
 
-        def send() -> None:
+        Returns the operation that brings it to a branch; None if the Hub calls the file small:
+        then it was not sent, and belongs into a commit.
+        """
+
+        def send() -> Any:
             addition = _fresh(operation)
-            addition._upload_mode = "lfs"
             hub.api().preupload_lfs_files(
-                self.id, additions=[addition], revision=branch, free_memory=False
+                self.id, additions=[addition], revision=branch, gitignore_content=""
             )
+            return addition if addition.path_or_fileobj == b"" else None  # what is sent is freed
 
-        self._ask(send)
+        return self._ask(send)
 
     def commit(
         self, branch: str, operations: Sequence[Any], message: str, parent: str | None
@@ -241,11 +267,10 @@ class HubRepo:
         Raises:
             DestinationError: the card's metadata is refused.
         """
-        from huggingface_hub import get_session
-        from huggingface_hub.utils._http import hf_raise_for_status
+        from huggingface_hub import hf_raise_for_status
 
         def fetch() -> dict[str, Any]:
-            response = get_session().post(
+            response = hub.session().post(
                 f"{hub.api().endpoint}/api/validate-yaml",
                 json={"content": card.decode(), "repoType": "model"},
                 headers=hub.headers(),
@@ -274,6 +299,8 @@ def _check_hidden(error: Any) -> None:
 
 def _fresh(operation: Any) -> Any:
     """An operation for one attempt; the client does not take one twice, nor rewinds its file."""
+    if isinstance(operation, Copied):
+        return operation.operation()
     content = getattr(operation, "path_or_fileobj", None)
     if isinstance(content, io.BufferedIOBase):
         content.seek(0)
@@ -287,20 +314,22 @@ def missing(operations: Sequence[Any], tree: dict[str, RepoFile]) -> list[Any]:
 
 def _is_done(operation: Any, tree: dict[str, RepoFile]) -> bool:
     from huggingface_hub import CommitOperationDelete
-    from huggingface_hub.utils.sha import git_hash
 
     there = tree.get(operation.path_in_repo)
     if isinstance(operation, CommitOperationDelete) or there is None:
         return isinstance(operation, CommitOperationDelete) and there is None
-    info = getattr(operation, "upload_info", None)
-    if info is None:  # a copy of a large file: the journal beside it has its digest
-        return there.lfs is not None
+    if isinstance(operation, Copied):
+        return is_listed(there, operation.written)
     if there.lfs is not None:
-        return bool(there.lfs.sha256 == info.sha256.hex())
-    if getattr(operation, "_is_uploaded", False):
-        return False
+        return bool(there.lfs.sha256 == operation.upload_info.sha256.hex())
     with operation.as_file() as file:
-        return bool(there.blob_id == git_hash(file.read()))
+        return bool(there.blob_id == _git_digest(file.read()))
+
+
+def _git_digest(content: bytes) -> str:
+    """What git calls a file with this content."""
+    blob = b"blob %d\0" % len(content) + content
+    return hashlib.sha1(blob, usedforsecurity=False).hexdigest()
 
 
 def is_listed(there: RepoFile | None, written: Written) -> bool:

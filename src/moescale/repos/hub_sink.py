@@ -24,8 +24,8 @@ from moescale.repos import hub
 from moescale.repos.base import FileInfo, Made, SourceId, Written
 from moescale.repos.hub import HubPlace
 from moescale.repos.hub_bench import WEIGHTS, HubBench
-from moescale.repos.hub_repo import HubRepo, is_listed, missing
-from moescale.repos.hub_upload import Sent, can_stream, uploaded
+from moescale.repos.hub_repo import Copied, HubRepo, is_listed, missing
+from moescale.repos.hub_upload import Sent, can_name_by_digest, can_stream, lacking, uploaded
 from moescale.repos.journal import FOREIGN, NONSENSE, listed
 
 if TYPE_CHECKING:
@@ -143,6 +143,11 @@ class HubSink:
         self._head = self._repo.head(self.branch)
         self._check_branch()
         self._streams = can_stream(self.place.repo, self._base(), self.identity)
+        if self._streams and (name := lacking()):
+            self._streams = False
+            self.remarks.append(
+                f"the installed client has no {name}: each shard went through a temporary file"
+            )
         self.bench = HubBench(self.place, self._working, self._streams)
         journal = self._journal()
         if journal is None or replace:
@@ -221,23 +226,12 @@ class HubSink:
 
     def copy(self, files: Iterable[FileInfo], source: SourceId) -> dict[str, Written]:
         """Copy large files of another repo inside the Hub; returns what could be copied so."""
-        from huggingface_hub import CommitOperationCopy
-
         large = {f.name: Written(f.size, f.sha256) for f in files if f.sha256 is not None}
         large = {name: written for name, written in large.items() if name not in self._done}
         if not large:
             return {}
         repo = None if source.id == self.place.repo else source.id
-        operations = [
-            CommitOperationCopy(
-                name,
-                name,
-                src_revision=source.revision,
-                src_repo_id=repo,
-                src_repo_type=repo and "model",
-            )
-            for name in large
-        ]
+        operations = [Copied(name, w, source.revision, repo) for name, w in large.items()]
         try:
             self._commit_work(operations, "Copy unchanged files", large)
         except (DestinationError, TemporaryError):
@@ -250,7 +244,7 @@ class HubSink:
         if isinstance(made.at, bytes):
             return self.put(name, made.at)
         sent: Sent = made.at
-        operation = uploaded(name, sent.size, sent.sha256)
+        operation = sent.operation or uploaded(name, sent.size, sent.sha256)
         self._commit_work([operation], name, {name: made.written}, can_wait=self._streams)
         with self._commits:
             self._sent += sent.transferred
@@ -372,10 +366,16 @@ class HubSink:
         from huggingface_hub import CommitOperationDelete
 
         tree = self._repo.tree(branch)
-        wanted = [uploaded(n, w.size, w.sha256 or "") for n, w in sorted(large.items())]
+        wanted = [self._arrived(name, written) for name, written in sorted(large.items())]
         wanted += [self._addition(n, data) for n, data in sorted(self._small.items())]
         surplus = sorted(tree.keys() - keep - {ATTRIBUTES})
         return [*missing(wanted, tree), *map(CommitOperationDelete, surplus)]
+
+    def _arrived(self, name: str, written: Written) -> Any:
+        """The operation that names contents which are on the working branch."""
+        if can_name_by_digest():
+            return uploaded(name, written.size, written.sha256 or "")
+        return Copied(name, written, self._working)
 
     def _check_listed(self, revision: str, large: Mapping[str, Written]) -> None:
         tree = self._repo.tree(revision)

@@ -399,7 +399,7 @@ class HubReader:
 
     def _open(self, stop: int | None) -> str:
         """Ask for the bytes from here on; returns what is wrong with the answer, if anything."""
-        from huggingface_hub import constants, get_session
+        from huggingface_hub import constants
 
         first, last = self._position, (stop or self._info.size) - 1
         request = {
@@ -409,7 +409,7 @@ class HubReader:
         }
         timeout = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
         with hub.in_our_words(self._info.name):
-            context = get_session().stream(
+            context = hub.session().stream(
                 "GET", self._url, headers=request, timeout=timeout, follow_redirects=True
             )
             response = context.__enter__()

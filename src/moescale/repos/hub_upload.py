@@ -10,12 +10,36 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from typing import IO, Any
+from urllib.parse import quote
 
 from moescale.checkpoint.rewrite import Reader, pieces
 from moescale.errors import DestinationError, InterruptedRun
 from moescale.repos import hub
 from moescale.repos.base import Arrived, Made, nobody
+
+STREAM_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
+    "huggingface_hub": {"CommitOperationAdd": ("_upload_mode", "_is_uploaded")},
+    "hf_xet": {
+        "XetConfig": ("with_config",),
+        "XetSession": ("new_upload_commit",),
+        "XetUploadCommit": ("start_upload_stream", "progress", "wait_to_finish", "abort"),
+        "XetStreamUpload": ("write", "finish"),
+        "XetFileMetadata": ("xet_info",),
+        "XetFileInfo": ("file_size", "sha256"),
+        "XetCommitReport": ("dedup_metrics",),
+        "DeduplicationMetrics": ("total_bytes_uploaded", "deduped_bytes"),
+        "GroupProgressReport": (
+            "total_bytes_completed",
+            "total_transfer_bytes",
+            "total_transfer_bytes_completed",
+        ),
+    },
+}
+"""What a stream needs and no documentation promises: module, class, attributes. Where a client
+lacks one of them, shards go through a temporary file, by the public API alone."""
 
 LIMITS = {
     "client.ac_max_upload_concurrency": 1,
@@ -25,6 +49,15 @@ LIMITS = {
 }
 """One block of 64 MB on its way at a time and upload, and what has arrived is noted at once, so
 that a rerun does not send it again. A user's own ``HF_XET_*`` settings win."""
+
+BLOCK_BYTES = 2 << 20
+"""What hf_xet is given at once. It cuts a block into chunks of about 64 kB, keeps new ones as
+slices of the block, and copies the chunk that two blocks share: blocks of 256 kB were half as much
+memory again."""
+
+POLL_SECONDS = 0.01
+PATIENCE_SECONDS = 20.0
+"""A block that has not moved for so long has failed, or waits; the next one tells which."""
 
 _M_TRIM_THRESHOLD = -1
 WATCH_SECONDS = 0.5
@@ -38,14 +71,13 @@ def can_stream(repo: str, branch: str, what: str) -> bool:
     Raises:
         DestinationError: the token may not write to the repo.
     """
-    from huggingface_hub import get_session
-    from huggingface_hub.utils._http import hf_raise_for_status
+    from huggingface_hub import hf_raise_for_status
 
     if not has_xet():
         return False
 
     def ask() -> bool:
-        response = get_session().get(_token_url(repo, branch), headers=hub.headers())
+        response = hub.session().get(_token_url(repo, branch), headers=hub.headers())
         if response.status_code == 404:
             return False
         hf_raise_for_status(response)
@@ -57,21 +89,24 @@ def can_stream(repo: str, branch: str, what: str) -> bool:
 def has_xet() -> bool:
     """Whether xet is installed and switched on here."""
     from huggingface_hub import constants
-    from huggingface_hub.utils._runtime import is_xet_available
 
-    return not constants.HF_HUB_DISABLE_XET and is_xet_available()
+    return not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None
+
+
+def lacking(*modules: str) -> str | None:
+    """The first name that a stream needs and the client lacks, in these modules or all."""
+    for module in modules or STREAM_NAMES:
+        found = import_module(module)
+        for kind, names in STREAM_NAMES[module].items():
+            for name in names:
+                if not hasattr(getattr(found, kind, None), name):
+                    return f"{module}.{kind}.{name}"
+    return None
 
 
 def _token_url(repo: str, branch: str) -> str:
-    from huggingface_hub.utils._xet import XetTokenType, xet_connection_info_refresh_url
-
-    return xet_connection_info_refresh_url(
-        token_type=XetTokenType.WRITE,
-        repo_id=repo,
-        repo_type="model",
-        revision=branch,
-        endpoint=hub.api().endpoint,
-    )
+    """Where the Hub's API gives out tokens for its xet storage."""
+    return f"{hub.api().endpoint}/api/models/{repo}/xet-write-token/{quote(branch, safe='')}"
 
 
 def new_session() -> Any:
@@ -115,12 +150,16 @@ class HighWater:
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """A file that has arrived: what it is, and how many of its bytes went over the line."""
+    """A file that has arrived: what it is, and how many of its bytes went over the line.
+
+    `operation` brings it to a branch; without one its digest does.
+    """
 
     size: int
     sha256: str
     transferred: int
     deduplicated: int
+    operation: Any = None
 
 
 class StreamUpload:
@@ -128,16 +167,17 @@ class StreamUpload:
 
     def __init__(self, session: Any, repo: str, branch: str, arrived: Arrived = nobody) -> None:
         """`session` is of `new_session`; the file is for a branch of a repo."""
-        from huggingface_hub.utils._xet import xet_headers_without_auth
-
         headers = hub.headers()
+        open_headers = {k: v for k, v in headers.items() if k.lower() != "authorization"}
         self._commit = session.new_upload_commit(
             token_refresh_url=_token_url(repo, branch),
             token_refresh_headers=headers,
-            custom_headers=xet_headers_without_auth(headers),
+            custom_headers=open_headers,
         )
         self._stream = self._commit.start_upload_stream(name="shard")
         self._arrived = HighWater(arrived)
+        self._pieces: list[bytes] = []
+        self._gathered = 0
         self._calls = 0
         self._over = threading.Event()
         self.cancelled = self._stalled = False
@@ -145,11 +185,38 @@ class StreamUpload:
 
     def write(self, data: bytes) -> None:
         """Append bytes; waits while too many are on their way."""
+        self._pieces.append(data)
+        self._gathered += len(data)
+        if self._gathered >= BLOCK_BYTES:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        data = b"".join(self._pieces)
+        self._pieces, self._gathered = [], 0
         with self._call():
+            self._settle()
             self._stream.write(data)
+
+    def _settle(self) -> None:
+        """Wait until the last block of 64 MB has arrived, as long as it moves.
+
+        Otherwise hf_xet holds three of them: one that is sent, one that waits for that, compressed,
+        and one that grows.
+        """
+        before, since = 0, time.monotonic()
+        while left := self._on_its_way():
+            if left != before:
+                before, since = left, time.monotonic()
+            if time.monotonic() - since > PATIENCE_SECONDS or self._over.wait(POLL_SECONDS):
+                return
+
+    def _on_its_way(self) -> int:
+        report = self._commit.progress()
+        return int(report.total_transfer_bytes - report.total_transfer_bytes_completed)
 
     def finish(self) -> Sent:
         """Wait until everything has arrived."""
+        self._hand_over()
         with self._call():
             info = self._stream.finish().xet_info
         with self._call():
@@ -196,13 +263,18 @@ class StreamUpload:
             self._commit.abort()
 
 
+def can_name_by_digest() -> bool:
+    """Whether the installed client lets us say that contents are already on the Hub."""
+    return lacking("huggingface_hub") is None
+
+
 def uploaded(name: str, size: int, sha256: str) -> Any:
     """The operation that puts contents which are already on the Hub under a name."""
     from huggingface_hub import CommitOperationAdd
-    from huggingface_hub.lfs import UploadInfo
 
     operation = CommitOperationAdd(name, b"")
-    operation.upload_info = UploadInfo(size=size, sample=b"", sha256=bytes.fromhex(sha256))
+    operation.upload_info.size = size
+    operation.upload_info.sha256 = bytes.fromhex(sha256)
     # The client has no public way to say so; these two fields are what its own upload sets.
     operation._upload_mode = "lfs"
     operation._is_uploaded = True
