@@ -170,7 +170,7 @@ def _product(parts: Parts) -> Terms:
 def _codes_and_scale(parts: Parts) -> tuple[list[Array], list[Array]]:
     names = [name for name in parts if "scale" in name and "input" not in name]
     names = [name for name in names if "activation" not in name and "act" not in name]
-    codes = [array(parts[name]) for name in ("", ".weight") if name in parts]
+    codes = [array(parts[name]) for name in ("", ".weight", "_weight") if name in parts]
     sizes = [
         power(array(parts[name])) if parts[name][0] in ("U8", "F8_E8M0") else array(parts[name])
         for name in names
@@ -233,6 +233,27 @@ def _modelopt_nvfp4_terms(parts: Parts) -> Terms:
     if ".svdquant_lora_b" in parts:
         result.append(array(parts[".svdquant_lora_b"]) @ array(parts[".svdquant_lora_a"]))
     return result
+
+
+def _inkling_nvfp4(rng: np.random.Generator) -> Parts:
+    return {
+        "_weight": integers(rng, "U8", EXPERTS, OUT, IN // 2),
+        "_weight_scale": raw("F8_E4M3", scales(rng, EXPERTS, OUT, IN // 16) * 5000),
+        "_weight_amax": raw("F32", scales(rng, EXPERTS) * 100),
+        "_weight_outer_scale_denominator": raw("F32", np.full(EXPERTS, 2688.0)),
+    }
+
+
+def _inkling_nvfp4_terms(parts: Parts) -> Terms:
+    codes = FP4[unpack(array(parts["_weight"]), 4)]
+    outer = array(parts["_weight_amax"]) / array(parts["_weight_outer_scale_denominator"])
+    return [codes * spread(array(parts["_weight_scale"]), codes.shape) * outer[:, None, None]]
+
+
+def _inkling_mxfp8(rng: np.random.Generator) -> Parts:
+    sizes = exponents(rng, EXPERTS, OUT, IN // 32)
+    codes = np.where(np.repeat(sizes, 32, -1) == 0, 0, fp8_codes(rng, EXPERTS, OUT, IN))
+    return {"_weight": raw("F8_E4M3", codes), "_weight_scale": raw("U8", sizes)}
 
 
 def _svd(rng: np.random.Generator) -> Parts:
@@ -745,6 +766,14 @@ EXACT: tuple[Case, ...] = (
         fused=True,
     ),
     Case(
+        "NVFP4, Inkling",
+        _inkling_nvfp4,
+        _inkling_nvfp4_terms,
+        {"_weight_amax": "multiply"},
+        "inkling",
+        fused=True,
+    ),
+    Case(
         "GPTQ",
         _gptq("F16"),
         _gptq_terms,
@@ -1000,6 +1029,14 @@ POWER_OF_TWO: tuple[Case, ...] = (
         _method("quark", global_quant_config={"weight": {"scale_format": "e8m0"}}),
     ),
     Case(
+        "MXFP8, Inkling",
+        _inkling_mxfp8,
+        _product,
+        {"_weight_scale": "shift"},
+        "inkling",
+        fused=True,
+    ),
+    Case(
         "MXFP4, gpt-oss",
         _gpt_oss,
         _gpt_oss_terms,
@@ -1028,13 +1065,17 @@ POWER_OF_TWO: tuple[Case, ...] = (
 
 @dataclass(frozen=True)
 class Family:
-    """Names and config around the experts of a model type; ``{L}`` and ``{E}`` are numbers."""
+    """Names and config around the experts of a model type; ``{L}`` and ``{E}`` are numbers.
+
+    `plain` is what follows the name of a fused projection that is not quantised.
+    """
 
     model_type: str
     expert: str
     fused: str = ""
     shared: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
+    plain: str = ""
 
 
 _DEEPSEEK = {"n_routed_experts": EXPERTS, "norm_topk_prob": True, "first_k_dense_replace": 0}
@@ -1077,7 +1118,14 @@ FAMILIES: Mapping[str, Family] = {
         "language_model.model.layers.{L}.feed_forward.shared_expert.down_proj",
     ),
     "gpt_oss": Family("gpt_oss", "", "model.layers.{L}.mlp.experts.down_proj"),
-    "mlx": Family("qwen3_moe", "", "model.layers.{L}.mlp.switch_mlp.down_proj"),
+    "mlx": Family("qwen3_moe", "", "model.layers.{L}.mlp.switch_mlp.down_proj", plain=".weight"),
+    "inkling": Family(
+        "inkling2_loop_text",
+        "",
+        "model.llm.layers.{L}.mlp.experts.w2",
+        config={"n_routed_experts": EXPERTS},
+        plain="_weight",
+    ),
 }
 
 
@@ -1102,7 +1150,7 @@ def tensors(case: Case) -> dict[str, Raw]:
         made = case.make(rng)
         result |= {family.shared.format(L=0) + ending: part for ending, part in made.items()}
     for module in modules(case, LAYERS + 1)[len(modules(case)) :]:
-        name = module if case.fused and case.family != "mlx" else module + ".weight"
+        name = module + (family.plain if case.fused else ".weight")
         shape = (EXPERTS, OUT, IN) if case.fused else (OUT, IN)
         result[name] = values("BF16", shape, 2, special=False)
     result["lm_head.weight"] = values("BF16", (6, OUT), 3)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import bitsandbytes.functional as bitsandbytes
@@ -19,6 +20,7 @@ from compressed_tensors.quantization import (
 )
 from quantised_checkpoints import Case, Parts, Terms
 from test_quantised import check_bytes, convert, parts
+from transformers.core_model_loading import Inkling2LoopDequantizeExperts
 
 FACTOR = 1.37
 SHAPE = (256, 128)
@@ -140,6 +142,30 @@ def bnb8_terms(projection: Parts) -> Terms:
     return [bitsandbytes.int8_vectorwise_dequant(codes, rows).double().numpy()]
 
 
+# transformers -------------------------------------------------------------------------------------
+
+
+class Float32:
+    """A model whose parameters are all float32."""
+
+    def get_parameter(self, _: str) -> torch.Tensor:
+        """Any of them."""
+        return torch.empty(0)
+
+
+def inkling_terms(projection: Parts) -> Terms:
+    """What transformers makes of Inkling's own formats when it loads them."""
+    leaves = ("_weight", "_weight_scale", "_weight_amax", "_weight_outer_scale_denominator")
+    found = {leaf: to_torch(projection[leaf]) for leaf in leaves if leaf in projection}
+    made = Inkling2LoopDequantizeExperts().convert(found, leaves, ["w"], Float32(), "w")
+    return [made["w"].double().numpy()]
+
+
+def inkling(cases: Iterable[Case]) -> list[Case]:
+    """Cases of Inkling's formats, as transformers dequantises them."""
+    return [replace(case, terms=inkling_terms) for case in cases if case.family == "inkling"]
+
+
 # The cases ----------------------------------------------------------------------------------------
 
 PROMOTED = {".weight_scale": "promote"}
@@ -180,8 +206,12 @@ CASES = [
         for kind in ("nf4", "fp4")
     ),
     Case("LLM.int8", bnb8, bnb8_terms, {".SCB": "multiply"}),
+    *inkling(q.EXACT),
 ]
-SHIFTS = [Case(p, compressed(p), decompressed(p), SHIFTED) for p in POWER_OF_TWO_PRESETS]
+SHIFTS = [
+    *(Case(p, compressed(p), decompressed(p), SHIFTED) for p in POWER_OF_TWO_PRESETS),
+    *inkling(q.POWER_OF_TWO),
+]
 
 
 def tolerance(case: Case) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def check_bytes(case: Case, before: dict[str, Raw], after: dict[str, Raw], facto
     routed = {m + ending: how for m in q.modules(case) for ending, how in case.changed.items()}
     plain = [m for m in q.modules(case, q.LAYERS + 1) if m not in q.modules(case)]
     for name, tensor in before.items():
-        if name in plain or name.removesuffix(".weight") in plain:
+        if name in plain or re.sub(r"[._]weight$", "", name) in plain:
             assert after[name] == changed(case, tensor, "multiply", factor), name
         elif name not in routed:
             assert after[name] == tensor, name

@@ -13,7 +13,7 @@ do not match it: what is not known may carry a scale too.
 
 Sources, by their version: compressed-tensors 0.20, bitsandbytes 0.50, gptqmodel 7.7,
 nvidia-modelopt 0.47, amd-quark 0.13, hqq 0.2.8, mlx-lm 0.32, exllamav2 0.3, exllamav3 1.6,
-humming-kernels 0.1, sglang 0.5.23, transformers 5.23.
+humming-kernels 0.1, sglang 0.5.23, transformers 5.24.
 """
 
 from __future__ import annotations
@@ -291,6 +291,18 @@ ROWS: Final[tuple[Format, ...]] = (
         misfit=_in_pairs("weight_scale"),
         source="modelopt unified_export_hf.py: W = fp4 * weight_scale * weight_scale_2;"
         " NVFP4_SVD adds (x lora_a^T) lora_b^T; Quark file2file_quantization.py",
+    ),
+    Format(
+        "NVFP4 (Inkling)",
+        {
+            "weight": BYTES,
+            "weight_scale": ("F8_E4M3",),
+            "weight_amax": FLOAT,
+            "weight_outer_scale_denominator": FLOAT,
+        },
+        {"weight_amax": SCALE},
+        source="transformers core_model_loading.py Inkling2LoopDequantizeExperts:"
+        " W = fp4 * weight_scale * (weight_amax / weight_outer_scale_denominator), one an expert",
     ),
     Format(
         "NVFP4 (compressed-tensors)",
