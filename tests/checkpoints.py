@@ -135,7 +135,6 @@ EXTRAS: Mapping[str, bytes] = {
     "modeling_tiny.py": b"raise SystemExit('remote code was run')\n",
     "extra/deep/notes.txt": b"notes\n",
     "empty.txt": b"",
-    "side/model.safetensors": shard({"linear.weight": values("F32", (2,))}),
 }
 """Files that a repo has beside its weights; the card is edited, the others stay."""
 

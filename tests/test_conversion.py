@@ -36,9 +36,10 @@ MADE = {"README.md", "moescale.json", "config.json"}
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A complete small Mixtral repo, with twins of its weights beside."""
+    """A complete small Mixtral repo, with twins of its weights and a side model beside."""
     folder = checkpoints.mixtral(tmp_path / "source")
-    checkpoints.write_files(folder, checkpoints.LEFT_OUT)
+    side = checkpoints.shard({"linear.weight": checkpoints.values("F32", (2,))})
+    checkpoints.write_files(folder, {**checkpoints.LEFT_OUT, "side/model.safetensors": side})
     return folder
 
 
