@@ -221,6 +221,35 @@ def xverse() -> Published:
     return Published(config, shapes, 10)
 
 
+def step() -> Published:
+    """Step-3.5-Flash: step3p7's text model with its keys at the top of the config."""
+    hidden, inner, layers, experts = 4096, 1280, 45, 288
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (128896, hidden)}
+    for layer in range(3, layers):
+        at = f"model.layers.{layer}."
+        shapes[at + "moe.gate.weight"] = (experts, hidden)
+        shapes[at + "moe.router_bias"] = (experts,)
+        shapes |= dict.fromkeys(
+            (at + "moe.gate_proj.weight", at + "moe.up_proj.weight"), (experts, inner, hidden)
+        )
+        shapes[at + "moe.down_proj.weight"] = (experts, hidden, inner)
+        shapes |= _mlp(at + "share_expert", hidden, inner)
+    config = {
+        "architectures": ["Step3p5ForCausalLM"],
+        "model_type": "step3p5",
+        "hidden_size": hidden,
+        "moe_layers_enum": ",".join(map(str, range(3, layers))),
+        "moe_num_experts": experts,
+        "moe_router_activation": "sigmoid",
+        "moe_router_scaling_factor": 3.0,
+        "moe_top_k": 8,
+        "norm_expert_weight": True,
+        "num_hidden_layers": layers,
+        "use_moe_router_bias": True,
+    }
+    return Published(config, shapes, 9)
+
+
 def granite() -> Published:
     """granite-3.1-1b-a400m: stacked experts in a single file without an index."""
     hidden, inner, layers, experts = 1024, 512, 24, 32

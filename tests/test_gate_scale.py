@@ -37,7 +37,8 @@ def gating(entry: str) -> Gating:
     return row
 
 
-SUMS = {"mistral4", "mistral3", "mistral_large4"}  # their groups are chosen by sums of scores
+SUMS = {"mistral4", "mistral3", "mistral_large4", "mistral_large4_text"}
+"""Types whose groups are chosen by sums of scores."""
 SCALES = [e for e in FORMED if not gating(e).bias and e not in SUMS]
 UNWEIGHTED = "flex_olmo"  # a norm undoes what its experts are scaled by, not how they are mixed
 OTHERS = [e for e in TINY if e not in SCALES and e != UNWEIGHTED]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
-from tiny_models import CANNOT_BUILD, TINY, build, generates, other_outputs, routed_outputs
+from tiny_models import TINY, build, generates, other_outputs, routed_outputs
 
 from moescale import api
 from moescale.errors import UnsupportedError
@@ -169,9 +168,3 @@ def test_a_fixed_count_is_kept(entry: str, fused: bool, tmp_path: Path) -> None:
         convert(source, output, entry, experts=count + 1)
     convert(source, output, entry, factor=FACTOR)
     assert_scaled(routed_outputs(source, entry), routed_outputs(output, entry), FACTOR)
-
-
-def test_every_type_of_the_table_is_here() -> None:
-    """A type that transformers has but cannot build would be listed with its reason."""
-    print("cannot be built by transformers:", json.dumps(CANNOT_BUILD, indent=1))
-    assert not CANNOT_BUILD.keys() & TINY.keys()

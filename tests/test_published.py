@@ -57,6 +57,16 @@ WANTED = {
         renormalised=True,
         key="moe_top_k",
     ),
+    "Step-3.5-Flash": Wanted(
+        sparse.step(),
+        list(range(3, 45)),
+        42,
+        ".moe.down_proj.weight",
+        8,
+        288,
+        renormalised=True,
+        key="moe_top_k",
+    ),
     "granite-3.1-1b-a400m": Wanted(
         sparse.granite(), list(range(24)), 24, ".output_linear.weight", 8, 32, renormalised=True
     ),
@@ -89,7 +99,7 @@ def test_every_projection_is_planned(name: str, step: int, folder: Path) -> None
     plan = api.plan(folder / name, experts=after)
     planned = [t.edit.tensor.name for t in plan.tensors]
     routed = {n for n in wanted.published.shapes if n.endswith(wanted.ends) and "shared" not in n}
-    routed = {n for n in routed if "experts" in n or "output_linear" in n}
+    routed = {n for n in routed if "experts" in n or "output_linear" in n or ".moe." in n}
     assert len(planned) == wanted.projections and set(planned) == routed
     assert [int(layer) for layer in plan.factors] == wanted.layers
     assert plan.experts.total == wanted.total and plan.experts.before == wanted.before

@@ -36,7 +36,7 @@ KINDS = list(
 NO_IDENTITY = {"longcat_flash": {"zero_expert_num": 0}}
 
 # Its expert outputs are normalised before they are weighed.
-NORMALISED = ("muse_spark",)
+NORMALISED = ("muse_spark", "muse_spark_text")
 
 
 def _assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:

@@ -173,6 +173,7 @@ TINY: dict[str, Tiny] = {
         {"mlp_only_layers": [0]},
         config={"vision_config": {"deepstack_visual_indexes": [0]}},
     ),
+    "qwen3_vl_moe_text": Tiny("Qwen3VLMoeTextModel", {"mlp_only_layers": [0]}, run="forward"),
     "qwen3_omni_moe/thinker": Tiny(
         "Qwen3OmniMoeForConditionalGeneration",
         _OMNI,
@@ -255,6 +256,9 @@ TINY: dict[str, Tiny] = {
     "glm4v_moe": _text(
         "Glm4vMoeForConditionalGeneration", {"rope_parameters": _rope(mrope_section=[1, 1, 0])}
     ),
+    "glm4v_moe_text": Tiny(
+        "Glm4vMoeTextModel", {"rope_parameters": _rope(mrope_section=[1, 1, 0])}, run="forward"
+    ),
     "glm_moe_dsa": Tiny("GlmMoeDsaForCausalLM", mtp="model.layers.3"),
     "glm5_next": _text(
         "Glm5NextForConditionalGeneration",
@@ -265,11 +269,23 @@ TINY: dict[str, Tiny] = {
         },
         mtp="model.language_model.layers.3",
     ),
+    "glm5_next_text": Tiny(
+        "Glm5NextTextModel",
+        {
+            "qk_rope_head_dim": 0,
+            "index_kpool": 4,
+            "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
+        },
+        run="forward",
+    ),
     "hy_v4": Tiny("HYV4ForCausalLM", mtp="model.mtp_layers.0"),
     "hy_v4_vl": _text(
         "HYV4VLForConditionalGeneration",
         {"rope_parameters": _rope(mrope_section=[1, 1, 2])},
         mtp="model.mtp_layers.0",
+    ),
+    "hy_v4_vl_text": Tiny(
+        "HYV4VLTextModel", {"rope_parameters": _rope(mrope_section=[1, 1, 2])}, run="forward"
     ),
     "mimo_v2_flash": Tiny("MiMoV2FlashForCausalLM", {"head_dim": 12, "num_key_value_heads": 2}),
     "solar_open": Tiny("SolarOpenForCausalLM"),
@@ -318,6 +334,7 @@ TINY: dict[str, Tiny] = {
     "mistral4": Tiny("Mistral4ForCausalLM"),
     "mistral3": _text("Mistral3ForConditionalGeneration", {"model_type": "mistral4"}),
     "mistral_large4": _text("MistralLarge4ForConditionalGeneration", {}),
+    "mistral_large4_text": Tiny("MistralLarge4TextModel", run="forward"),
     "granitemoe": Tiny("GraniteMoeForCausalLM"),
     "granitemoeshared": Tiny("GraniteMoeSharedForCausalLM"),
     "granitemoehybrid": Tiny(
@@ -406,6 +423,7 @@ TINY: dict[str, Tiny] = {
             "audio_config": {"patch_sizes": [2] * 3, "hidden_sizes": [8] * 3, "depths": [1] * 3}
         },
     ),
+    "muse_spark_text": Tiny("MuseSparkTextModel", run="forward"),
     "zaya": Tiny("ZayaForCausalLM", {"num_experts_per_tok": 1}, fixed="the config takes only 1"),
     "nllb-moe": Tiny(
         "NllbMoeForConditionalGeneration",

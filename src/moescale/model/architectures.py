@@ -248,10 +248,16 @@ ROWS: Final[tuple[Architecture, ...]] = (
     _group_limited("glm4_moe", NORM_TRUE, moe_layers=FirstDense(1), folds=True),
     _group_limited("glm4_moe_lite", NORM_TRUE, folds=True),
     _group_limited("glm4v_moe", NORM_TRUE, moe_layers=FirstDense(1)),
+    _group_limited("glm4v_moe_text", NORM_TRUE, moe_layers=FirstDense(1)),
     _group_limited("glm_moe_dsa", NORM_TRUE, folds=True),
     _group_limited("glm5_next", NORM_TRUE),
-    _group_limited("hy_v4", NORM_TRUE, experts=(*MLP, "mtp_layers.{L}.mlp.experts.down_proj")),
-    _group_limited("hy_v4_vl", NORM_TRUE, experts=(*MLP, "mtp_layers.{L}.mlp.experts.down_proj")),
+    _group_limited("glm5_next_text", NORM_TRUE),
+    *(
+        _group_limited(
+            model_type, NORM_TRUE, experts=(*MLP, "mtp_layers.{L}.mlp.experts.down_proj")
+        )
+        for model_type in ("hy_v4", "hy_v4_vl", "hy_v4_vl_text")
+    ),
     _group_limited("mimo_v2_flash", NORM_TRUE),
     _group_limited("solar_open", NORM_TRUE),
     _group_limited("sarvam_moe", NORM_TRUE, moe_layers=FirstDense(1)),
@@ -264,10 +270,13 @@ ROWS: Final[tuple[Architecture, ...]] = (
     _group_limited("nemo_speechlm", NORM_TRUE, experts=MIXER),
     _group_limited("mistral4", NORM_TRUE),
     _group_limited("mistral3", NORM_TRUE),
-    _group_limited(
-        "mistral_large4",
-        ALWAYS,
-        experts=("layers.{L}.experts.{E}.w2", "layers.{L}.mlp.experts.down_proj"),
+    *(
+        _group_limited(
+            model_type,
+            ALWAYS,
+            experts=("layers.{L}.experts.{E}.w2", "layers.{L}.mlp.experts.down_proj"),
+        )
+        for model_type in ("mistral_large4", "mistral_large4_text")
     ),
     _group_limited("dots3_note", NORM_TRUE, part="text"),
     _group_limited("dots3_note_text", NORM_TRUE),
@@ -385,12 +394,15 @@ ROWS: Final[tuple[Architecture, ...]] = (
     Architecture("gemma4", GEMMA, ALWAYS, count=("top_k_experts",), no_effect=_POST_NORM),
     Architecture("gemma4_text", GEMMA, ALWAYS, count=("top_k_experts",), no_effect=_POST_NORM),
     Architecture("diffusion_gemma", GEMMA, ALWAYS, count=("top_k_experts",), no_effect=_POST_NORM),
-    Architecture(
-        "muse_spark",
-        MLP,
-        ALWAYS,
-        no_effect="the output of each expert is normalised before its gate weight",
-        scale_key=_SCALE,
+    *(
+        Architecture(
+            model_type,
+            MLP,
+            ALWAYS,
+            no_effect="the output of each expert is normalised before its gate weight",
+            scale_key=_SCALE,
+        )
+        for model_type in ("muse_spark", "muse_spark_text")
     ),
     *(
         Architecture(

@@ -140,7 +140,7 @@ _ROWS: Final[tuple[tuple[Gating | Other, Sequence[str]], ...]] = (
         replace(
             SOFTMAX, weight=("gate.weight", "mlp.gate.weight"), norm=("ffn_norm.weight", _NORM)
         ),
-        ("mistral_large4",),
+        ("mistral_large4", "mistral_large4_text"),
     ),
     (
         replace(SOFTMAX, weight=("feed_forward.router.weight",), norm=("pre_ff_layernorm.weight",)),
@@ -170,9 +170,10 @@ _ROWS: Final[tuple[tuple[Gating | Other, Sequence[str]], ...]] = (
         SIGMOID,
         (
             *("deepseek_v3", "deepseek_v32", "kimi_k25", "kimi_k2", "bailing_hybrid"),
-            *("exaone_moe", "dots1", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa"),
-            *("glm5_next", "hy_v4", "hy_v4_vl", "mimo_v2_flash", "solar_open", "axk1"),
-            *("dots3_note/text", "dots3_note_text", "sarvam_moe", "sarvam_mla", "bailing_moe_v2"),
+            *("exaone_moe", "dots1", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm4v_moe_text"),
+            *("glm_moe_dsa", "glm5_next", "glm5_next_text", "hy_v4", "hy_v4_vl", "hy_v4_vl_text"),
+            *("mimo_v2_flash", "solar_open", "axk1", "dots3_note/text", "dots3_note_text"),
+            *("sarvam_moe", "sarvam_mla", "bailing_moe_v2"),
         ),
     ),
     (replace(SIGMOID, norm=("pre_feedforward_layernorm.weight",)), ("beam",)),
@@ -263,7 +264,7 @@ _ROWS: Final[tuple[tuple[Gating | Other, Sequence[str]], ...]] = (
     (Other("its experts take a limited number of tokens"), ("nllb-moe", "switch_transformers")),
     (
         Other("it has a norm and scales of its own"),
-        ("gemma4", "gemma4_text", "diffusion_gemma", "muse_spark"),
+        ("gemma4", "gemma4_text", "diffusion_gemma", "muse_spark", "muse_spark_text"),
     ),
     (
         Other("its code is not part of transformers, so that nothing could be compared"),
