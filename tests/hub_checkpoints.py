@@ -47,14 +47,20 @@ def tensors(seed: int = 0, layers: int = 2, experts: int = 4) -> dict[str, check
         at = f"model.layers.{layer}.block_sparse_moe."
         names.append(at + "gate.weight")
         names += [at + f"experts.{e}.w{w}.weight" for e in range(experts) for w in (1, 2, 3)]
-    shape = (HIDDEN, INNER)
-    return {n: checkpoints.values("BF16", shape, 100 * seed + i) for i, n in enumerate(names)}
+
+    def shape(name: str) -> tuple[int, int]:
+        if name.endswith("gate.weight"):
+            return experts, HIDDEN
+        return (HIDDEN, INNER) if ".w2." in name else (INNER, HIDDEN)
+
+    return {n: checkpoints.values("BF16", shape(n), 100 * seed + i) for i, n in enumerate(names)}
 
 
 def model(folder: Path, seed: int = 0) -> dict[str, Content]:
     """Write a checkpoint of three shards with all that a repo has beside; returns its files."""
     checkpoints.write_shards(folder, tensors(seed), len(SHARDS))
-    (folder / "config.json").write_bytes(checkpoints.MIXTRAL_CONFIG.encode())
+    config = checkpoints.MIXTRAL_CONFIG.replace('"hidden_size": 8', f'"hidden_size": {HIDDEN}')
+    (folder / "config.json").write_bytes(config.encode())
     extras = {**checkpoints.EXTRAS, "README.md": CARD}
     checkpoints.write_files(folder, extras)
     return {name: folder / name for name in checkpoints.tree(folder)}

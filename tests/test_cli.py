@@ -602,7 +602,7 @@ def test_a_destination_with_other_content(moescale: Command, source: Path, out: 
     shutil.rmtree(out)
     checkpoints.write_files(out, {"notes.txt": b"mine"})
     refused = moescale(source, out, "-k", 3, "-q")
-    fails(refused, 3, str(out), "remove yourself")
+    fails(refused, 3, str(out), "is not empty (notes.txt)", "empty this one")
     assert "--overwrite" not in refused.err
     fails(moescale(source, out, "-k", 3, "-q", "--overwrite"), 3, "does not look like a model")
     assert checkpoints.tree(out) == {"notes.txt": b"mine"}
@@ -611,7 +611,7 @@ def test_a_destination_with_other_content(moescale: Command, source: Path, out: 
 def test_overwrite_replaces_another_output(moescale: Command, source: Path, out: Path) -> None:
     """An output of other options is refused, and replaced when asked."""
     assert moescale(source, out, "-k", 4).code == 0
-    fails(moescale(source, out, "-k", 3, "-q"), 3, "another output", "--overwrite")
+    fails(moescale(source, out, "-k", 3, "-q"), 3, "4 experts per token", "--overwrite")
     assert moescale(source, out, "-k", 3, "--overwrite", "--verify").code == 0
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from gated_checkpoints import gated_mixtral
 
-from moescale.api import convert, plan
+from moescale.api import convert, plan, verify
 from moescale.errors import (
     DestinationError,
     InterruptedRun,
@@ -80,13 +80,12 @@ CASES: dict[str, tuple[dict[str, Any], float, int]] = {
     "published": ({"experts": 3, "rule": "published"}, DOWN, 3),
     "none": ({"experts": 3, "rule": "none"}, 1.0, 3),
     "fewer": ({"experts": 1}, math.sqrt(1 / 2), 1),
-    "the same": ({"experts": 2}, 1.0, 2),
     "merge of dense models": ({"experts": 4, "trained_experts": 1}, 2.0, 4),
     "rho": ({"experts": 4, "rho": 0.5}, math.sqrt((0.25 + 0.5) / (0.125 + 0.5)), 4),
     "full rho": ({"experts": 4, "rho": 1.0}, 1.0, 4),
     "factor": ({"factor": 0.7}, 0.7, 2),
     "factor and experts": ({"factor": 0.7, "experts": 4}, 0.7, 4),
-    "factor of one": ({"factor": 1.0}, 1.0, 2),
+    "factor of one": ({"factor": 1.0, "experts": 3}, 1.0, 3),
 }
 
 
@@ -219,6 +218,8 @@ def test_a_tensor_of_several_pieces(tmp_path: Path) -> None:
     tensors = {"odd": ("U8", (3,), b"abc"), **tensors}
     big = checkpoints.values("BF16", (4, 301, 997), special=False)
     tensors["model.layers.0.mlp.experts.down_proj"] = big
+    wide = checkpoints.values("BF16", (4, 2 * 997, 301), special=False)
+    tensors["model.layers.0.mlp.experts.gate_up_proj"] = wide
     checkpoints.write_shards(tmp_path / "source", tensors, 1)
     config = {"model_type": "mixtral", "num_experts_per_tok": 2, "num_local_experts": 4}
     (tmp_path / "source" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
@@ -476,18 +477,145 @@ def test_a_done_run_does_nothing(source: Path, tmp_path: Path) -> None:
     paths = list((tmp_path / "out").rglob("*"))
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in paths}
     assert convert(source, tmp_path / "out", experts=3).status == "done"
-    assert convert(source, tmp_path / "out", experts=3, overwrite=True).status == "done"
     assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in before} == before
+
+
+@pytest.mark.parametrize("options", [{"experts": 2}, {"factor": 1.0}, {"experts": 2, "rho": 0.5}])
+def test_where_nothing_changes_nothing_is_written(
+    source: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """The number that the model has already, and factors of 1: no copy of the whole model."""
+    result = convert(source, tmp_path / "out", **options)
+    assert (result.status, result.verified) == ("nothing", False)
+    assert "nothing to do" in result.plan.warnings[-1]
+    assert not (tmp_path / "out").exists()
+    assert convert(source, tmp_path / "out", factor=1.1).status == "new"
+
+
+SAID_OTHERWISE: dict[str, dict[str, Any]] = {
+    "its rule": {"experts": 3, "rule": "preserve"},
+    "rho": {"experts": 3, "rho": 0.0},
+    "trained": {"experts": 3, "trained_experts": 2},
+    "type": {"experts": 3, "arch": "mixtral"},
+    "fold": {"experts": 3, "fold": "weights"},
+    "factor": {"experts": 3, "factor": UP},
+    "factors": {"experts": 3, "factors": {0: UP, 1: UP}},
+}
+
+
+@pytest.mark.parametrize("options", SAID_OTHERWISE.values(), ids=SAID_OTHERWISE)
+def test_the_same_job_in_other_words(source: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    """What decides the same is done already, proves, and keeps the words of the first run."""
+    out = tmp_path / "out"
+    convert(source, out, experts=3)
+    before = checkpoints.tree(out)
+    assert convert(source, out, **options).status == "done"
+    assert convert(source, out, verify=True, **options).status == "done"
+    assert verify(source, out, **options).verified
+    after = checkpoints.tree(out)
+    assert {n: d for n, d in after.items() if n != "moescale.json"} == {
+        n: d for n, d in before.items() if n != "moescale.json"
+    }
+    assert json.loads(after["moescale.json"])["options"] == {"experts": 3}
+
+
+@pytest.mark.parametrize("options", SAID_OTHERWISE.values(), ids=SAID_OTHERWISE)
+def test_an_unfinished_run_goes_on_in_other_words(
+    small: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """And ends with the bytes that the first run would have made."""
+    convert(small, tmp_path / "whole", experts=3)
+    assert killed(small, tmp_path / "out", 2, "before")
+    assert convert(small, tmp_path / "out", **options).status == "resume"
+    assert checkpoints.tree(tmp_path / "out") == checkpoints.tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"rule": 3}, {"rule": "best"}, {"experts": "3"}, {"nothing": 1}, {"pattern": ["x"]}, 7, None],
+)
+def test_words_that_make_no_sense_are_not_taken(source: Path, tmp_path: Path, options: Any) -> None:
+    """Whoever wrote them: the output was changed, which is said."""
+    out = tmp_path / "out"
+    convert(source, out, experts=3)
+    content = json.loads((out / "moescale.json").read_text())
+    (out / "moescale.json").write_text(json.dumps({**content, "options": options}))
+    with pytest.raises(DestinationError, match="was changed since"):
+        convert(source, out, experts=3)
+
+
+def test_overwrite_writes_again(source: Path, tmp_path: Path) -> None:
+    """A finished output too, whose damage nothing but a proof would tell."""
+    out = tmp_path / "out"
+    convert(source, out, experts=3)
+    before = checkpoints.tree(out)
+    damage(out / "model-00001-of-00003.safetensors")
+    assert convert(source, out, experts=3).status == "done"
+    assert convert(source, out, experts=3, overwrite=True).status == "replace"
+    assert checkpoints.tree(out) == before
+
+
+def damage(path: Path) -> None:
+    """Flip a bit in the middle of a file, and keep its times."""
+    info, data = path.stat(), bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+
+
+def test_a_repair_writes_what_differs_and_nothing_else(source: Path, tmp_path: Path) -> None:
+    """A proof with overwrite: damaged and missing files come again, what is surplus goes."""
+    out = tmp_path / "out"
+    convert(source, out, experts=3)
+    before = checkpoints.tree(out)
+    kept = (out / "model-00002-of-00003.safetensors").stat()
+    damage(out / "model-00001-of-00003.safetensors")
+    (out / "model-00003-of-00003.safetensors").unlink()
+    (out / "surplus.txt").write_text("mine")
+    with pytest.raises(VerificationError) as caught:
+        verify(source, out, experts=3)
+    names = ("model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors", "surplus.txt")
+    assert set(caught.value.files) == set(names)
+    assert all(name in caught.value.message for name in names)
+    assert "--verify --overwrite" in (caught.value.hint or "")
+    sizes: list[int] = []
+    result = convert(
+        source, out, experts=3, verify=True, overwrite=True, progress=lambda _, n: sizes.append(n)
+    )
+    assert (result.status, result.verified) == ("repair", True)
+    assert {n: d for n, d in checkpoints.tree(out).items() if n != "moescale.json"} == {
+        n: d for n, d in before.items() if n != "moescale.json"
+    }
+    assert (out / "model-00002-of-00003.safetensors").stat().st_ino == kept.st_ino
+    assert verify(source, out).verified
+    again = convert(source, out, experts=3, verify=True, overwrite=True)
+    assert (again.status, again.verified) == ("done", True)
+
+
+def test_the_options_of_an_output_are_taken_from_it(source: Path, tmp_path: Path) -> None:
+    """A proof without options is one with those that the output was made with."""
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match="--experts is missing"):
+        convert(source, out, verify=True)
+    convert(source, out, experts=3, rule="published", rho=None)
+    assert convert(source, out, verify=True).plan.options.rule == "published"
+    with pytest.raises(
+        VerificationError, match="was made with experts=3, rule=published"
+    ) as caught:
+        verify(source, out, experts=4)
+    assert "taken from there" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize(
     "options", [{"experts": 4}, {"experts": 3, "rule": "none"}, {"experts": 3, "rho": 0.5}]
 )
 def test_another_job_is_refused(source: Path, tmp_path: Path, options: dict[str, Any]) -> None:
-    """An output of other options is something else, and stays."""
+    """An output of other options is something else, and stays; both are named."""
     convert(source, tmp_path / "out", experts=3)
     before = checkpoints.tree(tmp_path / "out")
-    with pytest.raises(DestinationError, match="another output") as caught:
+    with pytest.raises(
+        DestinationError, match=r"holds source with 3 experts per token \(preserve\); this run is"
+    ) as caught:
         convert(source, tmp_path / "out", **options)
     assert "--overwrite" in (caught.value.hint or "")
     assert checkpoints.tree(tmp_path / "out") == before
@@ -512,7 +640,7 @@ def test_an_unfinished_run_of_a_changed_source_is_refused(small: Path, tmp_path:
 def test_something_else_is_refused(source: Path, tmp_path: Path, name: str) -> None:
     """A destination that holds anything is not written into."""
     checkpoints.write_files(tmp_path / "out", {name: b"[]"})
-    with pytest.raises(DestinationError, match="already holds"):
+    with pytest.raises(DestinationError, match=r"is not empty|holds another output"):
         convert(source, tmp_path / "out", experts=3)
     assert checkpoints.tree(tmp_path / "out") == {name: b"[]"}
 
@@ -520,7 +648,7 @@ def test_something_else_is_refused(source: Path, tmp_path: Path, name: str) -> N
 def test_a_hostile_provenance_is_something_else(source: Path, tmp_path: Path) -> None:
     """A file that is nested without end is no output of ours, and no crash."""
     checkpoints.write_files(tmp_path / "out", {"moescale.json": b"[" * 100_000})
-    with pytest.raises(DestinationError, match="already holds"):
+    with pytest.raises(DestinationError, match="holds another output"):
         convert(source, tmp_path / "out", experts=3)
 
 

@@ -54,8 +54,8 @@ def test_an_occupied_destination_is_a_warning(source: Path, tmp_path: Path) -> N
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "letter.txt").write_text("dear")
     (warning,) = api.plan(source, tmp_path / "out", experts=3).warnings
-    assert "would be refused" in warning and "something else" in warning
-    assert "remove yourself" in warning and "\n" not in warning
+    assert "would be refused" in warning and "is not empty (letter.txt)" in warning
+    assert "empty this one" in warning and "\n" not in warning
     (warning,) = api.plan(source, tmp_path / "out", overwrite=True, experts=3).warnings
     assert "does not look like a model" in warning
 

@@ -162,6 +162,7 @@ def huge_repo() -> dict[str, bytes | Sparse]:
     config = json.loads(checkpoints.MIXTRAL_CONFIG) | {
         "num_hidden_layers": 200,
         "num_local_experts": 40,
+        "hidden_size": 4096,
     }
     shape = (4096, 5000)
     size = 2 * shape[0] * shape[1]
@@ -175,7 +176,7 @@ def huge_repo() -> dict[str, bytes | Sparse]:
         entries = {
             tensor: {
                 "dtype": "BF16",
-                "shape": list(shape),
+                "shape": list(shape if ".w2." in tensor else shape[::-1]),
                 "data_offsets": [i * size, (i + 1) * size],
             }
             for i, tensor in enumerate(tensors)

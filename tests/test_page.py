@@ -22,7 +22,6 @@ from moescale.options import Options
 from moescale.planning.decide import make_plan
 from moescale.planning.plan import Plan
 from moescale.report.chart import LOOKS
-from moescale.report.comparison import compare
 from moescale.report.page import check, page, write
 from moescale.report.terminal import plan_text
 from moescale.repos.base import SourceId
@@ -64,9 +63,7 @@ def plans(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pla
                 "published": {"0": 1.5**-0.5, "1": 3**-0.5},
             },
         ),
-        "unknown router": replace(
-            plan, router=None, alternatives={}, predicted_norm={}, options=own
-        ),
+        "unknown router": replace(plan, router=None, alternatives={}, options=own),
         "hostile": replace(
             plan,
             source=SourceId("local", HOSTILE, None, None, HOSTILE),
@@ -159,7 +156,7 @@ def test_lines_differ_by_more_than_their_colour() -> None:
 def test_measured_norms_are_those_of_the_run(plans: dict[str, Plan]) -> None:
     """The config edit alone has the measured ratio, and each rule that ratio times its factor."""
     one = plans["one layer"]
-    sample, compared = one.samples["0"], compare(one)
+    sample, compared = one.samples["0"], one.comparison
     assert sample.before.norm is not None and sample.after.norm is not None
     ratio = sample.after.norm / sample.before.norm
     assert compared.basis == "measured"
@@ -173,7 +170,7 @@ def test_noted_factors_of_a_measurement_give_its_norms(plans: dict[str, Plan]) -
     """A rerun, which has the factors alone, draws the norms of the run that measured them."""
     one = plans["two stacks"]
     rerun = replace(one, samples={})
-    norms, compared = compare(one).norms, compare(rerun)
+    norms, compared = one.comparison.norms, rerun.comparison
     assert compared.basis == "noted"
     for rule in ("none", "preserve", "published", "measured"):
         assert compared.norms[rule] == norms[rule]
@@ -185,15 +182,15 @@ def test_given_factors_are_drawn_by_the_closed_form_which_is_named(plan: Plan) -
     """What they were made for is not known, so the chart says what its norms assume."""
     folder = Path(plan.source.id)
     one = make_plan(LocalSource(folder), Options(experts=3, factors=dict.fromkeys("01", 1.5)))
-    assert compare(one).basis == "balanced"
-    assert compare(one).norms["own"] == pytest.approx((1.5 / 1.5**0.5,) * 2)
+    assert one.comparison.basis == "balanced"
+    assert one.comparison.norms["own"] == pytest.approx((1.5 / 1.5**0.5,) * 2)
     assert "relative to trained, if the gate is balanced" in page(one)
 
 
 def test_sampled_norms_come_from_the_gate_weights(plans: dict[str, Plan]) -> None:
     """Without a run, the norm is predicted from A and B of each layer."""
     one = plans["32 layers"]
-    compared = compare(one)
+    compared = one.comparison
     assert compared.basis == "sampled"
     assert "measured" not in compared.factors
     for norm, sample in zip(compared.norms["none"], one.samples.values(), strict=True):
@@ -203,14 +200,14 @@ def test_sampled_norms_come_from_the_gate_weights(plans: dict[str, Plan]) -> Non
 
 def test_counts_by_layer_have_closed_forms_by_layer(plans: dict[str, Plan]) -> None:
     """A plan whose layers have counts of their own is predicted layer by layer."""
-    compared = compare(plans["counts by layer"])
+    compared = plans["counts by layer"].comparison
     assert compared.norms["none"] == pytest.approx((1.5**-0.5, 3**-0.5))
     assert compared.factors["published"] == pytest.approx((1.5**-0.5, 3**-0.5))
 
 
 def test_an_unknown_router_has_factors_only(plans: dict[str, Plan]) -> None:
     """Without a router nothing is said of the norm, and the page says why."""
-    compared = compare(plans["unknown router"])
+    compared = plans["unknown router"].comparison
     assert compared.basis == "unknown" and not compared.norms
     assert set(compared.factors) == {"none", "own"}
     assert "is not known" in page(plans["unknown router"])
@@ -235,7 +232,7 @@ def test_a_plan_by_the_routers_shows_what_was_sampled(tmp_path: Path) -> None:
     """The rule gates fills the charts: its line keeps the norm, and every layer has its weights."""
     gated_mixtral(tmp_path / "source")
     one = make_plan(LocalSource(tmp_path / "source"), Options(experts=3, rule="gates"))
-    compared, found = compare(one), charts(parsed(page(one)))
+    compared, found = one.comparison, charts(parsed(page(one)))
     assert compared.norms["gates"] == pytest.approx((1, 1))
     assert compared.factors["gates"] == tuple(one.factors.values())
     assert {"Gate weights of layer 0", "Gate weights of layer 1"} < set(found)

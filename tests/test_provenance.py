@@ -118,10 +118,10 @@ def test_something_else_is_another_job(folder: Path, found: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"experts": 4}, "other options"),
-        ({"rule": "published"}, "other options"),
-        ({"rho": 0.5}, "other options"),
-        ({"factor": 1.5}, "other options"),
+        ({"experts": 4}, "other options (experts=3)"),
+        ({"rule": "published"}, "other options (experts=3)"),
+        ({"rho": 0.5}, "other options (experts=3)"),
+        ({"factor": 1.5}, "other options (experts=3)"),
     ],
 )
 def test_other_options_are_another_job(folder: Path, options: dict[str, Any], word: str) -> None:
@@ -156,7 +156,8 @@ def test_another_version_is_another_job(folder: Path) -> None:
     job = provenance.job(plan_of(folder))
     assert provenance.job_difference({**job, "version": "0"}, job) == "another version"
     assert provenance.job_difference("text", job) == "another program"
-    assert provenance.job_difference({**job, "plan": "0"}, job) == "another plan"
+    assert provenance.job_difference({**job, "plan": "0"}, job) == "other options (experts=3)"
+    assert provenance.job_difference({**job, "options": 1}, job) == "other options"
 
 
 # Names that are no text ---------------------------------------------------------------------------

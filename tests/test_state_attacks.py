@@ -537,10 +537,10 @@ def test_a_run_that_ends_between_look_and_lock(source: Path, tmp_path: Path, who
     out = tmp_path / "out"
     begin = LocalSink.begin
 
-    def late(self: LocalSink, job: Any, replace: bool) -> None:
+    def late(self: LocalSink, job: Any, replace: bool, keep: Any) -> None:
         patch.undo()
         convert(source, out, experts=3)
-        begin(self, job, replace)
+        begin(self, job, replace, keep)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LocalSink, "begin", late)

@@ -14,7 +14,6 @@ from sampled_plans import sampled
 from moescale.options import Options
 from moescale.planning.decide import make_plan
 from moescale.planning.plan import Plan
-from moescale.report.comparison import compare
 from moescale.report.terminal import ASCII, BLOCKS, blocks_for, plan_text, summary
 from moescale.repos.local_source import LocalSource
 from moescale.running.conversion import Result, Status
@@ -126,7 +125,7 @@ def test_the_norms_are_those_of_the_page(plan: Plan) -> None:
         header, *rows = rules(one)
         assert header == ["rule", "factor", head]
         norms = {row[0]: row[2] for row in rows}
-        for name, numbers in compare(one).norms.items():
+        for name, numbers in one.comparison.norms.items():
             low, high = f"{min(numbers):.3f}", f"{max(numbers):.3f}"
             assert norms[name] == (f"x {low}" if low == high else f"x {low} to {high}")
         assert norms[one.options.method] == "x 1.000"

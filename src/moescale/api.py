@@ -49,7 +49,9 @@ from moescale.repos.places import (
     open_source,
 )
 from moescale.running.conversion import Result, Status, fill_digests, run, status_of
+from moescale.running.earlier import check_same_job, earlier, in_first_words, options_there
 from moescale.running.parallel import Crew
+from moescale.running.provenance import same_decisions
 from moescale.running.verification import verify as compare
 
 if TYPE_CHECKING:
@@ -154,7 +156,7 @@ def convert(
     'done'
     >>> moescale.convert("Mixtral-8x7B", "Mixtral-8x7B-3", experts=4)
     Traceback (most recent call last):
-    moescale.errors.DestinationError: Mixtral-8x7B-3: already holds another output of moescale
+    moescale.errors.DestinationError: Mixtral-8x7B-3: holds Mixtral-8x7B with 3 experts per token...
     Give another destination, or --overwrite to replace what is there.
 
     Args:
@@ -179,11 +181,14 @@ def convert(
     """
     report, revision = options.get("report"), options.get("revision")
     overwrite, jobs = options.get("overwrite", False), options.get("jobs")
+    check = options.get("verify", False)
     _check_report(report, source, destination)
-    wanted, calibration = _asked(options, measuring)
+    if not check:
+        _check_asked(options)
     _check_jobs(jobs)
     check_places(os.fspath(source), os.fspath(destination), revision)
     sink = _sink(destination, options)
+    wanted, calibration = _asked(options, measuring, sink if check else None)
     with _crew(options.get("dask")) as crew:
         reader = _source(source, sink, options)
         check_not_source(reader, sink)
@@ -192,17 +197,23 @@ def convert(
         )
         plan = _drawn(_with_room(made, sink), report)
         planned(plan)
+        if plan.changes_nothing:
+            return Result(plan, "nothing", False)
         jobs = jobs or _default_jobs(sink, crew)
-        outcome = run(
-            plan, reader, sink, jobs=jobs, overwrite=overwrite, progress=progress, crew=crew
-        )
-        check = options.get("verify", False)
-        if not check:
-            _check_status(outcome.status, os.fspath(destination))
+        worded = in_first_words(plan, reader, sink)
+        if check and overwrite and _may_repair(worded, reader, sink):
+            status = _repair(worded, reader, sink, jobs, progress, crew)
         else:
-            verify_output(plan, reader, sink, jobs, progress, crew)
+            outcome = run(
+                worded, reader, sink, jobs=jobs, overwrite=overwrite, progress=progress, crew=crew
+            )
+            status = outcome.status
+            if check:
+                verify_output(worded, reader, sink, jobs, progress, crew)
+            else:
+                _check_status(status, os.fspath(destination))
     received = [f"{reader.received:,} bytes received"] if reader.received else []
-    return Result(plan, outcome.status, check, sink.url, (*received, *sink.remarks))
+    return Result(plan, status, check, sink.url, (*received, *sink.remarks))
 
 
 @_with_options(VerifyOptions)
@@ -220,25 +231,30 @@ def verify(
     >>> result = moescale.convert("Mixtral-8x7B", "Mixtral-8x7B-3", experts=3)
     >>> moescale.verify("Mixtral-8x7B", "Mixtral-8x7B-3", experts=3).verified
     True
+    >>> moescale.verify("Mixtral-8x7B", "Mixtral-8x7B-3").verified  # with the options noted there
+    True
     >>> try:
-    ...     moescale.verify("Mixtral-8x7B", "Mixtral-8x7B-3", experts=3, rule="published")
+    ...     moescale.verify("Mixtral-8x7B", "Mixtral-8x7B-3", experts=4)
     ... except moescale.errors.VerificationError as error:
     ...     print(error.message)
-    model-00001-of-00003.safetensors: differs from the plan at byte 1720, in tensor ...
+    Mixtral-8x7B-3: was made with experts=3
 
-    The arguments are those of `convert`. SHA-256 sums that the provenance lacks are noted there.
+    The arguments are those of `convert`; without any, the output is proved with the options that
+    its ``moescale.json`` says it was made with. SHA-256 sums that it lacks are noted there.
 
     Raises:
-        VerificationError: with file, tensor and offset of the first difference.
+        VerificationError: with the files that differ, tensor and offset of the first difference.
         MoescaleError: as for `convert`.
     """
-    wanted, calibration = _asked(options, measuring)
     jobs = options.get("jobs")
     _check_jobs(jobs)
     sink = open_sink(os.fspath(destination))
+    wanted, calibration = _asked(options, measuring, sink)
     with _crew(options.get("dask")) as crew:
         reader = open_source(os.fspath(source), options.get("revision"))
         plan = _made(reader, wanted, os.fspath(destination), calibration, measuring, sink)
+        check_same_job(plan, sink)
+        plan = in_first_words(plan, reader, sink)
         verify_output(plan, reader, sink, jobs or _default_jobs(sink, crew), progress, crew)
     return Result(plan, "done", True)
 
@@ -277,8 +293,12 @@ def _sink(destination: StrPath, given: PlanOptions) -> Sink:
     )
 
 
-def _asked(given: Rescaling, measuring: Measuring) -> tuple[Options, Calibration | None]:
+def _asked(
+    given: Rescaling, measuring: Measuring, sink: Sink | None = None
+) -> tuple[Options, Calibration | None]:
     """What was asked for, and the text for the rule ``measured``.
+
+    Where nothing was, the options are those that the output at `sink` says it was made with.
 
     Raises:
         UsageError: an option is wrong by itself.
@@ -288,7 +308,42 @@ def _asked(given: Rescaling, measuring: Measuring) -> tuple[Options, Calibration
         calibration = open_calibration(Path(text), memory, measuring)
     elif memory is not None:
         raise UsageError("--max-memory goes with --rule measured")
+    asked = any(given.get(name) is not None for name in Rescaling.__annotations__)
+    if sink is not None and not asked and (there := options_there(sink)) is not None:
+        return there, None
     return options_of(given, calibration.sha256 if calibration else None), calibration
+
+
+def _check_asked(given: Rescaling) -> None:
+    """Refuse wrong values before anything else is looked at; a text is a file here, not read."""
+    text = given.get("calibrate")
+    options_of(given, None if text is None else os.fspath(text))
+
+
+def _may_repair(plan: Plan, source: Source, sink: Sink) -> bool:
+    """Whether the destination holds an output that decides the same, perhaps damaged."""
+    if not sink.keeps_files or sink.unfinished() is not None:
+        return False
+    return same_decisions(earlier(sink), plan)
+
+
+def _repair(
+    plan: Plan, source: Source, sink: Sink, jobs: int, progress: Progress, crew: Crew | None
+) -> Status:
+    """Write again exactly the files of a finished output that differ, and prove them."""
+    output = as_source(sink)
+    proof = compare(plan, source, output, jobs=jobs, progress=progress, crew=crew)
+    if not proof.differences:
+        fill_digests(sink, plan, proof.written, output.read(PROVENANCE))
+        for file in plan.large_files:
+            progress(file.name, plan.output_size(file))
+        return "done"
+    large = {file.name for file in plan.large_files}
+    keep = {name: file for name, file in proof.written.items() if name in large}
+    run(plan, source, sink, jobs=jobs, overwrite=True, keep=keep, progress=progress, crew=crew)
+    again = as_source(sink)
+    compare(plan, source, again, jobs=jobs, only=large - keep.keys(), crew=crew).check()
+    return "repair"
 
 
 def _check_jobs(jobs: int | None) -> None:
@@ -339,7 +394,8 @@ def _trial(
         made = _made(source, wanted, destination, calibration, measuring)
     try:
         if isinstance(sink, LocalSink):
-            _check_status(status_of(made, source, sink, overwrite), destination)
+            worded = in_first_words(made, source, sink)
+            _check_status(status_of(worded, source, sink, overwrite), destination)
             sink.check_writable()
         return _with_room(made, sink)
     except DestinationError as error:
@@ -431,5 +487,6 @@ def verify_output(
 ) -> None:
     """Verify a finished output, and note the digests in its provenance."""
     output = as_source(sink)
-    written = compare(plan, source, output, jobs=jobs, progress=progress, crew=crew)
-    fill_digests(sink, plan, written, output.read(PROVENANCE))
+    proof = compare(plan, source, output, jobs=jobs, progress=progress, crew=crew)
+    proof.check()
+    fill_digests(sink, plan, proof.written, output.read(PROVENANCE))

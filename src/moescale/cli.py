@@ -264,7 +264,8 @@ def _convert(
         print(terminal.summary(result, time.monotonic() - start), file=sys.stderr)
     elif options["create_pr"] and result.url is not None:
         print(result.url, file=sys.stderr)
-    print(destination)
+    if result.status != "nothing":
+        print(destination)
 
 
 def _warn(plan: Plan) -> None:

@@ -98,9 +98,20 @@ class VerificationError(MoescaleError):
     """The output differs from what the plan says.
 
     Raised by `moescale.verify`, and by `moescale.convert` with ``verify=True``.
+
+    Attributes:
+        files: the names of all files that differ, are missing or do not belong there; empty where
+            the output was made with other options.
     """
 
-    advice = "Remove the output and run the same command again."
+    advice = "--verify --overwrite writes the files that differ again, and proves the output."
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, files: tuple[str, ...] = ()
+    ) -> None:
+        """See `MoescaleError`."""
+        super().__init__(message, hint=hint)
+        self.files = files
 
 
 class TemporaryError(MoescaleError):

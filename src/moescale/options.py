@@ -486,8 +486,13 @@ def parse_factors(text: str, where: str) -> Factors:
     if not isinstance(content, dict) or "factors" not in content:
         return Factors(_factors(content, where))
     factors = Factors(_factors(content["factors"], where))
-    factors.made_for = {key: content[key] for key, ok in _MADE_FOR.items() if ok(content.get(key))}
+    factors.made_for = made_for(content)
     return factors
+
+
+def made_for(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a file of factors says of the job that they are of, as far as it makes sense."""
+    return {key: content[key] for key, ok in _MADE_FOR.items() if ok(content.get(key))}
 
 
 def is_calibration(facts: Any) -> TypeGuard[Mapping[str, Any]]:

@@ -15,13 +15,12 @@ from moescale.model.lookup import Moe, own_router
 from moescale.model.router import largest_count
 from moescale.model.scale_key import fold_factor
 from moescale.options import Options
+from moescale.planning.comparison import joined
 from moescale.planning.factors import (
     choose_factors,
     closed_forms,
-    joined,
     of_another_job,
     one_factor,
-    predicted_norm,
 )
 from moescale.planning.files import PROVENANCE, left_out_warnings, plan_files
 from moescale.planning.plan import Experts, Plan
@@ -103,7 +102,7 @@ def make_plan(
         new_config.text != config.text,
         weights.left_out,
     )
-    return Plan(
+    plan = Plan(
         source=source.identity,
         destination=destination,
         options=options,
@@ -116,7 +115,6 @@ def make_plan(
         alternatives=MappingProxyType(
             {name: joined(form) for name, form in forms.items() if name != "none"}
         ),
-        predicted_norm=MappingProxyType(predicted_norm(forms)),
         tensors=planned,
         files=rows,
         config=new_config.text.encode(),
@@ -128,6 +126,10 @@ def make_plan(
         warnings=(*warnings, *left_out_warnings(rows)),
         states=MappingProxyType({name: source.state(name) for name in files}),
     )
+    if plan.changes_nothing:
+        already = "nothing to do: the model has this number of experts per token, every factor is 1"
+        plan = replace(plan, warnings=(*plan.warnings, already))
+    return plan
 
 
 def _read_config(source: Source, files: Collection[str]) -> Config:

@@ -9,7 +9,7 @@ from moescale.errors import UnsupportedError, UsageError
 from moescale.model.experts import Layer
 from moescale.model.lookup import Moe
 from moescale.options import Options
-from moescale.planning.plan import ByLayer, Experts
+from moescale.planning.plan import Experts
 from moescale.rules import closed_form, gates, measured
 from moescale.rules.samples import Sample
 
@@ -110,17 +110,3 @@ def closed_forms(moe: Moe, experts: Experts, options: Options) -> dict[str, dict
         },
         "published": {at: closed_form.published(n, m) for at, (n, _, m) in counts.items()},
     }
-
-
-def predicted_norm(forms: Mapping[str, Mapping[str, float]]) -> dict[str, ByLayer]:
-    """What each rule would do to the expected norm at a balanced gate."""
-    return {
-        name: joined({at: factor / forms["preserve"][at] for at, factor in form.items()})
-        for name, form in forms.items()
-    }
-
-
-def joined(by_layer: dict[str, float]) -> ByLayer:
-    """The one value of all layers, where they have the same."""
-    values = set(by_layer.values())
-    return values.pop() if len(values) == 1 else by_layer

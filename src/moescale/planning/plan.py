@@ -17,12 +17,12 @@ from moescale.model.experts import Layer
 from moescale.model.formats import Role
 from moescale.model.router import Router
 from moescale.options import Options
-from moescale.planning.files import PlannedFile
+from moescale.planning.comparison import ByLayer, Comparison, compare
+from moescale.planning.files import CARD, PROVENANCE, PlannedFile
 from moescale.repos.base import SourceId
 from moescale.rules.samples import Sample
 
-ByLayer = float | dict[str, float]
-"""One number for all layers, or one for each where they differ."""
+_OUR_WORDS = frozenset({CARD, PROVENANCE})
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,17 +87,23 @@ class Plan:
     rho: float
     factors: Mapping[str, float]
     alternatives: Mapping[str, ByLayer]
-    predicted_norm: Mapping[str, ByLayer]
     tensors: tuple[PlannedTensor, ...]
     files: tuple[PlannedFile, ...]
     config: bytes
     index: tuple[str, bytes | None] | None  # its name; its content where it has to be made
     new_headers: Mapping[str, NewHeader]  # of the shards in which tensors change their size
+    edits: Mapping[str, bytes] = field(default_factory=dict)  # other small files that change
     samples: Mapping[str, Sample] = field(default_factory=dict)  # by layer, where a rule has any
     calibration: Mapping[str, Any] = field(default_factory=dict)  # the text of measured factors
     factors_rule: str | None = None  # the rule that made the factors of a file
     warnings: tuple[str, ...] = ()
     states: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the output would be the source again, but for card and provenance."""
+        made = any(f.action in ("edit", "create") for f in self.files if f.name not in _OUR_WORDS)
+        return not made and not self.changed_tensors
 
     @property
     def changed_tensors(self) -> tuple[PlannedTensor, ...]:
@@ -146,7 +152,27 @@ class Plan:
         name, made = self.index or (CONFIG, None)
         actions = {f.name: f for f in self.files}
         index = len(made) if made is not None else (actions[name].size or 0)
-        return self.bytes_streamed + len(self.config) + (index if self.index else 0)
+        edited = len(self.config) + sum(map(len, self.edits.values()))
+        return self.bytes_streamed + edited + (index if self.index else 0)
+
+    @property
+    def comparison(self) -> Comparison:
+        """Factor and norm of the routed output by rule and layer, as far as they are known."""
+        scaled = self.options.gate_scale is not None
+        edit = "config edit and gate" if scaled else "config edit alone"
+        method = self.options.method
+        return compare(method, self.factors, self.alternatives, self.samples, self.rho, edit)
+
+    @property
+    def predicted_norm(self) -> dict[str, ByLayer]:
+        """By rule, the norm of the routed output relative to that of the trained model.
+
+        One number where all layers have the same, else one for each layer. What is given by
+        ``factor`` or ``factors`` has that name. Empty where nothing is known of the router.
+        """
+        found = self.comparison
+        named = {"own": self.options.method}
+        return {named.get(rule, rule): found.norm(rule) for rule in found.norms}
 
     def as_json(self) -> dict[str, Any]:
         """The plan as ``--dry-run --json`` prints it."""
@@ -158,6 +184,8 @@ class Plan:
             },
             "destination": self.destination,
             **self.decisions(),
+            "predicted_norm": self.predicted_norm,
+            "norm_basis": self.comparison.basis,
             "tensors": [t.as_json() for t in self.tensors],
             "files": [f.as_json() for f in self.files],
             "bytes": {
@@ -188,7 +216,6 @@ class Plan:
             **({"calibration": dict(self.calibration)} if self.calibration else {}),
             "factors": dict(self.factors),
             "alternatives": dict(self.alternatives),
-            "predicted_norm": dict(self.predicted_norm),
         }
 
 

@@ -11,10 +11,10 @@ from itertools import groupby, zip_longest
 from pathlib import Path
 
 from moescale.errors import MoescaleError, UsageError
+from moescale.planning.comparison import BASES, Basis, Comparison
 from moescale.planning.plan import Plan
 from moescale.report import chart, terminal
 from moescale.report.chart import LOOKS, Look, Series
-from moescale.report.comparison import BASES, Basis, Comparison, compare
 from moescale.rules.samples import Moments, Sample
 from moescale.running.provenance import options_given
 from moescale.version import __version__
@@ -115,7 +115,7 @@ def _lies_in(path: Path, folder: Path) -> bool:
 def page(plan: Plan) -> str:
     """The page, as text of well-formed XML that is HTML too."""
     title = f"{plan.source.repo or plan.source.name}, {_change(plan)}"
-    compared = compare(plan)
+    compared = plan.comparison
     parts = [
         f"<h1>{_text(plan.source.repo or plan.source.name)}</h1>",
         f'<p class="lead">{_text(_lead(plan, compared))}</p>',

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from moescale.errors import printable
+from moescale.planning.comparison import BASES
 from moescale.planning.files import Action, PlannedFile
 from moescale.planning.plan import Plan, PlannedTensor
-from moescale.report.comparison import BASES, compare
 from moescale.running.card import measured_on
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def _count(count: int | tuple[int, ...]) -> str:
 
 def _rules(plan: Plan) -> str:
     """Every rule that can be computed, and what it does to the norm of the routed output."""
-    compared = compare(plan)
+    compared = plan.comparison
     notes = {**RULE_NOTES, "none": compared.name("none")}
     head = f"norm, {BASES[compared.basis]}"
     if compared.basis == "balanced":
@@ -365,9 +365,13 @@ def measuring(stream: TextIO | None, rule: str | None = None) -> Callable[[int, 
 
 
 def summary(result: Result, seconds: float) -> str:
-    """What was done, in two lines."""
+    """What was done, in at most two lines."""
     plan = result.plan
-    if result.status in ("done", "stale"):
+    if result.status == "nothing":
+        return "Nothing was written: the output would be the source again."
+    if result.status == "repair":
+        first = f"{plan.destination} repaired: the files that differed were written again."
+    elif result.status in ("done", "stale"):
         first = f"{plan.destination} was already done; nothing was written."
     else:
         total, changed = plan.bytes_written, len(plan.changed_tensors)

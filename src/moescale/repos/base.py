@@ -142,6 +142,8 @@ class Sink(Protocol):
     """What the user should hear at the end."""
     url: str | None
     """Where the output can be looked at, if it has an address."""
+    keeps_files: bool
+    """Whether single files of a finished output can stay while others are written again."""
 
     @property
     def identity(self) -> str:
@@ -172,8 +174,11 @@ class Sink(Protocol):
     def check_replaceable(self) -> None:
         """Refuse to remove what is no model."""
 
-    def begin(self, job: Any, replace: bool) -> None:
-        """Start a run of `job`, or go on with the unfinished one; let nobody else in."""
+    def begin(self, job: Any, replace: bool, keep: Mapping[str, Written] = ...) -> None:
+        """Start a run of `job`, or go on with the unfinished one; let nobody else in.
+
+        With `replace` the old content goes, but for the files of `keep` where `keeps_files` is set.
+        """
 
     def finished(self) -> Mapping[str, Written]:
         """The large files that an earlier run of the same job has finished."""

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from moescale.errors import DestinationError, MoescaleError, RewriteError, TemporaryError
@@ -52,6 +53,8 @@ class HubOptions:
 
 class HubSink:
     """A branch of a model repo."""
+
+    keeps_files = False
 
     def __init__(self, place: HubPlace, options: HubOptions | None = None) -> None:
         """Nothing is created before `begin`."""
@@ -132,8 +135,12 @@ class HubSink:
     def share(self) -> None:
         """Every machine reaches the Hub by itself."""
 
-    def begin(self, job: Any, replace: bool) -> None:
+    def begin(
+        self, job: Any, replace: bool, keep: Mapping[str, Written] = MappingProxyType({})
+    ) -> None:
         """Create the repo and the working branch, or go on with the one that is there.
+
+        Nothing is kept: what the Hub has already does not move again.
 
         Raises:
             DestinationError: no right to write, or the branch changed since the run began.

@@ -89,6 +89,7 @@ class Journal:
         with self._mutex:
             write_all(self._fd, json.dumps(entry).encode() + b"\n")
             os.fsync(self._fd)
+            self.entries[name] = entry
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1

@@ -13,9 +13,10 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from moescale.errors import DestinationError, RewriteError
@@ -36,6 +37,8 @@ _MARKER = ".shared"
 
 class LocalSink:
     """An output directory."""
+
+    keeps_files = True
 
     def __init__(self, root: Path) -> None:
         """Nothing is created before `begin`."""
@@ -183,11 +186,13 @@ class LocalSink:
             sync_directory(self._state)
         self.bench = LocalBench(self._state, self._marker.name)
 
-    def begin(self, job: Any, replace: bool) -> None:
+    def begin(
+        self, job: Any, replace: bool, keep: Mapping[str, Written] = MappingProxyType({})
+    ) -> None:
         """Take the lock; start a journal for `job`, or go on with the one that is there.
 
         With `replace` the old content is removed, config and index first, so that it stops to
-        load at once.
+        load at once. Files of `keep` stay, and the journal has them as finished.
 
         Raises:
             DestinationError: another run holds the lock, or the place cannot be written to.
@@ -200,7 +205,7 @@ class LocalSink:
                 self._lock.acquire()
                 if replace:
                     (self._state / JOURNAL).unlink(missing_ok=True)
-                    self._remove_content()
+                    self._remove_content(keep)
                 elif not (self._state / JOURNAL).exists() and self.existing():
                     self._begun = False
                     raise DestinationError(
@@ -208,6 +213,8 @@ class LocalSink:
                         hint="Run the same command again to see what it left.",
                     )
                 self._journal = Journal(self._state / JOURNAL, job)
+                for name, written in keep.items():
+                    self._journal.add(name, written, _stamp(self.root / name))
                 self._remove_leftovers()
         except BaseException:
             self._lock.release()
@@ -219,9 +226,10 @@ class LocalSink:
             if leftover != self._marker:
                 leftover.unlink()
 
-    def _remove_content(self) -> None:
-        """Remove all files, first those without which nothing loads."""
-        last = sorted(self.existing(), key=lambda name: not name.endswith(".index.json"))
+    def _remove_content(self, keep: Collection[str]) -> None:
+        """Remove all files but those of `keep`, first those without which nothing loads."""
+        gone = self.existing().keys() - set(keep)
+        last = sorted(gone, key=lambda name: not name.endswith(".index.json"))
         for name in sorted(last, key=lambda name: name != "config.json"):
             (self.root / name).unlink()
         _remove_empty_folders(self.root)

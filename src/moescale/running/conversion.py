@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from threading import Lock
+from types import MappingProxyType
 from typing import Literal
 
 from moescale.checkpoint.edit import Edit
@@ -21,9 +22,15 @@ from moescale.running import card, provenance
 from moescale.running.parallel import Check, Count, Crew, Here, Task, each
 from moescale.version import __version__
 
-Status = Literal["new", "resume", "replace", "done", "stale", "changed"]
-"""``stale``: done, but the source has changed since, or at least its times have; ``changed``: done,
-but a file of the output, perhaps the provenance, was changed or lost since."""
+Status = Literal["new", "resume", "replace", "repair", "done", "stale", "changed", "nothing"]
+"""What a run finds and does.
+
+``new``: nothing was there. ``resume``: an unfinished run was continued. ``replace``: what was there
+was written over. ``repair``: files that differed were written again. ``done``: there was nothing
+left to do. ``nothing``: the output would be the source again, so nothing was written. ``stale``:
+done, but the source has changed since, or at least its times have. ``changed``: done, but a file of
+the output, perhaps the provenance, was changed or lost since.
+"""
 
 Small = Callable[[], Mapping[str, bytes]]
 """Gives the small files of the output, as `small_files` does."""
@@ -35,7 +42,7 @@ class Result:
 
     Attributes:
         plan: what was to be done.
-        status: ``new``, ``resume``, ``replace``, or ``done`` if there was nothing left to do.
+        status: see `Status`; ``stale`` and ``changed`` only after a proof that all is right.
         verified: the output was read again and compared.
         url: where the output can be looked at, if it is on the Hub.
         remarks: what else there is to know.
@@ -75,22 +82,30 @@ def status_of(plan: Plan, source: Source, sink: Sink, overwrite: bool) -> Status
     small = cache(partial(small_files, plan, source))  # read once, and only where it is needed
     said = _is_output(plan, sink, existing, small)
     whole = _is_whole(plan, sink, existing, small)
-    if said and whole and source.newest_change() <= sink.changed_at(PROVENANCE):
-        return "done"
     if said or whole:
-        old: Status = "stale" if said and whole else "changed"
-        return "replace" if overwrite else old
-    return _replace(sink, overwrite, f"already holds {_what_is_there(sink, existing)}")
+        if overwrite:
+            return "replace"
+        if not (said and whole):
+            return "changed"
+        return "done" if source.newest_change() <= sink.changed_at(PROVENANCE) else "stale"
+    return _replace(sink, overwrite, _what_is_there(plan, sink, existing))
 
 
-def _what_is_there(sink: Sink, existing: Mapping[str, int]) -> str:
+def _what_is_there(plan: Plan, sink: Sink, existing: Mapping[str, int]) -> str:
     if PROVENANCE not in existing:
-        return "something else"
+        some = ", ".join(sorted(existing)[:3])
+        return f"is not empty ({some}{', ...' if len(existing) > 3 else ''})"
     found = provenance.decode(sink.read(PROVENANCE)) or {}
-    version = found.get("moescale")
+    version, options = found.get("moescale"), provenance.made_with(found)
     if isinstance(version, str) and version != __version__:
-        return f"an output of moescale {version[:20]}, and this is {__version__}"
-    return "another output of moescale"
+        return f"holds an output of moescale {version[:20]}, and this is {__version__}"
+    source = found.get("source")
+    name = source.get("id") if isinstance(source, dict) else None
+    if not isinstance(name, str) or options is None:
+        return "holds another output of moescale"
+    theirs, ours = provenance.described(options), provenance.described(plan.options)
+    this = ours if name == plan.source.name else f"{plan.source.name} with {ours}"
+    return f"holds {name} with {theirs}; this run is {this}"
 
 
 def _replace(sink: Sink, overwrite: bool, why: str) -> Status:
@@ -100,7 +115,7 @@ def _replace(sink: Sink, overwrite: bool, why: str) -> Status:
     except DestinationError:
         if overwrite:
             raise
-        what = "remove yourself what is there"
+        what = "empty this one"
     if overwrite:
         return "replace"
     raise DestinationError(f"{sink.identity}: {why}", hint=f"Give another destination, or {what}.")
@@ -132,6 +147,7 @@ def run(
     *,
     jobs: int,
     overwrite: bool = False,
+    keep: Mapping[str, Written] = MappingProxyType({}),
     progress: Progress = lambda name, size: None,
     crew: Crew | None = None,
 ) -> Outcome:
@@ -142,7 +158,8 @@ def run(
         source: where the checkpoint is read.
         sink: where the output goes.
         jobs: shards that are rewritten at once.
-        overwrite: replace a destination that holds something else.
+        overwrite: write again what is there, whatever it is.
+        keep: large files of a finished output that are right and stay, where it is overwritten.
         progress: is told of every piece, from several threads.
         crew: who rewrites the shards; by default threads here.
 
@@ -161,7 +178,7 @@ def run(
         if crew is not None:  # before anything old is removed
             sink.share()
             crew.check(source.only(f.name for f in plan.large_files), sink.bench)
-        sink.begin(provenance.job(plan), replace=status == "replace")
+        sink.begin(provenance.job(plan), replace=status == "replace", keep=keep)
         written = _stream(plan, source, sink, jobs, progress, crew or Here())
         small = small_files(plan, source)  # only now, since an index may have many megabytes
         written |= {name: _written(data) for name, data in small.items()}
@@ -172,7 +189,7 @@ def run(
         sink.publish({**last, **small, CONFIG: config}, keep=frozenset(written) | {PROVENANCE})
     finally:
         sink.close()
-    return Outcome(status, written)
+    return Outcome("repair" if keep else status, written)
 
 
 def _rehearse_scales(plan: Plan, source: Source) -> None:
@@ -204,7 +221,7 @@ def made_files(plan: Plan, source: Source) -> dict[str, bytes]:
     result = {CARD: card.render(plan, source.read(CARD) if old_card else None)}
     if plan.index is not None and plan.index[1] is not None:
         result[plan.index[0]] = plan.index[1]
-    return {**result, CONFIG: plan.config}
+    return {**result, **plan.edits, CONFIG: plan.config}
 
 
 def _written(data: bytes) -> Written:

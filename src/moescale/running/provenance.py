@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import chain
 from typing import Any
 
 from moescale.checkpoint.json_text import parse_lenient
-from moescale.options import Options
+from moescale.errors import UsageError
+from moescale.options import Factors, Options, made_for, options_of
 from moescale.planning.plan import Plan
 from moescale.repos.base import Written
 from moescale.version import __version__
@@ -29,6 +30,7 @@ def provenance(plan: Plan, written: Mapping[str, Written]) -> dict[str, Any]:
             "revision": plan.source.revision,
         },
         "options": options_given(plan.options),
+        "plan": decided(plan),
         **plan.decisions(),
         "counts": {
             "moe_layers": len(plan.factors),
@@ -75,13 +77,23 @@ def _without_digests(content: Any) -> Any:
     return content
 
 
+def decided(plan: Plan) -> str:
+    """SHA-256 of all that decides the bytes of the output, however it was asked for.
+
+    Card and provenance alone also hold the words of the options.
+    """
+    digest = hashlib.sha256(plan.config)
+    for name, data in sorted(plan.edits.items()):
+        digest.update(json.dumps([name, data.decode()]).encode())
+    files = ([f.name, f.action] for f in plan.files)
+    tensors = (t.as_json() for t in plan.tensors)
+    for part in chain(files, tensors):  # piece by piece, since they are many
+        digest.update(json.dumps(part, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
 def job(plan: Plan) -> dict[str, Any]:
     """What an unfinished run must have in common with this one to be continued."""
-    digest = hashlib.sha256(plan.config)
-    files, tensors = (f.as_json() for f in plan.files), (t.as_json() for t in plan.tensors)
-    parts = chain([plan.decisions()], files, tensors)
-    for part in parts:  # piece by piece, since they are many
-        digest.update(json.dumps(part, sort_keys=True).encode())
     return {
         "version": __version__,
         "source": {
@@ -92,8 +104,64 @@ def job(plan: Plan) -> dict[str, Any]:
         },
         "options": options_given(plan.options),
         **_measured(plan),
-        "plan": digest.hexdigest(),
+        "plan": decided(plan),
     }
+
+
+def same_decisions(found: Any, plan: Plan) -> bool:
+    """Whether a provenance, or the job of an unfinished run, decides the same for this source."""
+    if not isinstance(found, dict):
+        return False
+    wanted = job(plan) if "version" in found else provenance(plan, {})
+    alike = ("version", "moescale", "source", "plan")
+    return all(found.get(key) == wanted.get(key) for key in alike)
+
+
+def made_with(found: Any) -> Options | None:
+    """The options that a provenance, or the job of an unfinished run, was asked with.
+
+    None where they are none; anybody may have written the file.
+    """
+    given = found.get("options") if isinstance(found, dict) else None
+    if not isinstance(given, dict) or not given.keys() <= {f.name for f in fields(Options)}:
+        return None
+    if any(type(given[name]) is not str for name in _TEXTS & given.keys()):
+        return None
+    words: Any = {name: value for name, value in given.items() if name != "calibrate"}
+    try:
+        options = options_of(words, given.get("calibrate"))
+    except (UsageError, TypeError, ValueError):
+        return None
+    if options.factors is None:
+        return options
+    factors = Factors(options.factors)
+    factors.made_for = made_for(found)
+    return replace(options, factors=factors)
+
+
+_TEXTS = frozenset({"rule", "calibrate", "fold", "part", "arch", "pattern", "experts_key"})
+
+
+def in_words(found: Any) -> str | None:
+    """What a provenance or a job was asked for, in words; None where it does not say."""
+    options = made_with(found)
+    if options is None:
+        return None
+    given = {**options_given(options), "rule": options.rule}
+    shown = {name: value for name, value in given.items() if isinstance(value, int | float | str)}
+    if options.factors is not None:
+        shown["factors"] = "..."
+    return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+
+def described(options: Options) -> str:
+    """What a job makes: the number of experts, the rule, and what else was asked for."""
+    count = options.experts
+    what = f"{count} experts per token" if count is not None else "the config's experts per token"
+    said = {"experts", "rule", "factors", "calibrate"}
+    others = {k: v for k, v in options_given(options).items() if k not in said}
+    words = [options.method, *(f"{name}={value}" for name, value in others.items())]
+    return f"{what} ({', '.join(words)})"
 
 
 def _measured(plan: Plan) -> dict[str, Any]:
@@ -108,7 +176,8 @@ def job_difference(one: Any, other: Mapping[str, Any]) -> str:
     if not isinstance(one, dict):
         return "another program"
     names = {"version": "another version", "source": "another source, or it changed since"}
-    for key in ("version", "source", "options"):
+    for key, name in names.items():
         if one.get(key) != other[key]:
-            return names.get(key, "other options")
-    return "another plan"
+            return name
+    words = in_words(one)
+    return f"other options ({words})" if words else "other options"

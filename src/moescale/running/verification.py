@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from moescale.checkpoint.header import LENGTH_BYTES, header_length, parse_header
@@ -19,41 +20,93 @@ from moescale.running.conversion import made_files, task_of
 from moescale.running.parallel import Check, Count, Crew, Here, Task, each
 
 
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A file of an output that is not what the plan says, and how it differs, in words."""
+
+    name: str
+    how: str
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What a verification found.
+
+    Attributes:
+        written: size and SHA-256 of every file that is right, but the provenance.
+        differences: of all other files.
+    """
+
+    written: Mapping[str, Written]
+    differences: tuple[Difference, ...]
+
+    def check(self) -> None:
+        """Refuse an output that differs.
+
+        Raises:
+            VerificationError: with every file, and how the first one differs.
+        """
+        if not self.differences:
+            return
+        first, *others = self.differences
+        rest = [difference.name for difference in others]
+        also = f"; {_listed(rest)} differ too" if rest else ""
+        names = (first.name, *rest)
+        raise VerificationError(f"{first.name}: {first.how}{also}", files=names)
+
+
+_SHOWN = 8
+
+
+def _listed(names: list[str]) -> str:
+    shown = names[:_SHOWN]
+    return ", ".join(shown) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
 def verify(
     plan: Plan,
     source: Source,
     output: Source,
     *,
     jobs: int,
+    only: Collection[str] | None = None,
     progress: Progress = lambda name, size: None,
     crew: Crew | None = None,
-) -> dict[str, Written]:
+) -> Proof:
     """Compare every byte of the output with what the plan says; `crew` reads the large files.
 
-    Returns:
-        Size and SHA-256 of every file of the output, but the provenance.
-
-    Raises:
-        VerificationError: at the first difference, with file, tensor and offset.
+    Args:
+        plan: what the output must be.
+        source: where the checkpoint is read.
+        output: what is proved.
+        jobs: files that are read at once.
+        only: large files that are read; None for all.
+        progress: is told of every piece, from several threads.
+        crew: who reads; by default threads here.
     """
     small = made_files(plan, source)
     large = {file.name for file in plan.large_files}
     files = {f.name: f for f in plan.files if f.name in large or _is_copied_index(f, plan)}
-    _check_names({*files, *small, PROVENANCE}, output)
+    found = _found_names(output)
+    differences = list(_other_names({*files, *small, PROVENANCE}, found))
+    read = [n for n in files if n in found and (only is None or n in only or n not in large)]
     crew = crew or Here()
-    crew.check(source.only(files), output.only(files))
+    crew.check(source.only(files), output.only(read))
 
-    def one(name: str, check: Check) -> Written:
+    def one(name: str, check: Check) -> Written | str:
         task, shown = task_of(files[name], plan), progress if name in large else _unseen
-        found = crew.do(compare, task, source, output.only([name]), check, shown)
-        if isinstance(found, int):
-            raise _difference(name, found, _place(files[name], plan, source, found))
-        return found
+        result = crew.do(compare, task, source, output.only([name]), check, shown)
+        if isinstance(result, int):
+            return _differs(result, _place(files[name], plan, source, result))
+        return result
 
-    written = dict(each(list(files), one, jobs, crew.cancel))
-    written |= {name: _verify_small(name, data, output) for name, data in small.items()}
-    _check_provenance(plan, output, written)
-    return written
+    results = dict(each(read, one, jobs, crew.cancel))
+    results |= {n: _verify_small(data, output.read(n)) for n, data in small.items() if n in found}
+    differences += [Difference(name, how) for name, how in results.items() if isinstance(how, str)]
+    written = {name: file for name, file in results.items() if isinstance(file, Written)}
+    if not differences and only is None:
+        differences += _provenance_differences(plan, output.read(PROVENANCE), written)
+    return Proof(written, tuple(differences))
 
 
 def _is_copied_index(file: PlannedFile, plan: Plan) -> bool:
@@ -61,31 +114,36 @@ def _is_copied_index(file: PlannedFile, plan: Plan) -> bool:
     return plan.index == (file.name, None)
 
 
-def _check_names(wanted: Collection[str], output: Source) -> None:
+def _found_names(output: Source) -> Collection[str]:
     try:
-        found = output.files().keys()
+        return output.files().keys()
     except SourceError as error:
         raise VerificationError(f"the output cannot be read: {error.message}") from None
-    if missing := sorted(set(wanted) - found):
-        raise VerificationError(f"{missing[0]}: is missing from the output")
-    if surplus := sorted(found - set(wanted) - {".gitattributes"}):  # the Hub makes one
-        raise VerificationError(f"{surplus[0]}: does not belong into the output")
 
 
-def _verify_small(name: str, wanted: bytes, output: Source) -> Written:
-    found = output.read(name)
+def _other_names(wanted: Collection[str], found: Collection[str]) -> Iterator[Difference]:
+    """Names that are missing, and those that should not be there."""
+    for name in sorted(set(wanted) - set(found)):
+        yield Difference(name, "is missing from the output")
+    for name in sorted(set(found) - set(wanted) - {".gitattributes"}):  # the Hub makes one
+        yield Difference(name, "does not belong into the output")
+
+
+def _verify_small(wanted: bytes, found: bytes) -> Written | str:
     if found != wanted:
-        raise _difference(name, _first_difference(found, wanted))
+        return _differs(_first_difference(found, wanted))
     return Written(len(found), hashlib.sha256(found).hexdigest())
 
 
-def _check_provenance(plan: Plan, output: Source, written: Mapping[str, Written]) -> None:
+def _provenance_differences(
+    plan: Plan, data: bytes, written: Mapping[str, Written]
+) -> Iterator[Difference]:
     """Every byte is as it was made, but for digests, which may not be known yet."""
-    data = output.read(PROVENANCE)
     noted = _noted_digests(provenance.decode(data))
     for name, digest in noted.items():
         if name in written and digest not in (None, written[name].sha256):
-            raise VerificationError(f"{name}: its SHA-256 is not the one noted in {PROVENANCE}")
+            yield Difference(name, f"its SHA-256 is not the one noted in {PROVENANCE}")
+            return
     large = {file.name for file in plan.large_files}
 
     def wanted(digests: Collection[str]) -> bytes:
@@ -94,7 +152,7 @@ def _check_provenance(plan: Plan, output: Source, written: Mapping[str, Written]
 
     if data != wanted({name for name, digest in noted.items() if digest is not None}):
         usual = (wanted(written), wanted(written.keys() - large))
-        raise _difference(PROVENANCE, max(_first_difference(data, one) for one in usual))
+        yield Difference(PROVENANCE, _differs(max(_first_difference(data, one) for one in usual)))
 
 
 def _noted_digests(found: Any) -> dict[str, Any]:
@@ -109,11 +167,15 @@ def _unseen(name: str, size: int) -> None:
 
 def compare(
     task: Task, source: Source, output: Source, check: Check, progress: Count
-) -> Written | int:
-    """Compare one large file with what it has to be; the offset of the first difference, if any."""
+) -> Written | str | int:
+    """Compare one large file with what it has to be.
+
+    Returns:
+        what it is; the offset of the first difference; or what else is wrong with it.
+    """
     name, position = task.name, 0
     if (found_size := output.files()[name].size) != task.size:
-        raise VerificationError(f"{name}: has {found_size} bytes instead of {task.size}")
+        return f"has {found_size} bytes instead of {task.size}"
     with (
         io_errors(name),
         source.open(name) as original,
@@ -192,8 +254,8 @@ def _first_bytes(file: PlannedFile, plan: Plan, source: Source) -> bytes:
     return source.read(file.name, 0, LENGTH_BYTES + length)
 
 
-def _difference(name: str, offset: int, where: str = "") -> VerificationError:
-    return VerificationError(f"{name}: differs from the plan at byte {offset}{where}")
+def _differs(offset: int, where: str = "") -> str:
+    return f"differs from the plan at byte {offset}{where}"
 
 
 def _equal(one: memoryview, other: memoryview) -> bool:

@@ -1,4 +1,4 @@
-"""What each rule does to each MoE layer, as far as a plan knows: for people to look at.
+"""What each rule does to each MoE layer, as far as a plan knows: text, page and JSON show this.
 
 Factors of all rules that can be computed, and the norm of the routed output with each, relative
 to that of the model as it was trained. The norm is measured where experts were run, now or when
@@ -12,8 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from moescale.planning.plan import ByLayer, Plan
 from moescale.rules import gates, measured
+from moescale.rules.samples import Sample
+
+ByLayer = float | dict[str, float]
+"""One number for all layers, or one for each where they differ."""
 
 Basis = Literal["measured", "noted", "sampled", "balanced", "unknown"]
 """Where the norms come from."""
@@ -51,28 +54,52 @@ class Comparison:
         """What people call a rule."""
         return {"none": self.edit, "own": "given"}.get(rule, rule)
 
+    def norm(self, rule: str) -> ByLayer:
+        """The relative norm with a rule: one number, or one for each layer where they differ."""
+        return joined(dict(zip(self.layers, self.norms[rule], strict=True)))
 
-def compare(plan: Plan) -> Comparison:
-    """Every rule that can be computed from what the plan knows."""
-    layers = tuple(plan.factors)
-    method = plan.options.method
-    taken = "own" if method in ("factor", "factors") else method
-    factors = {"none": (1.0,) * len(layers)}
-    factors |= {name: _by_layer(form, layers) for name, form in plan.alternatives.items()}
-    samples = [plan.samples[layer] for layer in layers] if plan.samples else []
-    if samples:
-        factors["gates"] = tuple(gates.factor(sample, plan.rho) for sample in samples)
-    if samples and all(sample.before.norm and sample.after.norm for sample in samples):
-        factors["measured"] = tuple(measured.factor(sample) for sample in samples)
-    factors[taken] = tuple(plan.factors.values())
-    edited, basis = _edited(factors, bool(samples))
+
+def compare(
+    taken: str,
+    factors: Mapping[str, float],
+    alternatives: Mapping[str, ByLayer],
+    samples: Mapping[str, Sample],
+    rho: float,
+    edit: str,
+) -> Comparison:
+    """Every rule that can be computed from what a plan knows.
+
+    Args:
+        taken: the rule of the plan, ``factor`` or ``factors``.
+        factors: what it multiplies each layer by.
+        alternatives: the closed forms.
+        samples: what a rule found out about each layer; may be empty.
+        rho: correlation of expert outputs.
+        edit: what is done without any factor, in words.
+    """
+    layers = tuple(factors)
+    taken = "own" if taken in ("factor", "factors") else taken
+    found = {"none": (1.0,) * len(layers)}
+    found |= {name: _by_layer(form, layers) for name, form in alternatives.items()}
+    sampled = [samples[layer] for layer in layers] if samples else []
+    if sampled:
+        found["gates"] = tuple(gates.factor(sample, rho) for sample in sampled)
+    if sampled and all(sample.before.norm and sample.after.norm for sample in sampled):
+        found["measured"] = tuple(measured.factor(sample) for sample in sampled)
+    found[taken] = tuple(factors.values())
+    edited, basis = _edited(found, bool(sampled))
     norms = {
-        name: tuple(f * norm for f, norm in zip(found, edited, strict=True))
-        for name, found in factors.items()
+        name: tuple(f * norm for f, norm in zip(by_layer, edited, strict=True))
+        for name, by_layer in found.items()
         if edited
     }
-    edit = "config edit alone" if plan.options.gate_scale is None else "config edit and gate"
-    return Comparison(layers, taken, factors, norms, basis, edit)
+    return Comparison(layers, taken, found, norms, basis, edit)
+
+
+def joined(by_layer: Mapping[str, float]) -> ByLayer:
+    """The one value of all layers, where they have the same."""
+    values = set(by_layer.values())
+    return values.pop() if len(values) == 1 else dict(by_layer)
 
 
 def _by_layer(value: ByLayer, layers: tuple[str, ...]) -> tuple[float, ...]:

@@ -1,0 +1,78 @@
+"""What a destination says of itself: the options of its output, or of its unfinished run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from moescale.errors import MoescaleError, VerificationError
+from moescale.options import Options, is_calibration
+from moescale.planning.decide import make_plan
+from moescale.planning.files import PROVENANCE
+from moescale.planning.plan import Plan
+from moescale.repos.base import Sink, Source
+from moescale.running import provenance
+
+
+def earlier(sink: Sink) -> Any:
+    """The job of an unfinished run, or the provenance of an output; None where there is neither."""
+    if (job := sink.unfinished()) is not None:
+        return job
+    return provenance.decode(sink.read(PROVENANCE)) if PROVENANCE in sink.existing() else None
+
+
+def options_there(sink: Sink) -> Options | None:
+    """The options that the destination was made with, where it says so."""
+    return provenance.made_with(earlier(sink))
+
+
+def in_first_words(plan: Plan, source: Source, sink: Sink) -> Plan:
+    """The plan as it was asked for at first, where the destination holds the same in other words.
+
+    Two runs are the same job when they decide the same. Card and provenance hold the words of the
+    options too, and keep those of the first run.
+    """
+    found = earlier(sink)
+    if not provenance.same_decisions(found, plan):
+        return plan
+    options = provenance.made_with(found)
+    if options is None or given(options) == given(plan.options):
+        return plan
+    sampled = options.method == "measured"
+    if sampled and not is_calibration(found.get("calibration")):
+        return plan
+    try:
+        again = make_plan(
+            source, options, plan.destination, noted=plan.factors if sampled else None
+        )
+    except MoescaleError:  # words that anybody may have written
+        return plan
+    if sampled:
+        again = replace(again, calibration=found["calibration"])
+    same = provenance.decided(again) == provenance.decided(plan)
+    return replace(again, warnings=plan.warnings) if same else plan
+
+
+def given(options: Options) -> Any:
+    """The options that were given, to be compared."""
+    return provenance.options_given(options)
+
+
+def check_same_job(plan: Plan, sink: Sink) -> None:
+    """Refuse to prove an output against a plan that it was not made with.
+
+    Raises:
+        VerificationError: with what it was made with.
+    """
+    found = earlier(sink)
+    words = provenance.in_words(found)
+    if words is None or provenance.same_decisions(found, plan):
+        return
+    if any(
+        found.get(key) != provenance.provenance(plan, {})[key] for key in ("moescale", "source")
+    ):
+        return  # another version or source: the bytes tell
+    raise VerificationError(
+        f"{sink.identity}: was made with {words}",
+        hint="Verify it with these options, or with none: they are taken from there.",
+    )
