@@ -145,6 +145,7 @@ class MemorySource:
     def __init__(self, files: Mapping[str, bytes]) -> None:
         self._content = files
         self.received = 0
+        self.remarks: list[str] = []
         self.identity = SourceId("local", "source", folder="source")
 
     def files(self) -> Mapping[str, FileInfo]:

@@ -162,7 +162,7 @@ def test_every_keyword_is_documented(verb: Any) -> None:
     """Each parameter has its line in the docstring, each option that of the table."""
     text = inspect.getdoc(verb) or ""
     for name in inspect.signature(verb).parameters:
-        assert f"\n    {name}: " in text, name
+        assert re.search(rf"^ +{name}: ", text, re.MULTILINE), name
     assert option_rows(PlanOptions)["rho"].help in text
 
 
