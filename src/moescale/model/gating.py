@@ -2,7 +2,7 @@
 
 The rule ``gates`` draws inputs for the router of each layer, and ``--gate-scale`` multiplies its
 weight; both need more of a router than `architectures` says. Facts are those of transformers
-5.23, whose own router modules the tests compare with; types that only remote code knows are
+5.24, whose own router modules the tests compare with; types that only remote code knows are
 here where that code is one of these routers.
 
 To add a model type, put it into the row that routes alike, or add a row: the names of its

@@ -210,10 +210,11 @@ def _is_transpose(
     """``[..., hidden, inner]`` beside ``[..., inner, hidden]``, whose `inner` may count twice.
 
     Of stacked experts both may be stored the other way round, and they may lie flat (DBRX).
+    The up-projection may be that of more experts, where some have no weights (LongCat).
     """
     if stacked and len(down) == len(up) == 2:
         return down == up
-    if len(down) != len(up) or len(down) < 2 or down[:-2] != up[:-2]:
+    if len(down) != len(up) or len(down) < 2 or down[:-2] > up[:-2]:
         return False
     (x, y), shape = up[-2:], down[-2:]
     return any(shape in ((y, x / many), (y / many, x)) for many in joined)
