@@ -21,7 +21,7 @@ from typing import Any
 import checkpoints
 import pytest
 import quantised_checkpoints
-from faulty_calls import CHANGING, KILLED, READING, SIZED, Calls, Fault
+from faulty_calls import CHANGING, KILLED, READING, SIZED, Calls, Fault, watch
 
 Tree = Mapping[str, bytes]
 
@@ -348,6 +348,7 @@ def serve() -> None:
     from moescale import api  # noqa: F401 - warm before the first fork
     from moescale.running import verification  # noqa: F401 - likewise
 
+    watch()
     for line in sys.stdin:
         task = json.loads(line)
         do = changed_source if "change" in task else matrix

@@ -264,7 +264,13 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         _watched[0].audit(event, arguments[0])
 
 
-sys.addaudithook(_audit)  # which cannot be removed
+def watch() -> None:
+    """Hear of what `Calls` does not see, for the rest of this process: a hook stays.
+
+    For a process of its own. Until Python 3.12 threads cannot start to be traced, for coverage
+    say, while a hook runs: they end before they began.
+    """
+    sys.addaudithook(_audit)
 
 
 def shortened(name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -120,6 +121,15 @@ def test_any_call_may_be_hit(ask: Ask, scenario: str, mode: str, step: int, leas
     assert report["unseen"] == [], "calls that no fault can hit"
     assert report["problems"] == []
     assert report["points"] >= least
+
+
+def test_nothing_listens_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a hook runs, threads that coverage traces fail to start until Python 3.12."""
+    hooks: list[object] = []
+    monkeypatch.setattr(sys, "addaudithook", hooks.append)
+    for name in ("faulty_calls", "crash_lab"):
+        runpy.run_path(str(TESTS / f"{name}.py"))
+    assert hooks == []
 
 
 # A real process -----------------------------------------------------------------------------------

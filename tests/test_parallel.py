@@ -7,10 +7,12 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import wait
 
 import pytest
 
 from moescale.errors import InterruptedRun
+from moescale.running import parallel
 from moescale.running.parallel import Check, each
 
 
@@ -65,6 +67,20 @@ def test_the_first_failure_stops_the_others() -> None:
     with pytest.raises(ZeroDivisionError):
         each(["long", "bad", "never"], work, 2)
     assert sorted(started) == ["bad", "long"]
+
+
+def test_a_thread_that_has_failed_begins_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It need not wait for the main thread to hear of it, which takes its time when busy."""
+    monkeypatch.setattr(parallel, "wait", lambda left, *_: wait(left))
+    started: list[str] = []
+
+    def work(name: str, check: Check) -> None:
+        started.append(name)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        each(["bad", "next", "last"], work, 1)
+    assert started == ["bad"]
 
 
 def test_results_are_by_name() -> None:

@@ -111,12 +111,20 @@ def each(
         if stop.is_set():
             raise InterruptedRun("stopped")
 
+    def attempt(name: str) -> _R:
+        check()
+        try:
+            return work(name, check)
+        except BaseException:
+            stop.set()  # here: until the main thread wakes up, this one would begin the next
+            raise
+
     with ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="moescale") as pool:
         futures: dict[str, Future[_R]] = {}
         finished = False
         try:
             for name in names:
-                futures[name] = pool.submit(work, name, check)
+                futures[name] = pool.submit(attempt, name)
             _wait(futures.values())
             finished = all(future.done() for future in futures.values())
         finally:  # Ctrl-C arrives here too: what runs stops at its next piece
