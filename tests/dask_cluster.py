@@ -23,7 +23,7 @@ from moescale.checkpoint import rewrite
 from moescale.repos import local_bench
 
 WRITE, PIECE = local_bench.LocalWriter.write, rewrite.EDIT_PIECE
-DEADLINE = 30.0
+DEADLINE = 120.0
 
 
 @contextmanager

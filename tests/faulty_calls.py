@@ -15,7 +15,6 @@ import io
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,8 +81,8 @@ class Fault:
 
     `kind` is ``none``, ``error`` (before the call), ``failed`` (after it: done, and an error all
     the same), ``short``, ``before`` and ``after`` (the process ends), ``cut`` and ``names`` (so
-    does the power), ``pause`` (`seconds`, after making `marker`), or ``act``. With `lasting` every
-    later call of those names is hit too.
+    does the power), or ``act`` (something else is done first). With `lasting` every later call of
+    those names is hit too.
     """
 
     kind: str = "none"
@@ -91,8 +90,6 @@ class Fault:
     at: int = 0
     code: int = errno.EIO
     lasting: bool = False
-    marker: str = ""
-    seconds: float = 0.0
     act: Callable[[], None] = lambda: None
 
 
@@ -228,9 +225,6 @@ class Calls:
         kind = self._fault.kind
         if kind == "before":
             os._exit(KILLED)
-        if kind == "pause":
-            with self._open(self._fault.marker, "wb"):
-                time.sleep(self._fault.seconds)
         if kind == "error":
             if name == "close":
                 real(*arguments)  # the number is free again, whatever the answer

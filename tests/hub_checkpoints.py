@@ -169,7 +169,7 @@ class Lab:
     def child(self, *arguments: str, home: str = "home", **more: str) -> Outcome:
         """Run the command in a process of its own."""
         with self.start_child(*arguments, home=home, **more) as process:
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=300)
         return Outcome(process.returncode, out, err)
 
     def fill_cache(self, *patterns: str) -> None:

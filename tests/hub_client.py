@@ -66,9 +66,7 @@ def hubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     enable_progress_bars()
 
 
-def read_range(
-    hub: Hub, path: str, wanted: str | None = None, timeout: float = 5
-) -> tuple[int, bytes]:
+def read_range(hub: Hub, path: str, wanted: str | None = None) -> tuple[int, bytes]:
     """Read a file of the source as the product does: one stream, redirects followed."""
     from huggingface_hub import get_session, hf_hub_url
 
@@ -76,5 +74,5 @@ def read_range(
     if wanted:
         headers["Range"] = f"bytes={wanted}"
     url = hf_hub_url(SRC, path, endpoint=hub.endpoint)
-    with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
+    with get_session().stream("GET", url, headers=headers, timeout=120) as response:
         return response.status_code, b"".join(response.iter_raw())

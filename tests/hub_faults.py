@@ -196,7 +196,7 @@ class Fault:
         late = self.times is not None and self.seen >= self.nth + self.times
         return self.seen >= self.nth and not late
 
-    def wait(self, timeout: float = 30) -> None:
+    def wait(self, timeout: float = 120) -> None:
         """Wait until the fault was reached, for instance until a stall has begun."""
         if not self.reached.wait(timeout):
             raise TimeoutError(f"fault not reached: {self}")

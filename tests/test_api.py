@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import warnings
 from collections import Counter
 from dataclasses import fields
@@ -364,11 +363,11 @@ def test_nothing_is_printed_or_changed(there: Path, capfd: pytest.CaptureFixture
 
     def world() -> tuple[Any, ...]:
         handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-        return dict(os.environ), handlers, os.getcwd(), threading.active_count()
+        return dict(os.environ), handlers, os.getcwd()
 
     gated_mixtral(there.parent / "gated")
     rules: list[Rule] = ["preserve", "gates"]
-    before = world()
+    before, threads = world(), set(threading.enumerate())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for rule in rules:
@@ -378,6 +377,7 @@ def test_nothing_is_printed_or_changed(there: Path, capfd: pytest.CaptureFixture
         with pytest.raises(moescale.errors.SourceError):
             moescale.plan("gated/nothing here", experts=3)
     assert world() == before
+    assert set(threading.enumerate()) <= threads
     assert capfd.readouterr() == ("", "")
 
 
@@ -389,10 +389,10 @@ def test_what_a_callback_raises_ends_the_threads(there: Path, error: type[BaseEx
         if name.startswith("model-00003"):
             raise error
 
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with pytest.raises(error):
         moescale.convert(there, "out", experts=3, jobs=2, progress=fail)
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before
     assert moescale.convert(there, "out", experts=3, verify=True).status == "resume"
 
 
@@ -407,13 +407,10 @@ def test_an_interrupted_call_resumes(there: Path) -> None:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
             threading.Event().wait(0.3)
 
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with pytest.raises(KeyboardInterrupt):
         moescale.convert(there, "out", experts=3, jobs=1, progress=press)
-    for _ in range(100):  # one that was just being started is not waited for, but ends as well
-        if threading.active_count() == before:
-            break
-        time.sleep(0.05)
-    assert threading.active_count() == before
+    for thread in set(threading.enumerate()) - before:
+        thread.join()  # one that was just being started is not waited for, but ends as well
     assert not Path("out/config.json").exists()
     assert moescale.convert(there, "out", experts=3, verify=True).status == "resume"

@@ -677,17 +677,30 @@ def test_a_full_disk_says_which_file(
 SLOW = """
 import sys, time
 from pathlib import Path
+import signals
 from moescale.repos import local_bench
-write, marker, seconds = local_bench.LocalWriter.write, Path(sys.argv[1]), float(sys.argv[2])
+write, marker, told = local_bench.LocalWriter.write, Path(sys.argv[1]), signals.told()
 def slow(self, data):
     write(self, data)
     marker.write_bytes(b"")
-    time.sleep(seconds)
+    told.wait(600)
+    time.sleep(0.1)
 local_bench.LocalWriter.write = slow
-sys.argv[:3] = ["moescale"]
+sys.argv[:2] = ["moescale"]
 from moescale.cli import main
 main()
 """
+
+
+def slow(code: str, marker: Path, *arguments: object) -> subprocess.Popen[str]:
+    """Start a command that stands still until a signal comes, and wait until it does so."""
+    command = [sys.executable, "-c", code, marker, *map(str, arguments)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    pipe = subprocess.PIPE
+    child = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env)
+    while not marker.exists() and child.poll() is None:
+        time.sleep(0.01)
+    return child
 
 
 INTERRUPTED_IMPORT = """
@@ -720,13 +733,9 @@ def test_an_interruption_that_typer_answered(
 def test_an_interrupted_run(source: Path, tmp_path: Path, number: int) -> None:
     """130, one line, nothing that loads; the same command then finishes the same bytes."""
     out, marker = tmp_path / "out", tmp_path / "marker"
-    command = [sys.executable, "-c", SLOW, marker, "0.05", source, out]
-    command += ["-k", "3", "-q", "-j", "1"]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not marker.exists() and child.poll() is None:
-        time.sleep(0.01)
+    child = slow(SLOW, marker, source, out, "-k", "3", "-q", "-j", "1")
     child.send_signal(number)
-    output, errors = child.communicate(timeout=30)
+    output, errors = child.communicate(timeout=120)
     done = Done(child.returncode, output, errors)
     fails(done, 130, "resumes")
     assert len(done.err.splitlines()) == 1
@@ -739,15 +748,17 @@ def test_an_interrupted_run(source: Path, tmp_path: Path, number: int) -> None:
 SLOW_PROOF = """
 import sys, time
 from pathlib import Path
+import signals
 from moescale.running import verification as verify
 from moescale.checkpoint import rewrite
 rewrite.PIECE = rewrite.EDIT_PIECE = 64
-expected, marker = verify.expected, Path(sys.argv[1])
+expected, marker, told = verify.expected, Path(sys.argv[1]), signals.told()
 def slow(*arguments):
     for number, piece in enumerate(expected(*arguments)):
-        if number == 3:  # of a shard, since all other files are shorter
-            marker.write_bytes(b"")
-        time.sleep(0.15)
+        if number >= 3:  # of a shard, since all other files are shorter
+            marker.write_text(str(number))
+            told.wait(600)
+            time.sleep(0.1)
         yield piece
 verify.expected = slow
 sys.argv[:2] = ["moescale"]
@@ -760,30 +771,22 @@ def test_an_interrupted_proof(moescale: Command, source: Path, tmp_path: Path) -
     """A verification stops at the next piece, not at the end of its shard."""
     out, marker = tmp_path / "out", tmp_path / "marker"
     assert moescale(source, out, "-k", 3).code == 0
-    command = [sys.executable, "-c", SLOW_PROOF, marker, source, out]
-    command += ["-k", "3", "-q", "-j", "1", "--verify"]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not marker.exists() and child.poll() is None:
-        time.sleep(0.01)
-    start = time.monotonic()
+    child = slow(SLOW_PROOF, marker, source, out, "-k", "3", "-q", "-j", "1", "--verify")
     child.send_signal(signal.SIGINT)
-    output, errors = child.communicate(timeout=60)
-    assert time.monotonic() - start < 2
+    output, errors = child.communicate(timeout=120)
     fails(Done(child.returncode, output, errors), 130)
+    assert 3 <= int(marker.read_text()) < 10  # of the hundreds of pieces of a shard
 
 
 def test_a_second_run_at_the_same_time(source: Path, tmp_path: Path) -> None:
     """While one command writes, the same command elsewhere is refused with 3."""
     out, marker = tmp_path / "out", tmp_path / "marker"
-    command = [sys.executable, "-c", SLOW, marker, "60", source, out, "-k", "3", "-q"]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    child = slow(SLOW, marker, source, out, "-k", "3", "-q")
     try:
-        while not marker.exists() and child.poll() is None:
-            time.sleep(0.01)
         fails(shell(source, out, "-k", 3, "-q"), 3, "another run")
     finally:
         child.kill()
-        child.wait()
+        child.communicate()
     assert shell(source, out, "-k", 3, "-q").code == 0
 
 

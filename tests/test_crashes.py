@@ -60,7 +60,7 @@ def ask(base: Path) -> Iterator[Ask]:
 
     yield ask
     child.stdin.close()
-    child.wait(timeout=30)
+    child.wait()
     child.stdout.close()
 
 
@@ -135,15 +135,21 @@ def test_nothing_listens_in_this_process(monkeypatch: pytest.MonkeyPatch) -> Non
 # A real process -----------------------------------------------------------------------------------
 
 PAUSED = """
-import sys, signal
+import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
+import signals
 from faulty_calls import CHANGING, Calls, Fault
 from moescale import interrupts
+told = signals.told()
 interrupts.listen()
-at, marker, seconds, folder = int(sys.argv[2]), sys.argv[3], float(sys.argv[4]), Path(sys.argv[5])
-Calls(folder, Fault("pause", CHANGING, at, marker=marker, seconds=seconds)).install()
-sys.argv[:6] = ["moescale"]
+at, marker, folder = int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
+def stand():
+    marker.touch()
+    told.wait(600)
+    time.sleep(0.2)
+Calls(folder, Fault("act", CHANGING, at, act=stand)).install()
+sys.argv[:5] = ["moescale"]
 from moescale.__main__ import main
 main()
 """
@@ -157,18 +163,17 @@ def whole(base: Path) -> dict[str, bytes]:
     return checkpoints.tree(base / "real" / "whole")
 
 
-def paused(base: Path, at: int, seconds: float) -> tuple[subprocess.Popen[str], Path]:
-    """The real command, which stands still at a call, and its destination."""
+def paused(base: Path, at: int) -> tuple[subprocess.Popen[str], Path]:
+    """The real command, which stands still at a call until a signal comes, and its destination."""
     place, output = base / "real", base / "real" / f"out{at}"
     shutil.rmtree(output, ignore_errors=True)
     marker = base / f"marker{at}"
     marker.unlink(missing_ok=True)
-    command = [sys.executable, "-c", PAUSED, TESTS, str(at), marker, str(seconds), place]
+    command = [sys.executable, "-c", PAUSED, TESTS, str(at), marker, place]
     command += [place / "source", output, "-k", "3", "-q", "-j", "1"]
     pipe = subprocess.PIPE
     child = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
-    end = time.monotonic() + 30
-    while not marker.exists() and child.poll() is None and time.monotonic() < end:
+    while not marker.exists() and child.poll() is None:
         time.sleep(0.005)
     assert marker.exists(), child.communicate()
     return child, output
@@ -186,9 +191,9 @@ def check_resumed(base: Path, output: Path, whole: dict[str, bytes]) -> None:
 @pytest.mark.parametrize("at", [8, 20, 35, 50, 65, 80, 95, 100, 108])
 def test_a_run_that_is_killed(base: Path, whole: dict[str, bytes], at: int) -> None:
     """SIGKILL of the real command at one of its calls."""
-    child, output = paused(base, at, 60)
+    child, output = paused(base, at)
     child.kill()
-    child.communicate(timeout=30)
+    child.communicate()
     check_resumed(base, output, whole)
 
 
@@ -208,11 +213,11 @@ def test_a_run_that_is_interrupted(
     base: Path, whole: dict[str, bytes], at: int, signals: list[signal.Signals]
 ) -> None:
     """130, one line, resumable: while it plans, writes and ends, and twice in a row too."""
-    child, output = paused(base, at, 0.3)
+    child, output = paused(base, at)
     for number in signals:
         child.send_signal(number)
         time.sleep(0.01)
-    assert child.communicate(timeout=30) == ("", RESUMES)
+    assert child.communicate(timeout=120) == ("", RESUMES)
     assert child.returncode == 130
     check_resumed(base, output, whole)
 

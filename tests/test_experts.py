@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -379,10 +378,8 @@ def test_a_broken_pattern_is_one_line(pattern: str) -> None:
 def test_a_pattern_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     """An expression that backtracks without end costs some seconds, not the session."""
     monkeypatch.setattr(pattern, "_SEARCH_SECONDS", 0.5)
-    start = time.monotonic()
-    with pytest.raises(UsageError, match="took longer"):
+    with pytest.raises(UsageError, match="took longer"):  # or it would take for ever
         by_pattern("(a+)+b", ["a" * 60 + ".0"])
-    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,7 @@ def test_what_only_some_runs_ask_for_is_waited_for_too(lab: Lab, request_: str) 
 def test_bytes_that_break_off_are_taken_up_again(lab: Lab, action: Action, to: str) -> None:
     """Truncated and stalled bodies cost another request, not the shard."""
     hub = lab.start()
-    lab.monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    lab.monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1.0)
     faults = [
         hub.fault(lambda r: r.host == "cdn" and r.headers["range"] != "bytes=0-32767", action, nth)
         for nth in (1, 3)

@@ -66,7 +66,7 @@ def failing(hub: Hub, path: str) -> tuple[type[Exception], int]:
     headers = {"Authorization": f"Bearer {hub.token}"}
     url = hf_hub_url(SRC, path, endpoint=hub.endpoint)
     with pytest.raises(httpx2.TransportError) as caught:  # noqa: SIM117
-        with get_session().stream("GET", url, headers=headers, timeout=1) as response:
+        with get_session().stream("GET", url, headers=headers, timeout=2) as response:
             for piece in response.iter_raw():
                 got += len(piece)
     return caught.type, got
@@ -317,10 +317,10 @@ def test_a_stall_ends_when_it_is_released(start: Start) -> None:
     found: list[tuple] = []
     reader = threading.Thread(target=lambda: found.append(read_range(hub, "model.safetensors")))
     reader.start()
-    fault.wait(5)
+    fault.wait()
     assert not found
     fault.release()
-    reader.join(5)
+    reader.join()
     assert found == [(200, WEIGHTS)]
 
 
@@ -398,7 +398,7 @@ def test_a_child_process_uses_the_hub_and_can_be_killed(start: Start, tmp_path: 
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         assert child.stdout.readline().decode().strip() == hub.branches(SRC)["main"]
-        fault.wait(20)
+        fault.wait()
         child.send_signal(signal.SIGKILL)
     assert child.returncode == -signal.SIGKILL
     subprocess.run(command, env=environment, check=True, capture_output=True)

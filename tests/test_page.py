@@ -308,7 +308,7 @@ def test_a_browser_draws_it_at_phone_width(
         [chromium, *flags.split(), profile, file.as_uri()],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=True,
     )
     (title,) = re.findall(r"<title>(\[.*?\])</title>", child.stdout)

@@ -558,7 +558,7 @@ def test_many_runs_at_once(source: Path, tmp_path: Path, whole: Tree, same: bool
         command = [sys.executable, "-m", "moescale", source, out, "-k", experts, "-q"]
         command += [] if same else ["--overwrite"]
         children.append(subprocess.Popen(command, stdout=-3, stderr=subprocess.PIPE, text=True))
-    ends = [(child.communicate(timeout=60)[1], child.returncode) for child in children]
+    ends = [(child.communicate(timeout=300)[1], child.returncode) for child in children]
     assert {code for _, code in ends} <= {0, 3}, ends
     assert 0 in {code for _, code in ends}
     convert(source, tmp_path / "four", experts=4)
