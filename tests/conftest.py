@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from hypothesis import settings
 
 settings.register_profile("moescale", deadline=None)  # a busy machine is no failure
 settings.load_profile("moescale")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as behind & or nohup
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # or children would ignore it, too
 
 SET_BY_THE_COMMAND = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_VERBOSITY", "OPENBLAS_NUM_THREADS")
 

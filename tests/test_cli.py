@@ -683,7 +683,7 @@ write, marker, told = local_bench.LocalWriter.write, Path(sys.argv[1]), signals.
 def slow(self, data):
     write(self, data)
     marker.write_bytes(b"")
-    told.wait(600)
+    told.wait(100)
     time.sleep(0.1)
 local_bench.LocalWriter.write = slow
 sys.argv[:2] = ["moescale"]
@@ -757,7 +757,7 @@ def slow(*arguments):
     for number, piece in enumerate(expected(*arguments)):
         if number >= 3:  # of a shard, since all other files are shorter
             marker.write_text(str(number))
-            told.wait(600)
+            told.wait(100)
             time.sleep(0.1)
         yield piece
 verify.expected = slow

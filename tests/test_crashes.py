@@ -146,7 +146,7 @@ interrupts.listen()
 at, marker, folder = int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
 def stand():
     marker.touch()
-    told.wait(600)
+    told.wait(100)
     time.sleep(0.2)
 Calls(folder, Fault("act", CHANGING, at, act=stand)).install()
 sys.argv[:5] = ["moescale"]
