@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import torch
 import transformers
 from safetensors.torch import load as read_tensors
@@ -35,7 +33,6 @@ __all__ = [
     "load",
     "mtp_outputs",
     "other_outputs",
-    "outputs",
     "routed_outputs",
 ]
 
@@ -72,32 +69,15 @@ def build(
     (the types in `PUBLISHED`).
     """
     tiny = TINY[entry_id]
-    if config:
-        _save(
-            _random_model(tiny, _merged(tiny.config, config), seed), directory, tiny, fused, dtype
-        )
-    else:
-        checkpoints.write_files(directory, _made(entry_id, fused, seed, dtype))
+    model = _random_model(tiny, _merged(tiny.config, config or {}), seed)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+    model.save_pretrained(directory, save_original_format=not fused, max_shard_size=tiny.shard)
     if published:
         _write(directory, PUBLISHED[entry_id](_read(directory)))
     if mtp:
         tensors = _read(directory)
         _write(directory, tensors, _mtp_block(tensors, tiny))
-
-
-@cache
-def _made(entry_id: str, fused: bool, seed: int, dtype: str) -> dict[str, bytes]:
-    """The files of a checkpoint of this type as its row says, made once a process."""
-    tiny = TINY[entry_id]
-    with tempfile.TemporaryDirectory() as folder:
-        _save(_random_model(tiny, tiny.config, seed), Path(folder), tiny, fused, dtype)
-        return checkpoints.tree(Path(folder))
-
-
-def _save(model: PreTrainedModel, directory: Path, tiny: Tiny, fused: bool, dtype: str) -> None:
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(getattr(torch, dtype))
-    model.save_pretrained(directory, save_original_format=not fused, max_shard_size=tiny.shard)
 
 
 def _random_model(tiny: Tiny, overrides: Overrides, seed: int) -> PreTrainedModel:
@@ -330,10 +310,8 @@ def mtp_outputs(
 @torch.no_grad()
 def other_outputs(directory: Path, entry_id: str, *, inputs_seed: int = 0) -> dict[str, Tensor]:
     """The outputs of all shared experts and of one attention module for fixed inputs, by path."""
-    return _others(load(directory, entry_id), TINY[entry_id], inputs_seed)
-
-
-def _others(model: PreTrainedModel, tiny: Tiny, inputs_seed: int) -> dict[str, Tensor]:
+    tiny = TINY[entry_id]
+    model = load(directory, entry_id)
     hidden, token_ids = _inputs(model, inputs_seed)
     outputs: dict[str, Tensor] = {}
     for moe in _blocks(model, tiny):
@@ -359,10 +337,8 @@ def generates(directory: Path, entry_id: str) -> int:
 @torch.no_grad()
 def experts_used(directory: Path, entry_id: str) -> dict[str, int]:
     """As `generates`, by the path of the MoE block (of those that such a run reaches)."""
-    return _used(load(directory, entry_id), TINY[entry_id])
-
-
-def _used(model: PreTrainedModel, tiny: Tiny) -> dict[str, int]:
+    tiny = TINY[entry_id]
+    model = load(directory, entry_id)
     name, width = WIDTHS[tiny.width]
     used: dict[str, int] = {}
 
@@ -373,23 +349,6 @@ def _used(model: PreTrainedModel, tiny: Tiny) -> dict[str, int]:
         moe.block.get_submodule(name).register_forward_hook(partial(note, moe.path))
     RUNS[tiny.run](model, *_inputs(model, 0))
     return used
-
-
-@dataclasses.dataclass(frozen=True)
-class Outputs:
-    """What `routed_outputs`, `other_outputs` and `experts_used` give, of one model loaded once."""
-
-    routed: dict[str, Tensor]
-    other: dict[str, Tensor]
-    used: dict[str, int]
-
-
-@torch.no_grad()
-def outputs(directory: Path, entry_id: str, *, top_k: int | None = None) -> Outputs:
-    """Run a checkpoint in every way; the routed outputs come last, as they silence parameters."""
-    tiny, model = TINY[entry_id], load(directory, entry_id, top_k=top_k)
-    other, used = _others(model, tiny, 0), _used(model, tiny)
-    return Outputs(_routed(model, tiny, 0), other, used)
 
 
 def _blocks(model: PreTrainedModel, tiny: Tiny) -> Iterator[MoE]:

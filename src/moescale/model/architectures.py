@@ -14,7 +14,7 @@ one tensor holds all experts. Whatever stands before the template (``model.``,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -53,11 +53,18 @@ class Flag:
     """The config key that switches renormalisation; `default` is what the class takes without.
 
     Where the config does not say `only_if` (a key and its value), the weights sum to 1 anyway.
+    `aliases` are other names of the key, which transformers' ``attribute_map`` takes.
     """
 
     key: str
     default: bool
     only_if: tuple[str, str] | None = None
+    aliases: Sequence[str] = ()
+
+    def value(self, section: Mapping[str, Any]) -> Any:
+        """What the config says, None where it does not."""
+        keys = (self.key, *self.aliases)
+        return next((section[key] for key in keys if section.get(key) is not None), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +137,7 @@ class Architecture:
         fixed: why another count is refused.
         fixed_count: the number that the code fixes.
         no_effect: why scaling the down-projections has no effect on this model.
+        no_effect_if: config key that turns on what `no_effect` is about; None: it is always so.
         partly: what scaling the down-projections does not reach.
         scale_key: config key of a constant that multiplies the routed output.
         folds: every engine that was looked at multiplies the routed output, and nothing else, by
@@ -150,6 +158,7 @@ class Architecture:
     fixed: str | None = None
     fixed_count: int | None = None
     no_effect: str | None = None
+    no_effect_if: str | None = None
     partly: str | None = None
     scale_key: str | None = None
     folds: bool = False
@@ -166,6 +175,19 @@ _PER_TOKEN = ("num_experts_per_token", "num_experts_per_tok")
 _MOE_TOPK = ("num_experts_per_tok", "moe_topk")
 _MOE_TOTAL = ("moe_num_experts", "num_experts")
 _SCALE = "routed_scaling_factor"
+
+
+V4_EXPERTS: Final = (
+    "layers.{L}.ffn.experts.{E}.w2",
+    "mtp.{L}.ffn.experts.{E}.w2",
+    "layers.{L}.mlp.experts.down_proj",
+    "mtp.{L}.mlp.experts.down_proj",
+)
+_HASHED = (
+    "its hash layers choose experts from a table with one column an expert per token"
+    " (gate.tid2eid), which would have to be cut or invented"
+)
+_MOE_RENORMALIZE = Flag("moe_renormalize", True, aliases=("norm_topk_prob",))
 
 
 def _group_limited(model_type: str, weights: Weights, **more: Any) -> Architecture:
@@ -187,6 +209,11 @@ ROWS: Final[tuple[Architecture, ...]] = (
     Architecture("minimax_m2", SPARSE_MOE, ALWAYS, moe_layers=All()),
     Architecture("minimax_m3_vl", SPARSE_MOE, ALWAYS, scale_key=_SCALE, folds=True),
     Architecture("minimax_m3_vl_text", SPARSE_MOE, ALWAYS, scale_key=_SCALE, folds=True),
+    # The text model of minimax_m3_vl: sglang 0.5.23 minimax_m3.py
+    Architecture("minimax_m3", SPARSE_MOE, ALWAYS, scale_key=_SCALE, folds=True),
+    # Softmax, renormalised: the config.json of MiniMax-M1 and the model file of its repo
+    Architecture("minimax_m1", SPARSE_MOE, ALWAYS, moe_layers=All()),
+    Architecture("minimax_text_01", SPARSE_MOE, ALWAYS, moe_layers=All()),
     Architecture(
         "phimoe",
         SPARSE_MOE,
@@ -237,12 +264,21 @@ ROWS: Final[tuple[Architecture, ...]] = (
     ),
     _group_limited(
         "kimi_linear",
-        Flag("moe_renormalize", True),
+        _MOE_RENORMALIZE,
         experts=SPARSE_MOE,
         count=_PER_TOKEN,
         folds=True,
     ),
-    _group_limited("bailing_hybrid", Flag("moe_renormalize", True), count=_PER_TOKEN, folds=True),
+    # sglang 0.5.23 kimi_k3.py: routed_expert_norm follows the routed sum
+    _group_limited(
+        "kimi_k3",
+        _MOE_RENORMALIZE,
+        experts=SPARSE_MOE,
+        count=_PER_TOKEN,
+        no_effect="a norm on the routed sum (routed_expert_norm) removes every factor",
+        no_effect_if="latent_moe_use_norm",
+    ),
+    _group_limited("bailing_hybrid", _MOE_RENORMALIZE, count=_PER_TOKEN, folds=True),
     _group_limited("exaone_moe", NORM_TRUE, folds=True),
     _group_limited("dots1", NORM_FALSE, folds=True),
     _group_limited("glm4_moe", NORM_TRUE, moe_layers=FirstDense(1), folds=True),
@@ -259,6 +295,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         for model_type in ("hy_v4", "hy_v4_vl", "hy_v4_vl_text")
     ),
     _group_limited("mimo_v2_flash", NORM_TRUE),
+    _group_limited("mimo_v2", NORM_TRUE),  # sglang 0.5.23 mimo_v2.py: one class for both
     _group_limited("solar_open", NORM_TRUE),
     _group_limited("sarvam_moe", NORM_TRUE, moe_layers=FirstDense(1)),
     _group_limited("sarvam_mla", NORM_TRUE, moe_layers=FirstDense(1)),
@@ -292,24 +329,45 @@ ROWS: Final[tuple[Architecture, ...]] = (
     ),
     Architecture(
         "deepseek_v4",
-        (
-            "layers.{L}.ffn.experts.{E}.w2",
-            "mtp.{L}.ffn.experts.{E}.w2",
-            "layers.{L}.mlp.experts.down_proj",
-            "mtp.{L}.mlp.experts.down_proj",
-        ),
+        V4_EXPERTS,
         ALWAYS,
         moe_layers=All(),
-        fixed="its hash layers choose experts from a table with one column an expert per token"
-        " (gate.tid2eid), which would have to be cut or invented",
+        fixed=_HASHED,
         scale_key=_SCALE,
         folds=True,
     ),
+    # The copy of V4's config in public benchmarks of it: the same code
+    Architecture(
+        "deepseek_ref",
+        V4_EXPERTS,
+        ALWAYS,
+        moe_layers=All(),
+        fixed=_HASHED,
+        scale_key=_SCALE,
+        folds=True,
+    ),
+    # V4.1 has no hash layers; its draft has a count and a number of experts of its own
+    *(
+        Architecture(
+            "deepseek_v41",
+            V4_EXPERTS,
+            NORM_TRUE,
+            part=part,
+            stacks=stacks,
+            count=(f"{key}num_experts_per_tok",),
+            total=(f"{key}n_routed_experts",),
+            scale_key=_SCALE,
+        )
+        for part, key, stacks in (("text", "", None), ("draft", "dspark_", frozenset({"mtp"})))
+    ),
+    Architecture("deepseek_v41_text", V4_EXPERTS, NORM_TRUE, scale_key=_SCALE),
     # One each
     Architecture("olmoe", MLP, NORM_FALSE, moe_layers=All()),
     Architecture("flex_olmo", MLP, NORM_FALSE, moe_layers=All(), no_effect=_POST_NORM),
     Architecture("mellum", MLP, NORM_TRUE),
     Architecture("hunyuan_v1_moe", MLP, ALWAYS, count=_MOE_TOPK),
+    # Tencent's own name of hunyuan_v1_moe: mlx-lm 0.32.2 hunyuan.py, sglang 0.5.23 hunyuan.py
+    Architecture("hunyuan", MLP, ALWAYS, count=_MOE_TOPK),
     Architecture("jamba", FEED_FORWARD, NEVER),
     Architecture(
         "ernie4_5_moe", MLP, ALWAYS, count=("num_experts_per_tok", "moe_k"), total=_MOE_TOTAL
@@ -352,10 +410,21 @@ ROWS: Final[tuple[Architecture, ...]] = (
             ("layers.{L}.moe.down_proj", "layers.{L}.mlp.experts.down_proj"),
             ALWAYS,
             count=("moe_top_k", "num_experts_per_tok"),
-            total=("n_routed_experts", "moe_num_experts"),
+            total=("n_routed_experts", "moe_num_experts", "num_local_experts", "num_experts"),
             scale_key="moe_router_scaling_factor",
         )
         for model_type in ("step3p5", "step3p7")
+    ),
+    # Step3: sglang 0.5.23 step3_vl.py
+    *(
+        Architecture(
+            model_type,
+            ("layers.{L}.moe.down_proj", "layers.{L}.mlp.experts.down_proj"),
+            Flag("norm_expert_weight", False),
+            count=("moe_top_k",),
+            total=("moe_num_experts",),
+        )
+        for model_type in ("step3_vl", "step3_text")
     ),
     Architecture("granitemoe", GRANITE, ALWAYS, moe_layers=All()),
     Architecture("granitemoeshared", GRANITE, ALWAYS, moe_layers=All()),
@@ -445,6 +514,11 @@ ROWS: Final[tuple[Architecture, ...]] = (
     Architecture("deepseek", MLP, NORM_FALSE, moe_layers=FirstDense(0)),
     _group_limited("bailing_moe", NORM_TRUE, moe_layers=FirstDense(0), folds=True),
     _group_limited("bailing_moe_v2", NORM_TRUE, moe_layers=FirstDense(0), folds=True),
+    # sglang 0.5.23: sdar_moe.py, bailing_moe_linear.py, llada2.py, xllm.py
+    Architecture("sdar_moe", MLP, NORM_TRUE),
+    _group_limited("bailing_moe_linear", NORM_TRUE, moe_layers=FirstDense(0), folds=True),
+    _group_limited("llada2_moe", NORM_TRUE, moe_layers=FirstDense(0)),
+    _group_limited("joyai_llm_flash", NORM_TRUE, folds=True),  # mlx-lm 0.32.2: deepseek_v3
     Architecture("arctic", SPARSE_MOE, ALWAYS),
     Architecture("minicpm", ("layers.{L}.mlp.experts.{E}.w2",), ALWAYS),
     Architecture("xverse", MLP, ALWAYS, count=("moe_top_k",), moe_layers=All()),

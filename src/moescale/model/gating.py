@@ -43,6 +43,7 @@ class Gating:
         group_best: how many of its best scores a group is chosen by, where the router has groups.
         zero_centred: the norm multiplies by 1 + weight.
         bias_key: config key that says, by false, that there is no `bias`.
+        bias_optional: models of the type have `bias` or not; the tensors tell.
         idle_key: config key that counts the experts without weights, which come last.
         cap_key: config key of the bound that a tanh squeezes the logits into; 0 for none.
         grid: the logits are two halves, and each expert has the sum of one of each.
@@ -59,6 +60,7 @@ class Gating:
     group_best: int = 2
     zero_centred: bool = False
     bias_key: str | None = None
+    bias_optional: bool = False
     idle_key: str | None = None
     cap_key: str | None = None
     grid: bool = False
@@ -120,7 +122,17 @@ INKLING: Final = replace(
 )
 
 _ROWS: Final[tuple[tuple[Gating | Other, Sequence[str]], ...]] = (
-    (MIXTRAL, ("mixtral", "minimax")),
+    (MIXTRAL, ("mixtral", "minimax", "minimax_m1", "minimax_text_01")),
+    (
+        replace(
+            SIGMOID,
+            score="softmax",
+            score_key="score_function",
+            bias_optional=True,
+        ),
+        ("bailing_moe",),
+    ),
+    (replace(SIGMOID, score_key="score_function"), ("bailing_moe_linear", "llada2_moe")),
     (
         SOFTMAX,
         (
@@ -128,13 +140,13 @@ _ROWS: Final[tuple[tuple[Gating | Other, Sequence[str]], ...]] = (
             *("lara_mini", "qwen3_omni_moe_thinker"),
             *("qwen3_omni_moe/thinker", "qwen3_omni_moe/talker"),
             *("mistral4", "mistral3"),
-            *("deepseek", "bailing_moe", "minicpm"),
+            *("deepseek", "minicpm", "sdar_moe"),
         ),
     ),
     (CENTRED, ("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text")),
     (replace(SOFTMAX, group_best=1), ("deepseek_v2", "deepseek_ocr2", "unlimited_ocr")),
     (replace(SOFTMAX, norm=()), ("flex_olmo",)),
-    (replace(SOFTMAX, weight=("mlp.gate.wg.weight",)), ("hunyuan_v1_moe",)),
+    (replace(SOFTMAX, weight=("mlp.gate.wg.weight",)), ("hunyuan_v1_moe", "hunyuan")),
     (replace(SOFTMAX, score="sigmoid"), ("flint",)),
     (
         replace(
@@ -172,14 +184,25 @@ _ROWS: Final[tuple[tuple[Gating | Other, Sequence[str]], ...]] = (
             *("deepseek_v3", "deepseek_v32", "kimi_k25", "kimi_k2", "bailing_hybrid"),
             *("exaone_moe", "dots1", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm4v_moe_text"),
             *("glm_moe_dsa", "glm5_next", "glm5_next_text", "hy_v4", "hy_v4_vl", "hy_v4_vl_text"),
-            *("mimo_v2_flash", "solar_open", "axk1", "dots3_note/text", "dots3_note_text"),
+            *(
+                "mimo_v2_flash",
+                "mimo_v2",
+                "joyai_llm_flash",
+                "solar_open",
+                "axk1",
+                "dots3_note/text",
+                "dots3_note_text",
+            ),
             *("sarvam_moe", "sarvam_mla", "bailing_moe_v2"),
         ),
     ),
     (replace(SIGMOID, norm=("pre_feedforward_layernorm.weight",)), ("beam",)),
     (NEMOTRON, ("nemotron_h", "nemotron_h_omni", "nemo_speechlm")),
-    (SPARSE_SIGMOID, ("minimax_m2", "kimi_linear")),
-    (replace(SPARSE_SIGMOID, zero_centred=True), ("minimax_m3_vl", "minimax_m3_vl_text")),
+    (SPARSE_SIGMOID, ("minimax_m2", "kimi_linear", "kimi_k3")),
+    (
+        replace(SPARSE_SIGMOID, zero_centred=True),
+        ("minimax_m3", "minimax_m3_vl", "minimax_m3_vl_text"),
+    ),
     (
         replace(
             SIGMOID,
@@ -228,7 +251,7 @@ _ROWS: Final[tuple[tuple[Gating | Other, Sequence[str]], ...]] = (
         ),
         ("dots3_note/vision",),
     ),
-    (V4, ("deepseek_v4",)),
+    (V4, ("deepseek_v4", "deepseek_ref")),
     (INKLING, ("inkling_mm_model", "inkling_text")),
     (
         replace(INKLING, score_key="scoring_func"),
@@ -268,7 +291,10 @@ _ROWS: Final[tuple[tuple[Gating | Other, Sequence[str]], ...]] = (
     ),
     (
         Other("its code is not part of transformers, so that nothing could be compared"),
-        ("deepseek_vl_v2", "arctic", "xverse", "grok-1"),
+        (
+            *("deepseek_vl_v2", "arctic", "xverse", "grok-1", "step3_vl", "step3_text"),
+            *("deepseek_v41/text", "deepseek_v41/draft", "deepseek_v41_text"),
+        ),
     ),
 )
 
@@ -354,6 +380,8 @@ def find_routers(
     by_name = {plain_name(t.name): t for t in tensors if t.name.endswith(ends)}
     by_layer = {p.layer: p for p in projections}
     biased = gating.bias_key is None or section.get(gating.bias_key) is not False
+    if gating.bias_optional:
+        biased = any(name.endswith((*gating.bias, *CHOICE_BIASES)) for name in by_name)
     normed = gating.norm and option == RULE
 
     def one(beside: Projection, names: Sequence[str], known: Sequence[str]) -> Tensor:

@@ -27,6 +27,7 @@ from moescale.model.names import plain_name, refuse_unmerged
 from moescale.model.pattern import find_by_pattern
 from moescale.model.router import Router, group_limit, router_of
 from moescale.model.shapes import check_shapes
+from moescale.model.unknown import unknown_tensors, unread_keys
 from moescale.model.witness import Witness
 
 
@@ -125,6 +126,9 @@ def find_moe(
             *adapted,
             *_warnings(row, places, section),
             *_of_counts(row, section, total, held),
+            *(_other_type(config, row) if arch is None and pattern is None else ()),
+            *unread_keys(row, section),
+            *unknown_tensors(row, projections, tensors),
         ],
     )
 
@@ -238,6 +242,16 @@ def _router(row: Architecture, section: Mapping[str, Any]) -> Router | None:
     if row.model_type or "norm_topk_prob" in section:
         return router_of(row, section)
     return None
+
+
+def _other_type(config: Config, row: Architecture) -> Iterator[str]:
+    """That the config's own type is not known, and that of its text model was taken."""
+    outer = _model_types(config)[0]
+    if not architectures.parts(outer):
+        yield (
+            f"model type {outer!r} is not known; {row.model_type!r} of its text model is taken,"
+            " whose experts and router may be others"
+        )
 
 
 def _model_types(config: Config) -> list[str]:

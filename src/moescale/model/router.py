@@ -43,7 +43,7 @@ def router_of(architecture: Architecture, section: Mapping[str, Any]) -> Router:
     if isinstance(weights, Flag):
         if weights.only_if is not None and section.get(weights.only_if[0]) != weights.only_if[1]:
             return Router(True)
-        value = section.get(weights.key)
+        value = weights.value(section)
         return Router(weights.default if value is None else bool(value))
     if isinstance(weights, SharedSum):
         return Router(True, whole(section, weights.key, 0))
@@ -56,6 +56,12 @@ def router_of(architecture: Architecture, section: Mapping[str, Any]) -> Router:
             )
         return Router(power == 1)
     return Router(weights)
+
+
+def has_no_effect(architecture: Architecture, section: Mapping[str, Any]) -> bool:
+    """Whether something after the experts removes every factor."""
+    switch = architecture.no_effect_if
+    return bool(architecture.no_effect and (switch is None or section.get(switch)))
 
 
 def largest_count(architecture: Architecture, section: Mapping[str, Any], total: int) -> int:

@@ -12,7 +12,7 @@ from moescale.model.count import CONFIG, Config, parse_config, set_count
 from moescale.model.experts import Layer
 from moescale.model.formats import confirm
 from moescale.model.lookup import Moe, own_router
-from moescale.model.router import largest_count
+from moescale.model.router import has_no_effect, largest_count
 from moescale.model.scale_key import fold_factor
 from moescale.options import Options
 from moescale.planning.comparison import joined
@@ -213,7 +213,7 @@ def _experts(moe: Moe, options: Options) -> Experts:
             raise UnsupportedError(
                 f"{name} is {count}, but {limit}", hint=f"Choose from 1 to {largest}."
             )
-    if row.no_effect and options.method != "none":
+    if has_no_effect(row, moe.section) and options.method != "none":
         raise UnsupportedError(
             f"scaling has no effect on model type {moe.model_type!r}: {row.no_effect}",
             hint="--rule none changes the number of experts alone.",
