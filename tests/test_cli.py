@@ -471,6 +471,45 @@ def test_a_broken_file(
     assert not out.exists()
 
 
+EDITED = {
+    "a byte-order mark": (b"\xef\xbb\xbf{}", "byte-order mark", "Save it as UTF-8"),
+    "UTF-16": ("{}".encode("utf-16"), "UTF-16", "Save it as UTF-8"),
+    "UTF-16 without a mark": ("{}".encode("utf-16-le"), "UTF-16", "Save it as UTF-8"),
+    "another alphabet": ('{"a":\n "\u00e8"}'.encode("cp1252"), "line 2, column 3", "0xe8"),
+    "a comma": (b'{"a": 1,\n}', "line ", "a comma before the closing bracket"),
+    "a comma in a list": (b'{"a": [1,\n]}', "line ", "a comma before the closing bracket"),
+    "a comment": (b'{\n  // edited\n "a": 1}', "line 2, column 3", "a comment"),
+    "a comment at an end": (b'{"a": 1 # edited\n}', "line 1, column 9", "a comment"),
+    "single quotes": (b"{'a': 1}", "line 1, column 2", "single quotes"),
+    "Python's words": (b'{"a": True}', "line 1, column 7", "true, false"),
+    "no value": (b'{"a": , "b": 1}', "line 1, column 7", "a value is missing"),
+    "no comma": (b'{"a": 1\n"b": 1}', "line 2, column 1", "a comma is missing"),
+}
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("edit", EDITED)
+def test_a_file_that_an_editor_broke(
+    moescale: Command, source: Path, out: Path, name: str, edit: str
+) -> None:
+    """The cause is said with line and column, or how to save the file; nothing is to be fetched."""
+    content, *words = EDITED[edit]
+    (source / name).write_bytes(content)
+    done = moescale(source, out, "-k", 3)
+    fails(done, 3, f"{name}: is not valid JSON: ", *words)
+    assert "fetch" not in done.err
+    assert "damaged" not in done.err
+
+
+def test_a_file_that_is_cut_off(moescale: Command, source: Path, out: Path) -> None:
+    """Only what ends in the middle is to be fetched again."""
+    for name in ("config.json", "model-00002-of-00003.safetensors"):
+        whole = (source / name).read_bytes()
+        (source / name).write_bytes(whole[: len(whole) // 2])
+        fails(moescale(source, out, "-k", 3), 3, name, "fetch it again")
+        (source / name).write_bytes(whole)
+
+
 def test_an_index_that_leads_out_of_the_repo(moescale: Command, source: Path, out: Path) -> None:
     """A shard name with dots never reaches the file system."""
     index = {"weight_map": {"a": "../../etc/shadow"}}

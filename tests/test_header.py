@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from properties import NAME, header_holds, parse, with_header
 
 from moescale.checkpoint.dtypes import BITS
+from moescale.checkpoint.header import header_length
 from moescale.errors import CheckpointError
 
 
@@ -112,6 +113,14 @@ def test_refuses_a_file_without_a_length(file: bytes) -> None:
 def test_refuses_a_length_that_cannot_be_true(length: int) -> None:
     """A header longer than the file, or than any header may be, is refused before it is read."""
     assert "claims" in refused(struct.pack("<Q", length) + b"{}")
+
+
+def test_refuses_a_header_over_the_limit_of_the_format() -> None:
+    """It is no damage: the limit is said, and what to do, since no download mends it."""
+    with pytest.raises(CheckpointError, match=r"100,000,001 .* 100,000,000 that") as caught:
+        header_length(struct.pack("<Q", 100_000_001), 1 << 30, "x.safetensors")
+    assert "in more shards" in str(caught.value)
+    assert "fetch" not in str(caught.value)
 
 
 JSON_FAULTS = {

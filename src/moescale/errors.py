@@ -68,8 +68,6 @@ class CheckpointError(SourceError):
     Raised while a plan is made: for a config, an index, a header, a missing shard or expert.
     """
 
-    advice = "The checkpoint is damaged, or its files are of different versions; fetch it again."
-
 
 class UnsupportedError(SourceError):
     """The checkpoint is well formed, but what was asked for cannot be done to it exactly.

@@ -23,6 +23,8 @@ MAX_HEADER_BYTES = 100_000_000
 _U64 = 1 << 64
 _LFS = b"version "
 """How the small files begin that Git leaves in place of large ones."""
+_CUT = "The file is incomplete or has something appended; fetch it again."
+_WRONG = "safetensors refuses such a file, too; the program that wrote it has to write it again."
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
@@ -62,14 +64,19 @@ def header_length(first: bytes, file_size: int, where: str) -> int:
         CheckpointError: the file is too short, or the length cannot be true.
     """
     if file_size < LENGTH_BYTES or len(first) < LENGTH_BYTES:
-        raise _bad(where, f"{file_size} bytes are too few for a safetensors file")
+        raise _bad(where, f"{file_size} bytes are too few for a safetensors file", _CUT)
     if first[:LENGTH_BYTES] == _LFS:
         raise _bad(where, "is a Git LFS pointer, not the file itself", hint="Run git lfs pull.")
     length = int.from_bytes(first[:LENGTH_BYTES], "little")
-    if length > MAX_HEADER_BYTES:
-        raise _bad(where, f"the header claims {length} bytes, more than {MAX_HEADER_BYTES}")
     if length > file_size - LENGTH_BYTES:
-        raise _bad(where, f"the header claims {length} bytes, the file has {file_size}")
+        raise _bad(where, f"the header claims {length} bytes, the file has {file_size}", _CUT)
+    if length > MAX_HEADER_BYTES:
+        raise _bad(
+            where,
+            f"the header claims {length:,} bytes, more than the {MAX_HEADER_BYTES:,} that"
+            " safetensors reads",
+            "No reader of the format takes the file: write the model in more shards.",
+        )
     return length
 
 
@@ -171,10 +178,10 @@ def _in_place(
         raise _bad(
             where,
             f"the header describes {position} bytes, the file has {file_size}",
-            hint="The file is incomplete or has something appended; fetch it again.",
+            hint=_CUT,
         )
     return tuple(result)
 
 
-def _bad(where: str, why: str, hint: str | None = None) -> CheckpointError:
+def _bad(where: str, why: str, hint: str = _WRONG) -> CheckpointError:
     return CheckpointError(f"{where}: {why}", hint=hint)

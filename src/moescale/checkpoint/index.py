@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moescale.checkpoint.header import Header
+from moescale.checkpoint.json_faults import decoded, not_json
 from moescale.checkpoint.json_text import parse_strict
 from moescale.errors import CheckpointError
 
@@ -24,6 +25,7 @@ _PART = re.compile(
     re.IGNORECASE,
 )
 """Which part of how many a file is, however that is spelled."""
+_ANEW = "Write the index anew, or remove it; the output gets one."
 _OTHER_WEIGHTS = re.compile(r"(consolidated|adapter_)")
 
 
@@ -46,7 +48,10 @@ def index_name(files: Iterable[str]) -> str | None:
     if INDEX in found or not found:
         return INDEX if found else None
     if len(found) > 1:
-        raise CheckpointError(f"several indexes and no {INDEX}: {', '.join(sorted(found))}")
+        raise CheckpointError(
+            f"several indexes and no {INDEX}: {', '.join(sorted(found))}",
+            hint=f"Name the one that belongs to the model {INDEX}, or remove the others.",
+        )
     return found[0]
 
 
@@ -57,16 +62,18 @@ def parse_index(data: bytes, where: str) -> Mapping[str, str]:
         CheckpointError: it is not such a map.
     """
     try:
-        text = data.decode()
+        text = decoded(data)
         del data  # an index may have many megabytes
         weight_map = _scanned(text) or _parsed(text)
     except ValueError as error:
-        raise CheckpointError(f"{where}: is not valid JSON: {error}") from None
+        raise not_json(where, error) from None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{where}: has no weight_map")
+        raise CheckpointError(f"{where}: has no weight_map", hint=_ANEW)
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str):
-            raise CheckpointError(f"{where}: the shard of tensor {tensor!r} is not a file name")
+            raise CheckpointError(
+                f"{where}: the shard of tensor {tensor!r} is not a file name", hint=_ANEW
+            )
     return weight_map
 
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from json.decoder import scanstring  # type: ignore[attr-defined]
 from typing import Any
 
+from moescale.checkpoint.json_faults import fault_in
+
 Span = tuple[int, int]
 Path = tuple[str | int, ...]
 
@@ -76,6 +78,8 @@ def _parse(text: str, *, check_surrogates: bool = False, **hooks: Any) -> Any:
         return json.loads(text, **hooks)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise fault_in(text, error) from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moescale.checkpoint.json_faults import decoded, not_json
 from moescale.checkpoint.json_text import (
     Path,
     parse_lenient,
@@ -53,10 +54,10 @@ def parse_config(data: bytes) -> Config:
         CheckpointError: it is not a JSON object in UTF-8.
     """
     try:
-        text = data.decode()
+        text = decoded(data)
         value = parse_lenient(text)
     except ValueError as error:
-        raise CheckpointError(f"{CONFIG}: is not valid JSON: {error}") from None
+        raise not_json(CONFIG, error) from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{CONFIG}: is not a JSON object")
     return Config(text, value)
