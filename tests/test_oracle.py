@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from tiny_models import TINY, build, generates, other_outputs, routed_outputs
+from tiny_models import TINY, build, generates, outputs, routed_outputs
 
 from moescale import api
 from moescale.errors import UnsupportedError
-from moescale.model.architectures import SharedSum, find
+from moescale.model.architectures import find
 
 FACTOR = 0.7320508
 MORE = 3  # experts per token that every tiny model of a free count can be given; all have 2
@@ -57,63 +57,49 @@ def assert_scaled(before: dict, after: dict, factor: float) -> None:
 def test_routed_output_is_the_factor_times_the_original(
     entry: str, fused: bool, tmp_path: Path
 ) -> None:
-    """With the same inputs and the same k, transformers computes factor times the old output."""
+    """With the same inputs and the same k, transformers computes factor times the old output.
+
+    Shared experts and attention compute the same bits. The factor is given for the hub's layout,
+    and is that of the default rule for the fused one.
+    """
     source, output = tmp_path / "source", tmp_path / "output"
     build(entry, source, fused=fused)
-    result = convert(source, output, entry, experts=MORE, factor=FACTOR)
-    assert len(set(result.plan.factors.values())) == 1
-    before = routed_outputs(source, entry, top_k=MORE)
-    after = routed_outputs(output, entry)
-    if entry in SCALES_IN_PART:
-        assert before.keys() == after.keys()
-    else:
-        assert_scaled(before, after, FACTOR)
-    assert generates(output, entry) == MORE
-    assert_untouched(source, output, entry)
-
-
-def assert_untouched(source: Path, output: Path, entry: str) -> None:
-    """Shared experts and attention compute the same bits."""
-    after = other_outputs(output, entry)
-    for path, tensor in other_outputs(source, entry).items():
-        if isinstance(ROWS[entry].weights, SharedSum) and "shared" in path:
-            continue  # their gate weights depend on k, of which the plan warns
-        assert torch.equal(tensor, after[path]), path
-
-
-@pytest.mark.parametrize("entry", LINEAR)
-def test_the_default_rule_takes_the_closed_form(entry: str, tmp_path: Path) -> None:
-    """Without a factor, the output is scaled by what the plan says for this router."""
-    source, output = tmp_path / "source", tmp_path / "output"
-    build(entry, source)
-    plan = convert(source, output, entry, experts=MORE).plan
+    plan = convert(source, output, entry, experts=MORE, factor=None if fused else FACTOR).plan
     (factor,) = set(plan.factors.values())
+    assert factor == pytest.approx(closed_form(plan) if fused else FACTOR)
+    before, after = outputs(source, entry, top_k=MORE), outputs(output, entry)
+    if entry in SCALES_IN_PART:
+        assert before.routed.keys() == after.routed.keys()
+    else:
+        assert_scaled(before.routed, after.routed, factor)
+    assert set(after.used.values()) == {MORE}
+    assert before.other.keys() == after.other.keys()
+    for path, tensor in before.other.items():
+        assert torch.equal(tensor, after.other[path]), path
+
+
+def closed_form(plan: api.Plan) -> float:
+    """The factor of the default rule for the router of a plan, from 2 experts to `MORE`."""
     assert plan.router is not None
     if plan.router.shared:
-        expected = (
-            (2 / (2 + plan.router.shared) ** 2) / (3 / (3 + plan.router.shared) ** 2)
-        ) ** 0.5
-    else:
-        expected = (3 / 2) ** 0.5 if plan.router.renormalised else (2 / 3) ** 0.5
-    assert factor == pytest.approx(expected)
-    if entry not in SCALES_IN_PART:
-        before = routed_outputs(source, entry, top_k=MORE)
-        assert_scaled(before, routed_outputs(output, entry), factor)
+        shared = plan.router.shared
+        return ((2 / (2 + shared) ** 2) / (3 / (3 + shared) ** 2)) ** 0.5
+    return float((3 / 2) ** 0.5 if plan.router.renormalised else (2 / 3) ** 0.5)
 
 
 @torch.no_grad()
 def block_outputs(directory: Path, entry: str) -> dict[str, torch.Tensor]:
     """The whole output of each MoE block, its shared experts set to zero, for fixed inputs."""
     tiny, model = TINY[entry], tiny_models.load(directory, entry)
-    outputs: dict[str, torch.Tensor] = {}
+    found: dict[str, torch.Tensor] = {}
     for number, moe in enumerate(tiny_models._blocks(model, tiny)):
         for shared in tiny_models._shared(model, moe, tiny).values():
             for parameter in shared.parameters():
                 parameter.zero_()
         hidden, token_ids = tiny_models._inputs(model, number)
-        with tiny_models._watch({moe.path: moe.block}, outputs):
+        with tiny_models._watch({moe.path: moe.block}, found):
             tiny_models.FEEDS[tiny.feed](moe.block, hidden, token_ids)
-    return outputs
+    return found
 
 
 @pytest.mark.parametrize("entry", FOLDS)

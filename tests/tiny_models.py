@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import torch
 import transformers
 from safetensors.torch import load as read_tensors
@@ -33,6 +35,7 @@ __all__ = [
     "load",
     "mtp_outputs",
     "other_outputs",
+    "outputs",
     "routed_outputs",
 ]
 
@@ -69,15 +72,32 @@ def build(
     (the types in `PUBLISHED`).
     """
     tiny = TINY[entry_id]
-    model = _random_model(tiny, _merged(tiny.config, config or {}), seed)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(getattr(torch, dtype))
-    model.save_pretrained(directory, save_original_format=not fused, max_shard_size=tiny.shard)
+    if config:
+        _save(
+            _random_model(tiny, _merged(tiny.config, config), seed), directory, tiny, fused, dtype
+        )
+    else:
+        checkpoints.write_files(directory, _made(entry_id, fused, seed, dtype))
     if published:
         _write(directory, PUBLISHED[entry_id](_read(directory)))
     if mtp:
         tensors = _read(directory)
         _write(directory, tensors, _mtp_block(tensors, tiny))
+
+
+@cache
+def _made(entry_id: str, fused: bool, seed: int, dtype: str) -> dict[str, bytes]:
+    """The files of a checkpoint of this type as its row says, made once a process."""
+    tiny = TINY[entry_id]
+    with tempfile.TemporaryDirectory() as folder:
+        _save(_random_model(tiny, tiny.config, seed), Path(folder), tiny, fused, dtype)
+        return checkpoints.tree(Path(folder))
+
+
+def _save(model: PreTrainedModel, directory: Path, tiny: Tiny, fused: bool, dtype: str) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+    model.save_pretrained(directory, save_original_format=not fused, max_shard_size=tiny.shard)
 
 
 def _random_model(tiny: Tiny, overrides: Overrides, seed: int) -> PreTrainedModel:
@@ -310,8 +330,10 @@ def mtp_outputs(
 @torch.no_grad()
 def other_outputs(directory: Path, entry_id: str, *, inputs_seed: int = 0) -> dict[str, Tensor]:
     """The outputs of all shared experts and of one attention module for fixed inputs, by path."""
-    tiny = TINY[entry_id]
-    model = load(directory, entry_id)
+    return _others(load(directory, entry_id), TINY[entry_id], inputs_seed)
+
+
+def _others(model: PreTrainedModel, tiny: Tiny, inputs_seed: int) -> dict[str, Tensor]:
     hidden, token_ids = _inputs(model, inputs_seed)
     outputs: dict[str, Tensor] = {}
     for moe in _blocks(model, tiny):
@@ -337,8 +359,10 @@ def generates(directory: Path, entry_id: str) -> int:
 @torch.no_grad()
 def experts_used(directory: Path, entry_id: str) -> dict[str, int]:
     """As `generates`, by the path of the MoE block (of those that such a run reaches)."""
-    tiny = TINY[entry_id]
-    model = load(directory, entry_id)
+    return _used(load(directory, entry_id), TINY[entry_id])
+
+
+def _used(model: PreTrainedModel, tiny: Tiny) -> dict[str, int]:
     name, width = WIDTHS[tiny.width]
     used: dict[str, int] = {}
 
@@ -349,6 +373,23 @@ def experts_used(directory: Path, entry_id: str) -> dict[str, int]:
         moe.block.get_submodule(name).register_forward_hook(partial(note, moe.path))
     RUNS[tiny.run](model, *_inputs(model, 0))
     return used
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """What `routed_outputs`, `other_outputs` and `experts_used` give, of one model loaded once."""
+
+    routed: dict[str, Tensor]
+    other: dict[str, Tensor]
+    used: dict[str, int]
+
+
+@torch.no_grad()
+def outputs(directory: Path, entry_id: str, *, top_k: int | None = None) -> Outputs:
+    """Run a checkpoint in every way; the routed outputs come last, as they silence parameters."""
+    tiny, model = TINY[entry_id], load(directory, entry_id, top_k=top_k)
+    other, used = _others(model, tiny, 0), _used(model, tiny)
+    return Outputs(_routed(model, tiny, 0), other, used)
 
 
 def _blocks(model: PreTrainedModel, tiny: Tiny) -> Iterator[MoE]:
