@@ -49,7 +49,7 @@ def texts() -> tuple[bytes, bytes]:
     return data[:-_HELD_BACK], data[-_HELD_BACK:]
 
 
-def train(name: str, folder: Path, steps: int = 250) -> None:
+def train(name: str, folder: Path, steps: int = 400) -> None:
     """Write a checkpoint in bfloat16 and, beside its files, the held-back text as ``val.bin``."""
     train_text, held_back = texts()
     data = torch.frombuffer(bytearray(train_text), dtype=torch.uint8)
