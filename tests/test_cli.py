@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from typer.main import get_command
 
+from moescale import api
 from moescale.cli import app, main
 from moescale.version import __version__
 
@@ -413,7 +414,7 @@ def test_a_source_on_the_hub_that_is_misspelt(moescale: Command, out: Path) -> N
     """The line shows how a repo and a revision of it are written."""
     fails(moescale("hf:lab/source", out, "-k", 3), 2, "hf://org/name")
     fails(moescale("hf:/lab/source", "-k", 3, "--dry-run"), 2, "hf://org/name")
-    fails(moescale("lab/source@rev", out, "-k", 3), 3, "does not exist", "hf://org/name@rev")
+    fails(moescale("source", out, "-k", 3), 3, "does not exist", "hf://org/name@rev")
 
 
 # What this source does not allow: 3 ---------------------------------------------------------------
@@ -434,6 +435,40 @@ def test_the_limit_of_groups(moescale: Command, tmp_path: Path, out: Path) -> No
     source = checkpoints.deepseek(tmp_path / "source", n_group=2, topk_group=1)
     fails(moescale(source, out, "-k", 3), 3, "group", "1 to 2")
     assert moescale(source, out, "-k", 1).code == 0
+
+
+def test_a_path_that_is_nearly_right(moescale: Command, source: Path, out: Path) -> None:
+    """The folder that is meant is named, or the one that a file is in."""
+    for wrong in ("Source", "sourc", "source2"):
+        slip = source.with_name(wrong)
+        fails(moescale(slip, out, "-k", 3), 3, "does not exist", f"(did you mean {source}?)")
+    file = source / "config.json"
+    fails(moescale(file, out, "-k", 3), 3, "a file of a checkpoint", f"moescale {source} DST")
+
+
+def test_a_link_to_nowhere(moescale: Command, source: Path, tmp_path: Path) -> None:
+    """As a source and as a destination, its target is named."""
+    (tmp_path / "link").symlink_to("nowhere")
+    word = "is a link to nowhere, which does not exist"
+    fails(moescale(tmp_path / "link", tmp_path / "o", "-k", 3), 3, word)
+    fails(moescale(source, tmp_path / "link", "-k", 3), 3, word)
+
+
+def test_the_home_is_expanded(
+    moescale: Command, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In places and in the names of files, for the command and for the API."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert moescale("~/source", "~/out", "-k", 3, "-q").out == f"{tmp_path / 'out'}\n"
+    options = ("--factors", "~/out/moescale.json", "--report", "~/page.html")
+    assert moescale("~/source", "~/two", *options).code == 0
+    assert (tmp_path / "page.html").exists()
+    assert api.verify("~/source", "~/two").verified
+    assert api.plan(Path("~/source"), "~/three", experts=3).destination == str(tmp_path / "three")
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 @pytest.mark.parametrize("place", ["missing", "source/config.json"])

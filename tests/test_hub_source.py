@@ -18,7 +18,7 @@ from huggingface_hub import constants
 
 from moescale.errors import RewriteError, SourceError, TemporaryError, UsageError
 from moescale.repos import hub as hub_module
-from moescale.repos.hub import HubPlace, is_repo_id, parse_place
+from moescale.repos.hub import HubPlace, from_address, is_repo_id, parse_place
 from moescale.repos.hub_source import HubSource
 
 LARGE = r"^(cdn|api /lab/mix/resolve)"
@@ -48,6 +48,8 @@ def everything(folder: Path) -> set[str]:
         ("hf://org/name@refs/pr/12", "org/name", "refs/pr/12"),
         ("hf://org/name@feature/a@b", "org/name", "feature/a@b"),
         ("hf://org/name@" + "a" * 40, "org/name", "a" * 40),
+        ("org/name@rev", "org/name", "rev"),
+        ("hf://org/name/", "org/name", None),
     ],
 )
 def test_a_place_is_read(text: str, repo: str, revision: str | None) -> None:
@@ -57,12 +59,53 @@ def test_a_place_is_read(text: str, repo: str, revision: str | None) -> None:
 
 
 @pytest.mark.parametrize(
+    ("address", "place"),
+    [
+        ("https://huggingface.co/org/name", "hf://org/name"),
+        ("http://huggingface.co/org/name/", "hf://org/name"),
+        ("https:/huggingface.co/org/name", "hf://org/name"),  # as a Path has it
+        ("huggingface.co/org/name", "hf://org/name"),
+        ("https://hf.co/org/name.git", "hf://org/name"),
+        ("https://www.huggingface.co/org/name?library=x#use", "hf://org/name"),
+        ("https://huggingface.co/org/name/tree/main", "hf://org/name@main"),
+        ("https://huggingface.co/org/name/tree/refs%2Fpr%2F1", "hf://org/name@refs/pr/1"),
+        ("https://huggingface.co/org/name/tree/v1/sub", "hf://org/name@v1/sub"),
+        ("https://huggingface.co/org/name/blob/main/config.json", "hf://org/name@main"),
+        ("https://huggingface.co/org/name/resolve/main/s/a.safetensors", "hf://org/name@main/s"),
+        ("https://huggingface.co/org/name/commit/abc", "hf://org/name@abc"),
+        ("org/name", None),
+        ("./x", None),
+        ("hf://org/name", None),
+    ],
+)
+def test_an_address_is_a_place(address: str, place: str | None) -> None:
+    """What is pasted from a browser means the repo, and the revision and folder it shows."""
+    assert from_address(address) == place
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://huggingface.co/datasets/org/name",
+        "https://huggingface.co/org",
+        "https://huggingface.co/org/name/discussions/3",
+        "https://example.org/org/name",
+    ],
+)
+def test_an_address_of_something_else_is_refused(address: str) -> None:
+    """It is an error of usage, and never a folder."""
+    with pytest.raises(UsageError, match="address"):
+        from_address(address)
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "hf://",
         "hf://name",
         "hf://org/name@",
-        "hf://a/b/c",
+        "hf://org/name//x",
+        "hf://org/name/../x",
         "hf://org/../x",
         "hf://org/na--me",
         "hf://org/name.",
@@ -76,6 +119,64 @@ def test_a_place_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="hf://org/name"):
         parse_place(text)
     assert not is_repo_id(text.removeprefix("hf://").partition("@")[0]) or text.endswith("@")
+
+
+FOLDERS = (
+    "lab/many/runs/500",
+    "hf://lab/many/runs/500",
+    "hf://lab/many@main/runs/500",
+    "lab/many/runs/500@main",
+    "https://huggingface.co/lab/many/tree/main/runs/500",
+)
+
+
+@pytest.mark.parametrize("place", FOLDERS)
+def test_a_folder_of_a_repo_is_a_checkpoint(lab: Lab, place: str) -> None:
+    """However it is said, the files below it are the source, and the plan says which."""
+    hub = lab.start()
+    lab.monkeypatch.chdir(lab.root)
+    files = {f"runs/500/{name}": content for name, content in lab.files.items()}
+    commit = hub.add_repo("lab/many", {**files, "runs/400/config.json": b"{}", "a.txt": b"a"})
+    out = lab.root / "out"
+    told = json.loads(lab.done(place, str(out), "-k", "3", "--verify", "--json").out)
+    assert told["source"] == {"kind": "hub", "id": "lab/many/runs/500", "revision": commit}
+    made = checkpoints.tree(out)
+    assert made.keys() == lab.source.keys() | {"moescale.json"}
+    assert rescaled(lab.source).items() <= made.items()
+    lab.done(place, PLACE, "-k", "3", "--verify")
+    assert lab.run("lab/many/runs/600", "-k", "3", "--dry-run").code == 3
+
+
+def test_offline_a_folder_of_a_repo_is_a_checkpoint(lab: Lab) -> None:
+    """The cache keeps the folders of a repo."""
+    hub = lab.start()
+    hub.add_repo(SRC, {f"a/b/{name}": content for name, content in lab.files.items()})
+    lab.fill_cache()
+    lab.monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for place in (f"{SRC}/a/b", f"hf://{SRC}@main/a/b"):
+        found = HubSource(parse_place(place))
+        assert set(found.files()) == lab.source.keys()
+        assert found.read("config.json") == lab.source["config.json"]
+
+
+def test_an_output_is_no_folder_of_a_repo(lab: Lab) -> None:
+    """A destination is a repo; an address is none, since only `hf://` uploads."""
+    lab.start()
+    for place, word in ((f"{PLACE}/sub", "folder"), ("https://hf.co/a/b", "hf://a/b")):
+        outcome = lab.run(SRC, place, "-k", "3")
+        assert outcome.code == 2
+        assert word in outcome.failure
+
+
+def test_a_slip_beside_a_local_folder_is_said(lab: Lab) -> None:
+    """Where a folder of the first name is here, the path that is meant is named."""
+    lab.start()
+    lab.monkeypatch.chdir(lab.root)
+    shutil.copytree(lab.folder, lab.root / "m" / "tiny")
+    outcome = lab.run("m/tinyy", "-k", "3", "--dry-run")
+    assert outcome.code == 3
+    assert "does not exist (did you mean m/tiny?)" in outcome.failure
+    assert "hf://m/tinyy: not found" in outcome.failure
 
 
 def test_a_directory_wins_over_a_repo(lab: Lab) -> None:
@@ -453,8 +554,8 @@ def test_no_access_is_said(lab: Lab) -> None:
     gated = lab.run("lab/gated", "-k", "3", "--dry-run")
     secret = lab.run("lab/secret", "-k", "3", "--dry-run")
     assert (gated.code, secret.code) == (3, 3)
-    assert "does not allow it (403)" in gated.failure
-    assert "Ask for access" in gated.failure
+    assert "the repo is gated (403)" in gated.failure
+    assert f"Accept its terms at {hub.endpoint}/lab/gated" in gated.failure
     assert "lab/secret: not found (404)" in secret.failure
 
 

@@ -45,8 +45,11 @@ from moescale.repos.places import (
     check_links,
     check_not_source,
     check_places,
+    destination_place,
+    expanded,
     open_sink,
     open_source,
+    source_place,
 )
 from moescale.running.conversion import Result, Status, fill_digests, run, status_of
 from moescale.running.earlier import check_same_job, earlier, in_first_words, options_there
@@ -110,7 +113,8 @@ def plan(
     0.6666666666666667
 
     Args:
-        source: a directory, ``org/name``, or ``hf://org/name[@revision]``.
+        source: a directory, ``org/name[/folder]``, ``hf://org/name[@revision][/folder]``, or the
+            address of a model on the Hub.
         destination: a directory or ``hf://org/name[@branch]``.
         measuring: told of the rule at work.
 
@@ -120,19 +124,19 @@ def plan(
         TemporaryError: the Hub does not answer.
     """
     report, revision = options.get("report"), options.get("revision")
+    source = source_place(source)
+    destination = None if destination is None else destination_place(destination)
     _check_report(report, source, destination)
     wanted, calibration = _asked(options, measuring)
     if destination is None:
-        reader = open_source(os.fspath(source), revision)
+        reader = open_source(source, revision)
         made = _made(reader, wanted, None, calibration, measuring)
     else:
-        check_places(os.fspath(source), os.fspath(destination), revision)
+        check_places(source, destination, revision)
         overwrite = options.get("overwrite", False)
         sink = _sink(destination, options)
         reader = _source(source, sink, options)
-        made = _trial(
-            reader, sink, os.fspath(destination), wanted, calibration, measuring, overwrite
-        )
+        made = _trial(reader, sink, destination, wanted, calibration, measuring, overwrite)
     return _drawn(made, report)
 
 
@@ -160,7 +164,8 @@ def convert(
     Give another destination, or --overwrite to replace what is there.
 
     Args:
-        source: a directory, ``org/name``, or ``hf://org/name[@revision]``.
+        source: a directory, ``org/name[/folder]``, ``hf://org/name[@revision][/folder]``, or the
+            address of a model on the Hub.
         destination: a directory or ``hf://org/name[@branch]``; nothing in it loads before
             everything is there.
         progress: called with a file's name and the number of its bytes done since the last call,
@@ -182,19 +187,18 @@ def convert(
     report, revision = options.get("report"), options.get("revision")
     overwrite, jobs = options.get("overwrite", False), options.get("jobs")
     check = options.get("verify", False)
+    source, destination = source_place(source), destination_place(destination)
     _check_report(report, source, destination)
     if not check:
         _check_asked(options)
     _check_jobs(jobs)
-    check_places(os.fspath(source), os.fspath(destination), revision)
+    check_places(source, destination, revision)
     sink = _sink(destination, options)
     wanted, calibration = _asked(options, measuring, sink if check else None)
     with _crew(options.get("dask")) as crew:
         reader = _source(source, sink, options)
         check_not_source(reader, sink)
-        made = _made(
-            reader, wanted, os.fspath(destination), calibration, measuring, sink, overwrite
-        )
+        made = _made(reader, wanted, destination, calibration, measuring, sink, overwrite)
         plan = _drawn(_with_room(made, sink), report)
         planned(plan)
         if plan.changes_nothing:
@@ -211,7 +215,7 @@ def convert(
             if check:
                 verify_output(worded, reader, sink, jobs, progress, crew)
             else:
-                _check_status(status, os.fspath(destination))
+                _check_status(status, destination)
     received = [f"{reader.received:,} bytes received"] if reader.received else []
     return Result(plan, status, check, sink.url, (*received, *sink.remarks))
 
@@ -248,11 +252,12 @@ def verify(
     """
     jobs = options.get("jobs")
     _check_jobs(jobs)
-    sink = open_sink(os.fspath(destination))
+    source, destination = source_place(source), destination_place(destination)
+    sink = open_sink(destination)
     wanted, calibration = _asked(options, measuring, sink)
     with _crew(options.get("dask")) as crew:
-        reader = open_source(os.fspath(source), options.get("revision"))
-        plan = _made(reader, wanted, os.fspath(destination), calibration, measuring, sink)
+        reader = open_source(source, options.get("revision"))
+        plan = _made(reader, wanted, destination, calibration, measuring, sink)
         check_same_job(plan, sink)
         plan = in_first_words(plan, reader, sink)
         verify_output(plan, reader, sink, jobs or _default_jobs(sink, crew), progress, crew)
@@ -270,22 +275,22 @@ def values(option: str) -> list[str]:
     return sorted(found[option])
 
 
-def _source(source: StrPath, sink: Sink, given: PlanOptions) -> Source:
+def _source(source: str, sink: Sink, given: PlanOptions) -> Source:
     """The source; to the Hub, its links are followed only as far as the options say.
 
     Raises:
         UsageError: the destination holds what a link leads to.
     """
     follow = isinstance(sink, LocalSink) or given.get("follow_links", False)
-    reader = open_source(os.fspath(source), given.get("revision"), follow)
+    reader = open_source(source, given.get("revision"), follow)
     check_links(reader, sink)
     return reader
 
 
-def _sink(destination: StrPath, given: PlanOptions) -> Sink:
+def _sink(destination: str, given: PlanOptions) -> Sink:
     """The destination, opened as the options say."""
     return open_sink(
-        os.fspath(destination),
+        destination,
         given.get("private"),
         given.get("create_pr", False),
         given.get("commit_message"),
@@ -305,7 +310,7 @@ def _asked(
     """
     calibration, memory = None, given.get("max_memory")
     if (text := given.get("calibrate")) is not None:
-        calibration = open_calibration(Path(text), memory, measuring)
+        calibration = open_calibration(Path(expanded(text)), memory, measuring)
     elif memory is not None:
         raise UsageError("--max-memory goes with --rule measured")
     asked = any(given.get(name) is not None for name in Rescaling.__annotations__)
@@ -362,7 +367,7 @@ def _check_report(file: StrPath | None, *places: StrPath | None) -> None:
     if file is not None:
         from moescale.report import page
 
-        page.check(Path(file), *(os.fspath(place) for place in places if place))
+        page.check(Path(expanded(file)), *(os.fspath(place) for place in places if place))
 
 
 def _drawn(plan: Plan, file: StrPath | None) -> Plan:
@@ -371,7 +376,7 @@ def _drawn(plan: Plan, file: StrPath | None) -> Plan:
         from moescale.report import page
 
         try:
-            page.write(plan, Path(file))
+            page.write(plan, Path(expanded(file)))
         except MoescaleError as error:
             return replace(plan, warnings=(*plan.warnings, error.message))
     return plan
@@ -416,7 +421,7 @@ def _crew(dask: StrPath | None) -> Iterator[Workers | None]:
             f"--dask needs {error.name}, which is not installed",
             hint="Install it with pip install '.[dask]' in the clone, or: pip install distributed",
         ) from None
-    with connect(os.fspath(dask)) as workers:
+    with connect(expanded(dask)) as workers:
         yield workers
 
 

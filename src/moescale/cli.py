@@ -59,8 +59,9 @@ Examples:
   moescale Qwen/Qwen3-30B-A3B hf://me/Qwen3-30B-A3B-16 --experts 16 --private
   moescale ./merged ./merged-4 --experts 4 --trained-experts 1
 
-SRC is a directory, a repo on the Hugging Face Hub (org/name or hf://org/name@revision), DST a
-directory or hf://org/name; nothing is uploaded unless hf:// says so. The routed
+SRC is a directory or a repo on the Hugging Face Hub (org/name, hf://org/name@revision,
+org/name/folder, or its address), DST a directory or hf://org/name; nothing is uploaded unless
+hf:// says so. The routed
 experts' down-projections are multiplied by a factor that keeps the expected norm of the routed
 output, and the number in config.json is set. SRC is never written to; an interrupted run
 is continued by the same command.
@@ -213,8 +214,8 @@ def _show_plan(
         _print_json(plan.as_json())
     elif not quiet:
         print(terminal.plan_text(plan, verbose, terminal.blocks_for(sys.stdout)))
-    elif destination is not None:
-        print(destination)
+    elif plan.destination is not None:
+        print(plan.destination)
 
 
 def _print_json(content: dict[str, Any]) -> None:
@@ -265,7 +266,7 @@ def _convert(
     elif options["create_pr"] and result.url is not None:
         print(result.url, file=sys.stderr)
     if result.status != "nothing":
-        print(destination)
+        print(result.plan.destination)
 
 
 def _warn(plan: Plan) -> None:

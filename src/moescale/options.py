@@ -457,7 +457,7 @@ def read_factors(path: StrPath) -> Factors:
         UsageError: it cannot be read, or holds none.
     """
     try:
-        with open(path, "rb") as file:  # a pipe or a device may have no end
+        with open(os.path.expanduser(path), "rb") as file:  # a pipe or a device may have no end
             data = file.read(FACTORS_BYTES + 1)
         if len(data) > FACTORS_BYTES:
             raise UsageError(f"--factors {path}: is too long for a file of factors")

@@ -32,7 +32,7 @@ class SourceId:
     @property
     def name(self) -> str:
         """The name without the place on this machine."""
-        name = self.repo or self.folder or self.id
+        name = self.id if self.kind == "hub" else self.repo or self.folder or self.id
         return name.encode(errors="backslashreplace").decode()
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import unquote, urlsplit
 from weakref import WeakSet
 
 from moescale.errors import DestinationError, MoescaleError, SourceError, TemporaryError, UsageError
@@ -48,25 +49,95 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class HubPlace:
-    """A repo on the Hub and a revision of it, None for the default."""
+    """A repo on the Hub, a revision of it, None for the default, and a folder in it."""
 
     repo: str
     revision: str | None = None
+    folder: str = ""
 
     def __str__(self) -> str:
-        return f"{PREFIX}{self.repo}" + (f"@{self.revision}" if self.revision else "")
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"{PREFIX}{self.repo}{revision}" + (f"/{self.folder}" if self.folder else "")
+
+    def readings(self) -> Iterator[HubPlace]:
+        """What may be meant: of a revision with slashes, the end may be a folder."""
+        yield self
+        parts = [] if self.folder else (self.revision or "").split("/")
+        for stop in range(len(parts) - 1, 0, -1):
+            yield HubPlace(self.repo, "/".join(parts[:stop]), "/".join(parts[stop:]))
 
 
 def parse_place(text: str) -> HubPlace:
-    """``hf://org/name[@revision]``, or ``org/name``.
+    """``hf://org/name[/folder]``, ``hf://org/name@revision[/folder]``, or these without ``hf://``.
+
+    Where the revision ends and the folder begins, only the Hub knows; see `HubPlace.readings`.
 
     Raises:
-        UsageError: it is neither.
+        UsageError: it is none of these.
     """
-    repo, at, revision = text.removeprefix(PREFIX).partition("@")
-    if not is_repo_id(repo) or (at and not revision):
-        raise UsageError(f"{text!r} is not a Hub repo: hf://org/name or hf://org/name@revision")
-    return HubPlace(repo, revision or None)
+    path, at, revision = text.removeprefix(PREFIX).partition("@")
+    org, _, rest = path.rstrip("/").partition("/")
+    name, _, folder = rest.partition("/")
+    plain = all(part not in ("", ".", "..") for part in folder.split("/")) or not folder
+    if not is_repo_id(f"{org}/{name}") or not plain or (at and not revision):
+        raise UsageError(
+            f"{text!r} is not a Hub repo: hf://org/name, hf://org/name@revision, and /folder behind"
+        )
+    return HubPlace(f"{org}/{name}", revision.rstrip("/") or None, folder)
+
+
+def is_place(text: str) -> bool:
+    """Whether `text` is written as a place on the Hub."""
+    try:
+        parse_place(text)
+    except UsageError:
+        return False
+    return True
+
+
+def from_address(text: str) -> str | None:
+    """The place of a model that a web address shows; None for what is no web address.
+
+    Raises:
+        UsageError: it is the address of something else.
+    """
+    match = _ADDRESS.fullmatch(text)
+    if match is None or not (match["scheme"] or match["host"].lower() in _HOSTS):
+        return None
+    if match["host"].lower() not in _HOSTS | {_own_host()}:
+        raise UsageError(
+            f"{text}: is no address of the Hub",
+            hint="Give a directory, or a repo on the Hub as org/name.",
+        )
+    parts = unquote(match["path"]).strip("/").split("/")
+    (org, name, page), rest = [*parts, "", ""][:3], parts[3:]
+    place = f"{PREFIX}{org}/{name.removesuffix('.git')}"
+    if org in _NO_MODELS or not is_place(place) or page not in _PAGES:
+        hint = "Give a model: org/name, or its address." if not is_place(place) else f"Say {place}."
+        raise UsageError(f"{text}: is no address of a model or its files", hint=hint)
+    revision = "/".join(rest[: _PAGES[page]])
+    return place + (f"@{revision}" if revision else "")
+
+
+def _own_host() -> str:
+    from huggingface_hub import constants
+
+    return urlsplit(constants.ENDPOINT).netloc.lower()
+
+
+_HOSTS = frozenset({"huggingface.co", "www.huggingface.co", "hf.co"})
+_ADDRESS = re.compile(
+    r"(?P<scheme>https?:/{1,2})?(?P<host>[\w.-]+(?::\d+)?)/(?P<path>[^?#]*)(?:[?#].*)?",
+    re.ASCII | re.IGNORECASE,
+)
+_NO_MODELS = frozenset({"datasets", "spaces", "collections", "papers", "docs", "blog", "api"})
+_PAGES: Mapping[str, int | None] = {
+    "": 0,
+    "tree": None,
+    "commit": 1,
+    **dict.fromkeys(("blob", "resolve", "raw"), -1),
+}
+"""Pages of a repo: how much of what follows in the address is a revision and a folder."""
 
 
 def is_repo_id(text: str) -> bool:
@@ -241,6 +312,8 @@ def _translated(what: str, error: Exception, refused: type[MoescaleError]) -> Ex
             )
         case HfHubHTTPError():
             request, status = error.response.request, error.response.status_code
+            if page := gate(error.response):
+                return refused(f"{what}: the repo is gated ({status})", hint=accept(page))
             if request.method == "PUT" or request.url.path.endswith("/lfs/verify"):
                 # an upload did not arrive, because its address expired, say
                 return BusyError(f"{what}: the Hub's storage answered {status}")
@@ -254,6 +327,20 @@ def _translated(what: str, error: Exception, refused: type[MoescaleError]) -> Ex
         case RuntimeError(__cause__=Exception() as cause):
             return _translated(what, cause, refused)
     return _storage_error(what, error, refused)
+
+
+def gate(response: Any) -> str | None:
+    """The page of a gated repo, where its terms are accepted; None if that is not the reason."""
+    if response.headers.get("X-Error-Code") != "GatedRepo":
+        return None
+    repo = re.match(r"(?:/api/models)?/([^/]+/[^/]+)", response.request.url.path)
+    return f"{api().endpoint}/{repo[1]}" if repo else None
+
+
+def accept(page: str) -> str:
+    """What to do about a gated repo."""
+    login = "" if has_token() else ", log in with `hf auth login` or set HF_TOKEN"
+    return f"Accept its terms at {page}{login}, then run the same command again."
 
 
 def _http_error(what: str, status: int, line: str, refused: type[MoescaleError]) -> MoescaleError:

@@ -87,7 +87,7 @@ class HubSink:
         """Whether the source is the head of this branch."""
         return (
             source.kind == "hub"
-            and source.id.lower() == self.place.repo.lower()
+            and (source.repo or "").lower() == self.place.repo.lower()
             and source.revision == self._repo.head(self.branch)
         )
 

@@ -58,9 +58,12 @@ class HubSource:
         from huggingface_hub import constants
 
         self._offline = constants.HF_HUB_OFFLINE
-        self._commit = _cached_commit(place) if self._offline else _commit(place)
-        self.identity = SourceId("hub", place.repo, self._commit, place.repo)
-        self._name = str(HubPlace(place.repo))
+        place, self._commit = _resolved(place, self._offline)
+        self._repo, self._folder = place.repo, f"{place.folder}/" if place.folder else ""
+        self._name = str(HubPlace(place.repo, folder=place.folder))
+        self.identity = SourceId(
+            "hub", self._name.removeprefix(hub.PREFIX), self._commit, place.repo
+        )
         self.received = 0
         self.remarks: list[str] = []
         self._counting = threading.Lock()
@@ -85,12 +88,18 @@ class HubSource:
         """
         if self._files is None:
             self._files = {}
-            for name, size, sha256, oid in self._listed():
-                if name.startswith((".cache/", ".git/")):
+            for path, size, sha256, oid in self._listed():
+                name = path.removeprefix(self._folder)
+                if name.startswith((".cache/", ".git/")) or not path.startswith(self._folder):
                     continue
                 check_name(name, self._name)
                 self._files[name] = FileInfo(name, size, sha256)
                 self._stated[name] = sha256 or oid
+            if self._folder and not self._files:
+                raise SourceError(
+                    f"{self._name}: the repo has no such folder, or nothing is in it",
+                    hint="See the names of the folders on the repo's page.",
+                )
         return self._files
 
     def _listed(self) -> Iterable[tuple[str, int, str | None, str | None]]:
@@ -98,12 +107,10 @@ class HubSource:
         from huggingface_hub.hf_api import RepoFile
 
         if self._offline:
-            return _cached_files(self.identity.id, self._commit)
+            return _cached_files(self._repo, self._folder, self._commit)
 
         def fetch() -> list[tuple[str, int, str | None, str | None]]:
-            entries = hub.api().list_repo_tree(
-                self.identity.id, recursive=True, revision=self._commit
-            )
+            entries = hub.api().list_repo_tree(self._repo, recursive=True, revision=self._commit)
             return [
                 (e.path, e.size, e.lfs.sha256 if e.lfs else None, e.blob_id)
                 for e in entries
@@ -136,12 +143,11 @@ class HubSource:
             )
 
         def fetch() -> Path:
-            patterns = [_literal(name) for name in names]
-            return Path(
-                hub.api().snapshot_download(
-                    self.identity.id, revision=self._commit, allow_patterns=patterns
-                )
+            patterns = [_literal(self._folder + name) for name in names]
+            root = hub.api().snapshot_download(
+                self._repo, revision=self._commit, allow_patterns=patterns
             )
+            return Path(root) / self._folder
 
         folder = hub.retried(fetch, self._name)
         self.received += missing
@@ -165,7 +171,7 @@ class HubSource:
         if self._access is not None:
             self._access.check(self._name, SourceError)
         if not self._offline:
-            _commit(HubPlace(self.identity.id, self._commit))
+            _commit(HubPlace(self._repo, self._commit))
         for name in self.files() if self._offline else ():
             if self._cached(name) is None:
                 raise self._not_cached(name)
@@ -232,7 +238,9 @@ class HubSource:
             return
         if self._offline:
             raise self._not_cached(name)
-        url = hf_hub_url(self.identity.id, name, revision=self._commit, endpoint=hub.api().endpoint)
+        url = hf_hub_url(
+            self._repo, self._folder + name, revision=self._commit, endpoint=hub.api().endpoint
+        )
         info, planned = self.files()[name], self._planned.get(name, (0, b""))
         with closing(HubReader(url, info, self._stated[name], planned)) as reader:
             yield reader
@@ -241,13 +249,29 @@ class HubSource:
 
     def _cached(self, name: str) -> str | None:
         """The file in the Hub cache at this commit, if it is there in its full size."""
-        path = _cached_path(self.identity.id, name, self._commit)
+        path = _cached_path(self._repo, self._folder + name, self._commit)
         return path if path and Path(path).stat().st_size == self.files()[name].size else None
 
 
 def _literal(name: str) -> str:
     """A pattern that matches this name only."""
     return re.sub(r"([*?[])", r"[\1]", name)
+
+
+def _resolved(place: HubPlace, offline: bool) -> tuple[HubPlace, str]:
+    """The first reading of a place that there is, and its commit.
+
+    Raises:
+        SourceError: there is none; as for the place itself.
+    """
+    error: SourceError | None = None
+    for reading in place.readings():
+        try:
+            return reading, _cached_commit(reading) if offline else _commit(reading)
+        except SourceError as refused:
+            error = error or refused
+    assert error is not None
+    raise error
 
 
 def _commit(place: HubPlace) -> str:
@@ -258,7 +282,7 @@ def _commit(place: HubPlace) -> str:
     """
     info = hub.retried(
         lambda: hub.api().model_info(place.repo, revision=place.revision),
-        str(place),
+        str(HubPlace(place.repo, place.revision)),
     )
     if info.sha is None:
         raise SourceError(f"{place}: the Hub does not say at which commit it is")
@@ -282,16 +306,19 @@ def _cached_commit(place: HubPlace) -> str:
     Raises:
         SourceError: nothing of this revision is in the cache.
     """
-    path = _cached_path(place.repo, "config.json", place.revision)
+    name = f"{place.folder}/config.json".lstrip("/")
+    path = _cached_path(place.repo, name, place.revision)
     if path is None:
         raise SourceError(
             f"{place}: is not in the Hub cache, and HF_HUB_OFFLINE is set",
             hint="Unset HF_HUB_OFFLINE, or download the model first.",
         )
-    return Path(path).parent.name
+    return Path(path).parents[name.count("/")].name
 
 
-def _cached_files(repo: str, commit: str) -> Iterator[tuple[str, int, str | None, str | None]]:
+def _cached_files(
+    repo: str, folder_in_repo: str, commit: str
+) -> Iterator[tuple[str, int, str | None, str | None]]:
     """What the repo has, as far as the cache knows: its list of the repo, else its files.
 
     A file of the cache is a link to one that has the digest as its name.
@@ -299,7 +326,8 @@ def _cached_files(repo: str, commit: str) -> Iterator[tuple[str, int, str | None
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
-    folder = Path(_cached_path(repo, "config.json", commit) or "").parent
+    config = f"{folder_in_repo}config.json"
+    folder = Path(_cached_path(repo, config, commit) or "").parents[config.count("/")]
     try:
         sizes = {f.path: f.size for f in get_cached_repo_tree(repo, revision=commit)}
     except CachedRepoTreeNotFoundError:
@@ -419,6 +447,9 @@ class HubReader:
 
     def _problem(self, response: httpx2.Response, first: int, last: int) -> str:
         status, found = response.status_code, response.headers
+        if status in _REFUSED and (page := hub.gate(response)):
+            name = self._info.name
+            raise SourceError(f"{name}: the repo is gated ({status})", hint=hub.accept(page))
         if status in _REFUSED and not response.history:
             why, hint = _REFUSED[status]
             raise SourceError(f"{self._info.name}: {why} ({status})", hint=hint)

@@ -2,34 +2,137 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 from pathlib import Path
 
-from moescale.errors import SourceError, UsageError
+from moescale.checkpoint.foreign import GGUF_ADVICE
+from moescale.errors import DestinationError, SourceError, TemporaryError, UsageError
 from moescale.repos.base import Sink, Source
-from moescale.repos.hub import PREFIX, HubPlace, is_repo_id, parse_place
+from moescale.repos.hub import PREFIX, HubPlace, from_address, is_place, parse_place
 from moescale.repos.local_sink import LocalSink
 from moescale.repos.local_source import LocalSource
 
 
-def open_source(text: str, revision: str | None = None, follow_links: bool = True) -> Source:
-    """An existing directory wins over a repo id; see `LocalSource` for its links.
+def expanded(path: str | os.PathLike[str]) -> str:
+    """A path with the user's home in place of ``~``, which not every shell expands."""
+    return os.path.expanduser(os.fspath(path))
+
+
+def source_place(path: str | os.PathLike[str]) -> str:
+    """What the user calls a source: an existing path, or else a place on the Hub or its address.
+
+    Raises:
+        UsageError: it is the address of something else.
+    """
+    text = expanded(path)
+    return text if os.path.lexists(text) else from_address(text) or text
+
+
+def destination_place(path: str | os.PathLike[str]) -> str:
+    """What the user calls a destination; an address is none, since only ``hf://`` uploads.
+
+    Raises:
+        UsageError: it is an address.
+    """
+    text = expanded(path)
+    if not os.path.lexists(text) and (place := from_address(text)):
+        raise UsageError(f"{text}: is an address", hint=f"To upload there say {place}.")
+    return text
+
+
+def open_source(
+    path: str | os.PathLike[str], revision: str | None = None, follow_links: bool = True
+) -> Source:
+    """An existing path wins over a repo; see `LocalSource` for its links.
 
     Raises:
         UsageError: a revision is given twice, or for a directory.
         SourceError: it is neither a directory nor a repo that can be read.
     """
+    text = source_place(path)
     if not text.strip():
         raise UsageError("SRC is empty", hint="For this directory say a dot.")
-    if not _says_hub(text) and (is_directory(text) or not is_repo_id(text)):
+    if not _is_on_hub(text):
         if revision is not None:
             raise UsageError(f"--revision goes with a repo on the Hub; {text} is a directory")
+        _check_directory(text)
         return LocalSource(Path(text), follow_links=follow_links)
     place = parse_place(text)
     if revision is not None and place.revision is not None:
         raise UsageError(f"{text} names a revision already; leave --revision out")
     from moescale.repos.hub_source import HubSource
 
-    return HubSource(HubPlace(place.repo, revision or place.revision))
+    try:
+        return HubSource(HubPlace(place.repo, revision or place.revision, place.folder))
+    except (SourceError, TemporaryError) as error:
+        if _says_hub(text) or not Path(text).parts[0] or not is_directory(Path(text).parts[0]):
+            raise
+        raise SourceError(f"{_no_directory(text)}; {error.message}", hint=_SAY) from None
+
+
+def _is_on_hub(text: str) -> bool:
+    """Whether a source is a repo; a path that is there is none, nor one in a folder that is."""
+    if _says_hub(text):
+        return True
+    if os.path.lexists(text) or not is_place(text):
+        return False
+    return not (parse_place(text).folder and is_directory(text.partition("/")[0]))
+
+
+_SAY = (
+    "Give the directory of a checkpoint, or a repo on the Hub: org/name, hf://org/name@rev,"
+    " org/name/folder, or its address."
+)
+
+
+def _check_directory(text: str) -> None:
+    """Refuse a path that is no directory, and say what to give instead.
+
+    Raises:
+        SourceError: nothing is there, or a file is.
+    """
+    path = Path(text)
+    try:
+        if path.is_dir():
+            return
+        if not path.exists():
+            raise SourceError(_no_directory(text), hint=_SAY)
+        in_checkpoint = (path.parent / "config.json").is_file()
+    except OSError as error:
+        raise SourceError(f"{text}: cannot be read: {error.strerror}") from None
+    if path.suffix.lower() == ".gguf":
+        raise SourceError(f"{text}: GGUF is not read", hint=GGUF_ADVICE)
+    if in_checkpoint:
+        raise SourceError(
+            f"{text}: is not a directory, but a file of a checkpoint",
+            hint=f"Give its folder: moescale {path.parent} DST -k K",
+        )
+    raise SourceError(f"{text}: is not a directory", hint=_SAY)
+
+
+def _no_directory(text: str) -> str:
+    if os.path.islink(text):
+        return f"{text}: is a link to {os.readlink(text)}, which does not exist"
+    near = _nearest(Path(text))
+    return f"{text}: does not exist" + (f" (did you mean {near}?)" if near else "")
+
+
+def _nearest(path: Path) -> Path | None:
+    """A folder beside the path, or beside the folder above it, whose name is much like it."""
+    for level in (path, path.parent):
+        if not level.name or not level.parent.is_dir():
+            continue
+        try:
+            names = [entry.name for entry in os.scandir(level.parent) if entry.is_dir()]
+        except OSError:
+            return None
+        by_case = {name.lower(): name for name in names}
+        for close in difflib.get_close_matches(level.name.lower(), by_case, 3, 0.75):
+            found = level.parent / by_case[close] / path.relative_to(level)
+            if found.is_dir():
+                return found
+    return None
 
 
 def _says_hub(text: str) -> bool:
@@ -67,12 +170,24 @@ def open_sink(
         UsageError: an option of the Hub is given for a directory.
     """
     if not _says_hub(text):
+        _check_no_dangling_link(text)
         if private is not None or create_pr or commit_message is not None:
             raise UsageError(f"--private, --create-pr and --commit-message need hf://, not {text}")
         return LocalSink(Path(text))
     from moescale.repos.hub_sink import HubOptions, HubSink
 
-    return HubSink(parse_place(text), HubOptions(private, create_pr, commit_message, overwrite))
+    place = parse_place(text)
+    if place.folder:
+        raise UsageError(
+            f"{text}: is a folder of a repo; the output is a repo of its own",
+            hint="Give hf://org/name or hf://org/name@branch.",
+        )
+    return HubSink(place, HubOptions(private, create_pr, commit_message, overwrite))
+
+
+def _check_no_dangling_link(text: str) -> None:
+    if os.path.islink(text) and not os.path.exists(text):
+        raise DestinationError(_no_directory(text), hint="Make that folder, or remove the link.")
 
 
 def as_source(sink: Sink) -> Source:
@@ -97,13 +212,13 @@ def check_places(source: str, destination: str, revision: str | None) -> None:
             raise UsageError(f"{name} is empty", hint="For this directory say a dot.")
     if _says_hub(destination):
         place = parse_place(destination)
-        if _says_hub(source) or (not is_directory(source) and is_repo_id(source)):
+        if _is_on_hub(source):
             other = parse_place(source)
             branches = (place.revision or "main", revision or other.revision or "main")
             if place.repo == other.repo and branches[0] == branches[1]:
                 raise UsageError(f"{destination}: is the branch that the source is read from")
         return
-    if _says_hub(source):
+    if _is_on_hub(source):
         return
     one, other_folder = Path(source).resolve(), Path(destination).resolve()
     if one == other_folder:

@@ -252,8 +252,11 @@ def _stream(
 
 
 def _copied(plan: Plan, source: Source, sink: Sink) -> Mapping[str, Written]:
-    """The files that stay as they are, as far as they can be copied where they lie."""
-    if source.identity.kind != "hub":
+    """The files that stay as they are, as far as they can be copied where they lie.
+
+    The Hub copies a file under its own path only, which is another in a folder of a repo.
+    """
+    if source.identity.kind != "hub" or source.identity.id != source.identity.repo:
         return {}
     files = source.files()
     return sink.copy(
