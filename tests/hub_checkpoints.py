@@ -228,7 +228,8 @@ def large_shard(path: Path, size: int, seed: int | None = 0) -> None:
     for number, name in enumerate(names):
         first = number * 2 * matrix[0] * matrix[1]
         offsets = [first, first + 2 * matrix[0] * matrix[1]]
-        entries[name] = {"dtype": "BF16", "shape": list(matrix), "data_offsets": offsets}
+        shape = list(matrix if ".w2." in name else matrix[::-1])
+        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": offsets}
     rng = None if seed is None else np.random.default_rng(seed)
     with path.open("wb") as file:
         file.write(checkpoints.header(entries))

@@ -346,6 +346,12 @@ def test_something_else_in_place_of_a_file(
     if make is folder and name == "LICENSE":  # a folder may be called so
         assert "LICENSE/inner.txt" in LocalSource(source).files()
         return
+    if make is away:  # every loader follows it
+        assert plan(source, experts=3).factors
+        return
+    if make in (nowhere, itself) and name == "LICENSE":  # no loader reads it
+        assert any(name in warning for warning in plan(source, experts=3).warnings)
+        return
     with pytest.raises(MoescaleError) as caught:
         plan(source, experts=3)
     assert len(caught.value.message.splitlines()) == 1

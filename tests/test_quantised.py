@@ -23,10 +23,12 @@ every_format = pytest.mark.parametrize("case", q.EXACT, ids=lambda case: case.id
 powers_of_two = pytest.mark.parametrize("case", q.POWER_OF_TWO, ids=lambda case: case.id)
 
 
-def convert(case: Case, folder: Path, factor: float) -> tuple[dict[str, Raw], dict[str, Raw]]:
+def convert(
+    case: Case, folder: Path, factor: float, experts: int | None = None
+) -> tuple[dict[str, Raw], dict[str, Raw]]:
     """The tensors before and after, of a conversion that was verified."""
     before = q.write(case, folder / "in")
-    result = api.convert(folder / "in", folder / "out", factor=factor, verify=True)
+    result = api.convert(folder / "in", folder / "out", factor=factor, experts=experts, verify=True)
     assert result.verified
     return before, q.read(folder / "out")
 
@@ -154,7 +156,11 @@ def test_rounding_is_said_once(case: Case, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", [*q.EXACT, *q.POWER_OF_TWO], ids=lambda case: case.id)
 def test_a_factor_of_one_changes_nothing(case: Case, tmp_path: Path) -> None:
     """Without a factor all tensors are copied, scales that could be promoted too."""
-    before, after = convert(case, tmp_path, 1.0)
+    if case.id == "FP4, DeepSeek-V4":  # its number of experts cannot change, so nothing does
+        q.write(case, tmp_path / "in")
+        assert api.plan(tmp_path / "in", factor=1.0).changes_nothing
+        return
+    before, after = convert(case, tmp_path, 1.0, experts=2)
     assert before == after
 
 

@@ -161,7 +161,8 @@ def test_other_model_types_are_refused(tmp_path: Path) -> None:
 def test_a_factor_of_one_divides_nothing(tmp_path: Path) -> None:
     """A factor of one leaves every tensor as it was."""
     before = gpt_oss(tmp_path / "in")
-    api.convert(tmp_path / "in", tmp_path / "out", factor=1.0, fold="residual", verify=True)
+    how = {"factor": 1.0, "experts": 2, "fold": "residual"}
+    assert api.convert(tmp_path / "in", tmp_path / "out", verify=True, **how).verified
     assert q.read(tmp_path / "out") == before
 
 

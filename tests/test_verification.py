@@ -432,6 +432,8 @@ def test_the_first_difference_of_a_large_file_is_found(tmp_path: Path) -> None:
     tensors["big"] = ("U8", (3 << 20,), bytes(3 << 20))
     name = "model.layers.0.mlp.experts.down_proj"
     tensors[name] = checkpoints.values("BF16", (4, 301, 997), special=False)
+    wide = checkpoints.values("BF16", (4, 2 * 997, 301), special=False)
+    tensors["model.layers.0.mlp.experts.gate_up_proj"] = wide
     source = tmp_path / "source"
     checkpoints.write_shards(source, tensors, 1)
     config = {"model_type": "mixtral", "num_experts_per_tok": 2, "num_local_experts": 4}

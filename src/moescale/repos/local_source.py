@@ -24,12 +24,16 @@ class LocalSource:
     """A checkpoint in a directory, which may be a snapshot of the Hub's cache."""
 
     def __init__(
-        self, root: Path, identity: SourceId | None = None, follow_links: bool = True
+        self,
+        root: Path,
+        identity: SourceId | None = None,
+        follow_links: bool = True,
+        links_of_shards: bool = True,
     ) -> None:
         """`root` is an existing directory; `identity` says what it is a copy of.
 
         Without `follow_links` only shards may be links out of it, since what a link leads to is
-        published with the output.
+        published with the output; without `links_of_shards` not even those.
 
         Raises:
             SourceError: it is not a directory, or an output that is not finished.
@@ -54,7 +58,7 @@ class LocalSource:
         self.remarks: list[str] = []
         self.linked: dict[str, Path] = {}
         """Where the links out of the directory lead."""
-        self._follow = follow_links
+        self._follow, self._shards_too = follow_links, links_of_shards
         self._files: dict[str, FileInfo] | None = None
         self._states: dict[str, list[int]] = {}
         self._entry_times: dict[str, int] = {}
@@ -124,8 +128,12 @@ class LocalSource:
         if in_cache or target.is_relative_to(self.root):
             return
         self.linked[name] = target
-        if self._follow or (name.endswith(SUFFIX) and _is_sound(target)):
+        if self._follow:
             return
+        if self._shards_too and name.endswith(SUFFIX) and _is_sound(target):
+            return
+        if not self._shards_too:
+            raise CheckpointError(f"{self.root}: {name!r} is a link out of the directory", hint="")
         raise CheckpointError(
             f"{self.root}: {name!r} is a link out of the directory, and what it leads to would be"
             " published",

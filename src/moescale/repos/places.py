@@ -193,7 +193,7 @@ def _check_no_dangling_link(text: str) -> None:
 def as_source(sink: Sink) -> Source:
     """What was written, for reading."""
     if isinstance(sink, LocalSink):
-        return LocalSource(sink.root)
+        return LocalSource(sink.root, follow_links=False, links_of_shards=False)
     from moescale.repos.hub_sink import HubSink
     from moescale.repos.hub_source import HubSource
 
