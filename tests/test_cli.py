@@ -353,7 +353,14 @@ def test_usage_errors_of_the_command_line(
 
 def test_a_missing_destination(moescale: Command, source: Path) -> None:
     """Without --dry-run there has to be a place to write to."""
-    fails(moescale(source, "-k", 3), 2, "DST")
+    fails(moescale(source, "-k", 3), 2, "DST is missing")
+    fails(moescale(source), 2, "DST and --experts are missing", f"moescale {source} DST -k K")
+
+
+def test_there_are_no_subcommands(moescale: Command, source: Path, out: Path) -> None:
+    """Who tries one is told how the command is written."""
+    fails(moescale("help"), 2, "no subcommands", "moescale SRC DST -k K")
+    fails(moescale("convert", source, out, "-k", 3), 2, "no subcommands")
 
 
 @pytest.mark.parametrize("place", ["source", "source/out", "source/../source", "."])

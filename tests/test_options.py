@@ -64,7 +64,7 @@ def test_what_is_right_by_itself_is_taken(given_: dict[str, Any]) -> None:
         ({"gate_scale": math.nan}, "--gate-scale is nan"),
         ({"experts": 2, "gate_scale": 2.0, **MEASURED}, "--gate-scale does not go with"),
         ({"experts": 2, "fold": "residual", **MEASURED}, "--fold residual takes one factor"),
-        ({"experts": 2, "calibrate": "0" * 64}, "--rule measured and --calibrate go together"),
+        ({"experts": 2, "calibrate": "0" * 64}, "--calibrate needs --rule measured"),
         ({"experts": 2, "pattern": ".*"}, "--experts-key"),
         ({"experts": 2, "experts_key": "k"}, "--pattern"),
         ({"factors": {"0": 1.0, "1": 0.0}}, "0.0"),

@@ -180,11 +180,27 @@ def _command(source: str, destination: str | None, version: bool, **given: Any) 
             wanted = {name: given[name] for name in option_rows(PlanOptions)}
             _show_plan(source, destination, wanted, as_json, quiet, verbose)
         elif destination is None:
-            raise errors.UsageError("DST is missing", hint="Only --dry-run does without it.")
+            raise _no_destination(source, given)
         else:
             _convert(source, destination, given, as_json, quiet, verbose)
     except KeyboardInterrupt:
         raise errors.InterruptedRun(interrupts.MESSAGE) from None
+
+
+_VERBS = frozenset({"help", "convert", "plan", "verify", "rescale", "run"})
+"""Subcommands that people try."""
+
+
+def _no_destination(source: str, given: dict[str, Any]) -> errors.UsageError:
+    if source in _VERBS:
+        return errors.UsageError(
+            f"{source!r}: there are no subcommands", hint="moescale SRC DST -k K, or --help."
+        )
+    ways = ("experts", "factor", "factors", "gate_scale")
+    if all(given[name] is None for name in ways) and not given["verify"]:
+        hint = f"moescale {source} DST -k K; only --dry-run does without DST."
+        return errors.UsageError("DST and --experts are missing", hint=hint)
+    return errors.UsageError("DST is missing", hint="Only --dry-run does without it.")
 
 
 setattr(_command, "__signature__", inspect.Signature(_parameters()))  # noqa: B010 - mypy
@@ -314,8 +330,10 @@ def _run() -> NoReturn:
         sys.exit(code)
     except _UsageError as error:
         if isinstance(error, typer.BadParameter) or sys.argv[1:]:
-            message = error.format_message()
-            _fail(errors.UsageError(message, hint="Try 'moescale --help' for help."))
+            hint = "Try 'moescale --help' for help."
+            if sys.argv[1:2] and sys.argv[1] in _VERBS:
+                hint = "There are no subcommands: moescale SRC DST -k K."
+            _fail(errors.UsageError(error.format_message(), hint=hint))
         error.show()  # without arguments, the error is the help
         sys.exit(2)
     except errors.MoescaleError as error:

@@ -343,7 +343,9 @@ class Options:
             raise UsageError("--rule, --factor and --factors exclude each other")
         if (self.rule == "measured") != (self.calibrate is not None):
             raise UsageError(
-                "--rule measured and --calibrate go together: the rule, and the text for it"
+                "--rule measured needs a text: --calibrate FILE"
+                if self.calibrate is None
+                else "--calibrate needs --rule measured: add it, or leave the text out"
             )
         if self.rule is not None and self.rule not in RULES:
             raise UsageError(f"--rule is {self.rule!r}: it must be one of {', '.join(RULES)}")
@@ -371,7 +373,8 @@ class Options:
         if self.factor is not None:
             check_factor(self.factor, "--factor")
         for layer, factor in (self.factors or {}).items():
-            check_factor(factor, f"the factor of layer {layer}")
+            file = getattr(self.factors, "file", "")
+            check_factor(factor, f"{file}{': ' if file else ''}the factor of layer {layer}")
         for name in ("part", "arch", "pattern", "experts_key"):
             if getattr(self, name) == "":
                 raise UsageError(f"--{name.replace('_', '-')} is empty")
@@ -461,15 +464,23 @@ def read_factors(path: StrPath) -> Factors:
             data = file.read(FACTORS_BYTES + 1)
         if len(data) > FACTORS_BYTES:
             raise UsageError(f"--factors {path}: is too long for a file of factors")
-        return parse_factors(data.decode("utf-8-sig"), str(path))
+        factors = parse_factors(data.decode("utf-8-sig"), str(path))
+        factors.file = str(path)
+        return factors
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else error.reason
         raise UsageError(f"--factors {path}: {why}") from None
 
 
 class Factors(dict[str, float]):
-    """Factors by layer; `made_for` is what their file says of the job that they are of."""
+    """Factors by layer, and what is known of them besides.
 
+    Attributes:
+        file: where they come from, for errors.
+        made_for: what their file says of the job that they are of.
+    """
+
+    file: str = ""
     made_for: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -510,7 +521,11 @@ def _factors(content: Any, where: str) -> dict[str, float]:
         number = isinstance(factor, Real) and not isinstance(factor, bool)
         if not number or not -_LARGEST < factor < _LARGEST:
             shown = repr(factor)[:40] if isinstance(factor, (str, Real)) else "something else"
-            raise UsageError(f"{where}: the factor of layer {layer} is {shown}, not a number")
+            raise UsageError(
+                f"{where}: the factor of layer {layer} is {shown}, not a number",
+                hint='A file of factors is {"factors": {"0": 1.2}}, or the moescale.json of an'
+                " output.",
+            )
     factors = {str(layer): float(factor) for layer, factor in content.items()}
     if len(factors) < len(content):  # 0 and "0"
         raise UsageError(f"{where}: names a layer twice")

@@ -122,6 +122,12 @@ def _count_single(
 
 def _not_as_stated(layer: Layer, numbers: Collection[int], stated: int) -> CheckpointError:
     known = set(numbers)
+    if layer.stack and known == set(range(len(known))):
+        return CheckpointError(
+            f"layer {layer}: has {len(known)} routed experts, where the config says {stated}",
+            hint="If this is a draft with experts of its own: no key of the config tells how many;"
+            " describe the main layers with --pattern and --experts-key.",
+        )
     last = max(stated, max(known) + 1)
     missing = next((i for i in range(last) if i not in known), None)
     what = "it has more" if missing is None else f"expert {missing} is missing"

@@ -11,7 +11,7 @@ def looks_routed(names: Collection[str]) -> str | None:
     experts, down = re.compile(r"experts?\b"), re.compile("down|w2|fc2|wo|output")
     for name in sorted(names):
         match = experts.search(name)
-        if match and down.search(name, match.end()) and "shared" not in name:
+        if match and down.search(name, match.end()) and "share" not in name:
             return name
     return _looks_numbered(names)
 
@@ -25,7 +25,7 @@ def _looks_numbered(names: Iterable[str]) -> str | None:
     found: dict[str, str] = {}
     for name in sorted(names, reverse=True):
         match = _NUMBERED.fullmatch(name)
-        routed = match and re.search("moe|(?<!shared_)expert", match[1])
+        routed = match and "share" not in name and re.search("moe|expert", match[1])
         if match and routed and not _NOT_DOWN.search(match[2]):
             found[match[2]] = name
     return found.popitem()[1] if len(found) == 1 else None

@@ -96,10 +96,7 @@ def find_moe(
         row = _with_key(row, experts_key)
     places = spellings(config, row.sections, row.count)
     if not places and row.fixed_count is None:
-        raise UnsupportedError(
-            f"{CONFIG}: has no {' or '.join(row.count)}, the experts per token",
-            hint="Add the key with the number that the model was trained with.",
-        )
+        raise _no_count(config, row, tensors, experts_key)
     section = _section(config, places, row)
     _check_lists(places, section)
     adapted = refuse_unmerged(tensor.name for tensor in tensors)
@@ -130,6 +127,30 @@ def find_moe(
             *unread_keys(row, section),
             *unknown_tensors(row, projections, tensors),
         ],
+    )
+
+
+def _no_count(
+    config: Config, row: Architecture, tensors: Sequence[Tensor], experts_key: str | None
+) -> UnsupportedError:
+    """What to say where the experts per token are not in the config."""
+    if _is_dense(plain_name(tensor.name) for tensor in tensors):
+        own = next(iter(_model_types(config)), row.model_type)
+        return _dense(f"model type {own!r}")
+    missing = f"{CONFIG}: has no {' or '.join(row.count)}, the experts per token"
+    likely = _likely_key(config)
+    if experts_key is not None and likely != "KEY":
+        section, _, key = likely.rpartition(".")
+        value = (config.section(section) or {}).get(key)
+        return UnsupportedError(missing, hint=f"A key that looks like it: {likely} = {value!r}.")
+    return UnsupportedError(
+        missing, hint="Add the key with the number that the model was trained with."
+    )
+
+
+def _dense(what: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{what}: is a dense model; it has no experts, so there is nothing to rescale"
     )
 
 
@@ -265,9 +286,7 @@ def _unknown(named: Sequence[str], tensors: Sequence[Tensor], config: Config) ->
     """Say what is not known, which types are close, and what to try."""
     what = f"model type {named[0]!r}" if named else "a config without model_type"
     if tensors and _is_dense(plain_name(tensor.name) for tensor in tensors):
-        return UnsupportedError(
-            f"{what}: is a dense model; it has no experts, so there is nothing to rescale"
-        )
+        return _dense(what)
     close = difflib.get_close_matches(named[0] if named else "", architectures.known_types(), 3)
     advice = [f"Closest known types: {', '.join(close)} (--arch)."] if close else []
     if routed := looks_routed([tensor.name for tensor in tensors]):

@@ -23,6 +23,7 @@ from moescale.planning.factors import (
     one_factor,
 )
 from moescale.planning.files import PROVENANCE, left_out_warnings, plan_files
+from moescale.planning.other import refuse_other
 from moescale.planning.plan import Experts, Plan
 from moescale.planning.shards import output_index
 from moescale.planning.tensors import (
@@ -64,6 +65,7 @@ def make_plan(
         UsageError: the factors do not cover the checkpoint's MoE layers.
     """
     files = source.files()
+    refuse_other(source, files)
     config = _read_config(source, files)
     weights = find_weights(source, config, options)
     moe, tensors, headers = weights.moe, weights.tensors, weights.found.headers

@@ -40,13 +40,16 @@ def choose_factors(
 
 def _given_factors(layers: Sequence[Layer], given: Mapping[str, float]) -> dict[Layer, float]:
     names = {str(layer) for layer in layers}
+    where = f"--factors {getattr(given, 'file', '')}".rstrip()
+    surplus = sorted(given.keys() - names)
+    more = f" has a factor for layer {surplus[0]}, which is no MoE layer" if surplus else ""
     if missing := [str(layer) for layer in layers if str(layer) not in given]:
         raise UsageError(
-            f"--factors has no factor for layer {missing[0]} ({len(missing)} of {len(layers)}"
-            " MoE layers are missing)"
+            f"{where} has no factor for layer {missing[0]} ({len(missing)} of {len(layers)}"
+            f" MoE layers are missing){', and' if more else ''}{more}"
         )
-    if surplus := sorted(given.keys() - names):
-        raise UsageError(f"--factors has a factor for layer {surplus[0]}, which is no MoE layer")
+    if surplus:
+        raise UsageError(f"{where}{more}")
     return {layer: given[str(layer)] for layer in layers}
 
 

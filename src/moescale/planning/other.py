@@ -1,0 +1,69 @@
+"""What a folder or a repo is that holds no checkpoint of safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from moescale.checkpoint.foreign import GGUF_ADVICE
+from moescale.checkpoint.index import SUFFIX
+from moescale.checkpoint.json_text import parse_lenient
+from moescale.errors import SourceError
+from moescale.model.count import CONFIG
+from moescale.repos.base import Source
+
+ADAPTER = "adapter_config.json"
+
+_OTHER = (
+    (".gguf", "GGUF is not read", GGUF_ADVICE),
+    (
+        (".bin", ".pt", ".pth", ".ckpt"),
+        "has only {name}, which is not read",
+        "Convert it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...).",
+    ),
+    (
+        (".h5", ".msgpack", ".onnx", ".tflite", ".npz", ".nemo", ".mlmodel", ".pte"),
+        "has only {name}, which is not read",
+        "Give the repo with the safetensors weights that it was made from.",
+    ),
+)
+"""Weights of other programs: by suffix, what to say, and what to do."""
+
+
+def refuse_other(source: Source, files: Collection[str]) -> None:
+    """Say what a source is, where it is no checkpoint of safetensors.
+
+    Raises:
+        SourceError: it is something else that people have.
+    """
+    top = sorted(name for name in files if "/" not in name)
+    weights = [n for n in top if n.endswith(SUFFIX) and not n.startswith("adapter_")]
+    if weights and CONFIG in top:
+        return
+    where = source.identity.id
+    if "model_index.json" in top:
+        raise SourceError(
+            f"{where}: is a diffusers pipeline (model_index.json), not a language model",
+            hint="If a folder in it holds a mixture-of-experts model, give that folder.",
+        )
+    if ADAPTER in top and not weights:
+        raise _adapter(where, source.read(ADAPTER))
+    for suffixes, why, advice in _OTHER:
+        name = next((name for name in top if name.lower().endswith(suffixes)), None)
+        if name is not None and not weights:
+            raise SourceError(f"{where}: {why.format(name=name)}", hint=advice)
+
+
+def _adapter(where: str, data: bytes) -> SourceError:
+    try:
+        content: Any = parse_lenient(data.decode())
+    except ValueError:
+        content = None
+    facts = content if isinstance(content, dict) else {}
+    kind = "LoRA" if facts.get("peft_type", "LORA") == "LORA" else "PEFT"
+    base = facts.get("base_model_name_or_path")
+    of = f" of {base}" if isinstance(base, str) and base else ""
+    return SourceError(
+        f"{where}: is a {kind} adapter{of}: merge it into that model first",
+        hint="PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(...) does it.",
+    )
