@@ -335,7 +335,11 @@ def test_usage_errors(
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        (["-k", "x"], "--experts"),
+        (["-k", "x"], "--experts is 'x': it must be a whole number"),
+        (["--experts=4,6"], "--experts is '4,6': it must be a whole number"),
+        (["--factor", "abc"], "--factor is 'abc': it must be a number, such as 1.2"),
+        (["--lits"], "No such option: --lits\n"),
+        (["--expert", "3"], "--experts"),
         (["-k", "2.5"], "--experts"),
         (["-k", "3", "--rho", "much"], "--rho"),
         (["-k", "3", "-j", "0"], "--jobs"),

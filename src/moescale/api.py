@@ -460,10 +460,14 @@ def _with_room(plan: Plan, sink: Sink) -> Plan:
         return plan
     if missing <= 0:
         return plan
-    less = f"{sink.identity}: the disk has {missing:,} bytes less than the output needs"
+    free = plan.bytes_written - missing
+    less = (
+        f"{sink.identity}: the output needs {plan.bytes_written:,} bytes, and the disk has {free:,}"
+        " free"
+    )
     if not may_share:
         raise DestinationError(less, hint="Free some space, or give another destination.")
-    warning = f"{less}, which is enough only where it can share blocks with the source"
+    warning = f"{less}; that is enough only where it can share blocks with the source"
     return replace(plan, warnings=(*plan.warnings, warning))
 
 

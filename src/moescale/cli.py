@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypedDict
 
 import typer
@@ -333,7 +334,7 @@ def _run() -> NoReturn:
             hint = "Try 'moescale --help' for help."
             if sys.argv[1:2] and sys.argv[1] in _VERBS:
                 hint = "There are no subcommands: moescale SRC DST -k K."
-            _fail(errors.UsageError(error.format_message(), hint=hint))
+            _fail(errors.UsageError(_in_our_words(error), hint=hint))
         error.show()  # without arguments, the error is the help
         sys.exit(2)
     except errors.MoescaleError as error:
@@ -342,6 +343,34 @@ def _run() -> NoReturn:
         _fail(errors.InterruptedRun(interrupts.MESSAGE))
     except OSError as error:
         _fail(errors.MoescaleError(f"{error.filename or 'output'}: {error.strerror}"))
+
+
+_NUMBERS: dict[type, str] = {int: "a whole number, such as 3", float: "a number, such as 1.2"}
+
+
+def _in_our_words(error: Any) -> str:
+    """What the parser found: a value that is no number is shown, far-fetched options are not."""
+    option = getattr(error, "param", None)
+    row = option_rows(ConvertOptions).get(getattr(option, "name", None) or "")
+    if option is not None and row is not None and row.kind in _NUMBERS:
+        value = _value_of(option.opts)
+        if value is not None:
+            return f"{option.opts[-1]} is {value!r}: it must be {_NUMBERS[row.kind]}"
+    if known := getattr(error, "possibilities", None):
+        asked = error.option_name.strip("-")
+        error.possibilities = [k for k in known if get_close_matches(asked, [k.strip("-")])]
+    return str(error.format_message())
+
+
+def _value_of(spellings: list[str]) -> str | None:
+    """What the command line says for an option, which is known to be wrong."""
+    words = sys.argv[1:]
+    for word, value in zip(words, [*words[1:], None], strict=True):
+        if word in spellings:
+            return value
+        if (name := word.partition("=")[0]) in spellings and "=" in word:
+            return word[len(name) + 1 :]
+    return None
 
 
 def _fail(error: errors.MoescaleError) -> NoReturn:

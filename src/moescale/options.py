@@ -514,17 +514,21 @@ def is_calibration(facts: Any) -> TypeGuard[Mapping[str, Any]]:
     return type(facts.get("text_sha256")) is str and [type(amount) for amount in amounts] == [int]
 
 
+_FORM = 'It needs {"factors": {"0": 1.2}}, or is the moescale.json of an output.'
+
+
 def _factors(content: Any, where: str) -> dict[str, float]:
     if not isinstance(content, Mapping) or not content:
-        raise UsageError(f"{where}: holds no factors", hint='It needs {"factors": {"0": 1.2}}.')
+        raise UsageError(f"{where}: holds no factors", hint=_FORM)
+    if not any(str(layer)[-1:].isdigit() for layer in content):
+        raise UsageError(f"{where}: is no file of factors", hint=_FORM)
     for layer, factor in content.items():
         number = isinstance(factor, Real) and not isinstance(factor, bool)
         if not number or not -_LARGEST < factor < _LARGEST:
             shown = repr(factor)[:40] if isinstance(factor, (str, Real)) else "something else"
             raise UsageError(
                 f"{where}: the factor of layer {layer} is {shown}, not a number",
-                hint='A file of factors is {"factors": {"0": 1.2}}, or the moescale.json of an'
-                " output.",
+                hint=_FORM,
             )
     factors = {str(layer): float(factor) for layer, factor in content.items()}
     if len(factors) < len(content):  # 0 and "0"
