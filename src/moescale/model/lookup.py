@@ -26,6 +26,7 @@ from moescale.model.hints import looks_routed
 from moescale.model.names import plain_name, refuse_unmerged
 from moescale.model.pattern import find_by_pattern
 from moescale.model.router import Router, group_limit, router_of
+from moescale.model.second_counts import second_spellings
 from moescale.model.shapes import check_shapes
 from moescale.model.unknown import unknown_tensors, unread_keys
 from moescale.model.witness import Witness
@@ -99,6 +100,7 @@ def find_moe(
         raise _no_count(config, row, tensors, experts_key)
     section = _section(config, places, row)
     _check_lists(places, section)
+    again, of_others = second_spellings(config, row, places)
     adapted = refuse_unmerged(tensor.name for tensor in tensors)
     if pattern is not None:
         projections = find_by_pattern(tensors, pattern)
@@ -113,7 +115,7 @@ def find_moe(
         architecture=row,
         model_type=model_type,
         section=section,
-        places=places,
+        places=[*places, *again],
         count=places[0].value if places else row.fixed_count or 0,
         total=total,
         held=held,
@@ -122,6 +124,7 @@ def find_moe(
         warnings=[
             *adapted,
             *_warnings(row, places, section),
+            *of_others,
             *_of_counts(row, section, total, held),
             *(_other_type(config, row) if arch is None and pattern is None else ()),
             *unread_keys(row, section),

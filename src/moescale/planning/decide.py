@@ -14,6 +14,7 @@ from moescale.model.formats import confirm
 from moescale.model.lookup import Moe, own_router
 from moescale.model.router import has_no_effect, largest_count
 from moescale.model.scale_key import fold_factor
+from moescale.model.second_counts import candidates, with_count
 from moescale.options import Options
 from moescale.planning.comparison import joined
 from moescale.planning.factors import (
@@ -96,12 +97,15 @@ def make_plan(
     moe = replace(moe, projections=())  # large, and not needed any more
     planned = planned_tensors(scaled, headers)
     index = output_index(weights.found)
+    edits, of_others = _second_files(source, moe, experts, {*headers, *weights.left_out})
+    warnings += of_others
     rows = plan_files(
         files,
         headers,
         {t.shard for t in planned if t.edit.factor != 1.0},
         index and index[0],
         new_config.text != config.text,
+        edits,
         weights.left_out,
     )
     plan = Plan(
@@ -122,6 +126,7 @@ def make_plan(
         config=new_config.text.encode(),
         index=index,
         new_headers=MappingProxyType(new_headers(source, headers, planned)),
+        edits=MappingProxyType(edits),
         samples=MappingProxyType({str(layer): sample for layer, sample in samples.items()}),
         calibration=made_for.get("calibration", {}),
         factors_rule=made_for.get("factors_rule", made_for.get("rule")),
@@ -144,6 +149,24 @@ def _read_config(source: Source, files: Collection[str]) -> Config:
             f"{such}.",
         )
     return parse_config(source.read(CONFIG))
+
+
+def _second_files(
+    source: Source, moe: Moe, experts: Experts, others: Collection[str]
+) -> tuple[dict[str, bytes], list[str]]:
+    """Other files that hold the count, as they will be; and what the user should know of them."""
+    edits: dict[str, bytes] = {}
+    warnings: list[str] = []
+    before, after = experts.before, experts.after
+    if not isinstance(before, int) or not isinstance(after, int):
+        return edits, warnings
+    sizes = {name: file.size for name, file in source.files().items() if name not in others}
+    for name in candidates(sizes):
+        changed, said = with_count(name, source.read(name), before, after, moe.total)
+        warnings += said
+        if changed is not None:
+            edits[name] = changed
+    return edits, warnings
 
 
 def _edited(config: Config, moe: Moe, factors: Mapping[Layer, float], options: Options) -> Config:

@@ -38,6 +38,7 @@ def plan_files(
     changed: Iterable[str],
     index: str | None,
     config_changes: bool,
+    edited: Collection[str],
     left_out: Mapping[str, str],
 ) -> tuple[PlannedFile, ...]:
     """One row for each file of the source and for each that is made.
@@ -48,6 +49,7 @@ def plan_files(
         changed: those of them in which a tensor changes.
         index: the name of the index of the output, None for a single shard.
         config_changes: whether the config's text changes.
+        edited: other small files that change.
         left_out: the files that do not belong into the output, each with the reason.
 
     Raises:
@@ -56,6 +58,7 @@ def plan_files(
     actions: dict[str, Action] = dict.fromkeys(shards, "copy")
     actions |= dict.fromkeys(changed, "rewrite")
     actions[CONFIG] = "edit" if config_changes else "copy"
+    actions |= dict.fromkeys(edited, "edit")
     actions[CARD] = "edit" if CARD in files else "create"
     actions[PROVENANCE] = "create"
     if index is not None:
