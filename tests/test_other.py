@@ -103,9 +103,26 @@ def test_an_error_in_a_file_of_factors_names_the_file(tmp_path: Path) -> None:
         '{"0": 1.2}': "mine.json has no factor for layer 1",
         '{"0": 1.2, "9": 1}': "mine.json has no factor for layer 1 .*has a factor for layer 9",
         '{"0": 1.2, "1": 1, "9": 1}': "mine.json has a factor for layer 9",
-        (source / "config.json").read_text(): "mine.json: the factor of layer",
+        (source / "config.json").read_text(): "mine.json: is no file of factors",
     }
     for content, words in contents.items():
         file.write_text(content)
         with pytest.raises(errors.UsageError, match=words):
             plan(source, factors=file)
+
+
+def test_a_draft_of_another_size_is_not_called_incomplete(tmp_path: Path) -> None:
+    """Its experts are all there; the config says nothing of their number."""
+    source, tensors = checkpoints.qwen2(tmp_path), checkpoints.qwen2_tensors()
+    part = "model.layers.1.mlp.experts."
+    draft = {
+        name.replace("model.layers.1", "mtp.layers.0"): raw
+        for name, raw in tensors.items()
+        if name.startswith(part) and int(name.removeprefix(part).partition(".")[0]) < 2
+    }
+    for old in source.glob("model*"):
+        old.unlink()
+    checkpoints.write_shards(source, {**tensors, **draft}, 2)
+    with pytest.raises(errors.CheckpointError, match=r"mtp\.0: has 2 routed experts") as caught:
+        plan(source, experts=3)
+    assert "incomplete" not in str(caught.value)
