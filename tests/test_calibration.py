@@ -252,8 +252,8 @@ def test_without_the_extra_one_line_says_what_to_install(
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["--rule", "measured"], "--rule measured and --calibrate go together"),
-        (["--calibrate", "{text}"], "--rule measured and --calibrate go together"),
+        (["--rule", "measured"], "--rule measured needs a text: --calibrate FILE"),
+        (["--calibrate", "{text}"], "--calibrate needs --rule measured"),
         (["--rule", "measured", "--calibrate", "nowhere"], "nowhere: No such file or directory"),
         (["--rule=measured", "--calibrate={text}", "--fold=config"], "takes one factor for all"),
         (["--max-memory", "8GiB"], "--max-memory goes with --rule measured"),

@@ -70,7 +70,8 @@ def test_a_flag_that_counts_for_one_score_only() -> None:
 def test_a_flag_of_another_name() -> None:
     """Some types call the flag otherwise."""
     assert renormalised("kimi_linear", moe_renormalize=False) is False
-    assert renormalised("kimi_linear", norm_topk_prob=False) is True
+    assert renormalised("kimi_linear", norm_topk_prob=False) is False  # an alias of it
+    assert renormalised("kimi_linear", norm_expert_weight=False) is True
 
 
 def test_shared_experts_in_the_normalisation_are_counted() -> None:

@@ -236,9 +236,20 @@ def _show_plan(
 
 
 def _print_json(content: dict[str, Any]) -> None:
-    """Print it piece by piece: with tens of thousands of tensors the text has many megabytes."""
-    json.dump(content, sys.stdout, indent=2)
-    print()
+    """Print it piece by piece, a line for each tensor and file: there may be tens of thousands."""
+    encode = json.JSONEncoder().encode  # in C, which it is not where lines are indented
+    before = "{"
+    for key, value in content.items():
+        sys.stdout.write(f"{before}\n  {encode(key)}: ")
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            rows = (f"{',' * bool(i)}\n    {encode(row)}" for i, row in enumerate(value))
+            sys.stdout.write("[")
+            sys.stdout.writelines(rows)
+            sys.stdout.write("\n  ]")
+        else:
+            sys.stdout.write(json.dumps(value, indent=2).replace("\n", "\n  "))
+        before = ","
+    print("\n}")
 
 
 def _convert(
