@@ -293,7 +293,7 @@ def test_a_text_that_is_no_file_is_refused_and_not_waited_for(
     for text in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
         done = moescale(model.source, model.output, "-k3", "--rule=measured", "--calibrate", text)
         assert (done.code, done.out) == (2, "")
-        assert f"--calibrate {text}: is no regular file" in done.err
+        assert f"--calibrate {text}: must be a regular file" in done.err
 
 
 def test_who_stops_a_measurement_is_not_told_that_it_goes_on(

@@ -16,7 +16,7 @@ from tiny_models import TINY, build
 from moescale import api
 from moescale.errors import SourceError, UnsupportedError, UsageError
 from moescale.measuring import runner
-from moescale.measuring.measure import measure
+from moescale.measuring.measure import measure, opened
 from moescale.measuring.text import FEWEST, MOST, Text, read_text
 from moescale.model.architectures import find
 from moescale.options import Options
@@ -61,7 +61,8 @@ def samples(
     def sampler(moe: Any, experts: Any) -> Any:
         config = runner.read_config(source)
         text = Text(tuple(IDS.flatten().tolist()))
-        measured = measure(source, config, text, moe, experts, max_memory)
+        with opened(source, config, moe, max_memory) as model:
+            measured = measure(model, text, moe, experts)
         found.update({str(layer): sample for layer, sample in measured.items()})
         return measured
 
@@ -270,7 +271,7 @@ def test_bytes_are_tokens_where_the_vocabulary_is_one_of_bytes(tmp_path: Path) -
     assert found.unit == "bytes"
     assert found.tokens == tuple(bytes(range(256)) * 256)
     assert len(found.tokens) == MOST
-    with pytest.raises(UnsupportedError, match="32000 token ids are no vocabulary of bytes"):
+    with pytest.raises(UnsupportedError, match="a vocabulary of 32,000 cannot be raw bytes"):
         read_text(text, empty, 32_000)
 
 

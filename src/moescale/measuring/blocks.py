@@ -18,10 +18,14 @@ from torch import Tensor, nn
 
 from moescale.checkpoint.header import Tensor as Entry
 from moescale.errors import UnsupportedError
+from moescale.measuring.fitting import Fitting
+from moescale.measuring.routers import RouterScale, find_router
+from moescale.measuring.scoring import Block
 from moescale.measuring.tally import Cosines, Tally
 from moescale.model import architectures
 from moescale.model.architectures import ROWS, Architecture
 from moescale.model.experts import Layer, find_projections
+from moescale.rules.fitted import fit
 from moescale.rules.samples import Sample
 
 COUNT_NAMES = frozenset({"top_k", "topk", "k", *(key for row in ROWS for key in row.count)})
@@ -77,8 +81,19 @@ class Numbers:
 class Watched:
     """A block that runs twice whenever the model runs it once, and counts what its experts do."""
 
-    def __init__(self, model: nn.Module, path: str, numbers: Numbers, every: int) -> None:
-        """`path` is that of the experts; `every` is that of `Tally`."""
+    def __init__(
+        self,
+        model: nn.Module,
+        path: str,
+        numbers: Numbers,
+        every: int,
+        biases: frozenset[str] | None = None,
+    ) -> None:
+        """`path` is that of the experts; `every` is that of `Tally`.
+
+        `biases` are names of a bias of the router's logits; None where the logits are not to be
+        multiplied.
+        """
         self.path, self._numbers = path, numbers
         self._experts = model.get_submodule(path)
         self._block = model.get_submodule(path.rpartition(".")[0])
@@ -88,14 +103,33 @@ class Watched:
         self._cosines = Cosines()
         self._tally: Tally | None = None
         self._sum: Tensor | None = None
+        self._routed: Tensor | None = None  # of the last run
         self._shape, self._compared = (1, 1), 0
         self._scores: Tensor | None = None
-        self._experts.register_forward_hook(self._see, with_kwargs=True)
+        self._handles = [self._experts.register_forward_hook(self._see, with_kwargs=True)]
         router = getattr(self._block, "router", None)
         if isinstance(router, nn.Module):
-            router.register_forward_hook(self._note_scores)
+            self._handles.append(router.register_forward_hook(self._note_scores))
+        found = None
+        if biases is not None:
+            found = find_router(self._block, self._experts, numbers.total, biases)
+        self.router = RouterScale(*found) if found else None
+        self._fitting: Fitting | None = None
         self._forward = self._block.forward
         self._block.forward = self._run_twice
+
+    def fit_router(self) -> None:
+        """Count from now on what the rule ``fitted`` needs, too."""
+        if self._numbers.trained != self._numbers.after:
+            self._fitting = Fitting(self._block, self._experts, self.router)
+
+    def remove(self) -> None:
+        """Let the block run as it did, with the trained number of experts."""
+        self._block.forward = self._forward
+        if self.router is not None:
+            self.router.remove()
+        for handle in self._handles:
+            handle.remove()
 
     def expect(self, shape: Sequence[int], compared: int) -> None:
         """Say what comes: token ids of this shape; of so many, the experts are compared."""
@@ -110,7 +144,11 @@ class Watched:
         """What was found out, once `reached`."""
         before = self._before.moments()
         same = self._numbers.trained == self._numbers.after
-        return Sample(before, before if same else self._after.moments(), self._cosines.mean())
+        after = before if same else self._after.moments()
+        fitted = None
+        if self._fitting is not None:
+            fitted = fit(self._fitting.sums(), scalable=self.router is not None)
+        return Sample(before, after, self._cosines.mean(), fitted)
 
     def _run_twice(self, *args: Any, **named: Any) -> Any:
         """With the new number first, on copies, since a block may work in place."""
@@ -118,7 +156,26 @@ class Watched:
             copies = [a.clone() if isinstance(a, Tensor) else a for a in args]
             named_copies = {n: a.clone() if isinstance(a, Tensor) else a for n, a in named.items()}
             self._run(self._after, copies, named_copies)
-        return self._run(self._before, args, named)
+        if self._fitting is None:
+            return self._run(self._before, args, named)
+        kept = [a.clone() if isinstance(a, Tensor) else a for a in args]
+        kept_named = {n: a.clone() if isinstance(a, Tensor) else a for n, a in named.items()}
+        output = self._run(self._before, args, named)
+        self._fit(kept, kept_named)
+        return output
+
+    def _fit(self, args: Sequence[Any], named: dict[str, Any]) -> None:
+        """Count one batch for the rule ``fitted``; give that up where the experts get no choice."""
+        routed = self._routed
+        assert self._fitting is not None and routed is not None, "the experts have just been run"
+
+        def run() -> None:
+            copies = [a.clone() if isinstance(a, Tensor) else a for a in args]
+            with _counts(self._places, self._numbers.after):
+                self._forward(*copies, **named)
+
+        if not self._fitting.add(run, routed, self._context(len(routed))):
+            self._fitting = None
 
     def _run(self, tally: Tally, args: Sequence[Any], named: dict[str, Any]) -> Any:
         first = not tally.tokens
@@ -128,6 +185,7 @@ class Watched:
                 output = self._forward(*args, **named)
         finally:
             self._tally = None
+        self._routed = self._sum
         if first and self._sum is not None:
             tally.gain = _gain(output if isinstance(output, Tensor) else output[0], self._sum)
         self._sum = None
@@ -203,6 +261,23 @@ class Watched:
         out = self._experts(rows, chosen, alone)
         self._tally = tally
         self._cosines.add(out.reshape(len(some), k, -1))
+
+
+def scored_blocks(
+    model: nn.Module,
+    paths: Iterable[str],
+    layer: Layer,
+    numbers: Numbers,
+    biases: frozenset[str] | None,
+) -> Iterator[Block]:
+    """The blocks of a layer, for `moescale.measuring.scoring`; the arguments are `Watched`'s."""
+    for path in paths:
+        block, experts = model.get_submodule(path.rpartition(".")[0]), model.get_submodule(path)
+        found = None
+        if biases is not None:
+            found = find_router(block, experts, numbers.total, biases)
+        router = RouterScale(*found) if found else None
+        yield Block(layer, experts, router, _count_places(block, numbers))
 
 
 def _gain(block: Tensor, routed: Tensor) -> float:

@@ -140,13 +140,14 @@ class Calibration:
             UsageError: the text is too short.
             SourceError: the model cannot be run here.
         """
-        from moescale.measuring.measure import context_of, measure
+        from moescale.measuring.measure import context_of, measure, opened
         from moescale.measuring.runner import read_config
 
         assert self.folder is not None, "there before it is planned for"
         config = read_config(self.folder)
         text = read_text(self.text, self.folder, config.get_text_config().vocab_size)
-        samples = measure(self.folder, config, text, moe, experts, self.max_memory, self.progress)
+        with opened(self.folder, config, moe, self.max_memory) as model:
+            samples = measure(model, text, moe, experts, progress=self.progress)
         gc.collect()  # the model is made of circles, and the conversion needs no memory of it
         rest = [layer for layer in moe.layers if layer not in samples]
         amount = {text.unit: len(text.tokens), "context": context_of(config)}

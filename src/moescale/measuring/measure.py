@@ -1,16 +1,25 @@
-"""The rule ``measured``: from a checkpoint and a text to a sample of every MoE layer."""
+"""From a checkpoint and a text to a sample of every MoE layer, and to the loss of settings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor
 
 from moescale.errors import UnsupportedError
 from moescale.measuring import runner
-from moescale.measuring.blocks import Numbers, Watched, find_blocks, find_modules
+from moescale.measuring.blocks import (
+    Numbers,
+    Watched,
+    find_blocks,
+    find_modules,
+    scored_blocks,
+)
+from moescale.measuring.scoring import Score, Setting, score
 from moescale.measuring.tally import WEIGHTS_KEPT
 from moescale.measuring.text import Text
 from moescale.model import architectures
@@ -19,6 +28,9 @@ from moescale.model.lookup import Moe
 from moescale.planning.plan import Experts
 from moescale.rules.samples import Sample
 
+EVALUATED, AT_ONCE = 512, 1_024
+"""Tokens of a sequence whose loss is taken, and of all that run at once: their logits are kept."""
+
 COMPARED_RUNS, COMPARED = 4, 128
 """In so many runs, for so many tokens, the outputs of the chosen experts are compared."""
 
@@ -26,13 +38,44 @@ Progress = Callable[[int, int], None]
 """Is told of tokens done and in all."""
 
 
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A model in memory: with the paths of its MoE layers' experts, and what is left unread."""
+
+    model: Any
+    config: Any
+    paths: Mapping[Layer, Sequence[str]]
+
+
+@contextmanager
+def opened(folder: Path, config: Any, moe: Moe, max_memory: int | None = None) -> Iterator[Opened]:
+    """Load the model.
+
+    Args:
+        folder: the checkpoint.
+        config: its config, as `moescale.measuring.runner.read_config` gives it.
+        moe: what the plan found.
+        max_memory: bytes of main memory for weights; the rest lies on disk.
+
+    Raises:
+        UnsupportedError: transformers cannot load it here, or runs its layers otherwise.
+    """
+    _check_part(moe)
+    with runner.loaded(folder, config, max_memory) as (model, left_over):
+        found = find_blocks(model, moe.architecture)
+        _check_scales(find_modules(left_over, moe.architecture), found)
+        measured = _measured_layers(moe.layers, found)
+        yield Opened(model, config, {layer: found[layer] for layer in measured})
+
+
 def measure(
-    folder: Path,
-    config: Any,
+    model: Opened,
     text: Text,
     moe: Moe,
     experts: Experts,
-    max_memory: int | None = None,
+    *,
+    fitted: bool = False,
+    biases: frozenset[str] | None = None,
     progress: Progress = lambda done, total: None,
 ) -> dict[Layer, Sample]:
     """Run the model over a text as it was trained, and each MoE block with both counts.
@@ -41,12 +84,12 @@ def measure(
     with the number of experts that it was trained with, and with the new one.
 
     Args:
-        folder: the checkpoint.
-        config: its config, as `moescale.measuring.runner.read_config` gives it.
+        model: the model.
         text: what to run it on.
         moe: what the plan found.
         experts: the numbers of experts per token.
-        max_memory: bytes of main memory for weights; the rest lies on disk.
+        fitted: for the rule of this name, each block is run with scaled routers as well.
+        biases: what biases of the routers' logits are called; None where they cannot be scaled.
         progress: is told of tokens done and in all.
 
     Returns:
@@ -54,20 +97,70 @@ def measure(
         does not run.
 
     Raises:
-        UnsupportedError: transformers cannot load or run the model here, or not with these numbers.
+        UnsupportedError: transformers cannot run the model, or not with these numbers.
     """
-    _check_part(moe)
-    wanted = moe.layers
-    with runner.loaded(folder, config, max_memory) as (model, left_over):
-        found = find_blocks(model, moe.architecture)
-        _check_scales(find_modules(left_over, moe.architecture), found)
-        watched = {
-            layer: _watch(model, found[layer], moe, experts, layer, len(text.tokens))
-            for layer in _measured_layers(wanted, found)
-        }
-        blocks = [b for blocks in watched.values() for b in blocks]
-        _run(model, blocks, text, context_of(config), progress)
+    every = max(1, len(text.tokens) // WEIGHTS_KEPT)
+    watched: dict[Layer, list[Watched]] = {}
+    for layer, paths in model.paths.items():
+        numbers = _numbers(moe, experts, layer)
+        watched[layer] = [Watched(model.model, p, numbers, every, biases) for p in paths]
+    blocks = [b for blocks in watched.values() for b in blocks]
+    if fitted:
+        for block in blocks:
+            block.fit_router()
+    try:
+        _run(model.model, blocks, text, context_of(model.config), progress)
         return {layer: _sample(blocks) for layer, blocks in watched.items()}
+    finally:
+        for block in blocks:
+            block.remove()
+
+
+def evaluate(
+    model: Opened,
+    text: Text,
+    moe: Moe,
+    experts: Experts,
+    settings: Sequence[Setting],
+    *,
+    biases: frozenset[str] | None = None,
+    context: int | None = None,
+    progress: Progress = lambda done, total: None,
+) -> list[Score]:
+    """Score settings of a model on a text, the first of them the model as it was trained.
+
+    Args:
+        model: the model.
+        text: what its loss is taken on.
+        moe: what the plan found.
+        experts: numbers of experts per token, as the model was loaded.
+        settings: how it is run.
+        biases: as for `measure`.
+        context: tokens of a sequence, at most what the model takes; default: `EVALUATED`.
+        progress: is told of tokens done and in all.
+    """
+    length = text.length or min(context or EVALUATED, context_of(model.config))
+    blocks = [
+        b
+        for layer, paths in model.paths.items()
+        for b in scored_blocks(model.model, paths, layer, _numbers(moe, experts, layer), biases)
+    ]
+    done = 0
+
+    def told() -> Iterator[Tensor]:
+        nonlocal done
+        for ids in runner.batches(text.tokens, text.start, length, max(length, AT_ONCE)):
+            if ids.shape[1] > 1:
+                yield ids
+            done += ids.shape[0] * (ids.shape[1] - len(text.start))
+            progress(done, len(text.tokens))
+
+    try:
+        return score(model.model, blocks, settings, told())
+    finally:
+        for block in blocks:
+            if block.router is not None:
+                block.router.remove()
 
 
 def context_of(config: Any) -> int:
@@ -118,19 +211,15 @@ def _measured_layers(wanted: Sequence[Layer], found: Collection[Layer]) -> list[
     return measured
 
 
-def _watch(
-    model: nn.Module, paths: Sequence[str], moe: Moe, experts: Experts, layer: Layer, tokens: int
-) -> list[Watched]:
-    numbers = Numbers(*experts.at(layer), moe.held[layer])
-    every = max(1, tokens // WEIGHTS_KEPT)
-    return [Watched(model, path, numbers, every) for path in paths]
+def _numbers(moe: Moe, experts: Experts, layer: Layer) -> Numbers:
+    return Numbers(*experts.at(layer), moe.held[layer])
 
 
 def _run(
     model: Any, blocks: Sequence[Watched], text: Text, context: int, progress: Progress
 ) -> None:
     """Run the model, each block told of what comes."""
-    batches = list(runner.batches(text.tokens, text.start, context))
+    batches = list(runner.batches(text.tokens, text.start, text.length or context))
     compared = {i * len(batches) // COMPARED_RUNS for i in range(COMPARED_RUNS)}
     inner = runner.text_model(model, [block.path for block in blocks])
     done = 0

@@ -140,12 +140,14 @@ def text_model(model: PreTrainedModel, paths: Iterable[str]) -> nn.Module:
     return model
 
 
-def batches(tokens: tuple[int, ...], start: tuple[int, ...], context: int) -> Iterator[Tensor]:
-    """Token ids [sequences, length] of at most `AT_ONCE` tokens; the last may be shorter."""
+def batches(
+    tokens: tuple[int, ...], start: tuple[int, ...], context: int, at_once: int = AT_ONCE
+) -> Iterator[Tensor]:
+    """Token ids [sequences, length] of at most `at_once` tokens; the last may be shorter."""
     length = max(1, context - len(start))
     pieces = [tokens[i : i + length] for i in range(0, len(tokens), length)]
     whole = [piece for piece in pieces if len(piece) == length]
-    rows = max(1, AT_ONCE // context)
+    rows = max(1, at_once // context)
     groups = [whole[i : i + rows] for i in range(0, len(whole), rows)]
     groups += [[piece] for piece in pieces[len(whole) :]]
     for group in groups:
@@ -153,22 +155,29 @@ def batches(tokens: tuple[int, ...], start: tuple[int, ...], context: int) -> It
 
 
 @torch.no_grad()
-def forward(model: Any, ids: Tensor) -> None:
-    """Run a model on token ids [sequences, length]; its output is not kept."""
-    ids = ids.to(_device(model))
+def forward(model: Any, ids: Tensor) -> Any:
+    """Run a model on token ids [sequences, length]."""
+    ids = ids.to(device_of(model))
     named: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if model.config.is_encoder_decoder:
         named["decoder_input_ids"] = ids
     with _quiet(), _in_one_line("a run of the model"):
-        model(**named)
+        return model(**named)
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
     """Where the token ids go: to the embedding, or to the first card if that lies on disk."""
     weight = next(iter(model.parameters()))
     if weight.device.type != "meta":
         return weight.device
     return torch.device(0 if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def quiet_run(what: str) -> Iterator[None]:
+    """Run code of transformers: no bars, no warnings, no gradients, and errors of one line."""
+    with _quiet(), _in_one_line(what), torch.no_grad():
+        yield
 
 
 @contextmanager

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,36 +33,49 @@ class Text:
         start: the ids that the tokeniser puts at the beginning of every sequence.
         unit: ``tokens`` of the model's tokeniser, or ``bytes``.
         cut: the file has more.
+        length: of its sequences, where it is made of some; they begin with `start` already.
     """
 
     tokens: tuple[int, ...]
     start: tuple[int, ...] = ()
     unit: str = "tokens"
     cut: bool = False
+    length: int | None = None
+
+    def split(self, length: int, part: float) -> tuple[Text, Text]:
+        """Two texts of whole sequences; the second has about `part` of them, at least one."""
+        size = self.length or max(1, length - len(self.start))
+        count = -(-len(self.tokens) // size)
+        held = min(max(1, round(count * part)), count - 1)
+        at = (count - held) * size
+        return replace(self, tokens=self.tokens[:at]), replace(self, tokens=self.tokens[at:])
 
 
-def digest(path: Path) -> str:
+def digest(path: Path, option: str = "--calibrate") -> str:
     """SHA-256 of a file.
 
     Raises:
         UsageError: it cannot be read.
     """
     if path.exists() and not path.is_file():
-        raise UsageError(f"--calibrate {path}: is no regular file, which is read more than once")
+        raise UsageError(f"{option} {path}: must be a regular file (it is read twice)")
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UsageError(f"--calibrate {path}: {error.strerror}") from None
+        raise UsageError(f"{option} {path}: {error.strerror}") from None
 
 
-def read_text(path: Path, folder: Path, vocabulary: int) -> Text:
+def read_text(path: Path, folder: Path, vocabulary: int, option: str = "--calibrate") -> Text:
     """The first `MOST` tokens of a text.
 
     Args:
-        path: UTF-8 text, or anything at all for a model of bytes.
+        path: UTF-8 text; lines of JSON (``.jsonl``) with a field ``text``, or with the ``tokens``
+            that `moescale.measuring.own_text.keep_text` writes; or anything at all for a model of
+            bytes.
         folder: the checkpoint, which has the tokeniser.
         vocabulary: number of the model's token ids.
+        option: for errors.
 
     Raises:
         UsageError: the text is no text, or too short.
@@ -68,34 +83,87 @@ def read_text(path: Path, folder: Path, vocabulary: int) -> Text:
     """
     with open(path, "rb") as file:
         data = file.read(_MOST_BYTES)
-    names = [entry.name for entry in folder.iterdir()]
-    if any(fnmatch.filter(names, pattern) for pattern in _TOKENISERS):
-        text = _tokenised(data, path, folder)
-    elif vocabulary in _BYTE_VOCABULARY:
-        text = Text(tuple(data[:MOST]), unit="bytes", cut=len(data) > MOST)
-    else:
-        raise UnsupportedError(
-            f"the model has no tokeniser, and {vocabulary} token ids are no vocabulary of bytes",
-            hint="Put the tokeniser's files into the checkpoint; --rule gates needs no text.",
-        )
+    text = _read(data, f"{option} {path}", path.suffix == ".jsonl", folder, vocabulary)
     if len(text.tokens) < FEWEST:
         raise UsageError(
-            f"--calibrate {path}: is {len(text.tokens):,} {text.unit} long, {FEWEST:,} are needed",
+            f"{option} {path}: is {len(text.tokens):,} {text.unit} long, {FEWEST:,} are needed",
             hint="Give a longer text of the kind that the model is for.",
         )
     return text
 
 
-def _tokenised(data: bytes, path: Path, folder: Path) -> Text:
-    words = _decoded(data, path)
-    tokeniser = _tokeniser(folder)
+def _read(data: bytes, where: str, is_json: bool, folder: Path, vocabulary: int) -> Text:
+    whole = len(data) < _MOST_BYTES
+    if is_json:
+        lines = _json_lines(_decoded(data, where), where, whole)
+        if all("tokens" in line for line in lines):
+            return _given_tokens([line["tokens"] for line in lines], where, vocabulary)
+        data = "\n\n".join(line["text"] for line in lines).encode()
+    tokeniser = tokeniser_of(folder, vocabulary)
+    if tokeniser is None:
+        return Text(tuple(data[:MOST]), unit="bytes", cut=len(data) > MOST)
+    text = _tokenised(_decoded(data, where), tokeniser)
+    return text if whole else replace(text, cut=True)
+
+
+def _json_lines(text: str, where: str, whole: bool) -> list[dict[str, Any]]:
+    """The objects of lines of JSON; the last line may be cut where the file has more."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            if not whole and number == len(lines):
+                break
+            raise UsageError(f"{where}: line {number} is not valid JSON") from None
+        if not isinstance(value, dict) or type(value.get("text")) is not str:
+            raise UsageError(f"{where}: line {number} has no field text")
+        found.append(value)
+    return found
+
+
+def _given_tokens(rows: Sequence[Any], where: str, vocabulary: int) -> Text:
+    for number, row in enumerate(rows, 1):
+        good = isinstance(row, list) and all(type(t) is int and 0 <= t < vocabulary for t in row)
+        if not good or len(row) != len(rows[0]):
+            raise UsageError(
+                f"{where}: the tokens of line {number} are none of this model, or of another length"
+            )
+    tokens = tuple(token for row in rows for token in row)[:MOST]
+    return Text(tokens, length=len(rows[0]) if rows else None)
+
+
+def tokeniser_of(folder: Path, vocabulary: int) -> Any:
+    """The model's tokeniser; None where its tokens are bytes.
+
+    Raises:
+        UnsupportedError: there is none, or it cannot be loaded.
+    """
+    names = [entry.name for entry in folder.iterdir()]
+    if any(fnmatch.filter(names, pattern) for pattern in _TOKENISERS):
+        return _tokeniser(folder)
+    if vocabulary in _BYTE_VOCABULARY:
+        return None
+    raise UnsupportedError(
+        f"no tokeniser files, and a vocabulary of {vocabulary:,} cannot be raw bytes",
+        hint="Put the tokeniser's files into the checkpoint; --rule gates needs no text.",
+    )
+
+
+def _tokenised(words: str, tokeniser: Any) -> Text:
     # Not verbose, since it would warn of a long text.
     tokens = tokeniser(words, add_special_tokens=False, verbose=False)["input_ids"]
     both: list[int] = tokeniser("a")["input_ids"]
     bare: list[int] = tokeniser("a", add_special_tokens=False)["input_ids"]
     start = both[: _find(bare, both)]
-    cut = len(tokens) > MOST or len(data) == _MOST_BYTES
-    return Text(tuple(tokens[:MOST]), tuple(start), cut=cut)
+    return Text(tuple(tokens[:MOST]), tuple(start), cut=len(tokens) > MOST)
+
+
+def overlap(one: Text, other: Text, window: int = 32) -> bool:
+    """Whether any `window` tokens in a row stand in both."""
+    found = {one.tokens[i : i + window] for i in range(len(one.tokens) - window + 1)}
+    return any(other.tokens[i : i + window] in found for i in range(len(other.tokens) - window + 1))
 
 
 def _find(part: list[int], whole: list[int]) -> int:
@@ -104,7 +172,7 @@ def _find(part: list[int], whole: list[int]) -> int:
     return next((i for i in places if whole[i : i + len(part)] == part), 0)
 
 
-def _decoded(data: bytes, path: Path) -> str:
+def _decoded(data: bytes, where: str) -> str:
     """The text, without a letter that the end of what was read cuts in two."""
     whole = len(data) < _MOST_BYTES
     try:
@@ -113,7 +181,7 @@ def _decoded(data: bytes, path: Path) -> str:
         if not whole and len(data) - error.start < 4:
             return data[: error.start].decode("utf-8-sig")
         raise UsageError(
-            f"--calibrate {path}: is not UTF-8 text (byte {error.start:,})",
+            f"{where}: is not UTF-8 text (byte {error.start:,})",
             hint="Only a model of bytes without a tokeniser takes other files.",
         ) from None
 

@@ -48,11 +48,30 @@ class Sample:
         after: with the new number, weights unchanged.
         correlation: mean pairwise cosine of the chosen experts' outputs before; None where no
             expert was run.
+        fit: router scale and factor of the rule ``fitted``, where that was asked for.
     """
 
     before: Moments
     after: Moments
     correlation: float | None = None
+    fit: Fit | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What one layer's router weight and down-projections are multiplied by.
+
+    Attributes:
+        scale: of the router's weight and logit bias.
+        factor: of the routed experts' down-projections.
+        error_before: ``e(1)``, from 0 to 1; see `moescale.rules.fitted`.
+        error_after: ``e`` at the scale.
+    """
+
+    scale: float
+    factor: float
+    error_before: float
+    error_after: float
 
 
 def rounded(factor: float) -> float:
