@@ -5,5 +5,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 
-make_environment .venv-demo "$LOCK" .
+make_environment .venv-demo "$LOCK" . safetensors
 exec .venv-demo/bin/python scripts/demo.py "${1:-demo-output}"

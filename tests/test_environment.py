@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
+import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "environment.sh"
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "scripts" / "environment.sh"
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the scripts are for POSIX shells")
 
@@ -127,3 +132,24 @@ def test_a_real_python_will_do(project: Path) -> None:
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert found.stdout.strip() == sys.executable
+
+
+def test_the_demo_installs_what_it_imports() -> None:
+    """The tests have more libraries than a user, so a missing one would only be seen there."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "scripts" / "demo.sh").read_text().splitlines()
+    command = next(line for line in lines if line.startswith("make_environment"))
+    asked = [*project["dependencies"], *shlex.split(command)[4:]]
+    installed = {re.split(r"[<>=\[; ]", name)[0].replace("-", "_") for name in asked}
+    tree = ast.parse((ROOT / "scripts" / "demo.py").read_text())
+    imported = {
+        name.partition(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else _names(node))
+    }
+    assert imported - sys.stdlib_module_names <= installed
+
+
+def _names(node: ast.Import) -> list[str]:
+    return [alias.name for alias in node.names]
