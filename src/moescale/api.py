@@ -205,7 +205,7 @@ def convert(
             return Result(plan, "nothing", False)
         jobs = jobs or _default_jobs(sink, crew)
         worded = in_first_words(plan, reader, sink)
-        if check and overwrite and _may_repair(worded, reader, sink):
+        if check and overwrite and _may_repair(worded, sink):
             status = _repair(worded, reader, sink, jobs, progress, crew)
         else:
             outcome = run(
@@ -325,7 +325,7 @@ def _check_asked(given: Rescaling) -> None:
     options_of(given, None if text is None else os.fspath(text))
 
 
-def _may_repair(plan: Plan, source: Source, sink: Sink) -> bool:
+def _may_repair(plan: Plan, sink: Sink) -> bool:
     """Whether the destination holds an output that decides the same, perhaps damaged."""
     if not sink.keeps_files or sink.unfinished() is not None:
         return False

@@ -170,9 +170,8 @@ def _parameter(name: str, kind: Any, default: Any = inspect.Parameter.empty) -> 
 def _command(source: str, destination: str | None, version: bool, **given: Any) -> None:
     shown = {name: given.pop(name) for name in Showing.__annotations__}
     as_json, quiet, verbose = shown["json"], shown["quiet"], shown["verbose"]
-    if (
-        given["rule"] == "gates"
-    ):  # before numpy starts threads, which wait for each other on a busy machine
+    if given["rule"] == "gates":
+        # before numpy starts threads, which wait for each other on a busy machine
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if quiet or as_json:  # a model that is measured is downloaded by the client, with its own bars
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+TORCH = (".bin", ".pt", ".pth", ".ckpt")
+"""Suffixes of files that torch saves."""
+
 TORCH_HEAD = 4 << 20
 """Bytes of a torch file that are looked at: the names of 24,000 tensors, before any data."""
 

@@ -8,7 +8,7 @@ on the same inputs, and a hook on ``experts`` sees what goes in and comes out.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -110,10 +110,7 @@ class Watched:
         router = getattr(self._block, "router", None)
         if isinstance(router, nn.Module):
             self._handles.append(router.register_forward_hook(self._note_scores))
-        found = None
-        if biases is not None:
-            found = find_router(self._block, self._experts, numbers.total, biases)
-        self.router = RouterScale(*found) if found else None
+        self.router = _router_scale(self._block, self._experts, numbers, biases)
         self._fitting: Fitting | None = None
         self._forward = self._block.forward
         self._block.forward = self._run_twice
@@ -151,17 +148,13 @@ class Watched:
         return Sample(before, after, self._cosines.mean(), fitted)
 
     def _run_twice(self, *args: Any, **named: Any) -> Any:
-        """With the new number first, on copies, since a block may work in place."""
+        """With the new number first, on copies."""
         if self._numbers.trained != self._numbers.after:
-            copies = [a.clone() if isinstance(a, Tensor) else a for a in args]
-            named_copies = {n: a.clone() if isinstance(a, Tensor) else a for n, a in named.items()}
-            self._run(self._after, copies, named_copies)
-        if self._fitting is None:
-            return self._run(self._before, args, named)
-        kept = [a.clone() if isinstance(a, Tensor) else a for a in args]
-        kept_named = {n: a.clone() if isinstance(a, Tensor) else a for n, a in named.items()}
+            self._run(self._after, *_copies(args, named))
+        kept = _copies(args, named) if self._fitting is not None else None
         output = self._run(self._before, args, named)
-        self._fit(kept, kept_named)
+        if kept is not None:
+            self._fit(*kept)
         return output
 
     def _fit(self, args: Sequence[Any], named: dict[str, Any]) -> None:
@@ -170,9 +163,9 @@ class Watched:
         assert self._fitting is not None and routed is not None, "the experts have just been run"
 
         def run() -> None:
-            copies = [a.clone() if isinstance(a, Tensor) else a for a in args]
+            copies, named_copies = _copies(args, named)
             with _counts(self._places, self._numbers.after):
-                self._forward(*copies, **named)
+                self._forward(*copies, **named_copies)
 
         if not self._fitting.add(run, routed, self._context(len(routed))):
             self._fitting = None
@@ -273,11 +266,25 @@ def scored_blocks(
     """The blocks of a layer, for `moescale.measuring.scoring`; the arguments are `Watched`'s."""
     for path in paths:
         block, experts = model.get_submodule(path.rpartition(".")[0]), model.get_submodule(path)
-        found = None
-        if biases is not None:
-            found = find_router(block, experts, numbers.total, biases)
-        router = RouterScale(*found) if found else None
+        router = _router_scale(block, experts, numbers, biases)
         yield Block(layer, experts, router, _count_places(block, numbers))
+
+
+def _router_scale(
+    block: nn.Module, experts: nn.Module, numbers: Numbers, biases: frozenset[str] | None
+) -> RouterScale | None:
+    """What multiplies the router's logits, where they may be and can be."""
+    found = None if biases is None else find_router(block, experts, numbers.total, biases)
+    return RouterScale(*found) if found else None
+
+
+def _copies(args: Sequence[Any], named: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of a call, their tensors copied, since a block may work in place."""
+
+    def copy(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) else value
+
+    return [copy(a) for a in args], {n: copy(a) for n, a in named.items()}
 
 
 def _gain(block: Tensor, routed: Tensor) -> float:

@@ -154,14 +154,13 @@ def batches(
         yield torch.tensor([[*start, *piece] for piece in group])
 
 
-@torch.no_grad()
 def forward(model: Any, ids: Tensor) -> Any:
     """Run a model on token ids [sequences, length]."""
     ids = ids.to(device_of(model))
     named: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if model.config.is_encoder_decoder:
         named["decoder_input_ids"] = ids
-    with _quiet(), _in_one_line("a run of the model"):
+    with quiet_run("a run of the model"):
         return model(**named)
 
 

@@ -327,24 +327,18 @@ ROWS: Final[tuple[Architecture, ...]] = (
         sections=("vision_config",),
         scale_key="router_scaling_factor",
     ),
-    Architecture(
-        "deepseek_v4",
-        V4_EXPERTS,
-        ALWAYS,
-        moe_layers=All(),
-        fixed=_HASHED,
-        scale_key=_SCALE,
-        folds=True,
-    ),
-    # The copy of V4's config in public benchmarks of it: the same code
-    Architecture(
-        "deepseek_ref",
-        V4_EXPERTS,
-        ALWAYS,
-        moe_layers=All(),
-        fixed=_HASHED,
-        scale_key=_SCALE,
-        folds=True,
+    # deepseek_ref is the copy of V4's config in public benchmarks of it: the same code
+    *(
+        Architecture(
+            model_type,
+            V4_EXPERTS,
+            ALWAYS,
+            moe_layers=All(),
+            fixed=_HASHED,
+            scale_key=_SCALE,
+            folds=True,
+        )
+        for model_type in ("deepseek_v4", "deepseek_ref")
     ),
     # V4.1 has no hash layers; its draft has a count and a number of experts of its own
     *(

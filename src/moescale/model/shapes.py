@@ -80,18 +80,22 @@ def _measured(signature: Signature) -> Measured:
 
 def _check_one(projection: Projection) -> None:
     found = _measured(_signature(projection))
-    if found.empty is not None:
-        tensor = projection.leaves[found.empty]
-        raise CheckpointError(
-            f"{tensor.name}: is empty, its shape is {list(tensor.shape)}", hint=GATHER
-        )
+    _refuse_empty(projection.leaves, found)
     if found.misfit is not None:
         tensor = projection.leaves[found.misfit]
-        codes = next(t for leaf, t in projection.leaves.items() if leaf == found.codes)
+        codes = projection.leaves[found.codes]
         raise CheckpointError(
             f"{tensor.name}: its shape {list(tensor.shape)} does not fit {codes.name},"
             f" which is {list(codes.shape)}",
             hint=_DAMAGED,
+        )
+
+
+def _refuse_empty(leaves: Mapping[str, Tensor], found: Measured) -> None:
+    if found.empty is not None:
+        tensor = leaves[found.empty]
+        raise CheckpointError(
+            f"{tensor.name}: is empty, its shape is {list(tensor.shape)}", hint=GATHER
         )
 
 
@@ -120,11 +124,10 @@ def _check_alike(members: Sequence[Projection]) -> None:
 def _unlike(projection: Projection, wanted: Signature) -> CheckpointError:
     """Name the first tensor whose shape is not that of its siblings."""
     shapes = {leaf: shape for leaf, _, shape in wanted}
-    found = next(
-        (t for leaf, t in projection.leaves.items() if shapes.get(leaf, t.shape) != t.shape),
-        next(iter(projection.leaves.values())),
+    leaf, found = next(
+        ((n, t) for n, t in projection.leaves.items() if shapes.get(n, t.shape) != t.shape),
+        next(iter(projection.leaves.items())),
     )
-    leaf = next(leaf for leaf, t in projection.leaves.items() if t is found)
     others = list(shapes.get(leaf, next(iter(shapes.values()))))
     return CheckpointError(
         f"{found.name}: its shape is {list(found.shape)}, that of the other experts of layer"
@@ -181,11 +184,7 @@ class _Before:
         paired = False
         for module, leaves in self.of(projection).items():
             other = _measured(tuple((leaf, t.dtype, t.shape) for leaf, t in leaves.items()))
-            if other.empty is not None:
-                empty = leaves[other.empty]
-                raise CheckpointError(
-                    f"{empty.name}: is empty, its shape is {list(empty.shape)}", hint=GATHER
-                )
+            _refuse_empty(leaves, other)
             if own.size is None or other.size is None:
                 continue
             joined = _MATRICES.get(_parts(module)[1], (1,))

@@ -12,7 +12,13 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
-from moescale.checkpoint.foreign import GGUF_HEAD, TORCH_HEAD, gguf_has_experts, torch_names
+from moescale.checkpoint.foreign import (
+    GGUF_HEAD,
+    TORCH,
+    TORCH_HEAD,
+    gguf_has_experts,
+    torch_names,
+)
 from moescale.checkpoint.header import Header, Tensor
 from moescale.checkpoint.index import SINGLE, SUFFIX, check_parts, set_of
 from moescale.checkpoint.json_text import parse_lenient
@@ -25,9 +31,8 @@ from moescale.model.twins import held_layers, layers_by_name
 from moescale.planning.shards import Found, read_header, same_weights, two_sets
 from moescale.repos.base import SMALL_FILE_BYTES, Source
 
-TORCH = (".bin", ".pt", ".pth", ".ckpt")
 WHOLE = (".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".ot")
-"""Suffixes of weights in other forms: of torch, and of programs that take a whole model."""
+"""Suffixes of weights of programs that take a whole model."""
 WEIGHTS = (SUFFIX, *TORCH, *WHOLE)
 
 TWIN_FOLDERS = frozenset({"original", "metal", "onnx", "openvino", "gguf", "coreml"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from moescale.checkpoint.foreign import GGUF_ADVICE
+from moescale.checkpoint.foreign import GGUF_ADVICE, TORCH
 from moescale.checkpoint.index import SUFFIX
 from moescale.checkpoint.json_text import parse_lenient
 from moescale.errors import SourceError
@@ -17,7 +17,7 @@ ADAPTER = "adapter_config.json"
 _OTHER = (
     (".gguf", "GGUF is not read", GGUF_ADVICE),
     (
-        (".bin", ".pt", ".pth", ".ckpt"),
+        TORCH,
         "has only {name}, which is not read",
         "Convert it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...).",
     ),

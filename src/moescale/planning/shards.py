@@ -105,7 +105,7 @@ def _same_as_set(
     Raises:
         CheckpointError: it holds something else.
     """
-    one = dict(read_headers(source, files, [SINGLE]))
+    one = {SINGLE: read_header(source, files[SINGLE])}
     if not same_weights(source, one, headers):
         raise two_sets(source, index)
     return f"the same tensors and bytes as the shards of {index}, which are kept"

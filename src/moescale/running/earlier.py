@@ -12,6 +12,7 @@ from moescale.planning.files import PROVENANCE
 from moescale.planning.plan import Plan
 from moescale.repos.base import Sink, Source
 from moescale.running import provenance
+from moescale.running.provenance import options_given
 
 
 def earlier(sink: Sink) -> Any:
@@ -36,7 +37,7 @@ def in_first_words(plan: Plan, source: Source, sink: Sink) -> Plan:
     if not provenance.same_decisions(found, plan):
         return plan
     options = provenance.made_with(found)
-    if options is None or given(options) == given(plan.options):
+    if options is None or options_given(options) == options_given(plan.options):
         return plan
     sampled = options.method == "measured"
     if sampled and not is_calibration(found.get("calibration")):
@@ -53,11 +54,6 @@ def in_first_words(plan: Plan, source: Source, sink: Sink) -> Plan:
     return replace(again, warnings=plan.warnings) if same else plan
 
 
-def given(options: Options) -> Any:
-    """The options that were given, to be compared."""
-    return provenance.options_given(options)
-
-
 def check_same_job(plan: Plan, sink: Sink) -> None:
     """Refuse to prove an output against a plan that it was not made with.
 
@@ -68,9 +64,8 @@ def check_same_job(plan: Plan, sink: Sink) -> None:
     words = provenance.in_words(found)
     if words is None or provenance.same_decisions(found, plan):
         return
-    if any(
-        found.get(key) != provenance.provenance(plan, {})[key] for key in ("moescale", "source")
-    ):
+    now = provenance.provenance(plan, {})
+    if any(found.get(key) != now[key] for key in ("moescale", "source")):
         return  # another version or source: the bytes tell
     raise VerificationError(
         f"{sink.identity}: was made with {words}",
