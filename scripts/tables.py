@@ -13,10 +13,10 @@ from pathlib import Path
 
 import typer
 
-from moescale.cli import app
+from moescale.cli import Showing, app
 from moescale.model import architectures, formats
-from moescale.model.architectures import Architecture
-from moescale.model.gating import GATINGS, Gating, Other
+from moescale.model.listing import ModelType, model_types
+from moescale.options import ConvertOptions, option_rows
 
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- {}: made by scripts/tables.py -->\n", "<!-- end of {} -->\n"
@@ -58,10 +58,12 @@ def counts() -> str:
 def options_table() -> str:
     """Every option of the command, with its help text."""
     command = typer.main.get_command(app)
+    rows = option_rows(Showing) | option_rows(ConvertOptions)
     lines = ["| option | meaning |", "|---|---|"]
     for parameter in command.params:
         if parameter.param_type_name == "option":
-            lines.append(f"| {spelling(parameter)} | {parameter.help} |")
+            row = rows.get(parameter.name)
+            lines.append(f"| {spelling(parameter)} | {row.text if row else parameter.help} |")
     return "\n".join(lines) + "\n"
 
 
@@ -77,39 +79,15 @@ def types_table() -> str:
         "| model type | what happens | `--fold config` | `--rule gates` | `--gate-scale` |",
         "|---|---|---|---|---|",
     ]
-    rows = sorted(architectures.ROWS, key=lambda row: (row.model_type, row.part or ""))
-    return "\n".join([*lines, *map(types_row, rows)]) + "\n"
+    return "\n".join([*lines, *map(types_row, model_types())]) + "\n"
 
 
-def types_row(row: Architecture) -> str:
+def types_row(row: ModelType) -> str:
     """One model type, or one part of it."""
-    part = f"/{row.part}" if row.part else ""
-    gates, scale = router_group(row, GATINGS[row.model_type + part])
     name = f"`{row.model_type}`" + (f" ({row.part})" if row.part else "")
-    return f"| {name} | {effect(row)} | {'yes' if row.folds else 'no'} | {gates} | {scale} |"
-
-
-def effect(row: Architecture) -> str:
-    """What happens to models of this type."""
-    if row.fixed:
-        return f"scaled, but the number of experts stays: {row.fixed}"
-    if row.no_effect:
-        return f"only `--rule none`: {row.no_effect}"
-    if row.partly:
-        return f"scaled, with a warning: {row.partly}"
-    return "scaled"
-
-
-def router_group(row: Architecture, gating: Gating | Other) -> tuple[str, str]:
-    """Whether the rule `gates` can be used, and `--gate-scale`."""
-    if isinstance(gating, Other):
-        return f"no: {gating.why}", "no"
-    gates = "no: scaling has no effect" if row.no_effect else "yes"
-    if gating.bias:
-        return gates, "no: a bias takes part in the choice of experts"
-    if row.groups and gating.group_best > 1:
-        return gates, "only without groups of experts"
-    return gates, "yes"
+    effect = row.effect.replace("--rule none", "`--rule none`")
+    folds = "yes" if row.fold_config else "no"
+    return f"| {name} | {effect} | {folds} | {row.gates} | {row.gate_scale} |"
 
 
 def formats_table() -> str:

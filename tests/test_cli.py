@@ -23,6 +23,7 @@ from typer.main import get_command
 
 from moescale import api
 from moescale.cli import app, main
+from moescale.model import architectures
 from moescale.version import __version__
 
 BOXES = "╭╮╰╯│─┌┐└┘"
@@ -338,7 +339,8 @@ def test_usage_errors(
         (["-k", "x"], "--experts is 'x': it must be a whole number"),
         (["--experts=4,6"], "--experts is '4,6': it must be a whole number"),
         (["--factor", "abc"], "--factor is 'abc': it must be a number, such as 1.2"),
-        (["--lits"], "No such option: --lits\n"),
+        (["--lits"], "No such option: --lits"),
+        (["--list"], "--list-types"),
         (["--expert", "3"], "--experts"),
         (["-k", "2.5"], "--experts"),
         (["-k", "3", "--rho", "much"], "--rho"),
@@ -358,13 +360,39 @@ def test_usage_errors_of_the_command_line(
 def test_a_missing_destination(moescale: Command, source: Path) -> None:
     """Without --dry-run there has to be a place to write to."""
     fails(moescale(source, "-k", 3), 2, "DST is missing")
-    fails(moescale(source), 2, "DST and --experts are missing", f"moescale {source} DST -k K")
+    fails(moescale(source), 2, "DST and --experts are missing", f"moescale {source} DST -k M")
 
 
 def test_there_are_no_subcommands(moescale: Command, source: Path, out: Path) -> None:
-    """Who tries one is told how the command is written."""
-    fails(moescale("help"), 2, "no subcommands", "moescale SRC DST -k K")
-    fails(moescale("convert", source, out, "-k", 3), 2, "no subcommands")
+    """Who tries one is told the line that does it, and the line works."""
+    for words in (
+        ["help"],
+        ["help", "convert"],
+        ["list"],
+        ["plan", source, "-k", 3],
+        ["convert", source, out, "-k", 3],
+        ["verify", source, out],
+    ):
+        done = moescale(*words)
+        fails(done, 2, f"{words[0]}: there are no subcommands", "\nTry: moescale ")
+        line = done.err.splitlines()[1].removeprefix("Try: moescale ")
+        assert moescale(*shlex.split(line)).code == 0, line
+    assert out.exists()
+    fails(moescale("convert"), 2, "no subcommands", "moescale SRC DST -k M, or moescale --help")
+
+
+def test_a_source_may_be_called_like_a_subcommand(
+    moescale: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that is there is a source, whatever its name."""
+    checkpoints.mixtral(tmp_path / "plan")
+    monkeypatch.chdir(tmp_path)
+    assert moescale("plan", "out", "-k", 3).code == 0
+
+
+def test_a_missing_source(moescale: Command) -> None:
+    """What is needed is shown in one line."""
+    fails(moescale("-k", 3), 2, "SRC is missing", "moescale SRC DST -k M")
 
 
 @pytest.mark.parametrize("place", ["source", "source/out", "source/../source", "."])
@@ -884,6 +912,7 @@ def test_help_leads_with_examples(moescale: Command) -> None:
     assert moescale("-h") == done
     assert (done.code, done.err) == (0, "")
     assert 0 < done.out.index("Examples:") < done.out.index("--experts M")
+    assert done.out.count(" -k ") > 5 and "--experts 3" not in done.out
     assert done.out.index("moescale ./") < done.out.index("Options:")
     assert not set(BOXES) & set(done.out)
 
@@ -916,20 +945,31 @@ def test_help_lists_every_option_of_the_contract(moescale: Command) -> None:
         "--quiet",
         "--verbose",
         "--version",
+        "--list-types",
     ):
         assert option in text
-    assert "[[DST]]" not in text
+    assert text.startswith("Usage: moescale SRC DST -k M [OPTIONS]\n")
+
+
+def test_help_fits_a_screen_or_two(moescale: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 80 columns it has less than 70 lines; what installs completion is the last of it."""
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = moescale("--help").out.splitlines()
+    assert len(lines) < 70
+    assert max(map(len, lines)) <= 80
+    assert [line.split()[0] for line in lines[-2:]] == ["--install-completion", "--show-completion"]
 
 
 def test_help_shows_the_options_in_sections(moescale: Command) -> None:
     """What everybody needs comes first; each option stands once, under a heading."""
     text = moescale("--help").out
     headings = re.findall(r"^(\S.*):$", text, re.M)
-    assert headings[:3] == ["Arguments", "Options", "Which factor, and where it goes"]
+    assert headings[:2] == ["Options", "Which factor, and where it goes"]
     assert headings[-1] == "Other"
-    assert len(headings) == 8
-    first = text.partition("\nOptions:\n")[2].partition(headings[2])[0]
+    assert len(headings) == 6
+    first = text.partition("\nOptions:\n")[2].partition(headings[1])[0]
     assert re.findall(r"^  (?:-\w, )?--(\w+)", first, re.M)[:3] == ["experts", "dry", "verify"]
+    assert "Needed: " in first.splitlines()[0]
     names = re.findall(r"^  (?:-\w, )?(--[\w-]+)", text, re.M)
     assert len(names) == len(set(names)) == len(get_command(app).params) - 2 + 1  # --help
 
@@ -963,6 +1003,21 @@ def test_help_and_version_import_little(option: str) -> None:
     command = [sys.executable, "-c", code, option]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_known_types_can_be_listed(moescale: Command) -> None:
+    """A line a model type with what happens to it; as data the same, as in the docs."""
+    done = moescale("--list-types")
+    assert (done.code, done.err) == (0, "")
+    lines = dict(re.split("  +", line) for line in done.out.splitlines())
+    assert lines["mixtral"] == "scaled"
+    assert "the number of experts stays" in lines["phimoe"]
+    types = json.loads(moescale("--list-types", "--json").out)["types"]
+    assert len(types) == len(lines)
+    assert {row["model_type"] for row in types} == set(architectures.known_types())
+    found = next(row for row in types if row["model_type"] == "deepseek_v3")
+    assert found["fold_config"] is True and found["effect"] == "scaled"
+    assert [row.effect for row in api.model_types()] == [row["effect"] for row in types]
 
 
 def test_version() -> None:

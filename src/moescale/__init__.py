@@ -1,8 +1,8 @@
 """Run a mixture-of-experts checkpoint with another number of active experts.
 
-The public names are here: `plan`, `convert` and `verify`, the types of what goes into them and
-comes out, and the exceptions in `moescale.errors`. They are imported on first use, so that
-``import moescale`` costs nothing.
+The public names are here: `plan`, `convert`, `verify` and `model_types`, the types of what goes
+into them and comes out, and the exceptions in `moescale.errors`. They are imported on first use,
+so that ``import moescale`` costs nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from moescale import errors
 from moescale.version import __version__
 
 if TYPE_CHECKING:
-    from moescale.api import Measuring, convert, plan, verify
+    from moescale.api import Measuring, convert, model_types, plan, verify
     from moescale.options import Options, Rescaling
     from moescale.planning.plan import Plan
     from moescale.repos.base import Progress
@@ -29,6 +29,7 @@ __all__ = [
     "__version__",
     "convert",
     "errors",
+    "model_types",
     "plan",
     "verify",
 ]
@@ -41,6 +42,7 @@ _HOMES = {
     "Rescaling": "moescale.options",
     "Result": "moescale.running.conversion",
     "convert": "moescale.api",
+    "model_types": "moescale.api",
     "plan": "moescale.api",
     "verify": "moescale.api",
 }

@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar, Unpack, get_args
 
 from moescale.errors import DestinationError, MoescaleError, UsageError
 from moescale.measuring.calibration import Calibration, measured_plan, open_calibration
+from moescale.model import listing
 from moescale.model.architectures import ROWS, known_types
+from moescale.model.listing import ModelType
 from moescale.options import (
     RULES,
     ConvertOptions,
@@ -262,6 +264,16 @@ def verify(
         plan = in_first_words(plan, reader, sink)
         verify_output(plan, reader, sink, jobs or _default_jobs(sink, crew), progress, crew)
     return Result(plan, "done", True)
+
+
+def model_types() -> tuple[ModelType, ...]:
+    """Every model type that the tables know, and what can be done with it.
+
+    >>> import moescale
+    >>> [row.effect for row in moescale.model_types() if row.model_type == "mixtral"]
+    ['scaled']
+    """
+    return listing.model_types()
 
 
 def values(option: str) -> list[str]:

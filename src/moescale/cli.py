@@ -7,9 +7,11 @@ import inspect
 import io
 import json
 import os
+import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypedDict
 
@@ -17,7 +19,6 @@ import typer
 
 from moescale import errors, interrupts
 from moescale.options import (
-    EXECUTION,
     FACTOR,
     HUB,
     MODEL,
@@ -46,44 +47,64 @@ EXIT_CODES: dict[type[errors.MoescaleError], int] = {
 }
 """By error; every other one is 1."""
 
+OTHER = "Other"
+"""The last heading of ``--help``."""
+
 HELP_COLUMN = 24
 """Where the meaning of an option starts."""
+
+USAGE = "SRC DST -k M [OPTIONS]"
 
 HELP = """Run a mixture-of-experts model with another number of active experts.
 
 Examples:
 
 \b
-  moescale ./Mixtral-8x7B ./Mixtral-8x7B-3 --experts 3 --dry-run
-  moescale ./Mixtral-8x7B ./Mixtral-8x7B-3 --experts 3 --verify
-  moescale Qwen/Qwen3-30B-A3B ./Qwen3-30B-A3B-16 --experts 16
-  moescale Qwen/Qwen3-30B-A3B hf://me/Qwen3-30B-A3B-16 --experts 16 --private
-  moescale ./merged ./merged-4 --experts 4 --trained-experts 1
+  moescale ./Mixtral-8x7B -k 3 --dry-run
+  moescale ./Mixtral-8x7B ./Mixtral-8x7B-3 -k 3 --verify
+  moescale Qwen/Qwen3-30B-A3B ./Qwen3-30B-A3B-16 -k 16
+  moescale Qwen/Qwen3-30B-A3B hf://me/Qwen3-30B-A3B-16 -k 16 --private
+  moescale ./merged ./merged-4 -k 4 -n 1
 
-SRC is a directory or a repo on the Hugging Face Hub (org/name, hf://org/name@revision,
-org/name/folder, or its address), DST a directory or hf://org/name; nothing is uploaded unless
-hf:// says so. The routed
-experts' down-projections are multiplied by a factor that keeps the expected norm of the routed
-output, and the number in config.json is set. SRC is never written to; an interrupted run
-is continued by the same command.
+SRC is a directory or a repo on the Hugging Face Hub (org/name, org/name@revision,
+org/name/folder, or its address), and is never written to. DST is a directory or hf://org/name;
+nothing is uploaded unless hf:// says so, and --dry-run does without it. The same command
+continues an interrupted run.
 """
 
 
 class _Command(typer.core.TyperCommand):
-    """A command that shows its options under headings."""
+    """A command that shows its options under headings, and the way to complete them last."""
+
+    def format_usage(self, ctx: Any, formatter: Any) -> None:
+        """Write what is needed, and that there are options."""
+        formatter.write_usage(ctx.command_path, USAGE)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """All parameters; those that Typer adds say what they do in fewer words."""
+        found: list[Any] = super().get_params(ctx)
+        for parameter in found:
+            if short := _COMPLETION.get(parameter.name):
+                parameter.help = short
+        return sorted(found, key=lambda parameter: parameter.name in _COMPLETION)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the help of every argument and option, in one column under all headings."""
+        """Write the help of every option, in one column under all headings."""
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
-            if record := parameter.get_help_record(ctx):
-                usual = "Arguments" if parameter.param_type_name == "argument" else "Other"
+            if parameter.param_type_name == "option":
                 panel = getattr(parameter, "rich_help_panel", None)
-                sections.setdefault(panel or usual, []).append(record)
+                record = parameter.get_help_record(ctx)
+                sections.setdefault(panel or "Other", []).append(record)
         for title, records in sections.items():
             with formatter.section(title):
                 formatter.write_dl([(f"{names:{HELP_COLUMN}}", text) for names, text in records])
 
+
+_COMPLETION = {
+    "install_completion": "Let this shell complete options.",
+    "show_completion": "Print what would be installed for that.",
+}
 
 app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -109,7 +130,21 @@ class Showing(TypedDict, total=False):
     """What only the command has: whether it runs, and what it prints."""
 
     dry_run: Annotated[
-        bool, Option("Print the plan and what a run would refuse; write nothing.", kind=bool)
+        bool,
+        Option(
+            "Print the plan; write nothing.",
+            kind=bool,
+            more="What a run would refuse is said, too. DST may be left out.",
+        ),
+    ]
+    list_types: Annotated[
+        bool,
+        Option(
+            "List the model types that are known.",
+            panel=OTHER,
+            kind=bool,
+            more="With --json as data.",
+        ),
     ]
     json: Annotated[bool, Option("Print one JSON object on stdout.", panel=OUTPUT, kind=bool)]
     quiet: Annotated[
@@ -130,20 +165,17 @@ class Showing(TypedDict, total=False):
 def _parameters() -> list[inspect.Parameter]:
     """The parameters of the command, as Typer reads them from a signature."""
     rows = option_rows(Rescaling) | option_rows(Showing) | option_rows(ConvertOptions)
-    source = typer.Argument(metavar="SRC", help="The checkpoint to read.")
-    destination = typer.Argument(
-        metavar="DST", help="Where to write; may be left out with --dry-run."
-    )
+    source, destination = typer.Argument(metavar="SRC"), typer.Argument(metavar="DST")
     version = typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     return [
-        _parameter("source", Annotated[str, source]),
+        _parameter("source", Annotated[str | None, source], None),
         _parameter("destination", Annotated[str | None, destination], None),
         *(_option(name, rows[name]) for name in sorted(rows, key=lambda n: _rank(rows[n].panel))),
         _parameter("version", Annotated[bool, version], False),
     ]
 
 
-_PANELS = ("Options", FACTOR, HUB, MODEL, EXECUTION, OUTPUT)
+_PANELS = ("Options", FACTOR, HUB, MODEL, OUTPUT, OTHER)
 """The headings of ``--help``, in order; within one, rows stand in the order of the table."""
 
 _rank = _PANELS.index
@@ -162,12 +194,12 @@ def _option(name: str, row: Option) -> inspect.Parameter:
     return _parameter(name, Annotated[kind, option], False if yes_or_no else None)
 
 
-def _parameter(name: str, kind: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+def _parameter(name: str, kind: Any, default: Any) -> inspect.Parameter:
     by_name = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(name, by_name, default=default, annotation=kind)
 
 
-def _command(source: str, destination: str | None, version: bool, **given: Any) -> None:
+def _command(source: str | None, destination: str | None, version: bool, **given: Any) -> None:
     shown = {name: given.pop(name) for name in Showing.__annotations__}
     as_json, quiet, verbose = shown["json"], shown["quiet"], shown["verbose"]
     if given["rule"] == "gates":
@@ -176,7 +208,11 @@ def _command(source: str, destination: str | None, version: bool, **given: Any) 
     if quiet or as_json:  # a model that is measured is downloaded by the client, with its own bars
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        if shown["dry_run"]:
+        if shown["list_types"]:
+            _list_types(as_json)
+        elif source is None or (source in _VERBS and not os.path.lexists(source)):
+            raise _no_verb() if source else errors.UsageError("SRC is missing", hint=_USUAL)
+        elif shown["dry_run"]:
             wanted = {name: given[name] for name in option_rows(PlanOptions)}
             _show_plan(source, destination, wanted, as_json, quiet, verbose)
         elif destination is None:
@@ -187,18 +223,47 @@ def _command(source: str, destination: str | None, version: bool, **given: Any) 
         raise errors.InterruptedRun(interrupts.MESSAGE) from None
 
 
-_VERBS = frozenset({"help", "convert", "plan", "verify", "rescale", "run"})
-"""Subcommands that people try."""
+_USUAL = f"Try: moescale {USAGE.removesuffix(' [OPTIONS]')}, or moescale --help."
+
+_VERBS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("convert", "rescale", "run", "scale"), ()),
+    **dict.fromkeys(("plan", "inspect", "show", "info"), ("--dry-run",)),
+    "verify": ("--verify",),
+    "version": ("--version",),
+    "help": ("--help",),
+    **dict.fromkeys(("list", "types", "models"), ("--list-types",)),
+}
+"""Subcommands that people try, and the options that do the same."""
+
+_ALONE = ("--version", "--help", "--list-types")
+"""Options that need nothing else."""
+
+
+def _no_verb() -> errors.UsageError:
+    """What to say to who tried a subcommand: the line that does it."""
+    verb, *rest = sys.argv[1:]
+    options = [option for option in _VERBS[verb] if option not in rest]
+    line = shlex.join(["moescale", *(() if set(options) & {*_ALONE} else rest), *options])
+    if not rest and not options:
+        return errors.UsageError(f"{verb}: there are no subcommands", hint=_USUAL)
+    return errors.UsageError(f"{verb}: there are no subcommands", hint=f"Try: {line}")
+
+
+def _list_types(as_json: bool) -> None:
+    from moescale import api
+    from moescale.report import terminal
+
+    types = api.model_types()
+    if as_json:
+        _print_json({"types": [asdict(row) for row in types]})
+    else:
+        print(terminal.types_text(types))
 
 
 def _no_destination(source: str, given: dict[str, Any]) -> errors.UsageError:
-    if source in _VERBS:
-        return errors.UsageError(
-            f"{source!r}: there are no subcommands", hint="moescale SRC DST -k K, or --help."
-        )
     ways = ("experts", "factor", "factors", "gate_scale")
     if all(given[name] is None for name in ways) and not given["verify"]:
-        hint = f"moescale {source} DST -k K; only --dry-run does without DST."
+        hint = f"moescale {source} DST -k M; only --dry-run does without DST."
         return errors.UsageError("DST and --experts are missing", hint=hint)
     return errors.UsageError("DST is missing", hint="Only --dry-run does without it.")
 
@@ -341,10 +406,9 @@ def _run() -> NoReturn:
         sys.exit(code)
     except _UsageError as error:
         if isinstance(error, typer.BadParameter) or sys.argv[1:]:
-            hint = "Try 'moescale --help' for help."
             if sys.argv[1:2] and sys.argv[1] in _VERBS:
-                hint = "There are no subcommands: moescale SRC DST -k K."
-            _fail(errors.UsageError(_in_our_words(error), hint=hint))
+                _fail(_no_verb())
+            _fail(errors.UsageError(_in_our_words(error), hint="Try 'moescale --help' for help."))
         error.show()  # without arguments, the error is the help
         sys.exit(2)
     except errors.MoescaleError as error:
@@ -368,7 +432,11 @@ def _in_our_words(error: Any) -> str:
             return f"{option.opts[-1]} is {value!r}: it must be {_NUMBERS[row.kind]}"
     if known := getattr(error, "possibilities", None):
         asked = error.option_name.strip("-")
-        error.possibilities = [k for k in known if get_close_matches(asked, [k.strip("-")])]
+        error.possibilities = [
+            k
+            for k in known
+            if k.strip("-").startswith(asked) or get_close_matches(asked, [k.strip("-")])
+        ]
     return str(error.format_message())
 
 

@@ -35,7 +35,8 @@ class Option:
     made from these rows.
 
     Attributes:
-        help: what it means.
+        help: what it means, in one line of ``--help`` where that can be.
+        more: what docs/options.md and the API say besides.
         metavar: what the command calls its value; empty for a switch.
         panel: the heading that it stands under in ``--help``.
         flags: its spellings; by default ``--`` and the name with dashes.
@@ -49,20 +50,25 @@ class Option:
     panel: str = "Options"
     flags: tuple[str, ...] = ()
     kind: type = str
+    more: str = ""
     python: str = ""
     completes: bool = False
+
+    @property
+    def text(self) -> str:
+        """All that is to be known of it, whoever asks."""
+        return f"{self.help} {self.more}".rstrip()
 
     def spellings(self, name: str) -> tuple[str, ...]:
         """How the command spells the option `name`."""
         return self.flags or (f"--{name.replace('_', '-')}",)
 
 
-FACTOR, HUB, MODEL, EXECUTION, OUTPUT = (
+FACTOR, HUB, MODEL, OUTPUT = (
     "Which factor, and where it goes",
     "The Hub",
     "Models that are not in the table, or have several MoEs",
-    "Execution",
-    "Output",
+    "Execution and output",
 )
 """Headings of the options but the first ones."""
 
@@ -76,22 +82,23 @@ class Rescaling(TypedDict, total=False):
     experts: Annotated[
         int | None,
         Option(
-            "Experts per token of the output.",
+            "Needed: experts per token of the output.",
             "M",
             flags=("-k", "--experts"),
             kind=int,
-            python="Required, except with factor, factors or gate_scale.",
+            more="It may be left out with --factor, --factors or --gate-scale, and where --verify"
+            " finds a finished output.",
         ),
     ]
     trained_experts: Annotated[
         int | None,
         Option(
-            "Experts per token that the weights were trained for; default: the config's."
-            " 1 restores a merge of dense models.",
+            "Experts per token in training; default: config's.",
             "N",
             FACTOR,
             ("-n", "--trained-experts"),
             int,
+            more="1 restores a merge of dense models.",
         ),
     ]
     rule: Annotated[
@@ -106,31 +113,33 @@ class Rescaling(TypedDict, total=False):
     calibrate: Annotated[
         StrPath | None,
         Option(
-            "The text that --rule measured runs the model on: 2,048 tokens or more, of which"
-            " the first 65,536 are taken. Needs torch, transformers and accelerate.",
+            "The text that --rule measured runs the model on.",
             "FILE",
             FACTOR,
             kind=Path,
+            more="2,048 tokens or more, of which the first 65,536 are taken. Needs torch,"
+            " transformers and accelerate.",
         ),
     ]
     max_memory: Annotated[
         str | int | None,
         Option(
-            "How much of the model --rule measured holds in main memory, such as 8GiB; the"
-            " rest lies on disk.",
+            "Main memory for --rule measured, such as 8GiB.",
             "SIZE",
             FACTOR,
+            more="What exceeds it of the model lies on disk.",
             python="A number means bytes.",
         ),
     ]
     fold: Annotated[
         Fold | None,
         Option(
-            "weights (default); config: multiply the model's own routed scaling key and"
-            " leave every weight as it is; or residual: leave the experts, divide the embedding and"
-            " the attention outputs (gpt-oss).",
+            "Into weights (default), config or residual.",
             "WHERE",
             FACTOR,
+            more="config: multiply the model's own routed scaling key and leave every weight as it"
+            " is; residual: leave the experts, divide the embedding and the attention outputs"
+            " (gpt-oss).",
             completes=True,
         ),
     ]
@@ -144,7 +153,7 @@ class Rescaling(TypedDict, total=False):
     factors: Annotated[
         Mapping[str, float] | Mapping[int, float] | StrPath | None,
         Option(
-            "Factors by layer as JSON, or an earlier output's moescale.json.",
+            "Factors by layer as JSON, or a moescale.json.",
             "FILE",
             FACTOR,
             kind=Path,
@@ -154,10 +163,11 @@ class Rescaling(TypedDict, total=False):
     gate_scale: Annotated[
         float | None,
         Option(
-            "Multiply the router's weight: above 1 sharpens the gate, below 1 flattens it.",
+            "Multiply the routers; above 1 sharpens the gate.",
             "F",
             FACTOR,
             kind=float,
+            more="Below 1 flattens it.",
         ),
     ]
     part: Annotated[
@@ -170,24 +180,22 @@ class Rescaling(TypedDict, total=False):
     pattern: Annotated[
         str | None,
         Option(
-            "The names of the down-projections, for an architecture that is not known;"
-            " goes with --experts-key.",
+            "The names of the down-projections.",
             "REGEX",
             MODEL,
+            more="For an architecture that is not known; goes with --experts-key.",
         ),
     ]
     experts_key: Annotated[
         str | None,
-        Option("Config key of the experts per token; goes with --pattern.", "KEY", MODEL),
+        Option("Goes with --pattern: the key of the number.", "KEY", MODEL),
     ]
 
 
 class Reading(TypedDict, total=False):
     """How the source is read."""
 
-    revision: Annotated[
-        str | None, Option("Branch, tag or commit of a SRC given as org/name.", "REV", HUB)
-    ]
+    revision: Annotated[str | None, Option("Branch, tag or commit of an org/name.", "REV", HUB)]
 
 
 class Writing(TypedDict, total=False):
@@ -199,7 +207,7 @@ class Writing(TypedDict, total=False):
     private: Annotated[
         bool | None,
         Option(
-            "Visibility if the repo is created; default: your Hub setting.",
+            "Visibility of a new repo; default: your setting.",
             panel=HUB,
             flags=("--private/--public",),
             kind=bool,
@@ -207,15 +215,21 @@ class Writing(TypedDict, total=False):
     ]
     create_pr: Annotated[
         bool,
-        Option("Open a pull request instead; needs the right to write.", panel=HUB, kind=bool),
+        Option(
+            "Open a pull request instead.",
+            panel=HUB,
+            kind=bool,
+            more="It needs the right to write.",
+        ),
     ]
     commit_message: Annotated[str | None, Option("Of the commit on the Hub.", "TEXT", HUB)]
     follow_links: Annotated[
         bool,
         Option(
-            "To the Hub, also publish what links of other files than shards lead to outside SRC.",
+            "Publish what links of SRC lead to outside it.",
             panel=HUB,
             kind=bool,
+            more="Shards that are links are published in any case.",
         ),
     ]
     report: Annotated[
@@ -227,7 +241,14 @@ class Writing(TypedDict, total=False):
 class Proving(TypedDict, total=False):
     """Whether the output is proved."""
 
-    verify: Annotated[bool, Option("Afterwards read everything again and prove it.", kind=bool)]
+    verify: Annotated[
+        bool,
+        Option(
+            "Read everything again and prove the output.",
+            kind=bool,
+            more="Without other options a finished output is proved with its own.",
+        ),
+    ]
 
 
 class Running(TypedDict, total=False):
@@ -236,20 +257,21 @@ class Running(TypedDict, total=False):
     jobs: Annotated[
         int | None,
         Option(
-            "Shards processed in parallel; default: cores, at most 8; 2 when uploading.",
+            "Shards at once; default: cores, at most 8.",
             "N",
-            EXECUTION,
+            OUTPUT,
             ("-j", "--jobs"),
             int,
+            more="To the Hub the default is 2.",
         ),
     ]
     dask: Annotated[
         StrPath | None,
         Option(
-            "Let the workers of a Dask scheduler do the shards: tcp://host:8786, or a"
-            " scheduler file.",
+            "Give the shards to the workers of a Dask cluster.",
             "ADDRESS",
-            EXECUTION,
+            OUTPUT,
+            more="Its scheduler's address, such as tcp://host:8786, or file.",
             python="They need this version of moescale, and paths and addresses that they reach.",
         ),
     ]
@@ -281,7 +303,7 @@ def documented(verb: Callable[..., Any], keywords: type) -> tuple[inspect.Signat
     for name, row in option_rows(keywords).items():
         default = False if hints[name] is bool else None
         named.append(inspect.Parameter(name, by_name, default=default, annotation=hints[name]))
-        text = f"{name}: {row.help} {row.python}".rstrip()
+        text = f"{name}: {row.text} {row.python}".rstrip()
         lines.append(textwrap.fill(text, 100, initial_indent=" " * 8, subsequent_indent=" " * 12))
     before, raises, after = (verb.__doc__ or "").partition("    Raises:\n")
     return signature.replace(parameters=named), "\n".join(

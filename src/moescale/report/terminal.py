@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from moescale.errors import printable
+from moescale.model.listing import ModelType
 from moescale.planning.comparison import BASES
 from moescale.planning.files import Action, PlannedFile
 from moescale.planning.plan import Plan, PlannedTensor
@@ -91,6 +92,14 @@ def plan_text(plan: Plan, verbose: bool = False, blocks: str = ASCII) -> str:
         )
         parts.append(_table((f.action, f.name, f.why or "") for f in plan.files))
     return "\n\n".join(part for part in parts if part)
+
+
+def types_text(types: Iterable[ModelType]) -> str:
+    """Every model type and what happens to it, in two columns."""
+    return _table(
+        (f"{row.model_type} ({row.part})" if row.part else row.model_type, row.effect)
+        for row in types
+    )
 
 
 def facts(plan: Plan) -> Iterator[tuple[str, str]]:

@@ -1,0 +1,66 @@
+"""What the tables of model types say, in words: for ``--list-types`` and docs/models.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moescale.model import architectures
+from moescale.model.architectures import Architecture
+from moescale.model.gating import GATINGS, Gating, Other
+
+
+@dataclass(frozen=True, slots=True)
+class ModelType:
+    """One model type, or one part of it, and what can be done with it.
+
+    Attributes:
+        model_type: as in ``config.json``.
+        part: which MoE of a model that has several.
+        effect: what happens to its experts, in words.
+        fold_config: whether ``--fold config`` can be used.
+        gates: ``yes``, or why ``--rule gates`` cannot be used.
+        gate_scale: ``yes``, or why ``--gate-scale`` cannot be used.
+    """
+
+    model_type: str
+    part: str | None
+    effect: str
+    fold_config: bool
+    gates: str
+    gate_scale: str
+
+
+def model_types() -> tuple[ModelType, ...]:
+    """Every model type that is known, by name."""
+    rows = sorted(architectures.ROWS, key=lambda row: (row.model_type, row.part or ""))
+    return tuple(_types(rows))
+
+
+def _types(rows: list[Architecture]) -> Iterator[ModelType]:
+    for row in rows:
+        name = f"{row.model_type}/{row.part}" if row.part else row.model_type
+        gates, scale = _router(row, GATINGS[name])
+        yield ModelType(row.model_type, row.part, _effect(row), row.folds, gates, scale)
+
+
+def _effect(row: Architecture) -> str:
+    if row.fixed:
+        return f"scaled, but the number of experts stays: {row.fixed}"
+    if row.no_effect:
+        return f"only --rule none: {row.no_effect}"
+    if row.partly:
+        return f"scaled, with a warning: {row.partly}"
+    return "scaled"
+
+
+def _router(row: Architecture, gating: Gating | Other) -> tuple[str, str]:
+    """Whether the rule `gates` can be used, and `--gate-scale`."""
+    if isinstance(gating, Other):
+        return f"no: {gating.why}", "no"
+    gates = "no: scaling has no effect" if row.no_effect else "yes"
+    if gating.bias:
+        return gates, "no: a bias takes part in the choice of experts"
+    if row.groups and gating.group_best > 1:
+        return gates, "only without groups of experts"
+    return gates, "yes"
