@@ -108,12 +108,46 @@ def test_the_signature_shows_every_option(verb: Any, keywords: type) -> None:
         ("plan", "expert", "experts"),
         ("verify", "num_experts_per_tok", "experts"),
         ("verify", "n", "trained_experts"),
+        ("plan", "j", None),
+        ("convert", "j", "jobs"),
+        ("convert", "src", "source"),
+        ("convert", "output_dir", "destination"),
+        ("convert", "num_workers", "jobs"),
+        ("plan", "num_workers", None),
+        ("plan", "calibration", "calibrate"),
+        ("verify", "K", "experts"),
     ],
 )
-def test_a_wrong_keyword_names_the_right_one(verb: str, word: str, meant: str) -> None:
+def test_a_wrong_keyword_names_the_right_one(verb: str, word: str, meant: str | None) -> None:
     """Words of the command, of configs and of other tools are told what they are called here."""
-    with pytest.raises(TypeError, match=rf"^{verb}\(\) has no option '{word}'; {meant}\?$"):
+    suggested = rf"; {meant}\?" if meant else ""
+    with pytest.raises(TypeError, match=rf"^{verb}\(\) has no option '{word}'{suggested}$"):
         getattr(moescale, verb)("a", **{word: 3})
+
+
+@pytest.mark.parametrize(("verb", "word"), [("plan", "jobs"), ("verify", "overwrite")])
+def test_an_option_of_another_verb_is_said_to_be_one(verb: str, word: str) -> None:
+    """It is not called unknown, and nothing else is suggested."""
+    with pytest.raises(TypeError, match=rf"^{verb}\(\) has no option '{word}'; convert\(\) has$"):
+        getattr(moescale, verb)("a", **{word: 3})
+
+
+def test_a_number_in_place_of_a_path_is_told_its_name(there: Path) -> None:
+    """A second or third argument by position is not the number of experts."""
+    wrong: Any = 3
+    with pytest.raises(TypeError, match=r"^plan\(\) takes a path .*, not 3; experts=3\?$"):
+        moescale.plan(there, wrong)
+    with pytest.raises(TypeError, match=r"^convert\(\) takes a path .*, not \['a'\]$"):
+        moescale.convert(destination="b", source=["a"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("verb", [api.plan, api.convert, api.verify])
+def test_what_is_raised_is_documented(verb: Any) -> None:
+    """Each docstring lists errors that there are, TypeError for a wrong keyword among them."""
+    text = (inspect.getdoc(verb) or "").partition("Raises:\n")[2]
+    found = set(re.findall(r"^    (\w+): ", text, re.MULTILINE))
+    assert {"TypeError", "UsageError", "SourceError", "TemporaryError"} <= found
+    assert found - {"TypeError"} <= set(vars(moescale.errors))
 
 
 def test_a_keyword_that_resembles_nothing_is_named() -> None:

@@ -491,6 +491,8 @@ def test_a_link_to_nowhere(moescale: Command, source: Path, tmp_path: Path) -> N
     word = "is a link to nowhere, which does not exist"
     fails(moescale(tmp_path / "link", tmp_path / "o", "-k", 3), 3, word)
     fails(moescale(source, tmp_path / "link", "-k", 3), 3, word)
+    trial = moescale(source, tmp_path / "link", "-k", 3, "--dry-run")
+    assert trial.code == 0 and "warning: a run would be refused" in trial.err and word in trial.err
 
 
 def test_the_home_is_expanded(

@@ -34,6 +34,7 @@ from moescale.options import (
     StrPath,
     VerifyOptions,
     documented,
+    no_place,
     options_of,
     wrong_keyword,
 )
@@ -83,6 +84,9 @@ def _with_options(keywords: type) -> Callable[[Callable[_P, _R]], Callable[_P, _
         def checked(*args: _P.args, **given: _P.kwargs) -> _R:
             if unknown := next((name for name in given if name not in signature.parameters), None):
                 raise TypeError(wrong_keyword(verb.__name__, unknown, [*signature.parameters]))
+            places = (*args, given.get("source"), given.get("destination"))
+            if wrong := [p for p in places if not isinstance(p, str | os.PathLike | None)]:
+                raise TypeError(no_place(verb.__name__, wrong[0]))
             return verb(*args, **given)
 
         setattr(checked, "__signature__", signature)  # noqa: B010 - mypy knows no such attribute
@@ -136,9 +140,14 @@ def plan(
     else:
         check_places(source, destination, revision)
         overwrite = options.get("overwrite", False)
-        sink = _sink(destination, options)
-        reader = _source(source, sink, options)
-        made = _trial(reader, sink, destination, wanted, calibration, measuring, overwrite)
+        try:
+            sink = _sink(destination, options)
+        except DestinationError as error:
+            reader = open_source(source, revision)
+            made = _refused(_made(reader, wanted, destination, calibration, measuring), error)
+        else:
+            reader = _source(source, sink, options)
+            made = _trial(reader, sink, destination, wanted, calibration, measuring, overwrite)
     return _drawn(made, report)
 
 
@@ -249,8 +258,12 @@ def verify(
     its ``moescale.json`` says it was made with. SHA-256 sums that it lacks are noted there.
 
     Raises:
-        VerificationError: with the files that differ, tensor and offset of the first difference.
-        MoescaleError: as for `convert`.
+        VerificationError: with the files that differ, tensor and offset of the first difference;
+            or the output was made with other options.
+        UsageError: an option is wrong by itself.
+        SourceError: the checkpoint cannot be read, or not be rescaled so.
+        DestinationError: the destination cannot be read, or its provenance not be completed.
+        TemporaryError: the Hub or the cluster failed for now.
     """
     jobs = options.get("jobs")
     _check_jobs(jobs)
@@ -416,8 +429,13 @@ def _trial(
             sink.check_writable()
         return _with_room(made, sink)
     except DestinationError as error:
-        refusal = f"a run would be refused: {error}".replace("\n", ". ")
-        return replace(made, warnings=(*made.warnings, refusal))
+        return _refused(made, error)
+
+
+def _refused(plan: Plan, error: DestinationError) -> Plan:
+    """The plan, with a warning of what a run would be refused for."""
+    refusal = f"a run would be refused: {error}".replace("\n", ". ")
+    return replace(plan, warnings=(*plan.warnings, refusal))
 
 
 @contextmanager

@@ -305,27 +305,49 @@ def documented(verb: Callable[..., Any], keywords: type) -> tuple[inspect.Signat
         named.append(inspect.Parameter(name, by_name, default=default, annotation=hints[name]))
         text = f"{name}: {row.text} {row.python}".rstrip()
         lines.append(textwrap.fill(text, 100, initial_indent=" " * 8, subsequent_indent=" " * 12))
-    before, raises, after = (verb.__doc__ or "").partition("    Raises:\n")
+    before, raises, after = (verb.__doc__ or "").partition("\n    Raises:\n")
+    of_python = "        TypeError: a keyword is none of these, or a place is no path.\n"
     return signature.replace(parameters=named), "\n".join(
-        [before.rstrip("\n"), *lines, raises + after]
+        [before.rstrip("\n"), *lines, raises + of_python + after]
     )
 
 
 def wrong_keyword(verb: str, name: str, known: Sequence[str]) -> str:
     """What to say of a keyword that a verb does not have."""
-    rows = option_rows(ConvertOptions)
-    short = [key for key, row in rows.items() if f"-{name}" in row.flags]
-    meant = next(iter([*short, *difflib.get_close_matches(name, known, 1)]), None)
-    if hint := _OTHERWISE.get(name):
-        meant = hint
-    return f"{verb}() has no option {name!r}" + (f"; {meant}?" if meant else "")
+    said, rows = f"{verb}() has no option {name!r}", option_rows(ConvertOptions)
+    if name in rows:
+        return f"{said}; convert() has"
+    short = (key for key, row in rows.items() if f"-{name}" in row.flags)
+    meant = _OTHERWISE.get(name.lower()) or next(short, None)
+    if meant is None or (meant in rows and meant not in known):
+        meant = next(iter(difflib.get_close_matches(name, known, 1)), None)
+    return said + (f"; {meant}?" if meant else "")
+
+
+def no_place(verb: str, given: object) -> str:
+    """What to say of something that was given in place of a path."""
+    meant = f"; experts={given}?" if type(given) is int else ""
+    return f"{verb}() takes a path or a repo as source and destination, not {given!r}{meant}"
 
 
 _OTHERWISE: Mapping[str, str] = {
     "dry_run": "moescale.plan",
     "check": "verify",
-    "top_k": "experts",
-    "num_experts_per_tok": "experts",
+    "force": "overwrite",
+    "exist_ok": "overwrite",
+    "token": "the variable HF_TOKEN",
+    **dict.fromkeys(("k", "top_k", "topk", "m", "num_experts"), "experts"),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token"), "experts"),
+    **dict.fromkeys(("experts_per_token", "active_experts", "n_experts"), "experts"),
+    **dict.fromkeys(("trained", "original_experts", "from_experts"), "trained_experts"),
+    **dict.fromkeys(("src", "model", "repo_id", "path", "checkpoint"), "source"),
+    **dict.fromkeys(("dst", "out", "output", "output_dir", "target", "save_path"), "destination"),
+    **dict.fromkeys(("workers", "num_workers", "threads", "num_threads", "n_jobs"), "jobs"),
+    **dict.fromkeys(("method", "mode", "strategy"), "rule"),
+    **dict.fromkeys(("scale", "scaling_factor", "scaling"), "factor"),
+    **dict.fromkeys(("text", "dataset", "calibration"), "calibrate"),
+    **dict.fromkeys(("architecture", "model_type"), "arch"),
+    **dict.fromkeys(("callback", "progress_bar", "on_progress"), "progress"),
 }
 """Words that people use for something that is called otherwise."""
 
