@@ -41,6 +41,7 @@ from moescale.options import (
 from moescale.planning.decide import make_plan
 from moescale.planning.files import PROVENANCE
 from moescale.planning.plan import Plan
+from moescale.report.view import REPORT
 from moescale.repos.base import Progress, Sink, Source
 from moescale.repos.local_sink import LocalSink
 from moescale.repos.places import (
@@ -510,10 +511,12 @@ def _made(
     sink: Sink | None = None,
     overwrite: bool | None = None,
 ) -> Plan:
-    """The plan; see `moescale.measuring.calibration.measured_plan`."""
+    """The plan, with a view; see `moescale.measuring.calibration.measured_plan`."""
     if calibration is None:
-        return make_plan(source, wanted, destination, progress=measuring)
-    return measured_plan(source, wanted, destination, calibration, sink, overwrite)
+        made = make_plan(source, wanted, destination, progress=measuring)
+    else:
+        made = measured_plan(source, wanted, destination, calibration, sink, overwrite)
+    return replace(made, view=REPORT)
 
 
 def verify_output(

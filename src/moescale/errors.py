@@ -31,6 +31,18 @@ def printable(text: str, most: int = LONGEST) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def size(count: float) -> str:
+    """A number of bytes for people, in powers of 1,000 as the Hub shows them."""
+    for unit in _UNITS:
+        if count < 999.5 or unit == _UNITS[-1]:
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.1f} {unit}"
+
+
 class MoescaleError(Exception):
     """A failure that a user can act on: what and why in one line, what to do in a second."""
 

@@ -6,12 +6,13 @@ decides anything.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from moescale.checkpoint.edit import Edit
 from moescale.checkpoint.rewrite import Segment, segments
+from moescale.errors import printable, size
 from moescale.model.count import CONFIG
 from moescale.model.experts import Layer
 from moescale.model.formats import Role
@@ -23,6 +24,7 @@ from moescale.repos.base import SourceId
 from moescale.rules.samples import Sample
 
 _OUR_WORDS = frozenset({CARD, PROVENANCE})
+_SHOWN_WARNINGS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +41,32 @@ class Experts:
         return _at(self.trained, layer), _at(self.before, layer), _at(self.after, layer)
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedTensor:
-    """One tensor to scale, and what it is."""
+class PlannedTensor(Mapping[str, Any]):
+    """One tensor to scale, and what it is; as a mapping, it is the row of ``--dry-run --json``.
 
-    edit: Edit
-    shard: str
-    role: Role
-    layer: Layer
+    So ``pandas.DataFrame(plan.tensors)`` has a column for each of name, shard, dtype, shape, role,
+    layer and factor. It is no dataclass, since pandas would look into that.
+    """
+
+    __slots__ = ("edit", "layer", "role", "shard")
+
+    def __init__(self, edit: Edit, shard: str, role: Role, layer: Layer) -> None:
+        """`edit` says what is done to which bytes of the shard."""
+        self.edit, self.shard, self.role, self.layer = edit, shard, role, layer
+
+    def __getitem__(self, key: str) -> Any:
+        return self.as_json()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.as_json())
+
+    def __len__(self) -> int:
+        return len(self.as_json())
+
+    def __repr__(self) -> str:
+        tensor = self.edit.tensor
+        name = printable(tensor.name, 100)
+        return f"<{name}, {tensor.dtype} {list(tensor.shape)} x {self.edit.factor:.6g}>"
 
     def as_json(self) -> dict[str, Any]:
         """The tensor as ``--dry-run --json`` prints it; `operation` only where it is another."""
@@ -73,9 +93,22 @@ class NewHeader:
     file_size: int
 
 
-@dataclass(frozen=True, slots=True)
+class View(Protocol):
+    """How people see a plan; who makes it need not know more."""
+
+    def text(self, plan: Plan) -> str:
+        """The plan as a page of text."""
+
+    def html(self, plan: Plan) -> str:
+        """The plan for a cell of a notebook."""
+
+
+@dataclass(frozen=True, slots=True, repr=False)
 class Plan:
-    """Everything that a run will do, and why. Nothing is decided after it."""
+    """Everything that a run will do, and why. Nothing is decided after it.
+
+    A notebook shows it with its tables and charts; `summary` is the text that the command prints.
+    """
 
     source: SourceId
     destination: str | None
@@ -98,6 +131,30 @@ class Plan:
     factors_rule: str | None = None  # the rule that made the factors of a file
     warnings: tuple[str, ...] = ()
     states: Mapping[str, Any] = field(default_factory=dict)
+    view: View | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        """What goes where, in a few lines, however many layers and tensors there are."""
+        counts = f"{self.experts.before} -> {self.experts.after}"
+        factors = sorted({f"{f:.6g}": f for f in self.factors.values()}.values())
+        ends = dict.fromkeys(f"{end:.6g}" for end in (factors[:1] + factors[-1:]))
+        lines = [
+            f"{self.source.id} -> {self.destination or 'no destination'}",
+            f"  {self.model_type}, {len(self.factors)} MoE layers of {self.experts.total} experts:"
+            f" {printable(counts, 60)} experts per token",
+            f"  {self.options.method}, factor {' to '.join(ends)}:"
+            f" {len(self.changed_tensors):,} tensors scaled, {size(self.bytes_written)} written",
+            *(f"  warning: {warning}" for warning in self.warnings[:_SHOWN_WARNINGS]),
+        ]
+        return "\n".join(["<Plan", *(f"  {printable(line, 150)}" for line in lines)]) + ">"
+
+    def _repr_html_(self) -> str | None:
+        """What a notebook shows."""
+        return self.view.html(self) if self.view else None
+
+    def summary(self) -> str:
+        """The page of text that the command prints."""
+        return self.view.text(self) if self.view else repr(self)
 
     @property
     def changes_nothing(self) -> bool:

@@ -6,6 +6,8 @@ paths, warnings) is escaped.
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, zip_longest
 from pathlib import Path
@@ -39,16 +41,21 @@ _FEW_ROWS = 14
 
 _SHOWN_LAYERS = 4
 
-_STYLE = (
-    ":root { color-scheme: light dark; "
+_COLOURS = (
+    "{0} {{ color-scheme: light dark; "
     + chart.variables(chart.LIGHT)
-    + " }\n@media (prefers-color-scheme: dark) { :root { "
+    + " }}\n@media (prefers-color-scheme: dark) {{ {0} {{ "
     + chart.variables(chart.DARK)
-    + """ } }
-* { box-sizing: border-box; }
+    + " }} }}\n"
+)
+
+_BODY = """* { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 70rem; padding: 2rem 1.25rem 3rem; background: var(--paper);
   color: var(--ink); font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .25rem; overflow-wrap: anywhere; }
+"""
+
+_PARTS = (
+    """h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .25rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.25rem 0 .5rem; }
 p { margin: .4rem 0 .8rem; max-width: 46rem; overflow-wrap: anywhere; }
 .lead, .note, figcaption, footer { color: var(--muted); }
@@ -69,10 +76,28 @@ tr.taken td { font-weight: 650; }
 summary { cursor: pointer; margin: .6rem 0; }
 .warning { border-left: 4px solid var(--orange); padding: .1rem 0 .1rem .8rem; }
 footer { margin-top: 3rem; border-top: 1px solid var(--rule); padding-top: .8rem; }
+"""
+    + chart.STYLE
+)
+
+_MEDIA = """
 @media (max-width: 30rem) { body { padding: 1.25rem .75rem; } figure { padding: .75rem .6rem; } }
 @media print { body { max-width: none; padding: 0; } }
 """
-    + chart.STYLE
+
+_STYLE = _COLOURS.format(":root") + _BODY + _PARTS + _MEDIA
+
+_CELL = "moescale"
+"""The class of what stands in a cell of a notebook; its style leaves the rest of it alone."""
+
+_CELL_STYLE = (
+    _COLOURS.format(f".{_CELL}")
+    + f".{_CELL} {{ background: var(--paper); color: var(--ink); padding: .5rem; }}\n"
+    + re.sub(
+        r"([^{}]+)\{",
+        lambda rule: ", ".join(f".{_CELL} {one.strip()}" for one in rule[1].split(",")) + " {",
+        _PARTS,
+    )
 )
 
 
@@ -137,6 +162,22 @@ def page(plan: Plan) -> str:
     )
 
 
+def cell(plan: Plan) -> str:
+    """The rules with their factors and norms, and the charts, for a cell of a notebook."""
+    compared = plan.comparison
+    key = hashlib.sha256(repr((plan.decisions(), plan.destination)).encode()).hexdigest()[:8]
+    parts = [
+        f"<style>{_CELL_STYLE}</style>",
+        f"<p><b>{_text(plan.source.repo or plan.source.name)}</b><br/>",
+        f"{_text(_lead(plan, compared))}</p>",
+        *(f'<p class="warning">{_text(warning)}</p>' for warning in plan.warnings),
+        _rules(compared),
+        *_norms_and_factors(compared, f"m{key}-"),
+        _facts(terminal.byte_rows(plan)),
+    ]
+    return f'<div class="{_CELL}">' + "\n".join(parts) + "</div>"
+
+
 def _change(plan: Plan) -> str:
     counts = dict(terminal.facts(plan))["experts per token"]
     return f"{counts} experts per token".replace("->", "to")
@@ -152,7 +193,8 @@ def _lead(plan: Plan, compared: Comparison) -> str:
 # --- Charts ----------------------------------------------------------------------------------
 
 
-def _norms_and_factors(compared: Comparison) -> Iterator[str]:
+def _norms_and_factors(compared: Comparison, key: str = "") -> Iterator[str]:
+    """The charts and their numbers; `key` stands in front of their ids."""
     yield "<h2>What each rule does, layer by layer</h2>"
     yield '<div class="charts">'
     places = _places(compared.layers)
@@ -161,12 +203,11 @@ def _norms_and_factors(compared: Comparison) -> Iterator[str]:
         drawn = [trained, *_by_rule(compared, compared.norms)]
         title, label = "Norm of the routed output", f"relative to trained, {BASES[compared.basis]}"
         described = _described(compared, compared.norms, "norm")
-        yield _figure("norm", title, label, drawn, described, places, _BASIS[compared.basis])
+        yield _figure(f"{key}norm", title, label, drawn, described, places, _BASIS[compared.basis])
     described = _described(compared, compared.factors, "factor")
     note = "" if compared.norms else _BASIS["unknown"]
-    yield _figure(
-        "factor", "Factors", "factor", _by_rule(compared, compared.factors), described, places, note
-    )
+    lines = _by_rule(compared, compared.factors)
+    yield _figure(f"{key}factor", "Factors", "factor", lines, described, places, note)
     yield "</div>"
     yield _folded("Factors and norms as numbers", _numbers(compared), _number_header(compared))
 
@@ -311,9 +352,7 @@ def _plan(plan: Plan, compared: Comparison) -> Iterator[str]:
     yield "<h2>The plan</h2>"
     yield _facts(terminal.facts(plan))
     yield "<h2>Rules</h2>"
-    taken = [name == compared.taken for name in compared.factors]
-    header = ("", "rule", "factor", f"norm, {BASES[compared.basis]}", "")
-    yield _table(_rule_rows(compared), header, taken)
+    yield _rules(compared)
     if plan.tensors:
         yield "<h2>What is scaled</h2>"
         yield _folded(
@@ -323,6 +362,12 @@ def _plan(plan: Plan, compared: Comparison) -> Iterator[str]:
     yield _facts(terminal.byte_rows(plan))
     files = [(f.name, f.action, f.why or "") for f in plan.files]
     yield _folded("Every file", files, ("file", "action", "why"))
+
+
+def _rules(compared: Comparison) -> str:
+    taken = [name == compared.taken for name in compared.factors]
+    header = ("", "rule", "factor", f"norm, {BASES[compared.basis]}", "")
+    return _table(_rule_rows(compared), header, taken)
 
 
 def _rule_rows(compared: Comparison) -> Iterator[tuple[str, ...]]:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from moescale.errors import printable
+from moescale.errors import printable, size
 from moescale.model.listing import ModelType
 from moescale.planning.comparison import BASES
 from moescale.planning.files import Action, PlannedFile
@@ -33,8 +33,6 @@ _NAME_LENGTH = 34
 _FIGURES = 50
 """Columns that a bar takes beside the name."""
 
-_UNITS = ("B", "kB", "MB", "GB", "TB")
-
 LAYER_HEADER = ("layers", "tensors", "of", "dtype", "factor")
 
 RULE_NOTES = {"published": "as printed in mergekit issue 294"}
@@ -43,15 +41,6 @@ BLOCKS, ASCII = "▁▂▃▄▅▆▇█", "#"
 """What the columns of a chart end in: eighths of a line, or whole lines."""
 
 _CHART_ROWS, _CHART_WIDTH = 4, 64
-
-
-def size(count: float) -> str:
-    """A number of bytes for people, in powers of 1,000 as the Hub shows them."""
-    for unit in _UNITS:
-        if count < 999.5 or unit == _UNITS[-1]:
-            break
-        count /= 1000
-    return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.1f} {unit}"
 
 
 def blocks_for(stream: TextIO) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Literal
 
 from moescale.checkpoint.edit import Edit
 from moescale.checkpoint.rewrite import rehearse, rewrite
-from moescale.errors import DestinationError
+from moescale.errors import DestinationError, printable
 from moescale.model.count import CONFIG
 from moescale.planning.files import CARD, PROVENANCE, PlannedFile
 from moescale.planning.plan import Plan
@@ -36,7 +37,7 @@ Small = Callable[[], Mapping[str, bytes]]
 """Gives the small files of the output, as `small_files` does."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Result:
     """What came of a run.
 
@@ -53,6 +54,19 @@ class Result:
     verified: bool
     url: str | None = None
     remarks: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """The outcome, and the plan in a few lines."""
+        return f"<Result {self._outcome()}\n{self.plan!r}>"
+
+    def _repr_html_(self) -> str | None:
+        """What a notebook shows."""
+        shown = self.plan._repr_html_()
+        return shown and f"<p><b>{html.escape(self._outcome())}</b></p>\n{shown}"
+
+    def _outcome(self) -> str:
+        said = (self.status, "verified" if self.verified else "not verified", self.url or "")
+        return printable(", ".join(filter(None, said)), 150)
 
 
 @dataclass(frozen=True, slots=True)

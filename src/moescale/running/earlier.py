@@ -51,7 +51,7 @@ def in_first_words(plan: Plan, source: Source, sink: Sink) -> Plan:
     if sampled:
         again = replace(again, calibration=found["calibration"])
     same = provenance.decided(again) == provenance.decided(plan)
-    return replace(again, warnings=plan.warnings) if same else plan
+    return replace(again, warnings=plan.warnings, view=plan.view) if same else plan
 
 
 def check_same_job(plan: Plan, sink: Sink) -> None:
