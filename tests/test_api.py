@@ -235,7 +235,7 @@ moescale.convert("a", experts=3)  # wrong: call-arg
 moescale.convert("a", "b", factors={0: 1.2})
 moescale.convert("a", "b", factors={0: "1.2"})  # wrong: arg-type
 moescale.convert("a", "b", experts=3, check=True)  # wrong: call-arg
-moescale.convert("a", "b", experts=3, progress=print())  # wrong: arg-type
+moescale.convert("a", "b", experts=3, progress=3.0)  # wrong: arg-type
 moescale.verify("a", "b", experts=3, overwrite=True)  # wrong: call-arg
 result.state  # wrong: attr-defined
 moescale.run  # wrong: attr-defined

@@ -30,7 +30,7 @@ MAY_USE = {
 }
 """What each room may import of the package besides itself."""
 
-COMMAND = {"__main__.py", "cli.py", "interrupts.py", "terminal.py"}
+COMMAND = {"__main__.py", "cli.py", "interrupts.py", "progress.py", "terminal.py"}
 """What belongs to the command alone: streams, exit codes, signals, the environment."""
 
 

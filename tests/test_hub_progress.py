@@ -17,7 +17,8 @@ from hub_faults import reset_upload, run, status, throttle
 
 from moescale import convert
 from moescale.errors import DestinationError
-from moescale.report import terminal
+from moescale.report import progress as progress_module
+from moescale.report.progress import Progress
 from moescale.repos.hub_upload import CountedFile, HighWater
 
 
@@ -105,7 +106,7 @@ def test_a_terminal_shows_the_bars_until_the_upload_is_done(lab: Lab) -> None:
         shown = read_all(ours)
     assert process.returncode == 0, shown
     figures = r" +\d+%\|.*\| [\d.]+[kM]/[\d.]+[kM] \[\d\d:\d\d<\d\d:\d\d, [\d.]+[kM]?B/s\]"
-    assert re.search("all:" + figures, shown)
+    assert re.search("writing:" + figures, shown)
     assert re.search(re.escape(SHARDS[0]) + ":" + figures, shown)
     after = shown[shown.rindex(f"{PLACE} written: ") :]
     assert "\x1b[A" not in after  # no bar moves any more
@@ -126,16 +127,34 @@ def test_a_narrow_terminal_shows_the_figures(
     monkeypatch: pytest.MonkeyPatch, columns: int, shown: str
 ) -> None:
     """Names give way to bytes, rate and remaining time."""
-    monkeypatch.setattr(terminal, "BAR_DELAY", 0)
+    monkeypatch.setattr(progress_module, "BAR_DELAY", 0)
+    monkeypatch.setenv("TERM", "xterm")
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(ours, (10, columns))
-    with open(theirs, "w") as stream, terminal.Progress(stream) as progress:
-        progress.expect({"model-00001-of-00002.safetensors": 8_000_000_000})
+    with open(theirs, "w") as stream, Progress(stream) as progress:
+        progress.begin("writing", {"model-00001-of-00002.safetensors": 8_000_000_000})
         progress.step("model-00001-of-00002.safetensors", 1_000_000_000)
         next(iter(progress._bars.values())).refresh()
     text = read_all(ours)
     assert shown in text
     assert re.search(r"1\.00G/8\.00G \[\d\d:\d\d<[\d:?]+, [\d.?]+\w?B/s\]", text)
+
+
+def test_a_very_narrow_terminal_shows_the_remaining_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 40 columns there is one line: what is done, how much of it, and how long it takes."""
+    monkeypatch.setattr(progress_module, "BAR_DELAY", 0)
+    monkeypatch.setenv("TERM", "xterm")
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(ours, (10, 40))
+    with open(theirs, "w") as stream, Progress(stream) as progress:
+        progress.begin("verifying", {"model-00001-of-00002.safetensors": 8_000_000_000})
+        progress.step("model-00001-of-00002.safetensors", 1_000_000_000)
+        assert progress._bar is not None
+        progress._bar.refresh()
+    lines = read_all(ours).split("\r")
+    assert any(re.match(r"verifying 12%, [\d:?]+ left", line) for line in lines), lines
+    assert max(map(len, lines)) <= 40
+    assert "\n" not in "".join(lines)
 
 
 def read_all(fd: int) -> str:
@@ -152,30 +171,30 @@ def read_all(fd: int) -> str:
 
 def test_what_an_earlier_run_did_is_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bytes of a resumed run's finished shards are shown, and do not make it look fast."""
-    monkeypatch.setattr(terminal, "LINE_SECONDS", 0)
+    monkeypatch.setattr(progress_module, "LINE_SECONDS", 0)
     clock = iter([0.0, 0.0, 10.0, 20.0])
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
     stream = io.StringIO()
-    progress = terminal.Progress(stream)
-    progress.expect({"a": 6_000_000, "b": 4_000_000})
+    progress = Progress(stream)
+    progress.begin("writing", {"a": 6_000_000, "b": 4_000_000})
     progress.step("a", 6_000_000)
     progress.step("b", 1_000_000)
     assert stream.getvalue().splitlines() == [
-        "6.0 MB of 10.0 MB, 0 B/s, 0 s left",
-        "7.0 MB of 10.0 MB, 50.0 kB/s, 60 s left",
+        "writing: 6.0 MB of 10.0 MB, 0 B/s, ? left",
+        "writing: 7.0 MB of 10.0 MB, 50.0 kB/s, 60 s left",
     ]
 
 
 def test_the_bar_for_all_knows_what_an_earlier_run_did(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a terminal the rate of all is that of this run alone."""
-    monkeypatch.setattr(terminal, "BAR_DELAY", 0)
+    monkeypatch.setattr(progress_module, "BAR_DELAY", 0)
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
 
-    with terminal.Progress(Terminal()) as progress:
-        progress.expect({"a": 6_000_000_000, "b": 4_000_000})
+    with Progress(Terminal()) as progress:
+        progress.begin("writing", {"a": 6_000_000_000, "b": 4_000_000})
         progress.step("a", 6_000_000_000)
         progress.step("b", 1_000_000)
         bar = progress._bar

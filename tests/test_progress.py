@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from moescale.report import terminal
+from moescale.report import progress as progress_module
+from moescale.report.progress import CellProgress, Progress, measuring
 
 SIZES = {"model-1.safetensors": 4_000_000, "model-2.safetensors": 3_000_000, "tiny.json": 100}
 
@@ -24,13 +25,16 @@ class Terminal(io.StringIO):
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Show everything at once, as a slow run does."""
-    monkeypatch.setattr(terminal, "BAR_DELAY", 0)
-    monkeypatch.setattr(terminal, "LINE_SECONDS", 0)
+    """Show everything at once, as a slow run does, on a usual terminal."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("JPY_PARENT_PID", raising=False)
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    monkeypatch.setattr(progress_module, "BAR_DELAY", 0)
+    monkeypatch.setattr(progress_module, "LINE_SECONDS", 0)
     monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
 
 
-def bars(progress: terminal.Progress) -> dict[str, Any]:
+def bars(progress: Progress) -> dict[str, Any]:
     """The bars of the files, by name."""
     return dict(progress._bars)
 
@@ -38,23 +42,23 @@ def bars(progress: terminal.Progress) -> dict[str, Any]:
 def test_a_terminal_shows_a_bar_for_all_and_one_a_file() -> None:
     """Each file on its way has a bar with bytes, rate and remaining time, beside that for all."""
     stream = Terminal()
-    with terminal.Progress(stream) as progress:
-        progress.expect(SIZES)
+    with Progress(stream) as progress:
+        progress.begin("writing", SIZES)
         progress.step("model-1.safetensors", 1_000_000)
         progress.step("model-2.safetensors", 1_000_000)
         assert [-bar.pos for bar in bars(progress).values()] == [1, 2]
         for bar in bars(progress).values():
             bar.refresh()
     text = stream.getvalue()
-    assert re.search(r"all: +\d+%.*7\.00M", text)
+    assert re.search(r"writing: +\d+%.*7\.00M", text)
     assert re.search(r"model-1\.safetensors: +25%.*1\.00M/4\.00M \[\d\d:\d\d<.*B/s\]", text)
     assert re.search(r"model-2\.safetensors: +33%", text)
 
 
 def test_a_finished_file_makes_room() -> None:
     """There are never more bars than files on their way; a free line is used again."""
-    with terminal.Progress(Terminal()) as progress:
-        progress.expect(SIZES)
+    with Progress(Terminal()) as progress:
+        progress.begin("writing", SIZES)
         progress.step("model-1.safetensors", 1)
         progress.step("model-2.safetensors", 1)
         progress.step("model-1.safetensors", 3_999_999)
@@ -67,22 +71,23 @@ def test_a_finished_file_makes_room() -> None:
 
 
 def test_a_second_pass_has_bars_again() -> None:
-    """While the output is verified, each file is on its way once more."""
-    with terminal.Progress(Terminal()) as progress:
-        progress.expect(SIZES, passes=2)
-        for _ in range(2):
+    """While the output is verified, each file is on its way once more, with a rate of its own."""
+    with Progress(Terminal()) as progress:
+        for phase in ("writing", "verifying"):
+            progress.begin(phase, SIZES)
             progress.step("model-1.safetensors", 1_000_000)
             assert bars(progress)["model-1.safetensors"].n == 1_000_000
             progress.step("model-1.safetensors", 3_000_000)
             assert not bars(progress)
-        assert progress._bar is not None
-        assert (progress._bar.n, progress._bar.total) == (8_000_000, 2 * sum(SIZES.values()))
+            assert progress._bar is not None
+            assert (progress._bar.n, progress._bar.total) == (4_000_000, sum(SIZES.values()))
+    assert progress.seconds.keys() == {"writing", "verifying"}
 
 
 def test_what_was_there_already_is_counted_without_a_bar() -> None:
     """The finished files of an earlier run are added to the bar for all at once."""
-    with terminal.Progress(Terminal()) as progress:
-        progress.expect(SIZES)
+    with Progress(Terminal()) as progress:
+        progress.begin("writing", SIZES)
         progress.step("model-1.safetensors", 4_000_000)
         assert not bars(progress)
         assert progress._bar is not None
@@ -92,8 +97,8 @@ def test_what_was_there_already_is_counted_without_a_bar() -> None:
 def test_threads_may_step_at_once() -> None:
     """No byte is lost when several files move at the same time."""
     sizes = {f"{number}.safetensors": 1000 for number in range(16)}
-    with terminal.Progress(Terminal()) as progress:
-        progress.expect(sizes)
+    with Progress(Terminal()) as progress:
+        progress.begin("writing", sizes)
 
         def one(name: str) -> None:
             for _ in range(100):
@@ -109,8 +114,8 @@ def test_threads_may_step_at_once() -> None:
 def test_the_bars_go_when_a_run_fails() -> None:
     """An error in the middle leaves no bar behind."""
     stream = Terminal()
-    with pytest.raises(ZeroDivisionError), terminal.Progress(stream) as progress:
-        progress.expect(SIZES)
+    with pytest.raises(ZeroDivisionError), Progress(stream) as progress:
+        progress.begin("writing", SIZES)
         progress.step("model-1.safetensors", 1)
         raise ZeroDivisionError
     assert stream.getvalue().endswith("\r")
@@ -121,27 +126,91 @@ def test_bars_can_be_switched_off(monkeypatch: pytest.MonkeyPatch, value: str) -
     """HF_HUB_DISABLE_PROGRESS_BARS turns the bars into lines."""
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", value)
     stream = Terminal()
-    with terminal.Progress(stream) as progress:
-        progress.expect(SIZES)
+    with Progress(stream) as progress:
+        progress.begin("writing", SIZES)
         progress.step("model-1.safetensors", 1_000_000)
-    assert stream.getvalue().startswith("1.0 MB of 7.0 MB, ")
+    assert stream.getvalue().startswith("writing: 1.0 MB of 7.0 MB, ")
 
 
 def test_without_a_terminal_there_are_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """A log gets a line with bytes, rate and remaining time, and not more often than set."""
     stream = io.StringIO()
-    with terminal.Progress(stream) as progress:
-        progress.expect(SIZES)
+    with Progress(stream) as progress:
+        progress.begin("writing", SIZES)
         progress.step("model-1.safetensors", 1_000_000)
-        monkeypatch.setattr(terminal, "LINE_SECONDS", 30)
+        monkeypatch.setattr(progress_module, "LINE_SECONDS", 30)
         progress.step("model-1.safetensors", 1_000_000)
-    assert re.fullmatch(r"1\.0 MB of 7\.0 MB, .*B/s, \d+ s left\n", stream.getvalue())
+    assert re.fullmatch(r"writing: 1\.0 MB of 7\.0 MB, .*B/s, \d+ s left\n", stream.getvalue())
+
+
+def test_a_dumb_terminal_has_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing moves where the terminal says that it cannot, such as the shell of an editor."""
+    monkeypatch.setenv("TERM", "dumb")
+    stream = Terminal()
+    with Progress(stream) as progress:
+        progress.begin("verifying", SIZES)
+        progress.step("model-1.safetensors", 1_000_000)
+    assert stream.getvalue().startswith("verifying: 1.0 MB of 7.0 MB, ")
+    tell = measuring(stream)
+    tell(1, 2)
+    assert "\r" not in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("JPY_PARENT_PID", "1"), ("MPLBACKEND", "module://matplotlib_inline.backend_inline")],
+)
+def test_a_cell_of_a_notebook_has_one_line(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the cursor cannot go up there is the bar for all, however many files are under way."""
+    monkeypatch.setenv(name, value)
+    stream = Terminal()
+    with Progress(stream) as progress:
+        progress.begin("writing", SIZES)
+        progress.step("model-1.safetensors", 1_000_000)
+        progress.step("model-2.safetensors", 1_000_000)
+        assert not bars(progress)
+    assert "writing: " in stream.getvalue()
+    assert "\n" not in stream.getvalue() and "\x1b[A" not in stream.getvalue()
+
+
+def test_the_api_has_one_line() -> None:
+    """What `moescale.convert` shows is one bar of tqdm.auto, which is a widget where it can be."""
+    with CellProgress() as progress:
+        progress.begin("writing", SIZES)
+        progress.step("model-1.safetensors", 1_000_000)
+        assert not bars(progress)
+        assert progress._bar is not None and progress._bar.n == 1_000_000
+
+
+def test_what_an_interruption_costs_is_said() -> None:
+    """What is finished, and what of the files that were begun has to be done again."""
+    with Progress(None) as progress:
+        progress.begin("writing", SIZES)
+        assert progress.lost() is None
+        progress.step("model-1.safetensors", 4_000_000)
+        progress.step("model-2.safetensors", 1_000_000)
+        assert progress.lost() == (
+            "4.0 MB of 7.0 MB are finished; 1.0 MB of shards that were begun will be done again."
+        )
+        progress.begin("verifying", SIZES)
+        progress.step("model-1.safetensors", 1_000_000)
+        assert progress.lost() == "All is written; only the proof has to be done again."
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(59.6, "60 s"), (300, "5 min"), (7199, "2 h 0 min"), (9000, "2 h 30 min")]
+)
+def test_a_long_time_is_told_in_minutes_and_hours(seconds: float, text: str) -> None:
+    """Nobody has to divide by 3,600."""
+    assert progress_module._duration(seconds) == text
 
 
 def test_silence_is_kept() -> None:
     """Without a stream nothing is shown, and steps are counted all the same."""
-    with terminal.Progress(None) as progress:
-        progress.expect(SIZES)
+    with Progress(None) as progress:
+        progress.begin("writing", SIZES)
         progress.step("model-1.safetensors", 5)
         assert progress._done == 5
 
@@ -152,10 +221,10 @@ def test_a_rule_that_samples_routers_is_told_of_when_it_takes_long(
     """At first nothing is shown; after that, layers done and in all."""
     stream = Terminal()
     with monkeypatch.context() as patch:
-        patch.setattr(terminal, "BAR_DELAY", 60)
-        terminal.measuring(stream, "gates")(1, 58)
+        patch.setattr(progress_module, "BAR_DELAY", 60)
+        measuring(stream, "gates")(1, 58)
     assert stream.getvalue() == ""
-    tell = terminal.measuring(stream, "gates")
+    tell = measuring(stream, "gates")
     tell(3, 58)
     tell(58, 58)
     assert stream.getvalue() == "measuring: 3 of 58 layers\rmeasuring: 58 of 58 layers\n"

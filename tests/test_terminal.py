@@ -11,6 +11,7 @@ import checkpoints
 import pytest
 from sampled_plans import sampled
 
+from moescale.errors import size
 from moescale.options import Options
 from moescale.planning.decide import make_plan
 from moescale.planning.plan import Plan
@@ -101,9 +102,21 @@ def test_the_summary_steers_no_terminal(plan: Plan) -> None:
     went = replace(plan, destination="out\x1b[2J\nput")
     statuses: tuple[Status, ...] = ("new", "resume", "done")
     for status in statuses:
-        text = summary(Result(went, status, False), 1.0)
+        text = summary(Result(went, status, False), {"writing": 1.0})
         assert text.startswith(r"out\x1b[2J\nput ")
         assert len(text.splitlines()) == 2
+
+
+def test_writing_and_proving_are_told_apart(plan: Plan) -> None:
+    """Each has its own time and rate; what an earlier run wrote is no part of the rate."""
+    done = Result(replace(plan, destination="out"), "new", True)
+    seconds = {"writing": 2.0, "verifying": 4.0}
+    first, last = summary(done, seconds).splitlines()
+    total = plan.bytes_written
+    assert f" in 2.0 s ({size(total / 2)}/s), 8 tensors scaled." in first
+    assert last == f"Verified in 4.0 s ({size(total / 4)}/s): every byte is what the plan says."
+    first = summary(replace(done, status="resume"), seconds, 1000).splitlines()[0]
+    assert f"1.0 kB were there, the rest in 2.0 s ({size((total - 1000) / 2)}/s)" in first
 
 
 def rules(plan: Plan) -> list[list[str]]:

@@ -13,7 +13,7 @@ from moescale import errors
 from moescale.version import __version__
 
 if TYPE_CHECKING:
-    from moescale.api import Measuring, convert, model_types, plan, verify
+    from moescale.api import Measuring, Phase, convert, model_types, plan, verify
     from moescale.options import Options, Rescaling
     from moescale.planning.plan import Plan
     from moescale.repos.base import Progress
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Measuring",
     "Options",
+    "Phase",
     "Plan",
     "Progress",
     "Rescaling",
@@ -37,6 +38,7 @@ __all__ = [
 _HOMES = {
     "Measuring": "moescale.api",
     "Options": "moescale.options",
+    "Phase": "moescale.api",
     "Plan": "moescale.planning.plan",
     "Progress": "moescale.repos.base",
     "Rescaling": "moescale.options",

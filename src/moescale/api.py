@@ -12,7 +12,7 @@ terminal; `huggingface_hub.utils.disable_progress_bars` turns them off.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
@@ -66,6 +66,9 @@ if TYPE_CHECKING:
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+Phase = Callable[[str, Mapping[str, int]], None]
+"""Called with ``writing`` or ``verifying`` when that begins, and the size of each file in it."""
 
 Measuring = Callable[[int, int], None]
 """Called with tokens that a model ran over, or layers that ``gates`` sampled: done, and in all."""
@@ -157,7 +160,8 @@ def convert(
     source: StrPath,
     destination: StrPath,
     *,
-    progress: Progress = _silent,
+    progress: Progress | bool | None = None,
+    phase: Phase = _silent,
     planned: Callable[[Plan], None] = _silent,
     measuring: Measuring = _silent,
     **options: Unpack[ConvertOptions],
@@ -183,7 +187,9 @@ def convert(
         progress: called with a file's name and the number of its bytes done since the last call,
             from several threads, also at once. For each of `Plan.large_files` the numbers add up
             to `Plan.output_size`; with `verify`, once more. Where nothing is left to do there are
-            no calls. What it raises ends the run.
+            no calls. What it raises ends the run. True shows one bar, False none; by default there
+            is one in a notebook.
+        phase: told when writing and verifying begin.
         planned: called with the plan, in the calling thread, before anything is written.
         measuring: told of the rule at work. ``measured`` runs the model unless the destination has
             the factors of this very job.
@@ -207,7 +213,7 @@ def convert(
     check_places(source, destination, revision)
     sink = _sink(destination, options)
     wanted, calibration = _asked(options, measuring, sink if check else None)
-    with _crew(options.get("dask")) as crew:
+    with _shown(progress, phase) as (step, begin), _crew(options.get("dask")) as crew:
         reader = _source(source, sink, options)
         check_not_source(reader, sink)
         made = _made(reader, wanted, destination, calibration, measuring, sink, overwrite)
@@ -218,14 +224,16 @@ def convert(
         jobs = jobs or _default_jobs(sink, crew)
         worded = in_first_words(plan, reader, sink)
         if check and overwrite and _may_repair(worded, sink):
-            status = _repair(worded, reader, sink, jobs, progress, crew)
+            status = _repair(worded, reader, sink, jobs, step, begin, crew)
         else:
+            begin("writing", plan.large_sizes)
             outcome = run(
-                worded, reader, sink, jobs=jobs, overwrite=overwrite, progress=progress, crew=crew
+                worded, reader, sink, jobs=jobs, overwrite=overwrite, progress=step, crew=crew
             )
             status = outcome.status
             if check:
-                verify_output(worded, reader, sink, jobs, progress, crew)
+                begin("verifying", plan.large_sizes)
+                verify_output(worded, reader, sink, jobs, step, crew)
             else:
                 _check_status(status, destination)
     received = [f"{reader.received:,} bytes received"] if reader.received else []
@@ -237,7 +245,7 @@ def verify(
     source: StrPath,
     destination: StrPath,
     *,
-    progress: Progress = _silent,
+    progress: Progress | bool | None = None,
     measuring: Measuring = _silent,
     **options: Unpack[VerifyOptions],
 ) -> Result:
@@ -271,12 +279,13 @@ def verify(
     source, destination = source_place(source), destination_place(destination)
     sink = open_sink(destination)
     wanted, calibration = _asked(options, measuring, sink)
-    with _crew(options.get("dask")) as crew:
+    with _shown(progress) as (step, begin), _crew(options.get("dask")) as crew:
         reader = open_source(source, options.get("revision"))
         plan = _made(reader, wanted, destination, calibration, measuring, sink)
         check_same_job(plan, sink)
         plan = in_first_words(plan, reader, sink)
-        verify_output(plan, reader, sink, jobs or _default_jobs(sink, crew), progress, crew)
+        begin("verifying", plan.large_sizes)
+        verify_output(plan, reader, sink, jobs or _default_jobs(sink, crew), step, crew)
     return Result(plan, "done", True)
 
 
@@ -359,21 +368,27 @@ def _may_repair(plan: Plan, sink: Sink) -> bool:
 
 
 def _repair(
-    plan: Plan, source: Source, sink: Sink, jobs: int, progress: Progress, crew: Crew | None
+    plan: Plan,
+    source: Source,
+    sink: Sink,
+    jobs: int,
+    progress: Progress,
+    phase: Phase,
+    crew: Crew | None,
 ) -> Status:
     """Write again exactly the files of a finished output that differ, and prove them."""
-    output = as_source(sink)
+    output, sizes = as_source(sink), plan.large_sizes
+    phase("verifying", sizes)
     proof = compare(plan, source, output, jobs=jobs, progress=progress, crew=crew)
     if not proof.differences:
         fill_digests(sink, plan, proof.written, output.read(PROVENANCE))
-        for file in plan.large_files:
-            progress(file.name, plan.output_size(file))
         return "done"
-    large = {file.name for file in plan.large_files}
-    keep = {name: file for name, file in proof.written.items() if name in large}
+    keep = {name: file for name, file in proof.written.items() if name in sizes}
+    phase("writing", sizes)
     run(plan, source, sink, jobs=jobs, overwrite=True, keep=keep, progress=progress, crew=crew)
-    again = as_source(sink)
-    compare(plan, source, again, jobs=jobs, only=large - keep.keys(), crew=crew).check()
+    again, only = as_source(sink), sizes.keys() - keep.keys()
+    phase("verifying", {name: sizes[name] for name in only})
+    compare(plan, source, again, jobs=jobs, only=only, progress=progress, crew=crew).check()
     return "repair"
 
 
@@ -437,6 +452,27 @@ def _refused(plan: Plan, error: DestinationError) -> Plan:
     """The plan, with a warning of what a run would be refused for."""
     refusal = f"a run would be refused: {error}".replace("\n", ". ")
     return replace(plan, warnings=(*plan.warnings, refusal))
+
+
+@contextmanager
+def _shown(
+    progress: Progress | bool | None, phase: Phase = _silent
+) -> Iterator[tuple[Progress, Phase]]:
+    """Who is told of the run: the caller, or the bar that is shown for it."""
+    from moescale.report.progress import CellProgress, in_notebook
+
+    if callable(progress):
+        yield progress, phase
+    elif progress or (progress is None and in_notebook()):
+        with CellProgress() as bar:
+
+            def begin(name: str, sizes: Mapping[str, int]) -> None:
+                bar.begin(name, sizes)
+                phase(name, sizes)
+
+            yield bar.step, begin
+    else:
+        yield _silent, phase
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import json
 import os
 import shlex
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from difflib import get_close_matches
@@ -286,9 +285,9 @@ def _show_plan(
     verbose: bool,
 ) -> None:
     from moescale import api
-    from moescale.report import terminal
+    from moescale.report import progress, terminal
 
-    measuring = terminal.measuring(None if quiet or as_json else sys.stderr, options["rule"])
+    measuring = progress.measuring(None if quiet or as_json else sys.stderr, options["rule"])
     plan = api.plan(source, destination, measuring=measuring, **options)
     _warn(plan)
     if as_json:
@@ -326,35 +325,36 @@ def _convert(
 ) -> None:
     from moescale import api
     from moescale.report import terminal
+    from moescale.report.progress import Progress, measuring
 
     talk = not (quiet or as_json)
-    start = time.monotonic()
-    with terminal.Progress(sys.stderr if talk else None) as progress:
+    stream = sys.stderr if talk else None
 
-        def planned(plan: Plan) -> None:
-            nonlocal start
-            start = time.monotonic()  # measuring a model may have taken hours
-            _warn(plan)
-            if talk:
-                text = terminal.plan_text(plan, verbose, terminal.blocks_for(sys.stderr))
-                print(text, end="\n\n", file=sys.stderr)
-            sizes = {file.name: plan.output_size(file) for file in plan.large_files}
-            progress.expect(sizes, passes=2 if options["verify"] else 1)
+    def planned(plan: Plan) -> None:
+        _warn(plan)
+        if talk:
+            text = terminal.plan_text(plan, verbose, terminal.blocks_for(sys.stderr))
+            print(text, end="\n\n", file=sys.stderr)
 
-        result = api.convert(
-            source,
-            destination,
-            progress=progress.step,
-            planned=planned,
-            measuring=terminal.measuring(sys.stderr if talk else None, options["rule"]),
-            **options,
-        )
+    with Progress(stream) as progress:
+        try:
+            result = api.convert(
+                source,
+                destination,
+                progress=progress.step,
+                phase=progress.begin,
+                planned=planned,
+                measuring=measuring(stream, options["rule"]),
+                **options,
+            )
+        except KeyboardInterrupt:
+            raise errors.InterruptedRun(interrupts.MESSAGE, hint=progress.lost()) from None
     if as_json:
         outcome = {"status": result.status, "verified": result.verified, "url": result.url}
         _print_json({**result.plan.as_json(), "result": outcome})
         return
     if talk:
-        print(terminal.summary(result, time.monotonic() - start), file=sys.stderr)
+        print(terminal.summary(result, progress.seconds, progress.there), file=sys.stderr)
     elif options["create_pr"] and result.url is not None:
         print(result.url, file=sys.stderr)
     if result.status != "nothing":

@@ -189,9 +189,14 @@ class Plan:
         )
 
     @property
+    def large_sizes(self) -> dict[str, int]:
+        """The size in bytes that each of them has in the output."""
+        return {f.name: self.output_size(f) for f in self.large_files}
+
+    @property
     def bytes_streamed(self) -> int:
         """Bytes of the large files of the output."""
-        return sum(self.output_size(f) for f in self.large_files)
+        return sum(self.large_sizes.values())
 
     @property
     def bytes_changed(self) -> int:

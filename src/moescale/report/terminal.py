@@ -1,14 +1,11 @@
-"""Output for people: the plan at a glance, progress, and what was done."""
+"""Output for people: the plan at a glance, and what was done."""
 
 from __future__ import annotations
 
-import itertools
 import os
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, TextIO
 
 from moescale.errors import printable, size
 from moescale.model.listing import ModelType
@@ -18,20 +15,7 @@ from moescale.planning.plan import Plan, PlannedTensor
 from moescale.running.card import measured_on
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from moescale.running.conversion import Result
-
-LINE_SECONDS = 30.0
-"""Without a terminal, progress is one line this often."""
-
-BAR_DELAY = 0.5
-"""Seconds; what takes less time shows no bar."""
-
-_TRUE = frozenset({"1", "ON", "YES", "TRUE"})
-_NAME_LENGTH = 34
-_FIGURES = 50
-"""Columns that a bar takes beside the name."""
 
 LAYER_HEADER = ("layers", "tensors", "of", "dtype", "factor")
 
@@ -243,146 +227,45 @@ def _table(rows: Iterable[tuple[str, ...]], header: tuple[str, ...] = ()) -> str
     )
 
 
-class Progress:
-    """A bar for all and one a file on its way; without a terminal a line now and then.
+def summary(result: Result, seconds: Mapping[str, float], there: int = 0) -> str:
+    """What was done, in at most two lines, and what else there is to know.
 
-    Each shows bytes, rate and remaining time; nothing is shown for what takes less than half a
-    second. What an earlier run has done counts as bytes, not for the rate. `stream` None says
-    nothing.
+    Args:
+        result: what came of the run.
+        seconds: how long its phases took.
+        there: bytes that an earlier run had done.
     """
-
-    def __init__(self, stream: TextIO | None) -> None:
-        self._stream = stream
-        self._lock = threading.Lock()
-        self._bar: tqdm[Any] | None = None
-        self._bars: dict[str, tqdm[Any]] = {}
-        self._sizes: Mapping[str, int] = {}
-        self._total = self._done = self._there = 0
-        self._start = self._last = time.monotonic()
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for bar in (*self._bars.values(), *([self._bar] if self._bar else [])):
-            bar.close()
-
-    def expect(self, sizes: Mapping[str, int], passes: int = 1) -> None:
-        """Say how many bytes each file has, and how often each is gone through."""
-        self._sizes = sizes
-        self._total = passes * sum(sizes.values())
-        self._start = self._last = time.monotonic()
-        hidden = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in _TRUE
-        if self._stream is not None and self._stream.isatty() and not hidden:
-            self._bar = self._new_bar("all", self._total, 0)
-
-    def _new_bar(self, name: str, total: int, position: int) -> tqdm[Any]:
-        from tqdm import tqdm
-
-        return tqdm(
-            total=total,
-            desc=_label(name, self._stream),
-            position=position,
-            unit="B",
-            unit_scale=True,
-            file=self._stream,
-            delay=BAR_DELAY,
-            leave=False,
-            dynamic_ncols=True,
-        )
-
-    def step(self, name: str, count: int) -> None:
-        """Count bytes of a file; called from several threads."""
-        with self._lock:
-            # whole files before anything else has moved are those of an earlier run
-            there = self._there == self._done and count >= self._sizes.get(name, 0)
-            self._done += count
-            self._there += count * there
-            if self._bar is not None:
-                if there:
-                    self._bar.initial += count
-                    self._bar.last_print_n += count
-                    self._bar.n += count
-                else:
-                    self._bar.update(count)
-                self._step_file(name, count)
-                return
-            now = time.monotonic()
-            if self._stream is not None and now - self._last >= LINE_SECONDS:
-                self._last = now
-                print(self._line(now), file=self._stream, flush=True)
-
-    def _step_file(self, name: str, count: int) -> None:
-        size = self._sizes.get(name, 0)
-        bar = self._bars.pop(name, None)
-        if bar is None:
-            if count >= size:  # it was there already, or came in one piece
-                return
-            used = {-other.pos for other in self._bars.values()}
-            free = next(number for number in itertools.count(1) if number not in used)
-            bar = self._new_bar(name, size, free)
-        bar.update(count)
-        if bar.n >= size:
-            bar.close()
-        else:
-            self._bars[name] = bar
-
-    def _line(self, now: float) -> str:
-        rate = (self._done - self._there) / (now - self._start)
-        left = (self._total - self._done) / rate if rate else 0
-        return f"{size(self._done)} of {size(self._total)}, {size(rate)}/s, {left:.0f} s left"
-
-
-def _label(name: str, stream: TextIO | None) -> str:
-    """As much of a file's name as leaves room for the figures; its end tells shards apart."""
-    try:
-        columns = os.get_terminal_size(stream.fileno()).columns if stream else 0
-    except (OSError, ValueError):
-        columns = 0
-    room = max(12, min(_NAME_LENGTH, (columns or 80) - _FIGURES))
-    return name if len(name) <= room else name.removesuffix(".safetensors")[-room:]
-
-
-def measuring(stream: TextIO | None, rule: str | None = None) -> Callable[[int, int], None]:
-    """What tells of a rule at work: on a terminal soon, else now and then."""
-    start = last = time.monotonic()
-    unit = "layers" if rule == "gates" else "tokens"
-
-    def tell(done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if stream is None or now - start < BAR_DELAY:
-            return
-        if now - last < LINE_SECONDS and not stream.isatty():
-            return
-        last = now
-        end = "\n" if done == total or not stream.isatty() else "\r"
-        print(f"measuring: {done:,} of {total:,} {unit}", end=end, file=stream, flush=True)
-
-    return tell
-
-
-def summary(result: Result, seconds: float) -> str:
-    """What was done, in at most two lines."""
-    plan = result.plan
     if result.status == "nothing":
         return "Nothing was written: the output would be the source again."
+    url = [result.url] if result.url else []
+    lines = [_first_line(result, seconds, there), *result.remarks, *url]
+    return "\n".join(map(printable, [*lines, _proof(result, seconds)]))
+
+
+def _first_line(result: Result, seconds: Mapping[str, float], there: int) -> str:
+    plan, total = result.plan, result.plan.bytes_written
     if result.status == "repair":
-        first = f"{plan.destination} repaired: the files that differed were written again."
-    elif result.status in ("done", "stale"):
-        first = f"{plan.destination} was already done; nothing was written."
+        return f"{plan.destination} repaired: the files that differed were written again."
+    if result.status in ("done", "stale"):
+        return f"{plan.destination} was already done; nothing was written."
+    changed, took = len(plan.changed_tensors), seconds.get("writing", 0.0)
+    scaled = f"{changed:,} tensors scaled." if changed else "no weight changed."
+    if result.status == "resume":
+        what = f"continued and finished: {size(total)} in all, {size(there)} were there, the rest"
     else:
-        total, changed = plan.bytes_written, len(plan.changed_tensors)
-        scaled = f"{changed} tensors scaled." if changed else "no weight changed."
-        if result.status == "resume":  # a rate would count what an earlier run did
-            first = f"continued and finished: {size(total)} in all, the rest in {seconds:.1f} s"
-        else:
-            first = f"written: {size(total)} in {seconds:.1f} s ({size(total / seconds)}/s)"
-        first = f"{plan.destination} {first}, {scaled}"
-    proof = (
-        "Verified: every byte is what the plan says."
-        if result.verified
-        else "Run the same command with --verify to prove the output."
+        what = f"written: {size(total)}"
+    return f"{plan.destination} {what} in {_took(total - there, took)}, {scaled}"
+
+
+def _proof(result: Result, seconds: Mapping[str, float]) -> str:
+    if not result.verified:
+        return "Run the same command with --verify to prove the output."
+    took = seconds.get("verifying", 0.0)
+    return (
+        f"Verified in {_took(result.plan.bytes_written, took)}: every byte is what the plan says."
     )
-    lines = [first, *result.remarks, *([result.url] if result.url else []), proof]
-    return "\n".join(map(printable, lines))
+
+
+def _took(count: int, seconds: float) -> str:
+    rate = f" ({size(count / seconds)}/s)" if seconds > 0 and count > 0 else ""
+    return f"{seconds:.1f} s{rate}"
