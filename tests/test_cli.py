@@ -163,6 +163,34 @@ def test_warnings_are_on_stderr_whatever_is_asked_for(
         assert "warning: " not in done.out
 
 
+def test_warnings_and_errors_stand_out_on_a_terminal(
+    source: Path, out: Path, moescale: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their first word is coloured; what is read by a program never is."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR")
+    (source / "moescale.json").write_bytes(b"{}")
+    assert "\x1b" not in moescale(source, "-k", 3, "--dry-run").err
+    monkeypatch.setattr("moescale.report.colour.shows_colour", lambda stream: stream is sys.stderr)
+    done = moescale(source, "-k", 3, "--dry-run", "--json")
+    assert done.err.startswith("\x1b[1;33mwarning:\x1b[0m the source is itself an output")
+    assert "\x1b" not in done.out
+    assert moescale(source, out).err.startswith("\x1b[1;31mmoescale:\x1b[0m --experts is missing")
+
+
+def test_a_destination_that_looks_like_a_repo_is_said_to_be_a_folder(
+    source: Path, tmp_path: Path, moescale: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is written, with how the Hub is meant; not where there is such a folder."""
+    monkeypatch.chdir(tmp_path)
+    said = "warning: me/out is a folder here, not a repo; to upload, say hf://me/out\n"
+    for more in (["--dry-run"], ["-q", "--dry-run"], ["--json", "--dry-run"], ["-q"]):
+        assert moescale(source, "me/out", "-k", 3, *more).err == said
+    assert "me/out (local directory)" in moescale(source, "me/out", "-k", 3, "--dry-run").out
+    for place in ("me/other", "./us/out", "a/b/c", "out"):
+        assert moescale(source, place, "-k", 3, "-q").err == ""
+
+
 def test_verbose_lists_every_tensor_and_file(moescale: Command, source: Path) -> None:
     """-v shows names that the short plan only counts."""
     short = moescale(source, "-k", 3, "--dry-run").out

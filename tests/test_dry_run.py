@@ -22,6 +22,7 @@ from moescale.errors import (
     SourceError,
     UnsupportedError,
     UsageError,
+    bytes_text,
 )
 from moescale.report.terminal import plan_text
 from moescale.repos.local_sink import LocalSink
@@ -117,7 +118,7 @@ def test_a_disk_that_is_too_small_is_said_first(
         api.convert(source, tmp_path / "out", experts=3).plan,
     ):
         (warning,) = plan.warnings
-        assert f"needs {plan.bytes_written:,} bytes, and the disk has 100 free" in warning
+        assert f"needs {bytes_text(plan.bytes_written)}, and 100 B are free" in warning
     assert api.plan(source, tmp_path / "out", experts=3).warnings == ()  # it is there already
 
 
@@ -136,7 +137,7 @@ def test_another_disk_that_is_too_small_is_refused(
         shutil, "disk_usage", lambda path: usage._replace(free=free.get(Path(path).name, 100))
     )
     (warning,) = api.plan(source, tmp_path / "out", experts=3).warnings
-    assert "would be refused" in warning and "100 free. Free" in warning
+    assert "would be refused" in warning and "100 B are free. Free" in warning
     with pytest.raises(DestinationError, match="the output needs"):
         api.convert(source, tmp_path / "out", experts=3)
     assert not (tmp_path / "out").exists()

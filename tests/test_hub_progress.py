@@ -110,8 +110,8 @@ def test_a_terminal_shows_the_bars_until_the_upload_is_done(lab: Lab) -> None:
     assert re.search(re.escape(SHARDS[0]) + ":" + figures, shown)
     after = shown[shown.rindex(f"{PLACE} written: ") :]
     assert "\x1b[A" not in after  # no bar moves any more
-    assert re.search(r"[\d,]+ bytes received\r\n", after)
-    assert re.search(r"[\d,]+ bytes of weights sent, \d+ were on the Hub already\r\n", after)
+    assert re.search(r"[\d.]+ [kM]?B received\r\n", after)
+    assert re.search(r"[\d.]+ [kM]?B of weights sent, \d+ B were on the Hub already\r\n", after)
     assert f"{hub.endpoint}/{DST}/commit/" in after
 
 

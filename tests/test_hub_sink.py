@@ -24,7 +24,7 @@ from hub_checkpoints import (
 )
 from hub_faults import run, status
 
-from moescale.errors import DestinationError
+from moescale.errors import DestinationError, bytes_text
 from moescale.repos.hub import HubPlace
 from moescale.repos.hub_sink import HubSink
 
@@ -231,9 +231,9 @@ def test_only_new_bytes_are_sent(lab: Lab) -> None:
     outcome = lab.done(SRC, PLACE, "-k", "3")
     size = sum(len(lab.source[name]) for name in SHARDS)
     assert hub.traffic("^cas")[0] < size // 20
-    assert f"{size:,} were on the Hub already" in outcome.err
+    assert f"{bytes_text(size)} were on the Hub already" in outcome.err
     assert f"http://127.0.0.1:{hub.endpoint.rpartition(':')[2]}/{DST}/commit/" in outcome.err
-    assert " bytes received\n" in outcome.err
+    assert "B received\n" in outcome.err
 
 
 def test_the_hubs_limit_on_commits_is_kept(lab: Lab) -> None:

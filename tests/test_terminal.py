@@ -11,10 +11,12 @@ import checkpoints
 import pytest
 from sampled_plans import sampled
 
-from moescale.errors import size
+from moescale.errors import bytes_text
+from moescale.model.experts import Layer
 from moescale.options import Options
 from moescale.planning.decide import make_plan
-from moescale.planning.plan import Plan
+from moescale.planning.plan import Plan, PlannedTensor
+from moescale.report import colour
 from moescale.report.terminal import ASCII, BLOCKS, blocks_for, plan_text, summary
 from moescale.repos.local_source import LocalSource
 from moescale.running.conversion import Result, Status
@@ -107,16 +109,95 @@ def test_the_summary_steers_no_terminal(plan: Plan) -> None:
         assert len(text.splitlines()) == 2
 
 
+def test_a_rule_that_does_not_help_is_a_warning(plan: Plan, tmp_path: Path) -> None:
+    """By the plan's own numbers: not a note in a table, and not where it does help."""
+    source = LocalSource(Path(plan.source.id))
+    (warning,) = make_plan(source, Options(experts=3, rule="published")).warnings
+    assert warning == (
+        "--rule published does not help: it takes the norm of the routed output further from the"
+        " trained one (x 0.667) than the config edit alone (x 0.816)"
+    )
+    assert make_plan(source, Options(experts=2, rule="published")).warnings == (
+        "nothing to do: the model has this number of experts per token, every factor is 1",
+    )
+    qwen2 = LocalSource(checkpoints.qwen2(tmp_path / "qwen2"))
+    for one in (plan, make_plan(qwen2, Options(experts=3, rule="published"))):
+        assert not any("does not help" in warning for warning in one.warnings)
+    worse = replace(sampled(plan, ["0", "1"], 2, 3, run=True).comparison, taken="published")
+    assert "--rule published does not help" in (worse.harm or "")
+
+
+def test_many_layers_leave_the_rules_on_the_first_screen(plan: Plan) -> None:
+    """Factors by layer are a range and a chart; their rows are there with -v."""
+    one = plan.tensors[0]
+
+    def tensor(layer: int) -> PlannedTensor:
+        edit = replace(one.edit, factor=1 + layer / 100)
+        return PlannedTensor(edit, one.shard, one.role, Layer("", layer))
+
+    many = replace(
+        plan,
+        tensors=tuple(tensor(layer) for layer in range(48)),
+        factors={str(layer): 1 + layer / 100 for layer in range(48)},
+    )
+    text = plan_text(many)
+    assert "0 to 47  48       weight  BF16   1 to 1.47\n(-v lists the layers)" in text
+    assert "factor by layer, 0 to 47" in text
+    assert len(text.splitlines()) < 30
+    assert re.search(r"^17 +1 +weight +BF16 +1\.17$", plan_text(many, verbose=True), re.M)
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        """Say so."""
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "environment", "coloured"),
+    [
+        (Terminal(), {}, True),
+        (Terminal(), {"NO_COLOR": "1"}, False),
+        (Terminal(), {"NO_COLOR": ""}, True),
+        (Terminal(), {"TERM": "dumb"}, False),
+        (io.StringIO(), {}, False),
+    ],
+)
+def test_colour_is_for_terminals_that_want_it(
+    plan: Plan,
+    stream: io.StringIO,
+    environment: dict[str, str],
+    coloured: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rule that is taken and the numbers stand out; the text is the same without colour."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    text = plan_text(plan)
+    painted = colour.plan_painted(text, stream)
+    assert re.sub(r"\x1b\[[\d;]*m", "", painted) == text
+    marked = re.findall(r"\x1b\[[\d;]+m(.*)\x1b\[0m", painted)
+    assert [line.split()[0] for line in marked] == (["experts", "->"] if coloured else [])
+    done = summary(Result(plan, "done", True), {})
+    assert ("\x1b" in colour.summary_painted(done, stream)) == coloured
+
+
 def test_writing_and_proving_are_told_apart(plan: Plan) -> None:
     """Each has its own time and rate; what an earlier run wrote is no part of the rate."""
     done = Result(replace(plan, destination="out"), "new", True)
     seconds = {"writing": 2.0, "verifying": 4.0}
     first, last = summary(done, seconds).splitlines()
     total = plan.bytes_written
-    assert f" in 2.0 s ({size(total / 2)}/s), 8 tensors scaled." in first
-    assert last == f"Verified in 4.0 s ({size(total / 4)}/s): every byte is what the plan says."
+    assert f" in 2.0 s ({bytes_text(total / 2)}/s), 8 tensors scaled." in first
+    assert (
+        last == f"Verified in 4.0 s ({bytes_text(total / 4)}/s): every byte is what the plan says."
+    )
     first = summary(replace(done, status="resume"), seconds, 1000).splitlines()[0]
-    assert f"1.0 kB were there, the rest in 2.0 s ({size((total - 1000) / 2)}/s)" in first
+    assert f"1.0 kB were there, the rest in 2.0 s ({bytes_text((total - 1000) / 2)}/s)" in first
 
 
 def rules(plan: Plan) -> list[list[str]]:

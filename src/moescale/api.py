@@ -19,7 +19,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar, Unpack, get_args
 
-from moescale.errors import DestinationError, MoescaleError, UsageError
+from moescale.errors import DestinationError, MoescaleError, UsageError, bytes_text
 from moescale.measuring.calibration import Calibration, measured_plan, open_calibration
 from moescale.model import listing
 from moescale.model.architectures import ROWS, known_types
@@ -51,6 +51,7 @@ from moescale.repos.places import (
     check_places,
     destination_place,
     expanded,
+    on_destination,
     open_sink,
     open_source,
     source_place,
@@ -236,7 +237,7 @@ def convert(
                 verify_output(worded, reader, sink, jobs, step, crew)
             else:
                 _check_status(status, destination)
-    received = [f"{reader.received:,} bytes received"] if reader.received else []
+    received = [f"{bytes_text(reader.received)} received"] if reader.received else []
     return Result(plan, status, check, sink.url, (*received, *sink.remarks))
 
 
@@ -528,10 +529,8 @@ def _with_room(plan: Plan, sink: Sink) -> Plan:
     if missing <= 0:
         return plan
     free = plan.bytes_written - missing
-    less = (
-        f"{sink.identity}: the output needs {plan.bytes_written:,} bytes, and the disk has {free:,}"
-        " free"
-    )
+    needed, there = bytes_text(plan.bytes_written), bytes_text(free)
+    less = f"{sink.identity}: the output needs {needed}, and {there} are free"
     if not may_share:
         raise DestinationError(less, hint="Free some space, or give another destination.")
     warning = f"{less}; that is enough only where it can share blocks with the source"
@@ -552,7 +551,8 @@ def _made(
         made = make_plan(source, wanted, destination, progress=measuring)
     else:
         made = measured_plan(source, wanted, destination, calibration, sink, overwrite)
-    return replace(made, view=REPORT)
+    remarks = on_destination(destination) if destination else ()
+    return replace(made, view=REPORT, warnings=(*made.warnings, *remarks))
 
 
 def verify_output(

@@ -28,6 +28,7 @@ from moescale.options import (
     Rescaling,
     option_rows,
 )
+from moescale.report import colour
 from moescale.version import __version__
 
 if TYPE_CHECKING:
@@ -293,7 +294,8 @@ def _show_plan(
     if as_json:
         _print_json(plan.as_json())
     elif not quiet:
-        print(terminal.plan_text(plan, verbose, terminal.blocks_for(sys.stdout)))
+        text = terminal.plan_text(plan, verbose, terminal.blocks_for(sys.stdout))
+        print(colour.plan_painted(text, sys.stdout))
     elif plan.destination is not None:
         print(plan.destination)
 
@@ -334,7 +336,7 @@ def _convert(
         _warn(plan)
         if talk:
             text = terminal.plan_text(plan, verbose, terminal.blocks_for(sys.stderr))
-            print(text, end="\n\n", file=sys.stderr)
+            print(colour.plan_painted(text, sys.stderr), end="\n\n", file=sys.stderr)
 
     with Progress(stream) as progress:
         try:
@@ -354,7 +356,8 @@ def _convert(
         _print_json({**result.plan.as_json(), "result": outcome})
         return
     if talk:
-        print(terminal.summary(result, progress.seconds, progress.there), file=sys.stderr)
+        text = terminal.summary(result, progress.seconds, progress.there)
+        print(colour.summary_painted(text, sys.stderr), file=sys.stderr)
     elif options["create_pr"] and result.url is not None:
         print(result.url, file=sys.stderr)
     if result.status != "nothing":
@@ -363,7 +366,8 @@ def _convert(
 
 def _warn(plan: Plan) -> None:
     for warning in plan.warnings:
-        print(f"warning: {errors.printable(warning)}", file=sys.stderr)
+        word = colour.painted("warning:", colour.YELLOW, sys.stderr)
+        print(f"{word} {errors.printable(warning)}", file=sys.stderr)
 
 
 def main() -> None:
@@ -455,5 +459,5 @@ def _fail(error: errors.MoescaleError) -> NoReturn:
     code = next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1)
     if code == interrupts.EXIT_CODE:
         interrupts.hush()
-    print(f"moescale: {error}", file=sys.stderr)
+    print(f"{colour.painted('moescale:', colour.RED, sys.stderr)} {error}", file=sys.stderr)
     sys.exit(code)

@@ -34,7 +34,7 @@ def printable(text: str, most: int = LONGEST) -> str:
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
-def size(count: float) -> str:
+def bytes_text(count: float) -> str:
     """A number of bytes for people, in powers of 1,000 as the Hub shows them."""
     for unit in _UNITS:
         if count < 999.5 or unit == _UNITS[-1]:

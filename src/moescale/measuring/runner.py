@@ -24,7 +24,13 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from moescale.errors import CheckpointError, MoescaleError, SourceError, UnsupportedError
+from moescale.errors import (
+    CheckpointError,
+    MoescaleError,
+    SourceError,
+    UnsupportedError,
+    bytes_text,
+)
 from moescale.measuring.text import one_line
 
 LONGEST = 2_048
@@ -103,7 +109,7 @@ def _check_room(folder: Path, size: int) -> None:
     if free < size:
         raise SourceError(
             f"the model exceeds --max-memory by more than {folder.parent} has room for:"
-            f" {size:,} bytes may be needed, {free:,} are free",
+            f" {bytes_text(size)} may be needed, {bytes_text(free)} are free",
             hint="Free some space, or set TMPDIR to a folder on a larger disk.",
         )
 

@@ -8,7 +8,8 @@ from the closed form elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,6 +58,27 @@ class Comparison:
     def norm(self, rule: str) -> ByLayer:
         """The relative norm with a rule: one number, or one for each layer where they differ."""
         return joined(dict(zip(self.layers, self.norms[rule], strict=True)))
+
+    @property
+    def harm(self) -> str | None:
+        """What to say where the rule that is taken does worse than none, by its own measure."""
+        norms, none = self.norms.get(self.taken), self.norms.get("none")
+        if norms is None or none is None or self.taken == "own" or _far(norms) <= _far(none):
+            return None
+        return (
+            f"--rule {self.taken} does not help: it takes the norm of the routed output further"
+            f" from the trained one (x {_mean(norms):.3f}) than the {self.edit} (x"
+            f" {_mean(none):.3f})"
+        )
+
+
+def _mean(norms: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, norms)) / len(norms))
+
+
+def _far(norms: Sequence[float]) -> float:
+    """How far they are from 1, with room for rounding."""
+    return round(sum(abs(math.log(norm)) for norm in norms) / len(norms), 9)
 
 
 def compare(

@@ -133,6 +133,8 @@ def make_plan(
         warnings=(*warnings, *left_out_warnings(rows)),
         states=MappingProxyType({name: source.state(name) for name in files}),
     )
+    if (harm := plan.comparison.harm) is not None:
+        plan = replace(plan, warnings=(*plan.warnings, harm))
     if plan.changes_nothing:
         already = "nothing to do: the model has this number of experts per token, every factor is 1"
         plan = replace(plan, warnings=(*plan.warnings, already))

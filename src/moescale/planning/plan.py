@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from moescale.checkpoint.edit import Edit
 from moescale.checkpoint.rewrite import Segment, segments
-from moescale.errors import printable, size
+from moescale.errors import bytes_text, printable
 from moescale.model.count import CONFIG
 from moescale.model.experts import Layer
 from moescale.model.formats import Role
@@ -136,6 +136,7 @@ class Plan:
     def __repr__(self) -> str:
         """What goes where, in a few lines, however many layers and tensors there are."""
         counts = f"{self.experts.before} -> {self.experts.after}"
+        written = bytes_text(self.bytes_written)
         factors = sorted({f"{f:.6g}": f for f in self.factors.values()}.values())
         ends = dict.fromkeys(f"{end:.6g}" for end in (factors[:1] + factors[-1:]))
         lines = [
@@ -143,7 +144,7 @@ class Plan:
             f"  {self.model_type}, {len(self.factors)} MoE layers of {self.experts.total} experts:"
             f" {printable(counts, 60)} experts per token",
             f"  {self.options.method}, factor {' to '.join(ends)}:"
-            f" {len(self.changed_tensors):,} tensors scaled, {size(self.bytes_written)} written",
+            f" {len(self.changed_tensors):,} tensors scaled, {written} written",
             *(f"  warning: {warning}" for warning in self.warnings[:_SHOWN_WARNINGS]),
         ]
         return "\n".join(["<Plan", *(f"  {printable(line, 150)}" for line in lines)]) + ">"

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
-from moescale.errors import size
+from moescale.errors import bytes_text
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -151,8 +151,8 @@ class Progress:
         new = self._done - (self.there if self._phase == "writing" else 0)
         rate = new / (now - self._start)
         left = _duration((self._total - self._done) / rate) if rate else "?"
-        done = f"{size(self._done)} of {size(self._total)}"
-        return f"{self._phase}: {done}, {size(rate)}/s, {left} left"
+        done = f"{bytes_text(self._done)} of {bytes_text(self._total)}"
+        return f"{self._phase}: {done}, {bytes_text(rate)}/s, {left} left"
 
     def lost(self) -> str | None:
         """What has to be done again, were it interrupted now; None where nothing was begun."""
@@ -161,10 +161,10 @@ class Progress:
         if self._phase != "writing":
             return "All is written; only the proof has to be done again."
         whole = sum(length for name, length in self._sizes.items() if self._of[name] >= length)
-        again = self._done - whole
+        done, again = bytes_text(whole), bytes_text(self._done - whole)
         return (
-            f"{size(whole)} of {size(self._total)} are finished; {size(again)} of shards that were"
-            " begun will be done again."
+            f"{done} of {bytes_text(self._total)} are finished; {again} of shards that were begun"
+            " will be done again."
         )
 
 

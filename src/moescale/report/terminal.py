@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
 
-from moescale.errors import printable, size
+from moescale.errors import bytes_text, printable
 from moescale.model.listing import ModelType
 from moescale.planning.comparison import BASES
 from moescale.planning.files import Action, PlannedFile
@@ -25,6 +25,7 @@ BLOCKS, ASCII = "▁▂▃▄▅▆▇█", "#"
 """What the columns of a chart end in: eighths of a line, or whole lines."""
 
 _CHART_ROWS, _CHART_WIDTH = 4, 64
+_FEW_ROWS = 6
 
 
 def blocks_for(stream: TextIO) -> str:
@@ -42,7 +43,7 @@ def plan_text(plan: Plan, verbose: bool = False, blocks: str = ASCII) -> str:
     parts = [
         _table(facts(plan)),
         _rules(plan),
-        _table(layer_rows(plan.tensors), header=LAYER_HEADER),
+        _layers(plan.tensors, verbose),
         _factor_chart(plan.factors, blocks),
         _table(byte_rows(plan)),
         _left_out(plan.files),
@@ -81,7 +82,8 @@ def facts(plan: Plan) -> Iterator[tuple[str, str]]:
         "local directory" if plan.source.kind == "local" else f"Hub, commit {plan.source.revision}"
     )
     yield "source", f"{plan.source.id} ({where})"
-    yield "destination", plan.destination or "none given"
+    place = "Hub" if (plan.destination or "").startswith("hf://") else "local directory"
+    yield "destination", f"{plan.destination} ({place})" if plan.destination else "none given"
     part = f", part {plan.part}" if plan.part else ""
     yield "model", f"{plan.model_type}{part}: {layers_text(plan)}"
     if plan.router is not None:
@@ -160,6 +162,33 @@ def layer_rows(tensors: Iterable[PlannedTensor]) -> Iterator[tuple[str, ...]]:
             yield name, str(count * (last - first + 1)), role, dtype, f"{scaled_by:.6g}"
 
 
+def _layers(tensors: Sequence[PlannedTensor], verbose: bool) -> str:
+    """What is scaled: by layer where these are few, or all are wanted; else each kind with a range.
+
+    So the rules stay on the first screen, and the chart shows the layers.
+    """
+    rows = list(layer_rows(tensors))
+    if verbose or len(rows) <= _FEW_ROWS:
+        return _table(rows, header=LAYER_HEADER)
+    return _table(_kind_rows(tensors), header=LAYER_HEADER) + "\n(-v lists the layers)"
+
+
+def _kind_rows(tensors: Iterable[PlannedTensor]) -> Iterator[tuple[str, ...]]:
+    kinds: dict[tuple[str, str], list[PlannedTensor]] = {}
+    for t in tensors:
+        kinds.setdefault((t.role, t.edit.tensor.dtype), []).append(t)
+    for (role, dtype), alike in kinds.items():
+        layers = list(dict.fromkeys(str(t.layer) for t in alike))
+        factors = span([t.edit.factor for t in alike], ".6g")
+        yield (
+            " to ".join(dict.fromkeys((layers[0], layers[-1]))),
+            str(len(alike)),
+            role,
+            dtype,
+            factors,
+        )
+
+
 def _factor_chart(factors: Mapping[str, float], blocks: str) -> str:
     """A column a layer, from the smallest factor to the largest; nothing where all are alike."""
     columns, each = _columns(list(factors.values()))
@@ -205,8 +234,8 @@ def byte_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield (
         "bytes",
         (
-            f"{size(plan.bytes_read)} read, {size(plan.bytes_changed)} changed,"
-            f" {size(plan.bytes_written)} written"
+            f"{bytes_text(plan.bytes_read)} read, {bytes_text(plan.bytes_changed)} changed,"
+            f" {bytes_text(plan.bytes_written)} written"
         ),
     )
 
@@ -251,9 +280,10 @@ def _first_line(result: Result, seconds: Mapping[str, float], there: int) -> str
     changed, took = len(plan.changed_tensors), seconds.get("writing", 0.0)
     scaled = f"{changed:,} tensors scaled." if changed else "no weight changed."
     if result.status == "resume":
-        what = f"continued and finished: {size(total)} in all, {size(there)} were there, the rest"
+        old = bytes_text(there)
+        what = f"continued and finished: {bytes_text(total)} in all, {old} were there, the rest"
     else:
-        what = f"written: {size(total)}"
+        what = f"written: {bytes_text(total)}"
     return f"{plan.destination} {what} in {_took(total - there, took)}, {scaled}"
 
 
@@ -267,5 +297,5 @@ def _proof(result: Result, seconds: Mapping[str, float]) -> str:
 
 
 def _took(count: int, seconds: float) -> str:
-    rate = f" ({size(count / seconds)}/s)" if seconds > 0 and count > 0 else ""
+    rate = f" ({bytes_text(count / seconds)}/s)" if seconds > 0 and count > 0 else ""
     return f"{seconds:.1f} s{rate}"

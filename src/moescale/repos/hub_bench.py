@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from moescale.errors import DestinationError, RewriteError
+from moescale.errors import DestinationError, RewriteError, bytes_text
 from moescale.repos import hub
 from moescale.repos.base import Arrived, Made, Written, nobody
 from moescale.repos.hub import HubPlace
@@ -131,7 +131,7 @@ class HubBench:
             folder = tempfile.gettempdir()
             if shutil.disk_usage(folder).free < size:
                 raise RewriteError(
-                    f"{name}: {folder} has no room for {size} bytes",
+                    f"{name}: {folder} has no room for {bytes_text(size)}",
                     hint="Free some space, or set TMPDIR; the same command resumes.",
                 )
             with tempfile.TemporaryFile() as file:

@@ -20,7 +20,13 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from moescale.errors import DestinationError, MoescaleError, RewriteError, TemporaryError
+from moescale.errors import (
+    DestinationError,
+    MoescaleError,
+    RewriteError,
+    TemporaryError,
+    bytes_text,
+)
 from moescale.repos import hub
 from moescale.repos.base import FileInfo, Made, SourceId, Written
 from moescale.repos.hub import HubPlace
@@ -335,9 +341,10 @@ class HubSink:
         assert self.published is not None
         self._check_listed(self.published, large)
         self._clean_up()
+        known = bytes_text(self._deduplicated)
         self.remarks.append(
-            f"{self._sent:,} bytes of weights sent, {self._deduplicated:,} were on the Hub already"
-            + (f", {self._copied:,} copied there" if self._copied else "")
+            f"{bytes_text(self._sent)} of weights sent, {known} were on the Hub already"
+            + (f", {bytes_text(self._copied)} copied there" if self._copied else "")
         )
 
     def _publish_commit(

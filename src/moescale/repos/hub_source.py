@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moescale.checkpoint.header import LENGTH_BYTES
 from moescale.checkpoint.rewrite import Reader
-from moescale.errors import CheckpointError, RewriteError, SourceError, TemporaryError
+from moescale.errors import CheckpointError, RewriteError, SourceError, TemporaryError, bytes_text
 from moescale.repos import hub
 from moescale.repos.base import SMALL_FILE_BYTES, FileInfo, SourceId, check_name
 from moescale.repos.hub import ATTEMPTS, HubPlace
@@ -137,8 +137,8 @@ class HubSource:
         cache.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(cache).free) < missing:
             raise SourceError(
-                f"{self._name}: has to be downloaded to be measured: {missing:,} bytes, and {cache}"
-                f" has {free:,} free",
+                f"{self._name}: has to be downloaded to be measured: {bytes_text(missing)}, and"
+                f" {bytes_text(free)} are free in {cache}",
                 hint="Free some space, or set HF_HOME to a folder on a larger disk.",
             )
 

@@ -41,6 +41,15 @@ def destination_place(path: str | os.PathLike[str]) -> str:
     return text
 
 
+def on_destination(text: str) -> tuple[str, ...]:
+    """What the user should know of a destination that looks like a repo: it is a folder here."""
+    if _says_hub(text) or not is_place(text) or parse_place(text).folder:
+        return ()
+    if os.path.lexists(text.partition("/")[0]):
+        return ()
+    return (f"{text} is a folder here, not a repo; to upload, say {PREFIX}{text}",)
+
+
 def open_source(
     path: str | os.PathLike[str], revision: str | None = None, follow_links: bool = True
 ) -> Source:
