@@ -39,7 +39,6 @@ from moescale.options import (
     wrong_keyword,
 )
 from moescale.planning.decide import make_plan
-from moescale.planning.files import PROVENANCE
 from moescale.planning.plan import Plan
 from moescale.report.view import REPORT
 from moescale.repos.base import Progress, Sink, Source
@@ -382,7 +381,7 @@ def _repair(
     phase("verifying", sizes)
     proof = compare(plan, source, output, jobs=jobs, progress=progress, crew=crew)
     if not proof.differences:
-        fill_digests(sink, plan, proof.written, output.read(PROVENANCE))
+        fill_digests(sink, plan, proof.written, output)
         return "done"
     keep = {name: file for name, file in proof.written.items() if name in sizes}
     phase("writing", sizes)
@@ -567,4 +566,4 @@ def verify_output(
     output = as_source(sink)
     proof = compare(plan, source, output, jobs=jobs, progress=progress, crew=crew)
     proof.check()
-    fill_digests(sink, plan, proof.written, output.read(PROVENANCE))
+    fill_digests(sink, plan, proof.written, output)

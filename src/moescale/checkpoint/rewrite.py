@@ -47,26 +47,24 @@ class Segment:
 
 
 def segments(
-    edits: Sequence[Edit], file_size: int, new_header: bytes | None = None, data_start: int = 0
+    edits: Sequence[Edit], file_size: int, patches: Sequence[Segment] = ()
 ) -> list[Segment]:
-    """Cut a shard into stretches to copy and tensors to edit; together they are the file.
+    """Cut a shard into stretches to copy, to replace and to edit; together they are the file.
 
     Args:
         edits: what happens to which tensor of the shard, in any order.
         file_size: size of the shard in bytes.
-        new_header: what replaces the bytes before `data_start`, where tensors change their size.
-        data_start: where the shard's data starts.
+        patches: what replaces which bytes of the header, or comes between two, in order.
     """
     result, position = [], 0
-    if new_header is not None:
-        result.append(Segment(0, data_start, data=new_header))
-        position = data_start
-    changed = (edit for edit in edits if edit.tensor.nbytes)
-    for edit in sorted(changed, key=lambda edit: edit.tensor.start):
-        if edit.tensor.start > position:
-            result.append(Segment(position, edit.tensor.start))
-        result.append(Segment(edit.tensor.start, edit.tensor.stop, edit))
-        position = edit.tensor.stop
+    changed = [
+        Segment(edit.tensor.start, edit.tensor.stop, edit) for edit in edits if edit.tensor.nbytes
+    ]
+    for part in sorted((*patches, *changed), key=lambda part: part.start):
+        if part.start > position:
+            result.append(Segment(position, part.start))
+        result.append(part)
+        position = part.stop
     if file_size > position:
         result.append(Segment(position, file_size))
     return result

@@ -19,7 +19,6 @@ from moescale.model.experts import Layer
 from moescale.model.lookup import Moe
 from moescale.options import Options, is_calibration
 from moescale.planning.decide import make_plan
-from moescale.planning.files import PROVENANCE
 from moescale.planning.plan import Experts, Plan
 from moescale.repos.base import Sink, Source
 from moescale.rules.samples import Moments, Sample
@@ -81,8 +80,8 @@ def noted(sink: Sink, trial: Plan) -> Noted | None:
     found, wanted = sink.unfinished(), provenance.job(trial)
     if found is not None:
         alike = ("version", "source", "options")
-    elif PROVENANCE in sink.existing():
-        found, wanted = provenance.decode(sink.read(PROVENANCE)), provenance.provenance(trial, {})
+    elif (said := sink.recorded()) is not None:
+        found, wanted = provenance.decode(said), provenance.provenance(trial, {})
         alike = ("moescale", "source", "options")
     if not isinstance(found, dict) or any(found.get(key) != wanted[key] for key in alike):
         return None

@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
 from moescale.checkpoint.header import Header
-from moescale.errors import SourceError, UnsupportedError
-from moescale.model.count import CONFIG, Config, parse_config, set_count
+from moescale.errors import UnsupportedError
 from moescale.model.experts import Layer
-from moescale.model.formats import confirm
-from moescale.model.lookup import Moe, own_router
+from moescale.model.lookup import Moe
 from moescale.model.router import has_no_effect, largest_count
-from moescale.model.scale_key import fold_factor
-from moescale.model.second_counts import candidates, with_count
 from moescale.options import Options
 from moescale.planning.comparison import joined
 from moescale.planning.factors import (
     choose_factors,
     closed_forms,
     of_another_job,
-    one_factor,
 )
-from moescale.planning.files import PROVENANCE, left_out_warnings, plan_files
-from moescale.planning.other import refuse_other
+from moescale.planning.kinds import open_checkpoint
 from moescale.planning.plan import Experts, Plan
-from moescale.planning.shards import output_index
 from moescale.planning.tensors import (
-    alternative,
-    chosen_tensors,
-    new_headers,
     planned_tensors,
     sharpened_routers,
 )
-from moescale.planning.weights import find_weights
 from moescale.repos.base import Source
-from moescale.rules import closed_form
 from moescale.rules.samples import Sample
 
 Sampler = Callable[[Moe, Experts], Mapping[Layer, Sample]]
@@ -65,16 +53,9 @@ def make_plan(
         SourceError: the checkpoint is malformed, incomplete or cannot be rescaled so.
         UsageError: the factors do not cover the checkpoint's MoE layers.
     """
-    files = source.files()
-    refuse_other(source, files)
-    config = _read_config(source, files)
-    weights = find_weights(source, config, options)
-    moe, tensors, headers = weights.moe, weights.tensors, weights.found.headers
-    warnings = [*source.remarks, *weights.warnings]
-    if PROVENANCE in files:
-        warnings.append(
-            f"the source is itself an output of moescale ({PROVENANCE}); its factors stay in it"
-        )
+    checkpoint = open_checkpoint(source, options)
+    moe, tensors, headers = checkpoint.moe, checkpoint.tensors, checkpoint.headers
+    warnings = [*source.remarks, *checkpoint.warnings]
     experts = _experts(moe, options)
     forms = closed_forms(moe, experts, options)
     if sampler is not None:
@@ -82,32 +63,16 @@ def make_plan(
     else:
         samples = _sampled_gates(source, moe, experts, options, headers, progress)
     factors = choose_factors(moe, experts, options, samples, noted)
-    scaled = chosen_tensors(moe, factors, tensors, options)
-    warnings += confirm(
-        ((s, factor) for s, _, factor in scaled), config.value, alternative(moe, factors)
-    )
+    scaled = checkpoint.chosen(factors)
     made_for = getattr(options.factors, "made_for", {})
     warnings += [
-        *_of_arch(config, moe, experts, options),
+        *checkpoint.remarks(scaled, factors, experts),
         *_remarks(options),
         *of_another_job(made_for, moe, experts, options),
     ]
     scaled += sharpened_routers(moe, tensors, options)
-    new_config = _edited(config, moe, factors, options)
-    moe = replace(moe, projections=())  # large, and not needed any more
     planned = planned_tensors(scaled, headers)
-    index = output_index(weights.found)
-    edits, of_others = _second_files(source, moe, experts, {*headers, *weights.left_out})
-    warnings += of_others
-    rows = plan_files(
-        files,
-        headers,
-        {t.shard for t in planned if t.edit.factor != 1.0},
-        index and index[0],
-        new_config.text != config.text,
-        edits,
-        weights.left_out,
-    )
+    output = checkpoint.output(planned, factors, experts)
     plan = Plan(
         source=source.identity,
         destination=destination,
@@ -122,79 +87,27 @@ def make_plan(
             {name: joined(form) for name, form in forms.items() if name != "none"}
         ),
         tensors=planned,
-        files=rows,
-        config=new_config.text.encode(),
-        index=index,
-        new_headers=MappingProxyType(new_headers(source, headers, planned)),
-        edits=MappingProxyType(edits),
+        files=output.files,
+        config=output.config,
+        index=output.index,
+        new_headers=MappingProxyType(output.new_headers),
+        edits=MappingProxyType(output.edits),
+        keys=MappingProxyType(output.keys),
+        record=output.record,
+        opens=output.opens,
         samples=MappingProxyType({str(layer): sample for layer, sample in samples.items()}),
         calibration=made_for.get("calibration", {}),
         factors_rule=made_for.get("factors_rule", made_for.get("rule")),
-        warnings=(*warnings, *left_out_warnings(rows)),
-        states=MappingProxyType({name: source.state(name) for name in files}),
+        warnings=(*warnings, *output.warnings),
+        states=MappingProxyType({name: source.state(name) for name in source.files()}),
     )
     if (harm := plan.comparison.harm) is not None:
         plan = replace(plan, warnings=(*plan.warnings, harm))
+    plan = checkpoint.sealed(plan)
     if plan.changes_nothing:
         already = "nothing to do: the model has this number of experts per token, every factor is 1"
         plan = replace(plan, warnings=(*plan.warnings, already))
     return plan
-
-
-def _read_config(source: Source, files: Collection[str]) -> Config:
-    if CONFIG not in files:
-        inner = next((name for name in files if name.endswith(f"/{CONFIG}")), None)
-        such = f", such as {inner.removesuffix(f'/{CONFIG}')} in it" if inner else ""
-        raise SourceError(
-            f"{source.identity.id}: has no {CONFIG}",
-            hint="Give the folder or the repo that holds a model in the Hugging Face layout"
-            f"{such}.",
-        )
-    return parse_config(source.read(CONFIG))
-
-
-def _second_files(
-    source: Source, moe: Moe, experts: Experts, others: Collection[str]
-) -> tuple[dict[str, bytes], list[str]]:
-    """Other files that hold the count, as they will be; and what the user should know of them."""
-    edits: dict[str, bytes] = {}
-    warnings: list[str] = []
-    before, after = experts.before, experts.after
-    if not isinstance(before, int) or not isinstance(after, int):
-        return edits, warnings
-    sizes = {name: file.size for name, file in source.files().items() if name not in others}
-    for name in candidates(sizes):
-        changed, said = with_count(name, source.read(name), before, after, moe.total)
-        warnings += said
-        if changed is not None:
-            edits[name] = changed
-    return edits, warnings
-
-
-def _edited(config: Config, moe: Moe, factors: Mapping[Layer, float], options: Options) -> Config:
-    """The config of the output."""
-    if options.fold == "config":
-        config = fold_factor(config, moe.architecture, one_factor(factors, options))
-    if options.experts is not None:
-        config = set_count(config, moe.places, options.experts)
-    return config
-
-
-def _of_arch(config: Config, moe: Moe, experts: Experts, options: Options) -> Iterator[str]:
-    """What --arch changes, where the config names a type that the table knows."""
-    own = own_router(config, moe) if options.arch is not None else None
-    if own is None or moe.router is None:
-        return
-    n, _, m = experts.at(moe.layers[0])
-    asked, known = (
-        closed_form.preserve(n, m, router.balanced_weight, options.rho or 0.0)
-        for router in (moe.router, own[1])
-    )
-    yield (
-        f"--arch {options.arch} contradicts {CONFIG}, whose model_type is {own[0]!r}: the router of"
-        f" {options.arch!r} makes the factor {asked:.4f}, that of {own[0]!r} {known:.4f}; the names"
-        " of the tensors need no --arch"
-    )
 
 
 def _remarks(options: Options) -> list[str]:

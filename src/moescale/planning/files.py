@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from moescale.checkpoint.record import PROVENANCE as PROVENANCE
 from moescale.errors import CheckpointError
 from moescale.model.count import CONFIG
 from moescale.repos.base import FileInfo
@@ -14,8 +15,7 @@ from moescale.repos.base import FileInfo
 Action = Literal["rewrite", "copy", "edit", "create", "skip"]
 
 CARD = "README.md"
-PROVENANCE = "moescale.json"
-"""What the output says about itself, for people and for programs."""
+"""What the output says about itself, for people; for programs it is `PROVENANCE`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from moescale.repos.base import SourceId
 from moescale.rules.samples import Sample
 
 _OUR_WORDS = frozenset({CARD, PROVENANCE})
+_MAKES = frozenset({"rewrite", "edit", "create"})
 _SHOWN_WARNINGS = 5
 
 
@@ -86,10 +87,9 @@ class PlannedTensor(Mapping[str, Any]):
 
 @dataclass(frozen=True, slots=True)
 class NewHeader:
-    """The first bytes of a re-laid shard, where the old data start, and the new size."""
+    """What is written in place of some bytes of a shard's header, and the new size of the file."""
 
-    data: bytes
-    data_start: int
+    patches: tuple[Segment, ...]
     file_size: int
 
 
@@ -122,10 +122,13 @@ class Plan:
     alternatives: Mapping[str, ByLayer]
     tensors: tuple[PlannedTensor, ...]
     files: tuple[PlannedFile, ...]
-    config: bytes
+    config: bytes | None  # where it is a file of its own
     index: tuple[str, bytes | None] | None  # its name; its content where it has to be made
     new_headers: Mapping[str, NewHeader]  # of the shards in which tensors change their size
     edits: Mapping[str, bytes] = field(default_factory=dict)  # other small files that change
+    keys: Mapping[str, Any] = field(default_factory=dict)  # what is set in the header of a shard
+    record: str = PROVENANCE  # the file that has the provenance
+    opens: str = CONFIG  # the file without which nothing loads; it is written last
     samples: Mapping[str, Sample] = field(default_factory=dict)  # by layer, where a rule has any
     calibration: Mapping[str, Any] = field(default_factory=dict)  # the text of measured factors
     factors_rule: str | None = None  # the rule that made the factors of a file
@@ -160,7 +163,7 @@ class Plan:
     @property
     def changes_nothing(self) -> bool:
         """Whether the output would be the source again, but for card and provenance."""
-        made = any(f.action in ("edit", "create") for f in self.files if f.name not in _OUR_WORDS)
+        made = any(f.action in _MAKES for f in self.files if f.name not in _OUR_WORDS)
         return not made and not self.changed_tensors
 
     @property
@@ -172,9 +175,7 @@ class Plan:
         """How a large file is written: what is copied, and what is edited."""
         edits = [t.edit for t in self.tensors if t.shard == file.name and t.edit.factor != 1.0]
         new = self.new_headers.get(file.name)
-        if new is None:
-            return segments(edits, file.size or 0)
-        return segments(edits, file.size or 0, new.data, new.data_start)
+        return segments(edits, file.size or 0, new.patches if new else ())
 
     def output_size(self, file: PlannedFile) -> int:
         """Size in bytes that a large file has in the output."""
@@ -212,11 +213,11 @@ class Plan:
     @property
     def bytes_written(self) -> int:
         """Bytes of the output, without the card and the provenance, which are made at the end."""
-        name, made = self.index or (CONFIG, None)
-        actions = {f.name: f for f in self.files}
-        index = len(made) if made is not None else (actions[name].size or 0)
-        edited = len(self.config) + sum(map(len, self.edits.values()))
-        return self.bytes_streamed + edited + (index if self.index else 0)
+        name, made = self.index or ("", b"")
+        sizes = {f.name: f.size or 0 for f in self.files}
+        index = len(made) if made is not None else sizes[name]
+        edited = len(self.config or b"") + sum(map(len, self.edits.values()))
+        return self.bytes_streamed + edited + index
 
     @property
     def comparison(self) -> Comparison:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from moescale.checkpoint.edit import Edit
 from moescale.checkpoint.header import LENGTH_BYTES, Header, Tensor
-from moescale.checkpoint.rewrite import relaid_header
+from moescale.checkpoint.rewrite import Segment, relaid_header
 from moescale.model.experts import Layer
 from moescale.model.formats import Scaled, scaled_tensors
 from moescale.model.gating import scaled_routers
@@ -103,5 +103,5 @@ def new_headers(
         old = headers[shard]
         data = relaid_header(source.read(shard, LENGTH_BYTES, old.data_start - LENGTH_BYTES), names)
         size = old.file_size - old.data_start + len(data) + grown[shard]
-        result[shard] = NewHeader(data, old.data_start, size)
+        result[shard] = NewHeader((Segment(0, old.data_start, data=data),), size)
     return result

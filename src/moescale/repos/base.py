@@ -165,6 +165,9 @@ class Sink(Protocol):
     def read(self, name: str) -> bytes:
         """A small file of what is there."""
 
+    def recorded(self) -> bytes | None:
+        """What the output that is there says of itself; None where nothing does."""
+
     def changed_at(self, name: str) -> int:
         """When a file of what is there was written, in nanoseconds."""
 

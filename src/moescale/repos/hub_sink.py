@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from moescale.checkpoint.record import recorded
 from moescale.errors import (
     DestinationError,
     MoescaleError,
@@ -105,6 +106,10 @@ class HubSink:
     def read(self, name: str) -> bytes:
         """A small file of the branch."""
         return self._repo.read(name, self.branch)
+
+    def recorded(self) -> bytes | None:
+        """The provenance of what is there."""
+        return recorded(self.existing(), self.read)
 
     def changed_at(self, name: str) -> int:
         """When the branch was last changed, in nanoseconds."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from moescale.checkpoint.record import recorded
 from moescale.errors import DestinationError, RewriteError
 from moescale.repos.base import SMALL_FILE_BYTES, FileInfo, Made, SourceId, Written, io_errors
 from moescale.repos.disk import (
@@ -149,6 +150,10 @@ class LocalSink:
                 f"{error.filename or self.root}: cannot be {how}: {error.strerror}",
                 hint="Mend the cause, or give another destination.",
             ) from None
+
+    def recorded(self) -> bytes | None:
+        """The provenance of what is there."""
+        return recorded(self.existing(), self.read)
 
     def changed_at(self, name: str) -> int:
         """When a file of the output was written, in nanoseconds."""

@@ -16,7 +16,7 @@ from moescale.checkpoint.edit import Edit
 from moescale.checkpoint.rewrite import rehearse, rewrite
 from moescale.errors import DestinationError, printable
 from moescale.model.count import CONFIG
-from moescale.planning.files import CARD, PROVENANCE, PlannedFile
+from moescale.planning.files import CARD, PlannedFile
 from moescale.planning.plan import Plan
 from moescale.repos.base import Bench, Made, Progress, Sink, Source, Written, io_errors
 from moescale.running import card, provenance
@@ -94,22 +94,22 @@ def status_of(plan: Plan, source: Source, sink: Sink, overwrite: bool) -> Status
     if not existing:
         return "new"
     small = cache(partial(small_files, plan, source))  # read once, and only where it is needed
-    said = _is_output(plan, sink, existing, small)
+    said = _is_output(plan, sink, small)
     whole = _is_whole(plan, sink, existing, small)
     if said or whole:
         if overwrite:
             return "replace"
         if not (said and whole):
             return "changed"
-        return "done" if source.newest_change() <= sink.changed_at(PROVENANCE) else "stale"
+        return "done" if source.newest_change() <= sink.changed_at(plan.record) else "stale"
     return _replace(sink, overwrite, _what_is_there(plan, sink, existing))
 
 
 def _what_is_there(plan: Plan, sink: Sink, existing: Mapping[str, int]) -> str:
-    if PROVENANCE not in existing:
+    if (said := sink.recorded()) is None:
         some = ", ".join(sorted(existing)[:3])
         return f"is not empty ({some}{', ...' if len(existing) > 3 else ''})"
-    found = provenance.decode(sink.read(PROVENANCE)) or {}
+    found = provenance.decode(said) or {}
     version, options = found.get("moescale"), provenance.made_with(found)
     if isinstance(version, str) and version != __version__:
         return f"holds an output of moescale {version[:20]}, and this is {__version__}"
@@ -135,14 +135,14 @@ def _replace(sink: Sink, overwrite: bool, why: str) -> Status:
     raise DestinationError(f"{sink.identity}: {why}", hint=f"Give another destination, or {what}.")
 
 
-def _is_output(plan: Plan, sink: Sink, existing: Mapping[str, int], small: Small) -> bool:
+def _is_output(plan: Plan, sink: Sink, small: Small) -> bool:
     """Whether the destination says that it is the output of this very job."""
-    if PROVENANCE not in existing:
+    if (said := sink.recorded()) is None:
         return False
     sizes = {f.name: Written(plan.output_size(f)) for f in plan.large_files}
     others = {name: _written(data) for name, data in small().items()}
     wanted = provenance.provenance(plan, {**sizes, **others})
-    return provenance.same_job(provenance.decode(sink.read(PROVENANCE)), wanted)
+    return provenance.same_job(provenance.decode(said), wanted)
 
 
 def _is_whole(plan: Plan, sink: Sink, existing: Mapping[str, int], small: Small) -> bool:
@@ -187,7 +187,8 @@ def run(
         sink.close()
         return Outcome(status, {})
     _rehearse_scales(plan, source)
-    sink.check_card(made_files(plan, source)[CARD])
+    if (made := made_files(plan, source).get(CARD)) is not None:
+        sink.check_card(made)
     try:
         if crew is not None:  # before anything old is removed
             sink.share()
@@ -196,11 +197,12 @@ def run(
         written = _stream(plan, source, sink, jobs, progress, crew or Here())
         small = small_files(plan, source)  # only now, since an index may have many megabytes
         written |= {name: _written(data) for name, data in small.items()}
-        with io_errors(CARD):
-            sink.put(CARD, small.pop(CARD))
-        last = {PROVENANCE: provenance.encode(provenance.provenance(plan, written))}
-        config = small.pop(CONFIG)
-        sink.publish({**last, **small, CONFIG: config}, keep=frozenset(written) | {PROVENANCE})
+        if CARD in small:
+            with io_errors(CARD):
+                sink.put(CARD, small.pop(CARD))
+        last = {} if plan.record in written else {plan.record: recorded(plan, written)}
+        config = {CONFIG: small.pop(CONFIG)} if CONFIG in small else {}
+        sink.publish({**last, **small, **config}, keep=frozenset(written) | {plan.record})
     finally:
         sink.close()
     return Outcome("repair" if keep else status, written)
@@ -224,18 +226,19 @@ def _rehearse_scales(plan: Plan, source: Source) -> None:
 
 def small_files(plan: Plan, source: Source) -> dict[str, bytes]:
     """The files that are made or edited, and the index: card, index, config."""
-    index, made = plan.index or (CONFIG, plan.config)
+    index, made = plan.index or ("", b"")
     first = {} if made is not None else {index: source.read(index)}
     return {**first, **made_files(plan, source)}
 
 
 def made_files(plan: Plan, source: Source) -> dict[str, bytes]:
     """The files that are made or edited: card, config, and an index where there was none."""
-    old_card = next((f for f in plan.files if f.name == CARD and f.action == "edit"), None)
-    result = {CARD: card.render(plan, source.read(CARD) if old_card else None)}
+    result = {}
+    if (row := next((f for f in plan.files if f.name == CARD), None)) is not None:
+        result[CARD] = card.render(plan, source.read(CARD) if row.action == "edit" else None)
     if plan.index is not None and plan.index[1] is not None:
         result[plan.index[0]] = plan.index[1]
-    return {**result, **plan.edits, CONFIG: plan.config}
+    return {**result, **plan.edits, **({} if plan.config is None else {CONFIG: plan.config})}
 
 
 def _written(data: bytes) -> Written:
@@ -262,7 +265,9 @@ def _stream(
         with io_errors(name):
             return sink.commit_file(name, made)
 
-    return {**done, **each(list(left), one, jobs, sink.cancel, crew.cancel)}
+    names = [name for name in left if name != plan.opens]
+    done |= each(names, one, jobs, sink.cancel, crew.cancel)
+    return {**done, **each(list(left.keys() - names), one, jobs, sink.cancel, crew.cancel)}
 
 
 def _copied(plan: Plan, source: Source, sink: Sink) -> Mapping[str, Written]:
@@ -314,9 +319,19 @@ def make(task: Task, source: Source, bench: Bench, check: Check, progress: Count
         return writer.finish()
 
 
-def fill_digests(sink: Sink, plan: Plan, written: Mapping[str, Written], found: bytes) -> None:
-    """Put the digests that a verification found into the output's provenance."""
-    content = provenance.encode(provenance.provenance(plan, written))
-    if content != found:
-        with io_errors(PROVENANCE):
-            sink.amend(PROVENANCE, content)
+def recorded(plan: Plan, written: Mapping[str, Written]) -> bytes:
+    """The content of the file that has the provenance, where it is a file of its own."""
+    return provenance.encode(provenance.provenance(plan, written))
+
+
+def fill_digests(sink: Sink, plan: Plan, written: Mapping[str, Written], output: Source) -> None:
+    """Put the digests that a verification found into the output's provenance.
+
+    Where that is inside a shard, it has none: no file can say its own.
+    """
+    if plan.record in written:
+        return
+    content = recorded(plan, written)
+    if content != output.read(plan.record):
+        with io_errors(plan.record):
+            sink.amend(plan.record, content)

@@ -8,7 +8,6 @@ from typing import Any
 from moescale.errors import MoescaleError, VerificationError
 from moescale.options import Options, is_calibration
 from moescale.planning.decide import make_plan
-from moescale.planning.files import PROVENANCE
 from moescale.planning.plan import Plan
 from moescale.repos.base import Sink, Source
 from moescale.running import provenance
@@ -19,7 +18,8 @@ def earlier(sink: Sink) -> Any:
     """The job of an unfinished run, or the provenance of an output; None where there is neither."""
     if (job := sink.unfinished()) is not None:
         return job
-    return provenance.decode(sink.read(PROVENANCE)) if PROVENANCE in sink.existing() else None
+    said = sink.recorded()
+    return None if said is None else provenance.decode(said)
 
 
 def options_there(sink: Sink) -> Options | None:

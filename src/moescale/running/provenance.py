@@ -82,7 +82,9 @@ def decided(plan: Plan) -> str:
 
     Card and provenance alone also hold the words of the options.
     """
-    digest = hashlib.sha256(plan.config)
+    digest = hashlib.sha256(plan.config or b"")
+    if plan.keys:
+        digest.update(json.dumps(dict(plan.keys)).encode())
     for name, data in sorted(plan.edits.items()):
         digest.update(json.dumps([name, data.decode()]).encode())
     files = ([f.name, f.action] for f in plan.files)

@@ -88,7 +88,7 @@ def verify(
     large = {file.name for file in plan.large_files}
     files = {f.name: f for f in plan.files if f.name in large or _is_copied_index(f, plan)}
     found = _found_names(output)
-    differences = list(_other_names({*files, *small, PROVENANCE}, found))
+    differences = list(_other_names({*files, *small, plan.record}, found))
     read = [n for n in files if n in found and (only is None or n in only or n not in large)]
     crew = crew or Here()
     crew.check(source.only(files), output.only(read))
@@ -104,7 +104,7 @@ def verify(
     results |= {n: _verify_small(data, output.read(n)) for n, data in small.items() if n in found}
     differences += [Difference(name, how) for name, how in results.items() if isinstance(how, str)]
     written = {name: file for name, file in results.items() if isinstance(file, Written)}
-    if not differences and only is None:
+    if not differences and only is None and plan.record not in large:
         differences += _provenance_differences(plan, output.read(PROVENANCE), written)
     return Proof(written, tuple(differences))
 
@@ -249,7 +249,7 @@ def _place(file: PlannedFile, plan: Plan, source: Source, offset: int) -> str:
 
 def _first_bytes(file: PlannedFile, plan: Plan, source: Source) -> bytes:
     if file.name in plan.new_headers:
-        return plan.new_headers[file.name].data
+        return plan.new_headers[file.name].patches[0].data or b""
     length = header_length(source.read(file.name, 0, LENGTH_BYTES), file.size or 0, file.name)
     return source.read(file.name, 0, LENGTH_BYTES + length)
 

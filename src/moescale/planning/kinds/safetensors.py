@@ -1,0 +1,144 @@
+"""A folder of safetensors shards with a ``config.json``, as transformers writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+from moescale.errors import SourceError
+from moescale.model.count import CONFIG, Config, parse_config, set_count
+from moescale.model.experts import Layer
+from moescale.model.formats import confirm
+from moescale.model.lookup import Moe, own_router
+from moescale.model.scale_key import fold_factor
+from moescale.model.second_counts import candidates, with_count
+from moescale.options import Options
+from moescale.planning.factors import one_factor
+from moescale.planning.files import PROVENANCE, left_out_warnings, plan_files
+from moescale.planning.kinds.base import Chosen, Output
+from moescale.planning.other import refuse_other
+from moescale.planning.plan import Experts, Plan, PlannedTensor
+from moescale.planning.shards import output_index
+from moescale.planning.tensors import alternative, chosen_tensors, new_headers
+from moescale.planning.weights import find_weights
+from moescale.repos.base import Source
+from moescale.rules import closed_form
+
+
+class SafetensorsCheckpoint:
+    """See `moescale.planning.kinds.base.Checkpoint`."""
+
+    def __init__(self, source: Source, options: Options) -> None:
+        """Read config, index and shard headers.
+
+        Raises:
+            SourceError: the checkpoint is malformed, incomplete or of another kind.
+        """
+        files = source.files()
+        refuse_other(source, files)
+        self._source, self._options = source, options
+        self._config = _read_config(source, files)
+        self._weights = find_weights(source, self._config, options)
+        self.moe = self._weights.moe
+        self.tensors = self._weights.tensors
+        self.headers = self._weights.found.headers
+        again = f"the source is itself an output of moescale ({PROVENANCE}); its factors stay in it"
+        self.warnings: Sequence[str] = [*self._weights.warnings, *([again] * (PROVENANCE in files))]
+
+    def chosen(self, factors: Mapping[Layer, float]) -> list[Chosen]:
+        """Every tensor to scale for the factors."""
+        return chosen_tensors(self.moe, factors, self.tensors, self._options)
+
+    def remarks(
+        self, chosen: Sequence[Chosen], factors: Mapping[Layer, float], experts: Experts
+    ) -> Iterator[str]:
+        """What the user should know of what is going to be done."""
+        scaled = ((one, factor) for one, _, factor in chosen)
+        yield from confirm(scaled, self._config.value, alternative(self.moe, factors))
+        yield from _of_arch(self._config, self.moe, experts, self._options)
+
+    def output(
+        self, planned: Sequence[PlannedTensor], factors: Mapping[Layer, float], experts: Experts
+    ) -> Output:
+        """What becomes of the files."""
+        source, left_out = self._source, self._weights.left_out
+        config = _edited(self._config, self.moe, factors, self._options)
+        index = output_index(self._weights.found)
+        others = {*self.headers, *left_out}
+        edits, warnings = _second_files(source, self.moe, experts, others)
+        files = plan_files(
+            source.files(),
+            self.headers,
+            {t.shard for t in planned if t.edit.factor != 1.0},
+            index and index[0],
+            config.text != self._config.text,
+            edits,
+            left_out,
+        )
+        return Output(
+            files=files,
+            config=config.text.encode(),
+            index=index,
+            new_headers=new_headers(source, self.headers, planned),
+            edits=edits,
+            warnings=(*warnings, *left_out_warnings(files)),
+        )
+
+    def sealed(self, plan: Plan) -> Plan:
+        """All is said."""
+        return plan
+
+
+def _read_config(source: Source, files: Collection[str]) -> Config:
+    if CONFIG not in files:
+        inner = next((name for name in files if name.endswith(f"/{CONFIG}")), None)
+        such = f", such as {inner.removesuffix(f'/{CONFIG}')} in it" if inner else ""
+        raise SourceError(
+            f"{source.identity.id}: has no {CONFIG}",
+            hint="Give the folder or the repo that holds a model in the Hugging Face layout"
+            f"{such}.",
+        )
+    return parse_config(source.read(CONFIG))
+
+
+def _edited(config: Config, moe: Moe, factors: Mapping[Layer, float], options: Options) -> Config:
+    """The config of the output."""
+    if options.fold == "config":
+        config = fold_factor(config, moe.architecture, one_factor(factors, options))
+    if options.experts is not None:
+        config = set_count(config, moe.places, options.experts)
+    return config
+
+
+def _second_files(
+    source: Source, moe: Moe, experts: Experts, others: Collection[str]
+) -> tuple[dict[str, bytes], list[str]]:
+    """Other files that hold the count, as they will be; and what the user should know of them."""
+    edits: dict[str, bytes] = {}
+    warnings: list[str] = []
+    before, after = experts.before, experts.after
+    if not isinstance(before, int) or not isinstance(after, int):
+        return edits, warnings
+    sizes = {name: file.size for name, file in source.files().items() if name not in others}
+    for name in candidates(sizes):
+        changed, said = with_count(name, source.read(name), before, after, moe.total)
+        warnings += said
+        if changed is not None:
+            edits[name] = changed
+    return edits, warnings
+
+
+def _of_arch(config: Config, moe: Moe, experts: Experts, options: Options) -> Iterator[str]:
+    """What --arch changes, where the config names a type that the table knows."""
+    own = own_router(config, moe) if options.arch is not None else None
+    if own is None or moe.router is None:
+        return
+    n, _, m = experts.at(moe.layers[0])
+    asked, known = (
+        closed_form.preserve(n, m, router.balanced_weight, options.rho or 0.0)
+        for router in (moe.router, own[1])
+    )
+    yield (
+        f"--arch {options.arch} contradicts {CONFIG}, whose model_type is {own[0]!r}: the router of"
+        f" {options.arch!r} makes the factor {asked:.4f}, that of {own[0]!r} {known:.4f}; the names"
+        " of the tensors need no --arch"
+    )
