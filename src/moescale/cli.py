@@ -296,6 +296,8 @@ def _show_plan(
     elif not quiet:
         text = terminal.plan_text(plan, verbose, terminal.blocks_for(sys.stdout))
         print(colour.plan_painted(text, sys.stdout))
+        if more := terminal.next_text(plan, written=False):
+            print(f"\n{more}")
     elif plan.destination is not None:
         print(plan.destination)
 
@@ -358,6 +360,8 @@ def _convert(
     if talk:
         text = terminal.summary(result, progress.seconds, progress.there)
         print(colour.summary_painted(text, sys.stderr), file=sys.stderr)
+        if more := terminal.next_text(result.plan, written=True):
+            print(more, file=sys.stderr)
     elif options["create_pr"] and result.url is not None:
         print(result.url, file=sys.stderr)
     if result.status != "nothing":

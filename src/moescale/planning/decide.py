@@ -12,6 +12,7 @@ from moescale.model.experts import Layer
 from moescale.model.lookup import Moe
 from moescale.model.router import has_no_effect, largest_count
 from moescale.options import Options
+from moescale.planning.active import active
 from moescale.planning.comparison import joined
 from moescale.planning.factors import (
     choose_factors,
@@ -71,6 +72,7 @@ def make_plan(
         *of_another_job(made_for, moe, experts, options),
     ]
     scaled += sharpened_routers(moe, tensors, options)
+    used = active(tensors, moe.projections, moe.held, experts)
     planned = planned_tensors(scaled, headers)
     output = checkpoint.output(planned, factors, experts)
     plan = Plan(
@@ -100,6 +102,9 @@ def make_plan(
         factors_rule=made_for.get("factors_rule", made_for.get("rule")),
         warnings=(*warnings, *output.warnings),
         states=MappingProxyType({name: source.state(name) for name in source.files()}),
+        active=used,
+        instead=output.instead,
+        fold_key=output.fold_key,
     )
     if (harm := plan.comparison.harm) is not None:
         plan = replace(plan, warnings=(*plan.warnings, harm))

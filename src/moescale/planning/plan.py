@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from moescale.checkpoint.edit import Edit
 from moescale.checkpoint.rewrite import Segment, segments
@@ -20,8 +20,12 @@ from moescale.model.router import Router
 from moescale.options import Options
 from moescale.planning.comparison import ByLayer, Comparison, compare
 from moescale.planning.files import CARD, PROVENANCE, PlannedFile
+from moescale.planning.instead import Instead, by_engine
 from moescale.repos.base import SourceId
 from moescale.rules.samples import Sample
+
+if TYPE_CHECKING:
+    from moescale.planning.active import Active
 
 _OUR_WORDS = frozenset({CARD, PROVENANCE})
 _MAKES = frozenset({"rewrite", "edit", "create"})
@@ -134,6 +138,9 @@ class Plan:
     factors_rule: str | None = None  # the rule that made the factors of a file
     warnings: tuple[str, ...] = ()
     states: Mapping[str, Any] = field(default_factory=dict)
+    active: Active | None = None  # how much of the model a token uses
+    instead: Instead | None = None  # what does the same without rewriting
+    fold_key: str | None = None  # of the config, which takes one factor for all layers
     view: View | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
@@ -228,6 +235,11 @@ class Plan:
         return compare(method, self.factors, self.alternatives, self.samples, self.rho, edit)
 
     @property
+    def overrides(self) -> dict[str, str]:
+        """By engine, the line that runs the source so without rewriting; empty where none can."""
+        return by_engine(self.instead, self.source) if self.instead else {}
+
+    @property
     def predicted_norm(self) -> dict[str, ByLayer]:
         """By rule, the norm of the routed output relative to that of the trained model.
 
@@ -257,6 +269,8 @@ class Plan:
                 "changed": self.bytes_changed,
                 "written": self.bytes_written,
             },
+            "active": self.active.as_json() if self.active else None,
+            "overrides": self.overrides,
             "warnings": list(self.warnings),
         }
 

@@ -358,6 +358,9 @@ def _plan(plan: Plan, compared: Comparison) -> Iterator[str]:
         yield _folded(
             "Layers and tensors", terminal.layer_rows(plan.tensors), terminal.LAYER_HEADER
         )
+    if plan.overrides:
+        yield "<h2>The same without rewriting</h2>"
+        yield _facts(plan.overrides.items())
     yield "<h2>Files</h2>"
     yield _facts(terminal.byte_rows(plan))
     files = [(f.name, f.action, f.why or "") for f in plan.files]

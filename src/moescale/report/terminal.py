@@ -8,13 +8,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from moescale.errors import bytes_text, printable
+from moescale.model.count import parse_config
 from moescale.model.listing import ModelType
 from moescale.planning.comparison import BASES
 from moescale.planning.files import Action, PlannedFile
+from moescale.planning.instead import loader_of, to_run
 from moescale.planning.plan import Plan, PlannedTensor
 from moescale.running.card import measured_on
 
 if TYPE_CHECKING:
+    from moescale.planning.active import Active
     from moescale.running.conversion import Result
 
 LAYER_HEADER = ("layers", "tensors", "of", "dtype", "factor")
@@ -90,7 +93,9 @@ def facts(plan: Plan) -> Iterator[tuple[str, str]]:
         sums = "sum to 1" if plan.router.renormalised else "are not renormalised"
         yield "router", f"the weights of the chosen experts {sums}"
     if plan.options.fold == "config":
-        yield "fold", "into the config's routed scaling key; every weight is copied"
+        yield "fold", f"into the config: {_new_scales(plan)}; every weight is copied"
+    elif plan.fold_key and plan.options.fold is None and plan.changed_tensors:
+        yield "fold", f"--fold config multiplies {plan.fold_key} and leaves every weight as it is"
     elif plan.options.fold == "residual":
         yield "fold", "what else writes into the residual stream is divided; the experts stay"
     if (scale := plan.options.gate_scale) is not None:
@@ -104,7 +109,53 @@ def facts(plan: Plan) -> Iterator[tuple[str, str]]:
         if plan.experts.trained == plan.experts.before
         else (f" (weights trained with {_count(plan.experts.trained)})")
     )
+    if plan.active is not None:
+        yield "active", active_text(plan.active)
     yield "experts per token", f"{before} -> {after}{trained}"
+
+
+def _new_scales(plan: Plan) -> str:
+    scales = plan.instead.scales if plan.instead else ()
+    return ", ".join(f"{s.path} {s.before:g} -> {s.after:.6g}" for s in scales) or "as it is"
+
+
+_SCALES = {
+    "parameters": (("billion parameters", 1e9), ("million parameters", 1e6), ("parameters", 1)),
+    "bytes": (("GB of weights", 1e9), ("MB of weights", 1e6), ("bytes of weights", 1)),
+}
+
+
+def active_text(active: Active) -> str:
+    """How much of the model a token uses, and so roughly how long it takes."""
+    unit, each = next(scale for scale in _SCALES[active.unit] if active.total >= scale[1])
+    ends = dict.fromkeys(f"{count / each:.4g}" for count in (active.before, active.after))
+    text = f"{' -> '.join(ends)} of {active.total / each:.4g} {unit}"
+    if len(ends) == 1:
+        return text
+    longer = active.ratio > 1
+    times = active.ratio if longer else 1 / active.ratio
+    return f"{text}; a token about {times:.3g} times as {'long' if longer else 'fast'}"
+
+
+ENGINES = {"vllm": "vLLM", "sglang": "SGLang"}
+"""What people call an engine, where its key is another."""
+
+
+def next_text(plan: Plan, written: bool) -> str:
+    """What to run: the output, or, before one is written, the source with other values too."""
+    parts = []
+    if plan.overrides and not written:
+        parts.append("The same without rewriting:\n" + _engines(plan.overrides))
+    if plan.destination is not None and not plan.changes_nothing:
+        loader = loader_of(parse_config(plan.config).value) if plan.config else None
+        parts.append("To run it:\n" + _engines(to_run(plan.destination, loader)))
+    return "\n\n".join(parts)
+
+
+def _engines(lines: Mapping[str, str]) -> str:
+    names = {engine: ENGINES.get(engine, engine) for engine in lines}
+    width = max(map(len, names.values()))
+    return "\n".join(f"  {names[e]:{width}}  {printable(line)}" for e, line in lines.items())
 
 
 def layers_text(plan: Plan) -> str:

@@ -12,6 +12,7 @@ from moescale.model.experts import Layer
 from moescale.model.formats import Scaled
 from moescale.model.lookup import Moe
 from moescale.planning.files import PROVENANCE, PlannedFile
+from moescale.planning.instead import Instead
 from moescale.planning.plan import Experts, NewHeader, Plan, PlannedTensor
 
 Chosen = tuple[Scaled, Layer, float]
@@ -32,6 +33,8 @@ class Output:
         record: the file that has the provenance.
         opens: the file without which nothing loads; it is written last.
         warnings: what the user should know.
+        instead: what does the same without rewriting, where anything does.
+        fold_key: the config key that ``--fold config`` multiplies, where there is one.
     """
 
     files: tuple[PlannedFile, ...]
@@ -43,6 +46,8 @@ class Output:
     record: str = PROVENANCE
     opens: str = CONFIG
     warnings: Sequence[str] = ()
+    instead: Instead | None = None
+    fold_key: str | None = None
 
 
 class Checkpoint(Protocol):

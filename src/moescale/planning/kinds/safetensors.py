@@ -14,6 +14,7 @@ from moescale.model.second_counts import candidates, with_count
 from moescale.options import Options
 from moescale.planning.factors import one_factor
 from moescale.planning.files import PROVENANCE, left_out_warnings, plan_files
+from moescale.planning.instead import Instead, instead
 from moescale.planning.kinds.base import Chosen, Output
 from moescale.planning.other import refuse_other
 from moescale.planning.plan import Experts, Plan, PlannedTensor
@@ -81,7 +82,17 @@ class SafetensorsCheckpoint:
             new_headers=new_headers(source, self.headers, planned),
             edits=edits,
             warnings=(*warnings, *left_out_warnings(files)),
+            instead=self._instead(factors),
+            fold_key=_fold_key(self.moe, self._options),
         )
+
+    def _instead(self, factors: Mapping[Layer, float]) -> Instead | None:
+        """What the config could say in place of the weights."""
+        options, moe = self._options, self.moe
+        if options.fold == "residual" or options.gate_scale is not None:
+            return None
+        values = factors.values()
+        return instead(self._config, moe.architecture, moe.places, options.experts, values)
 
     def sealed(self, plan: Plan) -> Plan:
         """All is said."""
@@ -107,6 +118,12 @@ def _edited(config: Config, moe: Moe, factors: Mapping[Layer, float], options: O
     if options.experts is not None:
         config = set_count(config, moe.places, options.experts)
     return config
+
+
+def _fold_key(moe: Moe, options: Options) -> str | None:
+    """The config key that ``--fold config`` would multiply."""
+    key = moe.architecture.scale_key if moe.architecture.folds else None
+    return key if key in moe.section and options.gate_scale is None else None
 
 
 def _second_files(

@@ -1,0 +1,97 @@
+"""How much of a model a token uses: its routed experts in part, everything else whole."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moescale.checkpoint.dtypes import SCALABLE
+from moescale.checkpoint.header import Tensor
+from moescale.model.experts import Layer, Projection
+from moescale.model.names import plain_name
+from moescale.planning.plan import Experts
+
+
+@dataclass(frozen=True, slots=True)
+class Active:
+    """What a token uses before and after, and all there is.
+
+    Attributes:
+        before: with the number of experts that the config had.
+        after: with the new one.
+        total: of the whole checkpoint.
+        unit: ``parameters``; ``bytes`` where weights are quantised, in codes of any width.
+    """
+
+    before: int
+    after: int
+    total: int
+    unit: str
+
+    @property
+    def ratio(self) -> float:
+        """How much more is read for a token, and so roughly how much longer it takes."""
+        return self.after / self.before
+
+    def as_json(self) -> dict[str, Any]:
+        """As ``--dry-run --json`` prints it."""
+        return {
+            "before": self.before,
+            "after": self.after,
+            "total": self.total,
+            "unit": self.unit,
+        }
+
+
+def active(
+    tensors: Sequence[Tensor],
+    projections: Iterable[Projection],
+    held: Mapping[Layer, int],
+    experts: Experts,
+) -> Active:
+    """Count; every tensor is used whole but those of routed experts.
+
+    Args:
+        tensors: all of the checkpoint.
+        projections: the routed down-projections.
+        held: routed experts of each layer.
+        experts: how many a token uses.
+    """
+    homes = {_home(p.module): (p.layer, p.expert is None) for p in projections}
+    plain = all(tensor.dtype in SCALABLE for tensor in tensors)
+    routed: dict[Layer, int] = defaultdict(int)
+    total = 0
+    for tensor in tensors:
+        amount = math.prod(tensor.shape) if plain else tensor.nbytes
+        total += amount
+        if (layer := _layer_of(tensor, homes, held)) is not None:
+            routed[layer] += amount
+    rest = total - sum(routed.values())
+    shares = {layer: (*experts.at(layer), held[layer]) for layer in routed}
+    before = sum(routed[layer] * old / all_ for layer, (_, old, _, all_) in shares.items())
+    after = sum(routed[layer] * new / all_ for layer, (_, _, new, all_) in shares.items())
+    unit = "parameters" if plain else "bytes"
+    return Active(round(rest + before), round(rest + after), total, unit)
+
+
+def _home(module: str) -> str:
+    """What holds a down-projection and the projections beside it."""
+    return module.rpartition(".")[0]
+
+
+def _layer_of(
+    tensor: Tensor, homes: Mapping[str, tuple[Layer, bool]], held: Mapping[Layer, int]
+) -> Layer | None:
+    """The layer whose routed experts a tensor belongs to."""
+    at = plain_name(tensor.name)
+    while at:
+        at = at.rpartition(".")[0]
+        if at in homes:
+            layer, fused = homes[at]
+            apart = not fused or "expert" in at
+            stacked = len(tensor.shape) > 2 and tensor.shape[0] == held[layer]
+            return layer if apart or stacked else None
+    return None

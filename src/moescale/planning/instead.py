@@ -1,0 +1,180 @@
+"""What does the same without rewriting: values of the config, and how each engine is given them.
+
+It is possible where nothing is scaled but the number of experts changes, and where the model's own
+routed scaling key takes the one factor of all layers.
+
+Each form was looked up in the engine's code:
+
+- vLLM: ``--hf-overrides`` is JSON, nested as the config is (`_apply_dict_overrides` in
+  vllm/config/model.py).
+- SGLang: ``--json-model-override-args`` as well (`get_config` in
+  sglang/srt/utils/hf_transformers/config.py; before 2026 it replaced nested sections whole).
+- transformers: keywords of ``from_pretrained`` that the config has; a mapping updates a section.
+- llama.cpp: ``--override-kv KEY=TYPE:VALUE``, once for each key.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moescale.errors import UnsupportedError
+from moescale.model.architectures import Architecture
+from moescale.model.count import Config, Spelling, keys_of
+from moescale.model.engines import llama_cpp_name
+from moescale.model.scale_key import fold_factor
+from moescale.repos.base import SourceId
+
+
+@dataclass(frozen=True, slots=True)
+class NewValue:
+    """A number of the config: its dotted path, what it is and what it will be."""
+
+    path: str
+    before: Any
+    after: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Instead:
+    """The values that the config would get in place of a rewritten checkpoint.
+
+    Attributes:
+        counts: the experts per token at every spelling; empty where they stay.
+        scales: the routed scaling key in every section; empty where nothing is scaled.
+        model_type: whose config it is.
+        loader: the class of transformers that loads the model.
+    """
+
+    counts: Sequence[NewValue]
+    scales: Sequence[NewValue]
+    model_type: str
+    loader: str
+
+    @property
+    def depth(self) -> int:
+        """Of how many keys the longest path has; SGLang and transformers update one section."""
+        return max(len(keys_of(value.path)) for value in (*self.counts, *self.scales))
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """All of them, nested as in the config."""
+        nested: dict[str, Any] = {}
+        for value in (*self.counts, *self.scales):
+            *sections, key = keys_of(value.path)
+            inner = nested
+            for section in sections:
+                inner = inner.setdefault(section, {})
+            inner[key] = value.after
+        return nested
+
+
+def instead(
+    config: Config,
+    architecture: Architecture,
+    places: Sequence[Spelling],
+    count: int | None,
+    factors: Iterable[float],
+) -> Instead | None:
+    """What the config needs; None where no config can do it, or nothing is to be done.
+
+    Args:
+        config: that of the source.
+        architecture: the row of the model type.
+        places: where the experts per token stand.
+        count: the new number; None where it stays.
+        factors: those of all layers.
+    """
+    different = set(factors)
+    if len(different) != 1:
+        return None
+    scales = list(new_scales(config, architecture, different.pop()) or [])
+    if not scales and set(factors) != {1.0}:
+        return None
+    counts = [] if count is None else list(_new_counts(places, count))
+    if not counts and not scales:
+        return None
+    name = str(config.value.get("model_type", architecture.model_type))
+    return Instead(counts, scales, name, loader_of(config.value))
+
+
+def new_scales(
+    config: Config, architecture: Architecture, factor: float
+) -> Sequence[NewValue] | None:
+    """The routed scaling key times `factor`, wherever it stands; None where there is none."""
+    if factor == 1.0:
+        return []
+    try:
+        folded = fold_factor(config, architecture, factor)
+    except UnsupportedError:
+        return None
+    key, found = architecture.scale_key or "", []
+    for name in architecture.sections:
+        before, after = config.section(name), folded.section(name)
+        if before is not None and after is not None and key in before:
+            found.append(NewValue(f"{name}.{key}" if name else key, before[key], after[key]))
+    return found
+
+
+def _new_counts(places: Sequence[Spelling], count: int) -> Iterator[NewValue]:
+    for place in places:
+        after = [count] * len(place.value) if isinstance(place.value, tuple) else count
+        if after != (list(place.value) if isinstance(place.value, tuple) else place.value):
+            yield NewValue(place.path, place.value, after)
+
+
+def loader_of(config: Mapping[str, Any]) -> str:
+    """The auto class of transformers for the first class that a config names."""
+    architectures = config.get("architectures")
+    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    images = name.endswith("ForConditionalGeneration")
+    return "AutoModelForImageTextToText" if images else "AutoModelForCausalLM"
+
+
+def by_engine(instead: Instead, source: SourceId) -> dict[str, str]:
+    """The line for each engine that runs the source as it is, with the new values."""
+    lines = {}
+    place = source.repo if source.kind == "hub" and source.repo else source.id
+    if source.kind == "local" or place == source.id:  # they know no folders of repos
+        values = json.dumps(instead.values)
+        path = shlex.quote(place)
+        lines["vllm"] = f"vllm serve {path} --hf-overrides {shlex.quote(values)}"
+        if instead.depth <= 2:
+            lines["sglang"] = (
+                f"python -m sglang.launch_server --model-path {path}"
+                f" --json-model-override-args {shlex.quote(values)}"
+            )
+            given = ", ".join(f"{key}={value!r}" for key, value in instead.values.items())
+            lines["transformers"] = f"{instead.loader}.from_pretrained({place!r}, {given})"
+    name = llama_cpp_name(instead.model_type, bool(instead.scales))
+    if name is not None and not any(isinstance(value.after, list) for value in instead.counts):
+        lines["llama.cpp"] = f"llama-server -m MODEL.gguf {_key_values(instead, name)}"
+    return lines
+
+
+def _key_values(instead: Instead, name: str) -> str:
+    values: list[tuple[str, str, Any]] = []
+    if instead.counts:
+        values.append(("expert_used_count", "int", instead.counts[0].after))
+    if instead.scales:
+        values.append(("expert_weights_scale", "float", instead.scales[0].after))
+    return " ".join(f"--override-kv {name}.{key}={kind}:{value}" for key, kind, value in values)
+
+
+def to_run(place: str, loader: str | None) -> Mapping[str, str]:
+    """How each engine is given a finished output; without a loader it is a GGUF file."""
+    if loader is None:
+        return {"llama.cpp": f"llama-server -m {shlex.quote(place)}"}
+    repo, _, branch = place.removeprefix("hf://").partition("@")
+    revision = f" --revision {shlex.quote(branch)}" if branch and place.startswith("hf://") else ""
+    path = shlex.quote(repo if place.startswith("hf://") else place)
+    name = repo if place.startswith("hf://") else place
+    more = f", revision={branch!r}" if revision else ""
+    return {
+        "vllm": f"vllm serve {path}{revision}",
+        "sglang": f"python -m sglang.launch_server --model-path {path}{revision}",
+        "transformers": f"{loader}.from_pretrained({name!r}{more})",
+    }
