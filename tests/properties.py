@@ -24,13 +24,14 @@ from moescale.errors import CheckpointError, DestinationError, MoescaleError, Us
 from moescale.model import architectures
 from moescale.model.architectures import Architecture
 from moescale.options import Options, parse_factors
+from moescale.planning import provenance
 from moescale.planning.decide import make_plan
 from moescale.planning.plan import Plan
 from moescale.report import terminal
 from moescale.repos.base import FileInfo, SourceId
 from moescale.repos.journal import Journal
 from moescale.repos.local_source import LocalReader, LocalSource
-from moescale.running import card, provenance
+from moescale.running import card
 
 NAME = "model-00001-of-00002.safetensors"
 STRICTER = ("stands twice", "needs exactly", "too large", "-0 is not an integer")

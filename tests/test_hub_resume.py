@@ -265,7 +265,7 @@ def leave_unfinished(lab: Lab, place: str = PLACE, *arguments: str) -> set[str]:
 
 def other_version(lab: Lab) -> None:
     """Make the program another version."""
-    lab.monkeypatch.setattr("moescale.running.provenance.__version__", "99.0")
+    lab.monkeypatch.setattr("moescale.planning.provenance.__version__", "99.0")
 
 
 def other_commit(lab: Lab) -> None:

@@ -11,11 +11,11 @@ import checkpoints
 import pytest
 
 from moescale.options import Options, parse_factors
+from moescale.planning import provenance
 from moescale.planning.decide import make_plan
 from moescale.planning.plan import Plan
 from moescale.repos.base import Written
 from moescale.repos.local_source import LocalSource
-from moescale.running import provenance
 from moescale.version import __version__
 
 WRITTEN = {"b": Written(2, None), "a": Written(1, "0" * 64)}

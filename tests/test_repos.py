@@ -13,13 +13,13 @@ from hub_checkpoints import DST, PLACE, SHARDS, SRC, Lab, laboratory, rescaled
 from huggingface_hub import constants
 
 from moescale.errors import CheckpointError, DestinationError
+from moescale.planning import provenance
 from moescale.repos.base import Sink, Source
 from moescale.repos.hub import HubPlace, parse_place
 from moescale.repos.hub_sink import HubOptions, HubSink
 from moescale.repos.hub_source import HubSource
 from moescale.repos.local_sink import LocalSink
 from moescale.repos.local_source import LocalSource
-from moescale.running import provenance
 
 SOURCES = ("directory", "Hub", "cache")
 SINKS = ("directory", "Hub, xet", "Hub, no xet")

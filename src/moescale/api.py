@@ -40,6 +40,7 @@ from moescale.options import (
 )
 from moescale.planning.decide import make_plan
 from moescale.planning.plan import Plan
+from moescale.planning.provenance import same_decisions
 from moescale.report.view import REPORT
 from moescale.repos.base import Progress, Sink, Source
 from moescale.repos.local_sink import LocalSink
@@ -53,12 +54,12 @@ from moescale.repos.places import (
     on_destination,
     open_sink,
     open_source,
+    says_hub,
     source_place,
 )
 from moescale.running.conversion import Result, Status, fill_digests, run, status_of
 from moescale.running.earlier import check_same_job, earlier, in_first_words, options_there
 from moescale.running.parallel import Crew
-from moescale.running.provenance import same_decisions
 from moescale.running.verification import verify as compare
 
 if TYPE_CHECKING:
@@ -144,13 +145,12 @@ def plan(
     else:
         check_places(source, destination, revision)
         overwrite = options.get("overwrite", False)
+        reader = _source(source, destination, options)
         try:
-            sink = _sink(destination, options)
+            sink = _sink(destination, options, reader)
         except DestinationError as error:
-            reader = open_source(source, revision)
             made = _refused(_made(reader, wanted, destination, calibration, measuring), error)
         else:
-            reader = _source(source, sink, options)
             made = _trial(reader, sink, destination, wanted, calibration, measuring, overwrite)
     return _drawn(made, report)
 
@@ -211,10 +211,10 @@ def convert(
         _check_asked(options)
     _check_jobs(jobs)
     check_places(source, destination, revision)
-    sink = _sink(destination, options)
+    reader = _source(source, destination, options)
+    sink = _sink(destination, options, reader)
     wanted, calibration = _asked(options, measuring, sink if check else None)
     with _shown(progress, phase) as (step, begin), _crew(options.get("dask")) as crew:
-        reader = _source(source, sink, options)
         check_not_source(reader, sink)
         made = _made(reader, wanted, destination, calibration, measuring, sink, overwrite)
         plan = _drawn(_with_room(made, sink), report)
@@ -277,10 +277,10 @@ def verify(
     jobs = options.get("jobs")
     _check_jobs(jobs)
     source, destination = source_place(source), destination_place(destination)
-    sink = open_sink(destination)
+    reader = open_source(source, options.get("revision"))
+    sink = open_sink(destination, shelf=reader.shelf)
     wanted, calibration = _asked(options, measuring, sink)
     with _shown(progress) as (step, begin), _crew(options.get("dask")) as crew:
-        reader = open_source(source, options.get("revision"))
         plan = _made(reader, wanted, destination, calibration, measuring, sink)
         check_same_job(plan, sink)
         plan = in_first_words(plan, reader, sink)
@@ -310,27 +310,28 @@ def values(option: str) -> list[str]:
     return sorted(found[option])
 
 
-def _source(source: str, sink: Sink, given: PlanOptions) -> Source:
-    """The source; to the Hub, its links are followed only as far as the options say.
+def _source(source: str, destination: str, given: PlanOptions) -> Source:
+    """The source; to the Hub, its links are followed only as far as the options say."""
+    follow = not says_hub(destination) or given.get("follow_links", False)
+    return open_source(source, given.get("revision"), follow)
+
+
+def _sink(destination: str, given: PlanOptions, source: Source) -> Sink:
+    """The destination, opened as the options say.
 
     Raises:
         UsageError: the destination holds what a link leads to.
     """
-    follow = isinstance(sink, LocalSink) or given.get("follow_links", False)
-    reader = open_source(source, given.get("revision"), follow)
-    check_links(reader, sink)
-    return reader
-
-
-def _sink(destination: str, given: PlanOptions) -> Sink:
-    """The destination, opened as the options say."""
-    return open_sink(
+    sink = open_sink(
         destination,
         given.get("private"),
         given.get("create_pr", False),
         given.get("commit_message"),
         given.get("overwrite", False),
+        source.shelf,
     )
+    check_links(source, sink)
+    return sink
 
 
 def _asked(

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, TypedDict, TypeGuard, get_type_hints
+from typing import Annotated, Any, Literal, TypedDict, TypeGuard, get_args, get_type_hints
 
 from moescale.checkpoint.json_text import parse_strict
 from moescale.errors import UsageError
 
 Rule = Literal["preserve", "published", "gates", "measured", "none"]
 
-Fold = Literal["weights", "config", "residual"]
+Fold = Literal["weights", "config", "scale", "residual"]
 
 RULES: tuple[Rule, ...] = ("preserve", "published", "gates", "measured", "none")
 
@@ -134,12 +134,12 @@ class Rescaling(TypedDict, total=False):
     fold: Annotated[
         Fold | None,
         Option(
-            "Into weights (default), config or residual.",
+            "Into weights (default), config, scale or residual.",
             "WHERE",
             FACTOR,
             more="config: multiply the model's own routed scaling key and leave every weight as it"
-            " is; residual: leave the experts, divide the embedding and the attention outputs"
-            " (gpt-oss).",
+            " is; scale: the same with a .scale tensor in each layer (GGUF); residual: leave the"
+            " experts, divide the embedding and the attention outputs (gpt-oss).",
             completes=True,
         ),
     ]
@@ -407,8 +407,9 @@ class Options:
             raise UsageError(
                 f"--rho has no meaning for {self.method}; it goes with preserve and gates"
             )
-        if self.fold not in (None, "weights", "config", "residual"):
-            raise UsageError(f"--fold is {self.fold!r}: it must be weights, config or residual")
+        if self.fold not in (None, *get_args(Fold)):
+            named = ", ".join(get_args(Fold))
+            raise UsageError(f"--fold is {self.fold!r}: it must be one of {named}")
         if self.rule == "measured" and self.fold in ("config", "residual"):
             raise UsageError(
                 f"--fold {self.fold} takes one factor for all layers, --rule measured gives each"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moescale.checkpoint.dtypes import BITS
+from moescale.checkpoint.gguf.types import BLOCKS
 from moescale.checkpoint.header import Tensor
 
 Operation = Literal["multiply", "divide", "shift", "nested_offset"]
@@ -32,6 +33,12 @@ class Edit:
     def nbytes(self) -> int:
         """Size of the result in bytes."""
         return self.tensor.nbytes * self.widening
+
+    @property
+    def unit(self) -> int:
+        """Bytes that have to be together: those of a block of a quantised GGUF tensor."""
+        kind = BLOCKS.get(self.tensor.dtype)
+        return 1 if kind is None else kind.size
 
     @property
     def widening(self) -> int:

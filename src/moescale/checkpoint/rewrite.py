@@ -175,7 +175,8 @@ def edited(reader: Reader, edit: Edit) -> Iterator[tuple[memoryview, int]]:
     from moescale.checkpoint.scaling import holds_nan, scaler
 
     tensor, scale = edit.tensor, scaler(edit)
-    length = tensor.nbytes if edit.operation == "nested_offset" else min(EDIT_PIECE, tensor.nbytes)
+    whole = tensor.nbytes if edit.operation == "nested_offset" else EDIT_PIECE
+    length = min(whole - whole % edit.unit, tensor.nbytes)
     source = memoryview(bytearray(length))
     result = memoryview(bytearray(length * edit.widening))
     for start in range(tensor.start, tensor.stop, length):

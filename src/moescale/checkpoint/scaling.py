@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from moescale.checkpoint.edit import Edit, Operation
+from moescale.checkpoint.gguf.types import BLOCKS
 from moescale.checkpoint.json_text import parse_strict, replace_spans, value_spans
 from moescale.errors import RewriteError
 
@@ -36,6 +37,10 @@ def scaler(edit: Edit) -> Scale:
     """The function that carries out an edit, piece by piece."""
     if edit.operation == "nested_offset":
         return _nested_offset_scaler(edit.tensor.name, edit.factor)
+    if (kind := BLOCKS.get(edit.tensor.dtype)) is not None:
+        from moescale.checkpoint.gguf.scaling import block_scaler  # which uses what is here
+
+        return block_scaler(kind, edit.factor)
     return _scaler(edit.tensor.dtype, edit.factor, edit.operation, edit.promote, edit.scale)
 
 

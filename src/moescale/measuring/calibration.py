@@ -18,11 +18,11 @@ from moescale.measuring.text import digest, read_text
 from moescale.model.experts import Layer
 from moescale.model.lookup import Moe
 from moescale.options import Options, is_calibration
+from moescale.planning import provenance
 from moescale.planning.decide import make_plan
 from moescale.planning.plan import Experts, Plan
 from moescale.repos.base import Sink, Source
 from moescale.rules.samples import Moments, Sample
-from moescale.running import provenance
 from moescale.running.conversion import status_of
 
 _NEEDED = ("torch", "transformers", "accelerate")

@@ -16,9 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from moescale.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from moescale.model.gating import Gating, Other
 
 # How the down-projections are called -----------------------------------------------------------
 
@@ -142,6 +145,7 @@ class Architecture:
         scale_key: config key of a constant that multiplies the routed output.
         folds: every engine that was looked at multiplies the routed output, and nothing else, by
             that constant, so that changing it is the same as scaling the weights.
+        gating: the row of its router, where that is not the one of the model type's name.
     """
 
     model_type: str
@@ -162,6 +166,7 @@ class Architecture:
     partly: str | None = None
     scale_key: str | None = None
     folds: bool = False
+    gating: Gating | Other | None = None
 
 
 _POST_NORM = (

@@ -323,7 +323,8 @@ def gating_of(architecture: Architecture, tensors: Sequence[Tensor], option: str
         UnsupportedError: its router works otherwise.
     """
     part = f"/{architecture.part}" if architecture.part else ""
-    row = GATINGS.get(architecture.model_type + part, Other("it is not in the table of routers"))
+    unknown = Other("it is not in the table of routers")
+    row = architecture.gating or GATINGS.get(architecture.model_type + part, unknown)
     if (
         isinstance(row, Gating)
         and row.not_if

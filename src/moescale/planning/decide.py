@@ -54,7 +54,7 @@ def make_plan(
         SourceError: the checkpoint is malformed, incomplete or cannot be rescaled so.
         UsageError: the factors do not cover the checkpoint's MoE layers.
     """
-    checkpoint = open_checkpoint(source, options)
+    checkpoint = open_checkpoint(source, options, destination)
     moe, tensors, headers = checkpoint.moe, checkpoint.tensors, checkpoint.headers
     warnings = [*source.remarks, *checkpoint.warnings]
     experts = _experts(moe, options)

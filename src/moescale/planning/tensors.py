@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from moescale.checkpoint.edit import Edit
 from moescale.checkpoint.header import LENGTH_BYTES, Header, Tensor
 from moescale.checkpoint.rewrite import Segment, relaid_header
+from moescale.errors import UnsupportedError
 from moescale.model.experts import Layer
 from moescale.model.formats import Scaled, scaled_tensors
 from moescale.model.gating import scaled_routers
@@ -37,6 +38,10 @@ def chosen_tensors(
     """Every tensor to scale, with its layer and what it is multiplied by."""
     if options.fold == "config":
         return []
+    if options.fold == "scale":
+        raise UnsupportedError(
+            "--fold scale goes with a GGUF file", hint="Leave --fold out; the weights are scaled."
+        )
     if options.fold == "residual":
         divisor = one_factor(factors, options)
         layers = {projection.layer.number for projection in moe.projections}

@@ -15,10 +15,10 @@ from pathlib import Path
 from moescale.errors import MoescaleError, UsageError
 from moescale.planning.comparison import BASES, Basis, Comparison
 from moescale.planning.plan import Plan
+from moescale.planning.provenance import options_given
 from moescale.report import chart, terminal
 from moescale.report.chart import LOOKS, Look, Series
 from moescale.rules.samples import Moments, Sample
-from moescale.running.provenance import options_given
 from moescale.version import __version__
 
 _BASIS: Mapping[Basis, str] = {

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 from moescale.checkpoint.rewrite import Reader, Writer
 from moescale.errors import CheckpointError, RewriteError
+from moescale.repos.shelf import Shelf
 
 SMALL_FILE_BYTES = 128 << 20
 """Configs, indexes and cards are read whole; a larger one is refused."""
@@ -52,6 +53,8 @@ class Source(Protocol):
     """Bytes that have come over the network."""
     remarks: list[str]
     """What the user should know of its files, once they are known."""
+    shelf: Shelf | None
+    """What its files are called, where they are one model of a folder that has others."""
 
     @property
     def identity(self) -> SourceId:

@@ -109,14 +109,15 @@ class HubRepo:
         refs = self._ask(lambda: hub.api().list_repo_refs(self.id))
         return any(branch.name == name for branch in refs.branches)
 
-    def read(self, name: str, branch: str) -> bytes:
-        """A small file of a branch."""
+    def read(self, name: str, branch: str, start: int = 0, size: int | None = None) -> bytes:
+        """A small file of a branch, or a stretch of a large one."""
         from huggingface_hub import hf_hub_url, hf_raise_for_status
 
         url = hf_hub_url(self.id, name, revision=branch, endpoint=hub.api().endpoint)
+        wanted = {} if size is None else {"Range": f"bytes={start}-{start + size - 1}"}
 
         def fetch() -> bytes:
-            response = hub.session().get(url, headers=hub.headers())
+            response = hub.session().get(url, headers={**hub.headers(), **wanted})
             hf_raise_for_status(response)
             return bytes(response.content)
 

@@ -109,7 +109,9 @@ class HubSink:
 
     def recorded(self) -> bytes | None:
         """The provenance of what is there."""
-        return recorded(self.existing(), self.read)
+        return recorded(
+            self.existing(), lambda name, *part: self._repo.read(name, self.branch, *part)
+        )
 
     def changed_at(self, name: str) -> int:
         """When the branch was last changed, in nanoseconds."""

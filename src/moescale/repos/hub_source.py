@@ -19,6 +19,7 @@ from moescale.repos import hub
 from moescale.repos.base import SMALL_FILE_BYTES, FileInfo, SourceId, check_name
 from moescale.repos.hub import ATTEMPTS, HubPlace
 from moescale.repos.local_source import LocalReader
+from moescale.repos.shelf import Shelf
 
 if TYPE_CHECKING:
     import httpx2
@@ -66,6 +67,7 @@ class HubSource:
         )
         self.received = 0
         self.remarks: list[str] = []
+        self.shelf: Shelf | None = None
         self._counting = threading.Lock()
         self._files: dict[str, FileInfo] | None = None
         self._stated: dict[str, str | None] = {}

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from moescale.checkpoint.gguf.header import MAGIC
+from moescale.checkpoint.gguf.names import first_of
 from moescale.checkpoint.record import recorded
 from moescale.errors import DestinationError, RewriteError
 from moescale.repos.base import SMALL_FILE_BYTES, FileInfo, Made, SourceId, Written, io_errors
@@ -32,6 +34,7 @@ from moescale.repos.disk import (
 )
 from moescale.repos.journal import JOURNAL, NOT_CHECKPOINT, STATE, Journal, Lock
 from moescale.repos.local_bench import LocalBench, stem
+from moescale.repos.shelf import Shelf
 
 _MARKER = ".shared"
 
@@ -41,13 +44,14 @@ class LocalSink:
 
     keeps_files = True
 
-    def __init__(self, root: Path) -> None:
-        """Nothing is created before `begin`."""
+    def __init__(self, root: Path, shelf: Shelf | None = None, identity: str = "") -> None:
+        """Nothing is created before `begin`; with a `shelf` the directory has other files too."""
         self.root = root.absolute()
-        self.identity = str(root)
+        self.identity = identity or str(root)
         self.remarks: list[str] = []
         self.url: str | None = None
-        self._state = self.root / STATE
+        self.shelf = shelf
+        self._state = self.root / (shelf.state if shelf else STATE)
         self._marker: Path | None = None
         self.bench = LocalBench(self._state)
         self._journal: Journal | None = None
@@ -55,8 +59,28 @@ class LocalSink:
         self._lock = Lock(self._state / "lock")
 
     def is_at(self, source: SourceId) -> bool:
-        """Whether the source is this directory."""
-        return source.kind == "local" and Path(source.id).resolve() == self.root.resolve()
+        """Whether the source is this directory, or a file of the output."""
+        if source.kind != "local":
+            return False
+        place = Path(source.id)
+        if self.shelf is None:
+            return place.resolve() == self.root.resolve()
+        same = place.parent.resolve() == self.root.resolve()
+        return same and self.shelf.planned(place.name) is not None
+
+    def holds(self, file: Path) -> bool:
+        """Whether a file, which need not be there, is one of the output."""
+        if self.shelf is None:
+            return file.is_relative_to(self.root.resolve())
+        same = file.parent == self.root.resolve()
+        return same and self.shelf.planned(file.name) is not None
+
+    def at(self, name: str) -> Path:
+        """Where a file of the output is, by the name that the plan has for it."""
+        return self.root / self._name(name)
+
+    def _name(self, name: str) -> str:
+        return self.shelf.there(name) if self.shelf else name
 
     def existing(self) -> dict[str, int]:
         """Name and size of what is there now, without the state of an unfinished run.
@@ -69,6 +93,9 @@ class LocalSink:
                 return {}
             if not self.root.is_dir():
                 raise DestinationError(f"{self.root}: exists and is not a directory")
+            if self.shelf is not None:
+                there = ((self.shelf.planned(e.name), e) for e in sorted_entries(self.root))
+                return {n: e.stat(follow_symlinks=False).st_size for n, e in there if n is not None}
             names = list(_names(self.root, NOT_CHECKPOINT))
             return {name: (self.root / name).lstat().st_size for name in names}
 
@@ -108,7 +135,7 @@ class LocalSink:
         parents = (self.root, *self.root.absolute().parents)
         return next(path for path in parents if os.path.exists(path))
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, start: int = 0, size: int = SMALL_FILE_BYTES) -> bytes:
         """A small file of the output; nothing, where a link or no file has its name.
 
         Raises:
@@ -116,13 +143,14 @@ class LocalSink:
         """
         with self._accessible("read"):
             try:
-                fd = open_plain(self.root / name, os.O_RDONLY)
+                fd = open_plain(self.at(name), os.O_RDONLY)
             except OSError as error:
                 if error.errno in NOT_PLAIN:
                     return b""
                 raise
             with open(fd, "rb") as file:
-                return file.read(SMALL_FILE_BYTES)
+                file.seek(start)
+                return file.read(size)
 
     def unfinished(self) -> Any:
         """The job whose unfinished run is here, or None; a text if the journal is not ours.
@@ -158,7 +186,7 @@ class LocalSink:
     def changed_at(self, name: str) -> int:
         """When a file of the output was written, in nanoseconds."""
         with self._accessible("read"):
-            return (self.root / name).stat().st_mtime_ns
+            return self.at(name).stat().st_mtime_ns
 
     def check_replaceable(self) -> None:
         """Refuse to remove what is no model: a home folder, say.
@@ -166,6 +194,9 @@ class LocalSink:
         Raises:
             DestinationError: nothing in the directory looks like a checkpoint.
         """
+        if self.shelf is not None:
+            self._check_gguf()
+            return
         names = {name for name in self.existing() if "/" not in name}
         weights = any(name.endswith((".safetensors", ".bin", ".gguf")) for name in names)
         model = "moescale.json" in names or ("config.json" in names and weights)
@@ -176,6 +207,15 @@ class LocalSink:
                 f"{self.root}: does not look like a model, so --overwrite does not remove it",
                 hint="Remove it yourself, or give another destination.",
             )
+
+    def _check_gguf(self) -> None:
+        """Refuse to remove what only has the name of a model."""
+        for name in self.existing():
+            if self.read(name, 0, len(MAGIC)) != MAGIC:
+                raise DestinationError(
+                    f"{self.at(name)}: is no GGUF file, so --overwrite does not remove it",
+                    hint="Remove it yourself, or give another destination.",
+                )
 
     def share(self) -> None:
         """Leave a marker that other machines have to find, as long as the run lasts.
@@ -219,7 +259,7 @@ class LocalSink:
                     )
                 self._journal = Journal(self._state / JOURNAL, job)
                 for name, written in keep.items():
-                    self._journal.add(name, written, _stamp(self.root / name))
+                    self._journal.add(name, written, _stamp(self.at(name)))
                 self._remove_leftovers()
         except BaseException:
             self._lock.release()
@@ -235,10 +275,15 @@ class LocalSink:
         """Remove all files but those of `keep`, first those without which nothing loads."""
         gone = self.existing().keys() - set(keep)
         last = sorted(gone, key=lambda name: not name.endswith(".index.json"))
-        for name in sorted(last, key=lambda name: name != "config.json"):
-            (self.root / name).unlink()
-        _remove_empty_folders(self.root)
+        first = {"config.json", first_of(last)}
+        for name in sorted(last, key=lambda name: name not in first):
+            self.at(name).unlink()
+        self._remove_empty_folders()
         sync_directory(self.root)
+
+    def _remove_empty_folders(self) -> None:
+        if self.shelf is None:
+            _remove_empty_folders(self.root)
 
     def check_card(self, card: bytes) -> None:
         """A directory takes every card."""
@@ -257,7 +302,8 @@ class LocalSink:
             return {
                 name: Written(entry["size"], entry["sha256"])
                 for name, entry in self._journal.entries.items()
-                if _stamp(self.root / name) == entry["stamp"] and not behind_link(self.root, name)
+                if _stamp(self.at(name)) == entry["stamp"]
+                and not behind_link(self.root, self._name(name))
             }
 
     def put(self, name: str, data: bytes) -> Written:
@@ -270,7 +316,7 @@ class LocalSink:
     def publish(self, last: Mapping[str, bytes], keep: frozenset[str]) -> None:
         """Write the last files in order, drop the state; old content is gone since `begin`."""
         with io_errors(self.identity):
-            _remove_empty_folders(self.root)
+            self._remove_empty_folders()
         for name, data in last.items():
             with io_errors(name):
                 self.put(name, data)
@@ -311,7 +357,7 @@ class LocalSink:
             leaving.callback(new.unlink, missing_ok=True)
             new.unlink(missing_ok=True)
             write_new(new, data)
-            os.replace(new, self.root / name)
+            os.replace(new, self.at(name))
             sync_directory(self.root)
 
     def commit_file(self, name: str, made: Made) -> Written:
@@ -321,9 +367,9 @@ class LocalSink:
             RewriteError: it has not the size that it was made with.
         """
         assert self._journal is not None
-        target, temporary = self.root / name, self._state / made.at
+        target, temporary = self.at(name), self._state / made.at
         try:
-            if behind_link(self.root, name):
+            if behind_link(self.root, self._name(name)):
                 raise DestinationError(
                     f"{target.parent}: is behind a link, and nothing is written through it",
                     hint="Remove the link and run the same command again; it resumes.",
@@ -383,8 +429,13 @@ def _stamp(path: Path) -> list[int] | None:
     return [info.st_size, info.st_mtime_ns, info.st_ctime_ns]
 
 
+def sorted_entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in a folder, by name."""
+    return sorted(os.scandir(folder), key=lambda entry: entry.name)
+
+
 def _names(root: Path, skip: frozenset[str], prefix: str = "") -> Iterator[str]:
-    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+    for entry in sorted_entries(root):
         if entry.name in skip and not prefix:
             continue
         if entry.is_dir(follow_symlinks=False):

@@ -16,6 +16,7 @@ from moescale.errors import CheckpointError, RewriteError, SourceError
 from moescale.repos.base import SMALL_FILE_BYTES, FileInfo, SourceId, check_name
 from moescale.repos.disk import BINARY
 from moescale.repos.journal import JOURNAL, NOT_CHECKPOINT, STATE
+from moescale.repos.shelf import Shelf
 
 SHARE_HINT = "Give a place that all machines share under the same path."
 
@@ -29,11 +30,13 @@ class LocalSource:
         identity: SourceId | None = None,
         follow_links: bool = True,
         links_of_shards: bool = True,
+        shelf: Shelf | None = None,
     ) -> None:
         """`root` is an existing directory; `identity` says what it is a copy of.
 
         Without `follow_links` only shards may be links out of it, since what a link leads to is
-        published with the output; without `links_of_shards` not even those.
+        published with the output; without `links_of_shards` not even those. With a `shelf` its
+        files are all that there is.
 
         Raises:
             SourceError: it is not a directory, or an output that is not finished.
@@ -47,10 +50,11 @@ class LocalSource:
                 )
             if not os.access(root, os.R_OK | os.X_OK):
                 raise SourceError(f"{root}: cannot be read", hint="Mend its permissions.")
-            unfinished = (root / STATE / JOURNAL).exists()
+            state = shelf.state if shelf else STATE
+            unfinished = (root / state / JOURNAL).exists()
         if unfinished:
             raise SourceError(
-                f"{root}: holds an unfinished run of moescale ({STATE}/)",
+                f"{root}: holds an unfinished run of moescale ({state}/)",
                 hint="Run the command that started it again; it resumes.",
             )
         self.root = root.resolve()
@@ -58,6 +62,7 @@ class LocalSource:
         self.remarks: list[str] = []
         self.linked: dict[str, Path] = {}
         """Where the links out of the directory lead."""
+        self.shelf = shelf
         self._follow, self._shards_too = follow_links, links_of_shards
         self._files: dict[str, FileInfo] | None = None
         self._states: dict[str, list[int]] = {}
@@ -85,7 +90,10 @@ class LocalSource:
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             if entry.name in NOT_CHECKPOINT and not prefix:
                 continue
-            name = check_name(prefix + entry.name, str(self.root))
+            planned = self.shelf.planned(entry.name) if self.shelf else prefix + entry.name
+            if planned is None:
+                continue
+            name = check_name(planned, str(self.root))
             real = above[-1] / entry.name
             if entry.is_symlink():
                 target = _target(Path(entry.path))
@@ -95,7 +103,7 @@ class LocalSource:
                 self._check_link(name, target)
                 real = target
             self._check_readable(entry, name)
-            if entry.is_dir():
+            if entry.is_dir() and self.shelf is None:
                 yield from self._walk(Path(entry.path), name + "/", (*above, real))
                 continue
             info = entry.stat()
@@ -114,7 +122,7 @@ class LocalSource:
     def _check_needless(self, name: str, target: Path | None) -> None:
         """Pass by a link that leads nowhere, or round in a circle, where no loader reads it."""
         where = "nowhere" if target is None else "round in a circle"
-        if _NEEDED.search(name.rpartition("/")[2]):
+        if self.shelf or _NEEDED.search(name.rpartition("/")[2]):
             raise CheckpointError(
                 f"{self.root}: {name!r} is a link that leads {where}",
                 hint="Put the file there, or remove the link if it is no part of the model.",
@@ -130,7 +138,7 @@ class LocalSource:
         self.linked[name] = target
         if self._follow:
             return
-        if self._shards_too and name.endswith(SUFFIX) and _is_sound(target):
+        if self._shards_too and (self.shelf or (name.endswith(SUFFIX) and _is_sound(target))):
             return
         if not self._shards_too:
             raise CheckpointError(f"{self.root}: {name!r} is a link out of the directory", hint="")
@@ -147,7 +155,7 @@ class LocalSource:
             if size > SMALL_FILE_BYTES:
                 raise CheckpointError(f"{name}: {size} bytes are too many for a file of this kind")
         try:
-            with open(self.root / name, "rb") as file:
+            with open(self.at(name), "rb") as file:
                 self._check_unchanged(file.fileno(), name)
                 file.seek(start)
                 data = file.read(size)
@@ -159,13 +167,17 @@ class LocalSource:
     @contextmanager
     def open(self, name: str) -> Iterator[LocalReader]:
         """Open a file, and check at the end that it is still what it was when planned."""
-        fd = os.open(self.root / name, os.O_RDONLY | BINARY)
+        fd = os.open(self.at(name), os.O_RDONLY | BINARY)
         try:
             self._check_unchanged(fd, name)
             yield LocalReader(fd, name)
             self._check_unchanged(fd, name)
         finally:
             os.close(fd)
+
+    def at(self, name: str) -> Path:
+        """Where a file is."""
+        return self.root / (self.shelf.there(name) if self.shelf else name)
 
     def on_disk(self, names: Sequence[str]) -> Path:
         """They are there already."""
@@ -209,7 +221,7 @@ class LocalSource:
             SourceError: one is not there, or is another one.
         """
         for name in self.files():
-            path = self.root / name
+            path = self.at(name)
             try:
                 info = path.stat()
             except OSError as error:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import difflib
 import os
+from dataclasses import replace
 from pathlib import Path
 
-from moescale.checkpoint.foreign import GGUF_ADVICE
+from moescale.checkpoint.gguf.names import is_gguf, part_name, parts_of
 from moescale.errors import DestinationError, SourceError, TemporaryError, UsageError
-from moescale.repos.base import Sink, Source
+from moescale.repos.base import Sink, Source, SourceId
 from moescale.repos.hub import PREFIX, HubPlace, from_address, is_place, parse_place
 from moescale.repos.local_sink import LocalSink
 from moescale.repos.local_source import LocalSource
+from moescale.repos.shelf import Shelf
 
 
 def expanded(path: str | os.PathLike[str]) -> str:
@@ -43,7 +45,7 @@ def destination_place(path: str | os.PathLike[str]) -> str:
 
 def on_destination(text: str) -> tuple[str, ...]:
     """What the user should know of a destination that looks like a repo: it is a folder here."""
-    if _says_hub(text) or not is_place(text) or parse_place(text).folder:
+    if says_hub(text) or not is_place(text) or parse_place(text).folder:
         return ()
     if os.path.lexists(text.partition("/")[0]):
         return ()
@@ -65,6 +67,8 @@ def open_source(
     if not _is_on_hub(text):
         if revision is not None:
             raise UsageError(f"--revision goes with a repo on the Hub; {text} is a directory")
+        if is_gguf(text) and is_file(text):
+            return _gguf_source(Path(text), follow_links)
         _check_directory(text)
         return LocalSource(Path(text), follow_links=follow_links)
     place = parse_place(text)
@@ -75,14 +79,26 @@ def open_source(
     try:
         return HubSource(HubPlace(place.repo, revision or place.revision, place.folder))
     except (SourceError, TemporaryError) as error:
-        if _says_hub(text) or not Path(text).parts[0] or not is_directory(Path(text).parts[0]):
+        if says_hub(text) or not Path(text).parts[0] or not is_directory(Path(text).parts[0]):
             raise
         raise SourceError(f"{_no_directory(text)}; {error.message}", hint=_SAY) from None
 
 
+def _gguf_source(path: Path, follow_links: bool) -> LocalSource:
+    """A GGUF file; of a split set all files, whichever was given."""
+    part = part_name(path.name)
+    folder = LocalSource(
+        path.parent, follow_links=follow_links, shelf=Shelf(part.stem, part.stem, part.count)
+    )
+    first = parts_of(path.name, folder.files())[0]
+    known = folder.identity
+    folder.identity = SourceId("local", str(path.parent / first), known.revision, known.repo, first)
+    return folder
+
+
 def _is_on_hub(text: str) -> bool:
     """Whether a source is a repo; a path that is there is none, nor one in a folder that is."""
-    if _says_hub(text):
+    if says_hub(text):
         return True
     if os.path.lexists(text) or not is_place(text):
         return False
@@ -110,8 +126,6 @@ def _check_directory(text: str) -> None:
         in_checkpoint = (path.parent / "config.json").is_file()
     except OSError as error:
         raise SourceError(f"{text}: cannot be read: {error.strerror}") from None
-    if path.suffix.lower() == ".gguf":
-        raise SourceError(f"{text}: GGUF is not read", hint=GGUF_ADVICE)
     if in_checkpoint:
         raise SourceError(
             f"{text}: is not a directory, but a file of a checkpoint",
@@ -144,7 +158,7 @@ def _nearest(path: Path) -> Path | None:
     return None
 
 
-def _says_hub(text: str) -> bool:
+def says_hub(text: str) -> bool:
     """Whether a place starts with ``hf://``; what only begins like it is a slip, no directory."""
     if text.startswith("hf:") and not text.startswith(PREFIX):
         raise UsageError(
@@ -152,6 +166,18 @@ def _says_hub(text: str) -> bool:
             hint="For a directory of this name put ./ before it.",
         )
     return text.startswith(PREFIX)
+
+
+def is_file(text: str) -> bool:
+    """Whether a place is a file.
+
+    Raises:
+        SourceError: the system does not let us look.
+    """
+    try:
+        return Path(text).is_file()
+    except OSError as error:
+        raise SourceError(f"{text}: cannot be read: {error.strerror}") from None
 
 
 def is_directory(text: str) -> bool:
@@ -172,17 +198,18 @@ def open_sink(
     create_pr: bool = False,
     commit_message: str | None = None,
     overwrite: bool = False,
+    shelf: Shelf | None = None,
 ) -> Sink:
-    """A directory, unless the text starts with ``hf://``.
+    """A directory, unless the text starts with ``hf://``; of a source with a `shelf` also a file.
 
     Raises:
-        UsageError: an option of the Hub is given for a directory.
+        UsageError: an option of the Hub is given for a directory, or a file for a directory.
     """
-    if not _says_hub(text):
+    if not says_hub(text):
         _check_no_dangling_link(text)
         if private is not None or create_pr or commit_message is not None:
             raise UsageError(f"--private, --create-pr and --commit-message need hf://, not {text}")
-        return LocalSink(Path(text))
+        return _local_sink(text, shelf)
     from moescale.repos.hub_sink import HubOptions, HubSink
 
     place = parse_place(text)
@@ -194,6 +221,21 @@ def open_sink(
     return HubSink(place, HubOptions(private, create_pr, commit_message, overwrite))
 
 
+def _local_sink(text: str, shelf: Shelf | None) -> LocalSink:
+    path = Path(text)
+    named = is_gguf(path.name) and not is_directory(text)
+    if shelf is None:
+        if named:
+            raise UsageError(
+                f"{text}: is the name of a GGUF file, and the source is none",
+                hint="Give a directory; llama.cpp's convert_hf_to_gguf.py makes a GGUF of it.",
+            )
+        return LocalSink(path)
+    if named:
+        return LocalSink(path.parent, replace(shelf, stem=part_name(path.name).stem), text)
+    return LocalSink(path, shelf, text)
+
+
 def _check_no_dangling_link(text: str) -> None:
     if os.path.islink(text) and not os.path.exists(text):
         raise DestinationError(_no_directory(text), hint="Make that folder, or remove the link.")
@@ -202,7 +244,7 @@ def _check_no_dangling_link(text: str) -> None:
 def as_source(sink: Sink) -> Source:
     """What was written, for reading."""
     if isinstance(sink, LocalSink):
-        return LocalSource(sink.root, follow_links=False, links_of_shards=False)
+        return LocalSource(sink.root, follow_links=False, links_of_shards=False, shelf=sink.shelf)
     from moescale.repos.hub_sink import HubSink
     from moescale.repos.hub_source import HubSource
 
@@ -219,7 +261,7 @@ def check_places(source: str, destination: str, revision: str | None) -> None:
     for name, text in (("SRC", source), ("DST", destination)):
         if not text.strip():
             raise UsageError(f"{name} is empty", hint="For this directory say a dot.")
-    if _says_hub(destination):
+    if says_hub(destination):
         place = parse_place(destination)
         if _is_on_hub(source):
             other = parse_place(source)
@@ -228,6 +270,8 @@ def check_places(source: str, destination: str, revision: str | None) -> None:
                 raise UsageError(f"{destination}: is the branch that the source is read from")
         return
     if _is_on_hub(source):
+        return
+    if is_gguf(source) and is_file(source):  # what it may not be is known with its parts
         return
     one, other_folder = Path(source).resolve(), Path(destination).resolve()
     if one == other_folder:
@@ -254,10 +298,14 @@ def check_links(source: Source, sink: Sink) -> None:
     """
     if not (isinstance(source, LocalSource) and isinstance(sink, LocalSink)):
         return
+    if source.shelf and sink.is_at(source.identity):
+        raise UsageError(
+            f"{sink.identity}: source and destination are the same file",
+            hint="Give another name, or another directory.",
+        )
     source.files()
-    root = sink.root.resolve()
     for name, target in source.linked.items():
-        if target.is_relative_to(root):
+        if sink.holds(target):
             raise UsageError(
                 f"{sink.identity}: holds the file that the source's {name} is a link to",
                 hint="Give another destination.",

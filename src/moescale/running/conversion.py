@@ -16,10 +16,11 @@ from moescale.checkpoint.edit import Edit
 from moescale.checkpoint.rewrite import rehearse, rewrite
 from moescale.errors import DestinationError, printable
 from moescale.model.count import CONFIG
+from moescale.planning import provenance
 from moescale.planning.files import CARD, PlannedFile
 from moescale.planning.plan import Plan
 from moescale.repos.base import Bench, Made, Progress, Sink, Source, Written, io_errors
-from moescale.running import card, provenance
+from moescale.running import card
 from moescale.running.parallel import Check, Count, Crew, Here, Task, each
 from moescale.version import __version__
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from moescale.errors import MoescaleError, VerificationError
 from moescale.options import Options, is_calibration
+from moescale.planning import provenance
 from moescale.planning.decide import make_plan
 from moescale.planning.plan import Plan
+from moescale.planning.provenance import options_given
 from moescale.repos.base import Sink, Source
-from moescale.running import provenance
-from moescale.running.provenance import options_given
 
 
 def earlier(sink: Sink) -> Any:

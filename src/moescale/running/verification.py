@@ -12,10 +12,10 @@ from moescale.checkpoint.header import LENGTH_BYTES, header_length, parse_header
 from moescale.checkpoint.index import SUFFIX
 from moescale.checkpoint.rewrite import PIECE, expected
 from moescale.errors import CheckpointError, SourceError, VerificationError
+from moescale.planning import provenance
 from moescale.planning.files import PROVENANCE, PlannedFile
 from moescale.planning.plan import Plan
 from moescale.repos.base import Progress, Source, Written, io_errors
-from moescale.running import provenance
 from moescale.running.conversion import made_files, task_of
 from moescale.running.parallel import Check, Count, Crew, Here, Task, each
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from moescale.checkpoint.gguf.types import GgmlType
-from moescale.checkpoint.scaling import exponent, table_16bit
+from moescale.checkpoint.scaling import Scale, exponent, table_16bit
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -68,6 +68,17 @@ def scale_blocks(
             codes = _codes(blocks, at, kind)
             _put_codes(new, at, kind, _table(kind.kind, factor).new[codes])
             _count(_table(kind.kind, factor), codes, seen)
+
+
+def block_scaler(kind: GgmlType, factor: float) -> Scale:
+    """The function that multiplies blocks, piece by piece; it counts what has no finite result."""
+
+    def scale(source: Bytes, result: Bytes) -> int:
+        seen = Rounding()
+        scale_blocks(kind, factor, source, result, seen)
+        return seen.lost
+
+    return scale
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,6 +100,9 @@ ROWS: Final[tuple[GgmlType, ...]] = (
 BY_NUMBER: Final[Mapping[int, GgmlType]] = {row.number: row for row in ROWS}
 BY_NAME: Final[Mapping[str, GgmlType]] = {row.name: row for row in ROWS}
 
+BLOCKS: Final[Mapping[str, GgmlType]] = {row.name: row for row in ROWS if row.weights > 1}
+"""The types that other formats do not have: many weights in a block."""
+
 REMOVED: Final[Mapping[int, str]] = {
     4: "Q4_2",
     5: "Q4_3",

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+from moescale.checkpoint.gguf.names import is_gguf
 from moescale.options import Options
 from moescale.planning.kinds.base import Checkpoint
+from moescale.planning.kinds.gguf import GgufCheckpoint
 from moescale.planning.kinds.safetensors import SafetensorsCheckpoint
 from moescale.repos.base import Source
+from moescale.repos.hub import PREFIX
 
 
-def open_checkpoint(source: Source, options: Options) -> Checkpoint:
+def open_checkpoint(source: Source, options: Options, destination: str | None) -> Checkpoint:
     """What the source holds.
 
     Raises:
         SourceError: it is nothing that can be rescaled, is damaged, or cannot be read.
     """
+    if _is_gguf(source.files()):
+        published = destination is not None and destination.startswith(PREFIX)
+        return GgufCheckpoint(source, options, published)
     return SafetensorsCheckpoint(source, options)
+
+
+def _is_gguf(names: Collection[str]) -> bool:
+    """Whether a source is a GGUF file or a split set: it has no other files then."""
+    return bool(names) and all(map(is_gguf, names))

@@ -1,5 +1,7 @@
 """``moescale.json``: what was done to which files, enough to redo it or to use its factors again.
 
+A GGUF file has it in its header.
+
 It holds nothing that differs between two runs of the same job: no time, host, path or thread.
 """
 
@@ -21,7 +23,10 @@ from moescale.version import __version__
 
 
 def provenance(plan: Plan, written: Mapping[str, Written]) -> dict[str, Any]:
-    """The content of ``moescale.json``; `written` has all other files of the output."""
+    """The content of ``moescale.json``; `written` has all other files of the output.
+
+    Where it is inside a shard, it says nothing of that one.
+    """
     return {
         "moescale": __version__,
         "source": {
@@ -40,6 +45,7 @@ def provenance(plan: Plan, written: Mapping[str, Written]) -> dict[str, Any]:
         "files": [
             {"name": name, "size": written[name].size, "sha256": written[name].sha256}
             for name in sorted(written)
+            if name != plan.record
         ],
     }
 

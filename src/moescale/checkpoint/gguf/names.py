@@ -1,0 +1,47 @@
+"""The names of the files of a split set: ``NAME-00001-of-00003.gguf``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+SUFFIX = ".gguf"
+
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class PartName:
+    """What the name of one file says; a single file is the only one, without number and count."""
+
+    stem: str
+    number: int = 1
+    count: int | None = None
+
+
+def part_name(name: str) -> PartName:
+    """The meaning of the name of a GGUF file."""
+    if match := _PART.fullmatch(name):
+        return PartName(match["stem"], int(match["number"]), int(match["count"]))
+    return PartName(name[: -len(SUFFIX)] if is_gguf(name) else name)
+
+
+def is_gguf(name: str) -> bool:
+    """Whether a file is one, as its name says."""
+    return name.lower().endswith(SUFFIX)
+
+
+def parts_of(name: str, names: Iterable[str]) -> list[str]:
+    """All files of the set that `name` belongs to, the first part first."""
+    own = part_name(name)
+    of_set = [(part_name(other), other) for other in names if is_gguf(other)]
+    same = [(p.number, n) for p, n in of_set if (p.stem, p.count) == (own.stem, own.count)]
+    return [other for _, other in sorted(same)]
+
+
+def first_of(names: Iterable[str]) -> str | None:
+    """The file that a client opens, where all files of a folder are those of one model."""
+    found = [(part_name(name), name) for name in names if is_gguf(name)]
+    first = sorted(name for part, name in found if part.number == 1)
+    return first[0] if first else None

@@ -1,0 +1,416 @@
+"""A GGUF file, or all files of a split set, as llama.cpp reads it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from math import frexp
+from types import MappingProxyType
+from typing import Any, Final
+
+from moescale.checkpoint.gguf.edit import F32, F64, U32, HeaderEdit, NewTensor, patches
+from moescale.checkpoint.gguf.header import STRING, GgufHeader, parse_header
+from moescale.checkpoint.gguf.names import part_name, parts_of
+from moescale.checkpoint.gguf.types import BY_NAME, GgmlType
+from moescale.checkpoint.header import Header, Tensor
+from moescale.checkpoint.record import KEY
+from moescale.errors import CheckpointError, SourceError, UnsupportedError
+from moescale.model import llama_cpp
+from moescale.model.experts import Layer
+from moescale.model.formats import Scaled
+from moescale.model.gguf import find_gguf_moe
+from moescale.model.llama_cpp import Row
+from moescale.options import Options
+from moescale.planning import provenance
+from moescale.planning.factors import one_factor
+from moescale.planning.files import CARD, Action, PlannedFile
+from moescale.planning.kinds.base import Chosen, Output
+from moescale.planning.plan import Experts, NewHeader, Plan, PlannedTensor
+from moescale.repos.base import Source, Written
+from moescale.version import __version__
+
+_OWN: Final = "moescale."
+"""How the keys begin that say what was done."""
+
+_SPLIT: Final = "split.tensors.count"
+
+SCALE: Final = "ffn_down_exps.scale"
+SCALE_SINCE: Final = "March 2026 (pull request 19769 of llama.cpp, and later ones)"
+"""When the first graphs were given ``.scale``; older releases refuse a file that has it."""
+
+
+class GgufCheckpoint:
+    """See `moescale.planning.kinds.base.Checkpoint`."""
+
+    def __init__(self, source: Source, options: Options, published: bool) -> None:
+        """Read the headers; with `published` the output gets a card.
+
+        Raises:
+            SourceError: the file is damaged, incomplete or no model.
+        """
+        _check_options(options)
+        self._source, self._options, self._published = source, options, published
+        self._files = source.files()
+        self._parts = parts_of(next(iter(self._files)), self._files)
+        self._gguf = {name: self._parse(name) for name in self._parts}
+        self._first = self._gguf[self._parts[0]]
+        _check_set(self._gguf)
+        self.headers: Mapping[str, Header] = {
+            name: _plain(header) for name, header in self._gguf.items()
+        }
+        self.tensors: Sequence[Tensor] = [
+            t for header in self.headers.values() for t in header.tensors
+        ]
+        given = options.arch, options.pattern, options.experts_key
+        self.moe = find_gguf_moe(self._first, self.tensors, *given)
+        self._row = llama_cpp.BY_NAME.get(options.arch or self.moe.model_type, Row("", "never"))
+        again = f"the source is itself an output of moescale ({KEY}); its factors stay in it"
+        there = any(name.startswith(_OWN) for name in self._first.keys)
+        self.warnings: Sequence[str] = [*self.moe.warnings, *([again] * there)]
+
+    def _parse(self, name: str) -> GgufHeader:
+        def read(start: int, size: int) -> bytes:
+            return self._source.read(name, start, size)
+
+        return parse_header(read, self._files[name].size, name)
+
+    # Which tensors --------------------------------------------------------------------------
+
+    def chosen(self, factors: Mapping[Layer, float]) -> list[Chosen]:
+        """Every tensor to scale for the factors.
+
+        Raises:
+            UnsupportedError: one is of a type that cannot hold the product.
+        """
+        fold = self._options.fold
+        if fold == "config":
+            return []
+        if fold == "residual":
+            return self._residual(factors)
+        return [
+            (self._scaled(tensor, leaf, factors[p.layer]), p.layer, factors[p.layer])
+            for p in self.moe.projections
+            for leaf, tensor in sorted(p.leaves.items(), reverse=True)
+            if leaf.lstrip("._") in (("scale", "bias") if fold == "scale" else ("weight", "bias"))
+        ]
+
+    def _scaled(self, tensor: Tensor, leaf: str, factor: float) -> Scaled:
+        kind = BY_NAME[tensor.dtype]
+        if factor != 1.0 and kind.refused is not None:
+            raise UnsupportedError(
+                f"{tensor.name}: is {kind.name}: {kind.refused}", hint=self._instead(factor)
+            )
+        if kind.kind == "E8M0" and frexp(factor)[0] != 0.5:
+            raise UnsupportedError(
+                f"{tensor.name}: is {kind.name}, whose scales are powers of two; {factor:.6g} is"
+                " none",
+                hint=self._instead(factor),
+            )
+        words = {"weight": "weight", "bias": "bias", "scale": "scale"}
+        role = words[leaf.lstrip("._")]
+        return Scaled(tensor, "bias" if role == "bias" else "weight", format=kind.name)
+
+    def _instead(self, factor: float) -> str:
+        """What else can be done in place of scaling such weights."""
+        ways = []
+        if self._row.scale_tensor:
+            ways.append("--fold scale multiplies by any factor, in a tensor of its own.")
+        if self._row.scale_key:
+            ways.append("--fold config multiplies by any factor, in one key.")
+        if self._row.name in _WRITERS:
+            ways.append("--fold residual divides what else writes into the stream.")
+        return " ".join(ways) or "--factor takes a power of two, such as 2 or 0.5, where it fits."
+
+    def _residual(self, factors: Mapping[Layer, float]) -> list[Chosen]:
+        """The tensors to divide: all that writes into the stream but the routed experts.
+
+        Raises:
+            UnsupportedError: they are not known, or one cannot be divided.
+        """
+        writers = _WRITERS.get(self._row.name)
+        names = {tensor.name for tensor in self.tensors}
+        if writers is None or "output.weight" not in names:
+            why = "what writes into its residual stream is not known"
+            if writers is not None:
+                why = "its embedding is also its head"
+            raise UnsupportedError(
+                f"--fold residual cannot be used with {self.moe.model_type!r}: {why}",
+                hint="Leave --fold out; the weights are scaled then.",
+            )
+        divisor = 1 / one_factor(factors, self._options)
+        wanted = {"token_embd.weight": Layer("token_embd", 0)}
+        for layer in self.moe.layers:
+            wanted |= {f"blk.{layer}.{writer}": layer for writer in writers}
+        if missing := sorted(n for n in wanted.keys() - names if n.endswith(".weight")):
+            raise CheckpointError(f"--fold residual: {missing[0]} is missing")
+        found = [(tensor, wanted[tensor.name]) for tensor in self.tensors if tensor.name in wanted]
+        return [
+            (self._scaled(tensor, tensor.name.rpartition(".")[2], divisor), layer, divisor)
+            for tensor, layer in found
+        ]
+
+    # What to know of it ---------------------------------------------------------------------
+
+    def remarks(
+        self, chosen: Sequence[Chosen], factors: Mapping[Layer, float], experts: Experts
+    ) -> Iterator[str]:
+        """What the user should know of what is going to be done."""
+        self._check_folds(factors)
+        rounded: dict[str, str] = {}
+        for scaled, _, factor in chosen:
+            kind = BY_NAME[scaled.tensor.dtype]
+            if kind.weights > 1 and frexp(factor)[0] != 0.5:
+                rounded.setdefault(kind.name, _rounding(kind))
+        yield from rounded.values()
+        if self._options.fold == "scale":
+            yield (
+                f"--fold scale: releases of llama.cpp before {SCALE_SINCE} refuse the file or do"
+                " not use the tensor"
+            )
+        if experts.after != experts.before:
+            yield (
+                f"a start script that has --override-kv {self._count_key}=... sets another number"
+                " than the one that the factors are made for: take it out"
+            )
+        yield from self._nodes(experts)
+
+    def _check_folds(self, factors: Mapping[Layer, float]) -> None:
+        fold, row = self._options.fold, self._row
+        known = {"config": row.scale_key, "scale": row.scale_tensor}
+        if fold is not None and not known.get(fold, True):
+            what = {
+                "config": f"multiply by {self.moe.model_type}.expert_weights_scale",
+                "scale": f"use blk.N.{SCALE}",
+            }
+            raise UnsupportedError(
+                f"--fold {fold} cannot be used with {self.moe.model_type!r}: llama.cpp does not"
+                f" {what[fold]} there, so the file would load and nothing would change",
+                hint="Leave --fold out; the weights are scaled then.",
+            )
+        if fold == "config":
+            one_factor(factors, self._options)
+
+    def _nodes(self, experts: Experts) -> Iterator[str]:
+        """Whether llama.cpp has room for so many experts in its graph."""
+        layers = len(self.moe.layers)
+        nodes = max(1024, self._row.nodes * len(self.tensors))
+        if self._row.nodes > 8 or not layers:
+            return
+        most = (nodes - _NODES_OF_A_LAYER * layers) // (2 * layers)
+        after = max(experts.after) if isinstance(experts.after, tuple) else experts.after
+        if after > most:
+            yield (
+                f"llama.cpp 0.5 has room for {nodes:,} nodes in the graph of this model, which is"
+                f" about {most} experts per token; with {after} it is likely to abort"
+                " (GGML_ASSERT(obj_new))"
+            )
+
+    # What becomes of the files --------------------------------------------------------------
+
+    @property
+    def _count_key(self) -> str:
+        return self.moe.places[0].key
+
+    def output(
+        self, planned: Sequence[PlannedTensor], factors: Mapping[Layer, float], experts: Experts
+    ) -> Output:
+        """What becomes of the files."""
+        keys = self._keys(factors, experts)
+        added = self._added(factors)
+        changed = {t.shard for t in planned if t.edit.factor != 1.0}
+        if keys or added or changed:
+            changed.add(self._parts[0])
+        if added:
+            changed.update(self._parts)
+        rows = [
+            PlannedFile(name, self._files[name].size, _action(name in changed))
+            for name in self._parts
+        ]
+        if self._published:
+            rows.append(PlannedFile(CARD, None, "create"))
+        return Output(
+            files=tuple(rows),
+            keys={**keys, **{tensor.name: tensor.values[0] for tensor in added}},
+            record=self._parts[0],
+            opens=self._parts[0],
+        )
+
+    def _keys(self, factors: Mapping[Layer, float], experts: Experts) -> dict[str, Any]:
+        """The keys of the model that change, with their new values."""
+        keys: dict[str, Any] = {}
+        new = self._options.experts
+        if new is not None:
+            before = experts.before
+            count = tuple(new if n else 0 for n in before) if isinstance(before, tuple) else new
+            if count != before:
+                keys[self._count_key] = count
+        if self._options.fold == "config" and one_factor(factors, self._options) != 1.0:
+            name = f"{self.moe.model_type}.expert_weights_scale"
+            keys[name] = self._weights_scale(name) * one_factor(factors, self._options)
+        return keys
+
+    def _weights_scale(self, name: str) -> float:
+        """What the model multiplies the routed output by; 0 is taken for 1."""
+        value = self._first.get(name, 1.0)
+        if type(value) is not float or not abs(value) < float("inf"):
+            raise CheckpointError(f"key {name} is {value!r}, which cannot be multiplied")
+        return value or 1.0
+
+    def _added(self, factors: Mapping[Layer, float]) -> list[NewTensor]:
+        """The ``.scale`` tensors that the model does not have yet."""
+        if self._options.fold != "scale":
+            return []
+        without = [p for p in self.moe.projections if "scale" not in p.leaves]
+        return [
+            NewTensor(f"{p.module}.scale", (factors[p.layer],) * self.moe.held[p.layer])
+            for p in sorted(without, key=lambda p: p.layer)
+            if factors[p.layer] != 1.0
+        ]
+
+    def sealed(self, plan: Plan) -> Plan:
+        """The plan with the new headers; that of the first part says what was done."""
+        if plan.changes_nothing:
+            return plan
+        new = {t.name for t in self._added(_factors(plan))}
+        others = {
+            name: self._grown(name, HeaderEdit(set=self._split(name, len(new))))
+            for name in self._parts[1:]
+            if new
+        }
+        partly = replace(plan, new_headers=MappingProxyType(others))
+        sizes = {f.name: Written(partly.output_size(f)) for f in partly.large_files}
+        said = provenance.provenance(partly, sizes)
+        first = self._parts[0]
+        own = {first: self._grown(first, self._first_edit(plan, said))}
+        return replace(plan, new_headers=MappingProxyType({**others, **own}))
+
+    def _first_edit(self, plan: Plan, said: Mapping[str, Any]) -> HeaderEdit:
+        """What changes in the header of the first part."""
+        added = self._added(_factors(plan))
+        names = {tensor.name for tensor in added}
+        keys = {name: value for name, value in plan.keys.items() if name not in names}
+        there = self._first.keys
+        in_place = {name: value for name, value in keys.items() if name in there}
+        new = {name: (F32, value) for name, value in keys.items() if name not in there}
+        return HeaderEdit(
+            set={**in_place, **self._split(self._parts[0], len(added))},
+            add={**new, **_own_keys(plan, said, self._blocks())},
+            drop=[name for name in there if name.startswith(_OWN)],
+            tensors=added,
+        )
+
+    def _blocks(self) -> int:
+        return max(layer.number for layer in self.moe.held) + 1
+
+    def _split(self, name: str, added: int) -> dict[str, int]:
+        """The number of tensors of the whole set, which every part has."""
+        keys = self._gguf[name].keys
+        return {_SPLIT: keys[_SPLIT].value + added} if added and _SPLIT in keys else {}
+
+    def _grown(self, name: str, edit: HeaderEdit) -> NewHeader:
+        header = self._gguf[name]
+        found = patches(header, edit)
+        more = sum(len(part.data or b"") - (part.stop - part.start) for part in found)
+        return NewHeader(found, header.file_size + more)
+
+
+_NODES_OF_A_LAYER: Final = 48
+"""What a layer takes besides two nodes for each chosen expert, as Qwen3's does (measured)."""
+
+_WRITERS: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
+    {"gpt-oss": ("attn_output.weight", "attn_output.bias")}
+)
+"""What each layer adds to the stream besides the experts (``src/models/openai-moe.cpp``)."""
+
+
+def _check_options(options: Options) -> None:
+    if options.part is not None:
+        raise UnsupportedError("--part: a GGUF file has one MoE", hint="Leave --part out.")
+    if options.calibrate is not None or options.rule in ("measured", "fitted"):
+        raise UnsupportedError(
+            f"--rule {options.rule} runs the model in transformers, which a GGUF file is not for",
+            hint="Measure the safetensors model, and give its moescale.json with --factors.",
+        )
+
+
+def _check_set(headers: Mapping[str, GgufHeader]) -> None:
+    """All files are there, in their places, and none has a tensor of another.
+
+    Raises:
+        SourceError: not so.
+    """
+    first, *_ = headers
+    stated = headers[first].get("split.count", 0) or 1
+    named = part_name(first).count or 1
+    if stated != named:
+        raise CheckpointError(
+            f"{first}: says that it is one of {stated} files, its name that it is one of {named}",
+            hint="Give the files the names that they were made with: NAME-00001-of-00003.gguf.",
+        )
+    if len(headers) != stated:
+        numbers = {part_name(name).number for name in headers}
+        missing = min(set(range(1, stated + 1)) - numbers)
+        raise SourceError(
+            f"{part_name(first).stem}: file {missing} of {stated} is missing",
+            hint="Fetch it: every file of a split set is needed.",
+        )
+    seen: dict[str, str] = {}
+    for number, (name, header) in enumerate(headers.items()):
+        if stated > 1 and header.get("split.no") != number:
+            raise CheckpointError(f"{name}: says that it is file {header.get('split.no')}, from 0")
+        for tensor in header.tensors:
+            if tensor.name in seen:
+                raise CheckpointError(
+                    f"{name}: has the tensor {tensor.name!r}, as {seen[tensor.name]} has"
+                )
+            seen[tensor.name] = name
+    total = headers[first].get(_SPLIT)
+    if stated > 1 and total != len(seen):
+        raise CheckpointError(
+            f"{first}: says that the set has {total} tensors, and the files have {len(seen)}",
+            hint="The files are of different models.",
+        )
+
+
+def _plain(header: GgufHeader) -> Header:
+    """The tensors as other formats have them: shapes with the slowest dimension first."""
+    tensors = tuple(
+        Tensor(t.name, t.type.name, tuple(reversed(t.shape)), t.start, t.stop)
+        for t in header.tensors
+    )
+    return Header(tensors, header.data_start, header.file_size)
+
+
+def _rounding(kind: GgmlType) -> str:
+    what = {"F16": "F16", "NIBBLES": "F16"}.get(kind.kind, kind.kind)
+    return (
+        f"the scale of each block of {kind.name} is {what}: multiplying rounds it once more, by at"
+        f" most {kind.rounding:.2%} (below {_SMALLEST[what]}, where steps are 6e-08, by more)"
+    )
+
+
+_SMALLEST: Final = {"F16": "6.1e-05"}
+
+
+def _action(changed: bool) -> Action:
+    return "rewrite" if changed else "copy"
+
+
+def _factors(plan: Plan) -> dict[Layer, float]:
+    return {Layer("", int(name)): factor for name, factor in plan.factors.items()}
+
+
+def _own_keys(plan: Plan, said: Mapping[str, Any], blocks: int) -> dict[str, tuple[int, Any]]:
+    """What the header says of what was done; an array has a number for each block."""
+    by_block = tuple(plan.factors.get(str(number), 1.0) for number in range(blocks))
+    trained, after = plan.experts.trained, plan.experts.after
+    return {
+        f"{_OWN}version": (STRING, __version__),
+        f"{_OWN}source": (STRING, plan.source.name),
+        f"{_OWN}rule": (STRING, plan.options.method),
+        f"{_OWN}experts": (U32, after),
+        f"{_OWN}trained_experts": (U32, trained),
+        f"{_OWN}factors": (F64, by_block),
+        KEY: (STRING, json.dumps(said, ensure_ascii=False)),
+    }
