@@ -1007,7 +1007,7 @@ def test_help_shows_the_options_in_sections(moescale: Command) -> None:
     ("typed", "completed"),
     [
         ("--rule g", {"gates"}),
-        ("--fold ", {"weights", "config", "residual"}),
+        ("--fold ", {"weights", "config", "scale", "residual"}),
         ("--arch mixt", {"mixtral"}),
         ("--part ta", {"talker"}),
     ],

@@ -14,11 +14,15 @@ from moescale.model.hints import looks_routed
 ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
 CONFIG = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 OTHERS = {
-    "a GGUF folder": ({"m-Q4.gguf": b"GGUF"}, "GGUF is not read", "convert_hf_to_gguf.py"),
+    "a GGUF folder": (
+        {"m-Q4.gguf": b"GGUF", "m-Q6.gguf": b"GGUF"},
+        "holds GGUF files, of which one is to be given",
+        "m-Q4.gguf",
+    ),
     "a GGUF folder with a config": (
-        {"m-Q4.gguf": b"GGUF", "config.json": CONFIG},
-        "GGUF is not read",
-        "--override-kv",
+        {"m-Q4.gguf": b"GGUF", "n-Q4.gguf": b"GGUF", "config.json": CONFIG},
+        "holds GGUF files, of which one is to be given",
+        "m-Q4.gguf",
     ),
     "an adapter": (
         {"adapter_config.json": ADAPTER, "adapter_model.safetensors": b""},
@@ -50,11 +54,12 @@ def test_it_is_called_what_it_is(tmp_path: Path, kind: str) -> None:
     assert advice in (caught.value.hint or "")
 
 
-def test_a_gguf_file_is_called_one(tmp_path: Path) -> None:
+def test_a_gguf_file_that_is_none_is_refused(tmp_path: Path) -> None:
     """The file alone as well as its folder."""
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    with pytest.raises(errors.SourceError, match="GGUF is not read"):
-        plan(tmp_path / "m.gguf", experts=3)
+    for place in (tmp_path / "m.gguf", tmp_path):
+        with pytest.raises(errors.SourceError, match="too few for a GGUF file"):
+            plan(place, experts=3)
 
 
 DENSE = {"model.layers.0.mlp.down_proj.weight": checkpoints.values("F32", (4, 8))}

@@ -13,12 +13,6 @@ TORCH_HEAD = 4 << 20
 GGUF_HEAD = 64 << 10
 """Bytes of a GGUF file that are looked at: its hyperparameters, before its vocabulary."""
 
-GGUF_ADVICE = (
-    "Rescale the safetensors repo, then run llama.cpp's convert_hf_to_gguf.py. The number alone:"
-    " llama-server --override-kv ARCH.expert_used_count=int:K"
-)
-"""What to do with a GGUF file."""
-
 _TEXT = re.compile(rb"X(?P<long>.[\x00-\x03]\x00\x00)|\x8c(?P<short>.)", re.DOTALL)
 """The opcodes BINUNICODE and SHORT_BINUNICODE, each with the length of the text that follows."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from moescale.checkpoint.foreign import GGUF_ADVICE, TORCH
+from moescale.checkpoint.foreign import TORCH
 from moescale.checkpoint.index import SUFFIX
 from moescale.checkpoint.json_text import parse_lenient
 from moescale.errors import SourceError
@@ -15,7 +15,11 @@ from moescale.repos.base import Source
 ADAPTER = "adapter_config.json"
 
 _OTHER = (
-    (".gguf", "GGUF is not read", GGUF_ADVICE),
+    (
+        ".gguf",
+        "holds GGUF files, of which one is to be given",
+        "Say moescale {where}/{name}, or the first file of a split set.",
+    ),
     (
         TORCH,
         "has only {name}, which is not read",
@@ -51,7 +55,8 @@ def refuse_other(source: Source, files: Collection[str]) -> None:
     for suffixes, why, advice in _OTHER:
         name = next((name for name in top if name.lower().endswith(suffixes)), None)
         if name is not None and not weights:
-            raise SourceError(f"{where}: {why.format(name=name)}", hint=advice)
+            hint = advice.format(where=where, name=name)
+            raise SourceError(f"{where}: {why.format(name=name)}", hint=hint)
 
 
 def _adapter(where: str, data: bytes) -> SourceError:

@@ -7,7 +7,8 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from moescale.checkpoint.gguf.names import is_gguf, part_name, parts_of
+from moescale.checkpoint.gguf.names import is_beside, is_gguf, part_name, parts_of
+from moescale.checkpoint.index import SUFFIX as SAFETENSORS
 from moescale.errors import DestinationError, SourceError, TemporaryError, UsageError
 from moescale.repos.base import Sink, Source, SourceId
 from moescale.repos.hub import PREFIX, HubPlace, from_address, is_place, parse_place
@@ -70,6 +71,8 @@ def open_source(
         if is_gguf(text) and is_file(text):
             return _gguf_source(Path(text), follow_links)
         _check_directory(text)
+        if (model := _only_gguf(Path(text))) is not None:
+            return _gguf_source(model, follow_links)
         return LocalSource(Path(text), follow_links=follow_links)
     place = parse_place(text)
     if revision is not None and place.revision is not None:
@@ -82,6 +85,19 @@ def open_source(
         if says_hub(text) or not Path(text).parts[0] or not is_directory(Path(text).parts[0]):
             raise
         raise SourceError(f"{_no_directory(text)}; {error.message}", hint=_SAY) from None
+
+
+def _only_gguf(folder: Path) -> Path | None:
+    """The one GGUF model of a folder that holds no other weights; None where it is not so."""
+    try:
+        names = os.listdir(folder)
+    except OSError:  # the source says what is wrong
+        return None
+    if any(name.endswith(SAFETENSORS) for name in names):
+        return None
+    models = sorted(name for name in names if is_gguf(name) and not is_beside(name))
+    same = bool(models) and parts_of(models[0], models) == models
+    return folder / models[0] if same else None
 
 
 def _gguf_source(path: Path, follow_links: bool) -> LocalSource:

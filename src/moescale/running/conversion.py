@@ -96,7 +96,7 @@ def status_of(plan: Plan, source: Source, sink: Sink, overwrite: bool) -> Status
         return "new"
     small = cache(partial(small_files, plan, source))  # read once, and only where it is needed
     said = _is_output(plan, sink, small)
-    whole = _is_whole(plan, sink, existing, small)
+    whole = _is_whole(plan, sink, existing, small) and bool(said or small())
     if said or whole:
         if overwrite:
             return "replace"

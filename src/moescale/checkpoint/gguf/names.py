@@ -10,6 +10,8 @@ SUFFIX = ".gguf"
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf", re.IGNORECASE)
 
+_BESIDE = re.compile(r"mmproj|imatrix|^ggml-vocab", re.IGNORECASE)
+
 
 @dataclass(frozen=True, slots=True)
 class PartName:
@@ -30,6 +32,11 @@ def part_name(name: str) -> PartName:
 def is_gguf(name: str) -> bool:
     """Whether a file is one, as its name says."""
     return name.lower().endswith(SUFFIX)
+
+
+def is_beside(name: str) -> bool:
+    """Whether a GGUF file lies beside a model: its projector, or an importance matrix."""
+    return _BESIDE.search(name) is not None
 
 
 def parts_of(name: str, names: Iterable[str]) -> list[str]:

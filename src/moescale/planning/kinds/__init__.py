@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
-from moescale.checkpoint.gguf.names import is_gguf
 from moescale.options import Options
 from moescale.planning.kinds.base import Checkpoint
 from moescale.planning.kinds.gguf import GgufCheckpoint
@@ -19,12 +16,7 @@ def open_checkpoint(source: Source, options: Options, destination: str | None) -
     Raises:
         SourceError: it is nothing that can be rescaled, is damaged, or cannot be read.
     """
-    if _is_gguf(source.files()):
+    if source.shelf is not None:
         published = destination is not None and destination.startswith(PREFIX)
         return GgufCheckpoint(source, options, published)
     return SafetensorsCheckpoint(source, options)
-
-
-def _is_gguf(names: Collection[str]) -> bool:
-    """Whether a source is a GGUF file or a split set: it has no other files then."""
-    return bool(names) and all(map(is_gguf, names))

@@ -1,0 +1,139 @@
+"""Tiny GGUF models made in code by the format's own library; they need not run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+LAYERS, EXPERTS, HIDDEN, WIDTH = 2, 4, 32, 256
+"""Blocks, experts of each, and the dimensions; `WIDTH` is one block of the k-quants."""
+
+Array = np.ndarray[Any, Any]
+
+
+def numbers(*shape: int, seed: int = 0, sigma: float = 0.02) -> Array:
+    """Normal weights."""
+    return np.random.default_rng([seed, *shape]).normal(0, sigma, shape).astype(np.float32)
+
+
+def blocks_of(kind: gguf.GGMLQuantizationType, *shape: int, seed: int = 0) -> Array:
+    """Weights of a shape in a type, as bytes: quantised where the library can, else random."""
+    weights = numbers(*shape, seed=seed)
+    if kind.name in ("F32", "F16"):
+        return weights.astype({"F32": np.float32, "F16": np.float16}[kind.name])
+    try:
+        return gguf.quants.quantize(weights, kind)
+    except NotImplementedError:
+        return _random_blocks(kind, shape, seed)
+
+
+def _random_blocks(kind: gguf.GGMLQuantizationType, shape: tuple[int, ...], seed: int) -> Array:
+    """Random codes, with scales of usual size where `moescale` has to find them."""
+    size, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    rng = np.random.default_rng([seed, int(kind)])
+    count = int(np.prod(shape)) // size
+    blocks = rng.integers(0, 256, (count, nbytes), dtype=np.uint8)
+    scales = rng.uniform(1e-5, 0.01, count).astype("<f2").view(np.uint8).reshape(count, 2)
+    for at in SCALES_AT[kind.name]:
+        blocks[:, at : at + 2] = scales
+    return blocks.reshape(*shape[:-1], -1)
+
+
+SCALES_AT: Mapping[str, tuple[int, ...]] = {
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "IQ4_XS": (0,),
+    "IQ4_NL": (0,),
+}
+"""Where the library's reader (``gguf.quants``) looks for the scales of a block."""
+
+
+def write_model(
+    path: Path,
+    arch: str = "llama",
+    *,
+    used: int | list[int] = 2,
+    kind: str = "F32",
+    layers: int = LAYERS,
+    keys: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, Array] | None = None,
+    without: tuple[str, ...] = (),
+    norm: str = "ffn_norm",
+    words: int = 0,
+    split: int = 0,
+    seed: int = 0,
+) -> list[Path]:
+    """Write a model of routed experts; the paths of its files, the first part first.
+
+    Args:
+        path: where; of a split set, the name without number.
+        arch: ``general.architecture``.
+        used: experts per token, or those of each layer.
+        kind: type of the down-projections.
+        layers: how many blocks.
+        keys: more keys of the architecture.
+        tensors: more tensors, or others of the same name.
+        without: names that are left out.
+        norm: what the norm before the router is called.
+        words: entries of a vocabulary.
+        split: tensors of a file, of a split set.
+        seed: of the weights.
+    """
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=split)
+    writer.add_block_count(layers)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_expert_count(EXPERTS)
+    if isinstance(used, list):
+        writer.add_array(f"{arch}.expert_used_count", used)
+    else:
+        writer.add_uint32(f"{arch}.expert_used_count", used)
+    for name, value in (keys or {}).items():
+        kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+        kinds[type(value)](f"{arch}.{name}", value)
+    if words:
+        writer.add_array("tokenizer.ggml.tokens", [f"word{i}" for i in range(words)])
+    down = gguf.GGMLQuantizationType[kind]
+    found: dict[str, Array] = {"token_embd.weight": numbers(16, HIDDEN, seed=seed)}
+    raw = set()
+    for i in range(layers):
+        found |= {
+            f"blk.{i}.{norm}.weight": 1 + numbers(HIDDEN, seed=seed + 1),
+            f"blk.{i}.ffn_gate_inp.weight": numbers(EXPERTS, HIDDEN, seed=seed + i, sigma=1.0),
+            f"blk.{i}.ffn_up_exps.weight": numbers(EXPERTS, WIDTH, HIDDEN, seed=seed + 2),
+            f"blk.{i}.ffn_down_exps.weight": blocks_of(down, EXPERTS, HIDDEN, WIDTH, seed=seed + i),
+        }
+        raw.add(f"blk.{i}.ffn_down_exps.weight")
+    found |= {"output.weight": numbers(16, HIDDEN, seed=seed + 3), **(tensors or {})}
+    for name, values in found.items():
+        if name not in without:
+            writer.add_tensor(name, values, raw_dtype=down if name in raw else None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    stem = path.name.removesuffix(".gguf")
+    return sorted(path.parent.glob(f"{stem}-0*.gguf")) if split else [path]
+
+
+def read_model(*paths: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keys and tensors of a model, as the library reads them; keys are those of the first file."""
+    readers = [gguf.GGUFReader(path) for path in paths]
+    keys = {
+        name: field.contents()
+        for name, field in readers[0].fields.items()
+        if not name.startswith("GGUF.")
+    }
+    return keys, {tensor.name: tensor for reader in readers for tensor in reader.tensors}
+
+
+def weights_of(tensor: Any) -> Array:
+    """What a tensor stands for, as the library dequantises it."""
+    result: Array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    return result
