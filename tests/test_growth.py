@@ -1,11 +1,14 @@
-"""What a plan costs as checkpoints grow: in proportion, and within the limits for the largest."""
+"""What a plan costs as checkpoints grow: in proportion, and within the limits for the largest.
+
+Seconds, of processor time too, are longer on a busy machine, so what a plan does is counted in
+function calls. `scripts/benchmark.py --planning` measures the seconds.
+"""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-import time
 import tracemalloc
 from pathlib import Path
 
@@ -13,21 +16,40 @@ import pytest
 import sparse_checkpoints as sparse
 
 from moescale import api
-from moescale.report import terminal
 
 LARGE = sparse.qwen3(layers=65, experts=512, shards=200)
 """100,000 tensors of 209 GB, as many as DeepSeek-V3 has with its scales."""
 
+CALLS = 150
+"""For each tensor, as text or as JSON. The 3 seconds for 100,000 tensors that
+docs/performance.md promises of its machine are about 170; 125 are made."""
+
 MEASURED = """
-import re, sys, time
+import re, sys
 from moescale import cli
 try:
     cli.main()
 finally:
     status = open("/proc/self/status").read()
-    peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) / 1024
-    print(time.process_time(), peak, file=sys.stderr)
+    print(int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) / 1024, file=sys.stderr)
 """
+
+COUNTED = """
+import sys
+from moescale import cli
+calls = 0
+def count(frame, event, argument):
+    global calls
+    calls += event in ("call", "c_call")
+sys.setprofile(count)
+try:
+    cli.main()
+finally:
+    sys.setprofile(None)
+    print(calls, file=sys.stderr)
+"""
+
+FORMS: dict[str, list[str]] = {"text": [], "json": ["--json"]}
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +59,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read in /proc")
-@pytest.mark.parametrize("form", [[], ["--json"]], ids=["text", "json"])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_a_large_checkpoint_is_planned_within_the_limits(large: Path, form: list[str]) -> None:
-    """A dry run of 100,000 tensors in 200 shards takes less than 3 seconds and 100 MiB."""
+    """A dry run of 100,000 tensors in 200 shards takes less than 100 MiB."""
     command = [sys.executable, "-c", MEASURED, str(large), "-k", "16", "--dry-run", *form]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     if form:
@@ -48,32 +70,39 @@ def test_a_large_checkpoint_is_planned_within_the_limits(large: Path, form: list
         assert plan["bytes"]["read"] > 200e9
     else:
         assert "65 MoE layers of 512 routed experts" in done.stdout
-    seconds, peak = map(float, done.stderr.split())
-    assert seconds < 3  # of processor time, so that a busy machine makes no difference
-    assert 20 < peak < 100
+    assert 20 < float(done.stderr) < 100
 
 
-def cost(folder: Path) -> tuple[float, float]:
-    """Processor seconds and peak bytes of a plan and its page, the least of three."""
-    seconds = []
-    for _ in range(3):
-        start = time.process_time()
-        terminal.plan_text(api.plan(folder, experts=16))
-        seconds.append(time.process_time() - start)
+def test_work_and_memory_grow_with_the_tensors(tmp_path: Path) -> None:
+    """Eight times as many tensors, by layers or by experts, cost eight times as much."""
+    small, *others = (
+        sparse.write(tmp_path / str(number), sparse.qwen3(*sizes))
+        for number, sizes in enumerate([(4, 64, 2), (32, 64, 16), (4, 512, 2)])
+    )
+    for form in FORMS.values():
+        least = calls(small, form)
+        for folder in others:
+            assert 10 < (calls(folder, form) - least) / MORE < CALLS
+    for folder in others:
+        assert peak(folder) < 1.5 * 8 * peak(small) + (1 << 20)
+        assert peak(folder) < 1000 * 8 * 4 * 64 * 3
+
+
+MORE = 7 * 4 * 64 * 3
+"""So many experts' tensors have the others beyond those of the small one."""
+
+
+def calls(folder: Path, form: list[str]) -> int:
+    """How many functions a dry run calls, of Python and of C."""
+    command = [sys.executable, "-c", COUNTED, str(folder), "-k", "16", "--dry-run", *form]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stderr)
+
+
+def peak(folder: Path) -> int:
+    """The most bytes that Python's objects take during a plan."""
     tracemalloc.start()
     try:
         api.plan(folder, experts=16)
-        return min(seconds), tracemalloc.get_traced_memory()[1]
+        return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-
-
-def test_time_and_memory_grow_with_the_tensors(tmp_path: Path) -> None:
-    """Eight times as many tensors, by layers or by experts, cost about eight times as much."""
-    small = cost(sparse.write(tmp_path / "small", sparse.qwen3(8, 64, 4)))
-    more_layers = cost(sparse.write(tmp_path / "layers", sparse.qwen3(64, 64, 32)))
-    more_experts = cost(sparse.write(tmp_path / "experts", sparse.qwen3(8, 512, 4)))
-    for seconds, memory in (more_layers, more_experts):
-        assert seconds < 3 * 8 * small[0] + 0.1
-        assert memory < 1.5 * 8 * small[1] + (1 << 20)
-        assert memory < 1000 * 8 * 64 * 64 * 3

@@ -171,13 +171,20 @@ def _projection(match: re.Match[str]) -> Projection:
     stack = stack_of(match.string[: match.start(layer)])
     module = match.string[: match.start("leaf")]
     number = _same_layer(stack, int(groups[layer]))
-    return Projection(module, number, None if expert is None else int(expert), match.span(layer))
+    place = _same_place(*match.span(layer))
+    return Projection(module, number, None if expert is None else int(expert), place)
 
 
 @lru_cache(maxsize=1024)
 def _same_layer(stack: str, number: int) -> Layer:
     """One object for all experts of a layer."""
     return Layer(stack, number)
+
+
+@lru_cache(maxsize=1024)
+def _same_place(start: int, stop: int) -> tuple[int, int]:
+    """One object for all names that have the layer's number at the same place."""
+    return start, stop
 
 
 @lru_cache(maxsize=1024)

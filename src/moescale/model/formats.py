@@ -577,6 +577,7 @@ _STATE_BYTES = 1 << 20
 """A quantisation state is read whole; a longer one is no state."""
 
 
+@lru_cache(maxsize=1024)
 def leaf_name(leaf: str) -> str:
     """The leaf without its separator; a fused tensor without any is the weight itself."""
     return leaf.lstrip("._").removeprefix("weight.") or "weight"

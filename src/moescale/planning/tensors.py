@@ -67,11 +67,16 @@ def sharpened_routers(
 
 
 def planned_tensors(
-    chosen: Sequence[tuple[Scaled, Layer, float]], headers: Mapping[str, Header]
+    chosen: list[tuple[Scaled, Layer, float]], headers: Mapping[str, Header]
 ) -> tuple[PlannedTensor, ...]:
-    """Each with its edit, and the shard that it is in."""
-    names = {scaled.tensor.name for scaled, _, _ in chosen}
-    home = {t.name: shard for shard, h in headers.items() for t in h.tensors if t.name in names}
+    """Each with its edit, and the shard that it is in; `chosen` is empty afterwards.
+
+    A plan takes the most memory here, so what was chosen goes while what is planned comes.
+    """
+    home = dict.fromkeys((scaled.tensor.name for scaled, _, _ in chosen), "")
+    for shard, header in headers.items():
+        home.update((t.name, shard) for t in header.tensors if t.name in home)
+    chosen.reverse()
     return tuple(
         PlannedTensor(
             Edit(_apart(s.tensor), factor, s.operation, s.promote, s.role == "scale"),
@@ -79,7 +84,7 @@ def planned_tensors(
             s.role,
             layer,
         )
-        for s, layer, factor in chosen
+        for s, layer, factor in (chosen.pop() for _ in range(len(chosen)))
     )
 
 
