@@ -11,6 +11,7 @@ import builtins
 import contextlib
 import errno
 import fcntl
+import glob
 import io
 import os
 import sys
@@ -159,6 +160,7 @@ class Calls:
         for name, real in self._real.items():
             module = fcntl if name == "flock" else os
             setattr(module, name, self._replacement(name, real))
+        _tell_glob()
         for name in without:
             delattr(os, name)
         builtins.open = io.open = self._open_file
@@ -169,6 +171,7 @@ class Calls:
         """Put the real ones back."""
         for name, real in self._real.items():
             setattr(fcntl if name == "flock" else os, name, real)
+        _tell_glob()
         builtins.open = io.open = self._open
         _watched.clear()
 
@@ -248,6 +251,13 @@ class Calls:
         if name == "fsync" and self._disk is not None:
             self._disk.sync(where)
         return result
+
+
+def _tell_glob() -> None:
+    """Let `Path.glob` of Python 3.13 know, which keeps references of its own."""
+    if sys.version_info[:2] == (3, 13):
+        glob._StringGlobber.scandir = staticmethod(os.scandir)
+        glob._StringGlobber.lstat = staticmethod(os.lstat)
 
 
 _watched: list[Calls] = []
