@@ -65,6 +65,7 @@ def test_routed_output_is_the_factor_times_the_original(
     source, output = tmp_path / "source", tmp_path / "output"
     build(entry, source, fused=fused)
     plan = convert(source, output, entry, experts=MORE, factor=None if fused else FACTOR).plan
+    assert [w for w in plan.warnings if "does not know" in w or "does not read" in w] == []
     (factor,) = set(plan.factors.values())
     assert factor == pytest.approx(closed_form(plan) if fused else FACTOR)
     before, after = outputs(source, entry, top_k=MORE), outputs(output, entry)

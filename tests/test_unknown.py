@@ -44,6 +44,27 @@ def test_a_text_models_type_is_named_where_the_outer_one_is_not_known(tmp_path: 
     assert not warnings(tmp_path / "m", arch="mixtral")
 
 
+@pytest.mark.parametrize(
+    ("outer", "inner", "factor"),
+    [
+        ("mistral3", "mistral4", 1.5**0.5),
+        ("mistral3", "olmoe", 1.5**-0.5),
+        ("kimi_k25", "kimi_k2", 1.5**0.5),
+        ("nemotron_h_omni", "qwen2_moe", 1.5**-0.5),
+        ("qwen3_vl_moe", "qwen3_moe", 1.5**0.5),
+    ],
+)
+def test_a_type_that_holds_any_text_model_has_the_router_of_that(
+    outer: str, inner: str, factor: float, tmp_path: Path
+) -> None:
+    """What is taken is named where it is not the outer type; others ignore the inner one."""
+    more = {"first_k_dense_replace": 0, "n_routed_experts": 4}
+    config = {"model_type": outer, "text_config": {**CONFIG, "model_type": inner, **more}}
+    plan = api.plan(written(tmp_path / "m", config), experts=3)
+    assert plan.factors["0"] == pytest.approx(factor)
+    assert (plan.model_type == inner) == any("may hold any text" in w for w in plan.warnings)
+
+
 def kimi_k3(**more: Any) -> dict[str, Any]:
     """The config of a small Kimi-K3, which keeps its text model under the type of another."""
     text = {**CONFIG, "model_type": "kimi_linear", "num_experts": 4, "num_experts_per_token": 2}
@@ -137,10 +158,19 @@ def test_a_draft_of_its_own_size_is_a_part_of_its_own(tmp_path: Path) -> None:
     [
         ("score_function", "sigmoid"),
         ("scoring_func", "sigmoid"),
+        ("score_func", "sigmoid"),
+        ("moe_router_activation_func", "sigmoid"),
         ("norm_topk_prob", False),
+        ("route_norm", False),
         ("moe_router_enable_expert_bias", True),
+        ("use_routing_bias", True),
+        ("topk_method", "noaux_tc"),
         ("gate_temp", 0.5),
+        ("router_temperature", 2),
+        ("router_logit_softcapping", 30.0),
         ("latent_moe_use_norm", True),
+        ("routed_expert_norm", True),
+        ("apply_router_weight_on_input", True),
     ],
 )
 def test_a_key_that_changes_the_routing_is_named_where_it_is_not_read(
@@ -160,11 +190,32 @@ def test_a_key_that_changes_the_routing_is_named_where_it_is_not_read(
         ("gate_temp", 1.0),
         ("latent_moe_use_norm", False),
         ("scoring_func", None),
+        ("topk_method", "greedy"),
+        ("final_logit_softcapping", 30.0),
+        ("residual_gate_temperature", 0.3),
     ],
 )
 def test_a_key_that_says_what_is_so_anyway_is_not(key: str, value: Any, tmp_path: Path) -> None:
     """Many configs carry keys of their kin."""
     assert warnings(written(tmp_path / "m", {**CONFIG, key: value})) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [("moe_renormalize", True, True), ("moe_renormalize", False, False)],
+)
+def test_another_types_key_is_held_against_what_the_row_reads(
+    key: str, value: bool, named: bool, tmp_path: Path
+) -> None:
+    """Qwen3-MoE reads ``norm_topk_prob`` alone; a key that says the opposite may be right."""
+    config = {**CONFIG, "model_type": "qwen3_moe", "num_experts": 4, key: value}
+    assert any(f"{key} is" in w for w in warnings(written(tmp_path / "m", config))) is named
+
+
+def test_a_softmax_of_the_chosen_sums_to_1_whatever_a_key_says(tmp_path: Path) -> None:
+    """gpt-oss makes weights of the chosen logits alone."""
+    config = {**CONFIG, "model_type": "gpt_oss", "norm_topk_prob": False}
+    assert warnings(written(tmp_path / "m", config)) == []
 
 
 def bailing(folder: Path, bias: float | None, **more: Any) -> Path:
@@ -239,25 +290,42 @@ def test_the_alias_of_a_key_turns_the_factor_round(tmp_path: Path) -> None:
 # Tensors ------------------------------------------------------------------------------------------
 
 
-def test_a_tensor_that_no_row_knows_is_named(tmp_path: Path) -> None:
-    """A norm beside the experts may follow them; what every layer has is said once."""
-    extra = {
-        f"model.layers.{layer}.block_sparse_moe.out_norm.weight": values("BF16", (HIDDEN,), 9)
-        for layer in range(2)
-    }
-    (warning,) = warnings(written(tmp_path / "m", CONFIG, extra))
-    assert "model.layers.0.block_sparse_moe.out_norm.weight (2 such)" in warning
-    assert "'mixtral'" in warning
+IN_BLOCK = (
+    *("out_norm.weight", "routed_expert_norm.weight", "shared_scale", "gate.scale"),
+    *("gate.e_score_correction_bias", "expert_bias", "gate.bias", "router.per_expert_scale"),
+    *("gate.norm.weight", "experts.norm.weight", "experts.0.norm.weight", "experts.1.down_norm"),
+    "routed_expert_up_proj.weight",
+)
+BESIDE_BLOCK = ("post_feedforward_layernorm.weight", "post_moe_norm.weight", "ffn_post_norm.weight")
 
 
 @pytest.mark.parametrize(
-    "name", ["shared_expert.down_proj.weight", "gate.e_score_correction_bias", "router.weight"]
+    "name", [*(f"block_sparse_moe.{name}" for name in IN_BLOCK), *BESIDE_BLOCK]
 )
-def test_what_some_row_knows_is_not(name: str, tmp_path: Path) -> None:
-    """Routers, biases of the choice and shared experts stand beside the experts of many types."""
-    extra = {f"model.layers.0.block_sparse_moe.{name}": values("BF16", (4, HIDDEN), 9)}
-    if name.endswith("bias"):
-        extra = {n: values("BF16", (4,), 9) for n in extra}
-    assert not any(
-        "does not know what" in w for w in warnings(written(tmp_path / "m", CONFIG, extra))
-    )
+def test_a_tensor_that_the_row_does_not_know_is_named(name: str, tmp_path: Path) -> None:
+    """A norm, bias or scale may follow the experts; what every layer has is said once."""
+    size = 4 if "bias" in name or name.endswith("expert_scale") else HIDDEN
+    extra = {f"model.layers.{layer}.{name}": values("BF16", (size,), 9) for layer in range(2)}
+    (warning,) = warnings(written(tmp_path / "m", CONFIG, extra))
+    assert f"model.layers.0.{name} (2 such)" in warning and "'mixtral'" in warning
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("mixtral", "block_sparse_moe.shared_expert.down_proj.weight"),
+        ("mixtral", "block_sparse_moe.gate.weight_scale"),
+        ("mixtral", "self_attn.out_norm.weight"),
+        ("minimax_m2", "block_sparse_moe.e_score_correction_bias"),
+        ("gpt_oss", "block_sparse_moe.router.bias"),
+        ("llama4", "block_sparse_moe.router.bias"),
+        ("afmoe", "post_mlp_layernorm.weight"),
+        ("flex_olmo", "post_feedforward_layernorm.weight"),
+    ],
+)
+def test_what_the_row_knows_is_not(model_type: str, name: str, tmp_path: Path) -> None:
+    """Shared experts stand beside the experts of many types, biases and norms in those of some."""
+    size = (4,) if name.endswith("bias") else (4, HIDDEN)
+    extra = {f"model.layers.{layer}.{name}": values("BF16", size, 9) for layer in range(2)}
+    folder = written(tmp_path / "m", {**CONFIG, "model_type": model_type}, extra)
+    assert not any("does not know what" in w for w in warnings(folder, rule="none"))

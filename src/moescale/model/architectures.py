@@ -142,7 +142,10 @@ class Architecture:
         no_effect: why scaling the down-projections has no effect on this model.
         no_effect_if: config key that turns on what `no_effect` is about; None: it is always so.
         partly: what scaling the down-projections does not reach.
+        beside: first words, after the MoE block's name, of tensors that other types do not have
+            there and that do not change what a factor does.
         scale_key: config key of a constant that multiplies the routed output.
+        any_text: its text model may be of any type, which decides; see `sections`.
         folds: every engine that was looked at multiplies the routed output, and nothing else, by
             that constant, so that changing it is the same as scaling the weights.
         gating: the row of its router, where that is not the one of the model type's name.
@@ -164,7 +167,9 @@ class Architecture:
     no_effect: str | None = None
     no_effect_if: str | None = None
     partly: str | None = None
+    beside: Sequence[str] = ()
     scale_key: str | None = None
+    any_text: bool = False
     folds: bool = False
     gating: Gating | Other | None = None
 
@@ -192,6 +197,7 @@ _HASHED = (
     "its hash layers choose experts from a table with one column an expert per token"
     " (gate.tid2eid), which would have to be cut or invented"
 )
+_LATENT = ("routed_expert_down_proj", "routed_expert_up_proj")
 _MOE_RENORMALIZE = Flag("moe_renormalize", True, aliases=("norm_topk_prob",))
 
 
@@ -265,6 +271,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         NORM_TRUE,
         experts=(*MLP, "blocks.{L}.mlp.experts.{E}.down_proj"),
         moe_layers=FirstDense(3),
+        any_text=True,
         folds=True,
     ),
     _group_limited(
@@ -280,6 +287,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         _MOE_RENORMALIZE,
         experts=SPARSE_MOE,
         count=_PER_TOKEN,
+        beside=_LATENT,
         no_effect="a norm on the routed sum (routed_expert_norm) removes every factor",
         no_effect_if="latent_moe_use_norm",
     ),
@@ -308,10 +316,10 @@ ROWS: Final[tuple[Architecture, ...]] = (
     _group_limited("axk2", NORM_TRUE),
     _group_limited("beam", NORM_TRUE, no_effect=_POST_NORM),
     _group_limited("nemotron_h", NORM_TRUE, experts=MIXER, folds=True),
-    _group_limited("nemotron_h_omni", NORM_TRUE, experts=MIXER),
-    _group_limited("nemo_speechlm", NORM_TRUE, experts=MIXER),
+    _group_limited("nemotron_h_omni", NORM_TRUE, experts=MIXER, any_text=True),
+    _group_limited("nemo_speechlm", NORM_TRUE, experts=MIXER, any_text=True),
     _group_limited("mistral4", NORM_TRUE),
-    _group_limited("mistral3", NORM_TRUE),
+    _group_limited("mistral3", NORM_TRUE, any_text=True),
     *(
         _group_limited(
             model_type,
@@ -382,6 +390,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         count=("num_experts_per_tok", "moe_k"),
         total=_MOE_TOTAL,
         moes=2,
+        beside=("moe_statics", "text_moe", "vision_moe"),
     ),
     Architecture("flint", MLP, NORM_FALSE),
     Architecture("lara_mini", MLP, NORM_TRUE, moe_layers=All()),
@@ -441,11 +450,12 @@ ROWS: Final[tuple[Architecture, ...]] = (
         sections=("ffn_config",),
         total=_MOE_TOTAL,
     ),
-    Architecture("doge", ("layers.{L}.mlp.up_embed",), ALWAYS),
+    Architecture("doge", ("layers.{L}.mlp.up_embed",), ALWAYS, beside=("down_embed", "up_embed")),
     Architecture(
         "jetmoe",
         ("layers.{L}.mlp.output_linear",),
         ALWAYS,
+        beside=("bias",),
         fixed="the same number also sets how many attention heads it has",
     ),
     Architecture("llama4", FEED_FORWARD, NEVER),

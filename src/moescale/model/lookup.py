@@ -111,6 +111,7 @@ def find_moe(
     total = total_experts(row, section)
     held = check_complete(projections, tensors, row, section, total, _other_parts(row))
     check_shapes(projections, tensors, section, held, Witness(tensors, row, section))
+    router = _router(row, section)
     return Moe(
         architecture=row,
         model_type=model_type,
@@ -119,7 +120,7 @@ def find_moe(
         count=places[0].value if places else row.fixed_count or 0,
         total=total,
         held=held,
-        router=_router(row, section),
+        router=router,
         projections=projections,
         warnings=[
             *adapted,
@@ -127,8 +128,8 @@ def find_moe(
             *of_others,
             *_of_counts(row, section, total, held),
             *(_other_type(config, row) if arch is None and pattern is None else ()),
-            *unread_keys(row, section),
-            *unknown_tensors(row, projections, tensors),
+            *unread_keys(row, section, router),
+            *unknown_tensors(row, section, projections, tensors),
         ],
     )
 
@@ -226,12 +227,23 @@ def _row(
 ) -> tuple[str, Architecture]:
     """The row for `arch`, or for the first model type of the config that the table knows."""
     named = _model_types(config) if arch is None else [arch]
-    for model_type in named:
-        if architectures.parts(model_type):
-            return model_type, architectures.find(model_type, part)
+    known = [model_type for model_type in named if architectures.parts(model_type)]
+    if known:
+        row = architectures.find(known[0], part)
+        inner = architectures.find(known[-1]) if row.any_text else row
+        return (known[-1], inner) if _routes_otherwise(inner, row) else (known[0], row)
     if named_by_user and arch is None:
         return (named or ["unknown"])[0], _UNKNOWN
     raise _unknown(named, tensors, config)
+
+
+def _routes_otherwise(one: Architecture, other: Architecture) -> bool:
+    """Whether a factor is another, or has another effect, by one row than by the other."""
+
+    def decisive(row: Architecture) -> tuple[object, ...]:
+        return row.weights, row.no_effect, row.fixed, row.partly
+
+    return decisive(one) != decisive(other)
 
 
 def _section(config: Config, places: Sequence[Spelling], row: Architecture) -> Mapping[str, Any]:
@@ -269,9 +281,11 @@ def _router(row: Architecture, section: Mapping[str, Any]) -> Router | None:
 
 
 def _other_type(config: Config, row: Architecture) -> Iterator[str]:
-    """That the config's own type is not known, and that of its text model was taken."""
+    """That the type of the text model was taken, not the config's own."""
     outer = _model_types(config)[0]
-    if not architectures.parts(outer):
+    if architectures.parts(outer) and outer != row.model_type:
+        yield f"{outer!r} may hold any text model; the router is that of its {row.model_type!r}"
+    elif outer != row.model_type:
         yield (
             f"model type {outer!r} is not known; {row.model_type!r} of its text model is taken,"
             " whose experts and router may be others"

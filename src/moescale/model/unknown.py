@@ -8,100 +8,190 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from moescale.checkpoint.header import Tensor
-from moescale.model.architectures import Architecture, Flag
+from moescale.model.architectures import Architecture, Flag, PowerNorm
 from moescale.model.experts import Projection
+from moescale.model.formats import split_name
 from moescale.model.gating import GATINGS, Gating
 from moescale.model.names import plain_name
+from moescale.model.router import Router, has_no_effect
+from moescale.model.witness import CHOICE_BIASES, LOGIT_BIASES
 
-SCORES: Final = ("score_function", "scoring_func", "expert_selection_fn", "router_score_func")
-"""Config keys that name how scores are made of logits."""
-NORMALISED: Final = ("norm_topk_prob", "moe_renormalize", "norm_expert_weight")
-"""Config keys that say whether the weights of the chosen experts sum to 1."""
-BIASED: Final = ("moe_router_enable_expert_bias", "use_expert_bias", "use_moe_router_bias")
-"""Config keys that say whether a bias takes part in the choice of experts."""
-TEMPERATURES: Final = ("gate_temp", "router_temperature", "moe_router_logit_softcapping")
-"""Config keys of numbers that divide or bound the logits; 0, 1 and null change nothing."""
-NORMS: Final = ("latent_moe_use_norm", "use_routed_expert_norm", "moe_use_norm", "use_router_norm")
-"""Config keys that turn on a norm inside the MoE block."""
+# Config keys --------------------------------------------------------------------------------------
+# As transformers 5.24, sglang 0.5.23, mlx-lm 0.32.2 and the code in published repos read them
+
+SCORES: Final = frozenset(
+    (
+        *("score_function", "scoring_func", "score_func", "expert_selection_fn"),
+        *("router_score_func", "router_scoring_func"),
+        *("moe_router_score_func", "moe_router_activation_func"),
+    )
+)
+"""Keys that name how scores are made of logits."""
+NORMALISED: Final = frozenset(
+    ("norm_topk_prob", "moe_renormalize", "norm_expert_weight", "route_norm")
+)
+"""Keys that say whether the weights of the chosen experts sum to 1."""
+BIASED: Final = frozenset(
+    (
+        *("moe_router_enable_expert_bias", "use_expert_bias", "use_moe_router_bias"),
+        *("use_routing_bias", "use_gate_bias", "moe_gate_bias"),
+    )
+)
+"""Keys that say whether a bias takes part in the choice of experts."""
+ON_INPUT: Final = frozenset(("moe_apply_router_weight_on_input", "apply_router_weight_on_input"))
+"""Keys that say that the weight of an expert multiplies its input, not its output."""
+_BOUND: Final = re.compile(
+    r"(?:moe_)?(?:gate|gating|router?|routing)_(?:logits?_)?(?:temp|temperature|softcap\w*)"
+)
+"""Keys of numbers that divide or bound the logits; 0, 1 and null change nothing."""
+_NORM: Final = re.compile(r".*(?:rout|moe|expert).*norm.*|.*norm.*(?:rout|moe|expert).*")
+"""Keys that turn on a norm inside the MoE block, by true."""
 
 
-def unread_keys(row: Architecture, section: Mapping[str, Any]) -> Iterator[str]:
+def unread_keys(
+    row: Architecture, section: Mapping[str, Any], router: Router | None
+) -> Iterator[str]:
     """Config keys that change the routing in some model types and that this row does not read."""
-    part = f"/{row.part}" if row.part else ""
-    gating = GATINGS.get(row.model_type + part)
+    gating = _gating(row)
     read = _read_by(row, gating)
-    own = gating.score if isinstance(gating, Gating) else None
-    unusual: dict[str, bool] = {
-        **{key: own is not None and section.get(key) not in (None, own) for key in SCORES},
-        **{key: _contradicts(row, section.get(key)) for key in NORMALISED},
-        **{
-            key: section.get(key) is True and isinstance(gating, Gating) and not gating.bias
-            for key in BIASED
-        },
-        **{key: section.get(key) not in (None, 0, 1, False) for key in TEMPERATURES},
-        **{key: bool(section.get(key)) for key in NORMS},
-    }
-    for key in unusual:
-        if unusual[key] and key not in read:
+    for key, value in section.items():
+        if key not in read and _is_unusual(key, value, gating, router):
             yield (
-                f"config.json: {key} is {section[key]!r}, which the row of {row.model_type!r} does"
+                f"config.json: {key} is {value!r}, which the row of {row.model_type!r} does"
                 " not read; where the model's code does, factors may be wrong"
             )
 
 
-def _read_by(row: Architecture, gating: object) -> set[str]:
-    keys = {row.no_effect_if}
+def _gating(row: Architecture) -> Gating | None:
+    """How the row's router works, where the table of routers describes it."""
+    found = GATINGS.get(row.model_type + (f"/{row.part}" if row.part else ""))
+    return found if isinstance(found, Gating) else None
+
+
+def _read_by(row: Architecture, gating: Gating | None) -> set[str | None]:
+    keys: set[str | None] = {row.no_effect_if}
     if isinstance(row.weights, Flag):
         keys |= {row.weights.key, *row.weights.aliases}
-    if isinstance(gating, Gating):
+    if isinstance(row.weights, PowerNorm):
+        keys.add(row.weights.key)
+    if row.model_type == "deepseek_v2":  # which has a warning of its own
+        keys.add("norm_topk_prob")
+    if gating is not None:
         keys |= {gating.score_key, gating.bias_key, gating.cap_key}
-    return {key for key in keys if key}
+    return keys
 
 
-def _contradicts(row: Architecture, value: Any) -> bool:
-    """Whether a config says the opposite of what the code of the type always does."""
-    return isinstance(row.weights, bool) and isinstance(value, bool) and value is not row.weights
+def _is_unusual(key: str, value: Any, gating: Gating | None, router: Router | None) -> bool:
+    """Whether a key changes the routing from what the row takes it for."""
+    if key in SCORES:
+        return gating is not None and isinstance(value, str) and value != gating.score
+    if key in NORMALISED:
+        anyway = gating is not None and gating.late and gating.score == "softmax"
+        contradicts = router is not None and value is not router.renormalised
+        return isinstance(value, bool) and contradicts and not anyway
+    if key in BIASED or (key, value) == ("topk_method", "noaux_tc"):
+        return bool(value) and gating is not None and not (gating.bias or gating.logit_bias)
+    if _BOUND.fullmatch(key):
+        return type(value) in (int, float) and value not in (0, 1)
+    return value is True and (key in ON_INPUT or _NORM.fullmatch(key) is not None)
 
 
-_KNOWN: Final = re.compile(
-    r"(gate|router|wg|switch_mlp|shared?_?(mlp|experts?)(_gate|_scale)?|moe_statics|coefficient|"
-    r"e_score_correction_bias|expert_bias|expert_biases|router_bias|gate_weight|gate_bias|tid2eid|"
-    r"(text|vision)_moe|fc[12]_latent_proj|routed_expert_(up|down)_proj|experts|"
-    r"(gate|up|down|gate_up)_proj(s|_bias|_scale|_blocks|_scales|_scale_inv)?|w[123]|fc[12]|"
-    r"(in|out)put_linear|bias|layer|classifier|global_shared_expert\w*)\b|\d+\b"
+# Tensors ------------------------------------------------------------------------------------------
+
+_PROJECTION: Final = re.compile(
+    r"[0-9]*\.?(?:expert_[0-9]+\.)?(?:mlp\.)?(?:gate_up_projs?|(?:gate|up|down)_projs?|w[123]|w13|v1"
+    r"|fc[12]|wi(?:_[01])?|wo|(?:in|out)put_linear|linear(?:_v|_1)?)(?![a-z0-9])(?!.*norm)"
 )
-"""First words, after the name of a MoE block, of what some row of the table knows."""
+"""What follows ``experts.`` in the names of what experts are made of."""
+_LINEAR: Final = re.compile(
+    r"(?:(?:global_)?shared?_?(?:mlp|experts?)\w*|switch_mlp|(?:gate|up|down|gate_up)_proj"
+    r"|w[123]|fc[12]|(?:in|out)put_linear|[0-9]+)(?![a-z0-9])"
+)
+"""First words, after the name of a MoE block, of linear layers that stand in some type."""
+_ROUTER: Final = re.compile(
+    r"(?:gate|router)(?:\.(?:layer|linear|gate|proj|wg|classifier))?|gate_weight|router_gate|wg"
+)
+"""Modules that make logits."""
+_BESIDE: Final = re.compile(
+    r"(?:pre|post)_(?:feed_?forward|ffn|mlp|moe)\w*norm[^.]*\.weight"
+    r"|(?:feed_?forward|ffn|mlp|moe)_(?:post|out)\w*norm[^.]*\.weight"
+)
+"""Norms before and after what is not attention, as some types call them."""
 
 
 def unknown_tensors(
-    row: Architecture, projections: Sequence[Projection], tensors: Iterable[Tensor]
+    row: Architecture,
+    section: Mapping[str, Any],
+    projections: Sequence[Projection],
+    tensors: Iterable[Tensor],
 ) -> Iterator[str]:
-    """Tensors inside MoE blocks that no row of the table knows, one warning a kind."""
-    blocks = {plain_name(p.prefix) + p.block for p in projections if len(p.block) > 1}
-    if not blocks or row.no_effect or not row.model_type:
+    """Tensors of MoE layers that the row does not know, one warning a kind."""
+    if not row.model_type or has_no_effect(row, section):
         return
+    blocks = {plain_name(p.prefix) + p.block for p in projections}
+    layers = {plain_name(p.prefix) + "." for p in projections}
+    blocks -= layers
     found: dict[str, list[str]] = defaultdict(list)
+    known = _Known(row)
     for tensor in tensors:
-        if ".experts." in tensor.name:  # which are most of them, and known
+        if known.in_experts(tensor.name):  # which are most of them
             continue
         name = plain_name(tensor.name)
-        block = _block_of(name, blocks)
-        if block is not None and not _KNOWN.match(name[len(block) :]):
-            found[name[len(block) :]].append(tensor.name)
+        at = _beginning(name, blocks) or _beginning(name, layers)
+        if at is not None and not known(name[len(at) :], in_block=at not in layers):
+            found[name[len(at) :]].append(tensor.name)
     for rest, names in sorted(found.items()):
         yield (
             f"{names[0]} ({len(names)} such): the row of {row.model_type!r} does not know what"
-            f" {rest} does in a MoE block; where it follows the experts, factors may be wrong"
+            f" {rest} does in a MoE layer; where it follows the experts, factors may be wrong"
         )
 
 
-def _block_of(name: str, blocks: set[str]) -> str | None:
-    """The block that a tensor lies in, by trying each beginning of its name."""
-    for dot in re.finditer(r"\.", name):
-        if name[: dot.end()] in blocks:
-            return name[: dot.end()]
-    return None
+def _beginning(name: str, beginnings: Collection[str]) -> str | None:
+    """The longest of these that a name begins with, by trying each of its own."""
+    own = [name[: dot.end()] for dot in re.finditer(r"\.", name)]
+    return next((part for part in reversed(own) if part in beginnings), None)
+
+
+class _Known:
+    """What a row knows of the tensors of its MoE layers."""
+
+    def __init__(self, row: Architecture) -> None:
+        gating = _gating(row)
+        self._any_router = gating is None
+        self._own = set(row.beside)
+        if gating is None or gating.bias:
+            self._own |= set(CHOICE_BIASES)
+        if gating is None or gating.logit_bias:
+            self._own |= set(LOGIT_BIASES)
+        if gating is not None:
+            names = {*gating.weight, *gating.norm, *gating.bias, *gating.logit_bias}
+            self._own |= names | {name.partition(".")[2] for name in names}
+            self._own |= {"gate.tid2eid"} if gating.not_if else set()
+        self._joint_norm = row.partly is not None
+        self._forms: dict[str, bool] = {}
+
+    def in_experts(self, name: str) -> bool:
+        """Whether a tensor is of an expert, and of a kind that is known."""
+        _, experts, rest = name.rpartition("experts.")
+        form = rest.lstrip("0123456789")
+        if experts and form not in self._forms:
+            self._forms[form] = _PROJECTION.match(rest) is not None
+        return bool(experts) and self._forms[form]
+
+    def __call__(self, rest: str, in_block: bool) -> bool:
+        """Whether a tensor is known by what follows the name of its block, or else of its layer."""
+        if rest in self._own or rest.partition(".")[0] in self._own:
+            return True
+        if _BESIDE.fullmatch(rest):
+            return self._joint_norm
+        if not in_block or _LINEAR.match(rest):
+            return True
+        if self._any_router and _ROUTER.match(rest):
+            return True
+        module, leaf = split_name(rest)
+        return _ROUTER.fullmatch(module) is not None and leaf not in ("bias", "scale")
