@@ -181,12 +181,12 @@ def test_every_option_of_the_command_is_a_keyword(verb: Any) -> None:
 # Documentation ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["plan", "convert", "verify"])
+@pytest.mark.parametrize("verb", ["plan", "convert", "verify", "record", "model_types"])
 def test_the_examples_of_the_docstrings_hold(verb: str, there: Path) -> None:
     """Each docstring's example runs as printed, on a small Mixtral of the example's name."""
     (test,) = doctest.DocTestFinder(recurse=False).find(getattr(api, verb), verb, globs={})
     done = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test)
-    assert done.attempted >= 3
+    assert done.attempted >= 2
     assert done.failed == 0
 
 

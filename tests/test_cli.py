@@ -391,6 +391,22 @@ def test_a_missing_destination(moescale: Command, source: Path) -> None:
     fails(moescale(source), 2, "DST and --experts are missing", f"moescale {source} DST -k M")
 
 
+def test_an_output_is_shown_by_a_dry_run(moescale: Command, source: Path, out: Path) -> None:
+    """Without -k nothing else can be meant; a model is asked for the number."""
+    fails(moescale(source, "--dry-run"), 2, "--experts is missing", f"{source} -k M --dry-run")
+    assert moescale(source, out, "-k", 3).code == 0
+    done = moescale(out, "--dry-run")
+    assert (done.code, done.err) == (0, "")
+    assert "2 -> 3" in done.out and "as they were written" in done.out
+    (out / "LICENSE").unlink()
+    done = moescale(out, "--dry-run", "--json")
+    assert done.err == "warning: LICENSE: is missing\n"
+    assert json.loads(done.out)["files"]["differ"] == {"LICENSE": "is missing"}
+    assert moescale(out, "--dry-run", "-q").out == ""
+    assert "2 -> 4" not in moescale(out, "--dry-run").out
+    assert "is itself an output" in moescale(out, "-k", 4, "--dry-run").err
+
+
 def test_there_are_no_subcommands(moescale: Command, source: Path, out: Path) -> None:
     """Who tries one is told the line that does it, and the line works."""
     for words in (
@@ -660,6 +676,8 @@ def test_an_unknown_model_type_that_is_like_none(
     edit_config(source, model_type="xyzzy123")
     failed = moescale(source, out, "-k", 3)
     fails(failed, 3, "'xyzzy123'", "--pattern", "experts.0.w2", "--factor or --rule published")
+    assert "named as those of mixtral (and of " in failed.err
+    assert moescale(source, "-k", 3, "--dry-run", "--arch", "mixtral").code == 0
     words = shlex.split(failed.err.partition(": try ")[2].partition(" with ")[0])
     assert words[::2] == ["--pattern", "--experts-key"]
     assert moescale(source, out, "-k", 3, *words, "--factor", 1.2).code == 0

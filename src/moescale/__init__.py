@@ -1,8 +1,8 @@
 """Run a mixture-of-experts checkpoint with another number of active experts.
 
-The public names are here: `plan`, `convert`, `verify` and `model_types`, the types of what goes
-into them and comes out, and the exceptions in `moescale.errors`. They are imported on first use,
-so that ``import moescale`` costs nothing.
+The public names are here: `plan`, `convert`, `verify`, `record` and `model_types`, the types of
+what goes into them and comes out, and the exceptions in `moescale.errors`. They are imported on
+first use, so that ``import moescale`` costs nothing.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from moescale import errors
 from moescale.version import __version__
 
 if TYPE_CHECKING:
-    from moescale.api import Measuring, Phase, convert, model_types, plan, verify
+    from moescale.api import Measuring, Phase, convert, model_types, plan, record, verify
     from moescale.options import Options, Rescaling
     from moescale.planning.plan import Plan
     from moescale.repos.base import Progress
     from moescale.running.conversion import Result
+    from moescale.running.record import Record
 
 __all__ = [
     "Measuring",
@@ -25,6 +26,7 @@ __all__ = [
     "Phase",
     "Plan",
     "Progress",
+    "Record",
     "Rescaling",
     "Result",
     "__version__",
@@ -32,6 +34,7 @@ __all__ = [
     "errors",
     "model_types",
     "plan",
+    "record",
     "verify",
 ]
 
@@ -41,11 +44,13 @@ _HOMES = {
     "Phase": "moescale.api",
     "Plan": "moescale.planning.plan",
     "Progress": "moescale.repos.base",
+    "Record": "moescale.running.record",
     "Rescaling": "moescale.options",
     "Result": "moescale.running.conversion",
     "convert": "moescale.api",
     "model_types": "moescale.api",
     "plan": "moescale.api",
+    "record": "moescale.api",
     "verify": "moescale.api",
 }
 

@@ -60,6 +60,7 @@ from moescale.repos.places import (
 from moescale.running.conversion import Result, Status, fill_digests, run, status_of
 from moescale.running.earlier import check_same_job, earlier, in_first_words, options_there
 from moescale.running.parallel import Crew
+from moescale.running.record import Record, read_record
 from moescale.running.verification import verify as compare
 
 if TYPE_CHECKING:
@@ -287,6 +288,31 @@ def verify(
         begin("verifying", plan.large_sizes)
         verify_output(plan, reader, sink, jobs or _default_jobs(sink, crew), step, crew)
     return Result(plan, "done", True)
+
+
+def record(place: StrPath, *, revision: str | None = None, check: bool = False) -> Record | None:
+    """What was done to a finished output, and whether its files are as they were written.
+
+    None where the place is no output.
+
+    >>> import moescale
+    >>> result = moescale.convert("Mixtral-8x7B", "Mixtral-8x7B-3", experts=3)
+    >>> record = moescale.record("Mixtral-8x7B-3")
+    >>> record.content["source"]["id"], record.options, dict(record.differences)
+    ('Mixtral-8x7B', 'experts=3', {})
+
+    Sizes are compared, and the SHA-256 of small files.
+
+    Args:
+        place: the output: a directory, or a repo as for `plan`.
+        revision: of a repo.
+        check: compare the SHA-256 of large files as well, where it is noted; they are read whole.
+
+    Raises:
+        SourceError: the place cannot be read.
+        TemporaryError: the Hub does not answer.
+    """
+    return read_record(open_source(source_place(place), revision), check)
 
 
 def model_types() -> tuple[ModelType, ...]:

@@ -212,6 +212,8 @@ def _command(source: str | None, destination: str | None, version: bool, **given
             _list_types(as_json)
         elif source is None or (source in _VERBS and not os.path.lexists(source)):
             raise _no_verb() if source else errors.UsageError("SRC is missing", hint=_USUAL)
+        elif shown["dry_run"] and destination is None and not _asks(given):
+            _show_record(source, given["revision"], given["verify"], as_json, quiet)
         elif shown["dry_run"]:
             wanted = {name: given[name] for name in option_rows(PlanOptions)}
             _show_plan(source, destination, wanted, as_json, quiet, verbose)
@@ -260,9 +262,33 @@ def _list_types(as_json: bool) -> None:
         print(terminal.types_text(types))
 
 
+def _asks(given: dict[str, Any]) -> bool:
+    """Whether the options say what shall be made of a model."""
+    ways = ("experts", "factor", "factors", "gate_scale", "rule")
+    return any(given[name] is not None for name in ways)
+
+
+def _show_record(place: str, revision: str | None, check: bool, as_json: bool, quiet: bool) -> None:
+    """What was done to an output; without -k, nothing else can be meant."""
+    from moescale import api
+    from moescale.report import terminal
+
+    record = api.record(place, revision=revision, check=check)
+    if record is None:
+        hint = f"moescale {place} -k M --dry-run; only an output of moescale is shown without."
+        raise errors.UsageError(
+            "--experts is missing: how many experts a token shall be sent to", hint=hint
+        )
+    for name, how in record.differences.items():
+        _print_warning(f"{name}: {how}")
+    if as_json:
+        _print_json(record.as_json())
+    elif not quiet:
+        print(terminal.record_text(record))
+
+
 def _no_destination(source: str, given: dict[str, Any]) -> errors.UsageError:
-    ways = ("experts", "factor", "factors", "gate_scale")
-    if all(given[name] is None for name in ways) and not given["verify"]:
+    if not _asks(given) and not given["verify"]:
         hint = f"moescale {source} DST -k M; only --dry-run does without DST."
         return errors.UsageError("DST and --experts are missing", hint=hint)
     return errors.UsageError("DST is missing", hint="Only --dry-run does without it.")
@@ -370,8 +396,12 @@ def _convert(
 
 def _warn(plan: Plan) -> None:
     for warning in plan.warnings:
-        word = colour.painted("warning:", colour.YELLOW, sys.stderr)
-        print(f"{word} {errors.printable(warning)}", file=sys.stderr)
+        _print_warning(warning)
+
+
+def _print_warning(text: str) -> None:
+    word = colour.painted("warning:", colour.YELLOW, sys.stderr)
+    print(f"{word} {errors.printable(text)}", file=sys.stderr)
 
 
 def main() -> None:

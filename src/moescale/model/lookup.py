@@ -154,7 +154,7 @@ def _no_count(
 
 def _dense(what: str) -> UnsupportedError:
     return UnsupportedError(
-        f"{what}: is a dense model; it has no experts, so there is nothing to rescale"
+        f"{what} is a dense model: it has no experts, so there is nothing to rescale"
     )
 
 
@@ -304,9 +304,22 @@ def _unknown(named: Sequence[str], tensors: Sequence[Tensor], config: Config) ->
     what = f"model type {named[0]!r}" if named else "a config without model_type"
     if tensors and _is_dense(plain_name(tensor.name) for tensor in tensors):
         return _dense(what)
-    close = difflib.get_close_matches(named[0] if named else "", architectures.known_types(), 3)
-    advice = [f"Closest known types: {', '.join(close)} (--arch)."] if close else []
-    if routed := looks_routed([tensor.name for tensor in tensors]):
+    routed = looks_routed([tensor.name for tensor in tensors])
+    alike = _named_alike(plain_name(routed or ""), config)
+    close = difflib.get_close_matches(
+        named[0] if named else "", alike or architectures.known_types(), 3
+    )
+    advice = []
+    if alike:
+        first = close[0] if close else alike[0]
+        more = f" (and of {len(alike) - 1} other types)" if len(alike) > 1 else ""
+        advice.append(
+            f"Its tensors are named as those of {first}{more}: --arch {first}, if its router weighs"
+            " alike."
+        )
+    elif close:
+        advice.append(f"Closest known types: {', '.join(close)} (--arch).")
+    if routed:
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", r"\\d+", re.escape(routed).replace(r"\.", "."))
         pattern = pattern.replace(".", r"\.").replace(r"\_", "_")
         advice.append(
@@ -314,6 +327,25 @@ def _unknown(named: Sequence[str], tensors: Sequence[Tensor], config: Config) ->
             f" try --pattern '{pattern}' --experts-key {_likely_key(config)}{_likely_rule(config)}."
         )
     return UnsupportedError(f"{what} is not known", hint=" ".join(advice) or None)
+
+
+def _named_alike(name: str, config: Config) -> list[str]:
+    """Types whose down-projections have such names and whose count is where this config has it."""
+    rows = (row for row in architectures.ROWS if any(_fits(name, form) for form in row.experts))
+    known = (row.model_type for row in rows if any(_counts(config, row)))
+    return list(dict.fromkeys(known))
+
+
+def _fits(name: str, template: str) -> bool:
+    """Whether a name is one of a row's template, which any words may stand around."""
+    numbers = re.sub(r"\\\{[LE]\\\}", r"\\d+", re.escape(template))
+    return re.search(rf"(?:^|\.){numbers}(?:[._]|$)", name) is not None
+
+
+def _counts(config: Config, row: Architecture) -> Iterator[Any]:
+    """What a config has at the keys that a row reads as the experts per token."""
+    sections = (config.section(section) or {} for section in row.sections)
+    return (section[key] for section in sections for key in row.count if key in section)
 
 
 def _likely_key(config: Config) -> str:

@@ -19,6 +19,7 @@ from moescale.running.card import measured_on
 if TYPE_CHECKING:
     from moescale.planning.active import Active
     from moescale.running.conversion import Result
+    from moescale.running.record import Record
 
 LAYER_HEADER = ("layers", "tensors", "of", "dtype", "factor")
 
@@ -77,6 +78,36 @@ def types_text(types: Iterable[ModelType]) -> str:
         (f"{row.model_type} ({row.part})" if row.part else row.model_type, row.effect)
         for row in types
     )
+
+
+def record_text(record: Record) -> str:
+    """What was done to an output, and how its files are."""
+    said = record.content
+    source, experts, factors = (
+        value if isinstance(value := said.get(key), dict) else {}
+        for key in ("source", "experts", "factors")
+    )
+    commit = f", commit {source.get('revision')}" if source.get("revision") else ""
+    numbers = [f for f in factors.values() if isinstance(f, int | float)]
+    rows = [
+        ("output", record.place),
+        ("made by", f"moescale {said.get('moescale')}"),
+        ("from", f"{source.get('id')}{commit}"),
+        ("model", str(said.get("model_type"))),
+        ("options", record.options or "not readable"),
+        ("rule", f"{said.get('rule')}, factor {span(numbers, '.6g')} in {len(factors)} layers"),
+        ("experts per token", f"{experts.get('from')} -> {experts.get('to')}"),
+        ("files", _state(record)),
+    ]
+    prove = "To prove every byte, with the source at hand: moescale SRC {0} --verify"
+    return f"{_table(rows)}\n\n{prove.format(printable(record.place))}"
+
+
+def _state(record: Record) -> str:
+    compared = f"{record.read} by their SHA-256, {record.sized} by their size alone"
+    if record.differences:
+        return f"{len(record.differences)} are not as they were written; compared {compared}"
+    return f"as they were written; compared {compared}"
 
 
 def facts(plan: Plan) -> Iterator[tuple[str, str]]:

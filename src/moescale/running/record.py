@@ -1,0 +1,101 @@
+"""What a finished output says of itself, and whether its files are as it says."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moescale.checkpoint.record import PROVENANCE, recorded
+from moescale.checkpoint.rewrite import PIECE
+from moescale.repos.base import FileInfo, Source, io_errors
+from moescale.running import provenance
+
+SMALL_BYTES = 32 << 20
+"""Files up to this size are read in any case."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What was done to an output, as its provenance has it.
+
+    Attributes:
+        place: where it is.
+        content: of its provenance.
+        options: in words, as the API takes them; None where they make no sense.
+        differences: names of files, and how each is other than it was written.
+        read: files that were read and compared with their SHA-256.
+        sized: files of which only the size was compared.
+    """
+
+    place: str
+    content: Mapping[str, Any]
+    options: str | None
+    differences: Mapping[str, str]
+    read: int
+    sized: int
+
+    def as_json(self) -> dict[str, Any]:
+        """As ``--dry-run --json`` prints it for an output."""
+        said = {key: value for key, value in self.content.items() if key != "files"}
+        files = {"differ": dict(self.differences), "read": self.read, "sized": self.sized}
+        return {"output": self.place, "record": said, "files": files}
+
+
+def read_record(output: Source, check: bool) -> Record | None:
+    """The record of an output; None where the place has none.
+
+    Args:
+        output: the place.
+        check: read every file of which the SHA-256 is noted, however large.
+    """
+    files = output.files()
+    data = recorded(files, output.read)
+    content = provenance.decode(data) if data is not None else None
+    if content is None or "moescale" not in content:
+        return None
+    listed = dict(_listed(content))
+    wanted = {n: sum_ for n, (_, sum_) in listed.items() if sum_ and n in files}
+    read = {n for n in wanted if check or files[n].size <= SMALL_BYTES}
+    differences = dict(_differences(output, files, listed, read))
+    sized = len(listed.keys() & files.keys()) - len(read)
+    words = provenance.in_words(content)
+    return Record(output.identity.id, content, words, differences, len(read), sized)
+
+
+def _listed(content: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """Size and SHA-256 of every file, as far as they make sense; anybody may have written them."""
+    files = content.get("files")
+    for file in files if isinstance(files, list) else []:
+        if isinstance(file, dict) and isinstance(file.get("name"), str):
+            yield file["name"], (file.get("size"), file.get("sha256"))
+
+
+def _differences(
+    output: Source,
+    files: Mapping[str, FileInfo],
+    listed: Mapping[str, tuple[Any, Any]],
+    read: set[str],
+) -> Iterator[tuple[str, str]]:
+    for name, (size, digest) in listed.items():
+        if name not in files:
+            yield name, "is missing"
+        elif files[name].size != size:
+            yield name, f"has {files[name].size} bytes instead of {size}"
+        elif name in read and _digest(output, files[name]) != digest:
+            yield name, "is not what was written"
+    for name in sorted(files.keys() - listed.keys() - {PROVENANCE, ".gitattributes"}):
+        yield name, "was not written by that run"
+
+
+def _digest(output: Source, file: FileInfo) -> str:
+    """The SHA-256 of a file, read piece by piece."""
+    digest, buffer, position = hashlib.sha256(), memoryview(bytearray(PIECE)), 0
+    with io_errors(file.name), output.open(file.name) as reader:
+        while position < file.size:
+            piece = buffer[: min(PIECE, file.size - position)]
+            reader.read_into(piece, position)
+            digest.update(piece)
+            position += len(piece)
+    return digest.hexdigest()
