@@ -10,6 +10,7 @@ import checkpoints
 import pytest
 import quantised_checkpoints as quantised
 import tiny_models
+from gguf_models import read_model, write_model
 from safetensors.torch import load as read_tensors
 
 import moescale
@@ -51,6 +52,16 @@ def test_codes_of_any_width_are_counted_in_bytes(tmp_path: Path) -> None:
     used = moescale.plan(tmp_path / "in", factor=1.5).active
     assert used is not None and used.unit == "bytes"
     assert used.before == used.after <= used.total
+
+
+def test_a_gguf_file(tmp_path: Path) -> None:
+    """Its experts lie in one tensor of each kind; 2 of 4 are used, then 3."""
+    (path,) = write_model(tmp_path / "m.gguf")
+    used = moescale.plan(path, experts=3, rule="none").active
+    _, tensors = read_model(path)
+    routed = sum(t.n_elements for name, t in tensors.items() if "_exps" in name)
+    rest = sum(t.n_elements for t in tensors.values()) - routed
+    assert used == Active(rest + routed // 2, rest + routed * 3 // 4, rest + routed, "parameters")
 
 
 def test_counts_by_layer(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import checkpoints
 import pytest
 import tiny_models
+from gguf_models import write_model
 from tiny_table import TINY, Tiny
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -163,6 +164,41 @@ def test_a_folder_of_a_repo_is_for_nobody() -> None:
     folder = SourceId("hub", "org/name/sub", "c" * 40, "org/name")
     assert by_engine(found, folder).keys() == {"llama.cpp"}
     assert "vllm serve org/name " in by_engine(found, SourceId("hub", "org/name", "c" * 40))["vllm"]
+
+
+def test_keys_of_a_gguf_file(tmp_path: Path) -> None:
+    """llama.cpp is given the keys that --fold config would set, where the graph reads them."""
+    keys = {"bailingmoe.expert_weights_scale": 2.5}
+    (path,) = write_model(tmp_path / "a model.gguf", "bailingmoe", keys=keys)
+    plan = moescale.plan(path, experts=3, rule="preserve")
+    folded = moescale.plan(path, experts=3, rule="preserve", fold="config")
+    line = words(plan.overrides["llama.cpp"])
+    assert plan.overrides == folded.overrides and plan.overrides.keys() == {"llama.cpp"}
+    assert line[:3] == ["llama-server", "-m", str(path)]
+    given = dict(word.split("=") for word in line if "=" in word)
+    assert given["bailingmoe.expert_used_count"] == "int:3"
+    scale = float(given["bailingmoe.expert_weights_scale"].removeprefix("float:"))
+    assert scale == folded.keys["bailingmoe.expert_weights_scale"]
+    assert "--fold config multiplies bailingmoe.expert_weights_scale" in plan_text(plan)
+    (other,) = write_model(tmp_path / "llama.gguf")
+    assert moescale.plan(other, experts=3, rule="preserve").overrides == {}
+    assert "llama.cpp" in moescale.plan(other, experts=3, rule="none").overrides
+
+
+def test_a_gguf_output_is_for_llama_cpp(tmp_path: Path) -> None:
+    """Its first file is what a client opens, whatever the destination was called."""
+    (path,) = write_model(tmp_path / "m.gguf")
+    first, *_ = write_model(tmp_path / "set.gguf", split=2)
+    for source, place, opened in (
+        (path, "out.gguf", "out.gguf"),
+        (path, "out", "out/m.gguf"),
+        (first, "out", f"out/{first.name}"),
+    ):
+        text = next_text(moescale.plan(source, place, experts=3, rule="preserve"), written=True)
+        assert text == f"To run it:\n  llama.cpp  llama-server -m {opened}"
+    plan = moescale.plan(first, "out.gguf", experts=3, rule="preserve")
+    parts = sum(file.name.endswith(".gguf") for file in plan.files)
+    assert next_text(plan, written=True).endswith(f"-m out-00001-of-{parts:05d}.gguf")
 
 
 def test_the_text_says_what_to_run(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import checkpoints
 import pytest
+from gguf_models import write_model
 
 import moescale
 from moescale.report.terminal import record_text
@@ -81,6 +82,16 @@ def test_large_files_are_read_when_asked(out: Path, monkeypatch: pytest.MonkeyPa
     assert quick.differences == {} and quick.sized >= 3
     assert f"{quick.sized} by their size alone" in record_text(quick)
     assert found(out, check=True).differences == {shard.name: "is not what was written"}
+
+
+def test_a_gguf_file_says_it_in_its_header(tmp_path: Path) -> None:
+    """It cannot have its own digest, and may lie among other files."""
+    (source,) = write_model(tmp_path / "m.gguf")
+    moescale.convert(source, tmp_path / "out.gguf", experts=3, rule="preserve")
+    record = found(tmp_path / "out.gguf")
+    assert record.differences == {}
+    assert "experts per token  2 -> 3" in record_text(record)
+    assert "say nothing of themselves" in record_text(record)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"[]", b"{}", b'{"a": 1}'])

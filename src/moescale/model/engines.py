@@ -1,9 +1,7 @@
-"""What llama.cpp calls a model type, and whether one of its keys scales the routed output.
+"""What llama.cpp calls a model type.
 
-From llama.cpp 0.5.0 (src/models/*.cpp): ``ARCH.expert_used_count`` is read for every architecture,
-``ARCH.expert_weights_scale`` is read and multiplied by only in those of `_SCALED`; elsewhere it is
-ignored without a word. Left out are types whose weights its graph normalises otherwise than the
-model's own code does, unless a key of the file says so, and those whose count it fixes.
+From the converter and the graphs of llama.cpp 0.5.0 (src/models/*.cpp). Left out are types whose
+count its code fixes.
 """
 
 from __future__ import annotations
@@ -11,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-_SCALED: Final[Mapping[str, str]] = {
+from moescale.model.llama_cpp import BY_NAME
+
+_NAMES: Final[Mapping[str, str]] = {
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2", "kimi_k25"), "deepseek2"),
     **dict.fromkeys(("glm4_moe_lite", "deepseek_vl_v2"), "deepseek2"),
     **dict.fromkeys(("glm4_moe", "glm4v_moe", "glm4v_moe_text", "solar_open"), "glm4moe"),
@@ -36,9 +36,6 @@ _SCALED: Final[Mapping[str, str]] = {
     "kimi_linear": "kimi-linear",
     "nemotron_h": "nemotron_h_moe",
     "cohere2_moe": "cohere2moe",
-}
-
-_COUNTED: Final[Mapping[str, str]] = {
     "mixtral": "llama",
     **dict.fromkeys(("llama4", "llama4_text"), "llama4"),
     "grok-1": "grok",
@@ -66,4 +63,5 @@ _COUNTED: Final[Mapping[str, str]] = {
 
 def llama_cpp_name(model_type: str, scaled: bool) -> str | None:
     """The architecture in a GGUF file; with `scaled`, only if a key scales its routed output."""
-    return _SCALED.get(model_type) or (None if scaled else _COUNTED.get(model_type))
+    name = _NAMES.get(model_type)
+    return name if name is None or not scaled or BY_NAME[name].scale_key else None

@@ -46,13 +46,14 @@ class Instead:
         counts: the experts per token at every spelling; empty where they stay.
         scales: the routed scaling key in every section; empty where nothing is scaled.
         model_type: whose config it is.
-        loader: the class of transformers that loads the model.
+        loader: the class of transformers that loads the model; None for a GGUF file, whose values
+            have the names of its keys.
     """
 
     counts: Sequence[NewValue]
     scales: Sequence[NewValue]
     model_type: str
-    loader: str
+    loader: str | None
 
     @property
     def depth(self) -> int:
@@ -136,6 +137,10 @@ def loader_of(config: Mapping[str, Any]) -> str:
 
 def by_engine(instead: Instead, source: SourceId) -> dict[str, str]:
     """The line for each engine that runs the source as it is, with the new values."""
+    if instead.loader is None:
+        file = source.id if source.kind == "local" and source.id.endswith(".gguf") else "MODEL.gguf"
+        keys = [(value.path, value.after) for value in (*instead.counts, *instead.scales)]
+        return {"llama.cpp": _llama_server(file, keys)}
     lines = {}
     place = source.repo if source.kind == "hub" and source.repo else source.id
     if source.kind == "local" or place == source.id:  # they know no folders of repos
@@ -151,30 +156,46 @@ def by_engine(instead: Instead, source: SourceId) -> dict[str, str]:
             lines["transformers"] = f"{instead.loader}.from_pretrained({place!r}, {given})"
     name = llama_cpp_name(instead.model_type, bool(instead.scales))
     if name is not None and not any(isinstance(value.after, list) for value in instead.counts):
-        lines["llama.cpp"] = f"llama-server -m MODEL.gguf {_key_values(instead, name)}"
+        keys = [(f"{name}.{key}", value) for key, value in _keys(instead)]
+        lines["llama.cpp"] = _llama_server("MODEL.gguf", keys)
     return lines
 
 
-def _key_values(instead: Instead, name: str) -> str:
-    values: list[tuple[str, str, Any]] = []
+def _llama_server(file: str, keys: Iterable[tuple[str, Any]]) -> str:
+    """The keys of a GGUF file with other values, each of its own type."""
+    kinds = {int: "int", float: "float"}
+    given = (f"--override-kv {key}={kinds[type(value)]}:{value}" for key, value in keys)
+    return " ".join([f"llama-server -m {shlex.quote(file)}", *given])
+
+
+def _keys(instead: Instead) -> Iterator[tuple[str, Any]]:
+    """What llama.cpp calls the count and the routed scaling key."""
     if instead.counts:
-        values.append(("expert_used_count", "int", instead.counts[0].after))
+        yield "expert_used_count", instead.counts[0].after
     if instead.scales:
-        values.append(("expert_weights_scale", "float", instead.scales[0].after))
-    return " ".join(f"--override-kv {name}.{key}={kind}:{value}" for key, kind, value in values)
+        yield "expert_weights_scale", float(instead.scales[0].after)
 
 
-def to_run(place: str, loader: str | None) -> Mapping[str, str]:
-    """How each engine is given a finished output; without a loader it is a GGUF file."""
-    if loader is None:
-        return {"llama.cpp": f"llama-server -m {shlex.quote(place)}"}
-    repo, _, branch = place.removeprefix("hf://").partition("@")
-    revision = f" --revision {shlex.quote(branch)}" if branch and place.startswith("hf://") else ""
-    path = shlex.quote(repo if place.startswith("hf://") else place)
-    name = repo if place.startswith("hf://") else place
-    more = f", revision={branch!r}" if revision else ""
+def to_run(place: str, loader: str) -> Mapping[str, str]:
+    """How each engine is given a finished output."""
+    on_hub = place.startswith("hf://")
+    name, _, branch = place.removeprefix("hf://").partition("@") if on_hub else (place, "", "")
+    revision = f" --revision {shlex.quote(branch)}" if branch else ""
+    more = f", revision={branch!r}" if branch else ""
+    path = shlex.quote(name)
     return {
         "vllm": f"vllm serve {path}{revision}",
         "sglang": f"python -m sglang.launch_server --model-path {path}{revision}",
         "transformers": f"{loader}.from_pretrained({name!r}{more})",
     }
+
+
+def gguf_to_run(place: str, first: str, parts: int) -> Mapping[str, str]:
+    """How llama.cpp is given a finished output, of which `first` is the first of its files."""
+    if place.startswith("hf://"):
+        return {"llama.cpp": f"llama-server -hf {shlex.quote(place.removeprefix('hf://'))}"}
+    if not place.endswith(".gguf"):
+        place = f"{place.rstrip('/')}/{first}"
+    elif parts > 1:
+        place = f"{place.removesuffix('.gguf')}-00001-of-{parts:05d}.gguf"
+    return {"llama.cpp": f"llama-server -m {shlex.quote(place)}"}

@@ -12,7 +12,7 @@ from moescale.model.count import parse_config
 from moescale.model.listing import ModelType
 from moescale.planning.comparison import BASES
 from moescale.planning.files import Action, PlannedFile
-from moescale.planning.instead import loader_of, to_run
+from moescale.planning.instead import gguf_to_run, loader_of, to_run
 from moescale.planning.plan import Plan, PlannedTensor
 from moescale.running.card import measured_on
 
@@ -104,6 +104,8 @@ def record_text(record: Record) -> str:
 
 
 def _state(record: Record) -> str:
+    if not record.read + record.sized:
+        return "say nothing of themselves that could be compared"
     compared = f"{record.read} by their SHA-256, {record.sized} by their size alone"
     if record.differences:
         return f"{len(record.differences)} are not as they were written; compared {compared}"
@@ -178,9 +180,14 @@ def next_text(plan: Plan, written: bool) -> str:
     if plan.overrides and not written:
         parts.append("The same without rewriting:\n" + _engines(plan.overrides))
     if plan.destination is not None and not plan.changes_nothing:
-        loader = loader_of(parse_config(plan.config).value) if plan.config else None
-        parts.append("To run it:\n" + _engines(to_run(plan.destination, loader)))
+        parts.append("To run it:\n" + _engines(_to_run(plan, plan.destination)))
     return "\n\n".join(parts)
+
+
+def _to_run(plan: Plan, place: str) -> Mapping[str, str]:
+    if plan.config is None:
+        return gguf_to_run(place, plan.opens, sum(f.name.endswith(".gguf") for f in plan.files))
+    return to_run(place, loader_of(parse_config(plan.config).value))
 
 
 def _engines(lines: Mapping[str, str]) -> str:

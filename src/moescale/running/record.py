@@ -9,8 +9,8 @@ from typing import Any
 
 from moescale.checkpoint.record import PROVENANCE, recorded
 from moescale.checkpoint.rewrite import PIECE
+from moescale.planning import provenance
 from moescale.repos.base import FileInfo, Source, io_errors
-from moescale.running import provenance
 
 SMALL_BYTES = 32 << 20
 """Files up to this size are read in any case."""
@@ -51,7 +51,7 @@ def read_record(output: Source, check: bool) -> Record | None:
         check: read every file of which the SHA-256 is noted, however large.
     """
     files = output.files()
-    data = recorded(files, output.read)
+    data = recorded({name: file.size for name, file in files.items()}, output.read)
     content = provenance.decode(data) if data is not None else None
     if content is None or "moescale" not in content:
         return None
@@ -85,8 +85,9 @@ def _differences(
             yield name, f"has {files[name].size} bytes instead of {size}"
         elif name in read and _digest(output, files[name]) != digest:
             yield name, "is not what was written"
-    for name in sorted(files.keys() - listed.keys() - {PROVENANCE, ".gitattributes"}):
-        yield name, "was not written by that run"
+    if PROVENANCE in files:  # a GGUF file has it in itself, and may lie among others
+        for name in sorted(files.keys() - listed.keys() - {PROVENANCE, ".gitattributes"}):
+            yield name, "was not written by that run"
 
 
 def _digest(output: Source, file: FileInfo) -> str:

@@ -25,6 +25,7 @@ from moescale.options import Options
 from moescale.planning import provenance
 from moescale.planning.factors import one_factor
 from moescale.planning.files import CARD, Action, PlannedFile
+from moescale.planning.instead import Instead, NewValue
 from moescale.planning.kinds.base import Chosen, Output
 from moescale.planning.plan import Experts, NewHeader, Plan, PlannedTensor
 from moescale.repos.base import Source, Written
@@ -234,7 +235,28 @@ class GgufCheckpoint:
             keys={**keys, **{tensor.name: tensor.values[0] for tensor in added}},
             record=self._parts[0],
             opens=self._parts[0],
+            instead=self._in_keys(factors, experts),
+            fold_key=self._scale_name if self._row.scale_key else None,
         )
+
+    @property
+    def _scale_name(self) -> str:
+        return f"{self.moe.model_type}.expert_weights_scale"
+
+    def _in_keys(self, factors: Mapping[Layer, float], experts: Experts) -> Instead | None:
+        """What keys of the file could say in place of its tensors."""
+        before, after = experts.before, experts.after
+        factor, *others = set(factors.values())
+        known = factor == 1.0 or self._row.scale_key
+        folded = self._options.fold in ("residual", "scale")
+        if others or folded or not known or not isinstance(before, int):
+            return None
+        counts = [NewValue(self._count_key, before, after)] if after != before else []
+        scales = []
+        if factor != 1.0:
+            scale = self._weights_scale(self._scale_name)
+            scales = [NewValue(self._scale_name, scale, scale * factor)]
+        return Instead(counts, scales, self.moe.model_type, None) if counts or scales else None
 
     def _keys(self, factors: Mapping[Layer, float], experts: Experts) -> dict[str, Any]:
         """The keys of the model that change, with their new values."""
@@ -246,8 +268,8 @@ class GgufCheckpoint:
             if count != before:
                 keys[self._count_key] = count
         if self._options.fold == "config" and one_factor(factors, self._options) != 1.0:
-            name = f"{self.moe.model_type}.expert_weights_scale"
-            keys[name] = self._weights_scale(name) * one_factor(factors, self._options)
+            scale = self._weights_scale(self._scale_name)
+            keys[self._scale_name] = scale * one_factor(factors, self._options)
         return keys
 
     def _weights_scale(self, name: str) -> float:
