@@ -25,8 +25,10 @@ from moescale.version import __version__
 def provenance(plan: Plan, written: Mapping[str, Written]) -> dict[str, Any]:
     """The content of ``moescale.json``; `written` has all other files of the output.
 
-    Where it is inside a shard, it says nothing of that one.
+    Where it is inside a shard, it says nothing of that one, nor of what is made after it.
     """
+    shards = {file.name for file in plan.large_files}
+    listed = written.keys() & (shards - {plan.record} if plan.record in shards else written)
     return {
         "moescale": __version__,
         "source": {
@@ -44,8 +46,7 @@ def provenance(plan: Plan, written: Mapping[str, Written]) -> dict[str, Any]:
         },
         "files": [
             {"name": name, "size": written[name].size, "sha256": written[name].sha256}
-            for name in sorted(written)
-            if name != plan.record
+            for name in sorted(listed)
         ],
     }
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlsplit
 from weakref import WeakSet
 
+from moescale.checkpoint.gguf.names import is_gguf
 from moescale.errors import DestinationError, MoescaleError, SourceError, TemporaryError, UsageError
 from moescale.version import __version__
 
@@ -49,41 +50,54 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class HubPlace:
-    """A repo on the Hub, a revision of it, None for the default, and a folder in it."""
+    """A repo on the Hub, a revision of it, None for the default, and a folder or GGUF file in it.
+
+    `quant` names one of its GGUF models instead, by a part of the file's name.
+    """
 
     repo: str
     revision: str | None = None
     folder: str = ""
+    quant: str = ""
 
     def __str__(self) -> str:
         revision = f"@{self.revision}" if self.revision else ""
-        return f"{PREFIX}{self.repo}{revision}" + (f"/{self.folder}" if self.folder else "")
+        folder = f"/{self.folder}" if self.folder else ""
+        return f"{PREFIX}{self.repo}{revision}{folder}" + (f":{self.quant}" if self.quant else "")
 
     def readings(self) -> Iterator[HubPlace]:
         """What may be meant: of a revision with slashes, the end may be a folder."""
         yield self
         parts = [] if self.folder else (self.revision or "").split("/")
         for stop in range(len(parts) - 1, 0, -1):
-            yield HubPlace(self.repo, "/".join(parts[:stop]), "/".join(parts[stop:]))
+            yield HubPlace(self.repo, "/".join(parts[:stop]), "/".join(parts[stop:]), self.quant)
 
 
 def parse_place(text: str) -> HubPlace:
     """``hf://org/name[/folder]``, ``hf://org/name@revision[/folder]``, or these without ``hf://``.
+
+    A folder may be a GGUF file; ``:QUANT`` at the end names a GGUF model of the repo.
 
     Where the revision ends and the folder begins, only the Hub knows; see `HubPlace.readings`.
 
     Raises:
         UsageError: it is none of these.
     """
-    path, at, revision = text.removeprefix(PREFIX).partition("@")
+    path, colon, quant = text.removeprefix(PREFIX).partition(":")
+    path, at, revision = path.partition("@")
     org, _, rest = path.rstrip("/").partition("/")
     name, _, folder = rest.partition("/")
     plain = all(part not in ("", ".", "..") for part in folder.split("/")) or not folder
-    if not is_repo_id(f"{org}/{name}") or not plain or (at and not revision):
+    named = _QUANT.fullmatch(quant) or not colon
+    if not is_repo_id(f"{org}/{name}") or not plain or (at and not revision) or not named:
         raise UsageError(
-            f"{text!r} is not a Hub repo: hf://org/name, hf://org/name@revision, and /folder behind"
+            f"{text!r} is not a Hub repo: hf://org/name, hf://org/name@revision, and /folder or"
+            " :QUANT behind"
         )
-    return HubPlace(f"{org}/{name}", revision.rstrip("/") or None, folder)
+    return HubPlace(f"{org}/{name}", revision.rstrip("/") or None, folder, quant)
+
+
+_QUANT = re.compile(r"[\w.-]+", re.ASCII)
 
 
 def is_place(text: str) -> bool:
@@ -115,7 +129,8 @@ def from_address(text: str) -> str | None:
     if org in _NO_MODELS or not is_place(place) or page not in _PAGES:
         hint = "Give a model: org/name, or its address." if not is_place(place) else f"Say {place}."
         raise UsageError(f"{text}: is no address of a model or its files", hint=hint)
-    revision = "/".join(rest[: _PAGES[page]])
+    file = page in _FILES and bool(rest) and is_gguf(rest[-1])
+    revision = "/".join(rest if file else rest[: _PAGES[page]])
     return place + (f"@{revision}" if revision else "")
 
 
@@ -131,11 +146,12 @@ _ADDRESS = re.compile(
     re.ASCII | re.IGNORECASE,
 )
 _NO_MODELS = frozenset({"datasets", "spaces", "collections", "papers", "docs", "blog", "api"})
+_FILES = ("blob", "resolve", "raw")
 _PAGES: Mapping[str, int | None] = {
     "": 0,
     "tree": None,
     "commit": 1,
-    **dict.fromkeys(("blob", "resolve", "raw"), -1),
+    **dict.fromkeys(_FILES, -1),
 }
 """Pages of a repo: how much of what follows in the address is a revision and a folder."""
 

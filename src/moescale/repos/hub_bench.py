@@ -34,7 +34,7 @@ from moescale.repos.hub_upload import (
 SMALL_BYTES = 8 << 20
 """Files up to this size that are no weights go into the last commit from memory."""
 
-WEIGHTS = ".safetensors"
+WEIGHTS = (".safetensors", ".gguf")
 
 _ONE_ON_DISK = threading.Lock()
 

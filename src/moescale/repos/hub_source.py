@@ -12,6 +12,7 @@ from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moescale.checkpoint.gguf.names import is_beside, is_gguf, part_name, parts_of
 from moescale.checkpoint.header import LENGTH_BYTES
 from moescale.checkpoint.rewrite import Reader
 from moescale.errors import CheckpointError, RewriteError, SourceError, TemporaryError, bytes_text
@@ -60,8 +61,9 @@ class HubSource:
 
         self._offline = constants.HF_HUB_OFFLINE
         place, self._commit = _resolved(place, self._offline)
-        self._repo, self._folder = place.repo, f"{place.folder}/" if place.folder else ""
-        self._name = str(HubPlace(place.repo, folder=place.folder))
+        self._file, folder = (place.folder, "") if is_gguf(place.folder) else ("", place.folder)
+        self._repo, self._folder = place.repo, f"{folder}/" if folder else ""
+        self._name = str(HubPlace(place.repo, folder=folder))
         self.identity = SourceId(
             "hub", self._name.removeprefix(hub.PREFIX), self._commit, place.repo
         )
@@ -164,6 +166,30 @@ class HubSource:
         part._heads = {}
         return part
 
+    def gguf(self, quant: str) -> HubSource:
+        """The same commit with no more than one GGUF model: the file that was given, or `quant`.
+
+        Raises:
+            SourceError: there is none such.
+        """
+        models = [name for name in self.files() if is_gguf(name) and not is_beside(name)]
+        first = self._file or _by_quant(models, quant)
+        if first not in models:
+            names = [name for name in models if part_name(name).number == 1]
+            hint = f"It has {', '.join(names[:8])}." if names else "It has no GGUF model."
+            raise SourceError(f"{self._name}: has no {self._file or quant}", hint=hint)
+        names = parts_of(first, models)
+        part, model = part_name(names[0]), self.only(names)
+        model.shelf = Shelf(part.stem, part.stem.rpartition("/")[2], part.count)
+        name = f"{self._repo}/{self._folder}{names[0]}"
+        model.identity = SourceId("hub", name, self._commit, self._repo)
+        return model
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether a GGUF file was given."""
+        return bool(self._file)
+
     def check(self) -> None:
         """Look whether this machine can read the commit; offline, whether it has the files.
 
@@ -255,6 +281,13 @@ class HubSource:
         return path if path and Path(path).stat().st_size == self.files()[name].size else None
 
 
+def _by_quant(names: Iterable[str], quant: str) -> str:
+    """The first file that ``llama-cli -hf org/name:QUANT`` would take; "" for none."""
+    wanted = re.compile(re.escape(quant) + "[.-]", re.IGNORECASE)
+    firsts = (name for name in sorted(names) if part_name(name).number == 1)
+    return next((name for name in firsts if wanted.search(name)), "")
+
+
 def _literal(name: str) -> str:
     """A pattern that matches this name only."""
     return re.sub(r"([*?[])", r"[\1]", name)
@@ -308,7 +341,8 @@ def _cached_commit(place: HubPlace) -> str:
     Raises:
         SourceError: nothing of this revision is in the cache.
     """
-    name = f"{place.folder}/config.json".lstrip("/")
+    config = f"{place.folder}/config.json".lstrip("/")
+    name = place.folder if is_gguf(place.folder) else config
     path = _cached_path(place.repo, name, place.revision)
     if path is None:
         raise SourceError(

@@ -80,7 +80,8 @@ def open_source(
     from moescale.repos.hub_source import HubSource
 
     try:
-        return HubSource(HubPlace(place.repo, revision or place.revision, place.folder))
+        repo = HubSource(HubPlace(place.repo, revision or place.revision, place.folder))
+        return repo.gguf(place.quant) if place.quant or repo.is_gguf else repo
     except (SourceError, TemporaryError) as error:
         if says_hub(text) or not Path(text).parts[0] or not is_directory(Path(text).parts[0]):
             raise
@@ -229,9 +230,10 @@ def open_sink(
     from moescale.repos.hub_sink import HubOptions, HubSink
 
     place = parse_place(text)
-    if place.folder:
+    if place.folder or place.quant:
+        what = "folder" if place.folder else "part"
         raise UsageError(
-            f"{text}: is a folder of a repo; the output is a repo of its own",
+            f"{text}: is a {what} of a repo; the output is a repo of its own",
             hint="Give hf://org/name or hf://org/name@branch.",
         )
     return HubSink(place, HubOptions(private, create_pr, commit_message, overwrite))

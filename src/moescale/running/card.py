@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from moescale.planning.files import PROVENANCE
 from moescale.planning.plan import Plan
 from moescale.version import __version__
 
@@ -174,8 +175,8 @@ def _section(plan: Plan) -> str:
     lines = [
         "## Rescaled mixture of experts",
         "",
-        f"This is {link}{at}, {_count_change(experts.before, experts.after)} by moescale"
-        f" {__version__}.",
+        f"This is {_part(plan)}{link}{at}, {_count_change(experts.before, experts.after)} by"
+        f" moescale {__version__}.",
         _what_changed(plan),
         "Nothing else was changed: every other tensor is the source's, bit for bit.",
         "",
@@ -190,10 +191,33 @@ def _section(plan: Plan) -> str:
         *_gate_rows(plan),
         f"| tensors scaled | {len(plan.changed_tensors)} |",
         "",
-        "The factors, options and files are listed in `moescale.json`. Keeping the expected norm"
+        f"The factors, options and files are listed in {_listed(plan)}. Keeping the expected norm"
         " says nothing about quality: evaluate the model on your own task.",
+        *_of_keys(plan),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _part(plan: Plan) -> str:
+    """The file or the folder of the source's repo that this was made of."""
+    inside = plan.source.name.removeprefix(f"{plan.source.repo}/")
+    return f"`{inside}` of " if plan.source.repo and inside != plan.source.name else ""
+
+
+def _listed(plan: Plan) -> str:
+    named = f"`{plan.record}`"
+    return named if plan.record == PROVENANCE else f"the keys `moescale.*` of {named}"
+
+
+def _of_keys(plan: Plan) -> list[str]:
+    """What users of a file have to know whose number can be overridden at run time."""
+    if not plan.keys:
+        return []
+    return [
+        "",
+        f"A start script that has `--override-kv {next(iter(plan.keys))}=...` wins over the file:"
+        " take it out, since the factors are made for the number in the file.",
+    ]
 
 
 def _count_change(before: int | tuple[int, ...], after: int | tuple[int, ...]) -> str:
