@@ -55,6 +55,47 @@ def test_another_number_is_named_and_left(source: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["mlc-chat-config.json", "model_args.json", "llm/config.json"])
+def test_configs_of_other_programs_are_set(source: Path, name: str) -> None:
+    """The number of experts beside it tells that it is the same model."""
+    text = '{"model_config": {"num_local_experts": 4, "num_experts_per_tok": 2}}'
+    checkpoints.write_files(source, {name: text.encode()})
+    out, warnings = converted(source)
+    assert (out / name).read_text() == text.replace('tok": 2', 'tok": 3') and warnings == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_experts_per_token", "2"),
+        ("num_experts_per_token", 2.0),
+        ("num_experts_per_token", [2, 3]),
+        ("num_selected_experts", 2),
+        ("moe_router_topk", 2),
+        ("moe_config", {"top_k": 2}),
+    ],
+)
+def test_what_may_be_the_number_is_named(source: Path, key: str, value: Any) -> None:
+    """No whole number, or a key that no row has: somebody may read it, so nothing is silent."""
+    (source / "config.json").write_text(json.dumps({**CONFIG, key: value}))
+    out, warnings = converted(source)
+    assert json.loads((out / "config.json").read_text())[key] == value
+    assert [key in warning for warning in warnings] == [True]
+
+
+def test_a_list_of_the_number_is_the_number(source: Path) -> None:
+    """One for each layer, under a second key, in a second file, and where the first is a list."""
+    text = '{"num_experts": 4, "moe_topk": [2, 2]}'
+    for config, beside in (({"moe_topk": [2, 2]}, [3, 3]), ({"num_experts_per_token": 2}, 3)):
+        (source / "params.json").write_text(text)
+        first = {"num_experts_per_tok": [2, 2]} if beside == 3 else {}
+        (source / "config.json").write_text(json.dumps({**CONFIG, **first, **config}))
+        out, warnings = converted(source, overwrite=True)
+        assert json.loads((out / "config.json").read_text())[next(iter(config))] == beside
+        assert (out / "params.json").read_text() == text.replace("[2, 2]", "[3, 3]")
+        assert warnings == []
+
+
 @pytest.mark.parametrize("key", ["top_k", "num_experts", "intermediate_size", "num_hidden_layers"])
 def test_keys_of_other_things_are_left(source: Path, key: str) -> None:
     """A sampler's top_k of 2, or two layers, are no experts."""
@@ -108,6 +149,9 @@ OURS = ("README.md", "moescale.json")
         ("params.json", '{"num_experts_per_tok": 2}', True),
         ("params.json", '{"n_heads": 2}', False),
         ("params.json", "not JSON", False),
+        ("params.json", '{"num_experts_per_tok": 2,}', True),
+        ("params.json", '\ufeff{"num_experts_per_tok": 2, "num_experts": 4}', True),
+        ("config_x.json", '{"moe": {"top_k": 2, "num_experts": 4}}', True),
         ("params.json", '["num_experts_per_tok", 2]', False),
         ("tokenizer_config.json", '{"num_experts_per_tok": 2, "num_experts": 4}', False),
         ("notes.json", '{"num_experts_per_tok": 2, "num_experts": 4}', False),

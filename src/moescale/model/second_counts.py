@@ -27,8 +27,14 @@ _TOTALS: Final = frozenset(key for row in ROWS for key in row.total)
 _LEFT_ALONE: Final = frozenset({"quantization_config", "compression_config"})
 """Sections that say how the model was made, not how it runs."""
 
+_LIKELY: Final = re.compile(
+    r"(?=.*(?:expert|moe|rout)).*(?:per_tok|top_?k|select|activated|chosen).*"
+)
+_UNLIKELY: Final = re.compile(r"group|limit|device|loss|coef|size|dim|shared|capacity|dspark")
+"""What a key that nobody knows is called, with the one around it, where it may be this number."""
+
 MOST_BYTES: Final = 1 << 20
-_CANDIDATE: Final = re.compile(r"(?:.*/)?(?:params|config[^/]*|[^/]*_config)\.json")
+_CANDIDATE: Final = re.compile(r"(?:.*/)?[^/]*(?:params|config|args|settings)[^/]*\.json")
 _OTHERS: Final = re.compile(
     r"(?:.*/)?(?:generation|tokenizer|(?:\w+_)?preprocessor|processor|adapter|quanti[sz]e|"
     r"quantization|hf_quant|quant)_config\.json"
@@ -45,31 +51,60 @@ def second_spellings(
         row: the row of its type.
         places: where the count stands by that row; the first is what counts.
     """
-    if not places or not isinstance(places[0].value, int):
+    if not places:
         return [], []
-    count, known = places[0].value, {(place.section, place.key) for place in places}
+    count, known = one_number(places[0].value), {(place.section, place.key) for place in places}
     own_parts = {s for r in ROWS if r.model_type == row.model_type for s in r.sections}
     found, warnings = [], []
-    for path, value in _counts(config.value, ()):
+    for path, value in _counts(config.value, count, ()):
         section, key = ".".join(path[:-1]), path[-1]
         if (section, key) in known or _LEFT_ALONE & set(path):
             continue
-        if value == count and section in row.sections:
-            found.append(Spelling(section, key, value))
+        if key in KEYS and _is_same(value, count) and section in row.sections:
+            found.append(Spelling(section, key, tuple(value) if isinstance(value, list) else value))
         elif section not in own_parts or section in row.sections:
-            warnings.append(f"{CONFIG}: {'.'.join(path)} is {value}; it is left as it is")
+            warnings.append(_left(CONFIG, path, value))
     return found, warnings
 
 
-def _counts(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
-    """Every whole number under one of `KEYS`, with its path."""
+def one_number(count: int | Sequence[int]) -> int | None:
+    """The experts per token of all layers, None where they differ."""
+    numbers = {count} if isinstance(count, int) else set(count)
+    return numbers.pop() if len(numbers) == 1 else None
+
+
+def _is_same(value: Any, count: int | None) -> bool:
+    """Whether a value is the count, or a list of nothing else."""
+    values = value if isinstance(value, list) and value else [value]
+    return all(type(number) is int and number == count for number in values)
+
+
+def _left(name: str, path: Sequence[str], value: Any) -> str:
+    return f"{name}: {'.'.join(path)} is {value!r}; it is left as it is"
+
+
+def _counts(
+    value: Any, count: int | None, path: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """What stands under one of `KEYS`, and the count under keys that look like one; with paths."""
     if not isinstance(value, Mapping):
         return
     for key, inner in value.items():
-        if key in KEYS and type(inner) is int:
+        if isinstance(inner, Mapping):
+            yield from _counts(inner, count, (*path, key))
+        elif _is_count(".".join((*path[-1:], key)), inner, count):
             yield (*path, key), inner
-        else:
-            yield from _counts(inner, (*path, key))
+
+
+def _is_count(path: str, value: Any, count: int | None) -> bool:
+    """Whether a value may be the experts per token, by the last two words of its path."""
+    if path.rpartition(".")[2] in KEYS:
+        return value is not None and not isinstance(value, bool)
+    return _is_same(value, count) and _looks_like_one(path)
+
+
+def _looks_like_one(path: str) -> bool:
+    return _LIKELY.fullmatch(path) is not None and _UNLIKELY.search(path) is None
 
 
 def candidates(sizes: Mapping[str, int]) -> list[str]:
@@ -88,14 +123,14 @@ def candidates(sizes: Mapping[str, int]) -> list[str]:
 
 
 def with_count(
-    name: str, data: bytes, before: int, after: int, total: int
+    name: str, data: bytes, before: int | None, after: int, total: int
 ) -> tuple[bytes | None, list[str]]:
     """A file with the new count, None where nothing in it changes; and what the user should know.
 
     Args:
         name: of the file, for warnings.
         data: its content.
-        before: the count of the model; another number is of another model.
+        before: the count of the model, None where layers differ; another is of another model.
         after: the new count.
         total: routed experts of a layer: a count is of this model where this number is beside it.
     """
@@ -103,19 +138,26 @@ def with_count(
         text = data.decode()
         value = parse_lenient(text)
     except ValueError:
-        return None, []
+        return None, list(_unread(name, data))
     same, warnings = set(), []
-    for path, number in _counts(value, ()):
+    for path, found in _counts(value, before, ()):
         beside = value
         for key in path[:-1]:
             beside = beside[key]
-        if number == before and any(beside.get(key) == total for key in _TOTALS):
+        of_this = path[-1] in KEYS and any(beside.get(key) == total for key in _TOTALS)
+        if of_this and _is_same(found, before):
             same.add(path)
         else:
-            warnings.append(f"{name}: {'.'.join(path)} is {number}; it is left as it is")
+            warnings.append(_left(name, path, found))
     return (_set(text, same, after) if same and after != before else None), warnings
 
 
+def _unread(name: str, data: bytes) -> Iterator[str]:
+    if any(f'"{key}"'.encode() in data for key in KEYS):
+        yield f"{name}: is not valid JSON; the experts per token in it are left as they are"
+
+
 def _set(text: str, paths: Collection[Path], new: int) -> bytes:
-    spans = value_spans(text, lambda path: path in paths)
-    return replace_spans(text, [(span, str(new)) for _, span in spans]).encode()
+    spans = value_spans(text, lambda path: path in paths or path[:-1] in paths)
+    edits = [(span, str(new)) for _, span in spans if text[span[0]] != "["]
+    return replace_spans(text, edits).encode()

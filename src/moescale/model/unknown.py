@@ -104,12 +104,12 @@ def _is_unusual(key: str, value: Any, gating: Gating | None, router: Router | No
 
 _PROJECTION: Final = re.compile(
     r"[0-9]*\.?(?:expert_[0-9]+\.)?(?:mlp\.)?(?:gate_up_projs?|(?:gate|up|down)_projs?|w[123]|w13|v1"
-    r"|fc[12]|wi(?:_[01])?|wo|(?:in|out)put_linear|linear(?:_v|_1)?)(?![a-z0-9])(?!.*norm)"
+    r"|fc[1-3]|wi(?:_[01])?|wo|(?:in|out)put_linear|linear(?:_v|_1)?)(?![a-z0-9])(?!.*norm)"
 )
 """What follows ``experts.`` in the names of what experts are made of."""
 _LINEAR: Final = re.compile(
     r"(?:(?:global_)?shared?_?(?:mlp|experts?)\w*|switch_mlp|(?:gate|up|down|gate_up)_proj"
-    r"|w[123]|fc[12]|(?:in|out)put_linear|[0-9]+)(?![a-z0-9])"
+    r"|w[123]|fc[1-3]|(?:in|out)put_linear|[0-9]+)(?![a-z0-9])"
 )
 """First words, after the name of a MoE block, of linear layers that stand in some type."""
 _ROUTER: Final = re.compile(

@@ -10,7 +10,7 @@ from moescale.model.experts import Layer
 from moescale.model.formats import confirm
 from moescale.model.lookup import Moe, own_router
 from moescale.model.scale_key import fold_factor
-from moescale.model.second_counts import candidates, with_count
+from moescale.model.second_counts import candidates, one_number, with_count
 from moescale.options import Options
 from moescale.planning.factors import one_factor
 from moescale.planning.files import PROVENANCE, left_out_warnings, plan_files
@@ -132,8 +132,8 @@ def _second_files(
     """Other files that hold the count, as they will be; and what the user should know of them."""
     edits: dict[str, bytes] = {}
     warnings: list[str] = []
-    before, after = experts.before, experts.after
-    if not isinstance(before, int) or not isinstance(after, int):
+    before, after = one_number(experts.before), experts.after
+    if not isinstance(after, int):  # every layer keeps its own
         return edits, warnings
     sizes = {name: file.size for name, file in source.files().items() if name not in others}
     for name in candidates(sizes):
