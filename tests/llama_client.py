@@ -1,0 +1,272 @@
+"""The real llama.cpp 0.5.0, by ctypes, in a process of its own: what it takes for a bug ends that.
+
+The package is pinned, since structures go by value and belong to one release (``include/llama.h``).
+``scripts/llama.sh`` fetches it; without it the tests that need it are skipped, and say so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FOLDER = Path(__file__).parent.parent / ".llama-client" / "package" / "bins" / "linux-x64"
+LIBRARY = "libllama.v0.5.0.so"
+
+MISSING = (
+    None
+    if (FOLDER / LIBRARY).exists()
+    else "llama.cpp 0.5.0 is not here: scripts/llama.sh fetches it (Linux x86_64, npm)"
+)
+"""Why the client cannot be run."""
+
+Array = np.ndarray[Any, Any]
+
+
+class DiedError(RuntimeError):
+    """The client ended its process: a GGML_ASSERT."""
+
+
+class RefusedError(RuntimeError):
+    """The client did not load a file; its own last words."""
+
+
+class Client:
+    """A process that loads models and evaluates tokens."""
+
+    def __init__(self) -> None:
+        self._child = self._start()
+
+    def _start(self) -> subprocess.Popen[str]:
+        command = [sys.executable, __file__]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+        )
+
+    def logits(
+        self,
+        path: Path,
+        tokens: Sequence[int],
+        overrides: Mapping[str, float] | None = None,
+        exact: bool = True,
+    ) -> Array:
+        """float32, ``[tokens, vocabulary]``; what `overrides` names is as ``--override-kv`` does.
+
+        With `exact` the cache is F32 and flash attention off: their rounding would hide what is
+        compared.
+        """
+        given = {"tokens": list(tokens), "overrides": dict(overrides or {}), "exact": exact}
+        answer = self._ask(path=str(path), **given)
+        return np.array(answer, np.float32).reshape(len(tokens), -1)
+
+    def quantise(self, source: Path, output: Path, kind: int) -> None:
+        """What ``llama-quantize`` makes of a file; `kind` is a number of ``llama_ftype``."""
+        self._ask(source=str(source), output=str(output), kind=kind)
+
+    def _ask(self, **task: Any) -> Any:
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        print(json.dumps(task), file=self._child.stdin, flush=True)
+        line = self._child.stdout.readline()
+        if not line:
+            code = self._child.wait()
+            self.close()
+            self._child = self._start()
+            raise DiedError(f"ended with {code}")
+        answer = json.loads(line)
+        if "refused" in answer:
+            raise RefusedError(answer["refused"])
+        return answer["done"]
+
+    def close(self) -> None:
+        """End the process."""
+        for stream in (self._child.stdin, self._child.stdout):
+            assert stream is not None
+            stream.close()
+        self._child.wait()
+
+
+# In the process -----------------------------------------------------------------------------
+
+
+class _Override(ctypes.Structure):
+    _fields_ = (
+        ("tag", ctypes.c_int),
+        ("key", ctypes.c_char * 128),
+        ("value", ctypes.c_int64),
+        ("rest", ctypes.c_char * 120),
+    )
+
+
+class _ModelParams(ctypes.Structure):
+    _fields_ = (
+        ("devices", ctypes.c_void_p),
+        ("buffer_types", ctypes.c_void_p),
+        ("gpu_layers", ctypes.c_int32),
+        ("modes", ctypes.c_int * 3),
+        ("main_gpu", ctypes.c_int32),
+        ("pointers", ctypes.c_void_p * 3),
+        ("overrides", ctypes.POINTER(_Override)),
+        ("vocab_only", ctypes.c_bool),
+        ("check_tensors", ctypes.c_bool),
+        ("others", ctypes.c_bool * 4),
+    )
+
+
+class _ContextParams(ctypes.Structure):
+    _fields_ = (
+        ("n_ctx", ctypes.c_uint32),
+        ("n_batch", ctypes.c_uint32),
+        ("n_ubatch", ctypes.c_uint32),
+        ("counts", ctypes.c_uint32 * 4),
+        ("threads", ctypes.c_int32 * 2),
+        ("kinds", ctypes.c_int * 4),
+        ("flash_attention", ctypes.c_int),
+        ("floats", ctypes.c_int32 * 8),
+        ("callback", ctypes.c_void_p * 2),
+        ("type_k", ctypes.c_int),
+        ("type_v", ctypes.c_int),
+        ("rest", ctypes.c_char * 48),
+    )
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = (
+        ("n_tokens", ctypes.c_int32),
+        ("token", ctypes.POINTER(ctypes.c_int32)),
+        ("embd", ctypes.c_void_p),
+        ("pos", ctypes.POINTER(ctypes.c_int32)),
+        ("n_seq_id", ctypes.POINTER(ctypes.c_int32)),
+        ("seq_id", ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
+        ("logits", ctypes.POINTER(ctypes.c_int8)),
+    )
+
+
+class _QuantiseParams(ctypes.Structure):
+    _fields_ = (
+        ("threads", ctypes.c_int32),
+        ("kind", ctypes.c_int),
+        ("kinds", ctypes.c_int * 2),
+        ("switches", ctypes.c_bool * 6),
+        ("pointers", ctypes.c_void_p * 4),
+        ("buffer", ctypes.c_size_t),
+    )
+
+
+class _Library:
+    """llama.cpp in this process."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        shared = ctypes.RTLD_GLOBAL
+        ctypes.CDLL(str(FOLDER / "libggml-base.so"), shared)
+        ggml = ctypes.CDLL(str(FOLDER / "libggml.v0.5.0.so"), shared)
+        self.llama = llama = ctypes.CDLL(str(FOLDER / LIBRARY), shared)
+        form = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+        self._logger = form(lambda level, text, _: self.log.append(text.decode(errors="replace")))
+        llama.llama_log_set(self._logger, None)
+        ggml.ggml_backend_load_all_from_path.argtypes = [ctypes.c_char_p]
+        ggml.ggml_backend_load_all_from_path(str(FOLDER).encode())
+        pointer = ctypes.c_void_p
+        for name, result, arguments in (
+            ("llama_model_default_params", _ModelParams, []),
+            ("llama_context_default_params", _ContextParams, []),
+            ("llama_model_quantize_default_params", _QuantiseParams, []),
+            ("llama_model_load_from_file", pointer, [ctypes.c_char_p, _ModelParams]),
+            ("llama_init_from_model", pointer, [pointer, _ContextParams]),
+            ("llama_batch_init", _Batch, [ctypes.c_int32] * 3),
+            ("llama_batch_free", None, [_Batch]),
+            ("llama_decode", ctypes.c_int32, [pointer, _Batch]),
+            ("llama_get_logits", ctypes.POINTER(ctypes.c_float), [pointer]),
+            ("llama_model_get_vocab", pointer, [pointer]),
+            ("llama_vocab_n_tokens", ctypes.c_int32, [pointer]),
+            ("llama_model_free", None, [pointer]),
+            ("llama_free", None, [pointer]),
+        ):
+            function = getattr(llama, name)
+            function.restype, function.argtypes = result, arguments
+        llama.llama_backend_init()
+
+    def words(self) -> str:
+        """The last that it said."""
+        return "".join(line for line in self.log[-6:] if "error" in line) or "".join(self.log[-3:])
+
+    def logits(
+        self, path: str, tokens: list[int], overrides: dict[str, float], exact: bool
+    ) -> list[float]:
+        """The logits of every token."""
+        params = self.llama.llama_model_default_params()
+        params.gpu_layers, params.check_tensors = 0, True
+        values = (_Override * (len(overrides) + 1))()
+        for entry, (key, value) in zip(values, overrides.items(), strict=False):
+            entry.key, entry.tag = key.encode(), int(isinstance(value, float))
+            bits = np.float64(value).view(np.int64) if isinstance(value, float) else value
+            entry.value = int(bits)
+        params.overrides = values if overrides else None
+        self.log.clear()
+        model = self.llama.llama_model_load_from_file(path.encode(), params)
+        if not model:
+            raise RefusedError(self.words())
+        try:
+            return self._evaluate(model, tokens, exact)
+        finally:
+            self.llama.llama_model_free(model)
+
+    def _evaluate(self, model: Any, tokens: list[int], exact: bool) -> list[float]:
+        params = self.llama.llama_context_default_params()
+        assert params.type_k == params.type_v == 1, "the structure is that of another release"
+        params.n_ctx = params.n_batch = params.n_ubatch = 64
+        params.threads[:] = (1, 1)
+        if exact:
+            params.type_k = params.type_v = params.flash_attention = 0
+        context = self.llama.llama_init_from_model(model, params)
+        if not context:
+            raise RefusedError(self.words())
+        batch = self.llama.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, 1
+            batch.seq_id[i][0] = 0
+        failed = self.llama.llama_decode(context, batch)
+        words = self.llama.llama_vocab_n_tokens(self.llama.llama_model_get_vocab(model))
+        shape = (len(tokens), words)
+        found = self.llama.llama_get_logits(context)
+        result = [] if failed else np.ctypeslib.as_array(found, shape).ravel().tolist()
+        self.llama.llama_batch_free(batch)
+        self.llama.llama_free(context)
+        if failed:
+            raise RefusedError(self.words())
+        return result
+
+    def quantise(self, source: str, output: str, kind: int) -> None:
+        """As ``llama-quantize``."""
+        params = self.llama.llama_model_quantize_default_params()
+        params.kind, params.threads = kind, 1
+        self.log.clear()
+        if self.llama.llama_model_quantize(source.encode(), output.encode(), ctypes.byref(params)):
+            raise RefusedError(self.words())
+
+
+def _serve() -> None:
+    library, out = _Library(), os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the library prints is no answer
+    for line in sys.stdin:
+        task = json.loads(line)
+        try:
+            done = library.quantise(**task) if "kind" in task else library.logits(**task)
+            answer = {"done": done}
+        except RefusedError as error:
+            answer = {"refused": str(error)}
+        print(json.dumps(answer), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,178 @@
+"""What the real llama.cpp 0.5.0 does with rescaled files, and with the rows of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from llama_client import MISSING, Client, DiedError
+from llama_models import RECIPES, one_expert, rms, scales, write_runnable
+
+import moescale
+from moescale.errors import UnsupportedError
+from moescale.model.llama_cpp import BY_NAME
+
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=MISSING or "")
+
+TOKENS = (1, 5, 2, 7, 3, 11, 4, 9)
+FACTOR = 1.2247448713915892
+EXACT, VISIBLE = 1e-5, 1e-3
+"""Root mean squares of logits: what the client's own rounding may be, and what is a difference."""
+
+FTYPES = {"Q8_0": 7, "Q2_K": 10, "Q4_K_M": 15, "Q6_K": 18, "IQ4_XS": 30, "MXFP4_MOE": 38}
+"""``llama_ftype`` in ``include/llama.h``."""
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    """The client, in a process of its own."""
+    client = Client()
+    yield client
+    client.close()
+
+
+def convert(source: Path, output: Path, **options: Any) -> Path:
+    """Three experts by the closed form."""
+    moescale.convert(source, output, **{"experts": 3, "rule": "preserve", **options})
+    return output
+
+
+@pytest.mark.parametrize("arch", RECIPES)
+def test_the_row_says_what_the_client_does(client: Client, tmp_path: Path, arch: str) -> None:
+    """Which key and tensor multiply, and whether the sum of the weights grows with their number."""
+    row, key = BY_NAME[arch], f"{arch}.expert_weights_scale"
+    base = write_runnable(tmp_path / "base.gguf", arch)
+    plain = client.logits(base, TOKENS)
+    scaled = client.logits(base, TOKENS, {key: 3.0})
+    assert (rms(scaled, plain) > 1e-4) == row.scale_key
+    zero = client.logits(base, TOKENS, {key: 0.0})
+    assert np.array_equal(zero, plain)
+    tensor = write_runnable(tmp_path / "tensor.gguf", arch, more=scales(3.0))
+    assert (rms(client.logits(tensor, TOKENS), plain) > 1e-4) == row.scale_tensor
+    alike = write_runnable(tmp_path / "alike.gguf", arch, change=one_expert)
+    two, three = (client.logits(alike, TOKENS, {f"{arch}.expert_used_count": k}) for k in (2, 3))
+    plan = moescale.plan(alike, experts=3, rule="none")
+    assert plan.router is not None
+    assert (rms(two, three) < 1e-5) == plan.router.renormalised
+    if row.weighs == "key":
+        keys = {"expert_weights_norm": False}
+        never = write_runnable(tmp_path / "never.gguf", arch, change=one_expert, keys=keys)
+        two, three = (
+            client.logits(never, TOKENS, {f"{arch}.expert_used_count": k}) for k in (2, 3)
+        )
+        assert rms(two, three) > 1e-4
+
+
+@pytest.mark.parametrize("arch", [a for a in RECIPES if a != "grok"])
+def test_scaled_weights_are_the_exact_fold(client: Client, tmp_path: Path, arch: str) -> None:
+    """Against the factor in a key, in a tensor, or in weights that numpy multiplied."""
+    row = BY_NAME[arch]
+    source = write_runnable(tmp_path / "m.gguf", arch)
+    plan = moescale.plan(source, experts=3, rule="preserve")
+    factor = plan.factors["0"]
+    output = convert(source, tmp_path / "out.gguf")
+    found = client.logits(output, TOKENS)
+    count = {f"{arch}.expert_used_count": 3}
+    edit = client.logits(source, TOKENS, count)
+    assert rms(found, edit) > 1e-4
+    by_hand = write_runnable(
+        tmp_path / "hand.gguf",
+        arch,
+        change=lambda name, values: values * (factor if "ffn_down_exps" in name else 1),
+    )
+    wanted = client.logits(by_hand, TOKENS, count)
+    assert rms(found, wanted) < EXACT
+    if row.scale_key:
+        folded = client.logits(convert(source, tmp_path / "key.gguf", fold="config"), TOKENS)
+        assert rms(found, folded) < EXACT
+        override = {**count, f"{arch}.expert_weights_scale": factor}
+        assert np.array_equal(folded, client.logits(source, TOKENS, override))
+    if row.scale_tensor:
+        folded = client.logits(convert(source, tmp_path / "tensor.gguf", fold="scale"), TOKENS)
+        assert rms(found, folded) < EXACT
+
+
+def test_a_set_is_loaded_by_its_first_file(client: Client, tmp_path: Path) -> None:
+    """Scaled part by part, it gives the same bits as the scaled whole; so with added tensors."""
+    whole = write_runnable(tmp_path / "whole.gguf", "llama")
+    parts = write_runnable(tmp_path / "m.gguf", "llama", split=7)
+    for fold in ("weights", "scale"):
+        convert(parts, tmp_path / fold, fold=fold)
+        one = client.logits(tmp_path / fold / parts.name, TOKENS)
+        other = convert(whole, tmp_path / f"{fold}.gguf", fold=fold)
+        assert np.array_equal(one, client.logits(other, TOKENS))
+
+
+def test_routers_are_scaled_where_the_client_reads_them(client: Client, tmp_path: Path) -> None:
+    """As if the matrix had been multiplied before; with gpt-oss the bias, too."""
+    for arch in ("qwen3moe", "gpt-oss"):
+        source = write_runnable(tmp_path / "m.gguf", arch)
+        convert(source, tmp_path / "out.gguf", gate_scale=1.5, overwrite=True)
+        factor = moescale.plan(source, experts=3, rule="preserve").factors["0"]
+
+        def change(name: str, values: Any, factor: float = factor) -> Any:
+            down, router = "ffn_down_exps" in name, "ffn_gate_inp" in name
+            return values * (factor if down else 1.5 if router else 1)
+
+        by_hand = write_runnable(tmp_path / "hand.gguf", arch, change=change)
+        wanted = client.logits(by_hand, TOKENS, {f"{arch}.expert_used_count": 3})
+        assert rms(client.logits(tmp_path / "out.gguf", TOKENS), wanted) < EXACT
+
+
+@pytest.mark.parametrize("kind", FTYPES)
+def test_a_quantised_file_is_near_the_exact_fold(client: Client, tmp_path: Path, kind: str) -> None:
+    """The client quantises; what the rounding of scales does is small beside what the edit does."""
+    plain = write_runnable(
+        tmp_path / "plain.gguf",
+        "llama",
+        sizes={32: 256},
+        keys={
+            "embedding_length": 256,
+            "feed_forward_length": 256,
+            "attention.key_length": 64,
+            "attention.value_length": 64,
+            "rope.dimension_count": 64,
+        },
+    )
+    source = tmp_path / "m.gguf"
+    client.quantise(plain, source, FTYPES[kind])
+    exact = client.logits(convert(source, tmp_path / "tensor.gguf", fold="scale"), TOKENS)
+    edit = client.logits(source, TOKENS, {"llama.expert_used_count": 3})
+    if kind == "MXFP4_MOE":
+        with pytest.raises(UnsupportedError, match="powers of two"):
+            moescale.plan(source, experts=3, rule="preserve")
+        convert(source, tmp_path / "out.gguf", rule=None, factor=2.0)
+        twice = convert(source, tmp_path / "twice.gguf", rule=None, factor=2.0, fold="scale")
+        assert (
+            rms(client.logits(tmp_path / "out.gguf", TOKENS), client.logits(twice, TOKENS)) < 0.01
+        )
+        return
+    found = client.logits(convert(source, tmp_path / "out.gguf"), TOKENS)
+    assert rms(found, exact) < 0.1 * rms(edit, exact)
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3moe", "deepseek2", "gpt-oss"])
+def test_too_many_experts_end_the_client(client: Client, tmp_path: Path, arch: str) -> None:
+    """What the plan warns of is so, but for a few experts; what it does not warn of runs."""
+    count = 120
+
+    def many(name: str, values: Any) -> Any:
+        if "_exps" not in name and "gate_inp" not in name:
+            return values
+        return np.resize(values, (count, *values.shape[1:]))
+
+    source = write_runnable(
+        tmp_path / "m.gguf", arch, change=many, keys={"expert_count": count}, blocks=4
+    )
+    first = next(
+        k
+        for k in range(50, count)
+        if "GGML_ASSERT" in "".join(moescale.plan(source, experts=k, rule="none").warnings)
+    )
+    key = f"{arch}.expert_used_count"
+    client.logits(source, TOKENS, {key: first - 1}, exact=False)
+    with pytest.raises(DiedError):
+        client.logits(source, TOKENS, {key: first + 12}, exact=False)
