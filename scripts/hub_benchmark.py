@@ -241,9 +241,11 @@ class Bench:
         place = "hf://me/base"
         command = [str(self.model), place, "-k", "2", "--rule", "none", "-q"]
         environment = self.machine(server)
-        subprocess.run(
-            [*MOESCALE, *command], env=environment, stdout=subprocess.DEVNULL, check=True
+        done = subprocess.run(
+            [*MOESCALE, *command], env=environment, capture_output=True, text=True, check=False
         )
+        if done.returncode:
+            sys.exit(f"{' '.join(command)} failed: {done.stderr}")
 
     def machine(self, server: Hub) -> dict[str, str]:
         """The environment of a machine that has nothing of the Hub's."""

@@ -188,7 +188,7 @@ def test_no_room_for_what_exceeds_the_memory_is_said_before(
     """The disk is looked at before the model is loaded."""
     build("mixtral", tmp_path)
     monkeypatch.setattr(runner.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 7}))
-    with pytest.raises(SourceError, match=r"max-memory .* 7 are free\nFree some space"):
+    with pytest.raises(SourceError, match=r"max-memory .* 7 B are free\nFree some space"):
         samples(tmp_path, "mixtral", experts=3, max_memory=1000)
 
 

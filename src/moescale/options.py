@@ -304,9 +304,9 @@ def documented(verb: Callable[..., Any], keywords: type) -> tuple[inspect.Signat
         default = False if hints[name] is bool else None
         named.append(inspect.Parameter(name, by_name, default=default, annotation=hints[name]))
         text = f"{name}: {row.text} {row.python}".rstrip()
-        lines.append(textwrap.fill(text, 100, initial_indent=" " * 8, subsequent_indent=" " * 12))
-    before, raises, after = (verb.__doc__ or "").partition("\n    Raises:\n")
-    of_python = "        TypeError: a keyword is none of these, or a place is no path.\n"
+        lines.append(textwrap.fill(text, 100, initial_indent=" " * 4, subsequent_indent=" " * 8))
+    before, raises, after = (inspect.getdoc(verb) or "").partition("\nRaises:\n")
+    of_python = "    TypeError: a keyword is none of these, or a place is no path.\n"
     return signature.replace(parameters=named), "\n".join(
         [before.rstrip("\n"), *lines, raises + of_python + after]
     )
