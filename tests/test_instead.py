@@ -95,8 +95,8 @@ def test_lines_for_a_factor_in_the_config(tmp_path: Path) -> None:
     assert json.loads(vllm[-1]) == json.loads(sglang[-1]) == values
     assert f"num_experts_per_tok=3, routed_scaling_factor={new!r})" in lines["transformers"]
     assert words(lines["llama.cpp"])[3:] == [
-        *("--override-kv", "deepseek2.expert_used_count=int:3"),
-        *("--override-kv", f"deepseek2.expert_weights_scale=float:{new!r}"),
+        "--override-kv",
+        f"deepseek2.expert_used_count=int:3,deepseek2.expert_weights_scale=float:{new!r}",
     ]
     assert plan.as_json()["overrides"] == lines
     folded = moescale.plan(source, tmp_path / "out", experts=3, fold="config", rule="preserve")
@@ -175,7 +175,7 @@ def test_keys_of_a_gguf_file(tmp_path: Path) -> None:
     line = words(plan.overrides["llama.cpp"])
     assert plan.overrides == folded.overrides and plan.overrides.keys() == {"llama.cpp"}
     assert line[:3] == ["llama-server", "-m", str(path)]
-    given = dict(word.split("=") for word in line if "=" in word)
+    given = dict(pair.split("=") for pair in line[-1].split(","))
     assert given["bailingmoe.expert_used_count"] == "int:3"
     scale = float(given["bailingmoe.expert_weights_scale"].removeprefix("float:"))
     assert scale == folded.keys["bailingmoe.expert_weights_scale"]

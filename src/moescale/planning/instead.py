@@ -8,9 +8,11 @@ Each form was looked up in the engine's code:
 - vLLM: ``--hf-overrides`` is JSON, nested as the config is (`_apply_dict_overrides` in
   vllm/config/model.py).
 - SGLang: ``--json-model-override-args`` as well (`get_config` in
-  sglang/srt/utils/hf_transformers/config.py; before 2026 it replaced nested sections whole).
+  sglang/srt/utils/hf_transformers/config.py of 0.5.23, whose parser was given such lines; before
+  2026 it replaced nested sections whole).
 - transformers: keywords of ``from_pretrained`` that the config has; a mapping updates a section.
-- llama.cpp: ``--override-kv KEY=TYPE:VALUE``, once for each key.
+- llama.cpp: ``--override-kv KEY=TYPE:VALUE,...`` (common/arg.cpp; since 2025 a repeated option
+  is deprecated, before it was the way to give several).
 """
 
 from __future__ import annotations
@@ -164,8 +166,8 @@ def by_engine(instead: Instead, source: SourceId) -> dict[str, str]:
 def _llama_server(file: str, keys: Iterable[tuple[str, Any]]) -> str:
     """The keys of a GGUF file with other values, each of its own type."""
     kinds = {int: "int", float: "float"}
-    given = (f"--override-kv {key}={kinds[type(value)]}:{value}" for key, value in keys)
-    return " ".join([f"llama-server -m {shlex.quote(file)}", *given])
+    given = ",".join(f"{key}={kinds[type(value)]}:{value}" for key, value in keys)
+    return f"llama-server -m {shlex.quote(file)} --override-kv {given}"
 
 
 def _keys(instead: Instead) -> Iterator[tuple[str, Any]]:
