@@ -23,8 +23,8 @@ from rich.text import Text
 PICTURE = Path(__file__).parent.parent / "docs" / "terminal.svg"
 WIDTH = 92
 COMMANDS = (
-    "moescale ./mixtral-2 ./mixtral-3 --experts 3 --dry-run",
-    "moescale ./mixtral-2 ./mixtral-3 --experts 3 --verify --quiet",
+    "moescale ./mixtral-2 ./mixtral-3 -k 3 --dry-run",
+    "moescale ./mixtral-2 ./mixtral-3 -k 3 --verify --quiet",
     "diff mixtral-2/config.json mixtral-3/config.json",
 )
 THEME = TerminalTheme(

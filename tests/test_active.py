@@ -80,14 +80,14 @@ def test_counts_by_layer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("used", "text"),
     [
-        (Active(3_300, 5_300, 30_500, "parameters"), "3300 -> 5300 of 3.05e+04 parameters"),
+        (Active(3_300, 5_300, 30_500, "parameters"), "3.3 -> 5.3 of 30.5 thousand parameters"),
         (
             Active(13_000_000_000, 18_000_000_000, 46_700_000_000, "parameters"),
-            "13 -> 18 of 46.7 billion parameters; a token about 1.38 times as long",
+            "13 -> 18 of 46.7 billion parameters a token: x 1.4 the time",
         ),
         (
             Active(2_000_000_000, 1_000_000_000, 9_000_000_000, "bytes"),
-            "2 -> 1 of 9 GB of weights; a token about 2 times as fast",
+            "2 -> 1 of 9 GB of weights a token: x 0.5 the time",
         ),
         (Active(5_000_000, 5_000_000, 9_000_000, "bytes"), "5 of 9 MB of weights"),
     ],

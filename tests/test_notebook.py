@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import checkpoints
 import pytest
 
 import moescale
+from moescale.report.progress import CellProgress
 from moescale.report.terminal import plan_text
 
 
@@ -82,6 +85,49 @@ def test_what_a_notebook_shows_leaves_its_other_cells_alone(source: Path) -> Non
     style = elements(plans[0]).findtext("style") or ""
     for selectors in re.findall(r"([^{}]+)\{", re.sub(r"@media[^{]*\{", "", style)):
         assert all(one.strip().startswith(".moescale") for one in selectors.split(","))
+
+
+@pytest.mark.parametrize(
+    ("progress", "notebook", "shown"),
+    [
+        (None, False, False),
+        (None, True, True),
+        (True, False, True),
+        (False, True, False),
+    ],
+)
+def test_who_is_shown_a_bar(
+    progress: bool | None,
+    notebook: bool,
+    shown: bool,
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By default only a notebook; whoever asks, and nobody who says no."""
+    begun: list[str] = []
+
+    class Bar(CellProgress):
+        def begin(self, phase: str, sizes: Mapping[str, int]) -> None:
+            begun.append(phase)
+            super().begin(phase, sizes)
+
+    monkeypatch.setattr("moescale.report.progress.CellProgress", Bar)
+    if notebook:
+        shell = SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=object()))
+        monkeypatch.setitem(sys.modules, "IPython", shell)
+    out = source.parent / "out"
+    told: list[str] = []
+    moescale.convert(
+        source,
+        out,
+        experts=3,
+        verify=True,
+        progress=progress,
+        phase=lambda phase, sizes: told.append(phase),
+    )
+    moescale.verify(source, out, progress=progress)
+    assert begun == (["writing", "verifying", "verifying"] if shown else [])
+    assert told == ["writing", "verifying"]
 
 
 def test_the_summary_is_what_the_command_prints(source: Path) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 LAYER_HEADER = ("layers", "tensors", "of", "dtype", "factor")
 
-RULE_NOTES = {"published": "as printed in mergekit issue 294"}
+RULE_NOTES = {"published": "mergekit issue 294"}
 
 BLOCKS, ASCII = "▁▂▃▄▅▆▇█", "#"
 """What the columns of a chart end in: eighths of a line, or whole lines."""
@@ -153,7 +153,12 @@ def _new_scales(plan: Plan) -> str:
 
 
 _SCALES = {
-    "parameters": (("billion parameters", 1e9), ("million parameters", 1e6), ("parameters", 1)),
+    "parameters": (
+        ("billion parameters", 1e9),
+        ("million parameters", 1e6),
+        ("thousand parameters", 1e3),
+        ("parameters", 1),
+    ),
     "bytes": (("GB of weights", 1e9), ("MB of weights", 1e6), ("bytes of weights", 1)),
 }
 
@@ -161,13 +166,9 @@ _SCALES = {
 def active_text(active: Active) -> str:
     """How much of the model a token uses, and so roughly how long it takes."""
     unit, each = next(scale for scale in _SCALES[active.unit] if active.total >= scale[1])
-    ends = dict.fromkeys(f"{count / each:.4g}" for count in (active.before, active.after))
-    text = f"{' -> '.join(ends)} of {active.total / each:.4g} {unit}"
-    if len(ends) == 1:
-        return text
-    longer = active.ratio > 1
-    times = active.ratio if longer else 1 / active.ratio
-    return f"{text}; a token about {times:.3g} times as {'long' if longer else 'fast'}"
+    ends = dict.fromkeys(f"{count / each:.3g}" for count in (active.before, active.after))
+    text = f"{' -> '.join(ends)} of {active.total / each:.3g} {unit}"
+    return text if len(ends) == 1 else f"{text} a token: x {active.ratio:.2g} the time"
 
 
 ENGINES = {"vllm": "vLLM", "sglang": "SGLang"}
