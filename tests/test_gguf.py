@@ -89,6 +89,24 @@ def test_an_output_can_be_a_source(tmp_path: Path) -> None:
     assert any("itself an output of moescale" in warning for warning in result.plan.warnings)
 
 
+def test_the_rounding_of_scales_is_measured(tmp_path: Path) -> None:
+    """By tensor: the mean square and the worst of the blocks' errors, as numpy finds them."""
+    (source,) = write_model(tmp_path / "m.gguf", kind="Q6_K")
+    result = convert(source, tmp_path / "out.gguf")
+    _, old = read_model(source)
+    _, new = read_model(tmp_path / "out.gguf")
+    name = "blk.1.ffn_down_exps.weight"
+
+    def scales(tensor: Any) -> Any:
+        blocks = tensor.data.reshape(-1, 210)[:, 208:]
+        return np.ascontiguousarray(blocks).view("<f2").astype(np.float64).ravel()
+
+    error = scales(new[name]) / (scales(old[name]) * float(np.float32(ROOT))) - 1
+    assert result.rounding[name].rms == pytest.approx(np.sqrt(np.square(error).mean()))
+    assert result.rounding[name].worst == pytest.approx(np.abs(error).max())
+    assert set(result.rounding) == {f"blk.{layer}.ffn_down_exps.weight" for layer in range(2)}
+
+
 @pytest.mark.parametrize("split", [1, 3])
 def test_any_part_of_a_set_stands_for_all(tmp_path: Path, split: int) -> None:
     """The parts keep their names in a folder, and together are the scaled whole."""
@@ -231,6 +249,12 @@ def test_a_changed_output_is_found_and_mended(tmp_path: Path) -> None:
     (out / parts[1].name).write_bytes(data)
     with pytest.raises(VerificationError, match=parts[1].name):
         moescale.verify(parts[0], out)
+    (out / parts[1].name).write_bytes(whole[parts[1].name])
+    header = bytearray(whole[parts[0].name])
+    header[header.index(b"moescale.rule") + 30] ^= 1
+    (out / parts[0].name).write_bytes(header)
+    with pytest.raises(VerificationError, match="in the header"):
+        moescale.verify(parts[0], out, experts=3, rule="preserve")
     assert convert(parts[0], out, overwrite=True).status == "repair"
     assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
     assert moescale.verify(parts[0], out).verified

@@ -19,6 +19,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar, Unpack, get_args
 
+from moescale.checkpoint.rounding import Rounding
 from moescale.errors import DestinationError, MoescaleError, UsageError, bytes_text
 from moescale.measuring.calibration import Calibration, measured_plan, open_calibration
 from moescale.model import listing
@@ -224,6 +225,7 @@ def convert(
             return Result(plan, "nothing", False)
         jobs = jobs or _default_jobs(sink, crew)
         worded = in_first_words(plan, reader, sink)
+        rounding: Mapping[str, Rounding] = {}
         if check and overwrite and _may_repair(worded, sink):
             status = _repair(worded, reader, sink, jobs, step, begin, crew)
         else:
@@ -231,14 +233,14 @@ def convert(
             outcome = run(
                 worded, reader, sink, jobs=jobs, overwrite=overwrite, progress=step, crew=crew
             )
-            status = outcome.status
+            status, rounding = outcome.status, outcome.rounding
             if check:
                 begin("verifying", plan.large_sizes)
                 verify_output(worded, reader, sink, jobs, step, crew)
             else:
                 _check_status(status, destination)
     received = [f"{bytes_text(reader.received)} received"] if reader.received else []
-    return Result(plan, status, check, sink.url, (*received, *sink.remarks))
+    return Result(plan, status, check, sink.url, (*received, *sink.remarks), rounding)
 
 
 @_with_options(VerifyOptions)

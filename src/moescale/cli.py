@@ -380,7 +380,14 @@ def _convert(
         except KeyboardInterrupt:
             raise errors.InterruptedRun(interrupts.MESSAGE, hint=progress.lost()) from None
     if as_json:
-        outcome = {"status": result.status, "verified": result.verified, "url": result.url}
+        outcome: dict[str, Any] = {
+            "status": result.status,
+            "verified": result.verified,
+            "url": result.url,
+        }
+        if result.rounding:
+            seen = {name: rounding.as_json() for name, rounding in result.rounding.items()}
+            outcome["rounding"] = seen
         _print_json({**result.plan.as_json(), "result": outcome})
         return
     if talk:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from moescale.checkpoint.dtypes import BITS
 from moescale.checkpoint.edit import Edit
 from moescale.checkpoint.header import LENGTH_BYTES
+from moescale.checkpoint.rounding import Rounding
 from moescale.errors import CheckpointError, RewriteError
 
 PIECE = 1 << 20
@@ -100,14 +101,18 @@ def rewrite(
     parts: Iterable[Segment],
     where: str,
     advance: Callable[[int], None],
-) -> None:
+) -> dict[str, Rounding]:
     """Send every segment from `reader` to `writer`, in pieces.
 
     `advance` is called with the size of each piece; what it raises ends the run.
 
+    Returns:
+        What the rounding of block scales did, by tensor.
+
     Raises:
         RewriteError: a value has no finite result.
     """
+    rounding: dict[str, Rounding] = {}
     for part in parts:
         if part.data is not None:
             _read_replaced(reader, part)
@@ -117,14 +122,17 @@ def rewrite(
             for size in writer.copy_from(reader, part.start, part.stop):
                 advance(size)
         else:
-            total = 0
-            for piece, lost in edited(reader, part.edit):
+            total, seen = 0, Rounding()
+            for piece, lost in edited(reader, part.edit, seen):
                 total += lost
                 if not total:
                     writer.write(piece)
                 advance(len(piece))
             if total:
                 raise _lost_values(where, part.edit, total)
+            if seen.blocks:
+                rounding[part.edit.tensor.name] = seen
+    return rounding
 
 
 def rehearse(reader: Reader, edits: Iterable[Edit], where: str) -> None:
@@ -168,13 +176,18 @@ def pieces(reader: Reader, start: int, stop: int) -> Iterator[memoryview]:
         start += len(piece)
 
 
-def edited(reader: Reader, edit: Edit) -> Iterator[tuple[memoryview, int]]:
-    """The edited bytes of a tensor in pieces; with each, how many values have no finite result."""
+def edited(
+    reader: Reader, edit: Edit, seen: Rounding | None = None
+) -> Iterator[tuple[memoryview, int]]:
+    """The edited bytes of a tensor in pieces; with each, how many values have no finite result.
+
+    `seen` is told what the rounding of block scales does.
+    """
     import numpy as np  # here, since a plan needs none: 15 MB and half of the start-up time
 
     from moescale.checkpoint.scaling import holds_nan, scaler
 
-    tensor, scale = edit.tensor, scaler(edit)
+    tensor, scale = edit.tensor, scaler(edit, seen)
     whole = tensor.nbytes if edit.operation == "nested_offset" else EDIT_PIECE
     length = min(whole - whole % edit.unit, tensor.nbytes)
     source = memoryview(bytearray(length))

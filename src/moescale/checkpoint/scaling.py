@@ -19,6 +19,7 @@ import numpy as np
 from moescale.checkpoint.edit import Edit, Operation
 from moescale.checkpoint.gguf.types import BLOCKS
 from moescale.checkpoint.json_text import parse_strict, replace_spans, value_spans
+from moescale.checkpoint.rounding import Rounding
 from moescale.errors import RewriteError
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -33,14 +34,14 @@ _TABLE_PIECE = 64 * 1024
 _INFINITY_16 = {"F16": 0x7C00, "BF16": 0x7F80}
 
 
-def scaler(edit: Edit) -> Scale:
-    """The function that carries out an edit, piece by piece."""
+def scaler(edit: Edit, seen: Rounding | None = None) -> Scale:
+    """The function that carries out an edit, piece by piece; `seen` is told of blocks alone."""
     if edit.operation == "nested_offset":
         return _nested_offset_scaler(edit.tensor.name, edit.factor)
     if (kind := BLOCKS.get(edit.tensor.dtype)) is not None:
         from moescale.checkpoint.gguf.scaling import block_scaler  # which uses what is here
 
-        return block_scaler(kind, edit.factor)
+        return block_scaler(kind, edit.factor, seen or Rounding())
     return _scaler(edit.tensor.dtype, edit.factor, edit.operation, edit.promote, edit.scale)
 
 

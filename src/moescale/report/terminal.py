@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
 
+from moescale.checkpoint.gguf.types import NOISE
 from moescale.errors import bytes_text, printable
 from moescale.model.count import parse_config
 from moescale.model.listing import ModelType
@@ -357,7 +358,8 @@ def summary(result: Result, seconds: Mapping[str, float], there: int = 0) -> str
     if result.status == "nothing":
         return "Nothing was written: the output would be the source again."
     url = [result.url] if result.url else []
-    lines = [_first_line(result, seconds, there), *result.remarks, *url]
+    rounded = [_rounded(result)] if result.rounding else []
+    lines = [_first_line(result, seconds, there), *rounded, *result.remarks, *url]
     return "\n".join(map(printable, [*lines, _proof(result, seconds)]))
 
 
@@ -375,6 +377,20 @@ def _first_line(result: Result, seconds: Mapping[str, float], there: int) -> str
     else:
         what = f"written: {bytes_text(total)}"
     return f"{plan.destination} {what} in {_took(total - there, took)}, {scaled}"
+
+
+def _rounded(result: Result) -> str:
+    """What the rounding of block scales did to the weights, beside what the type itself does."""
+    dtypes = {t.edit.tensor.name: t.edit.tensor.dtype for t in result.plan.changed_tensors}
+    name, worst = max(result.rounding.items(), key=lambda item: item[1].worst)
+    rms, kind = max((seen.rms, dtypes[n]) for n, seen in result.rounding.items())
+    zeroed = sum(seen.zeroed for seen in result.rounding.values())
+    return (
+        f"Rounding of block scales: {rms:.2%} of the weights (rms) where it is most, beside"
+        f" {NOISE[kind]:.1%} of {kind} itself; the worst block {worst.worst:.1%}, in {name}"
+        + (f"; {zeroed:,} scales became 0" if zeroed else "")
+        + "."
+    )
 
 
 def _proof(result: Result, seconds: Mapping[str, float]) -> str:

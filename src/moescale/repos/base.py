@@ -6,11 +6,12 @@ import errno
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from moescale.checkpoint.rewrite import Reader, Writer
+from moescale.checkpoint.rounding import Rounding
 from moescale.errors import CheckpointError, RewriteError
 from moescale.repos.shelf import Shelf
 
@@ -105,11 +106,13 @@ def nobody(count: int) -> None:
 class Made:
     """A large file that is complete and durable, but has not got its name yet.
 
-    `at` says where it lies, to the sink that gives it its name.
+    `at` says where it lies, to the sink that gives it its name; `rounding`, what the rounding of
+    scales did to its tensors.
     """
 
     written: Written
     at: Any = None
+    rounding: Mapping[str, Rounding] = field(default_factory=dict)
 
 
 class ShardWriter(Writer, Protocol):

@@ -6,7 +6,7 @@ import hashlib
 import html
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from threading import Lock
 from types import MappingProxyType
@@ -14,6 +14,7 @@ from typing import Literal
 
 from moescale.checkpoint.edit import Edit
 from moescale.checkpoint.rewrite import rehearse, rewrite
+from moescale.checkpoint.rounding import Rounding
 from moescale.errors import DestinationError, printable
 from moescale.model.count import CONFIG
 from moescale.planning import provenance
@@ -48,6 +49,7 @@ class Result:
         verified: the output was read again and compared.
         url: where the output can be looked at, if it is on the Hub.
         remarks: what else there is to know.
+        rounding: what the rounding of block scales did, by tensor, where this run wrote any (GGUF).
     """
 
     plan: Plan
@@ -55,6 +57,7 @@ class Result:
     verified: bool
     url: str | None = None
     remarks: tuple[str, ...] = ()
+    rounding: Mapping[str, Rounding] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """The outcome, and the plan in a few lines."""
@@ -76,6 +79,7 @@ class Outcome:
 
     status: Status
     written: Mapping[str, Written]
+    rounding: Mapping[str, Rounding] = field(default_factory=dict)
 
 
 def status_of(plan: Plan, source: Source, sink: Sink, overwrite: bool) -> Status:
@@ -188,6 +192,7 @@ def run(
         sink.close()
         return Outcome(status, {})
     _rehearse_scales(plan, source)
+    rounding: dict[str, Rounding] = {}
     if (made := made_files(plan, source).get(CARD)) is not None:
         sink.check_card(made)
     try:
@@ -195,7 +200,7 @@ def run(
             sink.share()
             crew.check(source.only(f.name for f in plan.large_files), sink.bench)
         sink.begin(provenance.job(plan), replace=status == "replace", keep=keep)
-        written = _stream(plan, source, sink, jobs, progress, crew or Here())
+        written = _stream(plan, source, sink, jobs, progress, crew or Here(), rounding)
         small = small_files(plan, source)  # only now, since an index may have many megabytes
         written |= {name: _written(data) for name, data in small.items()}
         if CARD in small:
@@ -206,7 +211,7 @@ def run(
         sink.publish({**last, **small, **config}, keep=frozenset(written) | {plan.record})
     finally:
         sink.close()
-    return Outcome("repair" if keep else status, written)
+    return Outcome("repair" if keep else status, written, rounding)
 
 
 def _rehearse_scales(plan: Plan, source: Source) -> None:
@@ -247,9 +252,15 @@ def _written(data: bytes) -> Written:
 
 
 def _stream(
-    plan: Plan, source: Source, sink: Sink, jobs: int, progress: Progress, crew: Crew
+    plan: Plan,
+    source: Source,
+    sink: Sink,
+    jobs: int,
+    progress: Progress,
+    crew: Crew,
+    rounding: dict[str, Rounding],
 ) -> dict[str, Written]:
-    """Write every large file that an earlier run has not finished."""
+    """Write every large file that an earlier run has not finished; `rounding` is filled."""
     finished = {**sink.finished(), **_copied(plan, source, sink)}
     done = {
         f.name: finished[f.name]
@@ -263,6 +274,7 @@ def _stream(
     def one(name: str, check: Check) -> Written:
         task = task_of(left[name], plan)
         made = crew.do(make, task, source, sink.bench, check, progress)
+        rounding.update(made.rounding)
         with io_errors(name):
             return sink.commit_file(name, made)
 
@@ -316,8 +328,8 @@ def make(task: Task, source: Source, bench: Bench, check: Check, progress: Count
 
     with io_errors(name), bench.shard(name, task.size, task.digest, count) as writer:
         with source.open(name) as reader:
-            rewrite(reader, writer, task.segments, name, advance)
-        return writer.finish()
+            rounding = rewrite(reader, writer, task.segments, name, advance)
+        return replace(writer.finish(), rounding=rounding)
 
 
 def recorded(plan: Plan, written: Mapping[str, Written]) -> bytes:

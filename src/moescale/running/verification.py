@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from moescale.checkpoint.header import LENGTH_BYTES, header_length, parse_header
 from moescale.checkpoint.index import SUFFIX
-from moescale.checkpoint.rewrite import PIECE, expected
+from moescale.checkpoint.rewrite import PIECE, Segment, expected
 from moescale.errors import CheckpointError, SourceError, VerificationError
 from moescale.planning import provenance
 from moescale.planning.files import PROVENANCE, PlannedFile
@@ -234,7 +234,7 @@ class _Digest:
 def _place(file: PlannedFile, plan: Plan, source: Source, offset: int) -> str:
     """What stands at an offset of a shard of the output: the header, or a tensor by name."""
     if not file.name.endswith(SUFFIX):
-        return ""
+        return _in_segments(plan.segments(file), offset)
     try:
         first = _first_bytes(file, plan, source)
         header = parse_header(first[LENGTH_BYTES:], plan.output_size(file), file.name)
@@ -245,6 +245,21 @@ def _place(file: PlannedFile, plan: Plan, source: Source, offset: int) -> str:
     name = next(t.name for t in header.tensors if t.start <= offset < t.stop)
     planned = any(t.edit.tensor.name == name for t in plan.changed_tensors)
     return f", in tensor {name!r}, which is {'scaled' if planned else 'copied'}"
+
+
+def _in_segments(parts: Sequence[Segment], offset: int) -> str:
+    """What stands at an offset of a file of which not all is copied."""
+    position = 0
+    for part in parts if len(parts) > 1 else ():
+        size = part.stop - part.start if part.data is None else len(part.data)
+        if offset < position + size:
+            if part.edit is not None:
+                return f", in tensor {part.edit.tensor.name!r}, which is scaled"
+            if part.data is not None:
+                return ", in the header"
+            return f", which is copied from byte {part.start + offset - position} of the source"
+        position += size
+    return ""
 
 
 def _first_bytes(file: PlannedFile, plan: Plan, source: Source) -> bytes:

@@ -13,35 +13,10 @@ from typing import Any
 import numpy as np
 
 from moescale.checkpoint.gguf.types import GgmlType
+from moescale.checkpoint.rounding import Rounding as Rounding
 from moescale.checkpoint.scaling import Scale, exponent, table_16bit
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-
-
-@dataclass(slots=True)
-class Rounding:
-    """What the rounding of a tensor's scales did to its weights, relative to exact products.
-
-    Attributes:
-        blocks: blocks seen.
-        squares: sum over scales of their squared relative error.
-        counted: how many scales that were not zero are in it.
-        worst: the largest relative error of a scale.
-        zeroed: scales that became zero.
-        lost: finite scales that have no finite result.
-    """
-
-    blocks: int = 0
-    squares: float = 0.0
-    counted: int = 0
-    worst: float = 0.0
-    zeroed: int = 0
-    lost: int = 0
-
-    @property
-    def rms(self) -> float:
-        """Root mean square of the relative errors."""
-        return float((self.squares / self.counted) ** 0.5) if self.counted else 0.0
 
 
 def scale_blocks(
@@ -70,13 +45,13 @@ def scale_blocks(
             _count(_table(kind.kind, factor), codes, seen)
 
 
-def block_scaler(kind: GgmlType, factor: float) -> Scale:
+def block_scaler(kind: GgmlType, factor: float, seen: Rounding) -> Scale:
     """The function that multiplies blocks, piece by piece; it counts what has no finite result."""
 
     def scale(source: Bytes, result: Bytes) -> int:
-        seen = Rounding()
+        before = seen.lost
         scale_blocks(kind, factor, source, result, seen)
-        return seen.lost
+        return seen.lost - before
 
     return scale
 

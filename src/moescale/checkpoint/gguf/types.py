@@ -103,6 +103,34 @@ BY_NAME: Final[Mapping[str, GgmlType]] = {row.name: row for row in ROWS}
 BLOCKS: Final[Mapping[str, GgmlType]] = {row.name: row for row in ROWS if row.weights > 1}
 """The types that other formats do not have: many weights in a block."""
 
+NOISE: Final[Mapping[str, float]] = {
+    "Q4_0": 0.082,
+    "Q4_1": 0.07,
+    "Q5_0": 0.041,
+    "Q5_1": 0.034,
+    "Q8_0": 0.0054,
+    "Q2_K": 0.27,
+    "Q3_K": 0.15,
+    "Q4_K": 0.071,
+    "Q5_K": 0.036,
+    "Q6_K": 0.017,
+    "IQ2_XXS": 0.34,
+    "IQ2_XS": 0.3,
+    "IQ3_XXS": 0.18,
+    "IQ1_S": 0.49,
+    "IQ4_NL": 0.075,
+    "IQ3_S": 0.14,
+    "IQ2_S": 0.25,
+    "IQ4_XS": 0.076,
+    "IQ1_M": 0.45,
+    "TQ1_0": 0.81,
+    "TQ2_0": 0.81,
+    "MXFP4": 0.11,
+    "Q1_0": 0.6,
+    "Q2_0": 0.72,
+}
+"""Relative error (rms) that the type itself costs: of llama.cpp's quantiser on normal weights."""
+
 REMOVED: Final[Mapping[int, str]] = {
     4: "Q4_2",
     5: "Q4_3",

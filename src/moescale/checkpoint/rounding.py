@@ -1,0 +1,35 @@
+"""What the rounding of scales does to the weights that they belong to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Rounding:
+    """What the rounding of a tensor's scales did to its weights, relative to exact products.
+
+    Attributes:
+        blocks: blocks seen.
+        squares: sum over scales of their squared relative error.
+        counted: how many scales that were not zero are in it.
+        worst: the largest relative error of a scale.
+        zeroed: scales that became zero.
+        lost: finite scales that have no finite result.
+    """
+
+    blocks: int = 0
+    squares: float = 0.0
+    counted: int = 0
+    worst: float = 0.0
+    zeroed: int = 0
+    lost: int = 0
+
+    @property
+    def rms(self) -> float:
+        """Root mean square of the relative errors."""
+        return float((self.squares / self.counted) ** 0.5) if self.counted else 0.0
+
+    def as_json(self) -> dict[str, float]:
+        """The numbers for programs."""
+        return {"rms": self.rms, "worst": self.worst, "zeroed": self.zeroed}
