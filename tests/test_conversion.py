@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -500,6 +501,14 @@ SAID_OTHERWISE: dict[str, dict[str, Any]] = {
     "fold": {"experts": 3, "fold": "weights"},
     "factor": {"experts": 3, "factor": UP},
     "factors": {"experts": 3, "factors": {0: UP, 1: UP}},
+    "last digit": {"experts": 3, "factor": math.nextafter(UP, 2)},
+    "gate": {"experts": 3, "gate_scale": 1.0},
+    "pattern": {
+        "experts": 3,
+        "pattern": r".*\.experts\.\d+\.w2\.weight",
+        "experts_key": "num_experts_per_tok",
+        "factor": UP,
+    },
 }
 
 
@@ -684,6 +693,32 @@ def test_a_younger_source_makes_the_output_stale(source: Path, tmp_path: Path) -
         convert(source, tmp_path / "out", experts=3)
     assert convert(source, tmp_path / "out", experts=3, verify=True).verified
     assert convert(source, tmp_path / "out", experts=3, overwrite=True).status == "replace"
+
+
+@pytest.mark.parametrize("change", ["a new file", "another config"])
+def test_a_source_with_other_files_makes_the_output_outdated(
+    change: str, source: Path, tmp_path: Path
+) -> None:
+    """The words are the same, so they are not the difference; a proof names the file."""
+    out = tmp_path / "out"
+    convert(source, out, experts=3)
+    name = {"a new file": "notes.txt", "another config": "config.json"}[change]
+    config = (source / "config.json").read_bytes()
+    (source / name).write_bytes(config.replace(b"1.0e-05", b"1.0e-06"))
+    with pytest.raises(DestinationError, match="of other files than the source has now"):
+        convert(source, out, experts=3)
+    for prove in (partial(convert, verify=True), verify):
+        with pytest.raises(VerificationError, match=name):
+            prove(source, out, experts=3)
+    assert convert(source, out, experts=3, verify=True, overwrite=True).verified
+    assert convert(source, out, experts=3).status == "done"
+
+
+def test_a_proof_without_options_needs_an_output(source: Path, tmp_path: Path) -> None:
+    """What nobody made says nothing of options; whoever asks is told so."""
+    for prove in (partial(convert, verify=True), verify):
+        with pytest.raises(UsageError, match="does not say what it was made with"):
+            prove(source, tmp_path / "out")
 
 
 def test_an_output_that_lost_a_file_is_not_done(source: Path, tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def convert(
     >>> moescale.convert("Mixtral-8x7B", "Mixtral-8x7B-3", experts=4)
     Traceback (most recent call last):
     moescale.errors.DestinationError: Mixtral-8x7B-3: holds Mixtral-8x7B with 3 experts per token...
-    Give another destination, or --overwrite to replace what is there.
+    Give another destination, or --overwrite to replace what is there; --verify without other...
 
     Args:
         source: a directory, ``org/name[/folder]``, ``hf://org/name[@revision][/folder]``, or the
@@ -378,8 +378,13 @@ def _asked(
     elif memory is not None:
         raise UsageError("--max-memory goes with --rule measured")
     asked = any(given.get(name) is not None for name in Rescaling.__annotations__)
-    if sink is not None and not asked and (there := options_there(sink)) is not None:
-        return there, None
+    if sink is not None and not asked:
+        if (there := options_there(sink)) is not None:
+            return there, None
+        raise UsageError(
+            f"--experts is missing, and {sink.identity} does not say what it was made with",
+            hint="--verify alone takes the options from the moescale.json of a finished output.",
+        )
     return options_of(given, calibration.sha256 if calibration else None), calibration
 
 
@@ -536,6 +541,12 @@ def _check_status(status: Status, destination: str) -> None:
         raise DestinationError(
             f"{destination}: is an output of this job, but was changed since",
             hint="--verify says where; --overwrite does it again.",
+        )
+    if status == "outdated":
+        raise DestinationError(
+            f"{destination}: was made with the same options, of other files than the source has"
+            " now",
+            hint="--verify names those that differ; --overwrite does it again.",
         )
 
 

@@ -123,7 +123,8 @@ def _remarks(options: Options) -> list[str]:
             "--fold residual is the same as scaling the experts but for the rounding of the divided"
             " weights and the epsilon of the norms, which stays while the stream shrinks"
         )
-    if options.gate_scale is not None and options.method in ("preserve", "published"):
+    scaled = options.gate_scale not in (None, 1.0)
+    if scaled and options.method in ("preserve", "published"):
         remarks.append(
             f"--gate-scale changes the gate weights, which --rule {options.method} does not see,"
             " since it assumes a balanced gate; --rule gates does"

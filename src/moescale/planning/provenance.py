@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from itertools import chain
@@ -17,7 +18,7 @@ from typing import Any
 from moescale.checkpoint.json_text import parse_lenient
 from moescale.errors import UsageError
 from moescale.options import Factors, Options, made_for, options_of
-from moescale.planning.plan import Plan
+from moescale.planning.plan import Plan, PlannedTensor
 from moescale.repos.base import Written
 from moescale.version import __version__
 
@@ -95,10 +96,21 @@ def decided(plan: Plan) -> str:
     for name, data in sorted(plan.edits.items()):
         digest.update(json.dumps([name, data.decode()]).encode())
     files = ([f.name, f.action] for f in plan.files)
-    tensors = (t.as_json() for t in plan.tensors)
+    tensors = map(_as_applied, plan.changed_tensors)
     for part in chain(files, tensors):  # piece by piece, since they are many
         digest.update(json.dumps(part, sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def _as_applied(planned: PlannedTensor) -> dict[str, Any]:
+    """A tensor with the factor that it is multiplied by; see `scaling`."""
+    edit = planned.edit
+    in_f32 = edit.operation == "multiply" and edit.tensor.dtype in _IN_F32
+    factor = struct.unpack("<f", struct.pack("<f", edit.factor))[0] if in_f32 else edit.factor
+    return {**planned.as_json(), "factor": factor}
+
+
+_IN_F32 = frozenset({"BF16", "F16", "F32"})
 
 
 def job(plan: Plan) -> dict[str, Any]:

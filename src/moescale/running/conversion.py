@@ -25,14 +25,17 @@ from moescale.running import card
 from moescale.running.parallel import Check, Count, Crew, Here, Task, each
 from moescale.version import __version__
 
-Status = Literal["new", "resume", "replace", "repair", "done", "stale", "changed", "nothing"]
+Status = Literal[
+    "new", "resume", "replace", "repair", "done", "stale", "changed", "outdated", "nothing"
+]
 """What a run finds and does.
 
 ``new``: nothing was there. ``resume``: an unfinished run was continued. ``replace``: what was there
 was written over. ``repair``: files that differed were written again. ``done``: there was nothing
 left to do. ``nothing``: the output would be the source again, so nothing was written. ``stale``:
 done, but the source has changed since, or at least its times have. ``changed``: done, but a file of
-the output, perhaps the provenance, was changed or lost since.
+the output, perhaps the provenance, was changed or lost since. ``outdated``: made with the same
+options of other files than the source has now, which a proof names.
 """
 
 Small = Callable[[], Mapping[str, bytes]]
@@ -107,7 +110,21 @@ def status_of(plan: Plan, source: Source, sink: Sink, overwrite: bool) -> Status
         if not (said and whole):
             return "changed"
         return "done" if source.newest_change() <= sink.changed_at(plan.record) else "stale"
+    if not overwrite and _in_these_words(plan, sink):
+        return "outdated"
     return _replace(sink, overwrite, _what_is_there(plan, sink, existing))
+
+
+def _in_these_words(plan: Plan, sink: Sink) -> bool:
+    """Whether the destination holds what the same words made of other files of this source."""
+    said = sink.recorded()
+    found = None if said is None else provenance.decode(said)
+    options = provenance.made_with(found)
+    if found is None or options is None:
+        return False
+    now = provenance.provenance(plan, {})
+    same = all(found.get(key) == now[key] for key in ("moescale", "source"))
+    return same and provenance.options_given(options) == now["options"]
 
 
 def _what_is_there(plan: Plan, sink: Sink, existing: Mapping[str, int]) -> str:
@@ -137,7 +154,9 @@ def _replace(sink: Sink, overwrite: bool, why: str) -> Status:
         what = "empty this one"
     if overwrite:
         return "replace"
-    raise DestinationError(f"{sink.identity}: {why}", hint=f"Give another destination, or {what}.")
+    proof = "; --verify without other options proves it" if sink.recorded() is not None else ""
+    hint = f"Give another destination, or {what}{proof}."
+    raise DestinationError(f"{sink.identity}: {why}", hint=hint)
 
 
 def _is_output(plan: Plan, sink: Sink, small: Small) -> bool:
@@ -188,7 +207,7 @@ def run(
         InterruptedRun: the user stopped it; the same call resumes.
     """
     status = status_of(plan, source, sink, overwrite)
-    if status in ("done", "stale", "changed"):
+    if status in ("done", "stale", "changed", "outdated"):
         sink.close()
         return Outcome(status, {})
     _rehearse_scales(plan, source)

@@ -67,6 +67,8 @@ def check_same_job(plan: Plan, sink: Sink) -> None:
     now = provenance.provenance(plan, {})
     if any(found.get(key) != now[key] for key in ("moescale", "source")):
         return  # another version or source: the bytes tell
+    if found.get("options") == now["options"]:
+        return  # the source has other files than it had: the bytes tell
     raise VerificationError(
         f"{sink.identity}: was made with {words}",
         hint="Verify it with these options, or with none: they are taken from there.",
