@@ -147,6 +147,7 @@ class MemorySource:
         self._content = files
         self.received = 0
         self.remarks: list[str] = []
+        self.shelf = None
         self.identity = SourceId("local", "source", folder="source")
 
     def files(self) -> Mapping[str, FileInfo]:

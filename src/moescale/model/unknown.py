@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from moescale.checkpoint.header import Tensor
@@ -135,13 +135,14 @@ def unknown_tensors(
     blocks = {plain_name(p.prefix) + p.block for p in projections}
     layers = {plain_name(p.prefix) + "." for p in projections}
     blocks -= layers
+    in_block, in_layer = _longest_of(blocks), _longest_of(layers)
     found: dict[str, list[str]] = defaultdict(list)
     known = _Known(row)
     for tensor in tensors:
         if known.in_experts(tensor.name):  # which are most of them
             continue
         name = plain_name(tensor.name)
-        at = _beginning(name, blocks) or _beginning(name, layers)
+        at = in_block(name) or in_layer(name)
         if at is not None and not known(name[len(at) :], in_block=at not in layers):
             found[name[len(at) :]].append(tensor.name)
     for rest, names in sorted(found.items()):
@@ -151,10 +152,10 @@ def unknown_tensors(
         )
 
 
-def _beginning(name: str, beginnings: Collection[str]) -> str | None:
-    """The longest of these that a name begins with, by trying each of its own."""
-    own = [name[: dot.end()] for dot in re.finditer(r"\.", name)]
-    return next((part for part in reversed(own) if part in beginnings), None)
+def _longest_of(beginnings: Collection[str]) -> Callable[[str], str | None]:
+    """What finds the longest of these that a name begins with; a long name takes no longer."""
+    lengths = sorted({len(part) for part in beginnings if part.endswith(".")}, reverse=True)
+    return lambda name: next((name[:n] for n in lengths if name[:n] in beginnings), None)
 
 
 class _Known:
