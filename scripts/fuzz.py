@@ -66,6 +66,7 @@ def card(data: bytes) -> None:
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "header": header,
     "index": properties.index_holds,
+    "gguf": properties.gguf_holds,
     "config": config,
     "factors": properties.factors_hold,
     "provenance": properties.provenance_holds,
@@ -90,6 +91,7 @@ def seeds() -> Iterator[tuple[str, bytes]]:
     entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     yield "header", b"\x08" + json.dumps({"a": entry, "__metadata__": {"format": "pt"}}).encode()
     yield "header", b"\xff" + properties.with_header(json.dumps({"a": entry}), bytes(8))
+    yield "gguf", properties.small_gguf()
     yield "index", b'{"metadata": {"total_size": 8}, "weight_map": {"a": "model.safetensors"}}'
     yield "factors", b'{"factors": {"0": 1.5, "1": 2}}'
     yield "provenance", b'{"moescale": "1", "files": [{"name": "a", "size": 1, "sha256": null}]}'

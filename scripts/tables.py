@@ -7,6 +7,7 @@ python scripts/tables.py --check  # only says whether they are up to date
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +15,8 @@ from pathlib import Path
 import typer
 
 from moescale.cli import Showing, app
-from moescale.model import architectures, formats
+from moescale.model import architectures, formats, llama_cpp
+from moescale.model.gating import Other
 from moescale.model.listing import ModelType, model_types
 from moescale.options import ConvertOptions, option_rows
 
@@ -90,6 +92,31 @@ def types_row(row: ModelType) -> str:
     return f"| {name} | {effect} | {folds} | {row.gates} | {row.gate_scale} |"
 
 
+def llama_table() -> str:
+    """Every architecture of llama.cpp: how it weighs, what can be done, and whether it was run."""
+    run = json.loads((ROOT / "tests" / "llama_models.json").read_text(encoding="utf-8"))
+    lines = [
+        "| architecture | weights of the chosen | `--rule gates` | `--fold config` | `--fold scale`"
+        " | what else | run |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join([*lines, *(llama_row(row, row.name in run) for row in llama_cpp.ROWS)]) + "\n"
+
+
+def llama_row(row: llama_cpp.Row, run: bool) -> str:
+    """One architecture."""
+    weighs = {"always": "sum to 1", "never": "not renormalised", "key": "`expert_weights_norm`"}
+    gates = f"no: {row.gating.why}" if isinstance(row.gating, Other) else "yes"
+    yes = {True: "yes", False: "no"}
+    where = f" where it has `{row.if_tensor}`" if row.if_tensor else ""
+    where = f" where it has no `{row.unless_tensor}`" if row.unless_tensor else where
+    fixed = f"the number is fixed by `{row.fixed_by}`" if row.fixed_by else None
+    only = f"only `--rule none`{where}: {row.no_effect}" if row.no_effect else None
+    else_ = "; ".join(filter(None, (row.refused, only, row.partly, fixed)))
+    cells = (f"`{row.name}`", weighs[row.weighs], gates, yes[row.scale_key], yes[row.scale_tensor])
+    return f"| {' | '.join((*cells, else_, yes[run]))} |"
+
+
 def formats_table() -> str:
     """Tensor formats by how exact scaling is."""
     kinds: dict[str, list[str]] = {}
@@ -117,6 +144,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"counts": counts},
     "docs/models.md": {"types": types_table, "formats": formats_table},
     "docs/options.md": {"options": options_table},
+    "docs/gguf.md": {"architectures": llama_table},
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from typing import Any
 
 import safetensors
 
+from moescale.checkpoint.gguf.header import parse_header as parse_gguf
 from moescale.checkpoint.header import Header, header_length, parse_header
 from moescale.checkpoint.index import parse_index
 from moescale.checkpoint.json_text import parse_lenient, value_spans
@@ -31,7 +33,9 @@ from moescale.report import terminal
 from moescale.repos.base import FileInfo, SourceId
 from moescale.repos.journal import Journal
 from moescale.repos.local_source import LocalReader, LocalSource
+from moescale.repos.shelf import Shelf
 from moescale.running import card
+from moescale.version import __version__
 
 NAME = "model-00001-of-00002.safetensors"
 STRICTER = ("stands twice", "needs exactly", "too large", "-0 is not an integer")
@@ -149,6 +153,7 @@ class MemorySource:
         self.remarks: list[str] = []
         self.shelf = None
         self.identity = SourceId("local", "source", folder="source")
+        self.shelf = Shelf("m", "m", None) if "m.gguf" in files else None
 
     def files(self) -> Mapping[str, FileInfo]:
         """All files with their sizes."""
@@ -224,6 +229,46 @@ def plan_holds(files: Mapping[str, bytes], **options: Any) -> bool:
         card.render(plan, files.get("README.md"))
         return True
     return False
+
+
+def gguf_key(file: bytes, key: str) -> Any:
+    """The value of a key of a GGUF file in memory."""
+    return parse_gguf(lambda start, size: file[start : start + size], len(file), "m.gguf").get(key)
+
+
+def gguf_holds(data: bytes) -> None:
+    """A GGUF file is planned, or refused; what is written for it is a header again."""
+    for options in ({"experts": 3}, {"factor": 2.0}, {"experts": 1, "fold": "scale"}):
+        if not plan_holds({"m.gguf": data}, **options):
+            continue
+        plan = make_plan(MemorySource({"m.gguf": data}), Options(**options))
+        if plan.changes_nothing:
+            continue
+        new = b"".join(
+            data[part.start : part.stop] if part.data is None else part.data
+            for part in plan.segments(plan.files[0])
+        )
+        assert len(new) == plan.output_size(plan.files[0])
+        assert gguf_key(new, "moescale.version") == __version__
+
+
+def small_gguf() -> bytes:
+    """A model of one block with two experts, without a library."""
+
+    def text(word: str) -> bytes:
+        return struct.pack("<Q", len(word)) + word.encode()
+
+    keys = [text("general.architecture") + struct.pack("<I", 8) + text("hy_v3")]
+    for name, value in (("expert_count", 4), ("expert_used_count", 2), ("expert_gating_func", 2)):
+        keys.append(text(f"hy_v3.{name}") + struct.pack("<II", 4, value))
+    infos, offset = b"", 0
+    for name, shape in (("ffn_norm", (2,)), ("ffn_gate_inp", (2, 4)), ("ffn_down_exps", (4, 2, 4))):
+        size = 4 * math.prod(shape)
+        infos += text(f"blk.0.{name}.weight") + struct.pack("<I", len(shape))
+        infos += struct.pack(f"<{len(shape)}QIQ", *shape, 0, offset)
+        offset += size + -size % 32
+    head = b"GGUF" + struct.pack("<IQQ", 3, 3, len(keys)) + b"".join(keys) + infos
+    return head + bytes(-len(head) % 32) + bytes(range(256))[:offset]
 
 
 def directory_holds(root: Path) -> None:

@@ -20,11 +20,13 @@ from hypothesis import strategies as st
 from properties import (
     card_holds,
     factors_hold,
+    gguf_holds,
     header_holds,
     index_holds,
     journal_holds,
     plan_holds,
     provenance_holds,
+    small_gguf,
     small_model,
     spans_hold,
     with_header,
@@ -165,6 +167,27 @@ YAML = st.lists(
 def test_cards_of_any_kind(text: str, end: str) -> None:
     """Whatever a card says, the output's card can be made."""
     card_holds(f"---\n{text}{end}\nbody\n".encode())
+
+
+GGUF = small_gguf()
+
+
+def test_a_small_gguf_file_is_a_model() -> None:
+    """What the next test damages is planned as it is."""
+    assert plan_holds({"m.gguf": GGUF}, experts=3, rule="preserve")
+    gguf_holds(GGUF)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_damaged_gguf_files(data: st.DataObject) -> None:
+    """A plan or one line, whatever byte or number is another, and wherever the file ends."""
+    file = bytearray(GGUF[: data.draw(st.integers(len(GGUF) // 2, len(GGUF)))])
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, min(len(file), 420) - 1))
+        new = data.draw(st.sampled_from((b"\0", b"\1", b"\x7f", b"\xff" * 8, b"\xff" * 4)))
+        file[at : at + len(new)] = new
+    gguf_holds(bytes(file))
 
 
 # Whole checkpoints --------------------------------------------------------------------------------
