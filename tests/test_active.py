@@ -89,6 +89,7 @@ def test_counts_by_layer(tmp_path: Path) -> None:
             Active(2_000_000_000, 1_000_000_000, 9_000_000_000, "bytes"),
             "2 -> 1 of 9 GB of weights a token: x 0.5 the time",
         ),
+        (Active(0, 0, 0, "parameters"), "0 of 0 parameters"),
         (Active(5_000_000, 5_000_000, 9_000_000, "bytes"), "5 of 9 MB of weights"),
     ],
 )

@@ -13,10 +13,10 @@ from moescale import errors
 from moescale.version import __version__
 
 if TYPE_CHECKING:
-    from moescale.api import Measuring, Phase, convert, model_types, plan, record, verify
+    from moescale.api import Measuring, convert, model_types, plan, record, verify
     from moescale.options import Options, Rescaling
     from moescale.planning.plan import Plan
-    from moescale.repos.base import Progress
+    from moescale.repos.base import Phase, Progress
     from moescale.running.conversion import Result
     from moescale.running.record import Record
 
@@ -41,7 +41,7 @@ __all__ = [
 _HOMES = {
     "Measuring": "moescale.api",
     "Options": "moescale.options",
-    "Phase": "moescale.api",
+    "Phase": "moescale.repos.base",
     "Plan": "moescale.planning.plan",
     "Progress": "moescale.repos.base",
     "Record": "moescale.running.record",

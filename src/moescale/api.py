@@ -42,8 +42,9 @@ from moescale.options import (
 from moescale.planning.decide import make_plan
 from moescale.planning.plan import Plan
 from moescale.planning.provenance import same_decisions
+from moescale.report.progress import shown
 from moescale.report.view import REPORT
-from moescale.repos.base import Progress, Sink, Source
+from moescale.repos.base import Phase, Progress, Sink, Source
 from moescale.repos.local_sink import LocalSink
 from moescale.repos.places import (
     as_source,
@@ -69,9 +70,6 @@ if TYPE_CHECKING:
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-
-Phase = Callable[[str, Mapping[str, int]], None]
-"""Called with ``writing`` or ``verifying`` when that begins, and the size of each file in it."""
 
 Measuring = Callable[[int, int], None]
 """Called with tokens that a model ran over, or layers that ``gates`` sampled: done, and in all."""
@@ -216,7 +214,7 @@ def convert(
     reader = _source(source, destination, options)
     sink = _sink(destination, options, reader)
     wanted, calibration = _asked(options, measuring, sink if check else None)
-    with _shown(progress, phase) as (step, begin), _crew(options.get("dask")) as crew:
+    with shown(progress, phase) as (step, begin), _crew(options.get("dask")) as crew:
         check_not_source(reader, sink)
         made = _made(reader, wanted, destination, calibration, measuring, sink, overwrite)
         plan = _drawn(_with_room(made, sink), report)
@@ -283,7 +281,7 @@ def verify(
     reader = open_source(source, options.get("revision"))
     sink = open_sink(destination, shelf=reader.shelf)
     wanted, calibration = _asked(options, measuring, sink)
-    with _shown(progress) as (step, begin), _crew(options.get("dask")) as crew:
+    with shown(progress) as (step, begin), _crew(options.get("dask")) as crew:
         plan = _made(reader, wanted, destination, calibration, measuring, sink)
         check_same_job(plan, sink)
         plan = in_first_words(plan, reader, sink)
@@ -486,27 +484,6 @@ def _refused(plan: Plan, error: DestinationError) -> Plan:
     """The plan, with a warning of what a run would be refused for."""
     refusal = f"a run would be refused: {error}".replace("\n", ". ")
     return replace(plan, warnings=(*plan.warnings, refusal))
-
-
-@contextmanager
-def _shown(
-    progress: Progress | bool | None, phase: Phase = _silent
-) -> Iterator[tuple[Progress, Phase]]:
-    """Who is told of the run: the caller, or the bar that is shown for it."""
-    from moescale.report.progress import CellProgress, in_notebook
-
-    if callable(progress):
-        yield progress, phase
-    elif progress or (progress is None and in_notebook()):
-        with CellProgress() as bar:
-
-            def begin(name: str, sizes: Mapping[str, int]) -> None:
-                bar.begin(name, sizes)
-                phase(name, sizes)
-
-            yield bar.step, begin
-    else:
-        yield _silent, phase
 
 
 @contextmanager

@@ -211,7 +211,7 @@ def _command(source: str | None, destination: str | None, version: bool, **given
         if shown["list_types"]:
             _list_types(as_json)
         elif source is None or (source in _VERBS and not os.path.lexists(source)):
-            raise _no_verb() if source else errors.UsageError("SRC is missing", hint=_USUAL)
+            raise _no_verb(source) if source else errors.UsageError("SRC is missing", hint=_USUAL)
         elif shown["dry_run"] and destination is None and not _asks(given):
             _show_record(source, given["revision"], given["verify"], as_json, quiet)
         elif shown["dry_run"]:
@@ -241,9 +241,10 @@ _ALONE = ("--version", "--help", "--list-types")
 """Options that need nothing else."""
 
 
-def _no_verb() -> errors.UsageError:
-    """What to say to who tried a subcommand: the line that does it."""
-    verb, *rest = sys.argv[1:]
+def _no_verb(verb: str) -> errors.UsageError:
+    """What somebody who tried a subcommand is told: the line that does it."""
+    rest = sys.argv[1:]
+    rest.remove(verb)
     options = [option for option in _VERBS[verb] if option not in rest]
     line = shlex.join(["moescale", *(() if set(options) & {*_ALONE} else rest), *options])
     if not rest and not options:
@@ -452,7 +453,7 @@ def _run() -> NoReturn:
     except _UsageError as error:
         if isinstance(error, typer.BadParameter) or sys.argv[1:]:
             if sys.argv[1:2] and sys.argv[1] in _VERBS:
-                _fail(_no_verb())
+                _fail(_no_verb(sys.argv[1]))
             _fail(errors.UsageError(_in_our_words(error), hint="Try 'moescale --help' for help."))
         error.show()  # without arguments, the error is the help
         sys.exit(2)

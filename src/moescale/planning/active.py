@@ -34,7 +34,7 @@ class Active:
     @property
     def ratio(self) -> float:
         """How much more is read for a token, and so roughly how much longer it takes."""
-        return self.after / self.before
+        return self.after / self.before if self.before else 1.0
 
     def as_json(self) -> dict[str, Any]:
         """As ``--dry-run --json`` prints it."""

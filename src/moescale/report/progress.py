@@ -9,10 +9,13 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from moescale.errors import bytes_text
+from moescale.repos.base import Phase
+from moescale.repos.base import Progress as ProgressCallback
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -180,6 +183,30 @@ class CellProgress(Progress):
             warnings.simplefilter("ignore")  # that there are no widgets is no fault
             from tqdm.auto import tqdm
         return tqdm
+
+
+@contextmanager
+def shown(
+    progress: ProgressCallback | bool | None, phase: Phase = lambda name, sizes: None
+) -> Iterator[tuple[ProgressCallback, Phase]]:
+    """Who is told of a run: the caller, or the bar that is shown for it.
+
+    Args:
+        progress: what the caller gave; True shows a bar, None shows one in a notebook.
+        phase: told of phases in any case.
+    """
+    if callable(progress):
+        yield progress, phase
+    elif progress or (progress is None and in_notebook()):
+        with CellProgress() as bar:
+
+            def begin(name: str, sizes: Mapping[str, int]) -> None:
+                bar.begin(name, sizes)
+                phase(name, sizes)
+
+            yield bar.step, begin
+    else:
+        yield (lambda name, count: None), phase
 
 
 def in_notebook() -> bool:

@@ -166,7 +166,8 @@ _SCALES = {
 
 def active_text(active: Active) -> str:
     """How much of the model a token uses, and so roughly how long it takes."""
-    unit, each = next(scale for scale in _SCALES[active.unit] if active.total >= scale[1])
+    scales = _SCALES[active.unit]
+    unit, each = next((scale for scale in scales if active.total >= scale[1]), scales[-1])
     ends = dict.fromkeys(f"{count / each:.3g}" for count in (active.before, active.after))
     text = f"{' -> '.join(ends)} of {active.total / each:.3g} {unit}"
     return text if len(ends) == 1 else f"{text} a token: x {active.ratio:.2g} the time"

@@ -220,6 +220,9 @@ class Sink(Protocol):
 Progress = Callable[[str, int], None]
 """Called with a file's name and the number of bytes done since the last call."""
 
+Phase = Callable[[str, Mapping[str, int]], None]
+"""Called with ``writing`` or ``verifying`` when that begins, and the size of each file in it."""
+
 
 def check_name(name: str, where: str) -> str:
     """Refuse a file name that could leave the repo or the destination.
