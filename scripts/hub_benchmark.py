@@ -43,7 +43,7 @@ PLACE, WORKING = f"hf://{DST}", "moescale-unfinished-main"
 TO_DISK, TO_HUB = 150, 400
 """Limits of memory in MiB."""
 
-SENT = re.compile(r"([\d,]+) bytes of weights sent, ([\d,]+) were on the Hub already")
+SENT = re.compile(r"([\d.]+ \w?B) of weights sent, ([\d.]+ \w?B) were on the Hub already")
 HEADINGS = ("run", "seconds", "peak MiB", "limit", "received", "sent", "weights sent", "known")
 SUMMARY = "{:34} {:>5} {:>8} {:>7} {:>7} {:>9}"
 ROW = "{:34} {:>8} {:>9} {:>6} {:>14} {:>14} {:>14} {:>14}"
@@ -51,7 +51,7 @@ ROW = "{:34} {:>8} {:>9} {:>6} {:>14} {:>14} {:>14} {:>14}"
 
 @dataclass(frozen=True)
 class Figures:
-    """What one run of the command took; bytes as the Hub counts them, None where it cannot."""
+    """What one run took; bytes as the Hub counts them, weights as the command says."""
 
     name: str
     seconds: float
@@ -59,14 +59,13 @@ class Figures:
     limit: int | None
     received: int
     sent: int
-    weights: int | None
-    known: int | None
+    weights: str
+    known: str
 
     def __str__(self) -> str:
-        counts = (self.received, self.sent, self.weights, self.known)
-        shown = ("" if count is None else f"{count:,}" for count in counts)
+        counts = (f"{self.received:,}", f"{self.sent:,}", self.weights, self.known)
         return ROW.format(
-            self.name, f"{self.seconds:.1f}", f"{self.peak:.0f}", self.limit or "", *shown
+            self.name, f"{self.seconds:.1f}", f"{self.peak:.0f}", self.limit or "", *counts
         )
 
 
@@ -301,12 +300,10 @@ MOESCALE = [sys.executable, "-m", "moescale"]
 HF = [sys.executable, "-m", "huggingface_hub.cli.hf"]
 
 
-def weights_sent(text: str) -> tuple[int | None, int | None]:
+def weights_sent(text: str) -> tuple[str, str]:
     """What the command says of its uploads: bytes sent, and bytes that were there already."""
-    if (found := SENT.search(text)) is None:
-        return None, None
-    sent, known = (int(count.replace(",", "")) for count in found.groups())
-    return sent, known
+    found = SENT.search(text)
+    return (found[1], found[2]) if found else ("", "")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from hub_checkpoints import DST, PLACE, SHARDS, SRC, Lab, laboratory, large_shar
 from hub_faults import status
 
 from moescale import convert
+from moescale.errors import bytes_text
 from moescale.repos.hub_upload import new_session
 
 COMMIT = ("POST", r"^api /api/models/me/out/commit/")
@@ -78,7 +79,8 @@ def test_unchanged_files_are_copied_on_the_hub(lab: Lab, to: str) -> None:
     output = lab.output(repo, branch)
     assert {name: output[name] for name in SHARDS} == {n: lab.source[n] for n in SHARDS}
     assert json.loads(output["config.json"])["num_experts_per_tok"] == 3
-    assert f"{sum(len(lab.source[n]) for n in SHARDS):,} copied there" in outcome.err
+    copied = bytes_text(sum(len(lab.source[name]) for name in SHARDS))
+    assert f"{copied} copied there" in outcome.err
 
 
 def test_some_files_are_copied_and_others_sent(lab: Lab) -> None:
