@@ -274,6 +274,9 @@ def test_the_factor_goes_where_it_is_asked_to(tmp_path: Path, written: str) -> N
     assert len(changed) == (2 if written == "weights" else 0)
     factor = new_keys["hy_v3.expert_weights_scale"] / old_keys["hy_v3.expert_weights_scale"]
     assert factor == pytest.approx(ROOT if written == "config" else 1.0, rel=1e-7)
+    said = moescale.plan(source, experts=3, rule="preserve", fold=written).as_json()["keys"]
+    assert said["hy_v3.expert_used_count"] == 3
+    assert ("hy_v3.expert_weights_scale" in said) == (written == "config")
     for name in scales if written == "scale" else ():
         assert new[name].data.tolist() == [np.float32(ROOT)] * EXPERTS
 

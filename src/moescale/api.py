@@ -124,9 +124,9 @@ def plan(
     0.6666666666666667
 
     Args:
-        source: a directory, ``org/name[/folder]``, ``hf://org/name[@revision][/folder]``, or the
-            address of a model on the Hub.
-        destination: a directory or ``hf://org/name[@branch]``.
+        source: a directory, a GGUF file, ``org/name[/folder]``, ``org/name:QUANT`` for GGUF,
+            ``hf://org/name[@revision][/folder]``, or the address of a model on the Hub.
+        destination: a directory, for GGUF also a file, or ``hf://org/name[@branch]``.
         measuring: told of the rule at work.
 
     Raises:
@@ -180,10 +180,10 @@ def convert(
     Give another destination, or --overwrite to replace what is there; --verify without other...
 
     Args:
-        source: a directory, ``org/name[/folder]``, ``hf://org/name[@revision][/folder]``, or the
-            address of a model on the Hub.
-        destination: a directory or ``hf://org/name[@branch]``; nothing in it loads before
-            everything is there.
+        source: a directory, a GGUF file, ``org/name[/folder]``, ``org/name:QUANT`` for GGUF,
+            ``hf://org/name[@revision][/folder]``, or the address of a model on the Hub.
+        destination: a directory, for GGUF also a file, or ``hf://org/name[@branch]``; nothing in
+            it loads before everything is there.
         progress: called with a file's name and the number of its bytes done since the last call,
             from several threads, also at once. For each of `Plan.large_files` the numbers add up
             to `Plan.output_size`; with `verify`, once more. Where nothing is left to do there are

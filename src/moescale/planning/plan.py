@@ -262,6 +262,7 @@ class Plan:
             **self.decisions(),
             "predicted_norm": self.predicted_norm,
             "norm_basis": self.comparison.basis,
+            **({"keys": dict(self.keys)} if self.keys else {}),
             "tensors": [t.as_json() for t in self.tensors],
             "files": [f.as_json() for f in self.files],
             "bytes": {

@@ -27,8 +27,8 @@ _MOST = 1 << 30
 """Bytes of a string, elements of an array; llama.cpp's bound."""
 _NAME_BYTES = 64
 _DIMENSIONS = 4
-_AHEAD = 1 << 18
-"""Bytes that are read at once."""
+_AHEAD, _MOST_AHEAD = 1 << 18, 1 << 22
+"""Bytes that are read at once, at first and at most: from the Hub each time is a request."""
 
 STRING, ARRAY, BOOL = 8, 9, 7
 SCALARS: Final[Mapping[int, str]] = {
@@ -147,6 +147,7 @@ class _Cursor:
         self._read, self.file_size, self.where = read, file_size, where
         self.position = 0
         self._data, self._start = b"", 0
+        self._ahead = _AHEAD
 
     def bad(self, why: str, hint: str | None = None) -> CheckpointError:
         return CheckpointError(f"{self.where}: {why}", hint=hint)
@@ -164,7 +165,8 @@ class _Cursor:
             raise self.bad("ends within its header", "The download is incomplete, or it is damaged")
         if self.position + size > MAX_HEADER_BYTES:
             raise self.bad(f"its header has more than {MAX_HEADER_BYTES:,} bytes")
-        ahead = min(max(size, _AHEAD), self.left)
+        ahead = min(max(size, self._ahead), self.left)
+        self._ahead = min(2 * self._ahead, _MOST_AHEAD)
         self._data, self._start = self._read(self.position, ahead), self.position
         if len(self._data) < size:
             raise self.bad("ends within its header", "The download is incomplete, or it is damaged")

@@ -108,9 +108,7 @@ class GgufCheckpoint:
                 " none",
                 hint=self._instead(factor),
             )
-        words = {"weight": "weight", "bias": "bias", "scale": "scale"}
-        role = words[leaf.lstrip("._")]
-        return Scaled(tensor, "bias" if role == "bias" else "weight", format=kind.name)
+        return Scaled(tensor, "bias" if leaf.endswith("bias") else "weight", format=kind.name)
 
     def _instead(self, factor: float) -> str:
         """What else can be done in place of scaling such weights."""
