@@ -203,10 +203,12 @@ def test_verbose_lists_every_tensor_and_file(moescale: Command, source: Path) ->
 def test_the_closing_summary_says_what_to_do_next(
     moescale: Command, source: Path, out: Path
 ) -> None:
-    """A run that was not verified says how; one that was says so."""
-    assert "--verify" in moescale(source, out, "-k", 3).err
-    assert "Verified" in moescale(source, out, "-k", 3, "--verify").err
-    assert "already done" in moescale(source, out, "-k", 3).err
+    """A run that was not verified says how; one that was says so, last, after what to run."""
+    assert "--verify" in moescale(source, out, "-k", 3).err.splitlines()[-1]
+    proved = moescale(source, out, "-k", 3, "--verify").err
+    assert proved.splitlines()[-1].startswith("Verified in ")
+    assert f"vllm serve {out}\n" in proved
+    assert "already done" in moescale(source, out, "-k", 3).err.splitlines()[-2]
 
 
 # JSON ---------------------------------------------------------------------------------------------

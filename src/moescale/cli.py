@@ -393,10 +393,10 @@ def _convert(
         _print_json({**result.plan.as_json(), "result": outcome})
         return
     if talk:
+        if more := terminal.next_text(result.plan, written=True):
+            print(more, end="\n\n", file=sys.stderr)
         text = terminal.summary(result, progress.seconds, progress.there)
         print(colour.summary_painted(text, sys.stderr), file=sys.stderr)
-        if more := terminal.next_text(result.plan, written=True):
-            print(more, file=sys.stderr)
     elif options["create_pr"] and result.url is not None:
         print(result.url, file=sys.stderr)
     if result.status != "nothing":
