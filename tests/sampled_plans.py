@@ -35,6 +35,7 @@ def sampled(plan: Plan, layers: Sequence[str], n: int, m: int, run: bool = False
             moments(seed, n, experts, 2.0 + seed if run else None),
             moments(seed, m, experts, 2.1 + seed if run else None),
             0.3 / (1 + seed) if run else None,
+            error=None if run else 0.001,
         )
         for seed, layer in enumerate(layers)
     }
@@ -44,6 +45,7 @@ def sampled(plan: Plan, layers: Sequence[str], n: int, m: int, run: bool = False
     return replace(
         plan,
         options=options,
+        rule="measured" if run else "gates",
         samples=samples,
         factors={layer: rule(sample) for layer, sample in samples.items()},
         experts=replace(plan.experts, trained=n, before=n, after=m, total=experts),

@@ -98,6 +98,7 @@ def qwen3(layers: int, experts: int, shards: int) -> Published:
         at = f"model.layers.{layer}.mlp."
         shapes |= _experts(at, experts, 2048, 512, QWEN)
         shapes[at + "gate.weight"] = (experts, 2048)
+        shapes[f"model.layers.{layer}.post_attention_layernorm.weight"] = (2048,)
     config = {
         "model_type": "qwen3_moe",
         "num_hidden_layers": layers,

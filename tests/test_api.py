@@ -81,7 +81,11 @@ def test_the_import_costs_nothing() -> None:
 def test_the_keywords_are_the_fields_of_options() -> None:
     """An option that the plan knows can be given from Python, typed as there or wider."""
     typed, kept = get_type_hints(Rescaling), get_type_hints(Options)
-    assert typed.keys() - {"max_memory"} == kept.keys() == {field.name for field in fields(Options)}
+    assert (
+        typed.keys() - {"max_memory", "device", "calibrate_out"}
+        == kept.keys()
+        == {field.name for field in fields(Options)}
+    )
     for name in kept.keys() - {"factors", "calibrate"}:
         assert typed[name] == kept[name], name
 
@@ -166,7 +170,7 @@ def test_every_option_of_the_command_is_a_keyword(verb: Any) -> None:
         api.plan: {"jobs", "dask", "verify"},
         api.convert: set(),
         api.verify: {"overwrite", "private", "create_pr", "commit_message", "report", "verify"}
-        | {"follow_links"},
+        | {"follow_links", "evaluate"},
     }[verb]
     options = {
         name[2:].replace("-", "_")
@@ -282,7 +286,7 @@ def test_a_script_is_checked_against_the_installed_package(tmp_path: Path) -> No
         ({"factors": {"0": "1.2"}}, "not a number"),
         ({"factors": {}}, "holds no factors"),
         ({"factors": "nowhere.json"}, "--factors nowhere.json: No such file"),
-        ({"experts": 3, "max_memory": "8GiB"}, "--max-memory goes with --rule measured"),
+        ({"experts": 3, "max_memory": "8GiB"}, "--max-memory goes with --rule fitted or measured"),
     ],
 )
 def test_a_value_that_no_type_checker_saw_is_refused(options: Any, why: str, there: Path) -> None:

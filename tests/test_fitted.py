@@ -111,7 +111,7 @@ def at_work(source: Path, experts: int) -> Iterator[tuple[Opened, Moe, Experts]]
     """A tiny model in memory, and what a plan found out about it."""
     found: list[tuple[Moe, Experts]] = []
 
-    def sampler(moe: Moe, counts: Experts) -> Any:
+    def sampler(moe: Moe, counts: Experts, _: Any) -> Any:
         found.append((moe, counts))
         raise LookupError
 

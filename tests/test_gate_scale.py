@@ -41,7 +41,8 @@ SUMS = {"mistral4", "mistral3", "mistral_large4", "mistral_large4_text"}
 """Types whose groups are chosen by sums of scores."""
 SCALES = [e for e in FORMED if not gating(e).bias and e not in SUMS]
 UNWEIGHTED = "flex_olmo"  # a norm undoes what its experts are scaled by, not how they are mixed
-OTHERS = [e for e in TINY if e not in SCALES and e != UNWEIGHTED]
+MOVES = [e for e in FORMED if e not in SCALES]
+OTHERS = [e for e in TINY if e not in (*SCALES, *MOVES, UNWEIGHTED)]
 
 
 # What transformers computes -----------------------------------------------------------------------
@@ -88,9 +89,35 @@ def test_the_same_experts_are_chosen(tmp_path: Path) -> None:
     assert (weights - wanted).abs().max() < 2e-6
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("entry", MOVES)
+def test_a_choice_that_may_move_is_said_and_made_as_transformers_makes_it(
+    entry: str, tmp_path: Path
+) -> None:
+    """Where more than the order of the logits decides, the choice follows the scaled logits."""
+    build_formed(entry, tmp_path / "in")
+    part = entry.partition("/")[2] or None
+    plan = api.convert(tmp_path / "in", tmp_path / "out", gate_scale=1.25, part=part).plan
+    assert any("other experts may be chosen" in warning for warning in plan.warnings)
+    routers, before = routers_of(tmp_path / "in", entry)
+    assert {t.role for t in plan.changed_tensors} == {"router"}
+    assert len(plan.changed_tensors) == len(before) * (1 + (before[0].logit_bias is not None))
+    model = tiny_models.load(tmp_path / "out", entry)
+    blocks = list(tiny_models._blocks(model, TINY[entry]))
+    for number, (block, router) in enumerate(zip(blocks, before, strict=True)):
+        hidden = tiny_models._inputs(model, number)[0]
+        logits = hidden[0].double().numpy() @ router.weight.T
+        if router.logit_bias is not None:
+            logits = logits + router.logit_bias
+        ours = gate_weights(1.25 * logits, 2, routers.gate, router.bias)
+        theirs = transformers_weights(block, entry, hidden, routers)
+        constant = (ours * theirs).sum() / (ours**2).sum()
+        assert np.abs(theirs / constant - ours).max() < 3e-6
+
+
 @pytest.mark.parametrize("entry", OTHERS)
 def test_a_router_that_cannot_be_scaled_is_refused(entry: str, tmp_path: Path) -> None:
-    """Where the choice depends on more than the order of the logits, the refusal says on what."""
+    """Where the logits are not its weight's alone, or it works otherwise, the refusal says how."""
     build(entry, tmp_path)
     part = entry.partition("/")[2] or None
     with pytest.raises(UnsupportedError) as caught:
@@ -113,6 +140,7 @@ def test_only_routers_change(tmp_path: Path) -> None:
     """Without --experts, the routers' weights are multiplied and every other byte stays."""
     gated_mixtral(tmp_path / "in")
     plan = api.convert(tmp_path / "in", tmp_path / "out", gate_scale=SCALE, verify=True).plan
+    assert plan.rule == "none" and plan.why
     assert set(plan.factors.values()) == {1.0}
     for name, data in checkpoints.tree(tmp_path / "in").items():
         wanted = data

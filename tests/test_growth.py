@@ -60,9 +60,13 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read in /proc")
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_a_large_checkpoint_is_planned_within_the_limits(large: Path, form: list[str]) -> None:
-    """A dry run of 100,000 tensors in 200 shards takes less than 100 MiB."""
-    command = [sys.executable, "-c", MEASURED, str(large), "-k", "16", "--dry-run", *form]
+@pytest.mark.parametrize(("rule", "most"), [("preserve", 100), ("gates", 140)])
+def test_a_large_checkpoint_is_planned_within_the_limits(
+    large: Path, rule: str, most: float, form: list[str]
+) -> None:
+    """A dry run of 100,000 tensors in 200 shards; numpy takes 20 MiB to sample 65 routers."""
+    command = [sys.executable, "-c", MEASURED, str(large), "-k16", "--dry-run", *form]
+    command += ["--rule", rule]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     if form:
         plan = json.loads(done.stdout)
@@ -70,7 +74,7 @@ def test_a_large_checkpoint_is_planned_within_the_limits(large: Path, form: list
         assert plan["bytes"]["read"] > 200e9
     else:
         assert "65 MoE layers of 512 routed experts" in done.stdout
-    assert 20 < float(done.stderr) < 100
+    assert 20 < float(done.stderr.split()[-1]) < most
 
 
 def test_work_and_memory_grow_with_the_tensors(tmp_path: Path) -> None:
@@ -92,7 +96,8 @@ MORE = 7 * 4 * 64 * 3
 
 def calls(folder: Path, form: list[str]) -> int:
     """How many functions a dry run calls, of Python and of C."""
-    command = [sys.executable, "-c", COUNTED, str(folder), "-k", "16", "--dry-run", *form]
+    command = [sys.executable, "-c", COUNTED, str(folder), "-k16", "--dry-run", *form]
+    command += ["--rule", "preserve"]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stderr)
 
 
@@ -100,7 +105,7 @@ def peak(folder: Path) -> int:
     """The most bytes that Python's objects take during a plan."""
     tracemalloc.start()
     try:
-        api.plan(folder, experts=16)
+        api.plan(folder, experts=16, rule="preserve")
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

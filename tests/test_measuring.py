@@ -16,11 +16,13 @@ from tiny_models import TINY, build
 from moescale import api
 from moescale.errors import SourceError, UnsupportedError, UsageError
 from moescale.measuring import runner
+from moescale.measuring.devices import Running
 from moescale.measuring.measure import measure, opened
 from moescale.measuring.text import FEWEST, MOST, Text, read_text
 from moescale.model.architectures import find
 from moescale.options import Options
 from moescale.planning.decide import make_plan
+from moescale.planning.factors import Findings
 from moescale.repos.local_source import LocalSource
 from moescale.rules.samples import Sample
 
@@ -58,13 +60,13 @@ def samples(
     """Sample every MoE layer of a tiny checkpoint on `IDS`."""
     found: dict[str, Sample] = {}
 
-    def sampler(moe: Any, experts: Any) -> Any:
+    def sampler(moe: Any, experts: Any, _: Any) -> Findings:
         config = runner.read_config(source)
         text = Text(tuple(IDS.flatten().tolist()))
-        with opened(source, config, moe, max_memory) as model:
+        with opened(source, config, moe, Running(max_memory)) as model:
             measured = measure(model, text, moe, experts)
         found.update({str(layer): sample for layer, sample in measured.items()})
-        return measured
+        return Findings(measured)
 
     options["part"] = entry.partition("/")[2] or None
     make_plan(LocalSource(source), Options(rule="none", **options), None, sampler)

@@ -12,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moescale.errors import UsageError
-from moescale.options import RULES, Options, check_factor, parse_factors
+from moescale.options import RULES, Options, check_factor, factors_of, parse_factors
 
 MEASURED = {"rule": "measured", "calibrate": "0" * 64}
+FITTED = {"rule": "fitted", "calibrate": "0" * 64}
+BOTH = factors_of({"factors": {"0": 1.0}, "router_scales": {"0": 1.5}}, "here")
 
 
 @pytest.mark.parametrize(
@@ -52,7 +54,6 @@ def test_what_is_right_by_itself_is_taken(given_: dict[str, Any]) -> None:
         ({"experts": -1}, "--experts is -1"),
         ({"experts": 2, "trained_experts": 0}, "--trained-experts is 0"),
         ({"experts": 2, "rule": "best"}, "preserve, published"),
-        ({"experts": 2, "rule": "measured"}, "measured"),
         ({"experts": 2, "rule": "preserve", "factor": 2.0}, "exclude each other"),
         ({"factors": {"0": 1.0}, "factor": 2.0}, "exclude each other"),
         ({"factors": {"0": 1.0}, "rule": "none"}, "exclude each other"),
@@ -63,8 +64,11 @@ def test_what_is_right_by_itself_is_taken(given_: dict[str, Any]) -> None:
         ({"factor": 2.0, "rho": 0.5}, "no meaning"),
         ({"gate_scale": math.nan}, "--gate-scale is nan"),
         ({"experts": 2, "gate_scale": 2.0, **MEASURED}, "--gate-scale does not go with"),
-        ({"experts": 2, "fold": "residual", **MEASURED}, "--fold residual takes one factor"),
-        ({"experts": 2, "calibrate": "0" * 64}, "--calibrate needs --rule measured"),
+        ({"experts": 2, "fold": "residual", **FITTED}, "--fold residual takes one factor"),
+        ({"experts": 2, "gate_scale": 2.0, **FITTED}, "--gate-scale does not go with"),
+        ({"experts": 2, "gate_scale": 2.0, "factors": BOTH}, "contradicts the router_scales"),
+        ({"experts": 2, "fold": "config", "factors": BOTH}, "--factors changes the routers"),
+        ({"experts": 2, "calibrate": "0" * 64}, "--calibrate goes with --rule fitted or measured"),
         ({"experts": 2, "pattern": ".*"}, "--experts-key"),
         ({"experts": 2, "experts_key": "k"}, "--pattern"),
         ({"factors": {"0": 1.0, "1": 0.0}}, "0.0"),
@@ -103,8 +107,8 @@ def test_the_method_is_the_rule(rule: str) -> None:
 
 
 def test_the_method_without_a_rule() -> None:
-    """No rule means preserve; a factor or factors replace a rule."""
-    assert Options(experts=2).method == "preserve"
+    """No rule leaves it to the source; a factor or factors replace a rule."""
+    assert Options(experts=2).method is None
     assert Options(factor=2.0).method == "factor"
     assert Options(factors={"0": 2.0}).method == "factors"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
@@ -60,11 +61,12 @@ def test_routed_output_is_the_factor_times_the_original(
     """With the same inputs and the same k, transformers computes factor times the old output.
 
     Shared experts and attention compute the same bits. The factor is given for the hub's layout,
-    and is that of the default rule for the fused one.
+    and is that of the closed form for the fused one.
     """
     source, output = tmp_path / "source", tmp_path / "output"
     build(entry, source, fused=fused)
-    plan = convert(source, output, entry, experts=MORE, factor=None if fused else FACTOR).plan
+    how: dict[str, Any] = {"rule": "preserve"} if fused else {"factor": FACTOR}
+    plan = convert(source, output, entry, experts=MORE, **how).plan
     assert [w for w in plan.warnings if "does not know" in w or "does not read" in w] == []
     (factor,) = set(plan.factors.values())
     assert factor == pytest.approx(closed_form(plan) if fused else FACTOR)
@@ -80,7 +82,7 @@ def test_routed_output_is_the_factor_times_the_original(
 
 
 def closed_form(plan: api.Plan) -> float:
-    """The factor of the default rule for the router of a plan, from 2 experts to `MORE`."""
+    """The factor of the rule ``preserve`` for the router of a plan, from 2 experts to `MORE`."""
     assert plan.router is not None
     if plan.router.shared:
         shared = plan.router.shared

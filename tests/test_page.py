@@ -63,7 +63,7 @@ def plans(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pla
                 "published": {"0": 1.5**-0.5, "1": 3**-0.5},
             },
         ),
-        "unknown router": replace(plan, router=None, alternatives={}, options=own),
+        "unknown router": replace(plan, router=None, alternatives={}, options=own, rule=own.method),
         "hostile": replace(
             plan,
             source=SourceId("local", HOSTILE, None, None, HOSTILE),

@@ -222,9 +222,9 @@ def test_a_rule_that_samples_routers_is_told_of_when_it_takes_long(
     stream = Terminal()
     with monkeypatch.context() as patch:
         patch.setattr(progress_module, "BAR_DELAY", 60)
-        measuring(stream, "gates")(1, 58)
+        measuring(stream)(1, 58)
     assert stream.getvalue() == ""
-    tell = measuring(stream, "gates")
+    tell = measuring(stream)
     tell(3, 58)
     tell(58, 58)
     assert stream.getvalue() == "measuring: 3 of 58 layers\rmeasuring: 58 of 58 layers\n"

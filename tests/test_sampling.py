@@ -66,7 +66,7 @@ def test_every_layer_that_is_sampled_is_told_of(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     api.plan(tmp_path, experts=3, rule="gates", measuring=lambda *now: told.append(now))
     assert told == [(1, 3), (2, 3), (3, 3)]
-    api.plan(tmp_path, experts=3, measuring=lambda *now: told.append(now))
+    api.plan(tmp_path, experts=3, rule="preserve", measuring=lambda *now: told.append(now))
     assert len(told) == 3
 
 
@@ -150,14 +150,14 @@ WRONG: dict[str, tuple[dict[str, Raw | None], type[SourceError], str]] = {
 
 @pytest.mark.parametrize("what", WRONG)
 def test_a_router_that_cannot_be_read_is_refused(what: str, tmp_path: Path) -> None:
-    """The error names the tensor or the layer; the default rule still works."""
+    """The error names the tensor or the layer; the closed form still works."""
     changes, error, why = WRONG[what]
     gated_mixtral(tmp_path, changes)
     with pytest.raises(error, match=why) as caught:
         api.plan(tmp_path, experts=3, rule="gates")
     assert "layers.1" in caught.value.message
     assert caught.value.hint
-    api.plan(tmp_path, experts=3)
+    api.plan(tmp_path, experts=3, rule="preserve")
 
 
 def test_groups_that_do_not_divide_the_experts_are_refused(tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ def test_the_norms_are_those_of_the_page(plan: Plan) -> None:
         for name, numbers in one.comparison.norms.items():
             low, high = f"{min(numbers):.3f}", f"{max(numbers):.3f}"
             assert norms[name] == (f"x {low}" if low == high else f"x {low} to {high}")
-        assert norms[one.options.method] == "x 1.000"
+        assert norms[one.rule] == "x 1.000"
 
 
 def test_own_factors_have_a_norm_by_layer(plan: Plan) -> None:

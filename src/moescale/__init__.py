@@ -1,8 +1,8 @@
 """Run a mixture-of-experts checkpoint with another number of active experts.
 
-The public names are here: `plan`, `convert`, `verify`, `record` and `model_types`, the types of
-what goes into them and comes out, and the exceptions in `moescale.errors`. They are imported on
-first use, so that ``import moescale`` costs nothing.
+The public names are here: `plan`, `compare`, `convert`, `verify`, `record` and `model_types`, the
+types of what goes into them and comes out, and the exceptions in `moescale.errors`. They are
+imported on first use, so that ``import moescale`` costs nothing.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from moescale import errors
 from moescale.version import __version__
 
 if TYPE_CHECKING:
-    from moescale.api import Measuring, convert, model_types, plan, record, verify
+    from moescale.api import Measuring, compare, convert, model_types, plan, record, verify
     from moescale.options import Options, Rescaling
     from moescale.planning.plan import Plan
+    from moescale.planning.several import Several
     from moescale.repos.base import Phase, Progress
     from moescale.running.conversion import Result
     from moescale.running.record import Record
@@ -29,7 +30,9 @@ __all__ = [
     "Record",
     "Rescaling",
     "Result",
+    "Several",
     "__version__",
+    "compare",
     "convert",
     "errors",
     "model_types",
@@ -47,6 +50,8 @@ _HOMES = {
     "Record": "moescale.running.record",
     "Rescaling": "moescale.options",
     "Result": "moescale.running.conversion",
+    "Several": "moescale.planning.several",
+    "compare": "moescale.api",
     "convert": "moescale.api",
     "model_types": "moescale.api",
     "plan": "moescale.api",

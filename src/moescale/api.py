@@ -12,26 +12,31 @@ terminal; `huggingface_hub.utils.disable_progress_bars` turns them off.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar, Unpack, get_args
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack, get_args
 
 from moescale.checkpoint.rounding import Rounding
 from moescale.errors import DestinationError, MoescaleError, UsageError, bytes_text
 from moescale.measuring.calibration import Calibration, measured_plan, open_calibration
+from moescale.measuring.devices import DEVICES, check_installed, running
+from moescale.measuring.text import Text
 from moescale.model import listing
 from moescale.model.architectures import ROWS, known_types
 from moescale.model.listing import ModelType
 from moescale.options import (
     RULES,
+    RUN,
+    CompareOptions,
     ConvertOptions,
     Fold,
     Options,
     PlanOptions,
     Rescaling,
+    Rule,
     StrPath,
     VerifyOptions,
     documented,
@@ -42,6 +47,7 @@ from moescale.options import (
 from moescale.planning.decide import make_plan
 from moescale.planning.plan import Plan
 from moescale.planning.provenance import same_decisions
+from moescale.planning.several import Several
 from moescale.report.progress import shown
 from moescale.report.view import REPORT
 from moescale.repos.base import Phase, Progress, Sink, Source
@@ -59,11 +65,12 @@ from moescale.repos.places import (
     says_hub,
     source_place,
 )
+from moescale.rules.evaluation import Evaluation
 from moescale.running.conversion import Result, Status, fill_digests, run, status_of
 from moescale.running.earlier import check_same_job, earlier, in_first_words, options_there
 from moescale.running.parallel import Crew
 from moescale.running.record import Record, read_record
-from moescale.running.verification import verify as compare
+from moescale.running.verification import verify as proven
 
 if TYPE_CHECKING:
     from moescale.running.cluster import Workers
@@ -152,7 +159,57 @@ def plan(
             made = _refused(_made(reader, wanted, destination, calibration, measuring), error)
         else:
             made = _trial(reader, sink, destination, wanted, calibration, measuring, overwrite)
+    if options.get("evaluate") is not None:
+        made = replace(made, evaluation=_evaluated([made], reader, options, measuring))
     return _drawn(made, report)
+
+
+@_with_options(CompareOptions)
+def compare(
+    source: StrPath,
+    *,
+    experts: Sequence[int],
+    rules: Sequence[Rule | None] = (None,),
+    measuring: Measuring = _silent,
+    **options: Unpack[CompareOptions],
+) -> Several:
+    """Plan every number of experts with every rule, side by side; writes nothing.
+
+    >>> import moescale
+    >>> table = moescale.compare("Mixtral-8x7B", experts=[3, 4], rules=["preserve", "none"])
+    >>> [(plan.experts.after, plan.rule) for plan in table.plans]
+    [(3, 'preserve'), (3, 'none'), (4, 'preserve'), (4, 'none')]
+
+    Args:
+        source: that of `plan`.
+        experts: numbers of experts per token.
+        rules: None is the default rule.
+        measuring: told of the rule at work.
+
+    Raises:
+        MoescaleError: as for `plan`.
+    """
+    source, reader, made = source_place(source), None, []
+    own: Text | None = None
+    for count in dict.fromkeys(experts):
+        for rule in dict.fromkeys(rules):
+            kept = {k: v for k, v in options.items() if rule in RUN or k not in _FOR_RUNS}
+            given: Any = {**kept, "experts": count, "rule": rule}
+            wanted, calibration = _asked(given, measuring)
+            reader = reader or open_source(source, options.get("revision"))
+            if calibration is not None:
+                calibration.use(own)
+            made.append(_made(reader, wanted, None, calibration, measuring))
+            own = calibration.own if calibration is not None else own
+    if not made or reader is None:
+        raise UsageError("--experts is missing: how many experts a token shall be sent to")
+    if options.get("evaluate") is None:
+        return Several(tuple(made))
+    return Several(tuple(made), _evaluated(made, reader, options, measuring))
+
+
+_FOR_RUNS = frozenset({"calibrate", "calibrate_out", "max_memory", "device", "evaluate"})
+"""Options of runs of the model."""
 
 
 @_with_options(ConvertOptions)
@@ -204,16 +261,21 @@ def convert(
     """
     report, revision = options.get("report"), options.get("revision")
     overwrite, jobs = options.get("overwrite", False), options.get("jobs")
-    check = options.get("verify", False)
+    check, evaluate = options.get("verify", False), options.get("evaluate") is not None
     source, destination = source_place(source), destination_place(destination)
     _check_report(report, source, destination)
-    if not check:
+    if evaluate and destination.startswith("hf://"):
+        raise UsageError(
+            "--evaluate needs the output on this disk, and DST is on the Hub",
+            hint="--dry-run --evaluate shows the loss before anything is written.",
+        )
+    if not check and not evaluate:
         _check_asked(options)
     _check_jobs(jobs)
     check_places(source, destination, revision)
     reader = _source(source, destination, options)
     sink = _sink(destination, options, reader)
-    wanted, calibration = _asked(options, measuring, sink if check else None)
+    wanted, calibration = _asked(options, measuring, sink if check or evaluate else None)
     with shown(progress, phase) as (step, begin), _crew(options.get("dask")) as crew:
         check_not_source(reader, sink)
         made = _made(reader, wanted, destination, calibration, measuring, sink, overwrite)
@@ -237,6 +299,9 @@ def convert(
                 verify_output(worded, reader, sink, jobs, step, crew)
             else:
                 _check_status(status, destination)
+        if evaluate:
+            losses = _evaluated([plan], reader, options, measuring, Path(destination))
+            plan = replace(plan, evaluation=losses)
     received = [f"{bytes_text(reader.received)} received"] if reader.received else []
     return Result(plan, status, check, sink.url, (*received, *sink.remarks), rounding)
 
@@ -326,12 +391,13 @@ def model_types() -> tuple[ModelType, ...]:
 
 
 def values(option: str) -> list[str]:
-    """What an option takes: ``rule``, ``fold``, ``arch`` or ``part``."""
+    """What an option takes: ``rule``, ``fold``, ``arch``, ``part`` or ``device``."""
     found = {
         "rule": RULES,
         "fold": get_args(Fold),
         "arch": known_types(),
         "part": {row.part for row in ROWS if row.part},
+        "device": DEVICES,
     }
     return sorted(found[option])
 
@@ -360,8 +426,32 @@ def _sink(destination: str, given: PlanOptions, source: Source) -> Sink:
     return sink
 
 
+def _evaluated(
+    plans: Sequence[Plan],
+    source: Source,
+    given: PlanOptions | CompareOptions,
+    measuring: Measuring,
+    output: Path | None = None,
+) -> Evaluation:
+    """What plans cost on a text, or the output of the only one."""
+    check_installed("--evaluate")
+    from moescale.measuring.losses import evaluated
+
+    text, calibrated = given.get("evaluate"), given.get("calibrate")
+    assert text is not None
+    return evaluated(
+        source,
+        plans,
+        Path(expanded(text)),
+        running(given.get("max_memory"), given.get("device")),
+        calibrated=None if calibrated is None else Path(expanded(calibrated)),
+        output=output,
+        progress=measuring,
+    )
+
+
 def _asked(
-    given: Rescaling, measuring: Measuring, sink: Sink | None = None
+    given: PlanOptions | VerifyOptions, measuring: Measuring, sink: Sink | None = None
 ) -> tuple[Options, Calibration | None]:
     """What was asked for, and the text for the rule ``measured``.
 
@@ -370,20 +460,45 @@ def _asked(
     Raises:
         UsageError: an option is wrong by itself.
     """
-    calibration, memory = None, given.get("max_memory")
-    if (text := given.get("calibrate")) is not None:
-        calibration = open_calibration(Path(expanded(text)), memory, measuring)
-    elif memory is not None:
-        raise UsageError("--max-memory goes with --rule measured")
+    _check_running(given)
+    how = running(given.get("max_memory"), given.get("device"))
+    rule, text, keep = given.get("rule"), given.get("calibrate"), given.get("calibrate_out")
     asked = any(given.get(name) is not None for name in Rescaling.__annotations__)
     if sink is not None and not asked:
-        if (there := options_there(sink)) is not None:
+        if (there := options_there(sink)) is None:
+            raise UsageError(
+                f"--experts is missing, and {sink.identity} does not say what it was made with",
+                hint="Alone it takes the options from the moescale.json of a finished output.",
+            )
+        if there.rule not in RUN:
             return there, None
+        return there, open_calibration(there.rule, None, how, progress=measuring)
+    if text is None and rule not in RUN:
+        return options_of(given, None), None
+    calibration = open_calibration(
+        rule or "",
+        None if text is None else Path(expanded(text)),
+        how,
+        None if keep is None else Path(expanded(keep)),
+        measuring,
+    )
+    return options_of(given, calibration.sha256), calibration
+
+
+def _check_running(given: PlanOptions | VerifyOptions) -> None:
+    """Refuse options of a run of the model where there is none."""
+    rule, text = given.get("rule"), given.get("calibrate")
+    runs = dict.fromkeys(("max_memory", "device", "calibrate_out"), rule in RUN)
+    for name in ("max_memory", "device"):
+        runs[name] |= given.get("evaluate") is not None
+    for name, runs_model in runs.items():
+        if given.get(name) is not None and not runs_model:
+            raise UsageError(f"--{name.replace('_', '-')} goes with --rule fitted or measured")
+    if text is not None and given.get("calibrate_out") is not None:
         raise UsageError(
-            f"--experts is missing, and {sink.identity} does not say what it was made with",
-            hint="--verify alone takes the options from the moescale.json of a finished output.",
+            "--calibrate-out keeps what the model writes by itself, which it does not with"
+            " --calibrate"
         )
-    return options_of(given, calibration.sha256 if calibration else None), calibration
 
 
 def _check_asked(given: Rescaling) -> None:
@@ -411,7 +526,7 @@ def _repair(
     """Write again exactly the files of a finished output that differ, and prove them."""
     output, sizes = as_source(sink), plan.large_sizes
     phase("verifying", sizes)
-    proof = compare(plan, source, output, jobs=jobs, progress=progress, crew=crew)
+    proof = proven(plan, source, output, jobs=jobs, progress=progress, crew=crew)
     if not proof.differences:
         fill_digests(sink, plan, proof.written, output)
         return "done"
@@ -420,7 +535,7 @@ def _repair(
     run(plan, source, sink, jobs=jobs, overwrite=True, keep=keep, progress=progress, crew=crew)
     again, only = as_source(sink), sizes.keys() - keep.keys()
     phase("verifying", {name: sizes[name] for name in only})
-    compare(plan, source, again, jobs=jobs, only=only, progress=progress, crew=crew).check()
+    proven(plan, source, again, jobs=jobs, only=only, progress=progress, crew=crew).check()
     return "repair"
 
 
@@ -581,6 +696,6 @@ def verify_output(
 ) -> None:
     """Verify a finished output, and note the digests in its provenance."""
     output = as_source(sink)
-    proof = compare(plan, source, output, jobs=jobs, progress=progress, crew=crew)
+    proof = proven(plan, source, output, jobs=jobs, progress=progress, crew=crew)
     proof.check()
     fill_digests(sink, plan, proof.written, output)

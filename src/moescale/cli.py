@@ -185,14 +185,22 @@ _rank = _PANELS.index
 def _option(name: str, row: Option) -> inspect.Parameter:
     option = typer.Option(
         *row.spellings(name),
+        parser=_counts if name == "experts" else None,
         metavar=row.metavar or None,
         help=row.help,
         rich_help_panel=row.panel,
         autocompletion=_values(name) if row.completes else None,
     )
+    if name == "experts":
+        return _parameter(name, Annotated[Any, option], None)
     yes_or_no = row.kind is bool and "/" not in "".join(row.flags)
     kind = bool if yes_or_no else row.kind | None
     return _parameter(name, Annotated[kind, option], False if yes_or_no else None)
+
+
+def _counts(text: str) -> list[int]:
+    """One number of experts, or several with commas."""
+    return [int(number) for number in text.split(",")]
 
 
 def _parameter(name: str, kind: Any, default: Any) -> inspect.Parameter:
@@ -203,9 +211,8 @@ def _parameter(name: str, kind: Any, default: Any) -> inspect.Parameter:
 def _command(source: str | None, destination: str | None, version: bool, **given: Any) -> None:
     shown = {name: given.pop(name) for name in Showing.__annotations__}
     as_json, quiet, verbose = shown["json"], shown["quiet"], shown["verbose"]
-    if given["rule"] == "gates":
-        # before numpy starts threads, which wait for each other on a busy machine
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # before numpy starts threads, which wait for each other on a busy machine
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if quiet or as_json:  # a model that is measured is downloaded by the client, with its own bars
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
@@ -213,14 +220,19 @@ def _command(source: str | None, destination: str | None, version: bool, **given
             _list_types(as_json)
         elif source is None or (source in _VERBS and not os.path.lexists(source)):
             raise _no_verb(source) if source else errors.UsageError("SRC is missing", hint=_USUAL)
-        elif shown["dry_run"] and destination is None and not _asks(given):
+        elif len(counts := given.pop("experts") or []) > 1 or "," in (given["rule"] or ""):
+            _check_alone(shown, destination)
+            _compare(source, counts, given, as_json)
+        elif shown["dry_run"] and destination is None and not _asks(given, counts):
             _show_record(source, given["revision"], given["verify"], as_json, quiet)
         elif shown["dry_run"]:
-            wanted = {name: given[name] for name in option_rows(PlanOptions)}
+            wanted = {name: given[name] for name in option_rows(PlanOptions) if name in given}
+            wanted["experts"] = counts[0] if counts else None
             _show_plan(source, destination, wanted, as_json, quiet, verbose)
         elif destination is None:
-            raise _no_destination(source, given)
+            raise _no_destination(source, given, counts)
         else:
+            given["experts"] = counts[0] if counts else None
             _convert(source, destination, given, as_json, quiet, verbose)
     except KeyboardInterrupt:
         raise errors.InterruptedRun(interrupts.MESSAGE) from None
@@ -264,10 +276,10 @@ def _list_types(as_json: bool) -> None:
         print(terminal.types_text(types))
 
 
-def _asks(given: dict[str, Any]) -> bool:
+def _asks(given: dict[str, Any], counts: list[int]) -> bool:
     """Whether the options say what shall be made of a model."""
-    ways = ("experts", "factor", "factors", "gate_scale", "rule")
-    return any(given[name] is not None for name in ways)
+    ways = ("factor", "factors", "gate_scale", "rule", "evaluate")
+    return bool(counts) or any(given[name] is not None for name in ways)
 
 
 def _show_record(place: str, revision: str | None, check: bool, as_json: bool, quiet: bool) -> None:
@@ -289,8 +301,40 @@ def _show_record(place: str, revision: str | None, check: bool, as_json: bool, q
         print(terminal.record_text(record))
 
 
-def _no_destination(source: str, given: dict[str, Any]) -> errors.UsageError:
-    if not _asks(given) and not given["verify"]:
+def _check_alone(shown: Mapping[str, Any], destination: str | None) -> None:
+    """Several plans are for looking at.
+
+    Raises:
+        UsageError: a run was asked for.
+    """
+    if not shown["dry_run"]:
+        raise errors.UsageError(
+            "several numbers or rules make a table to choose from, not an output",
+            hint="Add --dry-run, or give one of them.",
+        )
+    if destination is not None:
+        raise errors.UsageError("a table of several numbers or rules has no DST")
+
+
+def _compare(source: str, counts: list[int], given: dict[str, Any], as_json: bool) -> None:
+    from moescale import api
+    from moescale.options import CompareOptions
+    from moescale.report import losses, progress
+
+    wanted = {name: given[name] for name in option_rows(CompareOptions)}
+    rules = given["rule"].split(",") if given["rule"] else [None]
+    measuring = progress.measuring(None if as_json else sys.stderr)
+    table = api.compare(source, experts=counts, rules=rules, measuring=measuring, **wanted)
+    for warning in table.warnings:
+        _print_warning(warning)
+    if as_json:
+        _print_json(table.as_json())
+    else:
+        print(losses.several_text(table))
+
+
+def _no_destination(source: str, given: dict[str, Any], counts: list[int]) -> errors.UsageError:
+    if not _asks(given, counts) and not given["verify"]:
         hint = f"moescale {source} DST -k M; only --dry-run does without DST."
         return errors.UsageError("DST and --experts are missing", hint=hint)
     return errors.UsageError("DST is missing", hint="Only --dry-run does without it.")
@@ -316,7 +360,7 @@ def _show_plan(
     from moescale import api
     from moescale.report import progress, terminal
 
-    measuring = progress.measuring(None if quiet or as_json else sys.stderr, options["rule"])
+    measuring = progress.measuring(None if quiet or as_json else sys.stderr)
     plan = api.plan(source, destination, measuring=measuring, **options)
     _warn(plan)
     if as_json:
@@ -356,7 +400,7 @@ def _convert(
     verbose: bool,
 ) -> None:
     from moescale import api
-    from moescale.report import terminal
+    from moescale.report import losses, terminal
     from moescale.report.progress import Progress, measuring
 
     talk = not (quiet or as_json)
@@ -376,7 +420,7 @@ def _convert(
                 progress=progress.step,
                 phase=progress.begin,
                 planned=planned,
-                measuring=measuring(stream, options["rule"]),
+                measuring=measuring(stream),
                 **options,
             )
         except KeyboardInterrupt:
@@ -392,6 +436,11 @@ def _convert(
             outcome["rounding"] = seen
         _print_json({**result.plan.as_json(), "result": outcome})
         return
+    found = result.plan.evaluation
+    for warning in found.warnings if found else ():
+        _print_warning(warning)
+    if talk and found:
+        print(losses.evaluation_text(found), end="\n\n", file=sys.stderr)
     if talk:
         if more := terminal.next_text(result.plan, written=True):
             print(more, end="\n\n", file=sys.stderr)
@@ -404,7 +453,8 @@ def _convert(
 
 
 def _warn(plan: Plan) -> None:
-    for warning in plan.warnings:
+    losses = plan.evaluation.warnings if plan.evaluation else ()
+    for warning in (*plan.warnings, *losses):
         _print_warning(warning)
 
 

@@ -18,11 +18,14 @@ from typing import Annotated, Any, Literal, TypedDict, TypeGuard, get_args, get_
 from moescale.checkpoint.json_text import parse_strict
 from moescale.errors import UsageError
 
-Rule = Literal["preserve", "published", "gates", "measured", "none"]
+Rule = Literal["preserve", "published", "gates", "measured", "fitted", "none"]
 
 Fold = Literal["weights", "config", "scale", "residual"]
 
-RULES: tuple[Rule, ...] = ("preserve", "published", "gates", "measured", "none")
+RULES: tuple[Rule, ...] = ("preserve", "published", "gates", "measured", "fitted", "none")
+
+RUN: tuple[Rule, ...] = ("measured", "fitted")
+"""Rules that run the model."""
 
 StrPath = str | os.PathLike[str]
 
@@ -73,11 +76,8 @@ FACTOR, HUB, MODEL, OUTPUT = (
 """Headings of the options but the first ones."""
 
 
-class Rescaling(TypedDict, total=False):
-    """Keywords of `moescale.plan`, `convert` and `verify`: what shall be rescaled, and how.
-
-    `help(moescale.plan)` says what each means. None means: not given.
-    """
+class Choosing(TypedDict, total=False):
+    """What several plans may differ in."""
 
     experts: Annotated[
         int | None,
@@ -90,6 +90,21 @@ class Rescaling(TypedDict, total=False):
             " finds a finished output.",
         ),
     ]
+    rule: Annotated[
+        Rule | None,
+        Option(
+            "gates (default), preserve, published, measured, fitted, none.",
+            "RULE",
+            FACTOR,
+            more="Where the router cannot be formed the default is preserve.",
+            completes=True,
+        ),
+    ]
+
+
+class Settings(TypedDict, total=False):
+    """What else decides the factors, and where they go."""
+
     trained_experts: Annotated[
         int | None,
         Option(
@@ -101,19 +116,10 @@ class Rescaling(TypedDict, total=False):
             more="1 restores a merge of dense models.",
         ),
     ]
-    rule: Annotated[
-        Rule | None,
-        Option(
-            "preserve (default), published, gates, measured, or none.",
-            "RULE",
-            FACTOR,
-            completes=True,
-        ),
-    ]
     calibrate: Annotated[
         StrPath | None,
         Option(
-            "The text that --rule measured runs the model on.",
+            "The text to run the model on; default: what it writes by itself.",
             "FILE",
             FACTOR,
             kind=Path,
@@ -121,10 +127,29 @@ class Rescaling(TypedDict, total=False):
             " transformers and accelerate.",
         ),
     ]
+    calibrate_out: Annotated[
+        StrPath | None,
+        Option(
+            "Keep there what the model wrote by itself.",
+            "FILE",
+            FACTOR,
+            kind=Path,
+            more="--calibrate takes it again.",
+        ),
+    ]
+    device: Annotated[
+        str | None,
+        Option(
+            "Where a model is run: auto (default), cpu, cuda, mps.",
+            "DEVICE",
+            FACTOR,
+            completes=True,
+        ),
+    ]
     max_memory: Annotated[
         str | int | None,
         Option(
-            "Main memory for --rule measured, such as 8GiB.",
+            "Main memory for a model that is run, such as 8GiB.",
             "SIZE",
             FACTOR,
             more="What exceeds it of the model lies on disk.",
@@ -192,6 +217,13 @@ class Rescaling(TypedDict, total=False):
     ]
 
 
+class Rescaling(Choosing, Settings, total=False):
+    """Keywords of `moescale.plan`, `convert` and `verify`: what shall be rescaled, and how.
+
+    `help(moescale.plan)` says what each means. None means: not given.
+    """
+
+
 class Reading(TypedDict, total=False):
     """How the source is read."""
 
@@ -238,6 +270,22 @@ class Writing(TypedDict, total=False):
     ]
 
 
+class Evaluating(TypedDict, total=False):
+    """What the result costs."""
+
+    evaluate: Annotated[
+        StrPath | None,
+        Option(
+            "Show the loss on this text.",
+            "FILE",
+            kind=Path,
+            more="Of the model as trained, with the config edit alone, and with the plan, for which"
+            " nothing is written; after a run, of the output. Needs torch, transformers and"
+            " accelerate.",
+        ),
+    ]
+
+
 class Proving(TypedDict, total=False):
     """Whether the output is proved."""
 
@@ -277,11 +325,15 @@ class Running(TypedDict, total=False):
     ]
 
 
-class PlanOptions(Rescaling, Reading, Writing, total=False):
+class PlanOptions(Rescaling, Reading, Evaluating, Writing, total=False):
     """Keywords of `moescale.plan`."""
 
 
-class ConvertOptions(Rescaling, Reading, Proving, Writing, Running, total=False):
+class CompareOptions(Settings, Reading, Evaluating, total=False):
+    """Keywords of `moescale.compare`."""
+
+
+class ConvertOptions(Rescaling, Reading, Proving, Evaluating, Writing, Running, total=False):
     """Keywords of `moescale.convert`."""
 
 
@@ -356,8 +408,9 @@ _OTHERWISE: Mapping[str, str] = {
 class Options:
     """What the user asked for; a value that is wrong by itself is refused here.
 
-    The fields are the keys of `Rescaling`, but for `max_memory`, which changes no decision.
-    `calibrate` is the SHA-256 of the text. `rule` is None where `factor` or `factors` is given.
+    The fields are the keys of `Rescaling`, but for those that change no decision. `calibrate` is
+    the SHA-256 of the text; None stands for what the model writes by itself. `rule` is None where
+    `factor` or `factors` is given, and where the source decides.
     """
 
     experts: int | None = None
@@ -385,11 +438,9 @@ class Options:
         given = [self.rule is not None, self.factor is not None, self.factors is not None]
         if sum(given) > 1:
             raise UsageError("--rule, --factor and --factors exclude each other")
-        if (self.rule == "measured") != (self.calibrate is not None):
+        if self.calibrate is not None and self.rule not in RUN:
             raise UsageError(
-                "--rule measured needs a text: --calibrate FILE"
-                if self.calibrate is None
-                else "--calibrate needs --rule measured: add it, or leave the text out"
+                "--calibrate goes with --rule fitted or measured: add it, or leave the text out"
             )
         if self.rule is not None and self.rule not in RULES:
             raise UsageError(f"--rule is {self.rule!r}: it must be one of {', '.join(RULES)}")
@@ -403,17 +454,17 @@ class Options:
     def _check_numbers(self) -> None:
         if self.rho is not None and not 0 <= self.rho <= 1:
             raise UsageError(f"--rho is {self.rho:g}: it must be from 0 to 1")
-        if self.rho is not None and self.method not in ("preserve", "gates"):
+        if self.rho is not None and self.method not in (None, "preserve", "gates"):
             raise UsageError(
                 f"--rho has no meaning for {self.method}; it goes with preserve and gates"
             )
         if self.fold not in (None, *get_args(Fold)):
             named = ", ".join(get_args(Fold))
             raise UsageError(f"--fold is {self.fold!r}: it must be one of {named}")
-        if self.rule == "measured" and self.fold in ("config", "residual"):
+        if self.rule == "fitted" and self.fold in ("config", "residual"):
             raise UsageError(
-                f"--fold {self.fold} takes one factor for all layers, --rule measured gives each"
-                " its own"
+                f"--fold {self.fold} takes one factor for all layers, --rule fitted gives each"
+                " its own, and changes the routers"
             )
         if self.factor is not None:
             check_factor(self.factor, "--factor")
@@ -431,26 +482,34 @@ class Options:
             )
 
     def _check_gate_scale(self) -> None:
-        if self.gate_scale is None:
-            return
-        check_factor(self.gate_scale, "--gate-scale")
-        if self.fold == "config":
+        scales = getattr(self.factors, "router_scales", {})
+        for layer, scale in scales.items():
+            check_factor(scale, f"the router scale of layer {layer}")
+        if self.gate_scale is not None:
+            check_factor(self.gate_scale, "--gate-scale")
+            if any(scale != self.gate_scale for scale in scales.values()):
+                raise UsageError(
+                    "--gate-scale contradicts the router_scales of --factors",
+                    hint="Leave --gate-scale out, or take the router_scales out of the file.",
+                )
+        if self.fold == "config" and (scales or self.gate_scale is not None):
+            what = "--factors" if scales else "--gate-scale"
             raise UsageError(
-                "--gate-scale changes the routers, --fold config leaves every weight as it is",
+                f"{what} changes the routers, --fold config leaves every weight as it is",
                 hint="Leave one of them out.",
             )
-        if self.method == "measured":
+        if self.rule in RUN and self.gate_scale is not None:
             raise UsageError(
-                "--gate-scale does not go with --rule measured, which runs the model as it is",
+                f"--gate-scale does not go with --rule {self.rule}, which runs the model as it is",
                 hint="Use --rule gates, or measure the output of a run with --gate-scale.",
             )
 
     @property
-    def method(self) -> str:
-        """The rule, or ``factor`` or ``factors`` where those replace it."""
+    def method(self) -> str | None:
+        """The rule, or ``factor`` or ``factors`` where those replace it; None: by default."""
         if self.factor is not None:
             return "factor"
-        return "factors" if self.factors is not None else self.rule or "preserve"
+        return "factors" if self.factors is not None else self.rule
 
 
 def check_factor(factor: float, what: str = "the factor") -> None:
@@ -485,7 +544,7 @@ def options_of(given: Rescaling, calibrate: str | None) -> Options:
             values[name] = float(_number(values[name], name, Real))
     factors = values.get("factors")
     if isinstance(factors, Mapping):
-        values["factors"] = _factors(factors, "--factors")
+        values["factors"] = factors_of(factors, "--factors")
     elif factors is not None:
         values["factors"] = read_factors(factors)
     return Options(**values)
@@ -522,26 +581,46 @@ class Factors(dict[str, float]):
 
     Attributes:
         file: where they come from, for errors.
+        router_scales: what the router of each layer is multiplied by; may be empty.
         made_for: what their file says of the job that they are of.
     """
 
     file: str = ""
+    router_scales: Mapping[str, float] = MappingProxyType({})
     made_for: Mapping[str, Any] = MappingProxyType({})
 
 
 def parse_factors(text: str, where: str) -> Factors:
-    """Factors by layer from ``{"factors": {"0": 1.2}}``, the bare mapping, or a provenance file.
+    """Factors by layer from JSON; see `factors_of`.
 
     Raises:
-        UsageError: the text is none of these.
+        UsageError: the text is none.
     """
     try:
         content: Any = parse_strict(text)
     except ValueError as error:
         raise UsageError(f"{where}: is not valid JSON: {error}") from None
-    if not isinstance(content, dict) or "factors" not in content:
-        return Factors(_factors(content, where))
-    factors = Factors(_factors(content["factors"], where))
+    return factors_of(content, where)
+
+
+def factors_of(content: Any, where: str) -> Factors:
+    """Factors by layer, and router scales if there are any.
+
+    Args:
+        content: ``{"factors": {"0": 1.2}, "router_scales": {"0": 1.1}}``, the bare mapping of
+            factors, or what a ``moescale.json`` holds.
+        where: it comes from, for errors.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    if isinstance(content, Factors):
+        return content
+    if not isinstance(content, Mapping) or "factors" not in content:
+        return Factors(_factors(content, where, "factor"))
+    factors = Factors(_factors(content["factors"], where, "factor"))
+    if content.get("router_scales"):
+        factors.router_scales = _factors(content["router_scales"], where, "router scale")
     factors.made_for = made_for(content)
     return factors
 
@@ -562,7 +641,7 @@ def is_calibration(facts: Any) -> TypeGuard[Mapping[str, Any]]:
 _FORM = 'It needs {"factors": {"0": 1.2}}, or is the moescale.json of an output.'
 
 
-def _factors(content: Any, where: str) -> dict[str, float]:
+def _factors(content: Any, where: str, what: str) -> dict[str, float]:
     if not isinstance(content, Mapping) or not content:
         raise UsageError(f"{where}: holds no factors", hint=_FORM)
     if not any(str(layer)[-1:].isdigit() for layer in content):
@@ -572,7 +651,7 @@ def _factors(content: Any, where: str) -> dict[str, float]:
         if not number or not -_LARGEST < factor < _LARGEST:
             shown = repr(factor)[:40] if isinstance(factor, (str, Real)) else "something else"
             raise UsageError(
-                f"{where}: the factor of layer {layer} is {shown}, not a number",
+                f"{where}: the {what} of layer {layer} is {shown}, not a number",
                 hint=_FORM,
             )
     factors = {str(layer): float(factor) for layer, factor in content.items()}

@@ -145,7 +145,7 @@ class Watched:
         fitted = None
         if self._fitting is not None:
             fitted = fit(self._fitting.sums(), scalable=self.router is not None)
-        return Sample(before, after, self._cosines.mean(), fitted)
+        return Sample(before, after, self._cosines.mean(), fit=fitted)
 
     def _run_twice(self, *args: Any, **named: Any) -> Any:
         """With the new number first, on copies."""

@@ -1,4 +1,4 @@
-"""The rule ``measured`` from outside: what it needs, and what an earlier run has noted already.
+"""Rules that run the model, from outside: what they need, and what an earlier run has noted.
 
 Nothing of torch is imported before a model has to be run.
 """
@@ -6,73 +6,41 @@ Nothing of torch is imported before a model has to be run.
 from __future__ import annotations
 
 import gc
-import importlib.util
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moescale.errors import UsageError
-from moescale.measuring.text import digest, read_text
+from moescale.measuring.devices import Running, check_installed
+from moescale.measuring.text import Text, digest, read_text, tokeniser_of
 from moescale.model.experts import Layer
 from moescale.model.lookup import Moe
 from moescale.options import Options, is_calibration
 from moescale.planning import provenance
 from moescale.planning.decide import make_plan
+from moescale.planning.factors import Findings, Noted
 from moescale.planning.plan import Experts, Plan
+from moescale.planning.rule import Adjustable
 from moescale.repos.base import Sink, Source
+from moescale.rules.fitted import Guard
 from moescale.rules.samples import Moments, Sample
 from moescale.running.conversion import status_of
 
-_NEEDED = ("torch", "transformers", "accelerate")
-
-_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4} | {
-    "ki": 1 << 10,
-    "mi": 1 << 20,
-    "gi": 1 << 30,
-    "ti": 1 << 40,
-}
-
-
-def check_installed() -> None:
-    """Refuse early where the model cannot be run.
-
-    Raises:
-        UsageError: the extra is not installed.
-    """
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"--rule measured needs {', '.join(missing)} to run the model",
-            hint="Install them with pip install '.[measure]' in the clone, or: pip install "
-            + " ".join(_NEEDED),
-        )
-
-
-def parse_memory(text: str) -> int:
-    """Bytes, from ``8GiB`` or ``8GB``.
-
-    Raises:
-        UsageError: it is no such size.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([kmgt]i?)?b?", text.strip().lower())
-    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
-    if not size:
-        raise UsageError(f"--max-memory is {text!r}: it must be a size such as 8GiB")
-    return size
+if TYPE_CHECKING:
+    from moescale.measuring.measure import Opened
 
 
 @dataclass(frozen=True, slots=True)
-class Noted:
-    """What an earlier run of the same job has measured."""
+class Earlier:
+    """What an earlier run of the same job has measured, and on which text."""
 
-    factors: Mapping[str, float]
+    noted: Noted
     calibration: Mapping[str, Any]
 
 
-def noted(sink: Sink, trial: Plan) -> Noted | None:
-    """The factors of an unfinished or finished run of this job at the destination, if it is there.
+def earlier(sink: Sink, trial: Plan) -> Earlier | None:
+    """What an unfinished or finished run of this job at the destination has found.
 
     `trial` is a plan with any factors. Factors are measured to a few digits, but two machines may
     still differ in one; what a run has begun with it keeps.
@@ -85,52 +53,66 @@ def noted(sink: Sink, trial: Plan) -> Noted | None:
         alike = ("moescale", "source", "options")
     if not isinstance(found, dict) or any(found.get(key) != wanted[key] for key in alike):
         return None
-    factors, calibration = found.get("factors"), found.get("calibration")
-    if not isinstance(factors, dict) or factors.keys() != trial.factors.keys():
-        return None
-    if not all(_is_factor(factor) for factor in factors.values()):
+    calibration = found.get("calibration")
+    factors: Any = found.get("factors")
+    scales: Any = found.get("router_scales", {})
+    if not _are_of_layers(factors, trial) or not (scales == {} or _are_of_layers(scales, trial)):
         return None
     if not is_calibration(calibration):
         return None
-    same = calibration["text_sha256"] == trial.options.calibrate
-    return Noted(factors, calibration) if same else None
+    wanted_text, own = trial.options.calibrate, calibration.get("own") is True
+    same = own if wanted_text is None else calibration["text_sha256"] == wanted_text
+    return Earlier(Noted(factors, scales), calibration) if same else None
+
+
+def _are_of_layers(values: Any, plan: Plan) -> bool:
+    """Whether they are factors, one for each MoE layer."""
+    if not isinstance(values, dict) or values.keys() != plan.factors.keys():
+        return False
+    return all(_is_factor(value) for value in values.values())
 
 
 def _is_factor(value: Any) -> bool:
     return isinstance(value, float | int) and not isinstance(value, bool) and 0 < value < 1e30
 
 
-def _unmeasured(moe: Moe, experts: Experts) -> dict[Layer, Sample]:
+def _unmeasured(moe: Moe, experts: Experts, _: Adjustable | None) -> Findings:
     """Samples to plan with before anything is measured.
 
     The factor is a common one, so that a format that takes powers of two only is refused already.
     """
     some = Sample(Moments(1, 1.0, 1.0, norm=5.0), Moments(1, 1.0, 1.0, norm=4.0))
-    return dict.fromkeys(moe.layers, some)
+    return Findings(dict.fromkeys(moe.layers, some))
 
 
 @dataclass(slots=True)
 class Calibration:
-    """Measures a model on a text; what `make_plan` calls to have it done.
+    """Runs a model on a text; what `make_plan` calls to have it done.
 
     Attributes:
-        text: the file.
+        rule: ``measured`` or ``fitted``.
+        text: the file; None for what the model writes by itself.
         sha256: its digest.
-        max_memory: bytes of main memory for weights; the rest lies on disk.
+        how: where and how the model is run.
+        keep: where to put what the model wrote; None for nowhere.
         progress: is told of tokens done and in all.
         folder: the checkpoint on disk, once it is there.
+        own: what the model wrote, once it has; it writes the same every time.
         facts: afterwards, what the provenance says of the text.
     """
 
-    text: Path
-    sha256: str
-    max_memory: int | None
+    rule: str
+    text: Path | None
+    sha256: str | None
+    how: Running
+    keep: Path | None
     progress: Callable[[int, int], None]
     folder: Path | None = None
+    own: Text | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def __call__(self, moe: Moe, experts: Experts) -> dict[Layer, Sample]:
-        """A sample of each MoE layer.
+    def __call__(self, moe: Moe, experts: Experts, able: Adjustable | None) -> Findings:
+        """A sample of each MoE layer, and the rule that the guard of ``fitted`` takes.
 
         Blocks that predict a second token are not run by transformers; they get the sample of the
         last layer, and the facts say so.
@@ -144,32 +126,108 @@ class Calibration:
 
         assert self.folder is not None, "there before it is planned for"
         config = read_config(self.folder)
-        text = read_text(self.text, self.folder, config.get_text_config().vocab_size)
-        with opened(self.folder, config, moe, self.max_memory) as model:
-            samples = measure(model, text, moe, experts, progress=self.progress)
+        text = self._given(config)
+        guard = None
+        with opened(self.folder, config, moe, self.how) as model:
+            text = text or self._written(model)
+            some, held_back = text, None
+            if able is not None and experts.trained != experts.after:
+                some, held_back = text.split(context_of(config), HELD_BACK)
+            biases = able.routers.biases if able and able.routers else None
+            samples = measure(
+                model,
+                some,
+                moe,
+                experts,
+                fitted=able is not None,
+                biases=biases,
+                progress=self.progress,
+            )
+            if able is not None and held_back is not None:
+                guard = self._guarded(model, held_back, moe, experts, samples, able)
         gc.collect()  # the model is made of circles, and the conversion needs no memory of it
         rest = [layer for layer in moe.layers if layer not in samples]
-        amount = {text.unit: len(text.tokens), "context": context_of(config)}
-        self.facts = {"text_sha256": self.sha256, **amount}
-        if text.cut:
-            self.facts["cut"] = True
-        if rest:
-            self.facts["as_the_last_layer"] = [str(layer) for layer in rest]
-        return {**samples, **dict.fromkeys(rest, samples[max(samples)])}
+        self.facts = {
+            "text_sha256": self.sha256,
+            text.unit: len(text.tokens),
+            "context": text.length or context_of(config),
+            **({"own": True} if self.text is None else {}),
+            **({"cut": True} if text.cut else {}),
+            **({"as_the_last_layer": [str(layer) for layer in rest]} if rest else {}),
+            **({"guard": guard.as_json()} if guard else {}),
+        }
+        samples |= dict.fromkeys(rest, samples[max(samples)])
+        return Findings(samples, guard.taken) if guard else Findings(samples)
+
+    def use(self, own: Text | None) -> None:
+        """Take what the same model wrote before, for it would write it again."""
+        if own is not None and self.text is None:
+            from moescale.measuring.own_text import digest_of
+
+            self.own, self.sha256 = own, digest_of(own)
+
+    def _given(self, config: Any) -> Text | None:
+        if self.text is None:
+            return self.own
+        assert self.folder is not None
+        return read_text(self.text, self.folder, config.get_text_config().vocab_size)
+
+    def _written(self, model: Opened) -> Text:
+        """What the model writes by itself, kept where that was asked for."""
+        from moescale.measuring.own_text import digest_of, keep_text, write_text
+
+        assert self.folder is not None
+        vocabulary = model.config.get_text_config().vocab_size
+        tokeniser = tokeniser_of(self.folder, vocabulary)
+        self.own = text = write_text(model.model, tokeniser, vocabulary, self.progress)
+        self.sha256 = digest_of(text)
+        if self.keep is not None:
+            keep_text(text, tokeniser, self.keep)
+        return text
+
+    def _guarded(
+        self,
+        model: Opened,
+        text: Text,
+        moe: Moe,
+        experts: Experts,
+        samples: Mapping[Layer, Sample],
+        able: Adjustable,
+    ) -> Guard:
+        from moescale.measuring.guard import tried
+
+        return tried(
+            model,
+            text,
+            moe,
+            experts,
+            samples,
+            by="loss" if self.text is not None else "divergence",
+            biases=able.routers.biases if able.routers else None,
+            scalable=able.experts,
+            progress=self.progress,
+        )
+
+
+HELD_BACK = 0.25
+"""The part of a text that the guard keeps for itself; of 80 sequences of a model's own, 20."""
 
 
 def open_calibration(
-    text: str | Path,
-    max_memory: str | int | None = None,
+    rule: str,
+    text: str | Path | None,
+    how: Running,
+    keep: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Calibration:
     """A text to measure on, not read yet but for its digest.
 
     Raises:
-        UsageError: it cannot be read, or the size is none.
+        UsageError: it cannot be read.
     """
-    memory = parse_memory(str(max_memory)) if max_memory is not None else None
-    return Calibration(Path(text), digest(Path(text)), memory, progress)
+    if text is None:
+        return Calibration(rule, None, None, how, keep, progress)
+    return Calibration(rule, Path(text), digest(Path(text)), how, keep, progress)
 
 
 def measured_plan(
@@ -195,17 +253,31 @@ def measured_plan(
         MoescaleError: see `make_plan`, `status_of` and `moescale.measuring.measure`.
     """
     plan = trial = make_plan(source, options, destination, _unmeasured)
-    earlier = noted(sink, trial) if sink is not None else None
-    if earlier is not None:
-        plan = make_plan(source, options, destination, noted=earlier.factors)
-        plan = replace(plan, calibration=earlier.calibration)
+    found = earlier(sink, trial) if sink is not None else None
+    if found is not None:
+        plan = make_plan(source, options, destination, noted=found.noted)
+        plan = replace(plan, calibration=found.calibration)
     status = ""
     if sink is not None and overwrite is not None:
         status = status_of(plan, source, sink, overwrite)
-    if earlier is not None and status not in ("new", "replace"):
-        return plan
-    check_installed()
-    names = [file.name for file in trial.files if file.action in ("rewrite", "copy", "edit")]
-    calibration.folder = source.on_disk(names)
+    if found is not None and status not in ("new", "replace"):
+        return _not_kept(plan) if calibration.keep is not None else plan
+    if options.calibrate is not None and calibration.text is None:
+        raise UsageError(
+            f"the text that --rule {options.rule} ran the model on is needed again",
+            hint="Give it with --calibrate FILE.",
+        )
+    check_installed(f"--rule {options.rule}")
+    calibration.folder = source.on_disk(needed_files(trial))
     plan = make_plan(source, options, destination, calibration)
     return replace(plan, calibration=calibration.facts)
+
+
+def needed_files(plan: Plan) -> list[str]:
+    """The files that a model is loaded from."""
+    return [file.name for file in plan.files if file.action in ("rewrite", "copy", "edit")]
+
+
+def _not_kept(plan: Plan) -> Plan:
+    why = "--calibrate-out: not written, since the factors are those of the earlier run"
+    return replace(plan, warnings=(*plan.warnings, why))

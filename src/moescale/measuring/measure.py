@@ -19,6 +19,7 @@ from moescale.measuring.blocks import (
     find_modules,
     scored_blocks,
 )
+from moescale.measuring.devices import ANYWHERE, Running
 from moescale.measuring.scoring import Score, Setting, score
 from moescale.measuring.tally import WEIGHTS_KEPT
 from moescale.measuring.text import Text
@@ -48,20 +49,20 @@ class Opened:
 
 
 @contextmanager
-def opened(folder: Path, config: Any, moe: Moe, max_memory: int | None = None) -> Iterator[Opened]:
+def opened(folder: Path, config: Any, moe: Moe, how: Running = ANYWHERE) -> Iterator[Opened]:
     """Load the model.
 
     Args:
         folder: the checkpoint.
         config: its config, as `moescale.measuring.runner.read_config` gives it.
         moe: what the plan found.
-        max_memory: bytes of main memory for weights; the rest lies on disk.
+        how: the model is run.
 
     Raises:
         UnsupportedError: transformers cannot load it here, or runs its layers otherwise.
     """
     _check_part(moe)
-    with runner.loaded(folder, config, max_memory) as (model, left_over):
+    with runner.loaded(folder, config, how) as (model, left_over):
         found = find_blocks(model, moe.architecture)
         _check_scales(find_modules(left_over, moe.architecture), found)
         measured = _measured_layers(moe.layers, found)
@@ -139,28 +140,31 @@ def evaluate(
         context: tokens of a sequence, at most what the model takes; default: `EVALUATED`.
         progress: is told of tokens done and in all.
     """
-    length = text.length or min(context or EVALUATED, context_of(model.config))
     blocks = [
         b
         for layer, paths in model.paths.items()
         for b in scored_blocks(model.model, paths, layer, _numbers(moe, experts, layer), biases)
     ]
-    done = 0
-
-    def told() -> Iterator[Tensor]:
-        nonlocal done
-        for ids in runner.batches(text.tokens, text.start, length, max(length, AT_ONCE)):
-            if ids.shape[1] > 1:
-                yield ids
-            done += ids.shape[0] * (ids.shape[1] - len(text.start))
-            progress(done, len(text.tokens))
-
     try:
-        return score(model.model, blocks, settings, told())
+        ids = batches_of(text, model.config, progress, context)
+        return score(model.model, blocks, settings, ids)
     finally:
         for block in blocks:
             if block.router is not None:
                 block.router.remove()
+
+
+def batches_of(
+    text: Text, config: Any, progress: Progress, context: int | None = None
+) -> Iterator[Tensor]:
+    """The sequences whose loss is taken, of at most `context` tokens, default `EVALUATED`."""
+    length = text.length or min(context or EVALUATED, context_of(config))
+    done = 0
+    for ids in runner.batches(text.tokens, text.start, length, max(length, AT_ONCE)):
+        if ids.shape[1] > 1:
+            yield ids
+        done += ids.shape[0] * (ids.shape[1] - len(text.start))
+        progress(done, len(text.tokens))
 
 
 def context_of(config: Any) -> int:

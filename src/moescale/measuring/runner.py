@@ -29,8 +29,10 @@ from moescale.errors import (
     MoescaleError,
     SourceError,
     UnsupportedError,
+    UsageError,
     bytes_text,
 )
+from moescale.measuring.devices import Running
 from moescale.measuring.text import one_line
 
 LONGEST = 2_048
@@ -60,14 +62,12 @@ def read_config(folder: Path) -> Any:
 
 
 @contextmanager
-def loaded(
-    folder: Path, config: Any, max_memory: int | None
-) -> Iterator[tuple[PreTrainedModel, list[str]]]:
-    """The model in the dtype that it is stored in, on what devices there are.
+def loaded(folder: Path, config: Any, how: Running) -> Iterator[tuple[PreTrainedModel, list[str]]]:
+    """The model in the dtype that it is stored in.
 
     With it come the names of the tensors that it has no use for.
 
-    What exceeds `max_memory` bytes of main memory lies in a temporary folder, which is removed.
+    What exceeds the main memory that it may have lies in a temporary folder, which is removed.
 
     Raises:
         UnsupportedError: transformers cannot load it here.
@@ -75,15 +75,15 @@ def loaded(
     """
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     with _quiet(), tempfile.TemporaryDirectory(prefix="moescale-offload-") as offload:
-        if max_memory is not None and size > max_memory:
+        if how.max_memory is not None and size > how.max_memory:
             _check_room(Path(offload), size)
         with _in_one_line("the model"):
             model, report = _model_class(config).from_pretrained(
                 folder,
                 config=config,
                 dtype="auto",
-                device_map="auto",
-                max_memory=_memory(max_memory),
+                device_map=_device_map(how),
+                max_memory=_memory(how),
                 offload_folder=offload,
                 trust_remote_code=False,
                 local_files_only=True,
@@ -95,13 +95,32 @@ def loaded(
         yield model.eval(), sorted(map(str, report.get("unexpected_keys") or ()))
 
 
-def _memory(limit: int | None) -> dict[int | str, int] | None:
+def _device_map(how: Running) -> Any:
+    """Where the weights go.
+
+    Raises:
+        UsageError: torch does not have the device.
+    """
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not there.get(how.device, True):
+        raise UsageError(
+            f"--device {how.device}: torch {torch.__version__} has none here",
+            hint="--device auto takes what there is.",
+        )
+    return "auto" if how.device == "auto" or how.max_memory is not None else {"": how.device}
+
+
+def _memory(how: Running) -> dict[int | str, int] | None:
     """How much may lie on each device; of the graphics cards what accelerate finds free."""
-    if limit is None:
+    if how.max_memory is None:
         return None
     from accelerate.utils import get_max_memory
 
-    return {**get_max_memory(), "cpu": limit}
+    found = {} if how.device == "cpu" else get_max_memory()
+    return {**found, "cpu": how.max_memory}
 
 
 def _check_room(folder: Path, size: int) -> None:

@@ -160,8 +160,9 @@ def _tokenised(words: str, tokeniser: Any) -> Text:
     return Text(tuple(tokens[:MOST]), tuple(start), cut=len(tokens) > MOST)
 
 
-def overlap(one: Text, other: Text, window: int = 32) -> bool:
-    """Whether any `window` tokens in a row stand in both."""
+def overlap(one: Text, other: Text) -> bool:
+    """Whether a passage of 32 tokens, or of 64 bytes, stands in both."""
+    window = 64 if one.unit == "bytes" else 32
     found = {one.tokens[i : i + window] for i in range(len(one.tokens) - window + 1)}
     return any(other.tokens[i : i + window] in found for i in range(len(other.tokens) - window + 1))
 

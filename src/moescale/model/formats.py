@@ -643,6 +643,12 @@ def _row_of(leaves: Leaves) -> Format | None:
     return next((row for row in _candidates(dtypes) if row.fits(leaves)), None)
 
 
+def takes_any_factor(leaves: Leaves) -> bool:
+    """Whether a down-projection can be multiplied by more than powers of two."""
+    row = _row_of(leaves)
+    return row is None or all(part.operation != "shift" for part in row.scaled.values())
+
+
 def scaled_tensors(
     module: str, leaves: Leaves, factor: float, instead: str | None = None
 ) -> list[Scaled]:

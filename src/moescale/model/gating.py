@@ -416,15 +416,28 @@ def find_routers(
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class ScaledRouters:
+    """How the logits of all routers are multiplied.
+
+    Attributes:
+        edits: the tensors that make the logits, with their layers.
+        biases: what the biases of the logits are called in their modules.
+        moves: why other experts may be chosen then; None where the choice stays.
+    """
+
+    edits: Sequence[tuple[Scaled, Layer]]
+    biases: frozenset[str]
+    moves: str | None
+
+
 def scaled_routers(
     architecture: Architecture,
     section: Mapping[str, Any],
     projections: Sequence[Projection],
     tensors: Sequence[Tensor],
-) -> list[tuple[Scaled, Layer]]:
+) -> ScaledRouters:
     """What makes the logits of each router, to be multiplied all by one number.
-
-    The order of the logits stays, and where experts are chosen by it, so does the choice.
 
     Args:
         architecture: the row of the model type.
@@ -433,29 +446,28 @@ def scaled_routers(
         tensors: the whole checkpoint.
 
     Raises:
-        UnsupportedError: the choice depends on more than the order, or the router works otherwise.
+        UnsupportedError: the router works otherwise, or its logits are not its weight's alone.
         CheckpointError: a router is missing.
     """
     gating = gating_of(architecture, tensors, SCALE)
     found = find_routers(gating, section, projections, tensors, SCALE)
+    if gating.cap_key and section.get(gating.cap_key):
+        raise UnsupportedError(
+            f"{SCALE} cannot be used with the router of {architecture.model_type!r}: a tanh bounds"
+            " its logits",
+            hint=_INSTEAD[SCALE],
+        )
     grouped = group_limit(architecture, section) is not None
-    why = {
-        "a bias fitted to the scores as they are takes part in the choice of experts": any(
-            router.bias for router in found
-        ),
-        "groups of experts are chosen by sums of scores, whose order would change": grouped
-        and gating.group_best > 1,
-        "a tanh bounds its logits": bool(gating.cap_key and section.get(gating.cap_key)),
-    }
-    for reason, holds in why.items():
-        if holds:
-            raise UnsupportedError(
-                f"{SCALE} cannot be used with the router of {architecture.model_type!r}: {reason}",
-                hint=_INSTEAD[SCALE],
-            )
-    return [
+    moves = None
+    if any(router.bias for router in found):
+        moves = "a bias fitted to the scores as they are takes part in the choice of experts"
+    elif grouped and gating.group_best > 1:
+        moves = "groups of experts are chosen by sums of scores, whose order may change"
+    edits = [
         (Scaled(tensor, "router"), router.layer)
         for router in found
         for tensor in (router.weight, router.logit_bias)
         if tensor is not None
     ]
+    biases = {r.logit_bias.name.rpartition(".")[2] for r in found if r.logit_bias is not None}
+    return ScaledRouters(edits, frozenset(biases), moves)

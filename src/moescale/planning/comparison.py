@@ -88,6 +88,7 @@ def compare(
     samples: Mapping[str, Sample],
     rho: float,
     edit: str,
+    scaled_routers: bool = False,
 ) -> Comparison:
     """Every rule that can be computed from what a plan knows.
 
@@ -98,6 +99,7 @@ def compare(
         samples: what a rule found out about each layer; may be empty.
         rho: correlation of expert outputs.
         edit: what is done without any factor, in words.
+        scaled_routers: the routers of the plan are scaled, each by its own number.
     """
     layers = tuple(factors)
     taken = "own" if taken in ("factor", "factors") else taken
@@ -115,6 +117,10 @@ def compare(
         for name, by_layer in found.items()
         if edited
     }
+    if scaled_routers and taken == "fitted":
+        norms[taken] = (1.0,) * len(layers)  # what its factor is made for
+    elif scaled_routers:
+        norms.pop(taken, None)
     return Comparison(layers, taken, found, norms, basis, edit)
 
 

@@ -5,31 +5,39 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
+from typing import TypeVar
 
-from moescale.checkpoint.header import Header
 from moescale.errors import UnsupportedError
 from moescale.model.experts import Layer
 from moescale.model.lookup import Moe
-from moescale.model.router import has_no_effect, largest_count
+from moescale.model.router import largest_count
 from moescale.options import Options
 from moescale.planning.active import active
 from moescale.planning.comparison import joined
 from moescale.planning.factors import (
+    Findings,
+    Noted,
     choose_factors,
+    choose_scales,
     closed_forms,
     of_another_job,
+    of_one_layer,
 )
 from moescale.planning.kinds import open_checkpoint
 from moescale.planning.plan import Experts, Plan
-from moescale.planning.tensors import (
-    planned_tensors,
-    sharpened_routers,
+from moescale.planning.rule import (
+    Adjustable,
+    Choice,
+    adjustable,
+    choose_rule,
+    remarks,
 )
+from moescale.planning.tensors import find_scaled_routers, planned_tensors
 from moescale.repos.base import Source
 from moescale.rules.samples import Sample
 
-Sampler = Callable[[Moe, Experts], Mapping[Layer, Sample]]
-"""Finds out what a rule wants to know of every MoE layer."""
+Sampler = Callable[[Moe, Experts, Adjustable | None], Findings]
+"""Finds out what a rule wants to know of every MoE layer; ``fitted``, what can be adjusted."""
 
 
 def make_plan(
@@ -37,7 +45,7 @@ def make_plan(
     options: Options,
     destination: str | None = None,
     sampler: Sampler | None = None,
-    noted: Mapping[str, float] | None = None,
+    noted: Noted | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Plan:
     """Decide everything.
@@ -46,8 +54,8 @@ def make_plan(
         source: where the checkpoint is; its config, index and shard headers are read.
         options: what the user asked for.
         destination: what the user calls the place of the output, for the record.
-        sampler: samples the layers for the rule ``measured``; ``gates`` needs none.
-        noted: the factors of ``measured``, where an earlier run of the same job has them.
+        sampler: runs the model for ``measured`` and ``fitted``; other rules need none.
+        noted: what that found, where an earlier run of the same job has it.
         progress: that of `sample_gates`.
 
     Raises:
@@ -58,20 +66,33 @@ def make_plan(
     moe, tensors, headers = checkpoint.moe, checkpoint.tensors, checkpoint.headers
     warnings = [*source.remarks, *checkpoint.warnings]
     experts = _experts(moe, options)
+    choice = choose_rule(moe, experts, options, headers)
+    rule = choice.rule
     forms = closed_forms(moe, experts, options)
+    able = adjustable(moe, tensors) if rule == "fitted" else None
     if sampler is not None:
-        samples = sampler(moe, experts)
+        findings = sampler(moe, experts, able)
     else:
-        samples = _sampled_gates(source, moe, experts, options, headers, progress)
-    factors = choose_factors(moe, experts, options, samples, noted)
+        findings = Findings(_sampled_gates(source, moe, experts, options, choice, progress))
+    factors = choose_factors(rule, moe, experts, options, findings, noted)
+    if able and not able.experts:
+        factors = dict.fromkeys(factors, 1.0)
+    factors, said = of_one_layer(factors, rule, options)
+    scales = choose_scales(rule, moe, options, findings, noted)
     scaled = checkpoint.chosen(factors)
     made_for = getattr(options.factors, "made_for", {})
     warnings += [
         *checkpoint.remarks(scaled, factors, experts),
-        *_remarks(options),
+        *(able.remarks if able else ()),
+        *said,
+        *remarks(rule, moe, experts, options),
         *of_another_job(made_for, moe, experts, options),
     ]
-    scaled += sharpened_routers(moe, tensors, options)
+    if scales:
+        routers = (able and able.routers) or find_scaled_routers(moe, tensors)
+        scaled += [(edit, layer, scales[layer]) for edit, layer in routers.edits]
+        if routers.moves:
+            warnings.append(f"with scaled routers other experts may be chosen: {routers.moves}")
     used = active(tensors, moe.projections, moe.held, experts)
     planned = planned_tensors(scaled, headers)
     output = checkpoint.output(planned, factors, experts)
@@ -83,8 +104,11 @@ def make_plan(
         part=moe.architecture.part,
         experts=experts,
         router=moe.router,
+        rule=rule,
+        why=choice.why,
         rho=options.rho or 0.0,
-        factors=MappingProxyType({str(layer): factor for layer, factor in factors.items()}),
+        factors=_by_name(factors),
+        router_scales=_by_name(scales),
         alternatives=MappingProxyType(
             {name: joined(form) for name, form in forms.items() if name != "none"}
         ),
@@ -97,13 +121,13 @@ def make_plan(
         keys=MappingProxyType(output.keys),
         record=output.record,
         opens=output.opens,
-        samples=MappingProxyType({str(layer): sample for layer, sample in samples.items()}),
+        samples=_by_name(findings.samples),
         calibration=made_for.get("calibration", {}),
         factors_rule=made_for.get("factors_rule", made_for.get("rule")),
         warnings=(*warnings, *output.warnings),
         states=MappingProxyType({name: source.state(name) for name in source.files()}),
         active=used,
-        instead=output.instead,
+        instead=None if scales else output.instead,
         fold_key=output.fold_key,
     )
     if (harm := plan.comparison.harm) is not None:
@@ -115,21 +139,11 @@ def make_plan(
     return plan
 
 
-def _remarks(options: Options) -> list[str]:
-    """What the user should know of the options."""
-    remarks = []
-    if options.fold == "residual":
-        remarks.append(
-            "--fold residual is the same as scaling the experts but for the rounding of the divided"
-            " weights and the epsilon of the norms, which stays while the stream shrinks"
-        )
-    scaled = options.gate_scale not in (None, 1.0)
-    if scaled and options.method in ("preserve", "published"):
-        remarks.append(
-            f"--gate-scale changes the gate weights, which --rule {options.method} does not see,"
-            " since it assumes a balanced gate; --rule gates does"
-        )
-    return remarks
+_Value = TypeVar("_Value")
+
+
+def _by_name(values: Mapping[Layer, _Value]) -> Mapping[str, _Value]:
+    return MappingProxyType({str(layer): value for layer, value in values.items()})
 
 
 def _experts(moe: Moe, options: Options) -> Experts:
@@ -159,11 +173,6 @@ def _experts(moe: Moe, options: Options) -> Experts:
             raise UnsupportedError(
                 f"{name} is {count}, but {limit}", hint=f"Choose from 1 to {largest}."
             )
-    if has_no_effect(row, moe.section) and options.method != "none":
-        raise UnsupportedError(
-            f"scaling has no effect on model type {moe.model_type!r}: {row.no_effect}",
-            hint="--rule none changes the number of experts alone.",
-        )
     return Experts(trained, before, after, moe.total)
 
 
@@ -176,13 +185,13 @@ def _sampled_gates(
     moe: Moe,
     experts: Experts,
     options: Options,
-    headers: Mapping[str, Header],
+    choice: Choice,
     progress: Callable[[int, int], None],
 ) -> Mapping[Layer, Sample]:
     """What the rule ``gates`` wants to know; nothing for the others."""
-    if options.method != "gates":
+    if choice.routers is None:
         return {}
     from moescale.planning.sampling import sample_gates  # here, since the others need no numpy
 
     counts = {layer: (n, m) for layer in moe.layers for n, _, m in (experts.at(layer),)}
-    return sample_gates(source, moe, headers, counts, options.gate_scale or 1.0, progress)
+    return sample_gates(source, choice.routers, counts, options.gate_scale or 1.0, progress)

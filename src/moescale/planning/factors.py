@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from moescale.errors import UnsupportedError, UsageError
@@ -10,16 +12,38 @@ from moescale.model.experts import Layer
 from moescale.model.lookup import Moe
 from moescale.options import Options
 from moescale.planning.plan import Experts
-from moescale.rules import closed_form, gates, measured
-from moescale.rules.samples import Sample
+from moescale.rules import closed_form, fitted, gates, measured
+from moescale.rules.samples import Sample, rounded
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What a rule found out about a model.
+
+    Attributes:
+        samples: one for each layer; may be empty.
+        taken: for ``fitted``, the rule that its guard took.
+    """
+
+    samples: Mapping[Layer, Sample]
+    taken: str = "fitted"
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """What an earlier run of the same job has found: by name of a layer."""
+
+    factors: Mapping[str, float]
+    router_scales: Mapping[str, float]
 
 
 def choose_factors(
+    rule: str,
     moe: Moe,
     experts: Experts,
     options: Options,
-    samples: Mapping[Layer, Sample],
-    noted: Mapping[str, float] | None,
+    findings: Findings,
+    noted: Noted | None,
 ) -> dict[Layer, float]:
     """What each MoE layer is multiplied by; `noted` takes the place of a measurement.
 
@@ -27,25 +51,68 @@ def choose_factors(
         UsageError: the factors that the user gave do not cover the layers.
         UnsupportedError: the rule needs to know how the router weighs, and that is not known.
     """
-    layers = moe.layers
-    if (given := options.factors if noted is None else noted) is not None:
-        return _given_factors(layers, given)
-    match options.method:
+    layers, samples = moe.layers, findings.samples
+    if (given := options.factors if noted is None else noted.factors) is not None:
+        return _given(layers, given, "factor", getattr(options.factors, "file", ""))
+    match findings.taken if rule == "fitted" else rule:
         case "gates":
             return {layer: gates.factor(samples[layer], options.rho or 0.0) for layer in layers}
         case "measured":
             return {layer: measured.factor(samples[layer]) for layer in layers}
-    return {layer: _factor(moe, experts, options, layer) for layer in layers}
+        case "fitted":
+            return {layer: fitted.factor(samples[layer]) for layer in layers}
+        case plain:
+            return {layer: _factor(plain, moe, experts, options, layer) for layer in layers}
 
 
-def _given_factors(layers: Sequence[Layer], given: Mapping[str, float]) -> dict[Layer, float]:
+def choose_scales(
+    rule: str, moe: Moe, options: Options, findings: Findings, noted: Noted | None
+) -> dict[Layer, float]:
+    """What the router of each MoE layer is multiplied by; nothing where all stay as they are.
+
+    Raises:
+        UsageError: the scales that the user gave do not cover the layers.
+    """
+    layers = moe.layers
+    if options.gate_scale is not None:
+        return dict.fromkeys(layers, options.gate_scale)
+    given = getattr(options.factors, "router_scales", {}) if noted is None else noted.router_scales
+    if given:
+        return _given(layers, given, "router scale", getattr(options.factors, "file", ""))
+    if rule != "fitted" or findings.taken != "fitted" or noted is not None:
+        return {}
+    scales = {layer: fitted.scale(findings.samples[layer]) for layer in layers}
+    return scales if any(scale != 1.0 for scale in scales.values()) else {}
+
+
+def of_one_layer(
+    factors: Mapping[Layer, float], rule: str, options: Options
+) -> tuple[dict[Layer, float], list[str]]:
+    """The geometric mean of a rule's factors where there can be but one, with a remark."""
+    ends = min(factors.values()), max(factors.values())
+    if options.fold not in ("config", "residual") or rule not in BY_LAYER or ends[0] == ends[1]:
+        return dict(factors), []
+    mean = rounded(math.exp(sum(map(math.log, factors.values())) / len(factors)))
+    return dict.fromkeys(factors, mean), [
+        f"--fold {options.fold} takes one factor for all layers: {mean:g}, the geometric mean of"
+        f" {ends[0]:g} to {ends[1]:g} that --rule {rule} gives"
+    ]
+
+
+BY_LAYER = ("gates", "measured")
+"""Rules with a factor for each layer, of which a mean can be taken."""
+
+
+def _given(
+    layers: Sequence[Layer], given: Mapping[str, float], what: str, file: str
+) -> dict[Layer, float]:
     names = {str(layer) for layer in layers}
-    where = f"--factors {getattr(given, 'file', '')}".rstrip()
+    where = f"--factors {file}".rstrip()
     surplus = sorted(given.keys() - names)
-    more = f" has a factor for layer {surplus[0]}, which is no MoE layer" if surplus else ""
+    more = f" has a {what} for layer {surplus[0]}, which is no MoE layer" if surplus else ""
     if missing := [str(layer) for layer in layers if str(layer) not in given]:
         raise UsageError(
-            f"{where} has no factor for layer {missing[0]} ({len(missing)} of {len(layers)}"
+            f"{where} has no {what} for layer {missing[0]} ({len(missing)} of {len(layers)}"
             f" MoE layers are missing){', and' if more else ''}{more}"
         )
     if surplus:
@@ -53,9 +120,9 @@ def _given_factors(layers: Sequence[Layer], given: Mapping[str, float]) -> dict[
     return {layer: given[str(layer)] for layer in layers}
 
 
-def _factor(moe: Moe, experts: Experts, options: Options, layer: Layer) -> float:
+def _factor(rule: str, moe: Moe, experts: Experts, options: Options, layer: Layer) -> float:
     n, _, m = experts.at(layer)
-    match options.method:
+    match rule:
         case "factor":
             assert options.factor is not None
             return options.factor
@@ -79,10 +146,12 @@ def of_another_job(
     if not made_for:
         return
     then = made_for.get("experts", {})
+    scales = getattr(options.factors, "router_scales", {})
+    gate = made_for.get("gate_scale", 1.0), options.gate_scale or 1.0
     both = {
         "-n": (then.get("trained"), experts.trained),
         "-k": (then.get("to"), experts.after),
-        "--gate-scale": (made_for.get("gate_scale", 1.0), options.gate_scale or 1.0),
+        **({"--gate-scale": gate} if not scales else {}),
         "model type": (made_for.get("model_type"), moe.model_type),
     }
     for what, (old, new) in both.items():

@@ -22,6 +22,8 @@ from moescale.planning.comparison import ByLayer, Comparison, compare
 from moescale.planning.files import CARD, PROVENANCE, PlannedFile
 from moescale.planning.instead import Instead, by_engine
 from moescale.repos.base import SourceId
+from moescale.rules.evaluation import Evaluation
+from moescale.rules.fitted import Guard
 from moescale.rules.samples import Sample
 
 if TYPE_CHECKING:
@@ -121,8 +123,11 @@ class Plan:
     part: str | None
     experts: Experts
     router: Router | None
+    rule: str  # or factor, or factors
+    why: str | None  # this rule, where none was asked for
     rho: float
     factors: Mapping[str, float]
+    router_scales: Mapping[str, float]  # empty where the routers stay as they are
     alternatives: Mapping[str, ByLayer]
     tensors: tuple[PlannedTensor, ...]
     files: tuple[PlannedFile, ...]
@@ -136,6 +141,7 @@ class Plan:
     samples: Mapping[str, Sample] = field(default_factory=dict)  # by layer, where a rule has any
     calibration: Mapping[str, Any] = field(default_factory=dict)  # the text of measured factors
     factors_rule: str | None = None  # the rule that made the factors of a file
+    evaluation: Evaluation | None = None  # what it costs, where that was asked for
     warnings: tuple[str, ...] = ()
     states: Mapping[str, Any] = field(default_factory=dict)
     active: Active | None = None  # how much of the model a token uses
@@ -153,7 +159,7 @@ class Plan:
             f"{self.source.id} -> {self.destination or 'no destination'}",
             f"  {self.model_type}, {len(self.factors)} MoE layers of {self.experts.total} experts:"
             f" {printable(counts, 60)} experts per token",
-            f"  {self.options.method}, factor {' to '.join(ends)}:"
+            f"  {self.rule}, factor {' to '.join(ends)}:"
             f" {len(self.changed_tensors):,} tensors scaled, {written} written",
             *(f"  warning: {warning}" for warning in self.warnings[:_SHOWN_WARNINGS]),
         ]
@@ -166,6 +172,11 @@ class Plan:
     def summary(self) -> str:
         """The page of text that the command prints."""
         return self.view.text(self) if self.view else repr(self)
+
+    @property
+    def guard(self) -> Guard | None:
+        """The rules that were tried before ``fitted`` took one of them."""
+        return Guard.from_json(self.calibration.get("guard"))
 
     @property
     def changes_nothing(self) -> bool:
@@ -229,10 +240,16 @@ class Plan:
     @property
     def comparison(self) -> Comparison:
         """Factor and norm of the routed output by rule and layer, as far as they are known."""
-        scaled = self.options.gate_scale is not None
-        edit = "config edit and gate" if scaled else "config edit alone"
-        method = self.options.method
-        return compare(method, self.factors, self.alternatives, self.samples, self.rho, edit)
+        sharper = self.options.gate_scale is not None
+        return compare(
+            self.rule,
+            self.factors,
+            self.alternatives,
+            self.samples,
+            self.rho,
+            "config edit and gate" if sharper else "config edit alone",
+            bool(self.router_scales) and not sharper,
+        )
 
     @property
     def overrides(self) -> dict[str, str]:
@@ -247,17 +264,13 @@ class Plan:
         ``factor`` or ``factors`` has that name. Empty where nothing is known of the router.
         """
         found = self.comparison
-        named = {"own": self.options.method}
+        named = {"own": self.rule}
         return {named.get(rule, rule): found.norm(rule) for rule in found.norms}
 
     def as_json(self) -> dict[str, Any]:
         """The plan as ``--dry-run --json`` prints it."""
         return {
-            "source": {
-                "kind": self.source.kind,
-                "id": self.source.id,
-                "revision": self.source.revision,
-            },
+            "source": self.source_json(),
             "destination": self.destination,
             **self.decisions(),
             "predicted_norm": self.predicted_norm,
@@ -272,8 +285,14 @@ class Plan:
             },
             "active": self.active.as_json() if self.active else None,
             "overrides": self.overrides,
+            **({"evaluation": self.evaluation.as_json()} if self.evaluation else {}),
             "warnings": list(self.warnings),
         }
+
+    def source_json(self) -> dict[str, Any]:
+        """What the source is, as JSON."""
+        source = self.source
+        return {"kind": source.kind, "id": source.id, "revision": source.revision}
 
     def decisions(self) -> dict[str, Any]:
         """What was decided, without places and files."""
@@ -287,13 +306,15 @@ class Plan:
                 "total": self.experts.total,
             },
             "router": {"renormalised": self.router.renormalised if self.router else None},
-            "rule": self.options.method,
+            "rule": self.rule,
+            **({"rule_why": self.why} if self.why else {}),
             **({"factors_rule": self.factors_rule} if self.factors_rule else {}),
             **({"fold": self.options.fold} if self.options.fold else {}),
             **({"gate_scale": scale} if (scale := self.options.gate_scale) is not None else {}),
             "rho": self.rho,
             **({"calibration": dict(self.calibration)} if self.calibration else {}),
             "factors": dict(self.factors),
+            **({"router_scales": dict(self.router_scales)} if self.router_scales else {}),
             "alternatives": dict(self.alternatives),
         }
 

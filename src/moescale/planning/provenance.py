@@ -11,13 +11,13 @@ import hashlib
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from itertools import chain
 from typing import Any
 
 from moescale.checkpoint.json_text import parse_lenient
 from moescale.errors import UsageError
-from moescale.options import Factors, Options, made_for, options_of
+from moescale.options import RUN, Options, factors_of, options_of
 from moescale.planning.plan import Plan, PlannedTensor
 from moescale.repos.base import Written
 from moescale.version import __version__
@@ -150,14 +150,11 @@ def made_with(found: Any) -> Options | None:
         return None
     words: Any = {name: value for name, value in given.items() if name != "calibrate"}
     try:
-        options = options_of(words, given.get("calibrate"))
+        if "factors" in words:
+            words["factors"] = factors_of({**found, "factors": words["factors"]}, "moescale.json")
+        return options_of(words, given.get("calibrate"))
     except (UsageError, TypeError, ValueError):
         return None
-    if options.factors is None:
-        return options
-    factors = Factors(options.factors)
-    factors.made_for = made_for(found)
-    return replace(options, factors=factors)
 
 
 _TEXTS = frozenset({"rule", "calibrate", "fold", "part", "arch", "pattern", "experts_key"})
@@ -175,21 +172,25 @@ def in_words(found: Any) -> str | None:
     return ", ".join(f"{name}={value}" for name, value in shown.items())
 
 
-def described(options: Options) -> str:
+def described(options: Options, rule: str) -> str:
     """What a job makes: the number of experts, the rule, and what else was asked for."""
     count = options.experts
     what = f"{count} experts per token" if count is not None else "the config's experts per token"
     said = {"experts", "rule", "factors", "calibrate"}
     others = {k: v for k, v in options_given(options).items() if k not in said}
-    words = [options.method, *(f"{name}={value}" for name, value in others.items())]
+    words = [rule, *(f"{name}={value}" for name, value in others.items())]
     return f"{what} ({', '.join(words)})"
 
 
 def _measured(plan: Plan) -> dict[str, Any]:
     """What a run that goes on takes from here, since measuring again may give another digit."""
-    if plan.options.method != "measured":
+    if plan.rule not in RUN:
         return {}
-    return {"factors": dict(plan.factors), "calibration": dict(plan.calibration)}
+    return {
+        "factors": dict(plan.factors),
+        "router_scales": dict(plan.router_scales),
+        "calibration": dict(plan.calibration),
+    }
 
 
 def job_difference(one: Any, other: Mapping[str, Any]) -> str:

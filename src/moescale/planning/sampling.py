@@ -75,8 +75,7 @@ class Routers:
 
 def sample_gates(
     source: Source,
-    moe: Moe,
-    headers: Mapping[str, Header],
+    routers: Routers,
     counts: Mapping[Layer, tuple[int, int]],
     sharpness: float = 1.0,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -85,18 +84,15 @@ def sample_gates(
 
     Args:
         source: where the checkpoint is; its routers and the norms before them are read.
-        moe: the MoE that they belong to.
-        headers: of all shards, by name.
+        routers: those of all layers.
         counts: experts per token before and after, by layer.
         sharpness: what the logits are multiplied by after.
         progress: is told of layers done and in all.
 
     Raises:
-        UnsupportedError: the router of this model type cannot be formed, or is quantised.
-        CheckpointError: a router is missing, has another shape than the config says, or holds
-            what is no number.
+        CheckpointError: a router has another shape than the config says, or holds what is no
+            number.
     """
-    routers = find_gates(moe, headers)
     result = {}
     for tensors, weights in read_gates(source, routers):
         layer = tensors.layer

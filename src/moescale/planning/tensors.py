@@ -11,7 +11,7 @@ from moescale.checkpoint.rewrite import Segment, relaid_header
 from moescale.errors import UnsupportedError
 from moescale.model.experts import Layer
 from moescale.model.formats import Scaled, scaled_tensors
-from moescale.model.gating import scaled_routers
+from moescale.model.gating import ScaledRouters, scaled_routers
 from moescale.model.lookup import Moe
 from moescale.model.residual import WRITERS, residual_writers
 from moescale.options import Options
@@ -56,14 +56,9 @@ def chosen_tensors(
     ]
 
 
-def sharpened_routers(
-    moe: Moe, tensors: Sequence[Tensor], options: Options
-) -> list[tuple[Scaled, Layer, float]]:
-    """The tensors of the routers, where their logits are to be multiplied."""
-    if (scale := options.gate_scale) is None:
-        return []
-    routers = scaled_routers(moe.architecture, moe.section, moe.projections, tensors)
-    return [(scaled, layer, scale) for scaled, layer in routers]
+def find_scaled_routers(moe: Moe, tensors: Sequence[Tensor]) -> ScaledRouters:
+    """The tensors of the routers, whose logits are to be multiplied; see `scaled_routers`."""
+    return scaled_routers(moe.architecture, moe.section, moe.projections, tensors)
 
 
 def planned_tensors(

@@ -18,6 +18,7 @@ from moescale.planning.plan import Plan
 from moescale.planning.provenance import options_given
 from moescale.report import chart, terminal
 from moescale.report.chart import LOOKS, Look, Series
+from moescale.report.table import span
 from moescale.rules.samples import Moments, Sample
 from moescale.version import __version__
 
@@ -184,8 +185,8 @@ def _change(plan: Plan) -> str:
 
 
 def _lead(plan: Plan, compared: Comparison) -> str:
-    factor = terminal.span(compared.factors[compared.taken], ".4g")
-    rule = f"--{plan.options.method}" if compared.taken == "own" else f"rule {compared.taken}"
+    factor = span(compared.factors[compared.taken], ".4g")
+    rule = f"--{plan.rule}" if compared.taken == "own" else f"rule {compared.taken}"
     layers = terminal.layers_text(plan)
     return f"{plan.model_type}, {layers}: {_change(plan)}, {rule}, factor {factor}"
 
@@ -378,8 +379,8 @@ def _rule_rows(compared: Comparison) -> Iterator[tuple[str, ...]]:
         yield (
             "this plan" if name == compared.taken else "",
             compared.name(name),
-            terminal.span(factors, ".6g"),
-            terminal.span(compared.norms.get(name, ()), ".3f"),
+            span(factors, ".6g"),
+            span(compared.norms.get(name, ()), ".3f"),
             terminal.RULE_NOTES.get(name, ""),
         )
 

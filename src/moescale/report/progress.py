@@ -248,10 +248,13 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def measuring(stream: TextIO | None, rule: str | None = None) -> Callable[[int, int], None]:
+_FEWEST_TOKENS = 2_048
+"""No text that a model is run on is shorter, and no model has so many layers."""
+
+
+def measuring(stream: TextIO | None) -> Callable[[int, int], None]:
     """What tells of a rule at work: on a terminal soon, else now and then."""
     start = last = time.monotonic()
-    unit = "layers" if rule == "gates" else "tokens"
     moves = stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
 
     def tell(done: int, total: int) -> None:
@@ -262,6 +265,7 @@ def measuring(stream: TextIO | None, rule: str | None = None) -> Callable[[int, 
         if now - last < LINE_SECONDS and not moves:
             return
         last = now
+        unit = "layers" if total < _FEWEST_TOKENS else "tokens"
         end = "\n" if done == total or not moves else "\r"
         print(f"measuring: {done:,} of {total:,} {unit}", end=end, file=stream, flush=True)
 

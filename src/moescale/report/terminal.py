@@ -15,6 +15,8 @@ from moescale.planning.comparison import BASES
 from moescale.planning.files import Action, PlannedFile
 from moescale.planning.instead import gguf_to_run, loader_of, to_run
 from moescale.planning.plan import Plan, PlannedTensor
+from moescale.report import losses
+from moescale.report.table import count_text, span, table
 from moescale.running.card import measured_on
 
 if TYPE_CHECKING:
@@ -46,16 +48,18 @@ def blocks_for(stream: TextIO) -> str:
 def plan_text(plan: Plan, verbose: bool = False, blocks: str = ASCII) -> str:
     """The plan as a page of text; its chart is drawn with `blocks`, `BLOCKS` or `ASCII`."""
     parts = [
-        _table(facts(plan)),
+        table(facts(plan)),
         _rules(plan),
+        losses.guard_text(plan.guard),
         _layers(plan.tensors, verbose),
         _factor_chart(plan.factors, blocks),
-        _table(byte_rows(plan)),
+        table(byte_rows(plan)),
         _left_out(plan.files),
+        losses.evaluation_text(plan.evaluation),
     ]
     if verbose:
         parts.append(
-            _table(
+            table(
                 (
                     (
                         t.shard,
@@ -69,13 +73,13 @@ def plan_text(plan: Plan, verbose: bool = False, blocks: str = ASCII) -> str:
                 header=("shard", "tensor", "dtype", "shape", "factor"),
             )
         )
-        parts.append(_table((f.action, f.name, f.why or "") for f in plan.files))
+        parts.append(table((f.action, f.name, f.why or "") for f in plan.files))
     return "\n\n".join(part for part in parts if part)
 
 
 def types_text(types: Iterable[ModelType]) -> str:
     """Every model type and what happens to it, in two columns."""
-    return _table(
+    return table(
         (f"{row.model_type} ({row.part})" if row.part else row.model_type, row.effect)
         for row in types
     )
@@ -101,7 +105,7 @@ def record_text(record: Record) -> str:
         ("files", _state(record)),
     ]
     prove = "To prove every byte, with the source at hand: moescale SRC {0} --verify"
-    return f"{_table(rows)}\n\n{prove.format(printable(record.place))}"
+    return f"{table(rows)}\n\n{prove.format(printable(record.place))}"
 
 
 def _state(record: Record) -> str:
@@ -132,16 +136,20 @@ def facts(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "fold", f"--fold config multiplies {plan.fold_key} and leaves every weight as it is"
     elif plan.options.fold == "residual":
         yield "fold", "what else writes into the residual stream is divided; the experts stay"
-    if (scale := plan.options.gate_scale) is not None:
-        way = "sharper" if scale > 1 else "flatter" if scale < 1 else "as it was"
-        yield "gate", f"the routers' weights are multiplied by {scale:g}: {way}"
+    if scales := tuple(plan.router_scales.values()):
+        yield (
+            "gate",
+            f"the routers' weights are multiplied by {span(scales, '.4g')}: {_way(scales)}",
+        )
     if plan.calibration:
-        yield "measured", f"on {measured_on(plan.calibration)}"
-    before, after = _count(plan.experts.before), _count(plan.experts.after)
+        yield "calibrated", f"on {measured_on(plan.calibration)}"
+    if plan.why:
+        yield "rule", f"{plan.rule} ({plan.why})"
+    before, after = count_text(plan.experts.before), count_text(plan.experts.after)
     trained = (
         ""
         if plan.experts.trained == plan.experts.before
-        else (f" (weights trained with {_count(plan.experts.trained)})")
+        else (f" (weights trained with {count_text(plan.experts.trained)})")
     )
     if plan.active is not None:
         yield "active", active_text(plan.active)
@@ -199,14 +207,17 @@ def _engines(lines: Mapping[str, str]) -> str:
     return "\n".join(f"  {names[e]:{width}}  {printable(line)}" for e, line in lines.items())
 
 
+def _way(scales: Sequence[float]) -> str:
+    low, high = min(scales), max(scales)
+    if low == high == 1:
+        return "as it was"
+    return "sharper" if low >= 1 else "flatter" if high <= 1 else "sharper or flatter, by layer"
+
+
 def layers_text(plan: Plan) -> str:
     """How many MoE layers there are, and experts in each."""
     plural = "s" * (len(plan.factors) > 1)
     return f"{len(plan.factors)} MoE layer{plural} of {plan.experts.total} routed experts"
-
-
-def _count(count: int | tuple[int, ...]) -> str:
-    return str(count) if isinstance(count, int) else ",".join(map(str, count))
 
 
 def _rules(plan: Plan) -> str:
@@ -221,17 +232,11 @@ def _rules(plan: Plan) -> str:
     rows = []
     for name, factors in compared.factors.items():
         mark = "->" if name == compared.taken else ""
-        shown = f"--{plan.options.method}" if name == "own" else name
+        shown = f"--{plan.rule}" if name == "own" else name
         norm = span(compared.norms.get(name, ()), ".3f")
         note = notes.get(name, "")
         rows.append((mark, shown, span(factors, ".6g"), norm and f"x {norm}", note))
-    return _table(rows, header=("", "rule", "factor", head, ""))
-
-
-def span(numbers: Sequence[float], form: str) -> str:
-    """The smallest and the largest, or one where they look alike; nothing of none."""
-    ends = [f"{end:{form}}" for end in (min(numbers), max(numbers))] if numbers else []
-    return " to ".join(dict.fromkeys(ends))
+    return table(rows, header=("", "rule", "factor", head, ""))
 
 
 def layer_rows(tensors: Iterable[PlannedTensor]) -> Iterator[tuple[str, ...]]:
@@ -261,8 +266,8 @@ def _layers(tensors: Sequence[PlannedTensor], verbose: bool) -> str:
     """
     rows = list(layer_rows(tensors))
     if verbose or len(rows) <= _FEW_ROWS:
-        return _table(rows, header=LAYER_HEADER)
-    return _table(_kind_rows(tensors), header=LAYER_HEADER) + "\n(-v lists the layers)"
+        return table(rows, header=LAYER_HEADER)
+    return table(_kind_rows(tensors), header=LAYER_HEADER) + "\n(-v lists the layers)"
 
 
 def _kind_rows(tensors: Iterable[PlannedTensor]) -> Iterator[tuple[str, ...]]:
@@ -333,19 +338,7 @@ def byte_rows(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _left_out(files: Iterable[PlannedFile]) -> str:
-    return _table(("left out", f.name, f.why or "") for f in files if f.action == "skip")
-
-
-def _table(rows: Iterable[tuple[str, ...]], header: tuple[str, ...] = ()) -> str:
-    shown = (tuple(map(printable, row)) for row in rows)  # names of tensors may hold anything
-    lines = [*([header] if header else []), *shown]
-    if len(lines) <= bool(header):
-        return ""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    return table(("left out", f.name, f.why or "") for f in files if f.action == "skip")
 
 
 def summary(result: Result, seconds: Mapping[str, float], there: int = 0) -> str:

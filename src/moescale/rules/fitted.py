@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from moescale.rules.samples import Fit, rounded
+from moescale.rules import measured
+from moescale.rules.samples import Fit, Sample, rounded
 
 GRID: tuple[float, ...] = tuple(
     sorted({1.0, *(math.exp(math.log(0.4) + i * math.log(15) / 22) for i in range(23))})
@@ -114,6 +115,16 @@ def _interpolated(values: Sequence[float], position: float) -> float:
     return total
 
 
+def factor(sample: Sample) -> float:
+    """The factor of one layer; that of ``measured`` where its experts get no choice to scale."""
+    return sample.fit.factor if sample.fit else measured.factor(sample)
+
+
+def scale(sample: Sample) -> float:
+    """The router scale of one layer."""
+    return sample.fit.scale if sample.fit else 1.0
+
+
 @dataclass(frozen=True, slots=True)
 class Trial:
     """What one rule loses on text that it was not fitted on, in nats a token.
@@ -158,6 +169,16 @@ class Guard:
     def taken(self) -> str:
         """The rule with the lowest loss or divergence; of equals, the first."""
         return min(self.trials, key=lambda trial: getattr(trial, self.by)).rule
+
+    @classmethod
+    def from_json(cls, content: Any) -> Guard | None:
+        """What `as_json` gave; None for anything else, since anybody may have written it."""
+        try:
+            trials = tuple(Trial(**run) for run in content["runs"])
+            guard = cls(content["trained_loss"], content["tokens"], content["by"], trials)
+            return guard if guard.as_json() == content else None
+        except (TypeError, KeyError, ValueError, AttributeError):
+            return None
 
     def as_json(self) -> dict[str, Any]:
         """For the plan and the provenance, to `DIGITS` significant digits."""

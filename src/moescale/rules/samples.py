@@ -48,12 +48,14 @@ class Sample:
         after: with the new number, weights unchanged.
         correlation: mean pairwise cosine of the chosen experts' outputs before; None where no
             expert was run.
+        error: relative standard error of the factor of ``gates``, where inputs were drawn.
         fit: router scale and factor of the rule ``fitted``, where that was asked for.
     """
 
     before: Moments
     after: Moments
     correlation: float | None = None
+    error: float | None = None
     fit: Fit | None = None
 
 

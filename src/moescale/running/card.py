@@ -185,7 +185,7 @@ def _section(plan: Plan) -> str:
         f"| routed experts per layer | {experts.total} |",
         f"| experts per token: trained, before, now | {_numbers(experts.trained)},"
         f" {_numbers(experts.before)}, {_numbers(experts.after)} |",
-        f"| rule | `{plan.options.method}`{made_by} |",
+        f"| rule | `{plan.rule}`{made_by} |",
         *([f"| measured on | {measured_on(plan.calibration)} |"] if plan.calibration else []),
         f"| factor | {_factor_range(plan.factors)} |",
         *_gate_rows(plan),
@@ -227,16 +227,18 @@ def _count_change(before: int | tuple[int, ...], after: int | tuple[int, ...]) -
 
 
 def _gate_rows(plan: Plan) -> list[str]:
-    scale = plan.options.gate_scale
-    return [] if scale is None else [f"| router weights | multiplied by {scale:.6g} |"]
+    if not plan.router_scales:
+        return []
+    return [f"| router weights | multiplied by {_factor_range(plan.router_scales)} |"]
 
 
 def measured_on(calibration: Mapping[str, Any]) -> str:
     """The text that a model was run on, in words."""
     unit = "tokens" if "tokens" in calibration else "bytes"
     first = "the first " if calibration.get("cut") else ""
+    what = "what the model wrote by itself" if calibration.get("own") else "text"
     return (
-        f"{first}{calibration[unit]:,} {unit} of text, SHA-256 {calibration['text_sha256'][:12]}…"
+        f"{first}{calibration[unit]:,} {unit} of {what}, SHA-256 {calibration['text_sha256'][:12]}…"
     )
 
 
@@ -244,11 +246,12 @@ _AIMS = {
     "preserve": ", so that their expected size stays",
     "gates": ", so that their expected size stays",
     "measured": ", so that the mean size that they have on a text stays",
+    "fitted": ", so that the mean size that they have on a text stays",
 }
 
 
 def _aim(plan: Plan) -> str:
-    return _AIMS.get(plan.options.method, "")
+    return _AIMS.get(plan.rule, "")
 
 
 def _what_changed(plan: Plan) -> str:
@@ -258,6 +261,9 @@ def _what_changed(plan: Plan) -> str:
             f" factor{_aim(plan)}; no weight was touched."
         )
     roles = {t.role for t in plan.changed_tensors}
+    routers = ""
+    if "router" in roles and len(roles) > 1:
+        routers = " The routers' weights are multiplied by a number, too."
     if not roles:
         return "Only the config was edited; no weight was scaled."
     if roles == {"router"}:
@@ -267,7 +273,8 @@ def _what_changed(plan: Plan) -> str:
             "The embedding and the attention outputs are divided by a factor, which the norms undo;"
             " the routed experts' weights are as they were, and count for the factor more."
         )
-    return f"The down-projections of the routed experts are multiplied by a factor{_aim(plan)}."
+    experts = f"The down-projections of the routed experts are multiplied by a factor{_aim(plan)}."
+    return experts + routers
 
 
 def _numbers(count: int | tuple[int, ...]) -> str:

@@ -6,9 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from moescale.errors import MoescaleError, VerificationError
-from moescale.options import Options, is_calibration
+from moescale.options import RUN, Options, is_calibration
 from moescale.planning import provenance
 from moescale.planning.decide import make_plan
+from moescale.planning.factors import Noted
 from moescale.planning.plan import Plan
 from moescale.planning.provenance import options_given
 from moescale.repos.base import Sink, Source
@@ -39,12 +40,15 @@ def in_first_words(plan: Plan, source: Source, sink: Sink) -> Plan:
     options = provenance.made_with(found)
     if options is None or options_given(options) == options_given(plan.options):
         return plan
-    sampled = options.method == "measured"
+    sampled = options.rule in RUN
     if sampled and not is_calibration(found.get("calibration")):
         return plan
     try:
         again = make_plan(
-            source, options, plan.destination, noted=plan.factors if sampled else None
+            source,
+            options,
+            plan.destination,
+            noted=Noted(plan.factors, plan.router_scales) if sampled else None,
         )
     except MoescaleError:  # words that anybody may have written
         return plan

@@ -433,7 +433,7 @@ def _own_keys(plan: Plan, said: Mapping[str, Any], blocks: int) -> dict[str, tup
     return {
         f"{_OWN}version": (STRING, __version__),
         f"{_OWN}source": (STRING, plan.source.name),
-        f"{_OWN}rule": (STRING, plan.options.method),
+        f"{_OWN}rule": (STRING, plan.rule),
         f"{_OWN}experts": (U32, after),
         f"{_OWN}trained_experts": (U32, trained),
         f"{_OWN}factors": (F64, by_block),

@@ -1,0 +1,151 @@
+"""Which rule: the one that was asked for, or ``gates`` where the router can be formed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moescale.checkpoint.header import Header, Tensor
+from moescale.errors import CheckpointError, UnsupportedError
+from moescale.model.formats import takes_any_factor
+from moescale.model.gating import ScaledRouters
+from moescale.model.lookup import Moe
+from moescale.model.router import has_no_effect
+from moescale.options import Options
+from moescale.planning.plan import Experts
+from moescale.planning.tensors import find_scaled_routers
+
+if TYPE_CHECKING:
+    from moescale.planning.sampling import Routers
+
+BY_DEFAULT = "default: it looks at the model's own routers"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which rule.
+
+    Attributes:
+        rule: its name, or ``factor`` or ``factors``.
+        why: it was taken, where none was asked for.
+        routers: that ``gates`` samples.
+    """
+
+    rule: str
+    why: str | None = None
+    routers: Routers | None = None
+
+
+def choose_rule(
+    moe: Moe, experts: Experts, options: Options, headers: Mapping[str, Header]
+) -> Choice:
+    """The rule that was asked for, else the default.
+
+    Raises:
+        SourceError: ``gates`` was asked for, and the routers cannot be formed; or scaling does
+            nothing.
+    """
+    asked = options.method
+    if asked is None and experts.trained == experts.after:
+        return Choice("none", "default, since the number of experts stays")
+    if asked not in ("none", "fitted"):
+        _check_effect(moe)
+    if asked not in (None, "gates"):
+        return Choice(asked)
+    if asked is None and options.fold != "residual" and not _takes_any_factor(moe):
+        return Choice("preserve", "default: this format takes powers of two alone")
+    from moescale.planning.sampling import find_gates  # here, since other rules need no numpy
+
+    try:
+        routers = find_gates(moe, headers)
+    except (UnsupportedError, CheckpointError) as error:
+        if asked is not None:
+            raise
+        why = f"default, since the router cannot be formed: {error.message}"
+        return Choice("preserve", why)
+    return Choice("gates", BY_DEFAULT if asked is None else None, routers)
+
+
+def _check_effect(moe: Moe) -> None:
+    """Refuse to scale experts where that does nothing.
+
+    Raises:
+        UnsupportedError: something after the experts removes every factor.
+    """
+    if has_no_effect(moe.architecture, moe.section):
+        raise UnsupportedError(
+            f"scaling has no effect on model type {moe.model_type!r}: {moe.architecture.no_effect}",
+            hint="--rule none changes the number of experts alone.",
+        )
+
+
+def remarks(rule: str, moe: Moe, experts: Experts, options: Options) -> Iterator[str]:
+    """What the user should know of the rule, and of where the factor goes."""
+    if options.fold == "residual":
+        yield (
+            "--fold residual is the same as scaling the experts but for the rounding of the divided"
+            " weights and the epsilon of the norms, which stays while the stream shrinks"
+        )
+    changes = experts.trained != experts.after
+    if options.rule == "preserve" and changes and moe.router and not moe.router.renormalised:
+        yield (
+            "--rule preserve assumes a balanced gate, and a router that does not renormalise is"
+            " far from one: on trained models that lost more than the config edit alone"
+            " (docs/study.md)"
+        )
+    if options.gate_scale not in (None, 1.0) and rule in ("preserve", "published"):
+        yield (
+            f"--gate-scale changes the gate weights, which --rule {rule} does not see, since it"
+            " assumes a balanced gate; --rule gates does"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Adjustable:
+    """What of a model the rule ``fitted`` can multiply.
+
+    Attributes:
+        routers: of the routers' logits; None where they cannot be multiplied.
+        experts: whether a factor of the down-projections does anything, and can be any.
+        remarks: what the user should know of it.
+    """
+
+    routers: ScaledRouters | None
+    experts: bool
+    remarks: Sequence[str]
+
+
+def adjustable(moe: Moe, tensors: Sequence[Tensor]) -> Adjustable:
+    """What can be multiplied.
+
+    Raises:
+        UnsupportedError: nothing.
+    """
+    routers, said = None, []
+    try:
+        routers = find_scaled_routers(moe, tensors)
+    except (UnsupportedError, CheckpointError) as error:
+        said.append(f"--rule fitted scales the experts alone: {error.message}")
+    why = None
+    if has_no_effect(moe.architecture, moe.section):
+        why = moe.architecture.no_effect
+    elif not _takes_any_factor(moe):
+        why = "their format takes powers of two alone"
+    if why is not None:
+        if routers is None:
+            raise UnsupportedError(
+                f"--rule fitted can scale neither experts nor routers of {moe.model_type!r}: {why}",
+                hint="--rule none changes the number of experts alone.",
+            )
+        said.append(f"--rule fitted scales the routers alone, not the experts: {why}")
+    return Adjustable(routers, why is None, said)
+
+
+def _takes_any_factor(moe: Moe) -> bool:
+    """Whether every projection can be multiplied by more than powers of two."""
+    kinds = {
+        tuple((leaf, tensor.dtype) for leaf, tensor in projection.leaves.items()): projection
+        for projection in moe.projections
+    }
+    return all(takes_any_factor(projection.leaves) for projection in kinds.values())

@@ -1,0 +1,50 @@
+"""Plans of one source side by side, for several numbers of experts or several rules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from moescale.planning.plan import Plan
+from moescale.rules.evaluation import Evaluation
+
+
+@dataclass(frozen=True, slots=True)
+class Several:
+    """Plans to choose from; nothing is written.
+
+    Attributes:
+        plans: at least one; each number of experts with each rule.
+        evaluation: what they cost on a text, where that was asked for.
+    """
+
+    plans: tuple[Plan, ...]
+    evaluation: Evaluation | None = None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Those of all plans, each once, and of the evaluation."""
+        found = [warning for plan in self.plans for warning in plan.warnings]
+        return tuple(
+            dict.fromkeys([*found, *(self.evaluation.warnings if self.evaluation else ())])
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """As ``--dry-run --json`` prints it."""
+        first = self.plans[0]
+        return {
+            "source": first.source_json(),
+            "plans": [_decided(plan) for plan in self.plans],
+            **({"evaluation": self.evaluation.as_json()} if self.evaluation else {}),
+            "warnings": list(self.warnings),
+        }
+
+
+def _decided(plan: Plan) -> dict[str, Any]:
+    return {
+        **plan.decisions(),
+        "predicted_norm": plan.predicted_norm,
+        "norm_basis": plan.comparison.basis,
+        "active": plan.active.as_json() if plan.active else None,
+        "overrides": plan.overrides,
+    }

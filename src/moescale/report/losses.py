@@ -1,0 +1,96 @@
+"""What rules cost, as text: the trials of a guard, losses on a text, and plans side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from moescale.errors import printable
+from moescale.planning.several import Several
+from moescale.report.table import count_text, span, table
+from moescale.rules.evaluation import Evaluation
+from moescale.rules.fitted import Guard
+
+GUARD_HEADER = ("", "tried", "loss", "more than the edit", "KL", "more than the edit")
+
+
+def guard_rows(guard: Guard) -> Iterator[tuple[str, ...]]:
+    """A row for each rule that was tried on text that it was not fitted on."""
+    yield "", "as trained", f"{guard.trained:.4f}", "", "", ""
+    for trial in guard.trials:
+        more, nearer = (
+            f"{difference:+.4f} ± {error:.4f}" if trial.rule != "none" else ""
+            for difference, error in (
+                (trial.difference, trial.standard_error),
+                (trial.divergence_difference, trial.divergence_error),
+            )
+        )
+        name = "config edit alone" if trial.rule == "none" else trial.rule
+        mark = "->" if trial.rule == guard.taken else ""
+        yield mark, name, f"{trial.loss:.4f}", more, f"{trial.divergence:.4f}", nearer
+
+
+def guard_text(guard: Guard | None) -> str:
+    if guard is None:
+        return ""
+    decides = {"loss": "loss", "divergence": "KL to the model as trained, not the loss,"}[guard.by]
+    return (
+        f"{table(guard_rows(guard), header=GUARD_HEADER)}\n"
+        f"nats a token, on {guard.tokens:,} tokens held back; the lowest {decides} is taken"
+    )
+
+
+EVALUATION_HEADER = ("experts", "rule", "loss", "perplexity", "more than the edit")
+
+
+def evaluation_rows(evaluation: Evaluation) -> Iterator[tuple[str, ...]]:
+    """The model as trained, and every run."""
+    loss = evaluation.loss
+    yield count_text(evaluation.experts), "as trained", f"{loss:.4f}", f"{math.exp(loss):.3f}", ""
+    for run in evaluation.runs:
+        name = "config edit alone" if run.rule == "none" else run.rule
+        more = "" if run.rule == "none" else f"{run.difference:+.4f} ± {run.standard_error:.4f}"
+        yield count_text(run.experts), name, f"{run.loss:.4f}", f"{run.perplexity:.3f}", more
+
+
+def evaluation_text(evaluation: Evaluation | None) -> str:
+    """The losses as a table; nothing of none."""
+    if evaluation is None:
+        return ""
+    first = "the first " if evaluation.cut else ""
+    return (
+        f"{table(evaluation_rows(evaluation), header=EVALUATION_HEADER)}\n"
+        f"nats a token, on {first}{evaluation.tokens:,} tokens of {printable(evaluation.text)}"
+    )
+
+
+SEVERAL_HEADER = ("experts", "rule", "factor", "router scale", "norm", "active")
+
+
+def several_rows(several: Several) -> Iterator[tuple[str, ...]]:
+    """A row for each plan."""
+    for plan in several.plans:
+        norm = span(plan.comparison.norms.get(plan.comparison.taken, ()), ".3f")
+        active = plan.active
+        yield (
+            f"{count_text(plan.experts.before)} -> {count_text(plan.experts.after)}",
+            plan.rule,
+            span(tuple(plan.factors.values()), ".6g"),
+            span(tuple(plan.router_scales.values()), ".4g"),
+            norm and f"x {norm}",
+            f"x {active.ratio:.3g}" if active else "",
+        )
+
+
+def several_text(several: Several) -> str:
+    """Plans side by side, and what they cost where that was asked for."""
+    first = several.plans[0]
+    parts = [
+        f"{printable(first.source.id)}: {first.model_type}, {len(first.factors)} MoE layers of"
+        f" {first.experts.total} routed experts",
+        table(several_rows(several), header=SEVERAL_HEADER),
+        "norm of the routed output against that of the model as trained; active: weights that a"
+        " token uses",
+        evaluation_text(several.evaluation),
+    ]
+    return "\n\n".join(part for part in parts if part)

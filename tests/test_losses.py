@@ -1,0 +1,294 @@
+"""--rule fitted, --evaluate and tables of several plans, from the command to the bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.torch
+import tiny_models
+import torch
+from test_cli import Command, moescale  # noqa: F401 - a fixture
+
+from moescale import api
+from moescale.errors import UsageError
+from moescale.measuring import devices, own_text
+
+LENGTH = 64
+"""Bytes of a sequence: as many as the model takes."""
+
+TEXT = (Path(__file__).read_bytes() + Path(tiny_models.__file__).read_bytes())[:8192]
+OTHER = (Path(__file__).parent.parent / "LICENSE").read_bytes()[:4096]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In bfloat16."""
+    return built(tmp_path_factory.mktemp("fitted") / "source", "bfloat16")
+
+
+def built(folder: Path, dtype: str) -> Path:
+    """A tiny Mixtral of bytes whose routers are sharp enough to be told apart."""
+    torch.set_num_threads(1)
+    tiny_models.build(
+        "mixtral",
+        folder,
+        dtype=dtype,
+        config={"vocab_size": 256, "max_position_embeddings": LENGTH},
+    )
+    for shard in folder.glob("*.safetensors"):
+        tensors = safetensors.torch.load_file(shard)
+        for name in tensors:
+            if name.endswith("gate.weight"):
+                tensors[name] *= 40
+        safetensors.torch.save_file(tensors, shard, {"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> tuple[Path, Path]:
+    """A text to calibrate on, and another one."""
+    files = tmp_path / "calibration.bin", tmp_path / "evaluation.bin"
+    for file, data in zip(files, (TEXT, OTHER), strict=True):
+        file.write_bytes(data)
+    return files
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, as safetensors reads them."""
+    found: dict[str, torch.Tensor] = {}
+    for shard in folder.glob("*.safetensors"):
+        found |= safetensors.torch.load_file(shard)
+    return found
+
+
+def times(tensor: torch.Tensor, number: float) -> np.ndarray[Any, Any]:
+    """By ml_dtypes: float32 products, rounded once to bfloat16."""
+    values = tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16).astype(np.float32)
+    result: np.ndarray[Any, Any] = (values * np.float32(number)).astype(ml_dtypes.bfloat16)
+    return result.view(np.uint16)
+
+
+def loss(folder: Path, data: bytes, experts: int | None = None) -> float:
+    """Mean cross entropy of the next byte, by transformers, in sequences of `LENGTH`."""
+    model = tiny_models.load(folder, "mixtral", top_k=experts)
+    pieces = [data[i : i + LENGTH] for i in range(0, len(data), LENGTH)]
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for piece in pieces:
+            ids = torch.tensor([list(piece)])
+            found = model(input_ids=ids, labels=ids).loss
+            total, count = total + float(found) * (len(piece) - 1), count + len(piece) - 1
+    return total / count
+
+
+def forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the guard take `fitted`, whatever chance says of a model that was not trained."""
+    monkeypatch.setattr("moescale.rules.fitted.Guard.taken", "fitted")
+
+
+# Fitted -------------------------------------------------------------------------------------------
+
+
+def test_routers_and_experts_alone_differ_each_by_one_number_a_layer(
+    source: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit what ml_dtypes makes of it; all other tensors are the source's."""
+    forced(monkeypatch)
+    plan = api.convert(
+        source, tmp_path / "out", experts=4, rule="fitted", calibrate=texts[0], verify=True
+    ).plan
+    before, after = tensors_of(source), tensors_of(tmp_path / "out")
+    assert any(scale != 1 for scale in plan.router_scales.values())
+    changed = 0
+    for name, tensor in before.items():
+        layer = name.split(".")[2] if ".layers." in name else ""
+        number = 1.0
+        if name.endswith("gate.weight"):
+            number = plan.router_scales[layer]
+        elif name.endswith("w2.weight"):
+            number = plan.factors[layer]
+        changed += number != 1
+        found = after[name].view(torch.uint16).numpy()
+        assert np.array_equal(found, times(tensor, number)), name
+    assert changed > 20
+    written = json.loads((tmp_path / "out" / "moescale.json").read_text())
+    assert written["router_scales"] == dict(plan.router_scales)
+    assert written["calibration"]["guard"]["by"] == "loss"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "The routers' weights are multiplied by a number, too." in card
+
+
+def test_its_numbers_are_used_again_without_torch(
+    source: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The moescale.json of one output, given as factors, makes the same shards."""
+    with monkeypatch.context() as patch:
+        forced(patch)
+        api.convert(source, tmp_path / "one", experts=4, rule="fitted", calibrate=texts[0])
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: None)
+    plan = api.convert(
+        source, tmp_path / "two", experts=4, factors=tmp_path / "one" / "moescale.json"
+    ).plan
+    assert plan.router_scales and plan.factors_rule == "fitted"
+    one, two = (checkpoints.tree(tmp_path / name) for name in ("one", "two"))
+    shards = [name for name in one if name.endswith(".safetensors")]
+    assert shards and all(one[name] == two[name] for name in shards)
+
+
+def test_a_finished_run_is_not_fitted_again_and_proves_without_options(
+    source: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it found stands in moescale.json, its guard too."""
+    how: Any = {"experts": 4, "rule": "fitted", "calibrate": texts[0]}
+    first = api.convert(source, tmp_path / "out", **how).plan
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: None)
+    again = api.convert(source, tmp_path / "out", **how)
+    assert again.status == "done"
+    assert again.plan.router_scales == first.router_scales
+    assert again.plan.guard == first.guard is not None
+    assert api.verify(source, tmp_path / "out").verified
+
+
+def test_the_number_as_trained_changes_nothing(source: Path, texts: tuple[Path, Path]) -> None:
+    """With m = n, scale and factor are 1."""
+    plan = api.plan(source, experts=2, rule="fitted", calibrate=texts[0])
+    assert set(plan.factors.values()) == {1.0} and not plan.router_scales
+    assert plan.changes_nothing
+
+
+def test_what_the_model_writes_takes_the_place_of_a_text(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is kept where that is asked for, and gives the same numbers when it is given back."""
+    for name, value in {"SEQUENCES": 48, "GUARDED": 16, "LENGTH": 48}.items():
+        monkeypatch.setattr(own_text, name, value)
+    kept = tmp_path / "own.jsonl"
+    with monkeypatch.context() as patch:
+        forced(patch)
+        own = api.plan(source, experts=4, rule="fitted", calibrate_out=kept)
+        given = api.plan(source, experts=4, rule="fitted", calibrate=kept)
+        assert own.guard and own.guard.by == "divergence"
+        assert given.guard and given.guard.by == "loss"
+    assert own.calibration["own"] is True
+    assert own.factors == given.factors and own.router_scales == given.router_scales
+    table = api.compare(source, experts=[4], rules=["measured", "fitted"])
+    assert {p.calibration["text_sha256"] for p in table.plans} == {own.calibration["text_sha256"]}
+
+
+def test_scales_of_a_file_must_cover_the_layers(source: Path) -> None:
+    """A layer without a scale is named."""
+    both = {"factors": {str(i): 1.0 for i in range(3)}, "router_scales": {"0": 1.5}}
+    with pytest.raises(UsageError, match="no router scale for layer 1"):
+        api.plan(source, experts=4, factors=both)
+
+
+def test_a_torch_that_cannot_be_imported_is_one_line(
+    source: Path,
+    moescale: Command,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A library of CUDA that is missing is no traceback."""
+    real = devices.importlib.import_module
+
+    def broken(name: str, package: str | None = None) -> Any:
+        if name == "torch":
+            raise OSError("libcudart.so.12: cannot open shared object file")
+        return real(name, package)
+
+    monkeypatch.setattr(devices.importlib, "import_module", broken)
+    done = moescale(source, "-k4", "--rule=fitted", "--dry-run")
+    assert (done.code, done.out) == (2, "")
+    assert "torch, which cannot be imported: libcudart.so.12" in done.err
+    assert len(done.err.splitlines()) == 2
+
+
+# Losses -------------------------------------------------------------------------------------------
+
+
+def test_the_loss_before_writing_is_that_of_the_output(
+    texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Hooks give what transformers computes with the rewritten checkpoint, but for rounding."""
+    source = built(tmp_path / "source", "float32")
+    how: Any = {"experts": 4, "factors": {"factors": FACTORS, "router_scales": SCALES}}
+    before = api.plan(source, evaluate=texts[1], **how).evaluation
+    after = api.convert(source, tmp_path / "out", evaluate=texts[1], **how).plan.evaluation
+    assert before and after
+    assert before.loss == pytest.approx(loss(source, OTHER), abs=1e-5)
+    assert before.tokens == len(OTHER) - len(OTHER) // LENGTH
+    edit, planned = before.runs
+    assert (edit.rule, planned.rule) == ("none", "factors")
+    assert edit.loss == pytest.approx(loss(source, OTHER, 4), abs=1e-5)
+    assert planned.loss == pytest.approx(loss(tmp_path / "out", OTHER), abs=1e-5)
+    assert planned.difference == planned.loss - edit.loss
+    assert 0 < planned.standard_error < 0.1
+    assert after.runs[0].loss == pytest.approx(edit.loss, abs=1e-6)
+    assert after.runs[1].written
+    assert after.runs[1].loss == pytest.approx(loss(tmp_path / "out", OTHER), abs=1e-5)
+    again = api.convert(source, tmp_path / "out", evaluate=texts[1])
+    assert again.status == "done" and again.plan.evaluation == after
+
+
+FACTORS = {"0": 1.5, "1": 0.8, "2": 1.25}
+SCALES = {"0": 2.0, "1": 0.5, "2": 1.25}
+
+
+def test_several_numbers_and_rules_make_a_table(
+    source: Path,
+    texts: tuple[Path, Path],
+    moescale: Command,  # noqa: F811
+) -> None:
+    """Each number with each rule, the losses of all of them, as text and as JSON."""
+    words = (source, "-k3,4", "--rule=none,gates,measured", "--calibrate", texts[0], "--dry-run")
+    done = moescale(*words, "--evaluate", texts[1], "--json")
+    content = json.loads(done.out)
+    asked = [(m, rule) for m in (3, 4) for rule in ("none", "gates", "measured")]
+    assert [(p["experts"]["to"], p["rule"]) for p in content["plans"]] == asked
+    losses = content["evaluation"]
+    assert losses["trained"]["experts"] == 2
+    assert [(run["experts"], run["rule"]) for run in losses["runs"]] == asked
+    assert all(run["difference"] == 0 for run in losses["runs"] if run["rule"] == "none")
+    text = moescale(*words)
+    assert text.code == 0
+    lines = [line.split()[:4] for line in text.out.splitlines()]
+    assert [["2", "->", str(m), rule] for m, rule in asked] == [x for x in lines if "->" in x]
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["out", "-k", "3,4"], "Add --dry-run"),
+        (["out", "-k", "3", "--rule", "none,gates"], "Add --dry-run"),
+        (["out", "-k", "3,4", "--dry-run"], "has no DST"),
+        (["hf://me/out", "-k", "3", "--evaluate", "a.txt"], "needs the output on this disk"),
+        (["-k", "3", "--evaluate", "nowhere", "--dry-run"], "--evaluate nowhere: No such file"),
+    ],
+)
+def test_wrong_use_is_exit_code_2(
+    source: Path,
+    moescale: Command,  # noqa: F811
+    words: list[str],
+    why: str,
+) -> None:
+    """With a line that says what to do."""
+    done = moescale(source, *words)
+    assert (done.code, done.out) == (2, "") and why in done.err
+
+
+def test_texts_that_share_passages_are_warned_of(
+    source: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """What was fitted on a text is flattered by it."""
+    same = tmp_path / "same.bin"
+    same.write_bytes(TEXT[2048:4096] + OTHER)
+    how: Any = {"experts": 3, "rule": "measured", "calibrate": texts[0]}
+    for text, warned in ((same, True), (texts[1], False)):
+        evaluation = api.plan(source, evaluate=text, **how).evaluation
+        assert evaluation is not None
+        assert any("share passages" in w for w in evaluation.warnings) == warned
