@@ -493,6 +493,9 @@ def test_an_unknown_architecture_can_be_described(tmp_path: Path) -> None:
     )
     assert plan.factors["1"] == pytest.approx(1 / ROOT)
     assert moescale.plan(source, experts=3, rule="preserve", arch="llama").factors["0"] == ROOT
+    (known,) = write_model(tmp_path / "known.gguf")
+    with pytest.raises(UnsupportedError, match="leave --arch out"):
+        moescale.plan(known, experts=3, arch="mixtral")
 
 
 def test_a_block_without_its_experts_or_router_is_refused(tmp_path: Path) -> None:

@@ -102,6 +102,10 @@ def _row(own: str, tensors: Sequence[Tensor], arch: str | None, pattern: str | N
             f"architecture {name!r}: is a dense model; it has no experts, so there is nothing to"
             " rescale"
         )
+    if own in BY_NAME:
+        raise UnsupportedError(
+            f"architecture {name!r} is not known", hint=f"The file says {own!r}: leave --arch out."
+        )
     routed = next((t.name for t in tensors if "down_exps" in t.name), None)
     close = difflib.get_close_matches(name, BY_NAME, 3)
     advice = [f"Closest: {', '.join(close)} (--arch)."] if close else []
