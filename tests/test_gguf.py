@@ -410,6 +410,21 @@ def test_factors_of_the_safetensors_model_serve(tmp_path: Path) -> None:
         assert np.array_equal(new[name].data, old[name].data * np.float32(factor))
 
 
+def test_router_scales_of_the_safetensors_model_serve_too(tmp_path: Path) -> None:
+    """As the rule fitted notes them; they go into the routers, and into the header."""
+    (source,) = write_model(tmp_path / "m.gguf")
+    scales = {"0": 1.5, "1": 0.5}
+    given = {"factors": {"0": 1.25, "1": 0.75}, "router_scales": scales}
+    (tmp_path / "factors.json").write_text(json.dumps(given))
+    convert(source, tmp_path / "out.gguf", rule=None, factors=tmp_path / "factors.json")
+    _, old = read_model(source)
+    keys, new = read_model(tmp_path / "out.gguf")
+    assert keys["moescale.router_scales"] == [1.5, 0.5]
+    for layer, scale in scales.items():
+        name = f"blk.{layer}.ffn_gate_inp.weight"
+        assert np.array_equal(new[name].data, old[name].data * np.float32(scale))
+
+
 def test_a_scale_that_would_overflow_is_an_error(tmp_path: Path) -> None:
     """The tensor is named, and nothing is written under the output's name."""
     (source,) = write_model(tmp_path / "m.gguf", kind="Q8_0")
@@ -540,6 +555,11 @@ def test_rules_that_run_the_model_are_refused(tmp_path: Path) -> None:
     text.write_text("word " * 4000)
     with pytest.raises(UnsupportedError, match="--rule measured"):
         moescale.plan(source, experts=3, rule="measured", calibrate=text)
+    with pytest.raises(UnsupportedError, match="llama-perplexity"):
+        moescale.plan(source, experts=3, evaluate=text)
+    with pytest.raises(UnsupportedError, match="llama-perplexity"):
+        convert(source, tmp_path / "out.gguf", evaluate=text)
+    assert not (tmp_path / "out.gguf").exists()
 
 
 def test_a_gguf_name_is_no_destination_of_safetensors(folder: Path, tmp_path: Path) -> None:

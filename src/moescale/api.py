@@ -20,7 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack, get_args
 
 from moescale.checkpoint.rounding import Rounding
-from moescale.errors import DestinationError, MoescaleError, UsageError, bytes_text
+from moescale.errors import (
+    DestinationError,
+    MoescaleError,
+    UnsupportedError,
+    UsageError,
+    bytes_text,
+)
 from moescale.measuring.calibration import Calibration, measured_plan, open_calibration
 from moescale.measuring.devices import DEVICES, check_installed, running
 from moescale.measuring.text import Text
@@ -147,7 +153,7 @@ def plan(
     _check_report(report, source, destination)
     wanted, calibration = _asked(options, measuring)
     if destination is None:
-        reader = open_source(source, revision)
+        reader = _source(source, None, options)
         made = _made(reader, wanted, None, calibration, measuring)
     else:
         check_places(source, destination, revision)
@@ -196,7 +202,7 @@ def compare(
             kept = {k: v for k, v in options.items() if rule in RUN or k not in _FOR_RUNS}
             given: Any = {**kept, "experts": count, "rule": rule}
             wanted, calibration = _asked(given, measuring)
-            reader = reader or open_source(source, options.get("revision"))
+            reader = reader or _source(source, None, options)
             if calibration is not None:
                 calibration.use(own)
             made.append(_made(reader, wanted, None, calibration, measuring))
@@ -402,10 +408,20 @@ def values(option: str) -> list[str]:
     return sorted(found[option])
 
 
-def _source(source: str, destination: str, given: PlanOptions) -> Source:
-    """The source; to the Hub, its links are followed only as far as the options say."""
-    follow = not says_hub(destination) or given.get("follow_links", False)
-    return open_source(source, given.get("revision"), follow)
+def _source(source: str, destination: str | None, given: Mapping[str, Any]) -> Source:
+    """The source; to the Hub, its links are followed only as far as the options say.
+
+    Raises:
+        UnsupportedError: its loss is asked for, and it is no model that transformers runs.
+    """
+    local = destination is None or not says_hub(destination)
+    reader = open_source(source, given.get("revision"), local or given.get("follow_links", False))
+    if reader.shelf is not None and given.get("evaluate") is not None:
+        raise UnsupportedError(
+            "--evaluate runs the model in transformers, which a GGUF file is not for",
+            hint="Evaluate it with llama-perplexity.",
+        )
+    return reader
 
 
 def _sink(destination: str, given: PlanOptions, source: Source) -> Sink:

@@ -67,10 +67,10 @@ Examples:
   moescale ./merged ./merged-4 -k 4 -n 1
   moescale Qwen3-30B-A3B.Q4_K_M.gguf Qwen3-30B-A3B-16.Q4_K_M.gguf -k 16
 
-SRC is a directory, a GGUF file (of a split set, any) or a repo on the Hugging Face Hub (org/name,
-org/name@revision, org/name/folder, org/name:QUANT for GGUF, or its address), and is never written
-to. DST is a directory, for GGUF also a file, or hf://org/name; nothing is uploaded unless hf://
-says so, and --dry-run does without it. The same command continues an interrupted run.
+SRC is a directory, a GGUF file or a repo on the Hugging Face Hub (org/name, org/name@revision,
+org/name/folder, org/name:QUANT, or its address), and is never written to. DST is a directory, for
+GGUF also a file, or hf://org/name; nothing is uploaded unless hf:// says so. The same command
+continues an interrupted run.
 """
 
 

@@ -428,7 +428,11 @@ def _factors(plan: Plan) -> dict[Layer, float]:
 
 def _own_keys(plan: Plan, said: Mapping[str, Any], blocks: int) -> dict[str, tuple[int, Any]]:
     """What the header says of what was done; an array has a number for each block."""
-    by_block = tuple(plan.factors.get(str(number), 1.0) for number in range(blocks))
+
+    def by_block(values: Mapping[str, float]) -> tuple[float, ...]:
+        return tuple(values.get(str(number), 1.0) for number in range(blocks))
+
+    scales = {f"{_OWN}router_scales": (F64, by_block(plan.router_scales))}
     trained, after = plan.experts.trained, plan.experts.after
     return {
         f"{_OWN}version": (STRING, __version__),
@@ -436,6 +440,7 @@ def _own_keys(plan: Plan, said: Mapping[str, Any], blocks: int) -> dict[str, tup
         f"{_OWN}rule": (STRING, plan.rule),
         f"{_OWN}experts": (U32, after),
         f"{_OWN}trained_experts": (U32, trained),
-        f"{_OWN}factors": (F64, by_block),
+        f"{_OWN}factors": (F64, by_block(plan.factors)),
+        **(scales if plan.router_scales else {}),
         KEY: (STRING, json.dumps(said, ensure_ascii=False)),
     }
