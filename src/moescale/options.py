@@ -140,7 +140,7 @@ class Settings(TypedDict, total=False):
     device: Annotated[
         str | None,
         Option(
-            "Where a model is run: auto (default), cpu, cuda, mps.",
+            "Where models run: auto (default), cpu, cuda, mps.",
             "DEVICE",
             FACTOR,
             completes=True,
