@@ -195,13 +195,31 @@ def test_a_folder_in_the_place_of_a_file_is_found_at_once(name: str, source: Pat
         api.plan(source, experts=3)
 
 
-def test_a_pointer_of_git_lfs_is_called_so(source: Path) -> None:
-    """A clone without the large files is the most usual broken checkpoint."""
-    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1234\n"
-    (source / "model-00002-of-00003.safetensors").write_bytes(pointer)
-    with pytest.raises(CheckpointError, match=r"00002.*is a Git LFS pointer") as caught:
+@pytest.mark.parametrize(
+    "name",
+    ["model-00002-of-00003.safetensors", "config.json", "model.safetensors.index.json"],
+)
+@pytest.mark.parametrize(
+    ("content", "what", "help_"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "Git LFS", "git lfs pull"),
+        (b"<!DOCTYPE html>\n<html><head></head></html>", "web page", "Fetch it again"),
+    ],
+)
+def test_what_stands_in_place_of_a_file_is_called_so(
+    source: Path, name: str, content: bytes, what: str, help_: str
+) -> None:
+    """A clone without the large files, or a page that asks for a login, under the file's name."""
+    (source / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{name}: is a {what}") as caught:
         api.plan(source, experts=3)
-    assert caught.value.hint == "Run git lfs pull."
+    assert help_ in (caught.value.hint or "")
+
+
+def test_a_count_of_null_is_called_so(source: Path) -> None:
+    """The key is there."""
+    with pytest.raises(UnsupportedError, match="has null at num_experts_per_tok"):
+        api.plan(with_count(source, None), experts=3)
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,9 @@ def experts_(*shape: int, of: str = "w2") -> dict[str, Raw]:
         (experts_(HIDDEN, INNER // 2), ("not the transpose",)),
         ({UP: bf16(INNER // 2, HIDDEN)}, (DOWN, UP, "not the transpose")),
         ({ROUTER: bf16(3, HIDDEN)}, (ROUTER, f"[3, {HIDDEN}]", "4 experts")),
+        ({ROUTER: bf16(4, INNER)}, (ROUTER, f"[4, {INNER}]", f"[4, {HIDDEN}]")),
+        ({ROUTER: None}, ("model.layers.1: has routed experts, but no router",)),
+        ({UP: None}, (UP.removesuffix(".weight"), "is missing")),
         ({f"{AT}gate.e_score_correction_bias": bf16(3)}, ("correction_bias", "[3]", "4 experts")),
     ],
 )
@@ -81,6 +84,13 @@ def test_experts_that_cannot_be_are_refused(
 ) -> None:
     """Empty, flat, transposed and smaller tensors: by name, with the shape and the right one."""
     refused(written(tmp_path / "m", mixtral(changes)), *says)
+
+
+def test_an_empty_tensor_elsewhere_is_named(tmp_path: Path) -> None:
+    """Attention that was not gathered is none of the experts', but makes no model either."""
+    name = "model.layers.0.self_attn.o_proj.weight"
+    (warning,) = api.plan(written(tmp_path, mixtral({name: bf16(0)})), experts=3).warnings
+    assert name in warning and "without gathering" in warning
 
 
 @pytest.mark.parametrize("shape", [(12, INNER), (INNER, HIDDEN), (HIDDEN * INNER,)])

@@ -67,6 +67,10 @@ def header_length(first: bytes, file_size: int, where: str) -> int:
         raise _bad(where, f"{file_size} bytes are too few for a safetensors file", _CUT)
     if first[:LENGTH_BYTES] == _LFS:
         raise _bad(where, "is a Git LFS pointer, not the file itself", hint="Run git lfs pull.")
+    if first.lstrip().startswith((b"<!", b"<html", b"<?xml")):
+        raise _bad(
+            where, "is a web page, not the file itself", "Fetch it again; see if it is gated."
+        )
     length = int.from_bytes(first[:LENGTH_BYTES], "little")
     if length > file_size - LENGTH_BYTES:
         raise _bad(where, f"the header claims {length} bytes, the file has {file_size}", _CUT)

@@ -37,6 +37,9 @@ def decoded(data: bytes) -> str:
     Raises:
         JsonError: it is not UTF-8, or begins with a byte-order mark.
     """
+    for start, what, hint in _NO_FILES:
+        if data.lstrip().startswith(start):
+            raise JsonError(what, hint)
     for mark, name in _MARKS:
         if data.startswith(mark):
             raise JsonError(f"it starts with a byte-order mark ({name})", SAVE)
@@ -52,6 +55,12 @@ def decoded(data: bytes) -> str:
             f"line {line}, column {column}: the byte 0x{byte:02x} is not UTF-8", SAVE
         ) from None
 
+
+_NO_FILES = (
+    (b"version https://git-lfs", "is a Git LFS pointer, not the file itself", "Run git lfs pull."),
+    (b"<", "is a web page, not the file itself", "Fetch it again; see if it is gated."),
+)
+"""How what stands in place of a file begins, what it is, and what to do."""
 
 _MARKS = (
     (codecs.BOM_UTF8, "UTF-8"),
@@ -78,4 +87,5 @@ def fault_in(text: str, error: json.JSONDecodeError) -> JsonError:
 def not_json(where: str, error: ValueError) -> CheckpointError:
     """The error for a file that is not JSON."""
     hint = error.hint if isinstance(error, JsonError) else None
-    return CheckpointError(f"{where}: is not valid JSON: {error}", hint=hint)
+    what = str(error) if str(error).startswith("is ") else f"is not valid JSON: {error}"
+    return CheckpointError(f"{where}: {what}", hint=hint)

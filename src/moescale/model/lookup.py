@@ -27,7 +27,7 @@ from moescale.model.names import plain_name, refuse_unmerged
 from moescale.model.pattern import find_by_pattern
 from moescale.model.router import Router, group_limit, router_of
 from moescale.model.second_counts import second_spellings
-from moescale.model.shapes import check_shapes
+from moescale.model.shapes import check_shapes, empty_weights
 from moescale.model.unknown import unknown_tensors, unread_keys
 from moescale.model.witness import Witness
 
@@ -128,6 +128,7 @@ def find_moe(
             *of_others,
             *_of_counts(row, section, total, held),
             *(_other_type(config, row) if arch is None and pattern is None else ()),
+            *empty_weights(tensors),
             *unread_keys(row, section, router),
             *unknown_tensors(row, section, projections, tensors),
         ],
@@ -141,7 +142,9 @@ def _no_count(
     if _is_dense(plain_name(tensor.name) for tensor in tensors):
         own = next(iter(_model_types(config)), row.model_type)
         return _dense(f"model type {own!r}")
-    missing = f"{CONFIG}: has no {' or '.join(row.count)}, the experts per token"
+    empty = any(key in (config.section(place) or {}) for place in row.sections for key in row.count)
+    has = "has null at" if empty else "has no"
+    missing = f"{CONFIG}: {has} {' or '.join(row.count)}, the experts per token"
     likely = _likely_key(config)
     if experts_key is not None and likely != "KEY":
         section, _, key = likely.rpartition(".")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final
 
@@ -60,6 +60,8 @@ def check_shapes(
     for members in by_moe.values():
         _check_alike(members)
     before = _Before(projections, tensors)
+    before.check_present(projections)
+    witness.check_present(projections, held)
     for members in by_moe.values():
         paired = [before.check(projection) for projection in members]
         _check_width(members[0], section, all(paired), witness)
@@ -97,6 +99,13 @@ def _refuse_empty(leaves: Mapping[str, Tensor], found: Measured) -> None:
         raise CheckpointError(
             f"{tensor.name}: is empty, its shape is {list(tensor.shape)}", hint=GATHER
         )
+
+
+def empty_weights(tensors: Iterable[Tensor]) -> Iterator[str]:
+    """What the user should know of empty tensors that are none of the experts'."""
+    found = [t.name for t in tensors if t.shape == (0,) and t.name.endswith(".weight")]
+    if found:
+        yield f"{found[0]} is empty, its shape is [0] ({len(found)} such). {GATHER}"
 
 
 # The experts of a layer ---------------------------------------------------------------------------
@@ -152,6 +161,29 @@ class _Before:
             for name in (plain_name(tensor.name),)
             if siblings and any(sibling in name for sibling in siblings)
         }
+
+    def check_present(self, projections: Iterable[Projection]) -> None:
+        """All experts of a layer that stand one by one have the same matrices before theirs.
+
+        Raises:
+            CheckpointError: one lacks a matrix that others have.
+        """
+        modules = {name.rpartition(".")[0] for name in self._by_name}
+        first: dict[tuple[Layer, str, str], Projection] = {}
+        for p in projections:
+            head, word, tail = _parts(p.module)
+            for sibling in _SIBLINGS.get(word, ()) if p.expert is not None else ():
+                if head + sibling + tail in modules:
+                    first.setdefault((p.layer, p.block, sibling), p)
+        for p in projections if first else ():
+            head, word, tail = _parts(p.module)
+            for sibling in _SIBLINGS.get(word, ()) if p.expert is not None else ():
+                other = first.get((p.layer, p.block, sibling))
+                if other is not None and head + sibling + tail not in modules:
+                    raise CheckpointError(
+                        f"{head}{sibling}{tail}: is missing, although {other.module} has its own",
+                        hint="The checkpoint is incomplete; fetch the missing shard again.",
+                    )
 
     def of(self, projection: Projection) -> dict[str, dict[str, Tensor]]:
         """The leaves of each that is there, by its module."""

@@ -139,9 +139,9 @@ def unknown_tensors(
     found: dict[str, list[str]] = defaultdict(list)
     known = _Known(row)
     for tensor in tensors:
-        if known.in_experts(tensor.name):  # which are most of them
-            continue
         name = plain_name(tensor.name)
+        if known.in_experts(name):  # which are most of them
+            continue
         at = in_block(name) or in_layer(name)
         if at is not None and not known(name[len(at) :], in_block=at not in layers):
             found[name[len(at) :]].append(tensor.name)

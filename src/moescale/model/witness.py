@@ -11,7 +11,7 @@ from moescale.checkpoint.header import Tensor
 from moescale.errors import CheckpointError
 from moescale.model.architectures import Architecture, SharedSum
 from moescale.model.count import whole
-from moescale.model.experts import Projection
+from moescale.model.experts import Layer, Projection
 from moescale.model.names import plain_name
 
 WEIGHTS: Final = (
@@ -74,6 +74,40 @@ class Witness:
             bias = self._tensors.get(at + name)
             if bias is not None and math.prod(bias.shape) not in self._sizes(experts):
                 raise _misfit(bias, experts, projection)
+
+    def check_present(self, projections: Iterable[Projection], held: Mapping[Layer, int]) -> None:
+        """All layers of a stack have a router, alike where their experts are as many, or none has.
+
+        Raises:
+            CheckpointError: a layer lacks what others have.
+        """
+        first: dict[tuple[str, str], Projection] = {}
+        one_each = {(p.layer, p.block): p for p in projections}.values()
+        for p in one_each:
+            if self._has_router(p):
+                first.setdefault((p.layer.stack, p.block), p)
+        for p in one_each:
+            other = first.get((p.layer.stack, p.block))
+            if other is not None and not self._has_router(p):
+                raise CheckpointError(
+                    f"{p.prefix}: has routed experts, but no router, unlike {other.prefix}",
+                    hint="The checkpoint is incomplete; fetch the missing shard again.",
+                )
+            if other is not None and held[p.layer] == held[other.layer]:
+                self._check_alike(p, other)
+
+    def _has_router(self, projection: Projection) -> bool:
+        at = plain_name(projection.prefix) + projection.block
+        return any(f"{at}{name}" in self._tensors for name in _ENDS)
+
+    def _check_alike(self, projection: Projection, other: Projection) -> None:
+        mine, theirs = self.router(projection), self.router(other)
+        if mine is not None and theirs is not None and {*mine.shape} != {*theirs.shape}:
+            raise CheckpointError(
+                f"{mine.name}: its shape {list(mine.shape)} is not that of {theirs.name}, which is"
+                f" {list(theirs.shape)}",
+                hint="One of them belongs to another checkpoint.",
+            )
 
     def _sizes(self, experts: int) -> set[int]:
         return {experts + self._more, experts, experts * self._moes}
