@@ -60,7 +60,7 @@ def test_a_type_that_holds_any_text_model_has_the_router_of_that(
     """What is taken is named where it is not the outer type; others ignore the inner one."""
     more = {"first_k_dense_replace": 0, "n_routed_experts": 4}
     config = {"model_type": outer, "text_config": {**CONFIG, "model_type": inner, **more}}
-    plan = api.plan(written(tmp_path / "m", config), experts=3)
+    plan = api.plan(written(tmp_path / "m", config), experts=3, rule="preserve")
     assert plan.factors["0"] == pytest.approx(factor)
     assert (plan.model_type == inner) == any("may hold any text" in w for w in plan.warnings)
 
