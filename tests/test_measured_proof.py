@@ -1,4 +1,4 @@
-"""The proof of the rule ``measured``: trained models, rescaled, run again.
+"""The proof of the rules ``measured`` and ``fitted``: trained models, rescaled, run again.
 
 The two small ones are trained here. With ``MOESCALE_TRAINED_MODELS`` every checkpoint folder below
 that directory is held to the same; the text is the ``val.bin`` in it, as bytes, in sequences of
@@ -79,6 +79,66 @@ def prove(source: Path, text: Path, context: int, work: Path) -> None:
         assert len(ratios) == len(plan.factors)
         assert all(abs(ratio - 1) < 0.01 for ratio in ratios), ratios
     assert sum(losses["measured"]) <= sum(losses["none"]), losses
+
+
+def prove_fitted(source: Path, text: Path, work: Path, numbers: list[int], most: float) -> None:
+    """At no number does `fitted` lose more than the config edit, and above n much less.
+
+    `most` is the part of the edit's rise over the trained loss, summed above n, that may be left.
+    The output of one number is written, and loses what was said before.
+    """
+    n = json.loads((source / "config.json").read_text())["num_experts_per_tok"]
+    work.mkdir(exist_ok=True)
+    data = text.read_bytes()
+    calibration, evaluation = work / "calibration.bin", work / "evaluation.bin"
+    calibration.write_bytes(data[:CALIBRATED])
+    evaluation.write_bytes(data[-HELD_BACK:])
+    found = api.compare(
+        source, experts=numbers, rules=["fitted"], calibrate=calibration, evaluate=evaluation
+    ).evaluation
+    assert found is not None
+    losses = {(run.experts, run.rule): run.loss for run in found.runs}
+    print(source.name, found.loss, losses)
+    for m in numbers:
+        assert losses[m, "fitted"] <= losses[m, "none"] + (0.0005 if m > n else 0.003), losses
+    rises = [
+        sum(losses[m, rule] - found.loss for m in numbers if m > n) for rule in ("fitted", "none")
+    ]
+    assert rises[0] <= most * rises[1], losses
+    m = numbers[-1]
+    written = api.convert(
+        source,
+        work / "out",
+        experts=m,
+        rule="fitted",
+        calibrate=calibration,
+        evaluate=evaluation,
+    ).plan.evaluation
+    assert written is not None
+    assert written.runs[-1].loss == pytest.approx(losses[m, "fitted"], abs=5e-4)
+
+
+@pytest.mark.parametrize("name", byte_models.MODELS)
+def test_fitted_never_loses_more_than_the_config_edit(
+    name: str, trained: Path, tmp_path: Path
+) -> None:
+    """On text that it was not fitted on, and with much of what the edit loses won back."""
+    n = {"mixtral": 2, "olmoe": 4}[name]
+    prove_fitted(trained / name, trained / "val.bin", tmp_path, [n // 2, n + 1, 2 * n], 0.6)
+
+
+@pytest.mark.skipif(ELSEWHERE is None, reason="MOESCALE_TRAINED_MODELS names no directory")
+def test_fitted_wins_back_the_loss_of_models_trained_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every number of experts that is a half, three quarters, one and a half or twice n."""
+    folder = Path(ELSEWHERE or "")
+    context = int(os.environ.get("MOESCALE_TRAINED_CONTEXT", "256"))
+    monkeypatch.setattr(runner, "LONGEST", context)
+    for source in sorted(path.parent for path in folder.glob("*/config.json")):
+        n = json.loads((source / "config.json").read_text())["num_experts_per_tok"]
+        numbers = sorted({max(1, n // 2), max(1, 3 * n // 4), 3 * n // 2, 2 * n} - {n})
+        prove_fitted(source, folder / "val.bin", tmp_path / source.name, numbers, 0.45)
 
 
 @pytest.mark.parametrize("name", byte_models.MODELS)
