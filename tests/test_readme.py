@@ -62,7 +62,10 @@ def test_the_example_from_python_runs(tmp_path: Path) -> None:
 
 def test_the_short_example_from_python_runs(tmp_path: Path) -> None:
     """The ten lines in the README do what they say."""
-    assert run_example("README.md", tmp_path) == ["1.224744871391589 1.0", "new"]
+    assert run_example("README.md", tmp_path) == [
+        "preserve 1.224744871391589 0.8164965809277261",
+        "new",
+    ]
 
 
 def test_the_readme_is_a_front_page() -> None:
