@@ -292,3 +292,20 @@ def test_texts_that_share_passages_are_warned_of(
         evaluation = api.plan(source, evaluate=text, **how).evaluation
         assert evaluation is not None
         assert any("share passages" in w for w in evaluation.warnings) == warned
+
+
+def test_the_page_shows_what_was_tried_and_what_it_costs(
+    source: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The same numbers as in the terminal, as two tables."""
+    page = tmp_path / "plan.html"
+    how: Any = {"experts": 4, "rule": "fitted", "calibrate": texts[0]}
+    plan = api.plan(source, evaluate=texts[1], report=page, **how)
+    assert plan.guard and plan.evaluation
+    shown = page.read_text()
+    for title, loss in (
+        ("What was tried", plan.guard.trained),
+        ("What it costs", plan.evaluation.loss),
+    ):
+        assert f"<h2>{title}</h2>" in shown
+        assert f"<td>{loss:.4f}</td>" in shown.partition(title)[2]

@@ -121,7 +121,7 @@ class Calibration:
             UsageError: the text is too short.
             SourceError: the model cannot be run here.
         """
-        from moescale.measuring.measure import context_of, measure, opened
+        from moescale.measuring.measure import SEQUENCE, context_of, measure, opened
         from moescale.measuring.runner import read_config
 
         assert self.folder is not None, "there before it is planned for"
@@ -130,6 +130,8 @@ class Calibration:
         guard = None
         with opened(self.folder, config, moe, self.how) as model:
             text = text or self._written(model)
+            if able is not None and text.length is None:
+                text = replace(text, length=min(SEQUENCE, context_of(config)))
             some, held_back = text, None
             if able is not None and experts.trained != experts.after:
                 some, held_back = text.split(context_of(config), HELD_BACK)

@@ -29,8 +29,10 @@ from moescale.model.lookup import Moe
 from moescale.planning.plan import Experts
 from moescale.rules.samples import Sample
 
-EVALUATED, AT_ONCE = 512, 1_024
-"""Tokens of a sequence whose loss is taken, and of all that run at once: their logits are kept."""
+SEQUENCE, AT_ONCE = 256, 1_024
+"""Tokens of a sequence that ``fitted`` is fitted on or whose loss is taken, as many as the model
+writes by itself: configs may name a longer context than a model was trained with. And of all that
+run at once where losses are taken, since their logits are kept."""
 
 COMPARED_RUNS, COMPARED = 4, 128
 """In so many runs, for so many tokens, the outputs of the chosen experts are compared."""
@@ -137,7 +139,7 @@ def evaluate(
         experts: numbers of experts per token, as the model was loaded.
         settings: how it is run.
         biases: as for `measure`.
-        context: tokens of a sequence, at most what the model takes; default: `EVALUATED`.
+        context: tokens of a sequence, at most what the model takes; default: `SEQUENCE`.
         progress: is told of tokens done and in all.
     """
     blocks = [
@@ -157,8 +159,8 @@ def evaluate(
 def batches_of(
     text: Text, config: Any, progress: Progress, context: int | None = None
 ) -> Iterator[Tensor]:
-    """The sequences whose loss is taken, of at most `context` tokens, default `EVALUATED`."""
-    length = text.length or min(context or EVALUATED, context_of(config))
+    """The sequences whose loss is taken, of at most `context` tokens, default `SEQUENCE`."""
+    length = text.length or min(context or SEQUENCE, context_of(config))
     done = 0
     for ids in runner.batches(text.tokens, text.start, length, max(length, AT_ONCE)):
         if ids.shape[1] > 1:

@@ -73,6 +73,7 @@ LOOKS: Mapping[str, Look] = {
     "published": Look("orange", "7 4", "square"),
     "gates": Look("green", "11 4 2 4", "up"),
     "measured": Look("purple", "", "diamond"),
+    "fitted": Look("red", "3 3", "down"),
     "own": Look("red", "4 3", "down"),
 }
 """By rule; ``own`` is a factor that the user gave."""

@@ -30,14 +30,17 @@ def guard_rows(guard: Guard) -> Iterator[tuple[str, ...]]:
         yield mark, name, f"{trial.loss:.4f}", more, f"{trial.divergence:.4f}", nearer
 
 
+def guard_note(guard: Guard) -> str:
+    """What the numbers are, and which of them decides."""
+    decides = {"loss": "loss", "divergence": "KL to the model as trained, not the loss,"}[guard.by]
+    return f"nats a token, on {guard.tokens:,} tokens held back; the lowest {decides} is taken"
+
+
 def guard_text(guard: Guard | None) -> str:
+    """The trials as a table; nothing of none."""
     if guard is None:
         return ""
-    decides = {"loss": "loss", "divergence": "KL to the model as trained, not the loss,"}[guard.by]
-    return (
-        f"{table(guard_rows(guard), header=GUARD_HEADER)}\n"
-        f"nats a token, on {guard.tokens:,} tokens held back; the lowest {decides} is taken"
-    )
+    return f"{table(guard_rows(guard), header=GUARD_HEADER)}\n{guard_note(guard)}"
 
 
 EVALUATION_HEADER = ("experts", "rule", "loss", "perplexity", "more than the edit")
@@ -53,15 +56,18 @@ def evaluation_rows(evaluation: Evaluation) -> Iterator[tuple[str, ...]]:
         yield count_text(run.experts), name, f"{run.loss:.4f}", f"{run.perplexity:.3f}", more
 
 
+def evaluation_note(evaluation: Evaluation) -> str:
+    """What the numbers are, and of which text."""
+    first = "the first " if evaluation.cut else ""
+    return f"nats a token, on {first}{evaluation.tokens:,} tokens of {printable(evaluation.text)}"
+
+
 def evaluation_text(evaluation: Evaluation | None) -> str:
     """The losses as a table; nothing of none."""
     if evaluation is None:
         return ""
-    first = "the first " if evaluation.cut else ""
-    return (
-        f"{table(evaluation_rows(evaluation), header=EVALUATION_HEADER)}\n"
-        f"nats a token, on {first}{evaluation.tokens:,} tokens of {printable(evaluation.text)}"
-    )
+    rows = evaluation_rows(evaluation)
+    return f"{table(rows, header=EVALUATION_HEADER)}\n{evaluation_note(evaluation)}"
 
 
 SEVERAL_HEADER = ("experts", "rule", "factor", "router scale", "norm", "active")

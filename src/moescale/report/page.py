@@ -16,7 +16,7 @@ from moescale.errors import MoescaleError, UsageError
 from moescale.planning.comparison import BASES, Basis, Comparison
 from moescale.planning.plan import Plan
 from moescale.planning.provenance import options_given
-from moescale.report import chart, terminal
+from moescale.report import chart, losses, terminal
 from moescale.report.chart import LOOKS, Look, Series
 from moescale.report.table import span
 from moescale.rules.samples import Moments, Sample
@@ -354,6 +354,7 @@ def _plan(plan: Plan, compared: Comparison) -> Iterator[str]:
     yield _facts(terminal.facts(plan))
     yield "<h2>Rules</h2>"
     yield _rules(compared)
+    yield from _losses(plan)
     if plan.tensors:
         yield "<h2>What is scaled</h2>"
         yield _folded(
@@ -366,6 +367,18 @@ def _plan(plan: Plan, compared: Comparison) -> Iterator[str]:
     yield _facts(terminal.byte_rows(plan))
     files = [(f.name, f.action, f.why or "") for f in plan.files]
     yield _folded("Every file", files, ("file", "action", "why"))
+
+
+def _losses(plan: Plan) -> Iterator[str]:
+    """What was tried before a rule was taken, and what the plan costs on a text."""
+    if guard := plan.guard:
+        yield "<h2>What was tried</h2>"
+        yield _table(losses.guard_rows(guard), losses.GUARD_HEADER)
+        yield f"<p>{_text(losses.guard_note(guard))}</p>"
+    if evaluation := plan.evaluation:
+        yield "<h2>What it costs</h2>"
+        yield _table(losses.evaluation_rows(evaluation), losses.EVALUATION_HEADER)
+        yield f"<p>{_text(losses.evaluation_note(evaluation))}</p>"
 
 
 def _rules(compared: Comparison) -> str:
