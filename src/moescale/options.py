@@ -83,11 +83,11 @@ class Choosing(TypedDict, total=False):
         int | None,
         Option(
             "Needed: experts per token of the output.",
-            "M",
+            "M[,M...]",
             flags=("-k", "--experts"),
             kind=int,
             more="It may be left out with --factor, --factors or --gate-scale, and where --verify"
-            " finds a finished output.",
+            " finds a finished output. The command makes a table of several with --dry-run.",
         ),
     ]
     rule: Annotated[
