@@ -276,7 +276,8 @@ def mtp(stack: str = "model.layers.3", experts: int = 4) -> dict[str, checkpoint
         name: checkpoints.values("BF16", (8, 6) if ".down_" in name else (6, 8), i)
         for i, name in enumerate(names)
     }
-    return {**tensors, "lm_head.weight": checkpoints.values("BF16", (10, 8), 5)}
+    router = {f"{stack}.mlp.gate.weight": checkpoints.values("F32", (4, 8), 4)}
+    return {**tensors, **router, "lm_head.weight": checkpoints.values("BF16", (10, 8), 5)}
 
 
 @pytest.mark.parametrize("stack", ["model.layers.3", "mtp.layers.0"])
