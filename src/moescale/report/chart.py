@@ -33,6 +33,7 @@ LIGHT: Mapping[str, str] = {
     "green": "#1a7f37",
     "purple": "#8250df",
     "red": "#cf222e",
+    "teal": "#0e7490",
 }
 DARK: Mapping[str, str] = {
     "paper": "#0d1117",
@@ -46,6 +47,7 @@ DARK: Mapping[str, str] = {
     "green": "#3fb950",
     "purple": "#bc8cff",
     "red": "#ff7b72",
+    "teal": "#39c5cf",
 }
 STYLE = """
 .chart text { font: 13px/1 system-ui, sans-serif; fill: var(--ink); }
@@ -73,7 +75,7 @@ LOOKS: Mapping[str, Look] = {
     "published": Look("orange", "7 4", "square"),
     "gates": Look("green", "11 4 2 4", "up"),
     "measured": Look("purple", "", "diamond"),
-    "fitted": Look("red", "3 3", "down"),
+    "fitted": Look("teal", "1 3", "plus"),
     "own": Look("red", "4 3", "down"),
 }
 """By rule; ``own`` is a factor that the user gave."""
@@ -84,6 +86,7 @@ _MARKERS: Mapping[str, str] = {
     "diamond": "M0 -4.5L4.5 0L0 4.5L-4.5 0Z",
     "up": "M0 -4.2L4.2 3.4H-4.2Z",
     "down": "M0 4.2L4.2 -3.4H-4.2Z",
+    "plus": "M-4 0H4M0 -4V4",
     "none": "",
     "cross": "M-3.2 -3.2L3.2 3.2M-3.2 3.2L3.2 -3.2",
 }
