@@ -35,7 +35,6 @@ def sampled(plan: Plan, layers: Sequence[str], n: int, m: int, run: bool = False
             moments(seed, n, experts, 2.0 + seed if run else None),
             moments(seed, m, experts, 2.1 + seed if run else None),
             0.3 / (1 + seed) if run else None,
-            error=None if run else 0.001,
         )
         for seed, layer in enumerate(layers)
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from tiny_models import TINY, build
 from moescale import api
 from moescale.errors import CheckpointError, UnsupportedError, UsageError, VerificationError
 from moescale.model.gating import GATINGS, Gating
+from moescale.planning.sampling import Routers
 from moescale.report.terminal import plan_text
-from moescale.rules.routing import gate_weights
+from moescale.rules.routing import RouterWeights, gate_weights
 
 SCALE = 2.5
 
@@ -48,6 +50,23 @@ OTHERS = [e for e in TINY if e not in (*SCALES, *MOVES, UNWEIGHTED)]
 # What transformers computes -----------------------------------------------------------------------
 
 
+def assert_weighs_scaled_logits(
+    output: Path, entry: str, routers: Routers, before: Sequence[RouterWeights], scale: float
+) -> None:
+    """Transformers weighs with an output as the source's routers do with logits times `scale`."""
+    model = tiny_models.load(output, entry)
+    blocks = list(tiny_models._blocks(model, TINY[entry]))
+    for number, (block, router) in enumerate(zip(blocks, before, strict=True)):
+        hidden = tiny_models._inputs(model, number)[0]
+        logits = hidden[0].double().numpy() @ router.weight.T
+        if router.logit_bias is not None:
+            logits = logits + router.logit_bias
+        ours = gate_weights(scale * logits, 2, routers.gate, router.bias)
+        theirs = transformers_weights(block, entry, hidden, routers)
+        constant = (ours * theirs).sum() / (ours**2).sum()
+        assert np.abs(theirs / constant - ours).max() < 3e-6
+
+
 @pytest.mark.parametrize("entry", SCALES)
 def test_the_choice_stays_and_weights_are_those_of_scaled_logits(
     entry: str, tmp_path: Path
@@ -60,17 +79,7 @@ def test_the_choice_stays_and_weights_are_those_of_scaled_logits(
     assert len([t for t in plan.tensors if t.role == "router"]) == len(before) * (
         1 + (before[0].logit_bias is not None)
     )
-    model = tiny_models.load(tmp_path / "out", entry)
-    blocks = list(tiny_models._blocks(model, TINY[entry]))
-    for number, (block, router) in enumerate(zip(blocks, before, strict=True)):
-        hidden = tiny_models._inputs(model, number)[0]
-        logits = hidden[0].double().numpy() @ router.weight.T
-        if router.logit_bias is not None:
-            logits = logits + router.logit_bias
-        ours = gate_weights(SCALE * logits, 2, routers.gate)
-        theirs = transformers_weights(block, entry, hidden, routers)
-        constant = (ours * theirs).sum() / (ours**2).sum()
-        assert np.abs(theirs / constant - ours).max() < 3e-6
+    assert_weighs_scaled_logits(tmp_path / "out", entry, routers, before, SCALE)
 
 
 @torch.no_grad()
@@ -102,17 +111,7 @@ def test_a_choice_that_may_move_is_said_and_made_as_transformers_makes_it(
     routers, before = routers_of(tmp_path / "in", entry)
     assert {t.role for t in plan.changed_tensors} == {"router"}
     assert len(plan.changed_tensors) == len(before) * (1 + (before[0].logit_bias is not None))
-    model = tiny_models.load(tmp_path / "out", entry)
-    blocks = list(tiny_models._blocks(model, TINY[entry]))
-    for number, (block, router) in enumerate(zip(blocks, before, strict=True)):
-        hidden = tiny_models._inputs(model, number)[0]
-        logits = hidden[0].double().numpy() @ router.weight.T
-        if router.logit_bias is not None:
-            logits = logits + router.logit_bias
-        ours = gate_weights(1.25 * logits, 2, routers.gate, router.bias)
-        theirs = transformers_weights(block, entry, hidden, routers)
-        constant = (ours * theirs).sum() / (ours**2).sum()
-        assert np.abs(theirs / constant - ours).max() < 3e-6
+    assert_weighs_scaled_logits(tmp_path / "out", entry, routers, before, 1.25)
 
 
 @pytest.mark.parametrize("entry", OTHERS)

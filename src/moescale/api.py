@@ -488,11 +488,10 @@ def _asked(
             )
         if there.rule not in RUN:
             return there, None
-        return there, open_calibration(there.rule, None, how, progress=measuring)
+        return there, open_calibration(None, how, progress=measuring)
     if text is None and rule not in RUN:
         return options_of(given, None), None
     calibration = open_calibration(
-        rule or "",
         None if text is None else Path(expanded(text)),
         how,
         None if keep is None else Path(expanded(keep)),
@@ -503,12 +502,10 @@ def _asked(
 
 def _check_running(given: PlanOptions | VerifyOptions) -> None:
     """Refuse options of a run of the model where there is none."""
-    rule, text = given.get("rule"), given.get("calibrate")
-    runs = dict.fromkeys(("max_memory", "device", "calibrate_out"), rule in RUN)
-    for name in ("max_memory", "device"):
-        runs[name] |= given.get("evaluate") is not None
-    for name, runs_model in runs.items():
-        if given.get(name) is not None and not runs_model:
+    text, fits = given.get("calibrate"), given.get("rule") in RUN
+    runs = fits or given.get("evaluate") is not None
+    for name, goes in {"max_memory": runs, "device": runs, "calibrate_out": fits}.items():
+        if given.get(name) is not None and not goes:
             raise UsageError(f"--{name.replace('_', '-')} goes with --rule fitted or measured")
     if text is not None and given.get("calibrate_out") is not None:
         raise UsageError(

@@ -90,7 +90,6 @@ class Calibration:
     """Runs a model on a text; what `make_plan` calls to have it done.
 
     Attributes:
-        rule: ``measured`` or ``fitted``.
         text: the file; None for what the model writes by itself.
         sha256: its digest.
         how: where and how the model is run.
@@ -101,7 +100,6 @@ class Calibration:
         facts: afterwards, what the provenance says of the text.
     """
 
-    rule: str
     text: Path | None
     sha256: str | None
     how: Running
@@ -135,14 +133,13 @@ class Calibration:
             some, held_back = text, None
             if able is not None and experts.trained != experts.after:
                 some, held_back = text.split(context_of(config), HELD_BACK)
-            biases = able.routers.biases if able and able.routers else None
             samples = measure(
                 model,
                 some,
                 moe,
                 experts,
                 fitted=able is not None,
-                biases=biases,
+                biases=able.biases if able else None,
                 progress=self.progress,
             )
             if able is not None and held_back is not None:
@@ -205,7 +202,7 @@ class Calibration:
             experts,
             samples,
             by="loss" if self.text is not None else "divergence",
-            biases=able.routers.biases if able.routers else None,
+            biases=able.biases,
             scalable=able.experts,
             progress=self.progress,
         )
@@ -216,7 +213,6 @@ HELD_BACK = 0.25
 
 
 def open_calibration(
-    rule: str,
     text: str | Path | None,
     how: Running,
     keep: Path | None = None,
@@ -228,8 +224,8 @@ def open_calibration(
         UsageError: it cannot be read.
     """
     if text is None:
-        return Calibration(rule, None, None, how, keep, progress)
-    return Calibration(rule, Path(text), digest(Path(text)), how, keep, progress)
+        return Calibration(None, None, how, keep, progress)
+    return Calibration(Path(text), digest(Path(text)), how, keep, progress)
 
 
 def measured_plan(

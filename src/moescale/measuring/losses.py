@@ -12,12 +12,11 @@ from moescale.measuring.devices import Running
 from moescale.measuring.measure import batches_of, evaluate, opened
 from moescale.measuring.scoring import Score, Setting, paired, score
 from moescale.measuring.text import Text, digest, overlap, read_text
-from moescale.model.count import CONFIG, parse_config
 from moescale.model.experts import Layer
 from moescale.model.lookup import Moe
+from moescale.planning.kinds import open_checkpoint
 from moescale.planning.plan import Experts, Plan
 from moescale.planning.tensors import find_scaled_routers
-from moescale.planning.weights import find_weights
 from moescale.repos.base import Source
 from moescale.rules.evaluation import Evaluation, Run
 
@@ -50,10 +49,10 @@ def evaluated(
         UnsupportedError: transformers cannot run the model.
     """
     sha256 = digest(file, OPTION)
-    weights = find_weights(source, parse_config(source.read(CONFIG)), plans[0].options)
-    moe, experts, biases = weights.moe, plans[0].experts, None
+    checkpoint = open_checkpoint(source, plans[0].options, plans[0].destination)
+    moe, experts, biases = checkpoint.moe, plans[0].experts, None
     if any(plan.router_scales for plan in plans):
-        biases = find_scaled_routers(moe, weights.tensors).biases
+        biases = find_scaled_routers(moe, checkpoint.tensors).biases
     folder = source.on_disk(needed_files(plans[0]))
     config = runner.read_config(folder)
     vocabulary = config.get_text_config().vocab_size

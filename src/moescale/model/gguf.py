@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from moescale.checkpoint.header import Tensor
@@ -214,7 +215,7 @@ def _architecture(row: Row, own: str, keys: Keys, by_layer: Mapping[int, set[str
             gating = Other(f"{own}.expert_gating_func names no function that is known")
         else:
             kind, late = score
-            gating = Gating(**{**_fields(gating), "score": kind, "late": late})
+            gating = replace(gating, score=kind, late=late)
     removed = row.no_effect is not None
     if row.if_tensor:
         removed = row.if_tensor in there
@@ -236,10 +237,6 @@ def _architecture(row: Row, own: str, keys: Keys, by_layer: Mapping[int, set[str
         folds=row.scale_key,
         gating=gating,
     )
-
-
-def _fields(gating: Gating) -> dict[str, Any]:
-    return {name: getattr(gating, name) for name in gating.__slots__}
 
 
 def _warnings(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from moescale.checkpoint.dtypes import SCALABLE
@@ -38,12 +38,7 @@ class Active:
 
     def as_json(self) -> dict[str, Any]:
         """As ``--dry-run --json`` prints it."""
-        return {
-            "before": self.before,
-            "after": self.after,
-            "total": self.total,
-            "unit": self.unit,
-        }
+        return asdict(self)
 
 
 def active(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moescale.rules import gates, measured
-from moescale.rules.samples import Sample
+from moescale.rules.samples import Sample, geometric_mean
 
 ByLayer = float | dict[str, float]
 """One number for all layers, or one for each where they differ."""
@@ -67,13 +67,9 @@ class Comparison:
             return None
         return (
             f"--rule {self.taken} does not help: it takes the norm of the routed output further"
-            f" from the trained one (x {_mean(norms):.3f}) than the {self.edit} (x"
-            f" {_mean(none):.3f})"
+            f" from the trained one (x {geometric_mean(norms):.3f}) than the {self.edit} (x"
+            f" {geometric_mean(none):.3f})"
         )
-
-
-def _mean(norms: Sequence[float]) -> float:
-    return math.exp(sum(map(math.log, norms)) / len(norms))
 
 
 def _far(norms: Sequence[float]) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from moescale.model.lookup import Moe
 from moescale.options import Options
 from moescale.planning.plan import Experts
 from moescale.rules import closed_form, fitted, gates, measured
-from moescale.rules.samples import Sample, rounded
+from moescale.rules.samples import Sample, geometric_mean, rounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +91,7 @@ def of_one_layer(
     ends = min(factors.values()), max(factors.values())
     if options.fold not in ("config", "residual") or rule not in BY_LAYER or ends[0] == ends[1]:
         return dict(factors), []
-    mean = rounded(math.exp(sum(map(math.log, factors.values())) / len(factors)))
+    mean = rounded(geometric_mean(factors.values()))
     return dict.fromkeys(factors, mean), [
         f"--fold {options.fold} takes one factor for all layers: {mean:g}, the geometric mean of"
         f" {ends[0]:g} to {ends[1]:g} that --rule {rule} gives"

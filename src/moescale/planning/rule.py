@@ -115,6 +115,11 @@ class Adjustable:
     experts: bool
     remarks: Sequence[str]
 
+    @property
+    def biases(self) -> frozenset[str] | None:
+        """What biases of the routers' logits are called; None where those cannot be multiplied."""
+        return self.routers.biases if self.routers else None
+
 
 def adjustable(moe: Moe, tensors: Sequence[Tensor]) -> Adjustable:
     """What can be multiplied.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -191,10 +192,7 @@ def is_file(text: str) -> bool:
     Raises:
         SourceError: the system does not let us look.
     """
-    try:
-        return Path(text).is_file()
-    except OSError as error:
-        raise SourceError(f"{text}: cannot be read: {error.strerror}") from None
+    return _asked(text, Path.is_file)
 
 
 def is_directory(text: str) -> bool:
@@ -203,8 +201,12 @@ def is_directory(text: str) -> bool:
     Raises:
         SourceError: the system does not let us look.
     """
+    return _asked(text, Path.is_dir)
+
+
+def _asked(text: str, question: Callable[[Path], bool]) -> bool:
     try:
-        return Path(text).is_dir()
+        return question(Path(text))
     except OSError as error:
         raise SourceError(f"{text}: cannot be read: {error.strerror}") from None
 

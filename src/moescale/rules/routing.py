@@ -173,15 +173,8 @@ def sample_layer(
     for logits in drawn_logits(router, seed):
         for pieces, k, scale in zip(weights, counts, (1.0, sharpness), strict=True):
             pieces.append(gate_weights(logits * scale, k, gate, router.bias))
-    one, other = (np.concatenate(pieces) for pieces in weights)
-    return Sample(moments(one), moments(other), error=_error(one, other))
-
-
-def _error(before: Array, after: Array) -> float:
-    """Relative standard error of the factor at ``rho = 0``, since both saw the same inputs."""
-    squares = [(weights**2).sum(axis=1) for weights in (before, after)]
-    one, other = (square / square.mean() for square in squares)
-    return float(0.5 * np.std(one - other) / np.sqrt(len(one)))
+    before, after = (moments(np.concatenate(pieces)) for pieces in weights)
+    return Sample(before, after)
 
 
 def moments(weights: Array) -> Moments:

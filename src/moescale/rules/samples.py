@@ -7,6 +7,7 @@ Samples come from the model's own router (rule ``gates``) or from running the mo
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 DIGITS = 6
@@ -48,14 +49,12 @@ class Sample:
         after: with the new number, weights unchanged.
         correlation: mean pairwise cosine of the chosen experts' outputs before; None where no
             expert was run.
-        error: relative standard error of the factor of ``gates``, where inputs were drawn.
         fit: router scale and factor of the rule ``fitted``, where that was asked for.
     """
 
     before: Moments
     after: Moments
     correlation: float | None = None
-    error: float | None = None
     fit: Fit | None = None
 
 
@@ -74,6 +73,11 @@ class Fit:
     factor: float
     error_before: float
     error_after: float
+
+
+def geometric_mean(values: Collection[float]) -> float:
+    """Of numbers above 0."""
+    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def rounded(factor: float) -> float:

@@ -140,9 +140,8 @@ def _what_is_there(plan: Plan, sink: Sink, existing: Mapping[str, int]) -> str:
     if not isinstance(name, str) or options is None:
         return "holds another output of moescale"
     rule = str(found.get("rule"))[:20]
-    theirs, ours = (
-        provenance.described(*what) for what in ((options, rule), (plan.options, plan.rule))
-    )
+    theirs = provenance.described(options, rule)
+    ours = provenance.described(plan.options, plan.rule)
     this = ours if name == plan.source.name else f"{plan.source.name} with {ours}"
     return f"holds {name} with {theirs}; this run is {this}"
 
