@@ -34,6 +34,10 @@ class DiedError(RuntimeError):
     """The client ended its process: a GGML_ASSERT."""
 
 
+class MissingError(RuntimeError):
+    """The client cannot be run on this machine, whose C library is too old, say."""
+
+
 class RefusedError(RuntimeError):
     """The client did not load a file; its own last words."""
 
@@ -42,14 +46,24 @@ class Client:
     """A process that loads models and evaluates tokens."""
 
     def __init__(self) -> None:
-        self._child = self._start()
+        """Start it.
 
-    def _start(self) -> subprocess.Popen[str]:
+        Raises:
+            MissingError: it cannot be run here.
+        """
+        self._start()
+
+    def _start(self) -> None:
         command = [sys.executable, __file__]
         pipe = subprocess.PIPE
-        return subprocess.Popen(
+        self._child = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
         )
+        assert self._child.stdout is not None
+        why = json.loads(self._child.stdout.readline())
+        if why is not None:
+            self.close()
+            raise MissingError(f"llama.cpp 0.5.0 cannot be run here: {why}")
 
     def logits(
         self,
@@ -79,7 +93,7 @@ class Client:
         if not line:
             code = self._child.wait()
             self.close()
-            self._child = self._start()
+            self._start()
             raise DiedError(f"ended with {code}")
         answer = json.loads(line)
         if "refused" in answer:
@@ -256,8 +270,14 @@ class _Library:
 
 
 def _serve() -> None:
-    library, out = _Library(), os.fdopen(os.dup(1), "w")
+    out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the library prints is no answer
+    try:
+        library = _Library()
+    except OSError as error:
+        print(json.dumps(str(error)), file=out, flush=True)
+        return
+    print(json.dumps(None), file=out, flush=True)
     for line in sys.stdin:
         task = json.loads(line)
         try:

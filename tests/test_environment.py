@@ -6,6 +6,7 @@ import ast
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -132,6 +133,53 @@ def test_a_real_python_will_do(project: Path) -> None:
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert found.stdout.strip() == sys.executable
+
+
+NPM = """#!/bin/sh
+test "$1" = pack && test -n "$PACKS" && echo anything > "$PACKS" && echo "$PACKS"
+"""
+
+
+def fetch_llama(project: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What the script that fetches llama.cpp does, with the programs of a folder alone."""
+    programs = project / "programs"
+    programs.mkdir(exist_ok=True)
+    for name in ("bash", "dirname", "mkdir", "rm", "sha512sum", "tail"):
+        (programs / name).symlink_to(str(shutil.which(name)))
+    (programs / "uname").write_text("#!/bin/sh\necho Linux x86_64\n")
+    (programs / "uname").chmod(0o755)
+    (project / "scripts").mkdir(exist_ok=True)
+    script = shutil.copy(ROOT / "scripts" / "llama.sh", project / "scripts" / "llama.sh")
+    if environment:
+        (programs / "npm").write_text(NPM)
+        (programs / "npm").chmod(0o755)
+    environment = {"PATH": str(programs), **environment}
+    return subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("environment", "why"),
+    [
+        ({}, "npm is not here"),
+        ({"PACKS": ""}, "npm could not fetch @node-llama-cpp/linux-x64"),
+        ({"PACKS": "other.tgz"}, "other.tgz is another file"),
+    ],
+)
+def test_llama_cpp_is_the_pinned_one_or_none(
+    project: Path, environment: dict[str, str], why: str
+) -> None:
+    """The script ends in a line that says why, and leaves nothing that would count as fetched."""
+    result = fetch_llama(project, **environment)
+    said = f"llama.sh: {why}; the tests that need llama.cpp are skipped\n"
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", said)
+    assert not list(project.glob(".llama-client/[0-9]*"))
+
+
+def test_the_tests_go_on_without_llama_cpp() -> None:
+    """The script of the tests asks for it, and does not end where there is none."""
+    lines = (ROOT / "scripts" / "test.sh").read_text().splitlines()
+    (line,) = (line for line in lines if "llama.sh" in line)
+    assert line.startswith("scripts/llama.sh > /dev/null || true ")
 
 
 def test_the_demo_installs_what_it_imports() -> None:
