@@ -1070,6 +1070,7 @@ def test_the_known_types_can_be_listed(moescale: Command) -> None:
     assert {row["model_type"] for row in types} == set(architectures.known_types())
     found = next(row for row in types if row["model_type"] == "deepseek_v3")
     assert found["fold_config"] is True and found["effect"] == "scaled"
+    assert found["gate_scale"].startswith("yes, with a warning: a bias")
     assert [row.effect for row in api.model_types()] == [row["effect"] for row in types]
 
 

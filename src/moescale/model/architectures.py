@@ -142,6 +142,7 @@ class Architecture:
         no_effect: why scaling the down-projections has no effect on this model.
         no_effect_if: config key that turns on what `no_effect` is about; None: it is always so.
         partly: what scaling the down-projections does not reach.
+        partly_if: the tensor of a MoE layer that `partly` is about; None: it is always so.
         beside: first words, after the MoE block's name, of tensors that other types do not have
             there and that do not change what a factor does.
         scale_key: config key of a constant that multiplies the routed output.
@@ -167,6 +168,7 @@ class Architecture:
     no_effect: str | None = None
     no_effect_if: str | None = None
     partly: str | None = None
+    partly_if: str | None = None
     beside: Sequence[str] = ()
     scale_key: str | None = None
     any_text: bool = False
@@ -197,6 +199,7 @@ _HASHED = (
     "its hash layers choose experts from a table with one column an expert per token"
     " (gate.tid2eid), which would have to be cut or invented"
 )
+_MULTI_ROUTER = ("image_gate", "audio_gate")
 _LATENT = ("routed_expert_down_proj", "routed_expert_up_proj")
 _MOE_RENORMALIZE = Flag("moe_renormalize", True, aliases=("norm_topk_prob",))
 
@@ -240,6 +243,14 @@ ROWS: Final[tuple[Architecture, ...]] = (
     Architecture("qwen3_vl_moe_text", MLP, ALWAYS, moe_layers=SparseStep()),
     Architecture("qwen3_5_moe", MLP, ALWAYS, moe_layers=All()),
     Architecture("qwen3_5_moe_text", MLP, ALWAYS, moe_layers=All()),
+    # sglang 0.5.23 interns2preview.py: the classes of Qwen3.5
+    Architecture("intern_s2_preview", MLP, ALWAYS, moe_layers=All()),
+    # sglang 0.5.23 interns2_mobius.py: a few banks of experts, one after the other, serve all
+    # layers; a factor is that of a bank, and its number stands for the layer's
+    *(
+        Architecture(model_type, ("meta_mlp.{L}.experts.down_proj",), NORM_TRUE)
+        for model_type in ("interns2_mobius", "interns2_mobius_text")
+    ),
     Architecture("qwen4_exp", MLP, NORM_TRUE),
     Architecture("qwen4_exp_text", MLP, NORM_TRUE),
     Architecture("qwen3_omni_moe_thinker", MLP, NORM_TRUE, moe_layers=SparseStep()),
@@ -274,6 +285,11 @@ ROWS: Final[tuple[Architecture, ...]] = (
         any_text=True,
         folds=True,
     ),
+    # sglang 0.5.23 kimi_vl.py, dots_vlm.py: the text model is DeepseekV2ForCausalLM, for Kimi-VL in
+    # text_config, for dots.vlm with its keys at the top; mlx-vlm 0.7.10 youtu_vl/language.py
+    _group_limited("kimi_vl", NORM_TRUE, any_text=True, folds=True),
+    _group_limited("dots_vlm", NORM_FALSE, folds=True),
+    _group_limited("youtu_vl", NORM_TRUE, folds=True),
     _group_limited(
         "kimi_linear",
         _MOE_RENORMALIZE,
@@ -292,6 +308,14 @@ ROWS: Final[tuple[Architecture, ...]] = (
         no_effect_if="latent_moe_use_norm",
     ),
     _group_limited("bailing_hybrid", _MOE_RENORMALIZE, count=_PER_TOKEN, folds=True),
+    # Ling with eyes, sglang 0.5.23: bailing_mm_v3.py over bailing_moe_v3.py (text_config),
+    # bailing_mm.py over bailing_moe.py (llm_config); a "MultiRouter" has gates for images and sound
+    _group_limited("bailing_moe_v3_vl", NORM_FALSE, beside=_MULTI_ROUTER, folds=True),
+    _group_limited("bailingmm_moe_v2_lite", NORM_TRUE, beside=_MULTI_ROUTER, folds=True),
+    # sglang 0.5.23 gigachat35.py: DeepSeek-V3 with a norm after the MoE, by layernorm_type
+    _group_limited(
+        "gigachat3_5", NORM_TRUE, partly=_JOINT_NORM, partly_if="post_feedforward_layernorm.weight"
+    ),
     _group_limited("exaone_moe", NORM_TRUE, folds=True),
     _group_limited("dots1", NORM_FALSE, folds=True),
     _group_limited("glm4_moe", NORM_TRUE, moe_layers=FirstDense(1), folds=True),
@@ -379,18 +403,22 @@ ROWS: Final[tuple[Architecture, ...]] = (
     Architecture(
         "ernie4_5_moe", MLP, ALWAYS, count=("num_experts_per_tok", "moe_k"), total=_MOE_TOTAL
     ),
-    Architecture(
-        "ernie4_5_vl_moe",
-        (
-            MLP[0],
-            "layers.{L}.mlp.text_moe.experts.down_proj",
-            "layers.{L}.mlp.vision_moe.experts.down_proj",
-        ),
-        ALWAYS,
-        count=("num_experts_per_tok", "moe_k"),
-        total=_MOE_TOTAL,
-        moes=2,
-        beside=("moe_statics", "text_moe", "vision_moe"),
+    # The second is Baidu's own name: sglang 0.5.23 ernie45_vl.py, mlx-vlm 0.7.10 ernie4_5_moe_vl
+    *(
+        Architecture(
+            model_type,
+            (
+                MLP[0],
+                "layers.{L}.mlp.text_moe.experts.down_proj",
+                "layers.{L}.mlp.vision_moe.experts.down_proj",
+            ),
+            ALWAYS,
+            count=("num_experts_per_tok", "moe_k"),
+            total=_MOE_TOTAL,
+            moes=2,
+            beside=("moe_statics", "text_moe", "vision_moe"),
+        )
+        for model_type in ("ernie4_5_vl_moe", "ernie4_5_moe_vl")
     ),
     Architecture("flint", MLP, NORM_FALSE),
     Architecture("lara_mini", MLP, NORM_TRUE, moe_layers=All()),
@@ -460,14 +488,19 @@ ROWS: Final[tuple[Architecture, ...]] = (
     ),
     Architecture("llama4", FEED_FORWARD, NEVER),
     Architecture("llama4_text", FEED_FORWARD, NEVER),
-    Architecture(
-        "longcat_flash",
-        MLP,
-        NEVER,
-        count=_MOE_TOPK,
-        partly="its identity experts have no weights: the share of the tokens that chose one"
-        " stays as it was",
-        scale_key=_SCALE,
+    # One router for the three: mlx-lm 0.32.2 longcat_flash_ngram.py (sglang 0.5.23 calls it
+    # longcat_flash), mlx-vlm 0.7.10 longcat_flash_sparse
+    *(
+        Architecture(
+            model_type,
+            MLP,
+            NEVER,
+            count=_MOE_TOPK,
+            partly="its identity experts have no weights: the share of the tokens that chose one"
+            " stays as it was",
+            scale_key=_SCALE,
+        )
+        for model_type in ("longcat_flash", "longcat_flash_ngram", "longcat_flash_sparse")
     ),
     Architecture("gemma4", GEMMA, ALWAYS, count=("top_k_experts",), no_effect=_POST_NORM),
     Architecture("gemma4_text", GEMMA, ALWAYS, count=("top_k_experts",), no_effect=_POST_NORM),
@@ -523,11 +556,38 @@ ROWS: Final[tuple[Architecture, ...]] = (
     Architecture("deepseek", MLP, NORM_FALSE, moe_layers=FirstDense(0)),
     _group_limited("bailing_moe", NORM_TRUE, moe_layers=FirstDense(0), folds=True),
     _group_limited("bailing_moe_v2", NORM_TRUE, moe_layers=FirstDense(0), folds=True),
-    # sglang 0.5.23: sdar_moe.py, bailing_moe_linear.py, llada2.py, xllm.py
+    # sglang 0.5.23: sdar_moe.py, bailing_moe_linear.py, llada2.py
     Architecture("sdar_moe", MLP, NORM_TRUE),
     _group_limited("bailing_moe_linear", NORM_TRUE, moe_layers=FirstDense(0), folds=True),
     _group_limited("llada2_moe", NORM_TRUE, moe_layers=FirstDense(0)),
     _group_limited("joyai_llm_flash", NORM_TRUE, folds=True),  # mlx-lm 0.32.2: deepseek_v3
+    # sglang 0.5.23 xllm.py: router_scaling_factor is that of its attention's experts, too
+    *(
+        Architecture(
+            model_type,
+            MLP,
+            NORM_TRUE,
+            moe_layers=SparseStep(),
+            scale_key="router_scaling_factor",
+        )
+        for model_type in ("xllm", "k2_horizon")
+    ),
+    # sglang 0.5.23 iquest_q1.py: all experts in experts.proj, the gate is called router
+    Architecture(
+        "iquest_q1",
+        ("layers.{L}.mlp.experts.proj", *MLP),
+        ALWAYS,
+        partly="a norm follows the experts of layer 0 (ffn_out_norm) and removes its factor",
+        partly_if="ffn_out_norm.weight",
+    ),
+    # mlx-lm 0.32.2 Klear.py, whose name is the type, and mlx-vlm 0.7.10 klear: `coefficient`
+    # weighs the routed sum, and the shared expert beside it, after the factor
+    *(
+        Architecture(model_type, MLP, NORM_TRUE, moe_layers=SparseStep(), beside=("coefficient",))
+        for model_type in ("Klear", "klear")
+    ),
+    # mlx-lm 0.32.2 phixtral.py: the softmax of the chosen experts' logits
+    Architecture("phixtral", ("h.{L}.moe.mlp.{E}.fc2",), ALWAYS),
     Architecture("arctic", SPARSE_MOE, ALWAYS),
     Architecture("minicpm", ("layers.{L}.mlp.experts.{E}.w2",), ALWAYS),
     Architecture("xverse", MLP, ALWAYS, count=("moe_top_k",), moe_layers=All()),

@@ -142,7 +142,7 @@ def _any_layout() -> str:
         containers.add(container)
         if experts:
             blocks.add(block)
-        elif "moe." in block:  # elsewhere, such a name may be that of a dense layer
+        elif "moe." in block and "{E}" not in block:  # else it may be that of a dense layer
             without.add(rest)
     in_block = f"(?:{_either(blocks)})(?:{_EXPERT}|{_ALL_EXPERTS}|{_MLX})"
     return rf"(?:{_either(containers)})\.(?P<L>{NUMBER})\.(?:{in_block}|{_either(without)})"

@@ -39,6 +39,7 @@ class Gating:
         logit_bias: names of what is added to the logits; () for nothing.
         score: ``softmax``, ``sigmoid`` or ``sqrtsoftplus``.
         score_key: config key that may name another score.
+        biased_score: the score where there is a `bias` and no key names one.
         late: experts are chosen by their logits; scores are made of the chosen ones alone.
         group_best: how many of its best scores a group is chosen by, where the router has groups.
         zero_centred: the norm multiplies by 1 + weight.
@@ -56,6 +57,7 @@ class Gating:
     logit_bias: Sequence[str] = ()
     score: str = "softmax"
     score_key: str | None = None
+    biased_score: str | None = None
     late: bool = False
     group_best: int = 2
     zero_centred: bool = False
@@ -109,6 +111,21 @@ SPARSE_SIGMOID: Final = replace(
         *(f"mlp.gate.{_BIAS}", f"mlp.{_BIAS}"),
     ),
 )
+LING: Final = replace(
+    SIGMOID,
+    score="softmax",
+    score_key="score_function",
+    biased_score="sigmoid",
+    bias_optional=True,
+)
+"""Bailing: sigmoids where there is a bias, unless a key says otherwise."""
+XLLM: Final = replace(
+    SOFTMAX,
+    score="sigmoid",
+    score_key="router_score_func",
+    bias=("mlp.gate.bias",),
+    bias_optional=True,
+)
 V4: Final = Gating(
     ("ffn.gate.weight", "mlp.gate.weight"),
     ("ffn_norm.weight", _NORM),
@@ -123,14 +140,33 @@ INKLING: Final = replace(
 
 _ROWS: Final[tuple[tuple[Gating | Other, Sequence[str]], ...]] = (
     (MIXTRAL, ("mixtral", "minimax", "minimax_m1", "minimax_text_01")),
+    (LING, ("bailing_moe",)),
     (
         replace(
-            SIGMOID,
-            score="softmax",
-            score_key="score_function",
-            bias_optional=True,
+            LING,
+            not_if=(
+                "image_gate.weight",
+                "images and sound have routers of their own in it",
+            ),
         ),
-        ("bailing_moe",),
+        ("bailing_moe_v3_vl", "bailingmm_moe_v2_lite"),
+    ),
+    (
+        replace(SIGMOID, score="softmax", score_key="scoring_func", bias_optional=True),
+        ("dots_vlm",),
+    ),
+    (XLLM, ("k2_horizon",)),
+    (
+        replace(XLLM, not_if=("v_experts.0.weight", "its norms are written as differences from 1")),
+        ("xllm",),
+    ),
+    (
+        replace(
+            SOFTMAX,
+            weight=("mlp.router.weight", "mlp.gate.weight"),
+            norm=("feed_forward_norm.weight",),
+        ),
+        ("iquest_q1",),
     ),
     (replace(SIGMOID, score_key="score_function"), ("bailing_moe_linear", "llada2_moe")),
     (
@@ -143,7 +179,7 @@ _ROWS: Final[tuple[tuple[Gating | Other, Sequence[str]], ...]] = (
             *("deepseek", "minicpm", "sdar_moe"),
         ),
     ),
-    (CENTRED, ("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text")),
+    (CENTRED, ("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "intern_s2_preview")),
     (replace(SOFTMAX, group_best=1), ("deepseek_v2", "deepseek_ocr2", "unlimited_ocr")),
     (replace(SOFTMAX, norm=()), ("flex_olmo",)),
     (replace(SOFTMAX, weight=("mlp.gate.wg.weight",)), ("hunyuan_v1_moe", "hunyuan")),
@@ -176,12 +212,13 @@ _ROWS: Final[tuple[tuple[Gating | Other, Sequence[str]], ...]] = (
             bias=(f"mlp.router.{_BIAS}",),
             idle_key="zero_expert_num",
         ),
-        ("longcat_flash",),
+        ("longcat_flash", "longcat_flash_ngram", "longcat_flash_sparse"),
     ),
     (
         SIGMOID,
         (
             *("deepseek_v3", "deepseek_v32", "kimi_k25", "kimi_k2", "bailing_hybrid"),
+            *("kimi_vl", "youtu_vl", "Klear", "klear"),
             *("exaone_moe", "dots1", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm4v_moe_text"),
             *("glm_moe_dsa", "glm5_next", "glm5_next_text", "hy_v4", "hy_v4_vl", "hy_v4_vl_text"),
             *(
@@ -276,13 +313,18 @@ _ROWS: Final[tuple[tuple[Gating | Other, Sequence[str]], ...]] = (
     ),
     (
         Other("a layer has two routers, for text and for images, but one factor"),
-        ("ernie4_5_vl_moe",),
+        ("ernie4_5_vl_moe", "ernie4_5_moe_vl"),
     ),
+    (
+        Other("it serves several layers, each with a norm of its own before it"),
+        ("interns2_mobius", "interns2_mobius_text"),
+    ),
+    (Other("the norm before it adds a bias"), ("phixtral",)),
     (
         Other("its input is a mix of several streams, which depends on what is in them"),
         ("qwen4_exp", "qwen4_exp_text"),
     ),
-    (Other("its input is gated by a small network after the norm"), ("axk2",)),
+    (Other("its input is gated by a small network after the norm"), ("axk2", "gigachat3_5")),
     (Other("it is a network of its own, with a state from layer to layer"), ("zaya",)),
     (Other("its experts take a limited number of tokens"), ("nllb-moe", "switch_transformers")),
     (
@@ -431,6 +473,9 @@ class ScaledRouters:
     moves: str | None
 
 
+BIAS_MOVES: Final = "a bias fitted to the scores as they are takes part in the choice of experts"
+
+
 def scaled_routers(
     architecture: Architecture,
     section: Mapping[str, Any],
@@ -460,7 +505,7 @@ def scaled_routers(
     grouped = group_limit(architecture, section) is not None
     moves = None
     if any(router.bias for router in found):
-        moves = "a bias fitted to the scores as they are takes part in the choice of experts"
+        moves = BIAS_MOVES
     elif grouped and gating.group_best > 1:
         moves = "groups of experts are chosen by sums of scores, whose order may change"
     edits = [

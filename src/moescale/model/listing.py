@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from moescale.model import architectures
 from moescale.model.architectures import Architecture
-from moescale.model.gating import GATINGS, Gating, Other
+from moescale.model.gating import BIAS_MOVES, GATINGS, Gating, Other
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class ModelType:
         effect: what happens to its experts, in words.
         fold_config: whether ``--fold config`` can be used.
         gates: ``yes``, or why ``--rule gates`` cannot be used.
-        gate_scale: ``yes``, or why ``--gate-scale`` cannot be used.
+        gate_scale: ``yes``, what ``--gate-scale`` warns of, or ``no``.
     """
 
     model_type: str
@@ -50,7 +50,8 @@ def _effect(row: Architecture) -> str:
     if row.no_effect:
         return f"only --rule none: {row.no_effect}"
     if row.partly:
-        return f"scaled, with a warning: {row.partly}"
+        where = f" where a layer has {row.partly_if}" if row.partly_if else ""
+        return f"scaled, with a warning{where}: {row.partly}"
     return "scaled"
 
 
@@ -59,8 +60,12 @@ def _router(row: Architecture, gating: Gating | Other) -> tuple[str, str]:
     if isinstance(gating, Other):
         return f"no: {gating.why}", "no"
     gates = "no: scaling has no effect" if row.no_effect else "yes"
+    if gating.cap_key:
+        return gates, f"only where {gating.cap_key} is not set"
+    if gating.bias and not (gating.bias_optional or gating.bias_key):
+        return gates, f"yes, with a warning: {BIAS_MOVES}"
     if gating.bias:
-        return gates, "no: a bias takes part in the choice of experts"
+        return gates, "yes, with a warning where there is a bias"
     if row.groups and gating.group_best > 1:
-        return gates, "only without groups of experts"
+        return gates, "yes, with a warning where there are groups of experts"
     return gates, "yes"

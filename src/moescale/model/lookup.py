@@ -125,6 +125,7 @@ def find_moe(
         warnings=[
             *adapted,
             *_warnings(row, places, section),
+            *_of_reach(row, projections, tensors),
             *of_others,
             *_of_counts(row, section, total, held),
             *(_other_type(config, row) if arch is None and pattern is None else ()),
@@ -374,6 +375,18 @@ def _other_parts(row: Architecture) -> list[Architecture]:
     return [other for other in architectures.parts(row.model_type) if other.part != row.part]
 
 
+def _of_reach(
+    row: Architecture, projections: Sequence[Projection], tensors: Sequence[Tensor]
+) -> Iterator[str]:
+    """What scaling does not reach, where that is so."""
+    if row.partly and row.partly_if is not None:
+        telling = {f"{plain_name(p.prefix)}.{row.partly_if}" for p in projections}
+        if telling.isdisjoint(plain_name(tensor.name) for tensor in tensors):
+            return
+    if row.partly:
+        yield f"model type {row.model_type!r}: {row.partly}"
+
+
 def _warnings(
     row: Architecture, places: Sequence[Spelling], section: Mapping[str, Any]
 ) -> list[str]:
@@ -384,8 +397,6 @@ def _warnings(
                 f"{CONFIG} says {place.value} at {place.path} and {first.value} at {first.path};"
                 f" {first.value} is taken"
             )
-    if row.partly:
-        warnings.append(f"model type {row.model_type!r}: {row.partly}")
     if row.model_type == "deepseek_v2" and section.get("norm_topk_prob"):
         warnings.append(
             "norm_topk_prob is true: transformers ignores it for deepseek_v2, as this plan does;"

@@ -30,7 +30,7 @@ _LEFT_ALONE: Final = frozenset({"quantization_config", "compression_config"})
 _LIKELY: Final = re.compile(
     r"(?=.*(?:expert|moe|rout)).*(?:per_tok|top_?k|select|activated|chosen).*"
 )
-_UNLIKELY: Final = re.compile(r"group|limit|device|loss|coef|size|dim|shared|capacity|dspark")
+_UNLIKELY: Final = re.compile(r"group|limit|device|loss|coef|size|dim|shared|capacity|dspark|mova")
 """What a key that nobody knows is called, with the one around it, where it may be this number."""
 
 MOST_BYTES: Final = 1 << 20

@@ -20,13 +20,14 @@ _SIBLINGS: Final[Mapping[str, tuple[str, ...]]] = {
     "down_projs": ("gate_projs", "up_projs", "gate_up_projs"),
     "w2": ("w1", "w3", "v1", "w13"),
     "fc2": ("fc1",),
+    "proj": ("fc",),
     "wo": ("wi", "wi_0", "wi_1"),
     "output_linear": ("input_linear",),
     "linear_1": ("linear", "linear_v"),
 }
 """What the matrices before a down-projection are called beside it."""
 _MATRICES: Final[Mapping[str, tuple[int, ...]]] = {
-    **dict.fromkeys(("gate_up_proj", "gate_up_projs", "w13", "input_linear"), (2,)),
+    **dict.fromkeys(("gate_up_proj", "gate_up_projs", "w13", "input_linear", "fc"), (2,)),
     "fc1": (1, 2),  # Aria's is gate and up, Nemotron's is up alone
 }
 """How many matrices are joined in one tensor, where it is not one."""

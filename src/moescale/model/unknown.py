@@ -104,7 +104,7 @@ def _is_unusual(key: str, value: Any, gating: Gating | None, router: Router | No
 
 _PROJECTION: Final = re.compile(
     r"[0-9]*\.?(?:expert_[0-9]+\.)?(?:mlp\.)?(?:gate_up_projs?|(?:gate|up|down)_projs?|w[123]|w13|v1"
-    r"|fc[1-3]|wi(?:_[01])?|wo|(?:in|out)put_linear|linear(?:_v|_1)?)(?![a-z0-9])(?!.*norm)"
+    r"|fc[1-3]?|proj|wi(?:_[01])?|wo|(?:in|out)put_linear|linear(?:_v|_1)?)(?![a-z0-9])(?!.*norm)"
 )
 """What follows ``experts.`` in the names of what experts are made of."""
 _LINEAR: Final = re.compile(

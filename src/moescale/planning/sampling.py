@@ -25,8 +25,13 @@ HUB_READS = 4
 """Layers that are read at once from the Hub; one at a time from a disk."""
 
 
-def gate_of(moe: Moe, gating: Gating) -> Gate:
+def gate_of(moe: Moe, gating: Gating, biased: bool) -> Gate:
     """How the router of this checkpoint makes weights of its logits, as row and config say.
+
+    Args:
+        moe: the MoE.
+        gating: the row of its router.
+        biased: a bias takes part in the choice of experts.
 
     Raises:
         UnsupportedError: the config names a score that is not known.
@@ -38,7 +43,7 @@ def gate_of(moe: Moe, gating: Gating) -> Gate:
     if cap is not None and (type(cap) not in (int, float) or not 0 <= cap < math.inf):
         raise CheckpointError(f"{CONFIG}: {gating.cap_key} is {cap!r}, not a number from 0")
     return Gate(
-        score=_score(gating, section),
+        score=_score(gating, section, biased),
         late=gating.late,
         normalised=router.renormalised,
         groups=group_limit(moe.architecture, section),
@@ -50,8 +55,9 @@ def gate_of(moe: Moe, gating: Gating) -> Gate:
     )
 
 
-def _score(gating: Gating, section: Mapping[str, Any]) -> Score:
-    named = (section.get(gating.score_key) if gating.score_key else None) or gating.score
+def _score(gating: Gating, section: Mapping[str, Any], biased: bool) -> Score:
+    default = (gating.biased_score if biased else None) or gating.score
+    named = (section.get(gating.score_key) if gating.score_key else None) or default
     for score in get_args(Score):
         if named == score:
             known: Score = score
@@ -128,7 +134,8 @@ def find_gates(moe: Moe, headers: Mapping[str, Header]) -> Routers:
     found = find_routers(gating, moe.section, moe.projections, tensors, RULE)
     names = {tensor.name for router in found for tensor in router.present}
     shards = {t.name: shard for shard, h in headers.items() for t in h.tensors if t.name in names}
-    return Routers(moe, gate_of(moe, gating), gating.zero_centred, found, shards)
+    gate = gate_of(moe, gating, any(router.bias for router in found))
+    return Routers(moe, gate, gating.zero_centred, found, shards)
 
 
 def read_gates(source: Source, routers: Routers) -> Iterator[tuple[RouterTensors, RouterWeights]]:
