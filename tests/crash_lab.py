@@ -71,13 +71,13 @@ class Scenario:
     def convert(self, source: Path, output: Path) -> str:
         """Run it to its end in this process."""
         from moescale.api import convert
-        from moescale.repos import local_bench
+        from moescale.repos import local_writer
 
         with pytest.MonkeyPatch.context() as patch:
             if self.piece:
-                patch.setattr(local_bench, "PIECE", self.piece)
-                patch.setattr(local_bench, "_BLOCK", self.piece // 4)
-                patch.setattr(local_bench, "pass_cache", lambda fd, on: on)
+                patch.setattr(local_writer, "PIECE", self.piece)
+                patch.setattr(local_writer, "_BLOCK", self.piece // 4)
+                patch.setattr(local_writer, "pass_cache", lambda fd, on: on)
             return convert(source, output, jobs=1, **{"experts": 3, **self.options}).status
 
 

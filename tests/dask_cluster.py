@@ -20,9 +20,9 @@ import dask
 from distributed import Client, LocalCluster
 
 from moescale.checkpoint import rewrite
-from moescale.repos import local_bench
+from moescale.repos import local_writer
 
-WRITE, PIECE = local_bench.LocalWriter.write, rewrite.EDIT_PIECE
+WRITE, PIECE = local_writer.LocalWriter.write, rewrite.EDIT_PIECE
 DEADLINE = 120.0
 
 
@@ -77,28 +77,28 @@ def program(*command: str | Path, **more: str) -> Iterator[subprocess.Popen[byte
 def _hold(folder: Path) -> None:
     """Let every write leave a file with the name of the process, and wait for the file ``go``."""
 
-    def write(self: local_bench.LocalWriter, data: memoryview) -> None:
+    def write(self: local_writer.LocalWriter, data: memoryview) -> None:
         WRITE(self, data)
         (folder / str(os.getpid())).touch()
         until((folder / "go").exists)
 
-    local_bench.LocalWriter.write = write  # type: ignore[method-assign]
+    local_writer.LocalWriter.write = write  # type: ignore[method-assign]
 
 
 def _crawl(folder: Path, seconds: float) -> None:
     """Let every write be short and slow, and leave a file with the name of the process."""
 
-    def write(self: local_bench.LocalWriter, data: memoryview) -> None:
+    def write(self: local_writer.LocalWriter, data: memoryview) -> None:
         WRITE(self, data)
         (folder / str(os.getpid())).touch()
         time.sleep(seconds)
 
-    local_bench.LocalWriter.write = write  # type: ignore[method-assign]
+    local_writer.LocalWriter.write = write  # type: ignore[method-assign]
     rewrite.EDIT_PIECE = 4096
 
 
 def _restore() -> None:
-    local_bench.LocalWriter.write = WRITE  # type: ignore[method-assign]
+    local_writer.LocalWriter.write = WRITE  # type: ignore[method-assign]
     rewrite.EDIT_PIECE = PIECE
 
 

@@ -845,14 +845,14 @@ SLOW = """
 import sys, time
 from pathlib import Path
 import signals
-from moescale.repos import local_bench
-write, marker, told = local_bench.LocalWriter.write, Path(sys.argv[1]), signals.told()
+from moescale.repos import local_writer
+write, marker, told = local_writer.LocalWriter.write, Path(sys.argv[1]), signals.told()
 def slow(self, data):
     write(self, data)
     marker.write_bytes(b"")
     told.wait(100)
     time.sleep(0.1)
-local_bench.LocalWriter.write = slow
+local_writer.LocalWriter.write = slow
 sys.argv[:2] = ["moescale"]
 from moescale.cli import main
 main()

@@ -33,8 +33,9 @@ from moescale.repos.hub_source import HubSource
 from moescale.repos.journal import STATE
 from moescale.repos.local_sink import LocalSink
 from moescale.repos.local_source import LocalSource
-from moescale.running import cluster as crew
-from moescale.running.conversion import make, task_of
+from moescale.running import cluster as on_cluster
+from moescale.running.conversion import rewriting
+from moescale.running.parallel import do
 
 
 @pytest.fixture(scope="module")
@@ -304,12 +305,12 @@ def test_another_hub_is_refused(lab: Lab) -> None:
 
 SLOW_WORKER = """
 import time
-from moescale.repos import local_bench
-def slow(self, data, write=local_bench.LocalWriter.write):
+from moescale.repos import local_writer
+def slow(self, data, write=local_writer.LocalWriter.write):
     write(self, data)
     open({mark!r}, "w").close()
     time.sleep(0.2)
-local_bench.LocalWriter.write = slow
+local_writer.LocalWriter.write = slow
 """
 
 
@@ -345,7 +346,7 @@ def test_another_version_is_refused(
     source: Path, tmp_path: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker with another moescale would make other bytes."""
-    monkeypatch.setattr(crew, "__version__", "9.9")
+    monkeypatch.setattr(on_cluster, "__version__", "9.9")
     with pytest.raises(errors.UsageError, match=r"worker tcp://.* has moescale .*; this is 9\.9"):
         convert(source, tmp_path / "out", experts=3, dask=workers.address)
     assert not (tmp_path / "out").exists()
@@ -396,8 +397,8 @@ def test_a_worker_that_comes_later_is_refused_too(
     source: Path, tmp_path: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each task says which version it is for, whoever was asked at the start."""
-    monkeypatch.setattr(crew, "_check_versions", lambda client: None)
-    monkeypatch.setattr(crew, "__version__", "9.9")
+    monkeypatch.setattr(on_cluster, "_check_versions", lambda client: None)
+    monkeypatch.setattr(on_cluster, "__version__", "9.9")
     with pytest.raises(errors.UsageError, match=r"a worker has moescale .*, not 9\.9 \(worker on"):
         convert(source, tmp_path / "out", experts=3, dask=workers.address)
 
@@ -406,15 +407,15 @@ def test_a_run_does_not_wait_for_workers_for_ever(
     workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When none has been there for long, that is told, and a rerun resumes."""
-    monkeypatch.setattr(crew, "ASK_SECONDS", 0.0)
-    with crew.connect(workers.address) as found:
+    monkeypatch.setattr(on_cluster, "ASK_SECONDS", 0.0)
+    with on_cluster.connect(workers.address) as found:
         assert found.size() == 2
-        found._check_company()
+        found.watch()
         monkeypatch.setattr(found._client, "nthreads", dict)
-        found._check_company()
-        monkeypatch.setattr(crew, "LONELY_SECONDS", 0.0)
+        found.watch()
+        monkeypatch.setattr(on_cluster, "LONELY_SECONDS", 0.0)
         with pytest.raises(errors.TemporaryError, match="no worker is left"):
-            found._check_company()
+            found.watch()
 
 
 @pytest.mark.parametrize(
@@ -434,7 +435,7 @@ def test_a_scheduler_that_is_not_there(
     why: str,
 ) -> None:
     """What is no address is wrong usage; where nobody answers it may be better later."""
-    monkeypatch.setattr(crew, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(on_cluster, "CONNECT_SECONDS", 0.5)
     with pytest.raises(error, match=why):
         convert(source, tmp_path / "out", experts=3, dask=place)
     assert not (tmp_path / "out").exists()
@@ -443,14 +444,14 @@ def test_a_scheduler_that_is_not_there(
 # What is sent -------------------------------------------------------------------------------
 
 
-def test_an_order_is_one_shard(source: Path, tmp_path: Path) -> None:
+def test_a_job_is_one_shard(source: Path, tmp_path: Path) -> None:
     """What a worker gets names the tensors of its own shard and no other, and is small."""
     reader = LocalSource(source)
     plan = make_plan(reader, Options(experts=3))
     files = {file.name: file for file in plan.large_files}
-    task, sink = task_of(files[SHARDS[0]], plan), LocalSink(tmp_path / "out")
-    order = crew.Order("1", make, task, reader.only([task.name]), sink.bench, ("t", "1"))
-    sent = pickle.dumps(order)
+    sink = LocalSink(tmp_path / "out")
+    job = rewriting(files[SHARDS[0]], plan, reader, sink.writers)
+    sent = pickle.dumps((do, job, on_cluster._OnWorker("1", "t", job.name)))
     names = {t.shard: t.edit.tensor.name.encode() for t in plan.changed_tensors}
     assert names[SHARDS[0]] in sent
     assert not any(names[other] in sent or other.encode() in sent for other in SHARDS[1:])
@@ -486,10 +487,10 @@ def test_two_attempts_at_a_shard_do_not_meet(tmp_path: Path) -> None:
     sink = LocalSink(tmp_path / "out")
     sink.begin({}, replace=False)
     sink.share()
-    lost, again = (pickle.loads(pickle.dumps(sink.bench)) for _ in range(2))
-    with lost.shard("x.bin", 6) as zombie:
+    lost, again = (pickle.loads(pickle.dumps(sink.writers)) for _ in range(2))
+    with lost.open("x.bin", 6) as zombie:
         zombie.write(memoryview(b"dea"))
-        with again.shard("x.bin", 6) as writer:
+        with again.open("x.bin", 6) as writer:
             writer.write(memoryview(b"living"))
             made = writer.finish()
         assert sink.commit_file("x.bin", made) == Written(6)
@@ -499,7 +500,7 @@ def test_two_attempts_at_a_shard_do_not_meet(tmp_path: Path) -> None:
     sink.publish({"config.json": b"{}"}, frozenset({"x.bin", "config.json"}))
     sink.close()
     assert {path.name for path in sink.root.iterdir()} == {"x.bin", "config.json"}
-    with pytest.raises(errors.DestinationError, match="cannot be seen"), again.shard("y", 1):
+    with pytest.raises(errors.DestinationError, match="cannot be seen"), again.open("y", 1):
         pass
 
 
@@ -507,7 +508,7 @@ def test_a_file_that_is_short_where_it_is_named_is_refused(tmp_path: Path) -> No
     """A file system that does not show all that a worker wrote does not make a broken shard."""
     sink = LocalSink(tmp_path / "out")
     sink.begin({}, replace=False)
-    with sink.bench.shard("x.bin", 6) as writer:
+    with sink.writers.open("x.bin", 6) as writer:
         writer.write(memoryview(b"abcdef"))
         made = writer.finish()
     os.truncate(sink.root / STATE / made.at, 3)

@@ -190,7 +190,7 @@ def test_without_xet_one_shard_at_a_time_goes_through_a_file(lab: Lab, why: str)
         most.append(sum(not file.closed for file in opened))
         return opened[-1]
 
-    lab.monkeypatch.setattr("moescale.repos.hub_bench.tempfile.TemporaryFile", open_file)
+    lab.monkeypatch.setattr("moescale.repos.hub_writer.tempfile.TemporaryFile", open_file)
     lab.done(SRC, PLACE, "-k", "3", "-q", "-j", "3")
     assert most == [1] * len(SHARDS)
     assert {name: hub.read(DST, name) for name in SHARDS} == rescaled(lab.source)
@@ -214,7 +214,7 @@ def test_room_for_the_file_is_checked_first(lab: Lab) -> None:
     """Without room for a shard nothing of it is read, and the line says where room is missing."""
     hub = lab.start(xet=False)
     usage = shutil.disk_usage(lab.root)._replace(free=1000)
-    lab.monkeypatch.setattr("moescale.repos.hub_bench.shutil.disk_usage", lambda _: usage)
+    lab.monkeypatch.setattr("moescale.repos.hub_writer.shutil.disk_usage", lambda _: usage)
     outcome = lab.run(SRC, PLACE, "-k", "3", "-q")
     assert outcome.code == 1
     assert "has no room for" in outcome.failure

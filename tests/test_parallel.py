@@ -6,14 +6,45 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import pytest
+from properties import MemorySource
 
 from moescale.errors import InterruptedRun
+from moescale.repos.base import Source
 from moescale.running import parallel
-from moescale.running.parallel import Check, each
+from moescale.running.parallel import Done, Monitor, Pool, each
+
+_R = TypeVar("_R")
+
+
+@dataclass(frozen=True)
+class Call(Generic[_R]):
+    """A job that calls a function with its name."""
+
+    name: str
+    work: Callable[[str, Callable[[], None]], _R]
+    size: int = 0
+    source: Source = field(default_factory=lambda: MemorySource({}))
+
+    def __call__(self, monitor: Monitor) -> _R:
+        """Call it."""
+        return self.work(self.name, monitor.check)
+
+
+def call(
+    names: Sequence[str], work: Callable[[str, Callable[[], None]], _R], limit: int
+) -> dict[str, _R]:
+    """Call a function for every name, at most so many at once."""
+
+    def keep(name: str, done: Done[_R]) -> _R:
+        return done.result
+
+    return each([Call(name, work) for name in names], limit, keep, lambda *_: None, Pool())
 
 
 @pytest.fixture
@@ -31,7 +62,7 @@ def test_a_signal_that_another_thread_took_ends_the_run() -> None:
     """The system may give a signal to any thread; the one that waits hears of it all the same."""
     stopped = threading.Event()
 
-    def work(name: str, check: Check) -> None:
+    def work(name: str, check: Callable[[], None]) -> None:
         time.sleep(0.2)  # until the main thread waits
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -45,7 +76,7 @@ def test_a_signal_that_another_thread_took_ends_the_run() -> None:
                 raise
 
     with pytest.raises(KeyboardInterrupt):
-        each(["a"], work, 1)
+        call(["a"], work, 1)
     assert stopped.wait(120)
 
 
@@ -54,7 +85,7 @@ def test_the_first_failure_stops_the_others() -> None:
     started: list[str] = []
     running = threading.Event()
 
-    def work(name: str, check: Check) -> str:
+    def work(name: str, check: Callable[[], None]) -> str:
         started.append(name)
         if name == "bad":
             running.wait(120)
@@ -65,7 +96,7 @@ def test_the_first_failure_stops_the_others() -> None:
             time.sleep(0.01)
 
     with pytest.raises(ZeroDivisionError):
-        each(["long", "bad", "never"], work, 2)
+        call(["long", "bad", "never"], work, 2)
     assert sorted(started) == ["bad", "long"]
 
 
@@ -74,16 +105,16 @@ def test_a_thread_that_has_failed_begins_nothing_else(monkeypatch: pytest.Monkey
     monkeypatch.setattr(parallel, "wait", lambda left, *_: wait(left))
     started: list[str] = []
 
-    def work(name: str, check: Check) -> None:
+    def work(name: str, check: Callable[[], None]) -> None:
         started.append(name)
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        each(["bad", "next", "last"], work, 1)
+        call(["bad", "next", "last"], work, 1)
     assert started == ["bad"]
 
 
 def test_results_are_by_name() -> None:
     """Every name gets what its call returned."""
-    assert each(["a", "b", "c"], lambda name, _: name * 2, 2) == {"a": "aa", "b": "bb", "c": "cc"}
-    assert each([], lambda name, _: name, 2) == {}
+    assert call(["a", "b", "c"], lambda name, _: name * 2, 2) == {"a": "aa", "b": "bb", "c": "cc"}
+    assert call([], lambda name, _: name, 2) == {}

@@ -162,7 +162,7 @@ def contents(lab: Lab, sink: Sink) -> dict[str, bytes]:
 
 def write(sink: Sink, name: str, data: bytes, finish: bool = True) -> None:
     """Write a large file in a few pieces."""
-    with sink.bench.shard(name, len(data), True) as writer:
+    with sink.writers.open(name, len(data), True) as writer:
         for start in range(0, len(data), 500_000):
             writer.write(memoryview(data)[start : start + 500_000])
         if finish:
@@ -268,7 +268,7 @@ def test_a_shard_that_is_given_up_can_be_written_again(
     """An error inside a shard discards it; the same sink takes it a second time."""
     sink = sinks()
     sink.begin(JOB, replace=False)
-    with pytest.raises(ZeroDivisionError), sink.bench.shard(NAME, len(BIG), True) as writer:
+    with pytest.raises(ZeroDivisionError), sink.writers.open(NAME, len(BIG), True) as writer:
         writer.write(memoryview(BIG)[:1000])
         raise ZeroDivisionError
     publish(sink)
@@ -281,7 +281,7 @@ def test_a_sink_copies_from_a_reader(lab: Lab, sinks: Callable[..., Sink]) -> No
     sink.begin(JOB, replace=False)
     with (
         LocalSource(lab.folder).open(SHARDS[0]) as reader,
-        sink.bench.shard(NAME, 300_000, False) as writer,
+        sink.writers.open(NAME, 300_000, False) as writer,
     ):
         assert sum(writer.copy_from(reader, 0, 100_000)) == 100_000
         assert sum(writer.copy_from(reader, 100_000, 300_000)) == 200_000

@@ -74,7 +74,7 @@ from moescale.repos.places import (
 from moescale.rules.evaluation import Evaluation
 from moescale.running.conversion import Result, Status, fill_digests, run, status_of
 from moescale.running.earlier import check_same_job, earlier, in_first_words, options_there
-from moescale.running.parallel import Crew
+from moescale.running.parallel import Pool
 from moescale.running.record import Record, read_record
 from moescale.running.verification import verify as proven
 
@@ -282,27 +282,27 @@ def convert(
     reader = _source(source, destination, options)
     sink = _sink(destination, options, reader)
     wanted, calibration = _asked(options, measuring, sink if check or evaluate else None)
-    with shown(progress, phase) as (step, begin), _crew(options.get("dask")) as crew:
+    with shown(progress, phase) as (step, begin), _pool(options.get("dask")) as pool:
         check_not_source(reader, sink)
         made = _made(reader, wanted, destination, calibration, measuring, sink, overwrite)
         plan = _drawn(_with_room(made, sink), report)
         planned(plan)
         if plan.changes_nothing:
             return Result(plan, "nothing", False)
-        jobs = jobs or _default_jobs(sink, crew)
+        jobs = jobs or _default_jobs(sink, pool)
         worded = in_first_words(plan, reader, sink)
         rounding: Mapping[str, Rounding] = {}
         if check and overwrite and _may_repair(worded, sink):
-            status = _repair(worded, reader, sink, jobs, step, begin, crew)
+            status = _repair(worded, reader, sink, jobs, step, begin, pool)
         else:
             begin("writing", plan.large_sizes)
             outcome = run(
-                worded, reader, sink, jobs=jobs, overwrite=overwrite, progress=step, crew=crew
+                worded, reader, sink, jobs=jobs, overwrite=overwrite, progress=step, pool=pool
             )
             status, rounding = outcome.status, outcome.rounding
             if check:
                 begin("verifying", plan.large_sizes)
-                verify_output(worded, reader, sink, jobs, step, crew)
+                verify_output(worded, reader, sink, jobs, step, pool)
             else:
                 _check_status(status, destination)
         if evaluate:
@@ -352,12 +352,12 @@ def verify(
     reader = open_source(source, options.get("revision"))
     sink = open_sink(destination, shelf=reader.shelf)
     wanted, calibration = _asked(options, measuring, sink)
-    with shown(progress) as (step, begin), _crew(options.get("dask")) as crew:
+    with shown(progress) as (step, begin), _pool(options.get("dask")) as pool:
         plan = _made(reader, wanted, destination, calibration, measuring, sink)
         check_same_job(plan, sink)
         plan = in_first_words(plan, reader, sink)
         begin("verifying", plan.large_sizes)
-        verify_output(plan, reader, sink, jobs or _default_jobs(sink, crew), step, crew)
+        verify_output(plan, reader, sink, jobs or _default_jobs(sink, pool), step, pool)
     return Result(plan, "done", True)
 
 
@@ -534,21 +534,21 @@ def _repair(
     jobs: int,
     progress: Progress,
     phase: Phase,
-    crew: Crew | None,
+    pool: Pool | None,
 ) -> Status:
     """Write again exactly the files of a finished output that differ, and prove them."""
     output, sizes = as_source(sink), plan.large_sizes
     phase("verifying", sizes)
-    proof = proven(plan, source, output, jobs=jobs, progress=progress, crew=crew)
+    proof = proven(plan, source, output, jobs=jobs, progress=progress, pool=pool)
     if not proof.differences:
         fill_digests(sink, plan, proof.written, output)
         return "done"
     keep = {name: file for name, file in proof.written.items() if name in sizes}
     phase("writing", sizes)
-    run(plan, source, sink, jobs=jobs, overwrite=True, keep=keep, progress=progress, crew=crew)
+    run(plan, source, sink, jobs=jobs, overwrite=True, keep=keep, progress=progress, pool=pool)
     again, only = as_source(sink), sizes.keys() - keep.keys()
     phase("verifying", {name: sizes[name] for name in only})
-    proven(plan, source, again, jobs=jobs, only=only, progress=progress, crew=crew).check()
+    proven(plan, source, again, jobs=jobs, only=only, progress=progress, pool=pool).check()
     return "repair"
 
 
@@ -557,10 +557,10 @@ def _check_jobs(jobs: int | None) -> None:
         raise UsageError(f"--jobs is {jobs}: it must be 1 or more")
 
 
-def _default_jobs(sink: Sink, crew: Workers | None) -> int:
+def _default_jobs(sink: Sink, pool: Workers | None) -> int:
     """As many shards at once as there are cores, at most 8; to the Hub 2, for the memory."""
-    if crew is not None:
-        return crew.size()
+    if pool is not None:
+        return pool.size()
     return min(8 if isinstance(sink, LocalSink) else 2, os.cpu_count() or 1)
 
 
@@ -615,7 +615,7 @@ def _refused(plan: Plan, error: DestinationError) -> Plan:
 
 
 @contextmanager
-def _crew(dask: StrPath | None) -> Iterator[Workers | None]:
+def _pool(dask: StrPath | None) -> Iterator[Workers | None]:
     """The workers of a cluster, None for the threads of this process."""
     if dask is None:
         yield None
@@ -705,10 +705,10 @@ def verify_output(
     sink: Sink,
     jobs: int,
     progress: Progress = _silent,
-    crew: Crew | None = None,
+    pool: Pool | None = None,
 ) -> None:
     """Verify a finished output, and note the digests in its provenance."""
     output = as_source(sink)
-    proof = proven(plan, source, output, jobs=jobs, progress=progress, crew=crew)
+    proof = proven(plan, source, output, jobs=jobs, progress=progress, pool=pool)
     proof.check()
     fill_digests(sink, plan, proof.written, output)

@@ -122,16 +122,17 @@ class ShardWriter(Writer, Protocol):
         """Make the file complete and durable."""
 
 
-class Bench(Protocol):
-    """Where the large files of an output are made; it can be sent to another machine."""
+class Writers(Protocol):
+    """Opens writers for the large files of an output; it can be sent to another machine."""
 
-    steps: int
-    """Of a byte on its way: 1 if it is there once it is written, 2 if it is sent from there."""
+    @property
+    def steps(self) -> int:
+        """Of a byte on its way: 1 if it is there once it is written, 2 if it is sent from there."""
 
     def check(self) -> None:
         """Refuse to work where the output cannot be reached."""
 
-    def shard(
+    def open(
         self, name: str, size: int, digest: bool, arrived: Arrived
     ) -> AbstractContextManager[ShardWriter]:
         """Start a large file of `size` bytes; leaving the context without `finish` discards it.
@@ -156,11 +157,11 @@ class Sink(Protocol):
         """How the user calls this place."""
 
     @property
-    def bench(self) -> Bench:
-        """Where its large files are made."""
+    def writers(self) -> Writers:
+        """What writes its large files."""
 
     def share(self) -> None:
-        """Let the bench be used on other machines, which then check that they see the same."""
+        """Let the writers be used on other machines, which then check that they see the same."""
 
     def is_at(self, source: SourceId) -> bool:
         """Whether this place is where the source is read from."""

@@ -31,9 +31,9 @@ from moescale.errors import (
 from moescale.repos import hub
 from moescale.repos.base import FileInfo, Made, SourceId, Written
 from moescale.repos.hub import HubPlace
-from moescale.repos.hub_bench import WEIGHTS, HubBench
 from moescale.repos.hub_repo import Copied, HubRepo, is_listed, missing
 from moescale.repos.hub_upload import Sent, can_name_by_digest, can_stream, lacking, uploaded
+from moescale.repos.hub_writer import WEIGHTS, HubWriters
 from moescale.repos.journal import FOREIGN, NONSENSE, listed
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class HubSink:
         self._waiting: tuple[list[Any], dict[str, Written]] = [], {}  # for the next commit
         self._allowance, self._counted = float(COMMITS_AT_ONCE), time.monotonic()
         self._streams = False
-        self.bench = HubBench(place, self._working, False)
+        self.writers = HubWriters(place, self._working, False)
         self._sent = self._deduplicated = self._copied = 0
 
     # What is there ---------------------------------------------------------------------------
@@ -168,7 +168,7 @@ class HubSink:
             self.remarks.append(
                 f"the installed client has no {name}: each shard went through a temporary file"
             )
-        self.bench = HubBench(self.place, self._working, self._streams)
+        self.writers = HubWriters(self.place, self._working, self._streams)
         journal = self._journal()
         if journal is None or replace:
             self._start()
@@ -425,7 +425,7 @@ class HubSink:
 
     def cancel(self) -> None:
         """End the uploads that threads may be waiting in."""
-        self.bench.cancel()
+        self.writers.cancel()
 
     def close(self) -> None:
         """Note what has arrived, if the Hub can still be reached."""

@@ -163,7 +163,7 @@ class HubSource:
         part._files = {name: self.files()[name] for name in names}
         part._stated = {name: self._stated[name] for name in part._files}
         part._planned = {n: v for n, v in self._planned.items() if n in part._files}
-        part._heads = {}
+        part._heads, part.received = {}, 0
         return part
 
     def gguf(self, quant: str) -> HubSource:

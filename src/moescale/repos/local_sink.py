@@ -33,7 +33,7 @@ from moescale.repos.disk import (
     write_new,
 )
 from moescale.repos.journal import JOURNAL, NOT_CHECKPOINT, STATE, Journal, Lock
-from moescale.repos.local_bench import LocalBench, stem
+from moescale.repos.local_writer import LocalWriters, stem
 from moescale.repos.shelf import Shelf
 
 _MARKER = ".shared"
@@ -53,7 +53,7 @@ class LocalSink:
         self.shelf = shelf
         self._state = self.root / (shelf.state if shelf else STATE)
         self._marker: Path | None = None
-        self.bench = LocalBench(self._state)
+        self.writers = LocalWriters(self._state)
         self._journal: Journal | None = None
         self._begun = False
         self._lock = Lock(self._state / "lock")
@@ -229,7 +229,7 @@ class LocalSink:
             make_directory(self._state)
             self._marker.touch()
             sync_directory(self._state)
-        self.bench = LocalBench(self._state, self._marker.name)
+        self.writers = LocalWriters(self._state, self._marker.name)
 
     def begin(
         self, job: Any, replace: bool, keep: Mapping[str, Written] = MappingProxyType({})
@@ -308,7 +308,7 @@ class LocalSink:
 
     def put(self, name: str, data: bytes) -> Written:
         """Write a small file whole, as durable as a large one."""
-        with LocalBench(self._state).shard(name, len(data), digest=True) as writer:
+        with LocalWriters(self._state).open(name, len(data), digest=True) as writer:
             writer.write(memoryview(data))
             made = writer.finish()
         return self.commit_file(name, made)

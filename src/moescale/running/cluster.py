@@ -1,8 +1,8 @@
 """Shards on the workers of a Dask cluster, through its `concurrent.futures` interface.
 
-A worker gets the `Task` of one file and the places that it goes from and to, and gives back what
-it made. The machine that runs the command alone gives files their names. No token is ever sent:
-each worker uses its own. A file whose worker dies is done again elsewhere, by Dask.
+A worker gets the job of one file, with the places that it goes from and to, and gives back what it
+made. The machine that runs the command alone gives files their names. No token is ever sent: each
+worker uses its own. A file whose worker dies is done again elsewhere, by Dask.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, wait
+from concurrent.futures import CancelledError, Executor, Future
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from distributed import Client, KilledWorker, get_worker
 
@@ -31,13 +30,11 @@ from moescale.errors import (
     TemporaryError,
     UsageError,
 )
-from moescale.repos.base import Bench, Progress, Source, io_errors
-from moescale.running.parallel import Check, Task, Work
+from moescale.repos.base import Progress, Source, Writers
+from moescale.running.parallel import Done, Job, Monitor, Pool
 from moescale.version import __version__
 
-_T = TypeVar("_T")
 _R = TypeVar("_R")
-_P = TypeVar("_P", Bench, Source)
 
 CONNECT_SECONDS = 20.0
 """How long the scheduler, and then a first worker, may take to appear."""
@@ -46,7 +43,7 @@ LONELY_SECONDS = 60.0
 """How long a run waits for another worker when there is none left."""
 
 LOOK_SECONDS, ASK_SECONDS = 1.0, 5.0
-"""How often both sides look whether the work is still wanted, and who is there."""
+"""How often a worker looks whether its work is still wanted, and a run who is there."""
 
 REPORT_BYTES = 64 << 20
 """How much a worker does before it says so: a terabyte is 16,000 messages."""
@@ -147,38 +144,16 @@ def _line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-@dataclass(frozen=True, slots=True)
-class Order(Generic[_P, _R]):
-    """What is sent to a worker."""
-
-    version: str
-    work: Work[_P, _R]
-    task: Task
-    source: Source
-    place: _P
-    report: tuple[str, str]  # topic and number under which it says how far it is
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome(Generic[_R]):
-    """What a worker gives back; `received` are bytes that came to it over the network."""
-
-    result: _R
-    received: int
-
-
-class Workers:
-    """A crew on other machines."""
+class Workers(Pool):
+    """A pool of other machines."""
 
     def __init__(self, client: Any, place: str) -> None:
         """`client` is connected to the scheduler at `place`."""
         self._client = client
         self._place = place
-        self._executor = client.get_executor(pure=False)
         self._lock = threading.Lock()
-        self._listeners: dict[str, tuple[Progress, Task, int]] = {}
-        self._asking = threading.Lock()  # another one: what is asked is answered in a thread that
-        self._asked = self._seen = time.monotonic()  # needs the first; a worker was seen
+        self._running: dict[str, tuple[Progress, Job[Any], int]] = {}
+        self._asked = self._seen = time.monotonic()  # a worker was seen
         self._topic = f"moescale-{secrets.token_hex(8)}"
         client.subscribe_topic(self._topic, lambda event: self._arrived(*event[1]))
 
@@ -187,7 +162,7 @@ class Workers:
         threads: dict[str, int] = self._client.nthreads()
         return max(1, sum(threads.values()))
 
-    def check(self, *places: Bench | Source) -> None:
+    def check(self, *places: Writers | Source) -> None:
         """Let every worker look at the places.
 
         Raises:
@@ -200,70 +175,53 @@ class Workers:
             if isinstance(answer, Exception):
                 raise _silent(f"worker {address}", answer)
 
-    def do(
-        self,
-        work: Work[_P, _R],
-        task: Task,
-        source: Source,
-        place: _P,
-        check: Check,
-        progress: Progress,
-    ) -> _R:
-        """Send one task to a worker, and wait for what it makes.
+    def executor(self, jobs: int) -> Executor:
+        """That of the client; it is given no more than `jobs` at once."""
+        executor: Executor = self._client.get_executor(pure=False)
+        return executor
+
+    def monitor(self, job: Job[Any], progress: Progress) -> Monitor:
+        """What the worker says is heard under a topic of this run."""
+        with self._lock:
+            self._running[job.name] = progress, job, 0
+        return _OnWorker(__version__, self._topic, job.name)
+
+    def result(self, job: Job[_R], future: Future[Done[_R]]) -> Done[_R]:
+        """What a worker gives back.
 
         Raises:
             TemporaryError: the workers that had it died, or nobody is left.
             MoescaleError: what the worker says.
         """
-        check()
-        number = secrets.token_hex(8)
-        self._listeners[number] = progress, task, 0
-        report = self._topic, number
-        order = Order(__version__, work, task, source.only([task.name]), place, report)
         try:
-            outcome: Outcome[_R] = self._result(order, check)
+            done = future.result()
         except CancelledError:
-            check()
             raise self._lost() from None
         except KilledWorker as error:
             raise TemporaryError(
-                f"{task.name}: {error.allowed_failures + 1} workers died while they had it, the"
+                f"{job.name}: {error.allowed_failures + 1} workers died while they had it, the"
                 f" last of them {error.last_worker.address}",
                 hint=f"Look into its log; has it enough memory? {_RESUMES}",
             ) from None
         except ImportError as error:  # a worker that came later
             raise UsageError(f"--dask: a worker has another moescale: {_line(error)}") from None
-        self._arrived(number, task.size)
+        self._arrived(job.name, job.size)
         with self._lock:
-            del self._listeners[number]
-            source.received += outcome.received
-        return outcome.result
+            del self._running[job.name]
+        return done
 
-    def _result(self, order: Order[_P, _R], check: Check) -> Any:
-        try:
-            future = self._executor.submit(obey, order)
-        except RuntimeError:  # it was shut down a moment ago
-            check()
-            raise
-        while not wait([future], timeout=LOOK_SECONDS).done:
-            check()
-            self._check_company()
-        return future.result()
-
-    def _check_company(self) -> None:
+    def watch(self) -> None:
         """Give up when the scheduler has left, or no worker has been there for long."""
         if self._client.status in ("closing", "closed"):
             raise self._lost()
-        if time.monotonic() - self._asked < ASK_SECONDS or not self._asking.acquire(blocking=False):
+        if time.monotonic() - self._asked < ASK_SECONDS:
             return
+        self._asked = time.monotonic()
         try:
-            self._asked = time.monotonic()
             if self._client.nthreads():
                 self._seen = self._asked
         except OSError:  # the client notices by itself, and tries to connect again
             return
-        finally:
-            self._asking.release()
         if self._asked - self._seen > LONELY_SECONDS:
             raise TemporaryError(
                 f"--dask {self._place}: no worker is left", hint=f"Start some. {_RESUMES}"
@@ -272,25 +230,25 @@ class Workers:
     def _lost(self) -> TemporaryError:
         return TemporaryError(f"--dask {self._place}: the scheduler is lost", hint=_RESUMES)
 
-    def _arrived(self, number: str, position: int) -> None:
+    def _arrived(self, name: str, position: int) -> None:
         """Pass on how far a file is; a second attempt counts from where the first one was."""
         with self._lock:
-            if number not in self._listeners:
+            if name not in self._running:
                 return
-            progress, task, before = self._listeners[number]
-            self._listeners[number] = progress, task, max(before, position)
+            progress, job, before = self._running[name]
+            self._running[name] = progress, job, max(before, position)
         if position > before:
-            progress(task.name, position - before)
+            progress(name, position - before)
 
-    def cancel(self) -> None:
-        """Let the workers stop; the threads that wait for them wake up."""
-        self._executor.shutdown(wait=False)
+    def stop(self, executor: Executor) -> None:
+        """Let the workers stop, and wait for nobody."""
+        executor.shutdown(wait=False)
 
 
 # On a worker ----------------------------------------------------------------------------------
 
 
-async def look(places: tuple[Bench | Source, ...]) -> None:
+async def look(places: tuple[Writers | Source, ...]) -> None:
     """Look whether this machine can reach the places; in a thread, so that the worker lives on."""
 
     def check() -> None:
@@ -300,21 +258,7 @@ async def look(places: tuple[Bench | Source, ...]) -> None:
     await asyncio.to_thread(_from_here, check)
 
 
-def obey(order: Order[_P, _R]) -> Outcome[_R]:
-    """Do one task."""
-
-    def work() -> _R:
-        if order.version != __version__:  # it came after the others were asked
-            raise UsageError(f"--dask: a worker has moescale {__version__}, not {order.version}")
-        with io_errors(order.task.name):
-            report = _Report(*order.report)
-            return order.work(order.task, order.source, order.place, report.check, report.count)
-
-    result = _from_here(work)
-    return Outcome(result, order.source.received)
-
-
-def _from_here(call: Callable[[], _T]) -> _T:
+def _from_here(call: Callable[[], _R]) -> _R:
     """Call it, and let an error say on which machine it was.
 
     What is no error of ours is made one, without a trace of where it came from: with that, not
@@ -326,24 +270,39 @@ def _from_here(call: Callable[[], _T]) -> _T:
     except MoescaleError as error:
         told = type(error)(f"{error.message} {where}", hint=error.hint)
     except Exception as error:
-        logging.getLogger(__name__).exception("a task failed")
+        logging.getLogger(__name__).exception("a job failed")
         told = RewriteError(
             f"{type(error).__name__}: {_line(error)} {where}", hint="The worker's log says more."
         )
     raise told
 
 
-class _Report:
+class _OnWorker:
     """Says how far a worker is, and stops it when nobody waits for the result any more."""
 
-    def __init__(self, topic: str, number: str) -> None:
-        self._topic = topic
-        self._number = number
-        self._worker = get_worker()
-        self._key = self._worker.get_current_task()
-        self._lock = threading.Lock()
+    def __init__(self, version: str, topic: str, name: str) -> None:
+        """It is made where the run is, and sent with the job."""
+        self._version, self._topic, self._name = version, topic, name
         self._position = self._said = 0
-        self._looked = time.monotonic()
+        self._looked = 0.0
+
+    def run(self, call: Callable[[], _R]) -> _R:
+        """Do a job on this worker.
+
+        Raises:
+            UsageError: the worker, which came after the others were asked, has another version.
+        """
+        self._worker, self._lock = get_worker(), threading.Lock()
+        self._key = self._worker.get_current_task()
+
+        def checked() -> _R:
+            if self._version != __version__:
+                raise UsageError(
+                    f"--dask: a worker has moescale {__version__}, not {self._version}"
+                )
+            return call()
+
+        return _from_here(checked)
 
     def count(self, size: int) -> None:
         """Say how far it is, now and then."""
@@ -352,10 +311,10 @@ class _Report:
             if self._position - self._said < REPORT_BYTES:
                 return
             said = self._said = self._position
-        self._worker.log_event(self._topic, [self._number, said])
+        self._worker.log_event(self._topic, [self._name, said])
 
     def check(self) -> None:
-        """Stop when the task was cancelled, or whoever wanted it is gone."""
+        """Stop when the job was cancelled, or whoever wanted it is gone."""
         if time.monotonic() - self._looked < LOOK_SECONDS:
             return
         self._looked = time.monotonic()

@@ -13,16 +13,16 @@ from types import MappingProxyType
 from typing import Literal
 
 from moescale.checkpoint.edit import Edit
-from moescale.checkpoint.rewrite import rehearse, rewrite
+from moescale.checkpoint.rewrite import Segment, rehearse, rewrite
 from moescale.checkpoint.rounding import Rounding
 from moescale.errors import DestinationError, printable
 from moescale.model.count import CONFIG
 from moescale.planning import provenance
 from moescale.planning.files import CARD, PlannedFile
 from moescale.planning.plan import Plan
-from moescale.repos.base import Bench, Made, Progress, Sink, Source, Written, io_errors
+from moescale.repos.base import Made, Progress, Sink, Source, Writers, Written, io_errors
 from moescale.running import card
-from moescale.running.parallel import Check, Count, Crew, Here, Task, each
+from moescale.running.parallel import Done, Monitor, Pool, each
 from moescale.version import __version__
 
 Status = Literal[
@@ -189,7 +189,7 @@ def run(
     overwrite: bool = False,
     keep: Mapping[str, Written] = MappingProxyType({}),
     progress: Progress = lambda name, size: None,
-    crew: Crew | None = None,
+    pool: Pool | None = None,
 ) -> Outcome:
     """Do what the plan says; does nothing where it is done.
 
@@ -201,10 +201,10 @@ def run(
         overwrite: write again what is there, whatever it is.
         keep: large files of a finished output that are right and stay, where it is overwritten.
         progress: is told of every piece, from several threads.
-        crew: who rewrites the shards; by default threads here.
+        pool: who rewrites the shards; by default threads here.
 
     Raises:
-        DestinationError: the destination holds something else, or the crew cannot reach it.
+        DestinationError: the destination holds something else, or a worker cannot reach it.
         RewriteError: a file could not be written, or a value would overflow.
         InterruptedRun: the user stopped it; the same call resumes.
     """
@@ -217,11 +217,11 @@ def run(
     if (made := made_files(plan, source).get(CARD)) is not None:
         sink.check_card(made)
     try:
-        if crew is not None:  # before anything old is removed
+        if pool is not None:  # before anything old is removed
             sink.share()
-            crew.check(source.only(f.name for f in plan.large_files), sink.bench)
+            pool.check(source.only(f.name for f in plan.large_files), sink.writers)
         sink.begin(provenance.job(plan), replace=status == "replace", keep=keep)
-        written = _stream(plan, source, sink, jobs, progress, crew or Here(), rounding)
+        written = _stream(plan, source, sink, jobs, progress, pool or Pool(), rounding)
         small = small_files(plan, source)  # only now, since an index may have many megabytes
         written |= {name: _written(data) for name, data in small.items()}
         if CARD in small:
@@ -278,7 +278,7 @@ def _stream(
     sink: Sink,
     jobs: int,
     progress: Progress,
-    crew: Crew,
+    pool: Pool,
     rounding: dict[str, Rounding],
 ) -> dict[str, Written]:
     """Write every large file that an earlier run has not finished; `rounding` is filled."""
@@ -292,16 +292,16 @@ def _stream(
     for name, written in done.items():
         progress(name, written.size)
 
-    def one(name: str, check: Check) -> Written:
-        task = task_of(left[name], plan)
-        made = crew.do(make, task, source, sink.bench, check, progress)
-        rounding.update(made.rounding)
+    def keep(name: str, done: Done[Made]) -> Written:
+        source.received += done.received
+        rounding.update(done.result.rounding)
         with io_errors(name):
-            return sink.commit_file(name, made)
+            return sink.commit_file(name, done.result)
 
-    names = [name for name in left if name != plan.opens]
-    done |= each(names, one, jobs, sink.cancel, crew.cancel)
-    return {**done, **each(list(left.keys() - names), one, jobs, sink.cancel, crew.cancel)}
+    for group in ([n for n in left if n != plan.opens], [n for n in left if n == plan.opens]):
+        jobs_ = [rewriting(left[name], plan, source, sink.writers) for name in group]
+        done |= each(jobs_, jobs, keep, progress, pool, sink.cancel)
+    return done
 
 
 def _copied(plan: Plan, source: Source, sink: Sink) -> Mapping[str, Written]:
@@ -320,9 +320,9 @@ def _copied(plan: Plan, source: Source, sink: Sink) -> Mapping[str, Written]:
 class _Counter:
     """Counts a byte for a part of one at each of its steps: written, and arrived where it goes."""
 
-    def __init__(self, steps: int, progress: Count) -> None:
+    def __init__(self, steps: int, count: Callable[[int], None]) -> None:
         self._steps = steps
-        self._progress = progress
+        self._count = count
         self._lock = Lock()
         self._done = 0
 
@@ -330,27 +330,42 @@ class _Counter:
         with self._lock:
             before, self._done = self._done, self._done + size
             whole = self._done // self._steps - before // self._steps
-        self._progress(whole)
+        self._count(whole)
 
 
-def task_of(file: PlannedFile, plan: Plan) -> Task:
+@dataclass(frozen=True, slots=True)
+class Rewriting:
+    """The job that writes one large file; this is all that is done to it, on whatever machine.
+
+    With `digest` its SHA-256 is wanted.
+    """
+
+    name: str
+    size: int
+    segments: tuple[Segment, ...]
+    source: Source
+    writers: Writers
+    digest: bool
+
+    def __call__(self, monitor: Monitor) -> Made:
+        """Write it."""
+        name, count = self.name, _Counter(self.writers.steps, monitor.count)
+
+        def advance(size: int) -> None:
+            monitor.check()
+            count(size)
+
+        with io_errors(name), self.writers.open(name, self.size, self.digest, count) as writer:
+            with self.source.open(name) as reader:
+                rounding = rewrite(reader, writer, self.segments, name, advance)
+            return replace(writer.finish(), rounding=rounding)
+
+
+def rewriting(file: PlannedFile, plan: Plan, source: Source, writers: Writers) -> Rewriting:
     """What is to be done to one large file."""
-    digest = plan.source.kind == "hub"  # the bytes come through memory in any case
-    return Task(file.name, plan.output_size(file), digest, tuple(plan.segments(file)))
-
-
-def make(task: Task, source: Source, bench: Bench, check: Check, progress: Count) -> Made:
-    """Write one large file; this is all that is done to it, on whatever machine."""
-    name, count = task.name, _Counter(bench.steps, progress)
-
-    def advance(size: int) -> None:
-        check()
-        count(size)
-
-    with io_errors(name), bench.shard(name, task.size, task.digest, count) as writer:
-        with source.open(name) as reader:
-            rounding = rewrite(reader, writer, task.segments, name, advance)
-        return replace(writer.finish(), rounding=rounding)
+    name, digest = file.name, plan.source.kind == "hub"  # then bytes come through memory anyway
+    segments = tuple(plan.segments(file))
+    return Rewriting(name, plan.output_size(file), segments, source.only([name]), writers, digest)
 
 
 def recorded(plan: Plan, written: Mapping[str, Written]) -> bytes:

@@ -1,154 +1,170 @@
-"""Several files at once, where the first failure and Ctrl-C stop all of them.
+"""Work on large files: one picklable job a file, done by one executor.
 
-A file is a `Task`, which says all that is to be done to it; a `Crew` does it, here in the thread
-that asks or on another machine.
+The executor is one of threads here, or that of a Dask cluster. The first failure and Ctrl-C stop
+all that is being done.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from functools import partial
+from typing import Any, Generic, Protocol, TypeVar
 
-from moescale.checkpoint.rewrite import Segment
 from moescale.errors import InterruptedRun
-from moescale.repos.base import Bench, Progress, Source
+from moescale.repos.base import Progress, Source, Writers
 
 _R = TypeVar("_R")
-_P = TypeVar("_P", Bench, Source)
+_R_co = TypeVar("_R_co", covariant=True)
+_K = TypeVar("_K")
 
 WAKE_SECONDS = 0.5
 
-Check = Callable[[], None]
-"""Raises once the run is to stop; called between pieces."""
 
-Count = Callable[[int], None]
-"""Called with the number of bytes done since the last call, from any thread."""
+class Monitor(Protocol):
+    """What a job tells while it runs, and how it is stopped."""
+
+    def check(self) -> None:
+        """Raise once the run is to stop; called between pieces."""
+
+    def count(self, size: int) -> None:
+        """Take the number of bytes done since the last call, from any thread."""
+
+    def run(self, call: Callable[[], _R]) -> _R:
+        """Call what does the job."""
+
+
+class Job(Protocol[_R_co]):
+    """All that is to be done to one large file; it can be sent to another machine."""
+
+    @property
+    def name(self) -> str:
+        """The file."""
+
+    @property
+    def size(self) -> int:
+        """Its new size in bytes."""
+
+    @property
+    def source(self) -> Source:
+        """Where this file, and no other, is read."""
+
+    def __call__(self, monitor: Monitor) -> _R_co:
+        """Do it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
-    """One large file: its name, its new size in bytes, and how it is put together.
+class Done(Generic[_R]):
+    """What came of a job; `received` are bytes that it read over the network."""
 
-    With `digest` its SHA-256 is wanted.
-    """
-
-    name: str
-    size: int
-    digest: bool
-    segments: tuple[Segment, ...]
+    result: _R
+    received: int
 
 
-Work = Callable[[Task, Source, _P, Check, Count], _R]
-"""What is done to a file: from a source, on a bench or against another source."""
+def do(job: Job[_R], monitor: Monitor) -> Done[_R]:
+    """Do one job; what every executor calls, on whatever machine."""
+    return monitor.run(lambda: Done(job(monitor), job.source.received))
 
 
-class Crew(Protocol):
-    """Who does the work. What it is given may be sent to another machine."""
+@dataclass(frozen=True, slots=True)
+class _Here:
+    """The monitor of a thread of this process."""
 
-    def check(self, *places: Bench | Source) -> None:
+    stop: threading.Event
+    count: Callable[[int], None]
+
+    def check(self) -> None:
+        if self.stop.is_set():
+            raise InterruptedRun("stopped")
+
+    def run(self, call: Callable[[], _R]) -> _R:
+        return call()
+
+
+class Pool:
+    """Threads of this process; a cluster is another pool."""
+
+    def __init__(self) -> None:
+        self._stop = threading.Event()
+
+    def check(self, *places: Writers | Source) -> None:
         """Refuse places that not all can reach."""
 
-    def do(
-        self,
-        work: Work[_P, _R],
-        task: Task,
-        source: Source,
-        place: _P,
-        check: Check,
-        progress: Progress,
-    ) -> _R:
-        """Do one task and wait for it."""
+    def executor(self, jobs: int) -> Executor:
+        """What does at most `jobs` jobs at once."""
+        return ThreadPoolExecutor(jobs, "moescale")
 
-    def cancel(self) -> None:
-        """Stop what is being done elsewhere."""
+    def monitor(self, job: Job[Any], progress: Progress) -> Monitor:
+        """The monitor that goes with a job."""
+        return _Here(self._stop, partial(progress, job.name))
 
+    def result(self, job: Job[_R], future: Future[Done[_R]]) -> Done[_R]:
+        """What came of a job, or an error of ours that says what went wrong."""
+        return future.result()
 
-class Here:
-    """The crew of one: the thread that asks does the work."""
+    def watch(self) -> None:
+        """Raise when nobody is left who could do a job; called now and then."""
 
-    def check(self, *places: Bench | Source) -> None:
-        """What is here can be reached."""
-
-    def do(
-        self,
-        work: Work[_P, _R],
-        task: Task,
-        source: Source,
-        place: _P,
-        check: Check,
-        progress: Progress,
-    ) -> _R:
-        """Do one task."""
-        return work(task, source, place, check, lambda size: progress(task.name, size))
-
-    def cancel(self) -> None:
-        """Nothing is done elsewhere."""
+    def stop(self, executor: Executor) -> None:
+        """Stop what is being done, and wait until nothing is."""
+        self._stop.set()
+        executor.shutdown(wait=True, cancel_futures=True)
 
 
 def each(
-    names: Sequence[str],
-    work: Callable[[str, Check], _R],
-    jobs: int,
-    *cancels: Callable[[], None],
-) -> Mapping[str, _R]:
-    """Call `work` for every name, at most `jobs` at once.
+    jobs: Iterable[Job[_R]],
+    limit: int,
+    keep: Callable[[str, Done[_R]], _K],
+    progress: Progress,
+    pool: Pool,
+    cancel: Callable[[], None] = lambda: None,
+) -> dict[str, _K]:
+    """Do every job, and keep what came of it, one after the other.
 
     Args:
-        names: what to work on.
-        work: gets a name and what it has to call between pieces.
-        jobs: threads.
-        cancels: wake up threads that wait for something outside.
+        jobs: what is to be done.
+        limit: jobs that are done at once.
+        keep: gets a file's name and what came of its job; its results are returned by name.
+        progress: is told of every piece.
+        pool: who does the jobs.
+        cancel: wakes up threads that wait for something outside.
 
     Raises:
-        Exception: the one that ended the run, not those of the threads that it stopped.
+        Exception: the first one, of a job or of `keep`. What was done by then is kept.
     """
-    stop = threading.Event()
-
-    def check() -> None:
-        if stop.is_set():
-            raise InterruptedRun("stopped")
-
-    def attempt(name: str) -> _R:
-        check()
+    waiting, results = deque(jobs), dict[str, _K]()
+    running: dict[Future[Any], Job[_R]] = {}
+    keeping: dict[Future[Any], str] = {}
+    with ThreadPoolExecutor(1, "moescale-keep") as keeper, pool.executor(limit) as executor:
         try:
-            return work(name, check)
-        except BaseException:
-            stop.set()  # here: until the main thread wakes up, this one would begin the next
+            while waiting or running or keeping:
+                while waiting and len(running) < limit:
+                    job = waiting.popleft()
+                    running[executor.submit(do, job, pool.monitor(job, progress))] = job
+                # It wakes up now and then: a signal that the system hands to another thread is
+                # noted there, but Python runs its handler in this one, and does not wake it up.
+                done, _ = wait({*running, *keeping}, WAKE_SECONDS, FIRST_COMPLETED)
+                for future in [future for future in running if _succeeded(future)]:
+                    job = running.pop(future)
+                    kept = keeper.submit(keep, job.name, pool.result(job, future))
+                    keeping[kept] = job.name
+                for failed in done & running.keys():
+                    pool.result(running.pop(failed), failed)
+                for kept in done & keeping.keys():
+                    results[keeping.pop(kept)] = kept.result()
+                pool.watch()
+        except BaseException:  # Ctrl-C, too: what runs stops at its next piece
+            cancel()
+            pool.stop(executor)
+            for future, job in running.items():
+                if _succeeded(future):
+                    keeper.submit(keep, job.name, future.result())
             raise
-
-    with ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="moescale") as pool:
-        futures: dict[str, Future[_R]] = {}
-        finished = False
-        try:
-            for name in names:
-                futures[name] = pool.submit(attempt, name)
-            _wait(futures.values())
-            finished = all(future.done() for future in futures.values())
-        finally:  # Ctrl-C arrives here too: what runs stops at its next piece
-            pool.shutdown(wait=False, cancel_futures=True)
-            if not finished:
-                stop.set()
-                for cancel in cancels:
-                    cancel()
-    errors = [f.exception() for f in futures.values() if not f.cancelled()]
-    real = [error for error in errors if error is not None]
-    real.sort(key=lambda error: isinstance(error, InterruptedRun))
-    if real:
-        raise real[0]
-    return {name: future.result() for name, future in futures.items()}
+    return results
 
 
-def _wait(futures: Iterable[Future[Any]]) -> None:
-    """Wait until all are done, or one has failed.
-
-    It wakes up now and then: a signal that the system hands to another thread is noted there, but
-    Python runs its handler in this one, and does not wake it up.
-    """
-    left = set(futures)
-    while left:
-        done, left = wait(left, WAKE_SECONDS, FIRST_EXCEPTION)
-        if any(future.exception() for future in done):
-            return
+def _succeeded(future: Future[Any]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None

@@ -16,8 +16,8 @@ from moescale.planning import provenance
 from moescale.planning.files import PROVENANCE, PlannedFile
 from moescale.planning.plan import Plan
 from moescale.repos.base import Progress, Source, Written, io_errors
-from moescale.running.conversion import made_files, task_of
-from moescale.running.parallel import Check, Count, Crew, Here, Task, each
+from moescale.running.conversion import made_files
+from moescale.running.parallel import Done, Monitor, Pool, each
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +71,9 @@ def verify(
     jobs: int,
     only: Collection[str] | None = None,
     progress: Progress = lambda name, size: None,
-    crew: Crew | None = None,
+    pool: Pool | None = None,
 ) -> Proof:
-    """Compare every byte of the output with what the plan says; `crew` reads the large files.
+    """Compare every byte of the output with what the plan says.
 
     Args:
         plan: what the output must be.
@@ -82,7 +82,7 @@ def verify(
         jobs: files that are read at once.
         only: large files that are read; None for all.
         progress: is told of every piece, from several threads.
-        crew: who reads; by default threads here.
+        pool: who reads the large files; by default threads here.
     """
     small = made_files(plan, source)
     large = {file.name for file in plan.large_files}
@@ -90,17 +90,21 @@ def verify(
     found = _found_names(output)
     differences = list(_other_names({*files, *small, plan.record}, found))
     read = [n for n in files if n in found and (only is None or n in only or n not in large)]
-    crew = crew or Here()
-    crew.check(source.only(files), output.only(read))
+    pool = pool or Pool()
+    pool.check(source.only(files), output.only(read))
 
-    def one(name: str, check: Check) -> Written | str:
-        task, shown = task_of(files[name], plan), progress if name in large else _unseen
-        result = crew.do(compare, task, source, output.only([name]), check, shown)
-        if isinstance(result, int):
-            return _differs(result, _place(files[name], plan, source, result))
-        return result
+    def keep(name: str, done: Done[Written | str | int]) -> Written | str:
+        source.received += done.received
+        if isinstance(done.result, int):
+            return _differs(done.result, _place(files[name], plan, source, done.result))
+        return done.result
 
-    results = dict(each(read, one, jobs, crew.cancel))
+    def shown(name: str, size: int) -> None:
+        if name in large:
+            progress(name, size)
+
+    comparisons = [_comparison(files[name], plan, source, output) for name in read]
+    results = each(comparisons, jobs, keep, shown, pool)
     results |= {n: _verify_small(data, output.read(n)) for n, data in small.items() if n in found}
     differences += [Difference(name, how) for name, how in results.items() if isinstance(how, str)]
     written = {name: file for name, file in results.items() if isinstance(file, Written)}
@@ -161,37 +165,43 @@ def _noted_digests(found: Any) -> dict[str, Any]:
     return {f["name"]: f.get("sha256") for f in entries if isinstance(f.get("name"), str)}
 
 
-def _unseen(name: str, size: int) -> None:
-    """Progress that is not shown."""
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The job that compares one large file with what it has to be."""
+
+    name: str
+    size: int
+    segments: tuple[Segment, ...]
+    source: Source
+    output: Source
+
+    def __call__(self, monitor: Monitor) -> Written | str | int:
+        """What it is; the offset of the first difference; or what else is wrong with it."""
+        name, position = self.name, 0
+        if (found_size := self.output.files()[name].size) != self.size:
+            return f"has {found_size} bytes instead of {self.size}"
+        with (
+            io_errors(name),
+            self.source.open(name) as original,
+            self.output.open(name) as copy,
+            _Digest() as digest,
+        ):
+            for _, wanted in expected(original, self.segments):
+                found = digest.buffer(len(wanted))
+                copy.read_into(found, position)
+                if not _equal(found, wanted):
+                    return position + _first_difference(found, wanted)
+                digest.update(found)
+                position += len(wanted)
+                monitor.check()
+                monitor.count(len(wanted))
+            return Written(self.size, digest.hexdigest())
 
 
-def compare(
-    task: Task, source: Source, output: Source, check: Check, progress: Count
-) -> Written | str | int:
-    """Compare one large file with what it has to be.
-
-    Returns:
-        what it is; the offset of the first difference; or what else is wrong with it.
-    """
-    name, position = task.name, 0
-    if (found_size := output.files()[name].size) != task.size:
-        return f"has {found_size} bytes instead of {task.size}"
-    with (
-        io_errors(name),
-        source.open(name) as original,
-        output.open(name) as copy,
-        _Digest() as digest,
-    ):
-        for _, wanted in expected(original, task.segments):
-            found = digest.buffer(len(wanted))
-            copy.read_into(found, position)
-            if not _equal(found, wanted):
-                return position + _first_difference(found, wanted)
-            digest.update(found)
-            position += len(wanted)
-            check()
-            progress(len(wanted))
-        return Written(task.size, digest.hexdigest())
+def _comparison(file: PlannedFile, plan: Plan, source: Source, output: Source) -> Comparison:
+    name, segments = file.name, tuple(plan.segments(file))
+    sources = source.only([name]), output.only([name])
+    return Comparison(name, plan.output_size(file), segments, *sources)
 
 
 class _Digest:

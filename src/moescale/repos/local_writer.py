@@ -1,4 +1,4 @@
-"""Where the files of an output directory are made: under temporary names, until they are synced."""
+"""Writes the files of an output directory, under temporary names until they are synced."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import secrets
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from moescale.checkpoint.rewrite import PIECE, Reader
 from moescale.errors import DestinationError, RewriteError
@@ -172,19 +174,18 @@ class LocalWriter:
             os.close(fd)
 
 
-class LocalBench:
-    """Where the files of an output directory are made: its state folder, on any machine.
+@dataclass(frozen=True, slots=True)
+class LocalWriters:
+    """Opens writers in the state folder of an output directory, on any machine.
 
     Each attempt at a file has a name of its own, so that one which is believed dead and still
-    writes can do no harm.
+    writes can do no harm. `marker` names the file that shows that this is the folder which is
+    meant.
     """
 
-    steps = 1
-
-    def __init__(self, state: Path, marker: str | None = None) -> None:
-        """`marker` names the file that shows that this is the folder which is meant."""
-        self._state = state
-        self._marker = marker
+    state: Path
+    marker: str | None = None
+    steps: ClassVar[int] = 1
 
     def check(self) -> None:
         """Look for the marker.
@@ -192,16 +193,16 @@ class LocalBench:
         Raises:
             DestinationError: it is not there, so this is another folder, or none.
         """
-        if self._marker is not None and not (self._state / self._marker).is_file():
-            raise DestinationError(f"{self._state.parent}: cannot be seen", hint=SHARE_HINT)
+        if self.marker is not None and not (self.state / self.marker).is_file():
+            raise DestinationError(f"{self.state.parent}: cannot be seen", hint=SHARE_HINT)
 
     @contextmanager
-    def shard(
+    def open(
         self, name: str, size: int, digest: bool = False, arrived: Arrived = nobody
     ) -> Iterator[LocalWriter]:
         """A writer for a file of `size` bytes; leaving without `finish` discards it."""
         self.check()
-        temporary = self._state / f"{stem(name)}.{secrets.token_hex(8)}.tmp"
+        temporary = self.state / f"{stem(name)}.{secrets.token_hex(8)}.tmp"
         writer = LocalWriter(name, temporary, size, digest)
         try:
             yield writer

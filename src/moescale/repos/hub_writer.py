@@ -1,4 +1,4 @@
-"""Where the large files of a Hub repo are made: streamed into xet, or through a temporary file.
+"""Writes the large files of a Hub repo: streamed into xet, or through a temporary file.
 
 What has arrived so has no name on the Hub yet; the commit of the sink gives it one. All of it can
 be done on any machine, with that machine's own token.
@@ -39,8 +39,8 @@ WEIGHTS = (".safetensors", ".gguf")
 _ONE_ON_DISK = threading.Lock()
 
 
-class HubBench:
-    """Makes files for a branch of a model repo; what is sent of it are names."""
+class HubWriters:
+    """Opens writers for a branch of a model repo; what is sent of it are names."""
 
     steps = 2
 
@@ -59,7 +59,7 @@ class HubBench:
 
     def __reduce__(self) -> tuple[Any, ...]:
         access = self._access or hub.Access.here()
-        return HubBench, (self._place, self._branch, self._streams, access)
+        return HubWriters, (self._place, self._branch, self._streams, access)
 
     def check(self) -> None:
         """Look whether this machine may write to the repo, if that is there already.
@@ -72,7 +72,7 @@ class HubBench:
         if self._repo.info() is not None:
             can_stream(self._place.repo, "main", str(self._place))
 
-    def shard(
+    def open(
         self, name: str, size: int, digest: bool = True, arrived: Arrived = nobody
     ) -> AbstractContextManager[HubWriter]:
         """A writer for a file of `size` bytes; leaving without `finish` discards it."""

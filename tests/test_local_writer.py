@@ -18,7 +18,7 @@ import pytest
 
 from moescale.checkpoint.rewrite import PIECE
 from moescale.errors import RewriteError
-from moescale.repos import disk, journal, local_bench, local_sink
+from moescale.repos import disk, journal, local_sink, local_writer
 from moescale.repos.base import Written
 from moescale.repos.journal import STATE
 from moescale.repos.local_sink import LocalSink
@@ -32,7 +32,7 @@ kernel_copies = pytest.mark.skipif(
 @pytest.fixture
 def through_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Write as on a file system that has no disk of its own."""
-    monkeypatch.setattr(local_bench, "pass_cache", lambda fd, on: False)
+    monkeypatch.setattr(local_writer, "pass_cache", lambda fd, on: False)
 
 
 @pytest.fixture
@@ -46,8 +46,8 @@ def sharing(monkeypatch: pytest.MonkeyPatch) -> None:
             return False
         return os.pwrite(target, os.pread(source, size, start), offset) == size
 
-    monkeypatch.setattr(local_bench, "pass_cache", lambda fd, on: on)
-    monkeypatch.setattr(local_bench, "share_blocks", share)
+    monkeypatch.setattr(local_writer, "pass_cache", lambda fd, on: on)
+    monkeypatch.setattr(local_writer, "share_blocks", share)
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def sink(tmp_path: Path) -> Iterator[LocalSink]:
 
 def test_a_file_has_its_name_only_when_it_is_complete(sink: LocalSink) -> None:
     """Until then it lies under a temporary name in the state folder."""
-    with sink.bench.shard("sub/x.bin", 3) as writer:
+    with sink.writers.open("sub/x.bin", 3) as writer:
         writer.write(memoryview(b"abc"))
         assert not (sink.root / "sub").exists()
         [temporary] = (sink.root / STATE).glob("*.tmp")
@@ -76,7 +76,7 @@ def test_a_file_has_its_name_only_when_it_is_complete(sink: LocalSink) -> None:
 
 def test_a_file_that_is_not_finished_is_discarded(sink: LocalSink) -> None:
     """Leaving without `finish`, by an error say, leaves nothing behind."""
-    with pytest.raises(KeyboardInterrupt), sink.bench.shard("x.bin", 3) as writer:
+    with pytest.raises(KeyboardInterrupt), sink.writers.open("x.bin", 3) as writer:
         writer.write(memoryview(b"ab"))
         raise KeyboardInterrupt
     assert sink.existing() == {}
@@ -110,7 +110,7 @@ def test_new_folders_are_durable_too(sink: LocalSink, monkeypatch: pytest.Monkey
 
 def test_a_file_of_another_size_than_planned_is_not_finished(sink: LocalSink) -> None:
     """A writer knows how long its file will be, so a fault elsewhere cannot pass for a shard."""
-    with pytest.raises(RewriteError), sink.bench.shard("x.bin", 4) as writer:
+    with pytest.raises(RewriteError), sink.writers.open("x.bin", 4) as writer:
         writer.write(memoryview(b"abcde"))
         writer.finish()
     assert sink.existing() == {}
@@ -126,7 +126,7 @@ def test_long_paths_can_be_written(sink: LocalSink) -> None:
 def test_names_with_odd_characters_do_not_collide(sink: LocalSink) -> None:
     """Names that look alike once slashes are gone are written side by side."""
     names = ["a/b", "a%-b", "a-b", "a%b", "a%%-b"]
-    writers = [sink.bench.shard(name, len(name)) for name in names]
+    writers = [sink.writers.open(name, len(name)) for name in names]
     opened = [writer.__enter__() for writer in writers]
     for name, writer in zip(names, opened, strict=True):
         writer.write(memoryview(name.encode()))
@@ -145,7 +145,7 @@ def copied(
     """A file that was written as: two bytes, a copied stretch, two bytes."""
     source = LocalSource(folder)
     size = stop - start + 4
-    with sink.bench.shard("copy.bin", size) as writer, source.open("data.bin") as reader:
+    with sink.writers.open("copy.bin", size) as writer, source.open("data.bin") as reader:
         writer.write(memoryview(b"<<"))
         sizes = list(writer.copy_from(reader, start, stop))
         writer.write(memoryview(b">>"))
@@ -291,7 +291,7 @@ def test_a_disk_is_written_past_the_page_cache(
         pytest.skip(why)
     import fcntl
 
-    with sink.bench.shard("x.bin", 2 * PIECE + len(tail)) as writer:
+    with sink.writers.open("x.bin", 2 * PIECE + len(tail)) as writer:
         writer.write(memoryview(MIB + MIB))
         assert fcntl.fcntl(writer.fd, fcntl.F_GETFL) & os.O_DIRECT
         writer.write(memoryview(tail))
@@ -314,12 +314,12 @@ def test_a_file_asks_for_its_room_at_once(
         reserve(fd, offset, size)
         assert os.fstat(fd).st_size == 9004
 
-    monkeypatch.setattr(local_bench, "pass_cache", lambda fd, on: on)
-    monkeypatch.setattr(local_bench, "share_blocks", lambda *_: False)
+    monkeypatch.setattr(local_writer, "pass_cache", lambda fd, on: on)
+    monkeypatch.setattr(local_writer, "share_blocks", lambda *_: False)
     monkeypatch.setattr(os, "posix_fallocate", ask)
     assert copied(folder, sink, 0, 9000) == checkpoints.DATA[:9000]
     assert not asked, "the stretch does not begin where a block does"
-    with sink.bench.shard("x.bin", 9004) as writer, LocalSource(folder).open("data.bin") as reader:
+    with sink.writers.open("x.bin", 9004) as writer, LocalSource(folder).open("data.bin") as reader:
         list(writer.copy_from(reader, 0, 9000))
         assert asked == [(0, 9004)]
         writer.write(memoryview(b"tail"))
@@ -340,7 +340,7 @@ def test_a_write_that_fails_before_a_copy(
             raise OSError(code, os.strerror(code))
         return write(fd, data)
 
-    monkeypatch.setattr(local_bench, "pass_cache", lambda fd, on: False)
+    monkeypatch.setattr(local_writer, "pass_cache", lambda fd, on: False)
     monkeypatch.setattr(os, "write", refuse)
     with pytest.raises(OSError, match=os.strerror(code)):
         copied(folder, sink, 3, 20_000)
@@ -365,9 +365,9 @@ def test_a_disk_that_refuses_such_writes(
         return real(fd, data[:largest] if state["uncached"] else data)
 
     real = os.write
-    monkeypatch.setattr(local_bench, "pass_cache", switch)
+    monkeypatch.setattr(local_writer, "pass_cache", switch)
     monkeypatch.setattr(os, "write", write)
-    with sink.bench.shard("x.bin", 2 * PIECE + 5) as writer:
+    with sink.writers.open("x.bin", 2 * PIECE + 5) as writer:
         writer.write(memoryview(MIB + MIB + b"12345"))
         made = writer.finish()
     monkeypatch.undo()
@@ -384,7 +384,7 @@ def test_what_fails_in_the_writing_thread_ends_the_file(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "write", full)
-    with pytest.raises(OSError, match="No space"), sink.bench.shard("x.bin", 9 * PIECE) as writer:
+    with pytest.raises(OSError, match="No space"), sink.writers.open("x.bin", 9 * PIECE) as writer:
         for _ in range(3):  # the first is on its way, and the second waits for it
             writer.write(memoryview(MIB))
         pytest.fail("nobody noticed")
@@ -394,7 +394,7 @@ def test_what_fails_in_the_writing_thread_ends_the_file(
 
 def test_a_digest_is_that_of_all_bytes(sink: LocalSink) -> None:
     """It is made in the thread that writes, piece by piece."""
-    with sink.bench.shard("x.bin", 2 * PIECE + 3, digest=True) as writer:
+    with sink.writers.open("x.bin", 2 * PIECE + 3, digest=True) as writer:
         writer.write(memoryview(MIB + MIB + b"123"))
         made = writer.finish()
     assert made.written.sha256 == hashlib.sha256(MIB + MIB + b"123").hexdigest()
