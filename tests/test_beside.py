@@ -81,6 +81,57 @@ def fused() -> dict[str, checkpoints.Raw]:
     }
 
 
+# Copies under other endings -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("model.safetensors.bak", checkpoints.qwen2_tensors(), TWIN),
+        ("model.safetensors.old/copy.bak.1", b"text", None),
+        ("model.safetensors~", checkpoints.qwen2_tensors(), TWIN),
+        ("model-00001-of-00002.safetensors.orig", checkpoints.qwen2_tensors(), TWIN),
+        ("backup/model.safetensors.1", renamed("model.layers.", "layers."), LAYOUT),
+        ("pytorch_model.bin.old", saved(state_of(checkpoints.qwen2_tensors())), TWIN),
+        ("tiny.gguf.part", b"GGUF" + b"\0" * 20 + b"qwen2moe.expert_count", LAYOUT),
+        (
+            "copy",
+            {**checkpoints.qwen2_tensors(), "pad": checkpoints.values("F32", (1 << 18,))},
+            TWIN,
+        ),
+        ("model.safetensors.sha256", b"0123", None),
+        ("model.safetensors.bak", {"visual": checkpoints.values("F32", (2,))}, None),
+    ],
+)
+def test_a_copy_under_another_ending_is_a_twin_by_its_content(
+    source: Path, name: str, content: Any, why: str | None
+) -> None:
+    """A backup of unscaled weights does not go along; what only sounds like one does."""
+    add(source, name, content)
+    assert left_out(source) == ({name: why} if why else {})
+    assert why or not [w for w in moescale.plan(source, experts=3).warnings if name in w]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("model.safetensors.zst", b"compressed" * 1000, "cannot be looked into"),
+        (
+            "mtp.safetensors.bak",
+            {"model.layers.9.mlp.experts.0.down_proj.weight": checkpoints.values("F32", (8, 6))},
+            "has routed experts of layer 9 that are not rescaled",
+        ),
+    ],
+)
+def test_a_copy_that_is_no_twin_is_copied_with_a_warning(
+    source: Path, name: str, content: Any, said: str
+) -> None:
+    """No loader reads it, so that it can neither be scaled nor has to be refused."""
+    add(source, name, content)
+    assert left_out(source) == {}
+    assert any(name in w and said in w for w in moescale.plan(source, experts=3).warnings)
+
+
 # Twins --------------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import checkpoints
 import numpy as np
 import pytest
+import quantised_checkpoints as quantised
 from typer.main import get_command
 
 from moescale import api
@@ -189,6 +190,24 @@ def test_a_destination_that_looks_like_a_repo_is_said_to_be_a_folder(
     assert "me/out (local directory)" in moescale(source, "me/out", "-k", 3, "--dry-run").out
     for place in ("me/other", "./us/out", "a/b/c", "out"):
         assert moescale(source, place, "-k", 3, "-q").err == ""
+
+
+@pytest.mark.parametrize("option", ["--quiet", "--json"])
+def test_what_is_found_while_writing_is_a_warning(
+    moescale: Command, out: Path, tmp_path: Path, option: str
+) -> None:
+    """Scales of nothing but zeros are seen when they are read, and named on stderr."""
+    case = next(case for case in quantised.EXACT if case.id == "tensor FP8, static")
+    tensors = quantised.tensors(case)
+    scale = f"{quantised.modules(case)[0]}.weight_scale"
+    tensors[scale] = quantised.raw("F32", [0.0])
+    checkpoints.write_shards(tmp_path / "zeros", tensors, 1)
+    (tmp_path / "zeros/config.json").write_text(json.dumps(quantised.config(case)))
+    done = moescale(tmp_path / "zeros", out, "--factor", "2", option)
+    assert done.code == 0
+    assert f"warning: {scale}: every scale in it is 0" in done.err
+    if option == "--json":
+        assert scale in json.loads(done.out)["result"]["warnings"][0]
 
 
 def test_verbose_lists_every_tensor_and_file(moescale: Command, source: Path) -> None:

@@ -182,6 +182,31 @@ def with_scale(id: str, folder: Path, ending: str, value: Raw) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("id", "ending", "dtype", "shape"),
+    [
+        ("AWQ gemv", ".scales", "F16", (q.OUT, 8)),
+        ("tensor FP8, static", ".weight_scale", "F32", (1,)),
+        ("channel FP8", ".weight_scale", "BF16", (q.OUT, 1)),
+        ("MXFP8, ModelOpt", ".weight_scale", "U8", (q.OUT, 2)),
+    ],
+)
+def test_scales_that_are_all_zero_are_named(
+    id: str, ending: str, dtype: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    """No factor can change what they belong to; one that is not 0 is enough for silence."""
+    zeros = np.zeros(shape)
+    source = with_scale(id, tmp_path / "in", ending, q.raw(dtype, zeros))
+    result = api.convert(source, tmp_path / "out", factor=2.0)
+    name = q.modules(case_of(id))[1] + ending
+    assert [w.partition(":")[0] for w in result.warnings] == [name]
+    assert result.warnings[0].count("every scale in it is 0 (1 such)") == 1
+    assert result.rounding == {}
+    zeros.flat[-1] = 120
+    source = with_scale(id, tmp_path / "well", ending, q.raw(dtype, zeros))
+    assert not api.convert(source, tmp_path / "done", factor=2.0).warnings
+
+
 TOO_FAR = {
     "F16 grows": ("AWQ gemv", ".scales", "F16", (q.OUT, 8), 60000, 1.5),
     "F16 sinks": ("AWQ gemv", ".scales", "F16", (q.OUT, 8), 7e-5, 0.5),

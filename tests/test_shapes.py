@@ -114,6 +114,20 @@ def test_a_model_of_another_size_is_refused(tmp_path: Path) -> None:
     refused(written(tmp_path / "m", checkpoints.mixtral_tensors(), hidden_size=16), "16 numbers")
 
 
+@pytest.mark.parametrize("router", [None, bf16(4, HIDDEN), bf16(HIDDEN, 4)])
+def test_experts_that_all_lie_transposed_are_refused(router: Raw | None, tmp_path: Path) -> None:
+    """They fit together, but not the config; where the router lies so, too, Paddle wrote it."""
+    turned = {**experts_(INNER, HIDDEN), **experts_(HIDDEN, INNER, of="w1")}
+    turned |= experts_(HIDDEN, INNER, of="w3")
+    routers = {n: router for n in mixtral({}) if n.endswith(".gate.weight")}
+    tensors = {n: raw for n, raw in {**mixtral(turned), **routers}.items() if raw is not None}
+    source = written(tmp_path / "m", tensors)
+    if router == bf16(HIDDEN, 4):
+        assert len(api.plan(source, experts=3, rule="preserve").tensors) == 8
+    else:
+        refused(source, "w2.weight", f"[{INNER}, {HIDDEN}]", f"have {HIDDEN} numbers", "transposed")
+
+
 def test_experts_may_be_narrower_than_the_model(tmp_path: Path) -> None:
     """A latent MoE: by a key of the config, or by its router where the key is not known."""
     narrow = {**experts_(5, INNER), **experts_(INNER, 5, of="w1"), **experts_(INNER, 5, of="w3")}

@@ -309,7 +309,18 @@ def convert(
             losses = _evaluated([plan], reader, options, measuring, Path(destination))
             plan = replace(plan, evaluation=losses)
     received = [f"{bytes_text(reader.received)} received"] if reader.received else []
-    return Result(plan, status, check, sink.url, (*received, *sink.remarks), rounding)
+    rounded = {name: seen for name, seen in rounding.items() if seen.blocks}
+    found = tuple(_of_scales(rounding))
+    return Result(plan, status, check, sink.url, (*received, *sink.remarks), rounded, found)
+
+
+def _of_scales(seen: Mapping[str, Rounding]) -> Iterator[str]:
+    """What the user should know of scales that were written."""
+    if empty := sorted(name for name, one in seen.items() if one.empty):
+        yield (
+            f"{empty[0]}: every scale in it is 0 ({len(empty)} such), so that what it belongs to"
+            " is 0, scaled or not; the tensor may be damaged"
+        )
 
 
 @_with_options(VerifyOptions)

@@ -425,6 +425,8 @@ def _convert(
             )
         except KeyboardInterrupt:
             raise errors.InterruptedRun(interrupts.MESSAGE, hint=progress.lost()) from None
+    for warning in result.warnings:
+        _print_warning(warning)
     if as_json:
         outcome: dict[str, Any] = {
             "status": result.status,
@@ -434,6 +436,8 @@ def _convert(
         if result.rounding:
             seen = {name: rounding.as_json() for name, rounding in result.rounding.items()}
             outcome["rounding"] = seen
+        if result.warnings:
+            outcome["warnings"] = list(result.warnings)
         _print_json({**result.plan.as_json(), "result": outcome})
         return
     found = result.plan.evaluation

@@ -13,8 +13,19 @@ TORCH_HEAD = 4 << 20
 GGUF_HEAD = 64 << 10
 """Bytes of a GGUF file that are looked at: its hyperparameters, before its vocabulary."""
 
+HEAD = 16
+"""Bytes that tell one kind of weights from another."""
+
 _TEXT = re.compile(rb"X(?P<long>.[\x00-\x03]\x00\x00)|\x8c(?P<short>.)", re.DOTALL)
 """The opcodes BINUNICODE and SHORT_BINUNICODE, each with the length of the text that follows."""
+
+
+def weights_suffix(head: bytes) -> str:
+    """The suffix of weights that begin so, whatever their file is called; "" for others."""
+    kinds = {b"PK\x03\x04": ".pt", b"\x80": ".pt", b"GGUF": ".gguf"}
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
+        return ".safetensors"
+    return next((suffix for start, suffix in kinds.items() if head.startswith(start)), "")
 
 
 def torch_names(head: bytes) -> set[str] | None:

@@ -107,7 +107,7 @@ def rewrite(
     `advance` is called with the size of each piece; what it raises ends the run.
 
     Returns:
-        What the rounding of block scales did, by tensor.
+        What there is to know of scales, by tensor.
 
     Raises:
         RewriteError: a value has no finite result.
@@ -130,7 +130,7 @@ def rewrite(
                 advance(len(piece))
             if total:
                 raise _lost_values(where, part.edit, total)
-            if seen.blocks:
+            if seen.blocks or seen.empty:
                 rounding[part.edit.tensor.name] = seen
     return rounding
 
@@ -181,7 +181,7 @@ def edited(
 ) -> Iterator[tuple[memoryview, int]]:
     """The edited bytes of a tensor in pieces; with each, how many values have no finite result.
 
-    `seen` is told what the rounding of block scales does.
+    `seen` is told what the rounding of block scales does, and whether all scales are 0.
     """
     import numpy as np  # here, since a plan needs none: 15 MB and half of the start-up time
 
@@ -190,7 +190,7 @@ def edited(
     tensor, scale = edit.tensor, scaler(edit, seen)
     whole = tensor.nbytes if edit.operation == "nested_offset" else EDIT_PIECE
     length = min(whole - whole % edit.unit, tensor.nbytes)
-    source = memoryview(bytearray(length))
+    source, empty = memoryview(bytearray(length)), edit.scale
     result = memoryview(bytearray(length * edit.widening))
     for start in range(tensor.start, tensor.stop, length):
         size = min(length, tensor.stop - start)
@@ -201,9 +201,12 @@ def edited(
                 " weight that it belongs to",
                 hint="The tensor is damaged; quantise it again, or fetch it again.",
             )
+        empty = empty and not np.frombuffer(source[:size], np.uint8).any()
         piece = result[: size * edit.widening]
         lost = scale(np.frombuffer(source[:size], np.uint8), np.frombuffer(piece, np.uint8))
         yield piece, lost
+    if seen is not None:
+        seen.empty = empty
 
 
 def _lost_values(where: str, edit: Edit, count: int) -> RewriteError:

@@ -16,6 +16,7 @@ class Rounding:
         worst: the largest relative error of a scale.
         zeroed: scales that became zero.
         lost: finite scales that have no finite result.
+        empty: the tensor is one of scales, and all of them are 0.
     """
 
     blocks: int = 0
@@ -24,6 +25,7 @@ class Rounding:
     worst: float = 0.0
     zeroed: int = 0
     lost: int = 0
+    empty: bool = False
 
     @property
     def rms(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final
 
@@ -277,7 +277,10 @@ def _check_width(
         return
     narrower = {v for key, v in section.items() if _NARROWER.search(key) and type(v) is int}
     widths = {hidden, *narrower}
-    either = paired or projection.expert is None
+    one = projection.expert is not None
+    if paired and one and _is_turned(size, widths, witness.router(projection), hidden):
+        raise _misfit(projection, hidden)
+    either = paired or not one
     if len(size) > 1 and not widths.isdisjoint(size[-2:] if either else size[-2:-1]):
         if not either:
             _check_inner(projection, size, section)
@@ -285,8 +288,20 @@ def _check_width(
     router = witness.router(projection)
     if paired and router is not None and hidden in router.shape:
         return  # the model has this size, so its experts are narrower by a key of another name
+    raise _misfit(projection, hidden)
+
+
+def _is_turned(
+    size: tuple[int, ...], widths: Collection[int], router: Tensor | None, hidden: int
+) -> bool:
+    """Whether an expert that stands alone lies transposed, though the router does not (Paddle)."""
+    turned = len(size) > 1 and size[-1] == hidden and size[-2] not in widths
+    return turned and (router is None or router.shape[-1] == hidden)
+
+
+def _misfit(projection: Projection, hidden: int) -> CheckpointError:
     tensor = projection.leaves[_measured(_signature(projection)).codes]
-    raise CheckpointError(
+    return CheckpointError(
         f"{tensor.name}: its shape is {list(tensor.shape)}, but the config says that hidden states"
         f" have {hidden} numbers",
         hint="The config belongs to another checkpoint, or the tensor is damaged or transposed.",

@@ -9,14 +9,14 @@ from moescale.model.experts import Layer, Projection, raw_layer
 from moescale.model.formats import UNTOUCHED, split_name
 
 _LAYER = re.compile(
-    r"(?P<before>(?:.*?\.)??)(?:(?:layers?|blocks?|h|blk)\.|(?<=mtp\.)|(?<=mtp_layers\.))"
+    r"(?P<before>(?:.*?\.)??)(?:(?:layers?|blocks?|h|blk|meta_mlp)\.|(?<=mtp\.)|(?<=mtp_layers\.))"
     r"(?P<number>[0-9]{1,9})\.(?P<rest>.+)",
     re.DOTALL,
 )
 _WORDS = r"(?:down|w2|fc2|wo|out(?:put)?|down_projs?|linear_fc2|dense_4h_to_h)"
 _ROUTED = re.compile(
     rf"(?:experts?|switch_mlp|moe)(?:[._].*)?[._]{_WORDS}(?![a-z0-9])"
-    r"|(?:block_sparse_moe|mlp|moe)\.output_linear"
+    r"|(?:block_sparse_moe|mlp|moe)\.output_linear|mlp\.experts\.proj(?![a-z0-9])"
     r"|mlp2_(?:weight|bias)|down_exps|mlp\.up_embed|moe_block\.experts\.[0-9]+\.linear_1",
     re.DOTALL,
 )

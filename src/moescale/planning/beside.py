@@ -14,10 +14,12 @@ from dataclasses import dataclass, field, replace
 
 from moescale.checkpoint.foreign import (
     GGUF_HEAD,
+    HEAD,
     TORCH,
     TORCH_HEAD,
     gguf_has_experts,
     torch_names,
+    weights_suffix,
 )
 from moescale.checkpoint.header import Header, Tensor
 from moescale.checkpoint.index import SINGLE, SUFFIX, check_parts, set_of
@@ -52,6 +54,15 @@ _NO_TWIN = re.compile(
 """Adapters, projectors and what a training leaves behind."""
 _STAYS = re.compile(r"\.(?:py|ipynb|sh|md)$|(?:^|/)(?:LICEN[CS]E|NOTICE)[^/]*$", re.IGNORECASE)
 """Code and texts, which stay although the weights beside them do not."""
+_RENAMED = re.compile(rf".*(?:{'|'.join(map(re.escape, WEIGHTS))})(?!\.index)[-.~_].*", re.DOTALL)
+"""Weights whose suffix is no longer the last: ``model.safetensors.bak``."""
+_NO_WEIGHTS = re.compile(
+    r"\.(?:jsonl?|txt|py|ipynb|sh|md|jinja|model|tiktoken|spm|csv|parquet|html|pdf|png|jpe?g|gif|svg"
+    r"|webp|wav|mp[34])$",
+    re.IGNORECASE,
+)
+_LARGE = 1 << 20
+"""Bytes from which a file of a suffix that says nothing may hold weights."""
 _INDEX = re.compile(r"(?P<stem>.+)\.(?P<suffix>[a-z0-9]+)\.index(?:\.[^.]+)?\.json")
 
 FORM = "weights in another form, not rescaled"
@@ -105,7 +116,8 @@ def look_beside(source: Source, found: Found, moe: Moe) -> Beside:
     ours = {*found.headers, *found.left_out, found.shards.index, CONFIG}
     names = [name for name in source.files() if name not in ours]
     result = Beside(left_out=dict(found.left_out))
-    if weights := [name for name in names if name.endswith(WEIGHTS)]:
+    sizes = {name: file.size for name, file in source.files().items()}
+    if weights := [name for name in names if _may_be_weights(name, sizes[name])]:
         _Looker(source, found, moe, result).decide_all(weights)
     _leave_out_companions(names, result.left_out)
     result.left_out |= {n: EVALUATION for n in names if n.startswith(".eval_results/")}
@@ -166,7 +178,12 @@ class _Looker:
     def _unread(self, names: Sequence[str]) -> None:
         """What cannot be looked into is a twin by its name and place, or by its size."""
         first, size = names[0], sum(self._files[name].size for name in names)
-        if _is_model(first) or (_is_placed(first) and size >= self._least and not _is_shard(first)):
+        if not first.endswith(WEIGHTS):
+            if _RENAMED.fullmatch(first) and size >= self._least:
+                self._warn(first, "cannot be looked into")
+        elif _is_model(first) or (
+            _is_placed(first) and size >= self._least and not _is_shard(first)
+        ):
             self._result.left_out |= dict.fromkeys(names, FORM)
         elif _is_shard(first) or size >= self._least:
             self._warn(first, "cannot be looked into")
@@ -195,15 +212,16 @@ class _Looker:
 
     def _look(self, name: str) -> Look:
         try:
-            if _is_shard(name):
+            kind = name if name.endswith(WEIGHTS) else weights_suffix(self._head(name, HEAD))
+            if kind.endswith(SUFFIX):
                 return self._look_at_header(read_header(self._source, self._files[name]))
-            if name.endswith(TORCH):
+            if kind.endswith(TORCH):
                 texts = torch_names(self._head(name, TORCH_HEAD))
                 if texts is None:
                     return Look(None)
                 return Look(frozenset(held_layers(texts)), not texts.isdisjoint(self._scaled))
             experts = None
-            if name.endswith(".gguf"):
+            if kind.endswith(".gguf"):
                 experts = gguf_has_experts(self._head(name, GGUF_HEAD))
         except SourceError:  # damaged, or not in the cache, offline
             return Look(None)
@@ -265,6 +283,13 @@ class _Looker:
         )
 
 
+def _may_be_weights(name: str, size: int) -> bool:
+    """Whether a file has to be looked at: by its suffix, a former one, or its size."""
+    if name.endswith(WEIGHTS) or _RENAMED.fullmatch(name):
+        return True
+    return size >= _LARGE and not _NO_WEIGHTS.search(name)
+
+
 def _is_shard(name: str) -> bool:
     return name.endswith(SUFFIX)
 
@@ -291,7 +316,7 @@ def _is_named(names: Sequence[str]) -> bool:
     """Whether a set is a twin by name, so that nothing has to be read."""
     first = names[0]
     known = _is_shard(first) or first.startswith("consolidated") or set_of(first) != first
-    return _is_model(first) and known and not first.endswith(".gguf")
+    return _is_model(first) and known and first.endswith(WEIGHTS) and not first.endswith(".gguf")
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

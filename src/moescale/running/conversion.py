@@ -53,6 +53,7 @@ class Result:
         url: where the output can be looked at, if it is on the Hub.
         remarks: what else there is to know.
         rounding: what the rounding of block scales did, by tensor, where this run wrote any (GGUF).
+        warnings: what was found in the weights while they were written.
     """
 
     plan: Plan
@@ -61,6 +62,7 @@ class Result:
     url: str | None = None
     remarks: tuple[str, ...] = ()
     rounding: Mapping[str, Rounding] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         """The outcome, and the plan in a few lines."""
