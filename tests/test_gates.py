@@ -160,6 +160,16 @@ def test_each_layer_draws_its_own() -> None:
     assert one == pytest.approx(other, rel=0.02)
 
 
+@pytest.mark.parametrize("rho", [0.0, 0.3])
+def test_the_stated_error_is_how_far_other_draws_lie(rho: float) -> None:
+    """Over many seeds, the factors scatter as much as each of them says."""
+    found = [sample_layer(router(0.3), PLAIN, (2, 6), [seed], rho=rho) for seed in range(100)]
+    factors = [gates.factor(sample, rho) for sample in found]
+    scatter = float(np.std(factors, ddof=1) / np.mean(factors))
+    stated = [sample.error for sample in found]
+    assert scatter == pytest.approx(np.mean([e for e in stated if e is not None]), rel=0.25)
+
+
 def test_sharpness_is_that_of_the_gate_after() -> None:
     """The logits are multiplied for the new gate alone."""
     plain = sample_layer(router(0.6), NORMALISED, (2, 4), [0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import checkpoints
 import ml_dtypes
@@ -17,7 +18,7 @@ from test_cli import Command, moescale  # noqa: F401 - a fixture
 
 from moescale import api
 from moescale.errors import UsageError
-from moescale.measuring import devices, own_text
+from moescale.measuring import devices, own_text, runner
 
 LENGTH = 64
 """Bytes of a sequence: as many as the model takes."""
@@ -309,3 +310,48 @@ def test_the_page_shows_what_was_tried_and_what_it_costs(
     ):
         assert f"<h2>{title}</h2>" in shown
         assert f"<td>{loss:.4f}</td>" in shown.partition(title)[2]
+    assert '<title id="loss-title">Loss by number of experts</title>' in shown
+
+
+def test_the_page_of_several_plans_draws_a_line_a_rule(
+    source: Path,
+    texts: tuple[Path, Path],
+    tmp_path: Path,
+    moescale: Command,  # noqa: F811
+) -> None:
+    """Through every number of experts, and the trained one, where all rules meet."""
+    page = tmp_path / "plans.html"
+    words = (source, "-k1,3,4", "--rule=none,gates", "--dry-run", "--evaluate", texts[1])
+    done = moescale(*words, "--json", "--report", page)
+    assert done.code == 0
+    root = ElementTree.fromstring(page.read_text().partition("\n")[2])
+    (svg,) = root.iter("svg")
+    groups = [group for group in svg.iter("g") if group.get("style")]
+    lines = [group[0].attrib["d"].count("L") for group in groups[:3]]
+    assert lines == [3, 3, 0]  # four points each, and the trained one alone
+    described = " ".join("".join(svg.itertext()).split())
+    for run in json.loads(done.out)["evaluation"]["runs"]:
+        name = {"none": "config edit alone"}.get(run["rule"], run["rule"])
+        assert f"{name}, {run['experts']} experts: {run['loss']:.4f}." in described
+    assert f"--report {source}" in moescale(*words, "--report", source / "x.html").err
+
+
+def test_one_load_serves_all_plans_and_their_losses(
+    source: Path, texts: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large model takes minutes to load."""
+    loads: list[Path] = []
+    real = runner.loaded
+
+    def counted(folder: Path, *more: Any) -> Any:
+        loads.append(folder)
+        return real(folder, *more)
+
+    monkeypatch.setattr(runner, "loaded", counted)
+    how: Any = {"calibrate": texts[0], "evaluate": texts[1]}
+    table = api.compare(source, experts=[3, 4], rules=["none", "measured", "fitted"], **how)
+    assert len(loads) == 1 and table.evaluation
+    alone = api.plan(source, experts=4, rule="fitted", **how)
+    assert len(loads) == 2 and alone.evaluation
+    assert table.plans[-1].factors == alone.factors
+    assert table.evaluation.runs[-1] == alone.evaluation.runs[-1]

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack, get_args
 
@@ -29,6 +30,7 @@ from moescale.errors import (
 )
 from moescale.measuring.calibration import Calibration, measured_plan, open_calibration
 from moescale.measuring.devices import DEVICES, check_installed, running
+from moescale.measuring.loading import Loader
 from moescale.measuring.text import Text
 from moescale.model import listing
 from moescale.model.architectures import ROWS, known_types
@@ -151,22 +153,24 @@ def plan(
     source = source_place(source)
     destination = None if destination is None else destination_place(destination)
     _check_report(report, source, destination)
-    wanted, calibration = _asked(options, measuring)
-    if destination is None:
-        reader = _source(source, None, options)
-        made = _made(reader, wanted, None, calibration, measuring)
-    else:
-        check_places(source, destination, revision)
-        overwrite = options.get("overwrite", False)
-        reader = _source(source, destination, options)
-        try:
-            sink = _sink(destination, options, reader)
-        except DestinationError as error:
-            made = _refused(_made(reader, wanted, destination, calibration, measuring), error)
+    with _loader(options) as loader:
+        wanted, calibration = _asked(options, measuring, loader)
+        if destination is None:
+            reader = _source(source, None, options)
+            made = _made(reader, wanted, None, calibration, measuring)
         else:
-            made = _trial(reader, sink, destination, wanted, calibration, measuring, overwrite)
-    if options.get("evaluate") is not None:
-        made = replace(made, evaluation=_evaluated([made], reader, options, measuring))
+            check_places(source, destination, revision)
+            overwrite = options.get("overwrite", False)
+            reader = _source(source, destination, options)
+            try:
+                sink = _sink(destination, options, reader)
+            except DestinationError as error:
+                made = _refused(_made(reader, wanted, destination, calibration, measuring), error)
+            else:
+                made = _trial(reader, sink, destination, wanted, calibration, measuring, overwrite)
+        if options.get("evaluate") is not None:
+            losses = _evaluated([made], reader, options, measuring, loader)
+            made = replace(made, evaluation=losses)
     return _drawn(made, report)
 
 
@@ -195,23 +199,25 @@ def compare(
     Raises:
         MoescaleError: as for `plan`.
     """
-    source, reader, made = source_place(source), None, []
+    source, reader, made, losses = source_place(source), None, [], None
+    _check_report(options.get("report"), source)
     own: Text | None = None
-    for count in dict.fromkeys(experts):
-        for rule in dict.fromkeys(rules):
+    with _loader(options) as loader:
+        for count, rule in product(dict.fromkeys(experts), dict.fromkeys(rules)):
             kept = {k: v for k, v in options.items() if rule in RUN or k not in _FOR_RUNS}
             given: Any = {**kept, "experts": count, "rule": rule}
-            wanted, calibration = _asked(given, measuring)
+            wanted, calibration = _asked(given, measuring, loader)
             reader = reader or _source(source, None, options)
             if calibration is not None:
                 calibration.use(own)
             made.append(_made(reader, wanted, None, calibration, measuring))
             own = calibration.own if calibration is not None else own
-    if not made or reader is None:
-        raise UsageError("--experts is missing: how many experts a token shall be sent to")
-    if options.get("evaluate") is None:
-        return Several(tuple(made))
-    return Several(tuple(made), _evaluated(made, reader, options, measuring))
+        if not made or reader is None:
+            raise UsageError("--experts is missing: how many experts a token shall be sent to")
+        if options.get("evaluate") is not None:
+            losses = _evaluated(made, reader, options, measuring, loader)
+    table = Several(tuple(made), losses)
+    return replace(table, remarks=tuple(_hindrances(table, options.get("report"))))
 
 
 _FOR_RUNS = frozenset({"calibrate", "calibrate_out", "max_memory", "device", "evaluate"})
@@ -281,10 +287,12 @@ def convert(
     check_places(source, destination, revision)
     reader = _source(source, destination, options)
     sink = _sink(destination, options, reader)
-    wanted, calibration = _asked(options, measuring, sink if check or evaluate else None)
     with shown(progress, phase) as (step, begin), _pool(options.get("dask")) as pool:
-        check_not_source(reader, sink)
-        made = _made(reader, wanted, destination, calibration, measuring, sink, overwrite)
+        with _loader(options) as loader:
+            there = sink if check or evaluate else None
+            wanted, calibration = _asked(options, measuring, loader, there)
+            check_not_source(reader, sink)
+            made = _made(reader, wanted, destination, calibration, measuring, sink, overwrite)
         plan = _drawn(_with_room(made, sink), report)
         planned(plan)
         if plan.changes_nothing:
@@ -306,7 +314,8 @@ def convert(
             else:
                 _check_status(status, destination)
         if evaluate:
-            losses = _evaluated([plan], reader, options, measuring, Path(destination))
+            with _loader(options) as loader:
+                losses = _evaluated([plan], reader, options, measuring, loader, Path(destination))
             plan = replace(plan, evaluation=losses)
     received = [f"{bytes_text(reader.received)} received"] if reader.received else []
     rounded = {name: seen for name, seen in rounding.items() if seen.blocks}
@@ -362,9 +371,10 @@ def verify(
     source, destination = source_place(source), destination_place(destination)
     reader = open_source(source, options.get("revision"))
     sink = open_sink(destination, shelf=reader.shelf)
-    wanted, calibration = _asked(options, measuring, sink)
     with shown(progress) as (step, begin), _pool(options.get("dask")) as pool:
-        plan = _made(reader, wanted, destination, calibration, measuring, sink)
+        with _loader(options) as loader:
+            wanted, calibration = _asked(options, measuring, loader, sink)
+            plan = _made(reader, wanted, destination, calibration, measuring, sink)
         check_same_job(plan, sink)
         plan = in_first_words(plan, reader, sink)
         begin("verifying", plan.large_sizes)
@@ -458,6 +468,7 @@ def _evaluated(
     source: Source,
     given: PlanOptions | CompareOptions,
     measuring: Measuring,
+    loader: Loader,
     output: Path | None = None,
 ) -> Evaluation:
     """What plans cost on a text, or the output of the only one."""
@@ -470,7 +481,7 @@ def _evaluated(
         source,
         plans,
         Path(expanded(text)),
-        running(given.get("max_memory"), given.get("device")),
+        loader,
         calibrated=None if calibrated is None else Path(expanded(calibrated)),
         output=output,
         progress=measuring,
@@ -478,7 +489,10 @@ def _evaluated(
 
 
 def _asked(
-    given: PlanOptions | VerifyOptions, measuring: Measuring, sink: Sink | None = None
+    given: PlanOptions | VerifyOptions,
+    measuring: Measuring,
+    loader: Loader,
+    sink: Sink | None = None,
 ) -> tuple[Options, Calibration | None]:
     """What was asked for, and the text for the rule ``measured``.
 
@@ -488,7 +502,6 @@ def _asked(
         UsageError: an option is wrong by itself.
     """
     _check_running(given)
-    how = running(given.get("max_memory"), given.get("device"))
     rule, text, keep = given.get("rule"), given.get("calibrate"), given.get("calibrate_out")
     asked = any(given.get(name) is not None for name in Rescaling.__annotations__)
     if sink is not None and not asked:
@@ -499,16 +512,25 @@ def _asked(
             )
         if there.rule not in RUN:
             return there, None
-        return there, open_calibration(None, how, progress=measuring)
+        return there, open_calibration(None, loader, progress=measuring)
     if text is None and rule not in RUN:
         return options_of(given, None), None
     calibration = open_calibration(
         None if text is None else Path(expanded(text)),
-        how,
+        loader,
         None if keep is None else Path(expanded(keep)),
         measuring,
     )
     return options_of(given, calibration.sha256), calibration
+
+
+def _loader(given: PlanOptions | CompareOptions | VerifyOptions) -> Loader:
+    """What loads the model, as the options say.
+
+    Raises:
+        UsageError: one of them is wrong.
+    """
+    return Loader(running(given.get("max_memory"), given.get("device")))
 
 
 def _check_running(given: PlanOptions | VerifyOptions) -> None:
@@ -583,15 +605,20 @@ def _check_report(file: StrPath | None, *places: StrPath | None) -> None:
 
 
 def _drawn(plan: Plan, file: StrPath | None) -> Plan:
-    """The plan; what hinders its page is a warning, since its factors may have taken hours."""
+    """The plan, with a warning of what hinders its page."""
+    return replace(plan, warnings=(*plan.warnings, *_hindrances(plan, file)))
+
+
+def _hindrances(found: Plan | Several, file: StrPath | None) -> list[str]:
+    """Draw a page; what hinders that is no error, since what it shows may have taken hours."""
     if file is not None:
         from moescale.report import page
 
         try:
-            page.write(plan, Path(expanded(file)))
+            page.write(found, Path(expanded(file)))
         except MoescaleError as error:
-            return replace(plan, warnings=(*plan.warnings, error.message))
-    return plan
+            return [error.message]
+    return []
 
 
 def _trial(

@@ -231,7 +231,7 @@ class Reading(TypedDict, total=False):
 
 
 class Writing(TypedDict, total=False):
-    """How the destination is written, and the plan drawn."""
+    """How the destination is written."""
 
     overwrite: Annotated[
         bool, Option("Replace a destination that holds something else.", kind=bool)
@@ -264,6 +264,11 @@ class Writing(TypedDict, total=False):
             more="Shards that are links are published in any case.",
         ),
     ]
+
+
+class Drawing(TypedDict, total=False):
+    """The plan as a page."""
+
     report: Annotated[
         StrPath | None,
         Option("Draw the plan into this HTML page too.", "FILE", OUTPUT, kind=Path),
@@ -325,15 +330,17 @@ class Running(TypedDict, total=False):
     ]
 
 
-class PlanOptions(Rescaling, Reading, Evaluating, Writing, total=False):
+class PlanOptions(Rescaling, Reading, Evaluating, Writing, Drawing, total=False):
     """Keywords of `moescale.plan`."""
 
 
-class CompareOptions(Settings, Reading, Evaluating, total=False):
+class CompareOptions(Settings, Reading, Evaluating, Drawing, total=False):
     """Keywords of `moescale.compare`."""
 
 
-class ConvertOptions(Rescaling, Reading, Proving, Evaluating, Writing, Running, total=False):
+class ConvertOptions(
+    Rescaling, Reading, Proving, Evaluating, Writing, Drawing, Running, total=False
+):
     """Keywords of `moescale.convert`."""
 
 

@@ -5,14 +5,14 @@ Nothing of torch is imported before a model has to be run.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moescale.errors import UsageError
-from moescale.measuring.devices import Running, check_installed
+from moescale.measuring.devices import check_installed
+from moescale.measuring.loading import Loader
 from moescale.measuring.text import Text, digest, read_text, tokeniser_of
 from moescale.model.experts import Layer
 from moescale.model.lookup import Moe
@@ -92,7 +92,7 @@ class Calibration:
     Attributes:
         text: the file; None for what the model writes by itself.
         sha256: its digest.
-        how: where and how the model is run.
+        loader: loads the model.
         keep: where to put what the model wrote; None for nowhere.
         progress: is told of tokens done and in all.
         folder: the checkpoint on disk, once it is there.
@@ -102,7 +102,7 @@ class Calibration:
 
     text: Path | None
     sha256: str | None
-    how: Running
+    loader: Loader
     keep: Path | None
     progress: Callable[[int, int], None]
     folder: Path | None = None
@@ -119,32 +119,30 @@ class Calibration:
             UsageError: the text is too short.
             SourceError: the model cannot be run here.
         """
-        from moescale.measuring.measure import SEQUENCE, context_of, measure, opened
+        from moescale.measuring.measure import SEQUENCE, context_of, measure
         from moescale.measuring.runner import read_config
 
         assert self.folder is not None, "there before it is planned for"
         config = read_config(self.folder)
         text = self._given(config)
-        guard = None
-        with opened(self.folder, config, moe, self.how) as model:
-            text = text or self._written(model)
-            if able is not None and text.length is None:
-                text = replace(text, length=min(SEQUENCE, context_of(config)))
-            some, held_back = text, None
-            if able is not None and experts.trained != experts.after:
-                some, held_back = text.split(context_of(config), HELD_BACK)
-            samples = measure(
-                model,
-                some,
-                moe,
-                experts,
-                fitted=able is not None,
-                biases=able.biases if able else None,
-                progress=self.progress,
-            )
-            if able is not None and held_back is not None:
-                guard = self._guarded(model, held_back, moe, experts, samples, able)
-        gc.collect()  # the model is made of circles, and the conversion needs no memory of it
+        model = self.loader.model(self.folder, config, moe)
+        text = text or self._written(model)
+        if able is not None and text.length is None:
+            text = replace(text, length=min(SEQUENCE, context_of(config)))
+        some, held_back, guard = text, None, None
+        if able is not None and experts.trained != experts.after:
+            some, held_back = text.split(context_of(config), HELD_BACK)
+        samples = measure(
+            model,
+            some,
+            moe,
+            experts,
+            fitted=able is not None,
+            biases=able.biases if able else None,
+            progress=self.progress,
+        )
+        if able is not None and held_back is not None:
+            guard = self._guarded(model, held_back, moe, experts, samples, able)
         rest = [layer for layer in moe.layers if layer not in samples]
         self.facts = {
             "text_sha256": self.sha256,
@@ -214,7 +212,7 @@ HELD_BACK = 0.25
 
 def open_calibration(
     text: str | Path | None,
-    how: Running,
+    loader: Loader,
     keep: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Calibration:
@@ -224,8 +222,8 @@ def open_calibration(
         UsageError: it cannot be read.
     """
     if text is None:
-        return Calibration(None, None, how, keep, progress)
-    return Calibration(Path(text), digest(Path(text)), how, keep, progress)
+        return Calibration(None, None, loader, keep, progress)
+    return Calibration(Path(text), digest(Path(text)), loader, keep, progress)
 
 
 def measured_plan(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from moescale.measuring import runner
 from moescale.measuring.calibration import needed_files
-from moescale.measuring.devices import Running
-from moescale.measuring.measure import batches_of, evaluate, opened
+from moescale.measuring.loading import Loader
+from moescale.measuring.measure import batches_of, evaluate
 from moescale.measuring.scoring import Score, Setting, paired, score
 from moescale.measuring.text import Text, digest, overlap, read_text
 from moescale.model.experts import Layer
@@ -27,7 +26,7 @@ def evaluated(
     source: Source,
     plans: Sequence[Plan],
     file: Path,
-    how: Running,
+    loader: Loader,
     *,
     calibrated: Path | None = None,
     output: Path | None = None,
@@ -39,7 +38,7 @@ def evaluated(
         source: the checkpoint; one on the Hub is downloaded into the Hub's cache.
         plans: of this checkpoint; at least one.
         file: the text.
-        how: the model is run.
+        loader: loads the model.
         calibrated: the text that the plans were made on.
         output: what the only plan has made, which is loaded for it.
         progress: is told of tokens done and in all.
@@ -58,14 +57,14 @@ def evaluated(
     vocabulary = config.get_text_config().vocab_size
     text = read_text(file, folder, vocabulary, OPTION)
     settings = _settings(moe, plans, hooks=output is None)
-    with opened(folder, config, moe, how) as model:
-        scores = evaluate(
-            model, text, moe, experts, list(settings.values()), biases=biases, progress=progress
-        )
-    gc.collect()  # a model is made of circles
+    model = loader.model(folder, config, moe)
+    scores = evaluate(
+        model, text, moe, experts, list(settings.values()), biases=biases, progress=progress
+    )
+    del model  # before the output's is loaded
     found = dict(zip(settings, scores, strict=True))
     if output is not None:
-        found[experts.after, plans[0].rule] = _of_output(output, moe, text, how, progress)
+        found[experts.after, plans[0].rule] = _of_output(output, moe, text, loader, progress)
     trained = found.pop(_TRAINED)
     runs = [
         _run(key, one, found[key[0], "none"], written=output is not None and key[1] != "none")
@@ -114,13 +113,12 @@ def _by_layer(moe: Moe, values: Mapping[str, float]) -> dict[Layer, float]:
 
 
 def _of_output(
-    folder: Path, moe: Moe, text: Text, how: Running, progress: Callable[[int, int], None]
+    folder: Path, moe: Moe, text: Text, loader: Loader, progress: Callable[[int, int], None]
 ) -> Score:
     """The loss of a checkpoint as whoever loads it gets it."""
     config = runner.read_config(folder)
-    with opened(folder, config, moe, how) as model:
-        (found,) = score(model.model, (), [Setting({})], batches_of(text, config, progress))
-    return found
+    model = loader.model(folder, config, moe).model
+    return score(model, (), [Setting({})], batches_of(text, config, progress))[0]
 
 
 def _run(key: _Key, one: Score, edit: Score, written: bool) -> Run:

@@ -194,4 +194,5 @@ def _sampled_gates(
     from moescale.planning.sampling import sample_gates  # here, since the others need no numpy
 
     counts = {layer: (n, m) for layer in moe.layers for n, _, m in (experts.at(layer),)}
-    return sample_gates(source, choice.routers, counts, options.gate_scale or 1.0, progress)
+    sharpness, rho = options.gate_scale or 1.0, options.rho or 0.0
+    return sample_gates(source, choice.routers, counts, sharpness, rho, progress)

@@ -275,6 +275,7 @@ class Plan:
             **self.decisions(),
             "predicted_norm": self.predicted_norm,
             "norm_basis": self.comparison.basis,
+            **({"factor_error": error} if (error := self.factor_error) is not None else {}),
             **({"keys": dict(self.keys)} if self.keys else {}),
             "tensors": [t.as_json() for t in self.tensors],
             "files": [f.as_json() for f in self.files],
@@ -288,6 +289,14 @@ class Plan:
             **({"evaluation": self.evaluation.as_json()} if self.evaluation else {}),
             "warnings": list(self.warnings),
         }
+
+    @property
+    def factor_error(self) -> float | None:
+        """The largest standard error of a layer's factor, as a part of it, where it was sampled."""
+        if self.rule != "gates":
+            return None
+        errors = [s.error for s in self.samples.values() if s.error is not None]
+        return float(f"{max(errors):.2g}") if errors else None
 
     def source_json(self) -> dict[str, Any]:
         """What the source is, as JSON."""

@@ -84,6 +84,7 @@ def sample_gates(
     routers: Routers,
     counts: Mapping[Layer, tuple[int, int]],
     sharpness: float = 1.0,
+    rho: float = 0.0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[Layer, Sample]:
     """The gate's moments of every layer.
@@ -93,6 +94,7 @@ def sample_gates(
         routers: those of all layers.
         counts: experts per token before and after, by layer.
         sharpness: what the logits are multiplied by after.
+        rho: correlation of the experts' outputs.
         progress: is told of layers done and in all.
 
     Raises:
@@ -104,7 +106,7 @@ def sample_gates(
         layer = tensors.layer
         seed = (layer.number, *layer.stack.encode(errors="surrogatepass"))
         with np.errstate(all="ignore"):  # what comes of numbers that are none is refused below
-            sample = sample_layer(weights, routers.gate, counts[layer], seed, sharpness)
+            sample = sample_layer(weights, routers.gate, counts[layer], seed, sharpness, rho)
         del weights  # before those of the next layer are read
         sizes = (sample.before.expected_norm(0), sample.after.expected_norm(0))
         if not all(math.isfinite(size) and size > 0 for size in sizes):

@@ -16,18 +16,19 @@ class Several:
     Attributes:
         plans: at least one; each number of experts with each rule.
         evaluation: what they cost on a text, where that was asked for.
+        remarks: what else the user should know.
     """
 
     plans: tuple[Plan, ...]
     evaluation: Evaluation | None = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """Those of all plans, each once, and of the evaluation."""
         found = [warning for plan in self.plans for warning in plan.warnings]
-        return tuple(
-            dict.fromkeys([*found, *(self.evaluation.warnings if self.evaluation else ())])
-        )
+        cost = self.evaluation.warnings if self.evaluation else ()
+        return tuple(dict.fromkeys([*found, *cost, *self.remarks]))
 
     def as_json(self) -> dict[str, Any]:
         """As ``--dry-run --json`` prints it."""

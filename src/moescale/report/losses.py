@@ -25,9 +25,14 @@ def guard_rows(guard: Guard) -> Iterator[tuple[str, ...]]:
                 (trial.divergence_difference, trial.divergence_error),
             )
         )
-        name = "config edit alone" if trial.rule == "none" else trial.rule
+        name = rule_name(trial.rule)
         mark = "->" if trial.rule == guard.taken else ""
         yield mark, name, f"{trial.loss:.4f}", more, f"{trial.divergence:.4f}", nearer
+
+
+def rule_name(rule: str) -> str:
+    """What people call a rule that is compared with others."""
+    return "config edit alone" if rule == "none" else rule
 
 
 def guard_note(guard: Guard) -> str:
@@ -51,7 +56,7 @@ def evaluation_rows(evaluation: Evaluation) -> Iterator[tuple[str, ...]]:
     loss = evaluation.loss
     yield count_text(evaluation.experts), "as trained", f"{loss:.4f}", f"{math.exp(loss):.3f}", ""
     for run in evaluation.runs:
-        name = "config edit alone" if run.rule == "none" else run.rule
+        name = rule_name(run.rule)
         more = "" if run.rule == "none" else f"{run.difference:+.4f} ± {run.standard_error:.4f}"
         yield count_text(run.experts), name, f"{run.loss:.4f}", f"{run.perplexity:.3f}", more
 
@@ -88,15 +93,27 @@ def several_rows(several: Several) -> Iterator[tuple[str, ...]]:
         )
 
 
+SEVERAL_NOTE = (
+    "norm of the routed output against that of the model as trained; active: weights that a token"
+    " uses"
+)
+
+
+def several_lead(several: Several) -> str:
+    """Which model the plans are of."""
+    first = several.plans[0]
+    return (
+        f"{printable(first.source.id)}: {first.model_type}, {len(first.factors)} MoE layers of"
+        f" {first.experts.total} routed experts"
+    )
+
+
 def several_text(several: Several) -> str:
     """Plans side by side, and what they cost where that was asked for."""
-    first = several.plans[0]
     parts = [
-        f"{printable(first.source.id)}: {first.model_type}, {len(first.factors)} MoE layers of"
-        f" {first.experts.total} routed experts",
+        several_lead(several),
         table(several_rows(several), header=SEVERAL_HEADER),
-        "norm of the routed output against that of the model as trained; active: weights that a"
-        " token uses",
+        SEVERAL_NOTE,
         evaluation_text(several.evaluation),
     ]
     return "\n\n".join(part for part in parts if part)

@@ -16,9 +16,11 @@ from moescale.errors import MoescaleError, UsageError
 from moescale.planning.comparison import BASES, Basis, Comparison
 from moescale.planning.plan import Plan
 from moescale.planning.provenance import options_given
+from moescale.planning.several import Several
 from moescale.report import chart, losses, terminal
 from moescale.report.chart import LOOKS, Look, Series
-from moescale.report.table import span
+from moescale.report.table import count_text, span
+from moescale.rules.evaluation import Evaluation
 from moescale.rules.samples import Moments, Sample
 from moescale.version import __version__
 
@@ -36,6 +38,9 @@ _BASIS: Mapping[Basis, str] = {
     "unknown": "How this router weighs the experts that it chose is not known, so that nothing can"
     " be said of the norm.",
 }
+
+Count = int | tuple[int, ...]
+"""Experts per token, of all layers or of each."""
 
 _FEW_ROWS = 14
 """A longer table is folded away."""
@@ -122,14 +127,15 @@ def check(path: Path, *places: str) -> None:
         raise UsageError(f"--report {path}: {error.strerror}", hint=hint) from None
 
 
-def write(plan: Plan, path: Path) -> None:
-    """Write the page of a plan to a path that was checked.
+def write(shown: Plan | Several, path: Path) -> None:
+    """Write the page of a plan, or of several, to a path that was checked.
 
     Raises:
         MoescaleError: it cannot be written any more.
     """
     try:
-        path.write_bytes(page(plan).encode("utf-8", "replace"))
+        text = page(shown) if isinstance(shown, Plan) else several_page(shown)
+        path.write_bytes(text.encode("utf-8", "replace"))
     except OSError as error:
         raise MoescaleError(f"--report {path}: {error.strerror}") from None
 
@@ -143,14 +149,37 @@ def page(plan: Plan) -> str:
     title = f"{plan.source.repo or plan.source.name}, {_change(plan)}"
     compared = plan.comparison
     parts = [
-        f"<h1>{_text(plan.source.repo or plan.source.name)}</h1>",
-        f'<p class="lead">{_text(_lead(plan, compared))}</p>',
-        *(f'<p class="warning">{_text(warning)}</p>' for warning in plan.warnings),
         *_norms_and_factors(compared),
         *_gates(plan.samples),
         *_correlation(plan.samples),
         *_plan(plan, compared),
         *_provenance(plan),
+    ]
+    return _whole(plan, title, _lead(plan, compared), plan.warnings, parts)
+
+
+def several_page(several: Several) -> str:
+    """The page of plans side by side, and of what they cost."""
+    first = several.plans[0]
+    counts = list(dict.fromkeys(count_text(plan.experts.after) for plan in several.plans))
+    title = f"{first.source.repo or first.source.name}, {', '.join(counts)} experts per token"
+    parts = [
+        "<h2>Plans</h2>",
+        _table(losses.several_rows(several), losses.SEVERAL_HEADER),
+        f'<p class="note">{_text(losses.SEVERAL_NOTE)}</p>',
+    ]
+    if several.evaluation:
+        parts += ["<h2>What they cost</h2>", *_evaluation(several.evaluation)]
+    return _whole(first, title, losses.several_lead(several), several.warnings, parts)
+
+
+def _whole(plan: Plan, title: str, lead: str, warnings: Iterable[str], parts: Iterable[str]) -> str:
+    """A page about the source of a plan."""
+    body = [
+        f"<h1>{_text(plan.source.repo or plan.source.name)}</h1>",
+        f'<p class="lead">{_text(lead)}</p>',
+        *(f'<p class="warning">{_text(warning)}</p>' for warning in warnings),
+        *parts,
         f"<footer>Made by moescale {_text(__version__)}. Keeping the norm says nothing about"
         " quality: evaluate the model on your own task.</footer>",
     ]
@@ -158,7 +187,7 @@ def page(plan: Plan) -> str:
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
         f"<title>{_text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(parts)
+        + "\n".join(body)
         + "\n</main>\n</body>\n</html>\n"
     )
 
@@ -377,8 +406,47 @@ def _losses(plan: Plan) -> Iterator[str]:
         yield f"<p>{_text(losses.guard_note(guard))}</p>"
     if evaluation := plan.evaluation:
         yield "<h2>What it costs</h2>"
-        yield _table(losses.evaluation_rows(evaluation), losses.EVALUATION_HEADER)
-        yield f"<p>{_text(losses.evaluation_note(evaluation))}</p>"
+        yield from _evaluation(evaluation)
+
+
+def _evaluation(evaluation: Evaluation) -> Iterator[str]:
+    """The losses on a text: by number of experts, a line a rule, and as numbers."""
+    yield '<div class="charts">'
+    yield _framed("Loss", _loss_chart(evaluation), losses.evaluation_note(evaluation))
+    yield "</div>"
+    yield _table(losses.evaluation_rows(evaluation), losses.EVALUATION_HEADER)
+
+
+def _loss_chart(evaluation: Evaluation) -> str:
+    """With the number that the model was trained with, every rule leaves it as it is."""
+    trained = evaluation.experts, evaluation.loss
+    found: dict[str, dict[Count, float]] = {}
+    for run in evaluation.runs:
+        found.setdefault(run.rule, dict([trained]))[run.experts] = run.loss
+    counts = sorted({trained[0], *(run.experts for run in evaluation.runs)}, key=_mean)
+    series = [
+        Series(
+            losses.rule_name(rule),
+            LOOKS.get(rule, LOOKS["own"]),
+            [(float(x), line[count]) for x, count in enumerate(counts) if count in line],
+        )
+        for rule, line in found.items()
+    ]
+    there = [(float(counts.index(trained[0])), trained[1])]
+    series.append(Series("as trained", Look("ink", "", "circle"), there, taken=True))
+    described = f"As trained, with {count_text(trained[0])} experts: {trained[1]:.4f}. " + " ".join(
+        f"{losses.rule_name(run.rule)}, {count_text(run.experts)} experts: {run.loss:.4f}."
+        for run in evaluation.runs
+    )
+    title = "Loss by number of experts"
+    names = [(float(x), count_text(count)) for x, count in enumerate(counts)]
+    x = chart.name_axis("experts per token", names)
+    y = chart.number_axis("loss, nats a token", [y for one in series for _, y in one.points])
+    return chart.chart("loss", title, described, x, y, series)
+
+
+def _mean(count: Count) -> float:
+    return float(count) if isinstance(count, int) else sum(count) / len(count)
 
 
 def _rules(compared: Comparison) -> str:

@@ -145,6 +145,8 @@ def facts(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "calibrated", f"on {measured_on(plan.calibration)}"
     if plan.why:
         yield "rule", f"{plan.rule} ({plan.why})"
+    if (error := plan.factor_error) is not None:
+        yield "factors", f"from drawn inputs; standard error at most {error:.2%}"
     before, after = count_text(plan.experts.before), count_text(plan.experts.after)
     trained = (
         ""

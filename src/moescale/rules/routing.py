@@ -8,6 +8,7 @@ apart.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -159,6 +160,7 @@ def sample_layer(
     counts: tuple[int, int],
     seed: Sequence[int],
     sharpness: float = 1.0,
+    rho: float = 0.0,
 ) -> Sample:
     """The moments of one layer's gate, over `DRAWS` inputs.
 
@@ -168,13 +170,30 @@ def sample_layer(
         counts: experts per token before and after.
         seed: whole numbers of its own for each layer.
         sharpness: what the logits are multiplied by after.
+        rho: correlation of the experts' outputs, for the error.
     """
     weights: tuple[list[Array], list[Array]] = ([], [])
     for logits in drawn_logits(router, seed):
         for pieces, k, scale in zip(weights, counts, (1.0, sharpness), strict=True):
             pieces.append(gate_weights(logits * scale, k, gate, router.bias))
-    before, after = (moments(np.concatenate(pieces)) for pieces in weights)
-    return Sample(before, after)
+    before, after = (np.concatenate(pieces) for pieces in weights)
+    error = _factor_error(_expected_squares(before, rho), _expected_squares(after, rho))
+    return Sample(moments(before), moments(after), error=error)
+
+
+def _expected_squares(weights: Array, rho: float) -> Array:
+    """``(1-rho) sum g_i^2 + rho (sum g_i)^2`` of each token."""
+    result: Array = (1 - rho) * (weights**2).sum(axis=1) + rho * weights.sum(axis=1) ** 2
+    return result
+
+
+def _factor_error(before: Array, after: Array) -> float:
+    """Relative standard error of ``sqrt(mean before / mean after)`` over the same tokens.
+
+    By the delta method: half of that of the ratio of the two means.
+    """
+    ratio = before / before.mean() - after / after.mean()
+    return 0.5 * float(ratio.std(ddof=1)) / math.sqrt(len(ratio))
 
 
 def moments(weights: Array) -> Moments:

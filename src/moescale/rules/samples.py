@@ -50,12 +50,15 @@ class Sample:
         correlation: mean pairwise cosine of the chosen experts' outputs before; None where no
             expert was run.
         fit: router scale and factor of the rule ``fitted``, where that was asked for.
+        error: standard error of the factor of ``gates``, as a part of it, for inputs that were
+            drawn; None where they were not.
     """
 
     before: Moments
     after: Moments
     correlation: float | None = None
     fit: Fit | None = None
+    error: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
