@@ -32,27 +32,42 @@ def blocks_of(kind: gguf.GGMLQuantizationType, *shape: int, seed: int = 0) -> Ar
 
 
 def _random_blocks(kind: gguf.GGMLQuantizationType, shape: tuple[int, ...], seed: int) -> Array:
-    """Random codes, with scales of usual size where `moescale` has to find them."""
+    """Random codes, with scales of usual size where the library's reader looks for them."""
     size, nbytes = gguf.GGML_QUANT_SIZES[kind]
     rng = np.random.default_rng([seed, int(kind)])
     count = int(np.prod(shape)) // size
+    return random_blocks(rng, kind.name, count, nbytes).reshape(*shape[:-1], -1)
+
+
+def random_blocks(rng: np.random.Generator, kind: str, count: int, nbytes: int) -> Array:
+    """Blocks of a type, ``[count, nbytes]``."""
     blocks = rng.integers(0, 256, (count, nbytes), dtype=np.uint8)
-    scales = rng.uniform(1e-5, 0.01, count).astype("<f2").view(np.uint8).reshape(count, 2)
-    for at in SCALES_AT[kind.name]:
-        blocks[:, at : at + 2] = scales
-    return blocks.reshape(*shape[:-1], -1)
+    scales = rng.uniform(1e-3, 0.01, count).astype("<f2").view(np.uint8).reshape(count, 2)
+    if kind == "NVFP4":
+        blocks[:, :4] = rng.integers(0x08, 0x7F, (count, 4))
+    elif kind == "IQ1_M":  # its four nibbles are the top ones of four words
+        for i, at in enumerate(SCALES_AT[kind]):
+            nibble = scales[:, i // 2] >> 4 * (i % 2) & 0xF
+            blocks[:, at] = blocks[:, at] & 0xF | nibble << 4
+    else:
+        for at in SCALES_AT[kind]:
+            blocks[:, at : at + 2] = scales
+    return blocks
 
 
 SCALES_AT: Mapping[str, tuple[int, ...]] = {
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "Q1_0", "Q2_0"), (0,)),
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    **dict.fromkeys(("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), (0,)),
     "Q2_K": (80, 82),
     "Q3_K": (108,),
-    "Q4_K": (0, 2),
-    "Q5_K": (0, 2),
     "Q6_K": (208,),
-    "IQ4_XS": (0,),
-    "IQ4_NL": (0,),
+    "IQ1_M": (49, 51, 53, 55),
+    "TQ1_0": (52,),
+    "TQ2_0": (64,),
 }
-"""Where the library's reader (``gguf.quants``) looks for the scales of a block."""
+"""Where the library's reader (``gguf.quants``) looks for the scales of a block: an F16 each, but of
+IQ1_M the bytes that hold a nibble. It lacks Q1_0 and Q2_0: as ``ggml-common.h`` has them."""
 
 
 def write_model(

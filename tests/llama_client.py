@@ -11,11 +11,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 FOLDER = Path(__file__).parent.parent / ".llama-client" / "package" / "bins" / "linux-x64"
 LIBRARY = "libllama.v0.5.0.so"
@@ -26,6 +27,9 @@ MISSING = (
     else "llama.cpp 0.5.0 is not here: scripts/llama.sh fetches it (Linux x86_64, npm)"
 )
 """Why the client cannot be run."""
+
+FTYPES = {"Q8_0": 7, "Q2_K": 10, "Q4_K_M": 15, "Q6_K": 18, "IQ4_XS": 30, "MXFP4_MOE": 38}
+"""``llama_ftype`` in ``include/llama.h``."""
 
 Array = np.ndarray[Any, Any]
 
@@ -77,9 +81,22 @@ class Client:
         With `exact` the cache is F32 and flash attention off: their rounding would hide what is
         compared.
         """
-        given = {"tokens": list(tokens), "overrides": dict(overrides or {}), "exact": exact}
+        given = {"windows": [list(tokens)], "overrides": dict(overrides or {}), "exact": exact}
         answer = self._ask(path=str(path), **given)
         return np.array(answer, np.float32).reshape(len(tokens), -1)
+
+    def loss(
+        self, path: Path, data: bytes, context: int, overrides: Mapping[str, float] | None = None
+    ) -> float:
+        """Mean cross-entropy of the next byte in nats, in sequences of `context` bytes.
+
+        As `llama-perplexity` runs it: with the client's own cache and attention.
+        """
+        whole = len(data) // context * context
+        windows = [list(data[start : start + context]) for start in range(0, whole, context)]
+        given = {"windows": windows, "overrides": dict(overrides or {}), "exact": False}
+        found: float = self._ask(path=str(path), loss=True, **given)
+        return found
 
     def quantise(self, source: Path, output: Path, kind: int) -> None:
         """What ``llama-quantize`` makes of a file; `kind` is a number of ``llama_ftype``."""
@@ -106,6 +123,16 @@ class Client:
             assert stream is not None
             stream.close()
         self._child.wait()
+
+
+def start() -> Iterator[Client]:
+    """A client for the tests of a file; they are skipped where it cannot be run."""
+    try:
+        client = Client()
+    except MissingError as error:
+        pytest.skip(str(error))
+    yield client
+    client.close()
 
 
 # In the process -----------------------------------------------------------------------------
@@ -199,6 +226,8 @@ class _Library:
             ("llama_batch_init", _Batch, [ctypes.c_int32] * 3),
             ("llama_batch_free", None, [_Batch]),
             ("llama_decode", ctypes.c_int32, [pointer, _Batch]),
+            ("llama_get_memory", pointer, [pointer]),
+            ("llama_memory_clear", None, [pointer, ctypes.c_bool]),
             ("llama_get_logits", ctypes.POINTER(ctypes.c_float), [pointer]),
             ("llama_model_get_vocab", pointer, [pointer]),
             ("llama_vocab_n_tokens", ctypes.c_int32, [pointer]),
@@ -213,10 +242,15 @@ class _Library:
         """The last that it said."""
         return "".join(line for line in self.log[-6:] if "error" in line) or "".join(self.log[-3:])
 
-    def logits(
-        self, path: str, tokens: list[int], overrides: dict[str, float], exact: bool
-    ) -> list[float]:
-        """The logits of every token."""
+    def run(
+        self,
+        path: str,
+        windows: list[list[int]],
+        overrides: dict[str, float],
+        exact: bool,
+        loss: bool = False,
+    ) -> list[float] | float:
+        """The logits of every token of the one sequence, or the loss over all."""
         params = self.llama.llama_model_default_params()
         params.gpu_layers, params.check_tensors = 0, True
         values = (_Override * (len(overrides) + 1))()
@@ -229,12 +263,16 @@ class _Library:
         model = self.llama.llama_model_load_from_file(path.encode(), params)
         if not model:
             raise RefusedError(self.words())
+        context = self._context(model, exact)
         try:
-            return self._evaluate(model, tokens, exact)
+            words = self.llama.llama_vocab_n_tokens(self.llama.llama_model_get_vocab(model))
+            found = [self._logits(context, tokens, words) for tokens in windows]
         finally:
+            self.llama.llama_free(context)
             self.llama.llama_model_free(model)
+        return _loss(found, windows) if loss else found[0].ravel().tolist()
 
-    def _evaluate(self, model: Any, tokens: list[int], exact: bool) -> list[float]:
+    def _context(self, model: Any, exact: bool) -> Any:
         params = self.llama.llama_context_default_params()
         assert params.type_k == params.type_v == 1, "the structure is that of another release"
         params.n_ctx = params.n_batch = params.n_ubatch = 64
@@ -243,22 +281,23 @@ class _Library:
             params.type_k = params.type_v = params.flash_attention = 0
         context = self.llama.llama_init_from_model(model, params)
         if not context:
+            self.llama.llama_model_free(model)
             raise RefusedError(self.words())
+        return context
+
+    def _logits(self, context: Any, tokens: list[int], words: int) -> Array:
+        self.llama.llama_memory_clear(self.llama.llama_get_memory(context), True)
         batch = self.llama.llama_batch_init(len(tokens), 0, 1)
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
             batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, 1
             batch.seq_id[i][0] = 0
         failed = self.llama.llama_decode(context, batch)
-        words = self.llama.llama_vocab_n_tokens(self.llama.llama_model_get_vocab(model))
-        shape = (len(tokens), words)
-        found = self.llama.llama_get_logits(context)
-        result = [] if failed else np.ctypeslib.as_array(found, shape).ravel().tolist()
         self.llama.llama_batch_free(batch)
-        self.llama.llama_free(context)
         if failed:
             raise RefusedError(self.words())
-        return result
+        found = self.llama.llama_get_logits(context)
+        return np.ctypeslib.as_array(found, (len(tokens), words)).copy()
 
     def quantise(self, source: str, output: str, kind: int) -> None:
         """As ``llama-quantize``."""
@@ -267,6 +306,17 @@ class _Library:
         self.log.clear()
         if self.llama.llama_model_quantize(source.encode(), output.encode(), ctypes.byref(params)):
             raise RefusedError(self.words())
+
+
+def _loss(logits: Sequence[Array], windows: Sequence[Sequence[int]]) -> float:
+    """Mean cross-entropy of the next token."""
+    losses = []
+    for found, tokens in zip(logits, windows, strict=True):
+        numbers = found[:-1].astype(np.float64)
+        numbers -= numbers.max(1, keepdims=True)
+        sums = np.log(np.exp(numbers).sum(1))
+        losses.append(sums - numbers[np.arange(len(tokens) - 1), tokens[1:]])
+    return float(np.mean(losses))
 
 
 def _serve() -> None:
@@ -281,7 +331,7 @@ def _serve() -> None:
     for line in sys.stdin:
         task = json.loads(line)
         try:
-            done = library.quantise(**task) if "kind" in task else library.logits(**task)
+            done = library.quantise(**task) if "kind" in task else library.run(**task)
             answer = {"done": done}
         except RefusedError as error:
             answer = {"refused": str(error)}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llama_client import MISSING, Client, DiedError, MissingError
+from llama_client import FTYPES, MISSING, Client, DiedError, start
 from llama_models import RECIPES, one_expert, rms, scales, write_runnable
 
 import moescale
@@ -22,19 +22,11 @@ FACTOR = 1.2247448713915892
 EXACT, VISIBLE = 1e-5, 1e-3
 """Root mean squares of logits: what the client's own rounding may be, and what is a difference."""
 
-FTYPES = {"Q8_0": 7, "Q2_K": 10, "Q4_K_M": 15, "Q6_K": 18, "IQ4_XS": 30, "MXFP4_MOE": 38}
-"""``llama_ftype`` in ``include/llama.h``."""
-
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
     """The client, in a process of its own."""
-    try:
-        client = Client()
-    except MissingError as error:
-        pytest.skip(str(error))
-    yield client
-    client.close()
+    yield from start()
 
 
 def convert(source: Path, output: Path, **options: Any) -> Path:

@@ -445,6 +445,15 @@ def test_a_folder_that_was_moved_away_is_not_finished(
     check_resumes(source, out, whole)
 
 
+def test_the_destination_itself_may_be_a_link(source: Path, tmp_path: Path, whole: Tree) -> None:
+    """A folder on another disk, say: the user named it."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    assert convert(source, tmp_path / "link", experts=3).status == "new"
+    assert checkpoints.tree(tmp_path / "disk") == whole
+    assert convert(source, tmp_path / "link", experts=3).status == "done"
+
+
 # Pipes and folders where files should be ----------------------------------------------------------
 
 

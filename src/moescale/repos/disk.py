@@ -56,8 +56,12 @@ def write_all(fd: int, data: bytes) -> None:
 
 
 def behind_link(root: Path, name: str) -> bool:
-    """Whether one of the folders between `root` and a file below it is a link."""
-    return any((root / folder).is_symlink() for folder in PurePosixPath(name).parents)
+    """Whether one of the folders between `root` and a file below it is a link.
+
+    `root` may be one: it is what the user named.
+    """
+    between = PurePosixPath(name).parents[:-1]
+    return any((root / folder).is_symlink() for folder in between)
 
 
 if sys.platform == "win32":
