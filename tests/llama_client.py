@@ -11,12 +11,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 FOLDER = Path(__file__).parent.parent / ".llama-client" / "package" / "bins" / "linux-x64"
 LIBRARY = "libllama.v0.5.0.so"
@@ -123,16 +122,6 @@ class Client:
             assert stream is not None
             stream.close()
         self._child.wait()
-
-
-def start() -> Iterator[Client]:
-    """A client for the tests of a file; they are skipped where it cannot be run."""
-    try:
-        client = Client()
-    except MissingError as error:
-        pytest.skip(str(error))
-    yield client
-    client.close()
 
 
 # In the process -----------------------------------------------------------------------------

@@ -6,12 +6,14 @@ Their tensors were asked of the client, one missing tensor after the other; all 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+import pytest
+from llama_client import Client, MissingError
 
 RECIPES: Mapping[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text())
 """By architecture: keys beyond `KEYS`, tensors, and the tensors of a block."""
@@ -128,3 +130,13 @@ def scales(factor: float) -> dict[str, Array]:
 def rms(one: Array, other: Array) -> float:
     """Root mean square of a difference."""
     return float(np.sqrt(np.square(one.astype(np.float64) - other).mean()))
+
+
+def start() -> Iterator[Client]:
+    """A client for the tests of a file; they are skipped where it cannot be run."""
+    try:
+        client = Client()
+    except MissingError as error:
+        pytest.skip(str(error))
+    yield client
+    client.close()

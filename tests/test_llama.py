@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llama_client import FTYPES, MISSING, Client, DiedError, start
-from llama_models import RECIPES, one_expert, rms, scales, write_runnable
+from llama_client import FTYPES, MISSING, Client, DiedError
+from llama_models import RECIPES, one_expert, rms, scales, start, write_runnable
 
 import moescale
 from moescale.errors import UnsupportedError
