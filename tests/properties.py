@@ -149,7 +149,7 @@ class MemorySource:
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
         self._content = files
-        self.received = 0
+        self.received, self.remote, self.parallel_reads = 0, False, 1
         self.remarks: list[str] = []
         self.shelf = None
         self.identity = SourceId("local", "source", folder="source")

@@ -28,11 +28,12 @@ from moescale.errors import bytes_text
 from moescale.options import Options
 from moescale.planning.decide import make_plan
 from moescale.repos.base import Written
-from moescale.repos.hub import Access, HubPlace
+from moescale.repos.hub import Access
 from moescale.repos.hub_source import HubSource
 from moescale.repos.journal import STATE
 from moescale.repos.local_sink import LocalSink
 from moescale.repos.local_source import LocalSource
+from moescale.repos.location import HubRef
 from moescale.running import cluster as on_cluster
 from moescale.running.conversion import rewriting
 from moescale.running.parallel import do
@@ -293,7 +294,7 @@ def test_a_worker_without_a_token_is_refused(lab: Lab) -> None:
 def test_another_hub_is_refused(lab: Lab) -> None:
     """A worker whose HF_ENDPOINT is another one would read and write elsewhere."""
     lab.start()
-    part = HubSource(HubPlace(SRC)).only([SHARDS[0]])
+    part = HubSource(HubRef(SRC)).only([SHARDS[0]])
     pickle.loads(pickle.dumps(part)).check()
     here = Access.here()
     with pytest.raises(errors.SourceError, match="names another Hub"):

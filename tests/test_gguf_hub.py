@@ -11,7 +11,7 @@ from hub_checkpoints import DST, Lab, laboratory
 
 import moescale
 from moescale.errors import UsageError
-from moescale.repos.hub import HubPlace, from_address, parse_place
+from moescale.repos.location import HubRef, from_address, parse_ref
 
 REPO = "lab/some-GGUF"
 K3 = ("-k", "3", "--rule", "preserve")
@@ -36,23 +36,23 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
 @pytest.mark.parametrize(
     ("text", "place"),
     [
-        ("org/name:Q4_K_M", HubPlace("org/name", quant="Q4_K_M")),
-        ("hf://org/name:UD-Q2_K_XL", HubPlace("org/name", quant="UD-Q2_K_XL")),
-        ("hf://org/name@rev:Q6_K", HubPlace("org/name", "rev", quant="Q6_K")),
-        ("hf://org/name/a/m.gguf", HubPlace("org/name", None, "a/m.gguf")),
+        ("org/name:Q4_K_M", HubRef("org/name", quant="Q4_K_M")),
+        ("hf://org/name:UD-Q2_K_XL", HubRef("org/name", quant="UD-Q2_K_XL")),
+        ("hf://org/name@rev:Q6_K", HubRef("org/name", "rev", quant="Q6_K")),
+        ("hf://org/name/a/m.gguf", HubRef("org/name", None, "a/m.gguf")),
     ],
 )
-def test_a_model_of_a_repo_is_named(text: str, place: HubPlace) -> None:
+def test_a_model_of_a_repo_is_named(text: str, place: HubRef) -> None:
     """By a part of its name, or by its path."""
-    assert parse_place(text) == place
-    assert parse_place(str(place)) == place
+    assert parse_ref(text) == place
+    assert parse_ref(str(place)) == place
 
 
 def test_a_name_of_nothing_is_refused() -> None:
     """And the address of a file is that file."""
     for text in ("org/name:", "org/name:a/b", "org/name:a:b"):
         with pytest.raises(UsageError):
-            parse_place(text)
+            parse_ref(text)
     address = "https://huggingface.co/org/name/blob/main/a/m.gguf"
     assert from_address(address) == "hf://org/name@main/a/m.gguf"
 

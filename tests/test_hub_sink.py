@@ -25,8 +25,8 @@ from hub_checkpoints import (
 from hub_faults import run, status
 
 from moescale.errors import DestinationError, bytes_text
-from moescale.repos.hub import HubPlace
 from moescale.repos.hub_sink import HubSink
+from moescale.repos.location import HubRef
 
 WORKING = "moescale-unfinished-main"
 
@@ -491,9 +491,9 @@ def test_a_sink_has_no_other_way_out(lab: Lab) -> None:
     hub = lab.start()
     hub.add_repo(DST, {"a.txt": b"1"})
     hub.commit(DST, {"moescale-journal.json": b"[]"}, branch=WORKING)
-    assert HubSink(HubPlace(DST)).unfinished() == "not a journal of moescale"
+    assert HubSink(HubRef(DST)).unfinished() == "not a journal of moescale"
     with pytest.raises(DestinationError):
-        HubSink(HubPlace(DST)).begin({"version": "1"}, replace=False)
+        HubSink(HubRef(DST)).begin({"version": "1"}, replace=False)
     for journal in (b"no json", b"[" * 100_000, b'{"job":' * 9000 + b"1" + b"}" * 9000):
         hub.commit(DST, {"moescale-journal.json": journal}, branch=WORKING)
         assert lab.run(SRC, PLACE, "-k", "3", "-q").code == 3

@@ -18,8 +18,8 @@ from huggingface_hub import constants
 
 from moescale.errors import RewriteError, SourceError, TemporaryError, UsageError
 from moescale.repos import hub as hub_module
-from moescale.repos.hub import HubPlace, from_address, is_repo_id, parse_place
 from moescale.repos.hub_source import HubSource
+from moescale.repos.location import HubRef, from_address, is_repo_id, parse_ref
 
 LARGE = r"^(cdn|api /lab/mix/resolve)"
 
@@ -54,8 +54,8 @@ def everything(folder: Path) -> set[str]:
 )
 def test_a_place_is_read(text: str, repo: str, revision: str | None) -> None:
     """Repo and revision are told apart, whatever the revision looks like."""
-    assert parse_place(text) == HubPlace(repo, revision)
-    assert parse_place(str(parse_place(text))) == parse_place(text)
+    assert parse_ref(text) == HubRef(repo, revision)
+    assert parse_ref(str(parse_ref(text))) == parse_ref(text)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_an_address_of_something_else_is_refused(address: str) -> None:
 def test_a_place_that_is_none_is_refused(text: str) -> None:
     """What is no repo of the Hub is an error of usage that says what it should look like."""
     with pytest.raises(UsageError, match="hf://org/name"):
-        parse_place(text)
+        parse_ref(text)
     assert not is_repo_id(text.removeprefix("hf://").partition("@")[0]) or text.endswith("@")
 
 
@@ -154,7 +154,7 @@ def test_offline_a_folder_of_a_repo_is_a_checkpoint(lab: Lab) -> None:
     lab.fill_cache()
     lab.monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for place in (f"{SRC}/a/b", f"hf://{SRC}@main/a/b"):
-        found = HubSource(parse_place(place))
+        found = HubSource(parse_ref(place))
         assert set(found.files()) == lab.source.keys()
         assert found.read("config.json") == lab.source["config.json"]
 
@@ -486,7 +486,7 @@ def test_a_flipped_byte_in_a_small_file_is_noticed(lab: Lab, name: str) -> None:
 def test_a_plan_made_from_other_headers_is_not_carried_out(lab: Lab) -> None:
     """A shard whose header is not the one that was planned with stops the run."""
     lab.start()
-    source = HubSource(HubPlace(SRC))
+    source = HubSource(HubRef(SRC))
     source.files()
     source.read(SHARDS[0], 0, 8)
     source.read(SHARDS[0], 8, 500)
@@ -501,7 +501,7 @@ def test_a_plan_made_from_other_headers_is_not_carried_out(lab: Lab) -> None:
 def test_a_file_that_is_not_read_to_its_end_does_not_count(lab: Lab) -> None:
     """Leaving a stream early is an error, since its digest is not known then."""
     lab.start()
-    source = HubSource(HubPlace(SRC))
+    source = HubSource(HubRef(SRC))
     with (
         pytest.raises(RewriteError, match="not read to its end"),
         source.open(SHARDS[0]) as reader,
@@ -543,7 +543,7 @@ def test_other_folders_of_a_repo_do_not_count(lab: Lab) -> None:
     """`.cache/` and `.git/` are no part of the checkpoint."""
     hub = lab.start()
     hub.add_repo(SRC, {**lab.files, ".cache/huggingface/x": b"x"})
-    assert set(HubSource(HubPlace(SRC)).files()) == lab.source.keys()
+    assert set(HubSource(HubRef(SRC)).files()) == lab.source.keys()
 
 
 def test_no_access_is_said(lab: Lab) -> None:

@@ -215,10 +215,10 @@ def test_an_unknown_router_has_factors_only(plans: dict[str, Plan]) -> None:
 
 def test_the_page_is_not_written_into_a_checkpoint(plan: Plan, tmp_path: Path) -> None:
     """A place inside the source or the destination is refused before anything is written."""
-    places = (plan.source.id, str(tmp_path / "out"))
+    folders = (Path(plan.source.id), tmp_path / "out")
     for path in (Path(plan.source.id) / "r.html", tmp_path / "out" / "r.html"):
         with pytest.raises(UsageError, match="lies in"):
-            check(path, *places)
+            check(path, *folders)
         assert not path.exists()
     with pytest.raises(MoescaleError, match="No such file or directory"):
         write(plan, tmp_path / "missing" / "r.html")

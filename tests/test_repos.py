@@ -15,11 +15,11 @@ from huggingface_hub import constants
 from moescale.errors import CheckpointError, DestinationError
 from moescale.planning import provenance
 from moescale.repos.base import Sink, Source
-from moescale.repos.hub import HubPlace, parse_place
 from moescale.repos.hub_sink import HubOptions, HubSink
 from moescale.repos.hub_source import HubSource
 from moescale.repos.local_sink import LocalSink
 from moescale.repos.local_source import LocalSource
+from moescale.repos.location import HubRef, parse_ref
 
 SOURCES = ("directory", "Hub", "cache")
 SINKS = ("directory", "Hub, xet", "Hub, no xet")
@@ -50,7 +50,7 @@ def place_of(lab: Lab, kind: str) -> str:
 def open_source(lab: Lab, kind: str) -> Source:
     """Open the source of this kind."""
     place = place_of(lab, kind)
-    return LocalSource(lab.folder) if kind == "directory" else HubSource(parse_place(place))
+    return LocalSource(lab.folder) if kind == "directory" else HubSource(parse_ref(place))
 
 
 @pytest.fixture(params=SOURCES)
@@ -113,7 +113,7 @@ def test_a_source_has_a_state_for_the_journal(lab: Lab, source: Source) -> None:
     again = (
         LocalSource(lab.folder)
         if source.identity.kind == "local"
-        else HubSource(HubPlace(SRC, lab.commit))
+        else HubSource(HubRef(SRC, lab.commit))
     )
     assert {name: again.state(name) for name in again.files()} == states
 
@@ -121,10 +121,10 @@ def test_a_source_has_a_state_for_the_journal(lab: Lab, source: Source) -> None:
 def test_another_content_is_another_state(lab: Lab) -> None:
     """A file that changes in a directory or on a branch has another state."""
     hub = lab.start()
-    before = [LocalSource(lab.folder).state(SHARDS[0]), HubSource(HubPlace(SRC)).state(SHARDS[0])]
+    before = [LocalSource(lab.folder).state(SHARDS[0]), HubSource(HubRef(SRC)).state(SHARDS[0])]
     (lab.folder / SHARDS[0]).write_bytes(lab.source[SHARDS[1]])
     hub.commit(SRC, {SHARDS[0]: lab.source[SHARDS[1]]})
-    after = [LocalSource(lab.folder).state(SHARDS[0]), HubSource(HubPlace(SRC)).state(SHARDS[0])]
+    after = [LocalSource(lab.folder).state(SHARDS[0]), HubSource(HubRef(SRC)).state(SHARDS[0])]
     assert before[0] != after[0]
     assert before[1] != after[1]
 
@@ -149,7 +149,7 @@ def sinks(request: pytest.FixtureRequest, lab: Lab) -> Callable[..., Sink]:
     lab.start(xet=request.param != "Hub, no xet")
     if request.param == "directory":
         return lambda **_: LocalSink(lab.root / "out")
-    return lambda **options: HubSink(HubPlace(DST), HubOptions(**options))
+    return lambda **options: HubSink(HubRef(DST), HubOptions(**options))
 
 
 def contents(lab: Lab, sink: Sink) -> dict[str, bytes]:
@@ -300,10 +300,10 @@ def test_a_sink_knows_whether_it_is_the_source(lab: Lab, sinks: Callable[..., Si
     if isinstance(sink, LocalSink):
         own = LocalSource(sink.root)
     else:
-        own = HubSource(HubPlace(DST, lab.hub.branches(DST)["main"]))
+        own = HubSource(HubRef(DST, lab.hub.branches(DST)["main"]))
     assert sinks().is_at(own.identity)
     assert not sinks().is_at(LocalSource(lab.folder).identity)
-    assert not sinks().is_at(HubSource(HubPlace(SRC)).identity)
+    assert not sinks().is_at(HubSource(HubRef(SRC)).identity)
 
 
 def test_two_jobs_do_not_mix(sinks: Callable[..., Sink]) -> None:

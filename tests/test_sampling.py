@@ -21,8 +21,8 @@ from moescale.options import Options
 from moescale.planning import sampling
 from moescale.planning.decide import make_plan
 from moescale.planning.sampling import decode
-from moescale.repos.hub import HubPlace
 from moescale.repos.hub_source import HubSource
+from moescale.repos.location import HubRef
 
 # Every layer of these routes by itself; k goes from 2 to 5 of 8.
 MODELS = {
@@ -261,7 +261,7 @@ def test_only_routers_come_over_the_network(lab: Lab) -> None:
     write_shards(folder, {"model.embed": values("F32", (1000, 500)), **gated_tensors()}, 1)
     (folder / "config.json").write_bytes(checkpoints.MIXTRAL_CONFIG.encode())
     hub.add_repo("lab/gated", {name: folder / name for name in checkpoints.tree(folder)})
-    source = HubSource(HubPlace("lab/gated"))
+    source = HubSource(HubRef("lab/gated"))
     plan = make_plan(source, Options(experts=3, rule="gates"))
     assert plan.factors == api.plan(folder, experts=3, rule="gates").factors
     assert source.received < 40_000 < folder.joinpath("model.safetensors").stat().st_size / 10

@@ -59,19 +59,19 @@ from moescale.planning.several import Several
 from moescale.report.progress import shown
 from moescale.report.view import REPORT
 from moescale.repos.base import Phase, Progress, Sink, Source
-from moescale.repos.local_sink import LocalSink
+from moescale.repos.location import (
+    Location,
+    destination_location,
+    expanded,
+    remarks_on,
+    source_location,
+)
 from moescale.repos.places import (
-    as_source,
+    check_apart,
     check_links,
     check_not_source,
-    check_places,
-    destination_place,
-    expanded,
-    on_destination,
     open_sink,
     open_source,
-    says_hub,
-    source_place,
 )
 from moescale.rules.evaluation import Evaluation
 from moescale.running.conversion import Result, Status, fill_digests, run, status_of
@@ -150,24 +150,24 @@ def plan(
         TemporaryError: the Hub does not answer.
     """
     report, revision = options.get("report"), options.get("revision")
-    source = source_place(source)
-    destination = None if destination is None else destination_place(destination)
-    _check_report(report, source, destination)
+    at = source_location(source)
+    to = None if destination is None else destination_location(destination)
+    _check_report(report, at, to)
     with _loader(options) as loader:
         wanted, calibration = _asked(options, measuring, loader)
-        if destination is None:
-            reader = _source(source, None, options)
+        if to is None:
+            reader = _source(at, None, options)
             made = _made(reader, wanted, None, calibration, measuring)
         else:
-            check_places(source, destination, revision)
+            check_apart(at, to, revision)
             overwrite = options.get("overwrite", False)
-            reader = _source(source, destination, options)
+            reader = _source(at, to, options)
             try:
-                sink = _sink(destination, options, reader)
+                sink = _sink(to, options, reader)
             except DestinationError as error:
-                made = _refused(_made(reader, wanted, destination, calibration, measuring), error)
+                made = _refused(_made(reader, wanted, to, calibration, measuring), error)
             else:
-                made = _trial(reader, sink, destination, wanted, calibration, measuring, overwrite)
+                made = _trial(reader, sink, to, wanted, calibration, measuring, overwrite)
         if options.get("evaluate") is not None:
             losses = _evaluated([made], reader, options, measuring, loader)
             made = replace(made, evaluation=losses)
@@ -199,15 +199,15 @@ def compare(
     Raises:
         MoescaleError: as for `plan`.
     """
-    source, reader, made, losses = source_place(source), None, [], None
-    _check_report(options.get("report"), source)
+    at, reader, made, losses = source_location(source), None, [], None
+    _check_report(options.get("report"), at)
     own: Text | None = None
     with _loader(options) as loader:
         for count, rule in product(dict.fromkeys(experts), dict.fromkeys(rules)):
             kept = {k: v for k, v in options.items() if rule in RUN or k not in _FOR_RUNS}
             given: Any = {**kept, "experts": count, "rule": rule}
             wanted, calibration = _asked(given, measuring, loader)
-            reader = reader or _source(source, None, options)
+            reader = reader or _source(at, None, options)
             if calibration is not None:
                 calibration.use(own)
             made.append(_made(reader, wanted, None, calibration, measuring))
@@ -274,9 +274,9 @@ def convert(
     report, revision = options.get("report"), options.get("revision")
     overwrite, jobs = options.get("overwrite", False), options.get("jobs")
     check, evaluate = options.get("verify", False), options.get("evaluate") is not None
-    source, destination = source_place(source), destination_place(destination)
-    _check_report(report, source, destination)
-    if evaluate and destination.startswith("hf://"):
+    at, to = source_location(source), destination_location(destination)
+    _check_report(report, at, to)
+    if evaluate and to.path is None:
         raise UsageError(
             "--evaluate needs the output on this disk, and DST is on the Hub",
             hint="--dry-run --evaluate shows the loss before anything is written.",
@@ -284,15 +284,15 @@ def convert(
     if not check and not evaluate:
         _check_asked(options)
     _check_jobs(jobs)
-    check_places(source, destination, revision)
-    reader = _source(source, destination, options)
-    sink = _sink(destination, options, reader)
+    check_apart(at, to, revision)
+    reader = _source(at, to, options)
+    sink = _sink(to, options, reader)
     with shown(progress, phase) as (step, begin), _pool(options.get("dask")) as pool:
         with _loader(options) as loader:
             there = sink if check or evaluate else None
             wanted, calibration = _asked(options, measuring, loader, there)
             check_not_source(reader, sink)
-            made = _made(reader, wanted, destination, calibration, measuring, sink, overwrite)
+            made = _made(reader, wanted, to, calibration, measuring, sink, overwrite)
         plan = _drawn(_with_room(made, sink), report)
         planned(plan)
         if plan.changes_nothing:
@@ -312,10 +312,10 @@ def convert(
                 begin("verifying", plan.large_sizes)
                 verify_output(worded, reader, sink, jobs, step, pool)
             else:
-                _check_status(status, destination)
+                _check_status(status, to)
         if evaluate:
             with _loader(options) as loader:
-                losses = _evaluated([plan], reader, options, measuring, loader, Path(destination))
+                losses = _evaluated([plan], reader, options, measuring, loader, to.path)
             plan = replace(plan, evaluation=losses)
     received = [f"{bytes_text(reader.received)} received"] if reader.received else []
     rounded = {name: seen for name, seen in rounding.items() if seen.blocks}
@@ -368,13 +368,13 @@ def verify(
     """
     jobs = options.get("jobs")
     _check_jobs(jobs)
-    source, destination = source_place(source), destination_place(destination)
-    reader = open_source(source, options.get("revision"))
-    sink = open_sink(destination, shelf=reader.shelf)
+    to = destination_location(destination)
+    reader = open_source(source_location(source), options.get("revision"))
+    sink = open_sink(to, shelf=reader.shelf)
     with shown(progress) as (step, begin), _pool(options.get("dask")) as pool:
         with _loader(options) as loader:
             wanted, calibration = _asked(options, measuring, loader, sink)
-            plan = _made(reader, wanted, destination, calibration, measuring, sink)
+            plan = _made(reader, wanted, to, calibration, measuring, sink)
         check_same_job(plan, sink)
         plan = in_first_words(plan, reader, sink)
         begin("verifying", plan.large_sizes)
@@ -404,7 +404,7 @@ def record(place: StrPath, *, revision: str | None = None, check: bool = False) 
         SourceError: the place cannot be read.
         TemporaryError: the Hub does not answer.
     """
-    return read_record(open_source(source_place(place), revision), check)
+    return read_record(open_source(source_location(place), revision), check)
 
 
 def model_types() -> tuple[ModelType, ...]:
@@ -429,13 +429,13 @@ def values(option: str) -> list[str]:
     return sorted(found[option])
 
 
-def _source(source: str, destination: str | None, given: Mapping[str, Any]) -> Source:
+def _source(source: Location, destination: Location | None, given: Mapping[str, Any]) -> Source:
     """The source; to the Hub, its links are followed only as far as the options say.
 
     Raises:
         UnsupportedError: its loss is asked for, and it is no model that transformers runs.
     """
-    local = destination is None or not says_hub(destination)
+    local = destination is None or destination.path is not None
     reader = open_source(source, given.get("revision"), local or given.get("follow_links", False))
     if reader.shelf is not None and given.get("evaluate") is not None:
         raise UnsupportedError(
@@ -445,7 +445,7 @@ def _source(source: str, destination: str | None, given: Mapping[str, Any]) -> S
     return reader
 
 
-def _sink(destination: str, given: PlanOptions, source: Source) -> Sink:
+def _sink(destination: Location, given: PlanOptions, source: Source) -> Sink:
     """The destination, opened as the options say.
 
     Raises:
@@ -570,7 +570,7 @@ def _repair(
     pool: Pool | None,
 ) -> Status:
     """Write again exactly the files of a finished output that differ, and prove them."""
-    output, sizes = as_source(sink), plan.large_sizes
+    output, sizes = sink.output(), plan.large_sizes
     phase("verifying", sizes)
     proof = proven(plan, source, output, jobs=jobs, progress=progress, pool=pool)
     if not proof.differences:
@@ -579,7 +579,7 @@ def _repair(
     keep = {name: file for name, file in proof.written.items() if name in sizes}
     phase("writing", sizes)
     run(plan, source, sink, jobs=jobs, overwrite=True, keep=keep, progress=progress, pool=pool)
-    again, only = as_source(sink), sizes.keys() - keep.keys()
+    again, only = sink.output(), sizes.keys() - keep.keys()
     phase("verifying", {name: sizes[name] for name in only})
     proven(plan, source, again, jobs=jobs, only=only, progress=progress, pool=pool).check()
     return "repair"
@@ -594,14 +594,14 @@ def _default_jobs(sink: Sink, pool: Workers | None) -> int:
     """As many shards at once as there are cores, at most 8; to the Hub 2, for the memory."""
     if pool is not None:
         return pool.size()
-    return min(8 if isinstance(sink, LocalSink) else 2, os.cpu_count() or 1)
+    return min(sink.default_jobs, os.cpu_count() or 1)
 
 
-def _check_report(file: StrPath | None, *places: StrPath | None) -> None:
+def _check_report(file: StrPath | None, *locations: Location | None) -> None:
     if file is not None:
         from moescale.report import page
 
-        page.check(Path(expanded(file)), *(os.fspath(place) for place in places if place))
+        page.check(Path(expanded(file)), *(at.path for at in locations if at and at.path))
 
 
 def _drawn(plan: Plan, file: StrPath | None) -> Plan:
@@ -624,7 +624,7 @@ def _hindrances(found: Plan | Several, file: StrPath | None) -> list[str]:
 def _trial(
     source: Source,
     sink: Sink,
-    destination: str,
+    destination: Location,
     wanted: Options,
     calibration: Calibration | None,
     measuring: Measuring,
@@ -632,12 +632,12 @@ def _trial(
 ) -> Plan:
     """A plan that no run follows: what a run would be refused for is a warning."""
     try:
-        beside = sink if isinstance(sink, LocalSink) else None
+        beside = None if sink.remote else sink
         made = _made(source, wanted, destination, calibration, measuring, beside, overwrite)
     except DestinationError:  # a run would be refused, but a dry run shows what it would do
         made = _made(source, wanted, destination, calibration, measuring)
     try:
-        if isinstance(sink, LocalSink):
+        if not sink.remote:
             worded = in_first_words(made, source, sink)
             _check_status(status_of(worded, source, sink, overwrite), destination)
             sink.check_writable()
@@ -669,7 +669,7 @@ def _pool(dask: StrPath | None) -> Iterator[Workers | None]:
         yield workers
 
 
-def _check_status(status: Status, destination: str) -> None:
+def _check_status(status: Status, destination: Location) -> None:
     """Refuse an output of this job that is no longer sure to be what it says.
 
     Raises:
@@ -701,10 +701,10 @@ def _with_room(plan: Plan, sink: Sink) -> Plan:
     Raises:
         DestinationError: the disk is too small, and nothing can be shared.
     """
-    if not isinstance(sink, LocalSink):
-        return plan
     try:
-        missing = plan.bytes_written - sink.room()
+        if (room := sink.room()) is None:
+            return plan
+        missing = plan.bytes_written - room
         may_share = missing <= 0 or sink.may_share(plan.source)
     except OSError:  # a file system that does not tell, or a place that the run will refuse
         return plan
@@ -722,18 +722,19 @@ def _with_room(plan: Plan, sink: Sink) -> Plan:
 def _made(
     source: Source,
     wanted: Options,
-    destination: str | None,
+    destination: Location | None,
     calibration: Calibration | None,
     measuring: Measuring,
     sink: Sink | None = None,
     overwrite: bool | None = None,
 ) -> Plan:
     """The plan, with a view; see `moescale.measuring.calibration.measured_plan`."""
+    said = None if destination is None else destination.said
     if calibration is None:
-        made = make_plan(source, wanted, destination, progress=measuring)
+        made = make_plan(source, wanted, said, progress=measuring)
     else:
-        made = measured_plan(source, wanted, destination, calibration, sink, overwrite)
-    remarks = on_destination(destination) if destination else ()
+        made = measured_plan(source, wanted, said, calibration, sink, overwrite)
+    remarks = () if destination is None else remarks_on(destination)
     return replace(made, view=REPORT, warnings=(*made.warnings, *remarks))
 
 
@@ -746,7 +747,7 @@ def verify_output(
     pool: Pool | None = None,
 ) -> None:
     """Verify a finished output, and note the digests in its provenance."""
-    output = as_source(sink)
+    output = sink.output()
     proof = proven(plan, source, output, jobs=jobs, progress=progress, pool=pool)
     proof.check()
     fill_digests(sink, plan, proof.written, output)

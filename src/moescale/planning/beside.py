@@ -161,7 +161,7 @@ class _Looker:
             if not _is_no_twin(name):
                 sets[set_of(name)].append(name)
         unclear = [n for members in sets.values() if not _is_named(members) for n in members]
-        with ThreadPoolExecutor(8 if self._source.identity.kind == "hub" else 1) as pool:
+        with ThreadPoolExecutor(self._source.parallel_reads) as pool:
             looks = dict(zip(unclear, pool.map(self._look, unclear), strict=True))
         for members in sets.values():
             self._decide({name: looks.get(name, Look(None)) for name in members})

@@ -153,7 +153,7 @@ def read_gates(source: Source, routers: Routers) -> Iterator[tuple[RouterTensors
                 raise CheckpointError(f"{tensor.name}: is too large for a router")
         return [source.read(routers.shards[t.name], t.start, t.nbytes) for t in tensors.present]
 
-    at_once = HUB_READS if source.identity.kind == "hub" else 1
+    at_once = min(HUB_READS, source.parallel_reads)
     with ThreadPoolExecutor(max_workers=at_once) as pool:
         for start in range(0, len(routers.tensors), at_once):
             batch = routers.tensors[start : start + at_once]

@@ -113,7 +113,7 @@ def _same_as_set(
 
 def two_sets(source: Source, other: str) -> CheckpointError:
     """The error for two sets of weights of which loaders take one or the other."""
-    why = ", or nobody has compared them" if source.identity.kind == "hub" else ""
+    why = ", or nobody has compared them" if source.remote else ""
     return CheckpointError(
         f"{SINGLE} and the shards of {other} are two sets of weights, and not the same{why}:"
         " transformers takes the first, other loaders the second",
@@ -132,7 +132,7 @@ def same_weights(source: Source, one: Mapping[str, Header], other: Mapping[str, 
     alike = all((a.dtype, a.shape) == (b.dtype, b.shape) for a, b in found)
     if not alike or not len(found) == len(places) == sum(map(len, pairs.values())):
         return False
-    if source.identity.kind == "hub":
+    if source.remote:
         return False
     return all(
         _same_bytes(source, shard, tensor, *place)
@@ -165,10 +165,10 @@ def read_headers(
 ) -> Iterator[tuple[str, Header]]:
     """The headers of all shards; several at once where each is a request."""
     names = list(names)
-    if source.identity.kind == "local":
+    if source.parallel_reads == 1:
         yield from ((name, read_header(source, files[name])) for name in names)
         return
-    with ThreadPoolExecutor(max_workers=8) as pool:
+    with ThreadPoolExecutor(source.parallel_reads) as pool:
         headers = pool.map(lambda name: read_header(source, files[name]), names)
         yield from zip(names, headers, strict=True)
 

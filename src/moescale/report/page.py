@@ -107,15 +107,15 @@ _CELL_STYLE = (
 )
 
 
-def check(path: Path, *places: str) -> None:
+def check(path: Path, *folders: Path) -> None:
     """Refuse a path that a page cannot be written to, before hours are spent on what it shows.
 
     Raises:
-        UsageError: it cannot, or lies in one of the places, which hold checkpoints only.
+        UsageError: it cannot, or lies in one of the folders, which hold checkpoints only.
     """
-    for place in places:
-        if not place.startswith("hf://") and _lies_in(path, Path(place)):
-            raise UsageError(f"--report {path}: lies in {place}", hint="Give a place outside.")
+    for folder in folders:
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise UsageError(f"--report {path}: lies in {folder}", hint="Give a place outside.")
     try:
         there = path.exists()
         if not path.is_fifo():  # whoever reads that would take it for the end
@@ -138,10 +138,6 @@ def write(shown: Plan | Several, path: Path) -> None:
         path.write_bytes(text.encode("utf-8", "replace"))
     except OSError as error:
         raise MoescaleError(f"--report {path}: {error.strerror}") from None
-
-
-def _lies_in(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
 
 
 def page(plan: Plan) -> str:

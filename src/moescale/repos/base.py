@@ -56,6 +56,14 @@ class Source(Protocol):
     """What the user should know of its files, once they are known."""
     shelf: Shelf | None
     """What its files are called, where they are one model of a folder that has others."""
+    remote: bool
+    """Whether its bytes come over a network, where each stretch is a request."""
+    parallel_reads: int
+    """Small reads that are worth doing at once."""
+
+    @property
+    def linked(self) -> Mapping[str, Path]:
+        """Where those of its files lie that are links to somewhere else."""
 
     @property
     def identity(self) -> SourceId:
@@ -151,6 +159,10 @@ class Sink(Protocol):
     """Where the output can be looked at, if it has an address."""
     keeps_files: bool
     """Whether single files of a finished output can stay while others are written again."""
+    remote: bool
+    """Whether each look at what is there is a request."""
+    default_jobs: int
+    """Large files that are written at once, where there are as many cores."""
 
     @property
     def identity(self) -> str:
@@ -165,6 +177,18 @@ class Sink(Protocol):
 
     def is_at(self, source: SourceId) -> bool:
         """Whether this place is where the source is read from."""
+
+    def holds(self, file: Path) -> bool:
+        """Whether a file of this machine, which need not be there, is one of the output."""
+
+    def room(self) -> int | None:
+        """Bytes that an output may have here; None where nobody knows."""
+
+    def may_share(self, source: SourceId) -> bool:
+        """Whether the source may be on the same disk, so that a copy of blocks needs no room."""
+
+    def check_writable(self) -> None:
+        """Say beforehand what `begin` would find."""
 
     def existing(self) -> Mapping[str, int]:
         """Name and size of what is there, without the state of an unfinished run."""
@@ -210,6 +234,9 @@ class Sink(Protocol):
 
     def amend(self, name: str, data: bytes) -> None:
         """Replace a small file of a finished output."""
+
+    def output(self) -> Source:
+        """What was written, for reading."""
 
     def cancel(self) -> None:
         """Wake up the threads that wait for this place; the run ends."""

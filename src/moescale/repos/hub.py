@@ -1,4 +1,4 @@
-"""What source and sink on the Hub have in common: places, requests, and errors in our words.
+"""What source and sink on the Hub have in common: requests, and errors in our words.
 
 Everything goes through huggingface_hub, so tokens, endpoint, proxies and offline mode are its
 business. Nothing of it is imported before the Hub is used.
@@ -16,18 +16,15 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import unquote, urlsplit
 from weakref import WeakSet
 
-from moescale.checkpoint.gguf.names import is_gguf
-from moescale.errors import DestinationError, MoescaleError, SourceError, TemporaryError, UsageError
+from moescale.errors import DestinationError, MoescaleError, SourceError, TemporaryError
 from moescale.version import __version__
 
 if TYPE_CHECKING:
     import httpx2
     from huggingface_hub import HfApi
 
-PREFIX = "hf://"
 ATTEMPTS = 5
 LONGEST_WAIT = 300.0
 """Seconds; a server that asks for a longer wait ends the run, which can be continued."""
@@ -39,126 +36,12 @@ TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 RESUMES = "Run the same command again; it resumes."
 UNREACHABLE = "Check the network, then run the same command again."
 
-_REPO_ID = re.compile(r"[A-Za-z0-9](?:[\w.-]*\w)?/[A-Za-z0-9](?:[\w.-]*\w)?", re.ASCII)
 _STORAGE_ANSWER = re.compile(
     r"HTTP status \w+ error \((?P<status>\d+)[^)]*\)(?P<token>, domain: \S+/xet-write-token/)?"
 )
 _ours: ContextVar[bool] = ContextVar("moescale_request", default=False)
 _guarded: WeakSet[httpx2.Client] = WeakSet()
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class HubPlace:
-    """A repo on the Hub, a revision of it, None for the default, and a folder or GGUF file in it.
-
-    `quant` names one of its GGUF models instead, by a part of the file's name.
-    """
-
-    repo: str
-    revision: str | None = None
-    folder: str = ""
-    quant: str = ""
-
-    def __str__(self) -> str:
-        revision = f"@{self.revision}" if self.revision else ""
-        folder = f"/{self.folder}" if self.folder else ""
-        return f"{PREFIX}{self.repo}{revision}{folder}" + (f":{self.quant}" if self.quant else "")
-
-    def readings(self) -> Iterator[HubPlace]:
-        """What may be meant: of a revision with slashes, the end may be a folder."""
-        yield self
-        parts = [] if self.folder else (self.revision or "").split("/")
-        for stop in range(len(parts) - 1, 0, -1):
-            yield HubPlace(self.repo, "/".join(parts[:stop]), "/".join(parts[stop:]), self.quant)
-
-
-def parse_place(text: str) -> HubPlace:
-    """``hf://org/name[/folder]``, ``hf://org/name@revision[/folder]``, or these without ``hf://``.
-
-    A folder may be a GGUF file; ``:QUANT`` at the end names a GGUF model of the repo.
-
-    Where the revision ends and the folder begins, only the Hub knows; see `HubPlace.readings`.
-
-    Raises:
-        UsageError: it is none of these.
-    """
-    path, colon, quant = text.removeprefix(PREFIX).partition(":")
-    path, at, revision = path.partition("@")
-    org, _, rest = path.rstrip("/").partition("/")
-    name, _, folder = rest.partition("/")
-    plain = all(part not in ("", ".", "..") for part in folder.split("/")) or not folder
-    named = _QUANT.fullmatch(quant) or not colon
-    if not is_repo_id(f"{org}/{name}") or not plain or (at and not revision) or not named:
-        raise UsageError(
-            f"{text!r} is not a Hub repo: hf://org/name, hf://org/name@revision, and /folder or"
-            " :QUANT behind"
-        )
-    return HubPlace(f"{org}/{name}", revision.rstrip("/") or None, folder, quant)
-
-
-_QUANT = re.compile(r"[\w.-]+", re.ASCII)
-
-
-def is_place(text: str) -> bool:
-    """Whether `text` is written as a place on the Hub."""
-    try:
-        parse_place(text)
-    except UsageError:
-        return False
-    return True
-
-
-def from_address(text: str) -> str | None:
-    """The place of a model that a web address shows; None for what is no web address.
-
-    Raises:
-        UsageError: it is the address of something else.
-    """
-    match = _ADDRESS.fullmatch(text)
-    if match is None or not (match["scheme"] or match["host"].lower() in _HOSTS):
-        return None
-    if match["host"].lower() not in _HOSTS | {_own_host()}:
-        raise UsageError(
-            f"{text}: is no address of the Hub",
-            hint="Give a directory, or a repo on the Hub as org/name.",
-        )
-    parts = unquote(match["path"]).strip("/").split("/")
-    (org, name, page), rest = [*parts, "", ""][:3], parts[3:]
-    place = f"{PREFIX}{org}/{name.removesuffix('.git')}"
-    if org in _NO_MODELS or not is_place(place) or page not in _PAGES:
-        hint = "Give a model: org/name, or its address." if not is_place(place) else f"Say {place}."
-        raise UsageError(f"{text}: is no address of a model or its files", hint=hint)
-    file = page in _FILES and bool(rest) and is_gguf(rest[-1])
-    revision = "/".join(rest if file else rest[: _PAGES[page]])
-    return place + (f"@{revision}" if revision else "")
-
-
-def _own_host() -> str:
-    from huggingface_hub import constants
-
-    return urlsplit(constants.ENDPOINT).netloc.lower()
-
-
-_HOSTS = frozenset({"huggingface.co", "www.huggingface.co", "hf.co"})
-_ADDRESS = re.compile(
-    r"(?P<scheme>https?:/{1,2})?(?P<host>[\w.-]+(?::\d+)?)/(?P<path>[^?#]*)(?:[?#].*)?",
-    re.ASCII | re.IGNORECASE,
-)
-_NO_MODELS = frozenset({"datasets", "spaces", "collections", "papers", "docs", "blog", "api"})
-_FILES = ("blob", "resolve", "raw")
-_PAGES: Mapping[str, int | None] = {
-    "": 0,
-    "tree": None,
-    "commit": 1,
-    **dict.fromkeys(_FILES, -1),
-}
-"""Pages of a repo: how much of what follows in the address is a revision and a folder."""
-
-
-def is_repo_id(text: str) -> bool:
-    """Whether `text` has the form ``org/name``."""
-    return _REPO_ID.fullmatch(text) is not None and ".." not in text and "--" not in text
 
 
 class BusyError(TemporaryError):

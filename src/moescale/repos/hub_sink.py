@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +31,12 @@ from moescale.errors import (
 )
 from moescale.repos import hub
 from moescale.repos.base import FileInfo, Made, SourceId, Written
-from moescale.repos.hub import HubPlace
 from moescale.repos.hub_repo import Copied, HubRepo, is_listed, missing
+from moescale.repos.hub_source import HubSource
 from moescale.repos.hub_upload import Sent, can_name_by_digest, can_stream, lacking, uploaded
 from moescale.repos.hub_writer import WEIGHTS, HubWriters
 from moescale.repos.journal import FOREIGN, NONSENSE, listed
+from moescale.repos.location import HubRef
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
@@ -62,15 +64,17 @@ class HubSink:
     """A branch of a model repo."""
 
     keeps_files = False
+    remote = True
+    default_jobs = 2  # for the memory
 
-    def __init__(self, place: HubPlace, options: HubOptions | None = None) -> None:
+    def __init__(self, place: HubRef, options: HubOptions | None = None) -> None:
         """Nothing is created before `begin`."""
         self.place = place
         self.branch = place.revision or "main"
         self.identity = str(place)
         self.remarks: list[str] = []
         self.url: str | None = None
-        self.published: str | None = None  # the revision that has the finished output
+        self._published: str | None = None  # the revision that has the finished output
         self._options = options or HubOptions()
         self._repo = HubRepo(place.repo, self.identity)
         name = self.branch.replace("/", "-")
@@ -97,6 +101,20 @@ class HubSink:
             and (source.repo or "").lower() == self.place.repo.lower()
             and source.revision == self._repo.head(self.branch)
         )
+
+    def holds(self, file: Path) -> bool:
+        """No file of this machine."""
+        return False
+
+    def room(self) -> None:
+        """The Hub does not say."""
+
+    def may_share(self, source: SourceId) -> bool:
+        """Not with a file of this machine."""
+        return False
+
+    def check_writable(self) -> None:
+        """Only a first commit shows that."""
 
     def existing(self) -> dict[str, int]:
         """Name and size of what the branch has; a repo that is not there is empty."""
@@ -245,7 +263,12 @@ class HubSink:
     # Large files -----------------------------------------------------------------------------
 
     def copy(self, files: Iterable[FileInfo], source: SourceId) -> dict[str, Written]:
-        """Copy large files of another repo inside the Hub; returns what could be copied so."""
+        """Copy large files of another repo inside the Hub; returns what could be copied so.
+
+        A file is copied under its own path only, which is another in a folder of a repo.
+        """
+        if source.kind != "hub" or source.id != source.repo:
+            return {}
         large = {f.name: Written(f.size, f.sha256) for f in files if f.sha256 is not None}
         large = {name: written for name, written in large.items() if name not in self._done}
         if not large:
@@ -345,8 +368,8 @@ class HubSink:
             self._publish_branch(large, keep, message)
         else:
             self._publish_commit(large, keep, message)
-        assert self.published is not None
-        self._check_listed(self.published, large)
+        assert self._published is not None
+        self._check_listed(self._published, large)
         self._clean_up()
         known = bytes_text(self._deduplicated)
         self.remarks.append(
@@ -359,13 +382,13 @@ class HubSink:
     ) -> None:
         operations = self._operations(self.branch, large, keep)
         if not operations:  # an earlier run came so far
-            self.url, self.published = self._repo.url("tree", self.branch), self._head
+            self.url, self._published = self._repo.url("tree", self.branch), self._head
             return
         if self._moved:
             raise self._has_moved()
         send = self._repo.open_pull if self._options.create_pr else self._repo.commit
         commit = send(self.branch, operations, message, self._head)
-        self.url, self.published = commit.url, commit.revision
+        self.url, self._published = commit.url, commit.revision
 
     def _publish_branch(
         self, large: Mapping[str, Written], keep: frozenset[str], message: str
@@ -378,7 +401,7 @@ class HubSink:
         operations = self._operations(self._ready, large, keep)
         commit = self._repo.commit(self._ready, operations, message, base)
         self._repo.create_branch(self.branch, commit.revision)
-        self.url, self.published = self._repo.url("tree", self.branch), commit.revision
+        self.url, self._published = self._repo.url("tree", self.branch), commit.revision
 
     def _operations(
         self, branch: str, large: Mapping[str, Written], keep: frozenset[str]
@@ -414,14 +437,18 @@ class HubSink:
 
     def amend(self, name: str, data: bytes) -> None:
         """Replace a small file of a finished output."""
-        pull = self.published is not None and self.published.startswith("refs/")
-        revision = self.published if pull and self.published else self.branch
-        self.published = self._repo.commit(
+        pull = self._published is not None and self._published.startswith("refs/")
+        revision = self._published if pull and self._published else self.branch
+        self._published = self._repo.commit(
             revision,
             [self._addition(name, data)],
             f"Update {name}",
             self._repo.head(revision),
         ).revision
+
+    def output(self) -> HubSource:
+        """The commit that has it, or the branch."""
+        return HubSource(HubRef(self.place.repo, self._published or self.branch))
 
     def cancel(self) -> None:
         """End the uploads that threads may be waiting in."""

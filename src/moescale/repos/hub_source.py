@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from copy import copy
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from moescale.checkpoint.gguf.names import is_beside, is_gguf, part_name, parts_of
@@ -18,8 +19,9 @@ from moescale.checkpoint.rewrite import Reader
 from moescale.errors import CheckpointError, RewriteError, SourceError, TemporaryError, bytes_text
 from moescale.repos import hub
 from moescale.repos.base import SMALL_FILE_BYTES, FileInfo, SourceId, check_name
-from moescale.repos.hub import ATTEMPTS, HubPlace
+from moescale.repos.hub import ATTEMPTS
 from moescale.repos.local_source import LocalReader
+from moescale.repos.location import PREFIX, HubRef
 from moescale.repos.shelf import Shelf
 
 if TYPE_CHECKING:
@@ -50,7 +52,11 @@ class HubSource:
     of them have to be there.
     """
 
-    def __init__(self, place: HubPlace) -> None:
+    remote = True
+    parallel_reads = 8
+    linked: Mapping[str, Path] = MappingProxyType({})
+
+    def __init__(self, place: HubRef) -> None:
         """Resolve the revision to a commit; everything is read at that commit.
 
         Raises:
@@ -63,10 +69,8 @@ class HubSource:
         place, self._commit = _resolved(place, self._offline)
         self._file, folder = (place.folder, "") if is_gguf(place.folder) else ("", place.folder)
         self._repo, self._folder = place.repo, f"{folder}/" if folder else ""
-        self._name = str(HubPlace(place.repo, folder=folder))
-        self.identity = SourceId(
-            "hub", self._name.removeprefix(hub.PREFIX), self._commit, place.repo
-        )
+        self._name = str(HubRef(place.repo, folder=folder))
+        self.identity = SourceId("hub", self._name.removeprefix(PREFIX), self._commit, place.repo)
         self.received = 0
         self.remarks: list[str] = []
         self.shelf: Shelf | None = None
@@ -199,7 +203,7 @@ class HubSource:
         if self._access is not None:
             self._access.check(self._name, SourceError)
         if not self._offline:
-            _commit(HubPlace(self._repo, self._commit))
+            _commit(HubRef(self._repo, self._commit))
         for name in self.files() if self._offline else ():
             if self._cached(name) is None:
                 raise self._not_cached(name)
@@ -293,7 +297,7 @@ def _literal(name: str) -> str:
     return re.sub(r"([*?[])", r"[\1]", name)
 
 
-def _resolved(place: HubPlace, offline: bool) -> tuple[HubPlace, str]:
+def _resolved(place: HubRef, offline: bool) -> tuple[HubRef, str]:
     """The first reading of a place that there is, and its commit.
 
     Raises:
@@ -309,7 +313,7 @@ def _resolved(place: HubPlace, offline: bool) -> tuple[HubPlace, str]:
     raise error
 
 
-def _commit(place: HubPlace) -> str:
+def _commit(place: HubRef) -> str:
     """The commit of a revision.
 
     Raises:
@@ -317,7 +321,7 @@ def _commit(place: HubPlace) -> str:
     """
     info = hub.retried(
         lambda: hub.api().model_info(place.repo, revision=place.revision),
-        str(HubPlace(place.repo, place.revision)),
+        str(HubRef(place.repo, place.revision)),
     )
     if info.sha is None:
         raise SourceError(f"{place}: the Hub does not say at which commit it is")
@@ -335,7 +339,7 @@ def _cached_path(repo: str, name: str, revision: str | None) -> str | None:
     return path if isinstance(path, str) else None
 
 
-def _cached_commit(place: HubPlace) -> str:
+def _cached_commit(place: HubRef) -> str:
     """The commit that a revision was at when the cache was filled.
 
     Raises:

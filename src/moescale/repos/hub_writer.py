@@ -18,7 +18,6 @@ from typing import Any
 from moescale.errors import DestinationError, RewriteError, bytes_text
 from moescale.repos import hub
 from moescale.repos.base import Arrived, Made, Written, nobody
-from moescale.repos.hub import HubPlace
 from moescale.repos.hub_repo import HubRepo
 from moescale.repos.hub_upload import (
     CountedFile,
@@ -30,6 +29,7 @@ from moescale.repos.hub_upload import (
     lacking,
     new_session,
 )
+from moescale.repos.location import HubRef
 
 SMALL_BYTES = 8 << 20
 """Files up to this size that are no weights go into the last commit from memory."""
@@ -45,7 +45,7 @@ class HubWriters:
     steps = 2
 
     def __init__(
-        self, place: HubPlace, branch: str, streams: bool, access: hub.Access | None = None
+        self, place: HubRef, branch: str, streams: bool, access: hub.Access | None = None
     ) -> None:
         """`branch` is the working branch; `access` is that of the machine that commits."""
         self._place = place

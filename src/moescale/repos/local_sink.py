@@ -33,6 +33,7 @@ from moescale.repos.disk import (
     write_new,
 )
 from moescale.repos.journal import JOURNAL, NOT_CHECKPOINT, STATE, Journal, Lock
+from moescale.repos.local_source import LocalSource
 from moescale.repos.local_writer import LocalWriters, stem
 from moescale.repos.shelf import Shelf
 
@@ -43,6 +44,8 @@ class LocalSink:
     """An output directory."""
 
     keeps_files = True
+    remote = False
+    default_jobs = 8
 
     def __init__(self, root: Path, shelf: Shelf | None = None, identity: str = "") -> None:
         """Nothing is created before `begin`; with a `shelf` the directory has other files too."""
@@ -291,6 +294,10 @@ class LocalSink:
     def copy(self, files: Iterable[FileInfo], source: SourceId) -> dict[str, Written]:
         """Every file has to be read."""
         return {}
+
+    def output(self) -> LocalSource:
+        """The directory, of which no file may be a link out of it."""
+        return LocalSource(self.root, follow_links=False, links_of_shards=False, shelf=self.shelf)
 
     def cancel(self) -> None:
         """Nobody waits for a disk for ever."""

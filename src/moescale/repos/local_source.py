@@ -24,6 +24,9 @@ SHARE_HINT = "Give a place that all machines share under the same path."
 class LocalSource:
     """A checkpoint in a directory, which may be a snapshot of the Hub's cache."""
 
+    remote = False
+    parallel_reads = 1
+
     def __init__(
         self,
         root: Path,

@@ -1,10 +1,9 @@
-"""Where a checkpoint is and where the output goes: from what the user says to sources and sinks."""
+"""Opens what is at a location: sources to read from, and sinks to write to."""
 
 from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,81 +11,60 @@ from moescale.checkpoint.gguf.names import is_beside, is_gguf, part_name, parts_
 from moescale.checkpoint.index import SUFFIX as SAFETENSORS
 from moescale.errors import DestinationError, SourceError, TemporaryError, UsageError
 from moescale.repos.base import Sink, Source, SourceId
-from moescale.repos.hub import PREFIX, HubPlace, from_address, is_place, parse_place
 from moescale.repos.local_sink import LocalSink
 from moescale.repos.local_source import LocalSource
+from moescale.repos.location import (
+    PREFIX,
+    HubRef,
+    LocalPath,
+    Location,
+    is_directory,
+    is_file,
+)
 from moescale.repos.shelf import Shelf
 
 
-def expanded(path: str | os.PathLike[str]) -> str:
-    """A path with the user's home in place of ``~``, which not every shell expands."""
-    return os.path.expanduser(os.fspath(path))
-
-
-def source_place(path: str | os.PathLike[str]) -> str:
-    """What the user calls a source: an existing path, or else a place on the Hub or its address.
-
-    Raises:
-        UsageError: it is the address of something else.
-    """
-    text = expanded(path)
-    return text if os.path.lexists(text) else from_address(text) or text
-
-
-def destination_place(path: str | os.PathLike[str]) -> str:
-    """What the user calls a destination; an address is none, since only ``hf://`` uploads.
-
-    Raises:
-        UsageError: it is an address.
-    """
-    text = expanded(path)
-    if not os.path.lexists(text) and (place := from_address(text)):
-        raise UsageError(f"{text}: is an address", hint=f"To upload there say {place}.")
-    return text
-
-
-def on_destination(text: str) -> tuple[str, ...]:
-    """What the user should know of a destination that looks like a repo: it is a folder here."""
-    if says_hub(text) or not is_place(text) or parse_place(text).folder:
-        return ()
-    if os.path.lexists(text.partition("/")[0]):
-        return ()
-    return (f"{text} is a folder here, not a repo; to upload, say {PREFIX}{text}",)
-
-
 def open_source(
-    path: str | os.PathLike[str], revision: str | None = None, follow_links: bool = True
+    location: Location, revision: str | None = None, follow_links: bool = True
 ) -> Source:
-    """An existing path wins over a repo; see `LocalSource` for its links.
+    """A checkpoint; see `LocalSource` for its links.
 
     Raises:
         UsageError: a revision is given twice, or for a directory.
         SourceError: it is neither a directory nor a repo that can be read.
     """
-    text = source_place(path)
-    if not text.strip():
-        raise UsageError("SRC is empty", hint="For this directory say a dot.")
-    if not _is_on_hub(text):
-        if revision is not None:
-            raise UsageError(f"--revision goes with a repo on the Hub; {text} is a directory")
-        if is_gguf(text) and is_file(text):
-            return _gguf_source(Path(text), follow_links)
-        _check_directory(text)
-        if (model := _only_gguf(Path(text))) is not None:
-            return _gguf_source(model, follow_links)
-        return LocalSource(Path(text), follow_links=follow_links)
-    place = parse_place(text)
-    if revision is not None and place.revision is not None:
-        raise UsageError(f"{text} names a revision already; leave --revision out")
+    match location:
+        case HubRef():
+            return _hub_source(location, revision)
+        case LocalPath():
+            return _local_source(location, revision, follow_links)
+
+
+def _local_source(location: LocalPath, revision: str | None, follow_links: bool) -> LocalSource:
+    path = location.path
+    if revision is not None:
+        raise UsageError(f"--revision goes with a repo on the Hub; {location} is a directory")
+    if is_gguf(str(location)) and is_file(path):
+        return _gguf_source(path, follow_links)
+    _check_directory(str(location))
+    if (model := _only_gguf(path)) is not None:
+        return _gguf_source(model, follow_links)
+    return LocalSource(path, follow_links=follow_links)
+
+
+def _hub_source(ref: HubRef, revision: str | None) -> Source:
+    if revision is not None and ref.revision is not None:
+        raise UsageError(f"{ref.said} names a revision already; leave --revision out")
     from moescale.repos.hub_source import HubSource
 
     try:
-        repo = HubSource(HubPlace(place.repo, revision or place.revision, place.folder))
-        return repo.gguf(place.quant) if place.quant or repo.is_gguf else repo
+        repo = HubSource(HubRef(ref.repo, revision or ref.revision, ref.folder))
+        return repo.gguf(ref.quant) if ref.quant or repo.is_gguf else repo
     except (SourceError, TemporaryError) as error:
-        if says_hub(text) or not Path(text).parts[0] or not is_directory(Path(text).parts[0]):
+        first = Path(ref.said.partition("/")[0])
+        if ref.said.startswith(PREFIX) or not is_directory(first):
             raise
-        raise SourceError(f"{_no_directory(text)}; {error.message}", hint=_SAY) from None
+        raise SourceError(f"{_no_directory(ref.said)}; {error.message}", hint=_SAY) from None
 
 
 def _only_gguf(folder: Path) -> Path | None:
@@ -112,15 +90,6 @@ def _gguf_source(path: Path, follow_links: bool) -> LocalSource:
     known = folder.identity
     folder.identity = SourceId("local", str(path.parent / first), known.revision, known.repo, first)
     return folder
-
-
-def _is_on_hub(text: str) -> bool:
-    """Whether a source is a repo; a path that is there is none, nor one in a folder that is."""
-    if says_hub(text):
-        return True
-    if os.path.lexists(text) or not is_place(text):
-        return False
-    return not (parse_place(text).folder and is_directory(text.partition("/")[0]))
 
 
 _SAY = (
@@ -176,84 +145,52 @@ def _nearest(path: Path) -> Path | None:
     return None
 
 
-def says_hub(text: str) -> bool:
-    """Whether a place starts with ``hf://``; what only begins like it is a slip, no directory."""
-    if text.startswith("hf:") and not text.startswith(PREFIX):
-        raise UsageError(
-            f"{text!r}: a place on the Hub is {PREFIX}org/name",
-            hint="For a directory of this name put ./ before it.",
-        )
-    return text.startswith(PREFIX)
-
-
-def is_file(text: str) -> bool:
-    """Whether a place is a file.
-
-    Raises:
-        SourceError: the system does not let us look.
-    """
-    return _asked(text, Path.is_file)
-
-
-def is_directory(text: str) -> bool:
-    """Whether a place is a directory.
-
-    Raises:
-        SourceError: the system does not let us look.
-    """
-    return _asked(text, Path.is_dir)
-
-
-def _asked(text: str, question: Callable[[Path], bool]) -> bool:
-    try:
-        return question(Path(text))
-    except OSError as error:
-        raise SourceError(f"{text}: cannot be read: {error.strerror}") from None
-
-
 def open_sink(
-    text: str,
+    location: Location,
     private: bool | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
     overwrite: bool = False,
     shelf: Shelf | None = None,
 ) -> Sink:
-    """A directory, unless the text starts with ``hf://``; of a source with a `shelf` also a file.
+    """Where an output goes; of a source with a `shelf` also a file.
 
     Raises:
         UsageError: an option of the Hub is given for a directory, or a file for a directory.
     """
-    if not says_hub(text):
-        _check_no_dangling_link(text)
-        if private is not None or create_pr or commit_message is not None:
-            raise UsageError(f"--private, --create-pr and --commit-message need hf://, not {text}")
-        return _local_sink(text, shelf)
-    from moescale.repos.hub_sink import HubOptions, HubSink
+    match location:
+        case LocalPath():
+            _check_no_dangling_link(location.said)
+            if private is not None or create_pr or commit_message is not None:
+                options = "--private, --create-pr and --commit-message"
+                raise UsageError(f"{options} need hf://, not {location}")
+            return _local_sink(location, shelf)
+        case HubRef():
+            from moescale.repos.hub_sink import HubOptions, HubSink
 
-    place = parse_place(text)
-    if place.folder or place.quant:
-        what = "folder" if place.folder else "part"
-        raise UsageError(
-            f"{text}: is a {what} of a repo; the output is a repo of its own",
-            hint="Give hf://org/name or hf://org/name@branch.",
-        )
-    return HubSink(place, HubOptions(private, create_pr, commit_message, overwrite))
+            if location.folder or location.quant:
+                what = "folder" if location.folder else "part"
+                raise UsageError(
+                    f"{location.said}: is a {what} of a repo; the output is a repo of its own",
+                    hint="Give hf://org/name or hf://org/name@branch.",
+                )
+            return HubSink(location, HubOptions(private, create_pr, commit_message, overwrite))
 
 
-def _local_sink(text: str, shelf: Shelf | None) -> LocalSink:
-    path = Path(text)
-    named = is_gguf(path.name) and not is_directory(text)
+def _local_sink(location: LocalPath, shelf: Shelf | None) -> LocalSink:
+    path = location.path
+    named = is_gguf(path.name) and not is_directory(path)
     if shelf is None:
         if named:
             raise UsageError(
-                f"{text}: is the name of a GGUF file, and the source is none",
+                f"{location}: is the name of a GGUF file, and the source is none",
                 hint="Give a directory; llama.cpp's convert_hf_to_gguf.py makes a GGUF of it.",
             )
         return LocalSink(path)
     if named:
-        return LocalSink(path.parent, replace(shelf, stem=part_name(path.name).stem), text)
-    return LocalSink(path, shelf, text)
+        own = replace(shelf, stem=part_name(path.name).stem)
+        return LocalSink(path.parent, own, location.said)
+    return LocalSink(path, shelf, location.said)
 
 
 def _check_no_dangling_link(text: str) -> None:
@@ -261,43 +198,25 @@ def _check_no_dangling_link(text: str) -> None:
         raise DestinationError(_no_directory(text), hint="Make that folder, or remove the link.")
 
 
-def as_source(sink: Sink) -> Source:
-    """What was written, for reading."""
-    if isinstance(sink, LocalSink):
-        return LocalSource(sink.root, follow_links=False, links_of_shards=False, shelf=sink.shelf)
-    from moescale.repos.hub_sink import HubSink
-    from moescale.repos.hub_source import HubSource
-
-    assert isinstance(sink, HubSink)
-    return HubSource(HubPlace(sink.place.repo, sink.published or sink.branch))
-
-
-def check_places(source: str, destination: str, revision: str | None) -> None:
+def check_apart(source: Location, destination: Location, revision: str | None) -> None:
     """Refuse a destination that is the source, or inside it, or around it.
 
     Raises:
         UsageError: writing there would change the source.
     """
-    for name, text in (("SRC", source), ("DST", destination)):
-        if not text.strip():
-            raise UsageError(f"{name} is empty", hint="For this directory say a dot.")
-    if says_hub(destination):
-        place = parse_place(destination)
-        if _is_on_hub(source):
-            other = parse_place(source)
-            branches = (place.revision or "main", revision or other.revision or "main")
-            if place.repo == other.repo and branches[0] == branches[1]:
-                raise UsageError(f"{destination}: is the branch that the source is read from")
-        return
-    if _is_on_hub(source):
-        return
-    if is_gguf(source) and is_file(source):  # what it may not be is known with its parts
-        return
-    one, other_folder = Path(source).resolve(), Path(destination).resolve()
-    if one == other_folder:
-        raise UsageError(f"{destination}: source and destination are the same directory")
-    if other_folder.is_relative_to(one) or one.is_relative_to(other_folder):
-        raise UsageError(f"{destination}: source and destination lie inside one another")
+    match source, destination:
+        case HubRef(), HubRef():
+            branches = (destination.revision or "main", revision or source.revision or "main")
+            if destination.repo == source.repo and branches[0] == branches[1]:
+                raise UsageError(f"{destination.said}: is the branch that the source is read from")
+        case LocalPath(), LocalPath():
+            if is_gguf(source.said) and is_file(source.path):
+                return  # what it may not be is known with its parts
+            one, other = source.path.resolve(), destination.path.resolve()
+            if one == other:
+                raise UsageError(f"{destination}: source and destination are the same directory")
+            if other.is_relative_to(one) or one.is_relative_to(other):
+                raise UsageError(f"{destination}: source and destination lie inside one another")
 
 
 def check_not_source(source: Source, sink: Sink) -> None:
@@ -311,12 +230,12 @@ def check_not_source(source: Source, sink: Sink) -> None:
 
 
 def check_links(source: Source, sink: Sink) -> None:
-    """Refuse a destination that holds what a link of the source leads to.
+    """Refuse a destination that holds the source's file, or what a link of the source leads to.
 
     Raises:
         UsageError: writing there would change the source.
     """
-    if not (isinstance(source, LocalSource) and isinstance(sink, LocalSink)):
+    if sink.remote:
         return
     if source.shelf and sink.is_at(source.identity):
         raise UsageError(

@@ -242,7 +242,7 @@ def _rehearse_scales(plan: Plan, source: Source) -> None:
 
     Only on a disk: from the Hub each of them would be a request.
     """
-    if source.identity.kind == "hub":
+    if source.remote:
         return
     edits: dict[str, list[Edit]] = defaultdict(list)
     for t in plan.changed_tensors:
@@ -284,7 +284,9 @@ def _stream(
     rounding: dict[str, Rounding],
 ) -> dict[str, Written]:
     """Write every large file that an earlier run has not finished; `rounding` is filled."""
-    finished = {**sink.finished(), **_copied(plan, source, sink)}
+    files = source.files()
+    copied = [files[f.name] for f in plan.large_files if f.action == "copy"]
+    finished = {**sink.finished(), **sink.copy(copied, source.identity)}
     done = {
         f.name: finished[f.name]
         for f in plan.large_files
@@ -304,19 +306,6 @@ def _stream(
         jobs_ = [rewriting(left[name], plan, source, sink.writers) for name in group]
         done |= each(jobs_, jobs, keep, progress, pool, sink.cancel)
     return done
-
-
-def _copied(plan: Plan, source: Source, sink: Sink) -> Mapping[str, Written]:
-    """The files that stay as they are, as far as they can be copied where they lie.
-
-    The Hub copies a file under its own path only, which is another in a folder of a repo.
-    """
-    if source.identity.kind != "hub" or source.identity.id != source.identity.repo:
-        return {}
-    files = source.files()
-    return sink.copy(
-        [files[f.name] for f in plan.large_files if f.action == "copy"], source.identity
-    )
 
 
 class _Counter:
@@ -365,9 +354,13 @@ class Rewriting:
 
 def rewriting(file: PlannedFile, plan: Plan, source: Source, writers: Writers) -> Rewriting:
     """What is to be done to one large file."""
-    name, digest = file.name, plan.source.kind == "hub"  # then bytes come through memory anyway
-    segments = tuple(plan.segments(file))
-    return Rewriting(name, plan.output_size(file), segments, source.only([name]), writers, digest)
+    size, segments, part = (
+        plan.output_size(file),
+        tuple(plan.segments(file)),
+        source.only([file.name]),
+    )
+    digest = source.remote  # then the bytes come through memory in any case
+    return Rewriting(file.name, size, segments, part, writers, digest)
 
 
 def recorded(plan: Plan, written: Mapping[str, Written]) -> bytes:

@@ -7,7 +7,7 @@ from moescale.planning.kinds.base import Checkpoint
 from moescale.planning.kinds.gguf import GgufCheckpoint
 from moescale.planning.kinds.safetensors import SafetensorsCheckpoint
 from moescale.repos.base import Source
-from moescale.repos.hub import PREFIX
+from moescale.repos.location import PREFIX
 
 
 def open_checkpoint(source: Source, options: Options, destination: str | None) -> Checkpoint:
