@@ -453,7 +453,7 @@ def test_a_job_is_one_shard(source: Path, tmp_path: Path) -> None:
     sink = LocalSink(tmp_path / "out")
     job = rewriting(files[SHARDS[0]], plan, reader, sink.writers)
     sent = pickle.dumps((do, job, on_cluster._OnWorker("1", "t", job.name)))
-    names = {t.shard: t.edit.tensor.name.encode() for t in plan.changed_tensors}
+    names = {t.shard: t.tensor.name.encode() for t in plan.changed_tensors}
     assert names[SHARDS[0]] in sent
     assert not any(names[other] in sent or other.encode() in sent for other in SHARDS[1:])
     assert len(sent) < 3000

@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from quantised_checkpoints import Case
 
 from moescale import api
+from moescale.checkpoint.edit import TensorEdit
 from moescale.checkpoint.header import Tensor
-from moescale.checkpoint.scaling import Edit, scaler
+from moescale.checkpoint.scaling import scaler
 from moescale.errors import CheckpointError, SourceError, UnsupportedError
 from moescale.model import formats
 from moescale.model.formats import (
     REFUSED,
     ROWS,
     Format,
-    Scaled,
     confirm,
     leaf_name,
     scaled_tensors,
@@ -256,7 +256,7 @@ def test_the_format_is_decided_module_by_module(tmp_path: Path) -> None:
     write_shards(tmp_path, tensors, 1)
     (tmp_path / "config.json").write_text(json.dumps(q.config(cases[0])))
     plan = api.plan(tmp_path, factor=1.5)
-    found = {t.edit.tensor.name.rpartition(".")[2]: t.edit for t in plan.tensors}
+    found = {t.tensor.name.rpartition(".")[2]: t for t in plan.tensors}
     assert {name: (e.operation, e.promote) for name, e in found.items()} == {
         "weight_scale_inv": ("multiply", "F32"),
         "weight_global_scale": ("divide", None),
@@ -293,8 +293,8 @@ def test_a_router_of_mlx_needs_its_experts(tmp_path: Path) -> None:
 
 # What the config adds -----------------------------------------------------------------------------
 
-FP8 = Scaled(tensor("m.weight_scale_inv", "F32"), "scale", format="FP8")
-MXFP4 = Scaled(tensor("m.weight_scale", "U8"), "scale", "shift", format="MXFP4")
+FP8 = TensorEdit(tensor("m.weight_scale_inv", "F32"), 1.5, role="scale", format="FP8")
+MXFP4 = TensorEdit(tensor("m.weight_scale", "U8"), 2.0, "shift", role="scale", format="MXFP4")
 
 
 def ue8m0(section: str = "") -> Mapping[str, Any]:
@@ -306,22 +306,22 @@ def ue8m0(section: str = "") -> Mapping[str, Any]:
 @pytest.mark.parametrize("section", ["", "text_config"])
 def test_ue8m0_in_the_config_is_said_once(section: str) -> None:
     """Some engines round such scales again, so one remark points to the config factor."""
-    remarks = confirm([(FP8, 1.5)] * 3, ue8m0(section), "--fold config is better.")
+    remarks = confirm([FP8] * 3, ue8m0(section), "--fold config is better.")
     assert len(remarks) == 1
     assert "ue8m0" in remarks[0] and "--fold config is better." in remarks[0]
-    (without,) = confirm([(FP8, 1.5)], ue8m0(section))
+    (without,) = confirm([FP8], ue8m0(section))
     assert "--fold" not in without
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0, 0.125])
 def test_ue8m0_takes_powers_of_two_in_silence(factor: float) -> None:
     """A power of two keeps every scale a power of two."""
-    assert confirm([(FP8, factor)], ue8m0()) == []
+    assert confirm([FP8.with_(factor=factor)], ue8m0()) == []
 
 
 def test_no_ue8m0_no_remark() -> None:
     """Without that key in the config F32 scales are taken as they are."""
-    assert confirm([(FP8, 1.5)], {"quantization_config": {"quant_method": "fp8"}}) == []
+    assert confirm([FP8], {"quantization_config": {"quant_method": "fp8"}}) == []
 
 
 def test_the_remark_reaches_the_plan(tmp_path: Path) -> None:
@@ -338,7 +338,7 @@ def test_e5m3_scales_are_no_powers_of_two() -> None:
     """Bytes that the config calls E5M3 are not shifted, though they look like E8M0."""
     config = {"quantization_config": {"global_quant_config": {"weight": {"scale_format": "e5m3"}}}}
     with pytest.raises(UnsupportedError, match="E5M3"):
-        confirm([(MXFP4, 2.0)], config)
+        confirm([MXFP4], config)
 
 
 # Arithmetic that only quantised formats have ------------------------------------------------------
@@ -361,7 +361,8 @@ def test_every_offset_fits_and_reads_back(offset: float, factor: float, ascii_on
         "nested_offset": offset,
     }
     text = json.dumps(state, ensure_ascii=False).encode()
-    edit = Edit(Tensor("s", "U8", (len(text),), 0, len(text)), factor, "nested_offset", scale=True)
+    whole = Tensor("s", "U8", (len(text),), 0, len(text))
+    edit = TensorEdit(whole, factor, "nested_offset", role="scale")
     result = np.empty(len(text), np.uint8)
     assert scaler(edit)(np.frombuffer(text, np.uint8), result) == 0
     loaded = json.loads(result.tobytes())
@@ -373,7 +374,7 @@ def test_every_offset_fits_and_reads_back(offset: float, factor: float, ascii_on
 @given(k=st.integers(-260, 260))
 def test_exponents_are_shifted_or_counted_as_lost(k: int) -> None:
     """All 256 bytes: 0 and NaN stay, others move by k, and those that cannot are counted."""
-    edit = Edit(Tensor("s", "F8_E8M0", (256,), 0, 256), 2.0**k, "shift", scale=True)
+    edit = TensorEdit(Tensor("s", "F8_E8M0", (256,), 0, 256), 2.0**k, "shift", role="scale")
     codes, result = np.arange(256, dtype=np.uint8), np.empty(256, np.uint8)
     lost = scaler(edit)(codes, result)
     inside = [c for c in range(1, 255) if 1 <= c + k <= 254]

@@ -239,8 +239,8 @@ def test_it_goes_with_the_inverse_fold(tmp_path: Path) -> None:
         gate_scale=SCALE,
         verify=True,
     ).plan
-    assert {t.edit.factor for t in plan.tensors if t.role == "router"} == {SCALE}
-    assert {t.edit.factor for t in plan.tensors if t.role != "router"} == {1 / 1.5}
+    assert {t.factor for t in plan.tensors if t.role == "router"} == {SCALE}
+    assert {t.factor for t in plan.tensors if t.role != "router"} == {1 / 1.5}
 
 
 # Refusals -----------------------------------------------------------------------------------------

@@ -40,8 +40,8 @@ def renamed(
 
 def scaled(plan: Plan) -> set[str]:
     """The names of what changes, all by one factor."""
-    assert [t.edit.factor for t in plan.tensors] == [pytest.approx(PRESERVED)] * len(plan.tensors)
-    return {t.edit.tensor.name for t in plan.tensors}
+    assert [t.factor for t in plan.tensors] == [pytest.approx(PRESERVED)] * len(plan.tensors)
+    return {t.tensor.name for t in plan.tensors}
 
 
 # Layouts ------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def test_a_router_is_found_beside_its_experts(names: str, tmp_path: Path) -> Non
     source = written(tmp_path / "b", renamed(change, tensors))
     assert api.plan(source, experts=3, rule="gates").factors == usual.factors
     planned = api.plan(source, experts=3, rule="preserve", gate_scale=2.0).tensors
-    assert {t.edit.tensor.name for t in planned if t.role == "router"} == {
+    assert {t.tensor.name for t in planned if t.role == "router"} == {
         f"model.layers.{layer}.{names}.weight" for layer in range(2)
     }
 

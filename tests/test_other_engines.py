@@ -169,7 +169,7 @@ def test_all_down_projections_are_scaled_and_nothing_else(model_type: str, tmp_p
     assert plan.model_type == model_type
     end = kind.down.partition("{E}")[2] or kind.down
     routed = {name for name in tensors_of(kind) if name.endswith(end) and "shared" not in name}
-    assert {t.edit.tensor.name for t in plan.tensors} == routed
+    assert {t.tensor.name for t in plan.tensors} == routed
     assert plan.factors == {layer: pytest.approx(kind.factor) for layer in ("0", "1")}
     known = ("its identity experts", "--rule preserve assumes") if kind is LONGCAT else ()
     assert [w for w in plan.warnings if not any(word in w for word in known)] == []

@@ -222,7 +222,7 @@ def test_the_page_is_not_written_into_a_checkpoint(plan: Plan, tmp_path: Path) -
         assert not path.exists()
     with pytest.raises(MoescaleError, match="No such file or directory"):
         write(plan, tmp_path / "missing" / "r.html")
-    check(tmp_path / "r.html", *places)
+    check(tmp_path / "r.html", *folders)
     assert not (tmp_path / "r.html").exists()
     write(plan, tmp_path / "r.html")
     parsed((tmp_path / "r.html").read_text(encoding="utf-8"))

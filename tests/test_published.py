@@ -97,7 +97,7 @@ def test_every_projection_is_planned(name: str, step: int, folder: Path) -> None
     wanted = WANTED[name]
     after = wanted.before + step
     plan = api.plan(folder / name, experts=after, rule="preserve")
-    planned = [t.edit.tensor.name for t in plan.tensors]
+    planned = [t.tensor.name for t in plan.tensors]
     routed = {n for n in wanted.published.shapes if n.endswith(wanted.ends) and "shared" not in n}
     routed = {n for n in routed if "experts" in n or "output_linear" in n or ".moe." in n}
     assert len(planned) == wanted.projections and set(planned) == routed
@@ -107,7 +107,7 @@ def test_every_projection_is_planned(name: str, step: int, folder: Path) -> None
     assert len(set(plan.factors.values())) == 1
     assert plan.factors[str(wanted.layers[0])] == pytest.approx(math.sqrt(ratio), rel=1e-15)
     assert counts(plan.config, wanted) == [after] * len(wanted.places)
-    assert plan.bytes_changed == sum(t.edit.tensor.nbytes for t in plan.tensors)
+    assert plan.bytes_changed == sum(t.tensor.nbytes for t in plan.tensors)
     assert plan.bytes_written == pytest.approx(wanted.published.nbytes, rel=0.01)
 
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moescale.checkpoint.edit import TensorEdit
 from moescale.checkpoint.header import Header, header_length, parse_header
 from moescale.checkpoint.rewrite import PIECE, Segment, expected, rewrite, segments
-from moescale.checkpoint.scaling import Edit
 from moescale.errors import RewriteError
 
 
@@ -50,10 +50,10 @@ def parsed(file: bytes) -> Header:
     return parse_header(file[8 : 8 + length], len(file), "x")
 
 
-def edits_for(file: bytes, factors: dict[str, float]) -> list[Edit]:
+def edits_for(file: bytes, factors: dict[str, float]) -> list[TensorEdit]:
     """One edit for each named tensor, as a plan has them."""
     tensors = parsed(file).by_name
-    return [Edit(tensors[name], factor) for name, factor in factors.items()]
+    return [TensorEdit(tensors[name], factor) for name, factor in factors.items()]
 
 
 def run(file: bytes, factors: dict[str, float]) -> tuple[MemoryWriter, int]:

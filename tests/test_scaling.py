@@ -14,8 +14,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from moescale.checkpoint.edit import TensorEdit
 from moescale.checkpoint.header import Tensor
-from moescale.checkpoint.scaling import Edit, scaler, table_16bit
+from moescale.checkpoint.scaling import scaler, table_16bit
 
 ALL_CODES = np.arange(1 << 16, dtype="<u2")
 
@@ -39,7 +40,7 @@ WIDTH = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 def multiply(dtype: str, data: bytes, factor: float) -> tuple[bytes, int]:
     """The scaled bytes, and how many values were lost."""
     shape = (len(data) // WIDTH[dtype],)
-    scale = scaler(Edit(Tensor("x", dtype, shape, 0, len(data)), factor))
+    scale = scaler(TensorEdit(Tensor("x", dtype, shape, 0, len(data)), factor))
     result = np.empty(len(data), np.uint8)
     lost = scale(np.frombuffer(data, np.uint8), result)
     return result.tobytes(), lost

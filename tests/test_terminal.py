@@ -11,11 +11,11 @@ import checkpoints
 import pytest
 from sampled_plans import sampled
 
+from moescale.checkpoint.edit import Layer, TensorEdit
 from moescale.errors import bytes_text
-from moescale.model.experts import Layer
 from moescale.options import Options
 from moescale.planning.decide import make_plan
-from moescale.planning.plan import Plan, PlannedTensor
+from moescale.planning.plan import Plan
 from moescale.report import colour
 from moescale.report.terminal import ASCII, BLOCKS, blocks_for, plan_text, summary
 from moescale.repos.local_source import LocalSource
@@ -131,9 +131,8 @@ def test_many_layers_leave_the_rules_on_the_first_screen(plan: Plan) -> None:
     """Factors by layer are a range and a chart; their rows are there with -v."""
     one = plan.tensors[0]
 
-    def tensor(layer: int) -> PlannedTensor:
-        edit = replace(one.edit, factor=1 + layer / 100)
-        return PlannedTensor(edit, one.shard, one.role, Layer("", layer))
+    def tensor(layer: int) -> TensorEdit:
+        return one.with_(factor=1 + layer / 100, layer=Layer("", layer))
 
     many = replace(
         plan,

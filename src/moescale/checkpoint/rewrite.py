@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from moescale.checkpoint.dtypes import BITS
-from moescale.checkpoint.edit import Edit
+from moescale.checkpoint.edit import TensorEdit
 from moescale.checkpoint.header import LENGTH_BYTES
 from moescale.checkpoint.rounding import Rounding
 from moescale.errors import CheckpointError, RewriteError
@@ -43,12 +43,12 @@ class Segment:
 
     start: int
     stop: int
-    edit: Edit | None = None
+    edit: TensorEdit | None = None
     data: bytes | None = None
 
 
 def segments(
-    edits: Sequence[Edit], file_size: int, patches: Sequence[Segment] = ()
+    edits: Sequence[TensorEdit], file_size: int, patches: Sequence[Segment] = ()
 ) -> list[Segment]:
     """Cut a shard into stretches to copy, to replace and to edit; together they are the file.
 
@@ -135,8 +135,8 @@ def rewrite(
     return rounding
 
 
-def rehearse(reader: Reader, edits: Iterable[Edit], where: str) -> None:
-    """Edit tensors without writing them, to find beforehand what has no result.
+def rehearse(reader: Reader, edits: Iterable[TensorEdit], where: str) -> None:
+    """TensorEdit tensors without writing them, to find beforehand what has no result.
 
     Raises:
         RewriteError: a value has no finite result.
@@ -177,7 +177,7 @@ def pieces(reader: Reader, start: int, stop: int) -> Iterator[memoryview]:
 
 
 def edited(
-    reader: Reader, edit: Edit, seen: Rounding | None = None
+    reader: Reader, edit: TensorEdit, seen: Rounding | None = None
 ) -> Iterator[tuple[memoryview, int]]:
     """The edited bytes of a tensor in pieces; with each, how many values have no finite result.
 
@@ -195,7 +195,7 @@ def edited(
     for start in range(tensor.start, tensor.stop, length):
         size = min(length, tensor.stop - start)
         reader.read_into(source[:size], start)
-        if edit.scale and holds_nan(edit, source[:size]):
+        if edit.role == "scale" and holds_nan(edit, source[:size]):
             raise CheckpointError(
                 f"tensor {tensor.name!r}: holds a scale that is no number (NaN), and so is every"
                 " weight that it belongs to",
@@ -209,9 +209,9 @@ def edited(
         seen.empty = empty
 
 
-def _lost_values(where: str, edit: Edit, count: int) -> RewriteError:
+def _lost_values(where: str, edit: TensorEdit, count: int) -> RewriteError:
     values = "1 value" if count == 1 else f"{count} values"
-    range_ = "normal range" if edit.scale else "range"
+    range_ = "normal range" if edit.role == "scale" else "range"
     return RewriteError(
         f"{where}: tensor {edit.tensor.name!r}: {values} would leave the {range_} of"
         f" {edit.promote or edit.tensor.dtype} when scaled by {edit.factor:.9g}",

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from moescale.checkpoint.edit import Edit, Operation
+from moescale.checkpoint.edit import Operation, TensorEdit
 from moescale.checkpoint.gguf.types import BLOCKS
 from moescale.checkpoint.json_text import parse_strict, replace_spans, value_spans
 from moescale.checkpoint.rounding import Rounding
@@ -34,7 +34,7 @@ _TABLE_PIECE = 64 * 1024
 _INFINITY_16 = {"F16": 0x7C00, "BF16": 0x7F80}
 
 
-def scaler(edit: Edit, seen: Rounding | None = None) -> Scale:
+def scaler(edit: TensorEdit, seen: Rounding | None = None) -> Scale:
     """The function that carries out an edit, piece by piece; `seen` is told of blocks alone."""
     if edit.operation == "nested_offset":
         return _nested_offset_scaler(edit.tensor.name, edit.factor)
@@ -42,7 +42,8 @@ def scaler(edit: Edit, seen: Rounding | None = None) -> Scale:
         from moescale.checkpoint.gguf.scaling import block_scaler  # which uses what is here
 
         return block_scaler(kind, edit.factor, seen or Rounding())
-    return _scaler(edit.tensor.dtype, edit.factor, edit.operation, edit.promote, edit.scale)
+    scale = edit.role == "scale"
+    return _scaler(edit.tensor.dtype, edit.factor, edit.operation, edit.promote, scale)
 
 
 @lru_cache(maxsize=16)
@@ -154,7 +155,7 @@ def _promoting_scaler(dtype: str, factor: float, scales: bool) -> Scale:
     return scale
 
 
-def holds_nan(edit: Edit, data: memoryview) -> bool:
+def holds_nan(edit: TensorEdit, data: memoryview) -> bool:
     """Whether any of the values is no number."""
     dtype = edit.tensor.dtype
     if edit.operation == "shift":

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final
 
+from moescale.checkpoint.edit import Layer as Layer
 from moescale.checkpoint.header import Tensor
 from moescale.errors import CheckpointError, UnsupportedError
 from moescale.model.architectures import ROWS, Architecture
@@ -46,17 +47,6 @@ class Projection:
     def block(self) -> str:
         """What holds router and experts, after the layer's number: ``.mlp.``."""
         return block_of(self.module[self.number_at[1] :])
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Layer:
-    """A layer by its stack ("" for the main one) and its number; written ``3`` or ``mtp.0``."""
-
-    stack: str
-    number: int
-
-    def __str__(self) -> str:
-        return f"{self.stack}.{self.number}" if self.stack else str(self.number)
 
 
 class Stacks:

@@ -24,14 +24,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from moescale.checkpoint.dtypes import BITS, SCALABLE
-from moescale.checkpoint.edit import Operation
+from moescale.checkpoint.edit import FIRST, Layer, Operation, Role, TensorEdit
 from moescale.checkpoint.header import Tensor
 from moescale.errors import CheckpointError, UnsupportedError
 
-Role = Literal["weight", "bias", "scale", "router"]
 Leaves = Mapping[str, Tensor]
 Shape = tuple[int, ...]
 
@@ -554,24 +553,14 @@ REFUSED: Final[tuple[Refused, ...]] = (
 # From the leaves of a projection to what happens to them ------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Scaled:
-    """One tensor to scale, how, and the name of the format that says so."""
-
-    tensor: Tensor
-    role: Role
-    operation: Operation = "multiply"
-    promote: str | None = None
-    format: str = "plain"
-
-    @property
-    def rounds(self) -> bool:
-        """Whether a scale stays in 16 bits, so that multiplying it rounds it once more."""
-        return self.role == "scale" and self.tensor.dtype in _ROUNDING and not self.promote
-
-
 _ROUNDING = {"F16": "0.049 %", "BF16": "0.39 %"}
 """Half a unit in the last place: the most by which rounding changes a normal number."""
+
+
+def _rounds(edit: TensorEdit) -> bool:
+    """Whether a scale stays in 16 bits, so that multiplying it rounds it once more."""
+    return edit.role == "scale" and edit.tensor.dtype in _ROUNDING and not edit.promote
+
 
 _STATE_BYTES = 1 << 20
 """A quantisation state is read whole; a longer one is no state."""
@@ -650,8 +639,12 @@ def takes_any_factor(leaves: Leaves) -> bool:
 
 
 def scaled_tensors(
-    module: str, leaves: Leaves, factor: float, instead: str | None = None
-) -> list[Scaled]:
+    module: str,
+    leaves: Leaves,
+    factor: float,
+    instead: str | None = None,
+    layer: Layer = FIRST,
+) -> list[TensorEdit]:
     """The tensors of a down-projection that change when it is multiplied by `factor`.
 
     Args:
@@ -659,6 +652,7 @@ def scaled_tensors(
         leaves: its tensors by leaf.
         factor: what it is multiplied by.
         instead: what else can be done with this model, a sentence for the error.
+        layer: its layer.
 
     Raises:
         UnsupportedError: no row of the table fits, so scaling it would be a guess; or the format
@@ -673,7 +667,8 @@ def scaled_tensors(
     parts = {**row.scaled, "bias": Part("bias")}
     if any(part.operation == "shift" for part in parts.values()):
         _check_power_of_two(module, row, factor, instead)
-    return [_scaled(leaves[leaf], part, row) for leaf, part in parts.items() if leaf in leaves]
+    found = [(leaves[leaf], part) for leaf, part in parts.items() if leaf in leaves]
+    return [_edit(tensor, part, row, factor, layer) for tensor, part in found]
 
 
 @lru_cache(maxsize=64)  # the projections of a checkpoint are of very few kinds
@@ -703,13 +698,13 @@ _LEAF = re.compile(
 """A name with a leaf that the table knows, the longest that there is."""
 
 
-def _scaled(tensor: Tensor, part: Part, row: Format) -> Scaled:
+def _edit(tensor: Tensor, part: Part, row: Format, factor: float, layer: Layer) -> TensorEdit:
     if part.operation == "nested_offset" and tensor.nbytes > _STATE_BYTES:
         raise CheckpointError(
             f"{tensor.name}: has {tensor.nbytes} bytes, too many for a quantisation state"
         )
     promote = "F32" if part.promote and tensor.dtype in ("F16", "BF16") else None
-    return Scaled(tensor, part.role, part.operation, promote, row.name)
+    return TensorEdit(tensor, factor, part.operation, promote, part.role, row.name, layer)
 
 
 def _is_power_of_two(factor: float) -> bool:
@@ -791,12 +786,12 @@ _SECTIONS = frozenset({"quantization_config", "compression_config", "quantizatio
 
 
 def confirm(
-    chosen: Iterable[tuple[Scaled, float]], config: Mapping[str, Any], instead: str | None = None
+    edits: Iterable[TensorEdit], config: Mapping[str, Any], instead: str | None = None
 ) -> list[str]:
     """Look into the config for what tensors do not show, and say what is not exact.
 
     Args:
-        chosen: the tensors to scale, each with its factor.
+        edits: the tensors to scale.
         config: the whole ``config.json``.
         instead: as for `scaled_tensors`.
 
@@ -810,17 +805,17 @@ def confirm(
     e5m3 = "e5m3" in json.dumps(sections).lower()
     ue8m0 = any(section.get("scale_fmt") == "ue8m0" for section in sections)
     rounded: dict[str, None] = {}
-    for scaled, factor in chosen:
-        if scaled.operation == "shift" and e5m3:
+    for edit in edits:
+        if edit.operation == "shift" and e5m3:
             raise UnsupportedError(
-                f"{scaled.tensor.name}: the config says E5M3, so its bytes are no powers of two",
+                f"{edit.tensor.name}: the config says E5M3, so its bytes are no powers of two",
                 hint="Rescale the unquantised checkpoint and quantise the result.",
             )
-        if _is_power_of_two(factor):
+        if _is_power_of_two(edit.factor):
             continue
-        if scaled.rounds:
-            rounded[_rounding(scaled)] = None
-        elif scaled.format == "FP8" and ue8m0:
+        if _rounds(edit):
+            rounded[_rounding(edit)] = None
+        elif edit.format == "FP8" and ue8m0:
             rounded[_ue8m0(instead)] = None
     return list(rounded)
 
@@ -832,13 +827,13 @@ def _quantization_sections(value: Mapping[str, Any]) -> Iterator[Mapping[str, An
             yield from (section,) if key in _SECTIONS else _quantization_sections(section)
 
 
-def _rounding(scaled: Scaled) -> str:
-    most = f"by at most {_ROUNDING[scaled.tensor.dtype]}"
+def _rounding(edit: TensorEdit) -> str:
+    most = f"by at most {_ROUNDING[edit.tensor.dtype]}"
     what = f"changes a weight {most}"
-    if any(row.name == scaled.format and OFFSET in row.scaled.values() for row in ROWS):
+    if any(row.name == edit.format and OFFSET in row.scaled.values() for row in ROWS):
         what = f"changes both terms of a weight, code times scale and offset, {most} each"
     return (
-        f"{scaled.format}: its {scaled.tensor.dtype} scales are rounded when they are multiplied,"
+        f"{edit.format}: its {edit.tensor.dtype} scales are rounded when they are multiplied,"
         f" which {what}; all codes stay"
     )
 

@@ -18,11 +18,11 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from moescale.checkpoint.dtypes import SCALABLE
+from moescale.checkpoint.edit import TensorEdit
 from moescale.checkpoint.header import Tensor
 from moescale.errors import CheckpointError, UnsupportedError
 from moescale.model.architectures import Architecture
 from moescale.model.experts import Layer, Projection
-from moescale.model.formats import Scaled
 from moescale.model.names import plain_name
 from moescale.model.router import group_limit
 from moescale.model.witness import CHOICE_BIASES, LOGIT_BIASES, PACKED, WEIGHTS
@@ -463,12 +463,12 @@ class ScaledRouters:
     """How the logits of all routers are multiplied.
 
     Attributes:
-        edits: the tensors that make the logits, with their layers.
+        edits: of the tensors that make the logits, without a factor yet.
         biases: what the biases of the logits are called in their modules.
         moves: why other experts may be chosen then; None where the choice stays.
     """
 
-    edits: Sequence[tuple[Scaled, Layer]]
+    edits: Sequence[TensorEdit]
     biases: frozenset[str]
     moves: str | None
 
@@ -509,7 +509,7 @@ def scaled_routers(
     elif grouped and gating.group_best > 1:
         moves = "groups of experts are chosen by sums of scores, whose order may change"
     edits = [
-        (Scaled(tensor, "router"), router.layer)
+        TensorEdit(tensor, role="router", layer=router.layer)
         for router in found
         for tensor in (router.weight, router.logit_bias)
         if tensor is not None

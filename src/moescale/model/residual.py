@@ -17,10 +17,10 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from moescale.checkpoint.dtypes import SCALABLE
+from moescale.checkpoint.edit import Role, TensorEdit
 from moescale.checkpoint.header import Tensor
 from moescale.errors import CheckpointError, UnsupportedError
 from moescale.model.experts import Layer
-from moescale.model.formats import Scaled
 from moescale.model.names import plain_name
 
 EMBEDDING: Final = "embed_tokens"
@@ -34,8 +34,12 @@ Source: transformers 5.23 modeling_gpt_oss.py, GptOssDecoderLayer and GptOssMode
 
 
 def residual_writers(
-    model_type: str, section: Mapping[str, Any], tensors: Sequence[Tensor], layers: set[int]
-) -> list[tuple[Scaled, Layer]]:
+    model_type: str,
+    section: Mapping[str, Any],
+    tensors: Sequence[Tensor],
+    layers: set[int],
+    factor: float,
+) -> list[TensorEdit]:
     """The tensors to divide, the embedding first.
 
     Args:
@@ -43,6 +47,7 @@ def residual_writers(
         section: the config section that describes the model.
         tensors: the whole checkpoint.
         layers: the numbers of the layers that have routed experts.
+        factor: what they are multiplied by.
 
     Raises:
         UnsupportedError: the model type has no row, the embedding is also the head, or a writer
@@ -64,7 +69,7 @@ def residual_writers(
     pattern = re.compile(rf"(?:model\.)?(?:{EMBEDDING}|{escaped})\.(?P<leaf>.+)")
     found = [(match, t) for t in tensors if (match := pattern.fullmatch(plain_name(t.name)))]
     _check_complete({m["layer"] for m, t in found if m["leaf"] == "weight"}, layers)
-    return [_divided(tensor, match["leaf"], match["layer"]) for match, tensor in found]
+    return [_divided(tensor, match["leaf"], match["layer"], factor) for match, tensor in found]
 
 
 def _check_complete(found: set[str | None], layers: set[int]) -> None:
@@ -78,11 +83,12 @@ def _check_complete(found: set[str | None], layers: set[int]) -> None:
         raise CheckpointError(f"--fold residual: {what} writer into the residual stream")
 
 
-def _divided(tensor: Tensor, leaf: str, layer: str | None) -> tuple[Scaled, Layer]:
+def _divided(tensor: Tensor, leaf: str, layer: str | None, factor: float) -> TensorEdit:
     if leaf not in ("weight", "bias") or tensor.dtype not in SCALABLE:
         raise UnsupportedError(
             f"{tensor.name}: is {tensor.dtype}; --fold residual divides plain numbers only",
             hint="Leave --fold out; the weights are scaled then.",
         )
     place = Layer(EMBEDDING, 0) if layer is None else Layer("", int(layer))
-    return Scaled(tensor, "weight" if leaf == "weight" else "bias"), place
+    role: Role = "weight" if leaf == "weight" else "bias"
+    return TensorEdit(tensor, factor, role=role, layer=place)

@@ -32,7 +32,7 @@ from moescale.planning.rule import (
     choose_rule,
     remarks,
 )
-from moescale.planning.tensors import find_scaled_routers, planned_tensors
+from moescale.planning.tensors import find_scaled_routers, in_shards
 from moescale.repos.base import Source
 from moescale.rules.samples import Sample
 
@@ -79,10 +79,10 @@ def make_plan(
         factors = dict.fromkeys(factors, 1.0)
     factors, said = of_one_layer(factors, rule, options)
     scales = choose_scales(rule, moe, options, findings, noted)
-    scaled = checkpoint.chosen(factors)
+    edits = checkpoint.edits(factors)
     made_for = getattr(options.factors, "made_for", {})
     warnings += [
-        *checkpoint.remarks(scaled, factors, experts),
+        *checkpoint.remarks(edits, factors, experts),
         *(able.remarks if able else ()),
         *said,
         *remarks(rule, moe, experts, options),
@@ -90,12 +90,12 @@ def make_plan(
     ]
     if scales:
         routers = (able and able.routers) or find_scaled_routers(moe, tensors)
-        scaled += [(edit, layer, scales[layer]) for edit, layer in routers.edits]
+        edits += [edit.with_(factor=scales[edit.layer]) for edit in routers.edits]
         if routers.moves:
             warnings.append(f"with scaled routers other experts may be chosen: {routers.moves}")
     used = active(tensors, moe.projections, moe.held, experts)
-    planned = planned_tensors(scaled, headers)
-    output = checkpoint.output(planned, factors, experts)
+    placed = in_shards(edits, headers)
+    output = checkpoint.output(placed, factors, experts)
     plan = Plan(
         source=source.identity,
         destination=destination,
@@ -112,7 +112,7 @@ def make_plan(
         alternatives=MappingProxyType(
             {name: joined(form) for name, form in forms.items() if name != "none"}
         ),
-        tensors=planned,
+        tensors=placed,
         files=output.files,
         config=output.config,
         index=output.index,

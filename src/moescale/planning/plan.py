@@ -6,16 +6,15 @@ decides anything.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from moescale.checkpoint.edit import Edit
+from moescale.checkpoint.edit import TensorEdit
 from moescale.checkpoint.rewrite import Segment, segments
 from moescale.errors import bytes_text, printable
 from moescale.model.count import CONFIG
 from moescale.model.experts import Layer
-from moescale.model.formats import Role
 from moescale.model.router import Router
 from moescale.options import Options
 from moescale.planning.comparison import ByLayer, Comparison, compare
@@ -46,49 +45,6 @@ class Experts:
     def at(self, layer: Layer) -> tuple[int, int, int]:
         """The first three, of one layer."""
         return _at(self.trained, layer), _at(self.before, layer), _at(self.after, layer)
-
-
-class PlannedTensor(Mapping[str, Any]):
-    """One tensor to scale, and what it is; as a mapping, it is the row of ``--dry-run --json``.
-
-    So ``pandas.DataFrame(plan.tensors)`` has a column for each of name, shard, dtype, shape, role,
-    layer and factor. It is no dataclass, since pandas would look into that.
-    """
-
-    __slots__ = ("edit", "layer", "role", "shard")
-
-    def __init__(self, edit: Edit, shard: str, role: Role, layer: Layer) -> None:
-        """`edit` says what is done to which bytes of the shard."""
-        self.edit, self.shard, self.role, self.layer = edit, shard, role, layer
-
-    def __getitem__(self, key: str) -> Any:
-        return self.as_json()[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.as_json())
-
-    def __len__(self) -> int:
-        return len(self.as_json())
-
-    def __repr__(self) -> str:
-        tensor = self.edit.tensor
-        name = printable(tensor.name, 100)
-        return f"<{name}, {tensor.dtype} {list(tensor.shape)} x {self.edit.factor:.6g}>"
-
-    def as_json(self) -> dict[str, Any]:
-        """The tensor as ``--dry-run --json`` prints it; `operation` only where it is another."""
-        edit, tensor = self.edit, self.edit.tensor
-        return {
-            "name": tensor.name,
-            "shard": self.shard,
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "role": self.role,
-            "layer": str(self.layer) if self.layer.stack else self.layer.number,
-            "factor": edit.factor,
-            **({"operation": edit.operation} if edit.operation != "multiply" else {}),
-            **({"promoted_to": edit.promote} if edit.promote else {}),
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +85,7 @@ class Plan:
     factors: Mapping[str, float]
     router_scales: Mapping[str, float]  # empty where the routers stay as they are
     alternatives: Mapping[str, ByLayer]
-    tensors: tuple[PlannedTensor, ...]
+    tensors: tuple[TensorEdit, ...]
     files: tuple[PlannedFile, ...]
     config: bytes | None  # where it is a file of its own
     index: tuple[str, bytes | None] | None  # its name; its content where it has to be made
@@ -185,13 +141,13 @@ class Plan:
         return not made and not self.changed_tensors
 
     @property
-    def changed_tensors(self) -> tuple[PlannedTensor, ...]:
+    def changed_tensors(self) -> tuple[TensorEdit, ...]:
         """The tensors whose bytes change; a factor of exactly 1 copies."""
-        return tuple(t for t in self.tensors if t.edit.factor != 1.0)
+        return tuple(t for t in self.tensors if t.factor != 1.0)
 
     def segments(self, file: PlannedFile) -> list[Segment]:
         """How a large file is written: what is copied, and what is edited."""
-        edits = [t.edit for t in self.tensors if t.shard == file.name and t.edit.factor != 1.0]
+        edits = [t for t in self.tensors if t.shard == file.name and t.factor != 1.0]
         new = self.new_headers.get(file.name)
         return segments(edits, file.size or 0, new.patches if new else ())
 
@@ -221,7 +177,7 @@ class Plan:
     @property
     def bytes_changed(self) -> int:
         """Bytes of the tensors that are multiplied."""
-        return sum(t.edit.nbytes for t in self.changed_tensors)
+        return sum(t.nbytes for t in self.changed_tensors)
 
     @property
     def bytes_read(self) -> int:

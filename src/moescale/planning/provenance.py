@@ -15,10 +15,11 @@ from dataclasses import fields
 from itertools import chain
 from typing import Any
 
+from moescale.checkpoint.edit import TensorEdit
 from moescale.checkpoint.json_text import parse_lenient
 from moescale.errors import UsageError
 from moescale.options import RUN, Options, factors_of, options_of
-from moescale.planning.plan import Plan, PlannedTensor
+from moescale.planning.plan import Plan
 from moescale.repos.base import Written
 from moescale.version import __version__
 
@@ -102,12 +103,11 @@ def decided(plan: Plan) -> str:
     return digest.hexdigest()
 
 
-def _as_applied(planned: PlannedTensor) -> dict[str, Any]:
+def _as_applied(edit: TensorEdit) -> dict[str, Any]:
     """A tensor with the factor that it is multiplied by; see `scaling`."""
-    edit = planned.edit
     in_f32 = edit.operation == "multiply" and edit.tensor.dtype in _IN_F32
     factor = struct.unpack("<f", struct.pack("<f", edit.factor))[0] if in_f32 else edit.factor
-    return {**planned.as_json(), "factor": factor}
+    return {**edit.as_json(), "factor": factor}
 
 
 _IN_F32 = frozenset({"BF16", "F16", "F32"})

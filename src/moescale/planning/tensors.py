@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from moescale.checkpoint.edit import Edit
+from moescale.checkpoint.edit import TensorEdit
 from moescale.checkpoint.header import LENGTH_BYTES, Header, Tensor
 from moescale.checkpoint.rewrite import Segment, relaid_header
 from moescale.errors import UnsupportedError
 from moescale.model.experts import Layer
-from moescale.model.formats import Scaled, scaled_tensors
+from moescale.model.formats import scaled_tensors
 from moescale.model.gating import ScaledRouters, scaled_routers
 from moescale.model.lookup import Moe
 from moescale.model.residual import WRITERS, residual_writers
 from moescale.options import Options
 from moescale.planning.factors import one_factor
-from moescale.planning.plan import NewHeader, PlannedTensor
+from moescale.planning.plan import NewHeader
 from moescale.repos.base import Source
 
 
@@ -32,10 +32,10 @@ def alternative(moe: Moe, factors: Mapping[Layer, float]) -> str | None:
     return None
 
 
-def chosen_tensors(
+def scaled_weights(
     moe: Moe, factors: Mapping[Layer, float], tensors: Sequence[Tensor], options: Options
-) -> list[tuple[Scaled, Layer, float]]:
-    """Every tensor to scale, with its layer and what it is multiplied by."""
+) -> list[TensorEdit]:
+    """What happens to every tensor that is scaled for the factors."""
     if options.fold == "config":
         return []
     if options.fold == "scale":
@@ -46,13 +46,12 @@ def chosen_tensors(
         divisor = one_factor(factors, options)
         layers = {projection.layer.number for projection in moe.projections}
         model_type = moe.architecture.model_type
-        writers = residual_writers(model_type, moe.section, tensors, layers)
-        return [(scaled, layer, 1 / divisor) for scaled, layer in writers]
+        return residual_writers(model_type, moe.section, tensors, layers, 1 / divisor)
     instead = alternative(moe, factors)
     return [
-        (scaled, p.layer, factors[p.layer])
+        edit
         for p in moe.projections
-        for scaled in scaled_tensors(p.module, p.leaves, factors[p.layer], instead)
+        for edit in scaled_tensors(p.module, p.leaves, factors[p.layer], instead, p.layer)
     ]
 
 
@@ -61,48 +60,24 @@ def find_scaled_routers(moe: Moe, tensors: Sequence[Tensor]) -> ScaledRouters:
     return scaled_routers(moe.architecture, moe.section, moe.projections, tensors)
 
 
-def planned_tensors(
-    chosen: list[tuple[Scaled, Layer, float]], headers: Mapping[str, Header]
-) -> tuple[PlannedTensor, ...]:
-    """Each with its edit, and the shard that it is in; `chosen` is empty afterwards.
-
-    A plan takes the most memory here, so what was chosen goes while what is planned comes.
-    """
-    home = dict.fromkeys((scaled.tensor.name for scaled, _, _ in chosen), "")
+def in_shards(edits: Sequence[TensorEdit], headers: Mapping[str, Header]) -> tuple[TensorEdit, ...]:
+    """Each with the shard that it is in."""
+    home = dict.fromkeys((edit.tensor.name for edit in edits), "")
     for shard, header in headers.items():
         home.update((t.name, shard) for t in header.tensors if t.name in home)
-    chosen.reverse()
-    return tuple(
-        PlannedTensor(
-            Edit(_apart(s.tensor), factor, s.operation, s.promote, s.role == "scale"),
-            home[s.tensor.name],
-            s.role,
-            layer,
-        )
-        for s, layer, factor in (chosen.pop() for _ in range(len(chosen)))
-    )
-
-
-def _apart(tensor: Tensor) -> Tensor:
-    """A copy that shares no memory with the others.
-
-    Few of the tensors stay for the run. Lying among those that go, they would keep all the memory
-    of a plan: with 140,000 tensors 30 MB that the run needs itself.
-    """
-    name = tensor.name.encode().decode()
-    return Tensor(name, tensor.dtype, tensor.shape, tensor.start + 0, tensor.stop + 0)
+    return tuple(edit.with_(shard=home[edit.tensor.name]) for edit in edits)
 
 
 def new_headers(
-    source: Source, headers: Mapping[str, Header], planned: Sequence[PlannedTensor]
+    source: Source, headers: Mapping[str, Header], edits: Sequence[TensorEdit]
 ) -> dict[str, NewHeader]:
     """The new beginnings of the shards in which a scale is promoted to a wider dtype."""
     promoted: dict[str, dict[str, str]] = defaultdict(dict)
     grown: dict[str, int] = defaultdict(int)
-    for t in planned:
-        if t.edit.promote is not None and t.edit.factor != 1.0:
-            promoted[t.shard][t.edit.tensor.name] = t.edit.promote
-            grown[t.shard] += t.edit.nbytes - t.edit.tensor.nbytes
+    for edit in edits:
+        if edit.promote is not None and edit.factor != 1.0:
+            promoted[edit.shard][edit.tensor.name] = edit.promote
+            grown[edit.shard] += edit.nbytes - edit.tensor.nbytes
     result = {}
     for shard, names in promoted.items():
         old = headers[shard]

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
 
+from moescale.checkpoint.edit import TensorEdit
 from moescale.checkpoint.gguf.types import NOISE
 from moescale.errors import bytes_text, printable
 from moescale.model.count import parse_config
@@ -14,7 +15,7 @@ from moescale.model.listing import ModelType
 from moescale.planning.comparison import BASES
 from moescale.planning.files import Action, PlannedFile
 from moescale.planning.instead import gguf_to_run, loader_of, to_run
-from moescale.planning.plan import Plan, PlannedTensor
+from moescale.planning.plan import Plan
 from moescale.report import losses
 from moescale.report.table import count_text, span, table
 from moescale.running.card import measured_on
@@ -63,10 +64,10 @@ def plan_text(plan: Plan, verbose: bool = False, blocks: str = ASCII) -> str:
                 (
                     (
                         t.shard,
-                        t.edit.tensor.name,
-                        t.edit.tensor.dtype,
-                        str(list(t.edit.tensor.shape)),
-                        f"{t.edit.factor:.9g}",
+                        t.tensor.name,
+                        t.tensor.dtype,
+                        str(list(t.tensor.shape)),
+                        f"{t.factor:.9g}",
                     )
                     for t in plan.tensors
                 ),
@@ -241,13 +242,13 @@ def _rules(plan: Plan) -> str:
     return table(rows, header=("", "rule", "factor", head, ""))
 
 
-def layer_rows(tensors: Iterable[PlannedTensor]) -> Iterator[tuple[str, ...]]:
+def layer_rows(tensors: Iterable[TensorEdit]) -> Iterator[tuple[str, ...]]:
     """One row for each run of layers that look alike."""
     layers: dict[tuple[str, int], Counter[tuple[str, str, float]]] = {}
     for t in tensors:
         kinds = layers.setdefault((t.layer.stack, t.layer.number), Counter())
-        widened = f" -> {t.edit.promote}" if t.edit.promote and t.edit.factor != 1.0 else ""
-        kinds[t.role, t.edit.tensor.dtype + widened, t.edit.factor] += 1
+        widened = f" -> {t.promote}" if t.promote and t.factor != 1.0 else ""
+        kinds[t.role, t.tensor.dtype + widened, t.factor] += 1
     runs: list[tuple[str, int, int, Counter[tuple[str, str, float]]]] = []
     for (stack, number), kinds in layers.items():
         if runs and runs[-1][0] == stack and runs[-1][2] == number - 1 and runs[-1][3] == kinds:
@@ -261,7 +262,7 @@ def layer_rows(tensors: Iterable[PlannedTensor]) -> Iterator[tuple[str, ...]]:
             yield name, str(count * (last - first + 1)), role, dtype, f"{scaled_by:.6g}"
 
 
-def _layers(tensors: Sequence[PlannedTensor], verbose: bool) -> str:
+def _layers(tensors: Sequence[TensorEdit], verbose: bool) -> str:
     """What is scaled: by layer where these are few, or all are wanted; else each kind with a range.
 
     So the rules stay on the first screen, and the chart shows the layers.
@@ -272,13 +273,13 @@ def _layers(tensors: Sequence[PlannedTensor], verbose: bool) -> str:
     return table(_kind_rows(tensors), header=LAYER_HEADER) + "\n(-v lists the layers)"
 
 
-def _kind_rows(tensors: Iterable[PlannedTensor]) -> Iterator[tuple[str, ...]]:
-    kinds: dict[tuple[str, str], list[PlannedTensor]] = {}
+def _kind_rows(tensors: Iterable[TensorEdit]) -> Iterator[tuple[str, ...]]:
+    kinds: dict[tuple[str, str], list[TensorEdit]] = {}
     for t in tensors:
-        kinds.setdefault((t.role, t.edit.tensor.dtype), []).append(t)
+        kinds.setdefault((t.role, t.tensor.dtype), []).append(t)
     for (role, dtype), alike in kinds.items():
         layers = list(dict.fromkeys(str(t.layer) for t in alike))
-        factors = span([t.edit.factor for t in alike], ".6g")
+        factors = span([t.factor for t in alike], ".6g")
         yield (
             " to ".join(dict.fromkeys((layers[0], layers[-1]))),
             str(len(alike)),
@@ -377,7 +378,7 @@ def _first_line(result: Result, seconds: Mapping[str, float], there: int) -> str
 
 def _rounded(result: Result) -> str:
     """What the rounding of block scales did to the weights, beside what the type itself does."""
-    dtypes = {t.edit.tensor.name: t.edit.tensor.dtype for t in result.plan.changed_tensors}
+    dtypes = {t.tensor.name: t.tensor.dtype for t in result.plan.changed_tensors}
     name, worst = max(result.rounding.items(), key=lambda item: item[1].worst)
     rms, kind = max((seen.rms, dtypes[n]) for n, seen in result.rounding.items())
     zeroed = sum(seen.zeroed for seen in result.rounding.values())

@@ -12,7 +12,7 @@ from threading import Lock
 from types import MappingProxyType
 from typing import Literal
 
-from moescale.checkpoint.edit import Edit
+from moescale.checkpoint.edit import TensorEdit
 from moescale.checkpoint.rewrite import Segment, rehearse, rewrite
 from moescale.checkpoint.rounding import Rounding
 from moescale.errors import DestinationError, printable
@@ -244,10 +244,10 @@ def _rehearse_scales(plan: Plan, source: Source) -> None:
     """
     if source.remote:
         return
-    edits: dict[str, list[Edit]] = defaultdict(list)
+    edits: dict[str, list[TensorEdit]] = defaultdict(list)
     for t in plan.changed_tensors:
         if t.role == "scale":
-            edits[t.shard].append(t.edit)
+            edits[t.shard].append(t)
     for shard, chosen in edits.items():
         with io_errors(shard), source.open(shard) as reader:
             rehearse(reader, chosen, shard)

@@ -253,7 +253,7 @@ def _place(file: PlannedFile, plan: Plan, source: Source, offset: int) -> str:
     if offset < header.data_start:
         return ", in the header"
     name = next(t.name for t in header.tensors if t.start <= offset < t.stop)
-    planned = any(t.edit.tensor.name == name for t in plan.changed_tensors)
+    planned = any(t.tensor.name == name for t in plan.changed_tensors)
     return f", in tensor {name!r}, which is {'scaled' if planned else 'copied'}"
 
 

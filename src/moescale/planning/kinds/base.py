@@ -6,17 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from moescale.checkpoint.edit import TensorEdit
 from moescale.checkpoint.header import Header, Tensor
 from moescale.model.count import CONFIG
 from moescale.model.experts import Layer
-from moescale.model.formats import Scaled
 from moescale.model.lookup import Moe
 from moescale.planning.files import PROVENANCE, PlannedFile
 from moescale.planning.instead import Instead
-from moescale.planning.plan import Experts, NewHeader, Plan, PlannedTensor
-
-Chosen = tuple[Scaled, Layer, float]
-"""A tensor to scale, its layer, and what it is multiplied by."""
+from moescale.planning.plan import Experts, NewHeader, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +62,11 @@ class Checkpoint(Protocol):
     tensors: Sequence[Tensor]
     warnings: Sequence[str]
 
-    def chosen(self, factors: Mapping[Layer, float]) -> list[Chosen]:
-        """Every tensor to scale for the factors."""
+    def edits(self, factors: Mapping[Layer, float]) -> list[TensorEdit]:
+        """What happens to every tensor that is scaled for the factors."""
 
     def remarks(
-        self, chosen: Sequence[Chosen], factors: Mapping[Layer, float], experts: Experts
+        self, edits: Sequence[TensorEdit], factors: Mapping[Layer, float], experts: Experts
     ) -> Iterable[str]:
         """What the user should know of what is going to be done.
 
@@ -78,7 +75,7 @@ class Checkpoint(Protocol):
         """
 
     def output(
-        self, planned: Sequence[PlannedTensor], factors: Mapping[Layer, float], experts: Experts
+        self, edits: Sequence[TensorEdit], factors: Mapping[Layer, float], experts: Experts
     ) -> Output:
         """What becomes of the files.
 

@@ -9,6 +9,7 @@ from math import frexp
 from types import MappingProxyType
 from typing import Any, Final
 
+from moescale.checkpoint.edit import Role, TensorEdit
 from moescale.checkpoint.gguf.edit import F32, F64, U32, HeaderEdit, NewTensor, patches
 from moescale.checkpoint.gguf.header import STRING, GgufHeader, parse_header
 from moescale.checkpoint.gguf.names import part_name, parts_of
@@ -18,7 +19,6 @@ from moescale.checkpoint.record import KEY
 from moescale.errors import CheckpointError, SourceError, UnsupportedError
 from moescale.model import llama_cpp
 from moescale.model.experts import Layer
-from moescale.model.formats import Scaled
 from moescale.model.gguf import find_gguf_moe
 from moescale.model.llama_cpp import Row
 from moescale.options import Options
@@ -26,8 +26,8 @@ from moescale.planning import provenance
 from moescale.planning.factors import one_factor
 from moescale.planning.files import CARD, Action, PlannedFile
 from moescale.planning.instead import Instead, NewValue
-from moescale.planning.kinds.base import Chosen, Output
-from moescale.planning.plan import Experts, NewHeader, Plan, PlannedTensor
+from moescale.planning.kinds.base import Output
+from moescale.planning.plan import Experts, NewHeader, Plan
 from moescale.repos.base import Source, Written
 from moescale.version import __version__
 
@@ -78,8 +78,8 @@ class GgufCheckpoint:
 
     # Which tensors --------------------------------------------------------------------------
 
-    def chosen(self, factors: Mapping[Layer, float]) -> list[Chosen]:
-        """Every tensor to scale for the factors.
+    def edits(self, factors: Mapping[Layer, float]) -> list[TensorEdit]:
+        """What happens to every tensor that is scaled for the factors.
 
         Raises:
             UnsupportedError: one is of a type that cannot hold the product.
@@ -90,13 +90,13 @@ class GgufCheckpoint:
         if fold == "residual":
             return self._residual(factors)
         return [
-            (self._scaled(tensor, leaf, factors[p.layer]), p.layer, factors[p.layer])
+            self._edit(tensor, leaf, factors[p.layer], p.layer)
             for p in self.moe.projections
             for leaf, tensor in sorted(p.leaves.items(), reverse=True)
             if leaf.lstrip("._") in (("scale", "bias") if fold == "scale" else ("weight", "bias"))
         ]
 
-    def _scaled(self, tensor: Tensor, leaf: str, factor: float) -> Scaled:
+    def _edit(self, tensor: Tensor, leaf: str, factor: float, layer: Layer) -> TensorEdit:
         kind = BY_NAME[tensor.dtype]
         if factor != 1.0 and kind.refused is not None:
             raise UnsupportedError(
@@ -108,7 +108,8 @@ class GgufCheckpoint:
                 " none",
                 hint=self._instead(factor),
             )
-        return Scaled(tensor, "bias" if leaf.endswith("bias") else "weight", format=kind.name)
+        role: Role = "bias" if leaf.endswith("bias") else "weight"
+        return TensorEdit(tensor, factor, role=role, format=kind.name, layer=layer)
 
     def _instead(self, factor: float) -> str:
         """What else can be done in place of scaling such weights."""
@@ -121,7 +122,7 @@ class GgufCheckpoint:
             ways.append("--fold residual divides what else writes into the stream.")
         return " ".join(ways) or "--factor takes a power of two, such as 2 or 0.5, where it fits."
 
-    def _residual(self, factors: Mapping[Layer, float]) -> list[Chosen]:
+    def _residual(self, factors: Mapping[Layer, float]) -> list[TensorEdit]:
         """The tensors to divide: all that writes into the stream but the routed experts.
 
         Raises:
@@ -145,21 +146,21 @@ class GgufCheckpoint:
             raise CheckpointError(f"--fold residual: {missing[0]} is missing")
         found = [(tensor, wanted[tensor.name]) for tensor in self.tensors if tensor.name in wanted]
         return [
-            (self._scaled(tensor, tensor.name.rpartition(".")[2], divisor), layer, divisor)
+            self._edit(tensor, tensor.name.rpartition(".")[2], divisor, layer)
             for tensor, layer in found
         ]
 
     # What to know of it ---------------------------------------------------------------------
 
     def remarks(
-        self, chosen: Sequence[Chosen], factors: Mapping[Layer, float], experts: Experts
+        self, edits: Sequence[TensorEdit], factors: Mapping[Layer, float], experts: Experts
     ) -> Iterator[str]:
         """What the user should know of what is going to be done."""
         self._check_folds(factors)
         rounded: dict[str, str] = {}
-        for scaled, _, factor in chosen:
-            kind = BY_NAME[scaled.tensor.dtype]
-            if kind.weights > 1 and frexp(factor)[0] != 0.5:
+        for edit in edits:
+            kind = BY_NAME[edit.tensor.dtype]
+            if kind.weights > 1 and frexp(edit.factor)[0] != 0.5:
                 rounded.setdefault(kind.name, _rounding(kind))
         yield from rounded.values()
         if self._options.fold == "scale":
@@ -212,12 +213,12 @@ class GgufCheckpoint:
         return self.moe.places[0].key
 
     def output(
-        self, planned: Sequence[PlannedTensor], factors: Mapping[Layer, float], experts: Experts
+        self, edits: Sequence[TensorEdit], factors: Mapping[Layer, float], experts: Experts
     ) -> Output:
         """What becomes of the files."""
         keys = self._keys(factors, experts)
         added = self._added(factors)
-        changed = {t.shard for t in planned if t.edit.factor != 1.0}
+        changed = {edit.shard for edit in edits if edit.factor != 1.0}
         if keys or added or changed:
             changed.add(self._parts[0])
         if added:

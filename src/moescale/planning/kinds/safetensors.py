@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
+from moescale.checkpoint.edit import TensorEdit
 from moescale.errors import SourceError
 from moescale.model.count import CONFIG, Config, parse_config, set_count
 from moescale.model.experts import Layer
@@ -15,11 +16,11 @@ from moescale.options import Options
 from moescale.planning.factors import one_factor
 from moescale.planning.files import PROVENANCE, left_out_warnings, plan_files
 from moescale.planning.instead import Instead, instead
-from moescale.planning.kinds.base import Chosen, Output
+from moescale.planning.kinds.base import Output
 from moescale.planning.other import refuse_other
-from moescale.planning.plan import Experts, Plan, PlannedTensor
+from moescale.planning.plan import Experts, Plan
 from moescale.planning.shards import output_index
-from moescale.planning.tensors import alternative, chosen_tensors, new_headers
+from moescale.planning.tensors import alternative, new_headers, scaled_weights
 from moescale.planning.weights import find_weights
 from moescale.repos.base import Source
 from moescale.rules import closed_form
@@ -45,42 +46,41 @@ class SafetensorsCheckpoint:
         again = f"the source is itself an output of moescale ({PROVENANCE}); its factors stay in it"
         self.warnings: Sequence[str] = [*self._weights.warnings, *([again] * (PROVENANCE in files))]
 
-    def chosen(self, factors: Mapping[Layer, float]) -> list[Chosen]:
-        """Every tensor to scale for the factors."""
-        return chosen_tensors(self.moe, factors, self.tensors, self._options)
+    def edits(self, factors: Mapping[Layer, float]) -> list[TensorEdit]:
+        """What happens to every tensor that is scaled for the factors."""
+        return scaled_weights(self.moe, factors, self.tensors, self._options)
 
     def remarks(
-        self, chosen: Sequence[Chosen], factors: Mapping[Layer, float], experts: Experts
+        self, edits: Sequence[TensorEdit], factors: Mapping[Layer, float], experts: Experts
     ) -> Iterator[str]:
         """What the user should know of what is going to be done."""
-        scaled = ((one, factor) for one, _, factor in chosen)
-        yield from confirm(scaled, self._config.value, alternative(self.moe, factors))
+        yield from confirm(edits, self._config.value, alternative(self.moe, factors))
         yield from _of_arch(self._config, self.moe, experts, self._options)
 
     def output(
-        self, planned: Sequence[PlannedTensor], factors: Mapping[Layer, float], experts: Experts
+        self, edits: Sequence[TensorEdit], factors: Mapping[Layer, float], experts: Experts
     ) -> Output:
         """What becomes of the files."""
         source, left_out = self._source, self._weights.left_out
         config = _edited(self._config, self.moe, factors, self._options)
         index = output_index(self._weights.found)
         others = {*self.headers, *left_out}
-        edits, warnings = _second_files(source, self.moe, experts, others)
+        others_edited, warnings = _second_files(source, self.moe, experts, others)
         files = plan_files(
             source.files(),
             self.headers,
-            {t.shard for t in planned if t.edit.factor != 1.0},
+            {edit.shard for edit in edits if edit.factor != 1.0},
             index and index[0],
             config.text != self._config.text,
-            edits,
+            others_edited,
             left_out,
         )
         return Output(
             files=files,
             config=config.text.encode(),
             index=index,
-            new_headers=new_headers(source, self.headers, planned),
-            edits=edits,
+            new_headers=new_headers(source, self.headers, edits),
+            edits=others_edited,
             warnings=(*warnings, *left_out_warnings(files)),
             instead=self._instead(factors),
             fold_key=_fold_key(self.moe, self._options),
