@@ -190,7 +190,7 @@ def edited(
     tensor, scale = edit.tensor, scaler(edit, seen)
     whole = tensor.nbytes if edit.operation == "nested_offset" else EDIT_PIECE
     length = min(whole - whole % edit.unit, tensor.nbytes)
-    source, empty = memoryview(bytearray(length)), edit.scale
+    source, empty = memoryview(bytearray(length)), edit.role == "scale"
     result = memoryview(bytearray(length * edit.widening))
     for start in range(tensor.start, tensor.stop, length):
         size = min(length, tensor.stop - start)
