@@ -401,6 +401,26 @@ def test_two_sets_are_one_model_or_refused(tmp_path: Path, indexed: bool) -> Non
         moescale.plan(source, experts=3)
 
 
+@pytest.mark.parametrize(("matrix", "planned"), [("w1", False), ("w3", False), ("w2", True)])
+def test_a_second_copy_counts_where_it_is_scaled(
+    tmp_path: Path, matrix: str, planned: bool
+) -> None:
+    """A number that is a part of a name is none of an expert: w1 is not the w2 that is scaled."""
+    checkpoints.write_shards(tmp_path, checkpoints.mixtral_tensors(), 2)
+    (tmp_path / "config.json").write_text(checkpoints.MIXTRAL_CONFIG)
+    index = json.loads((tmp_path / INDEX_FILE).read_text())["weight_map"]
+    first, last = sorted(set(index.values()))
+    name = f"model.layers.0.block_sparse_moe.experts.0.{matrix}.weight"
+    assert index[name] == first
+    own = {n: r for n, r in checkpoints.mixtral_tensors().items() if index[n] == last}
+    add(tmp_path, last, {**own, name: checkpoints.mixtral_tensors()[name]})
+    if planned:
+        with pytest.raises(CheckpointError, match=name):
+            moescale.plan(tmp_path, experts=3)
+    else:
+        assert any(name in w for w in moescale.plan(tmp_path, experts=3).warnings)
+
+
 def test_what_was_left_behind_of_a_set_is_left_out(source: Path) -> None:
     """One part of a set is no second model, whatever its content."""
     add(source, "model-00002-of-00009.safetensors", checkpoints.qwen2_tensors(2))

@@ -596,6 +596,8 @@ def test_a_repair_writes_what_differs_and_nothing_else(source: Path, tmp_path: P
         n: d for n, d in before.items() if n != "moescale.json"
     }
     assert (out / "model-00002-of-00003.safetensors").stat().st_ino == kept.st_ino
+    listed = json.loads((out / "moescale.json").read_text())["files"]
+    assert [f["name"] for f in listed if f["sha256"] is None] == []
     assert verify(source, out).verified
     again = convert(source, out, experts=3, verify=True, overwrite=True)
     assert (again.status, again.verified) == ("done", True)
@@ -613,6 +615,9 @@ def test_the_options_of_an_output_are_taken_from_it(source: Path, tmp_path: Path
     ) as caught:
         verify(source, out, experts=4)
     assert "taken from there" in (caught.value.hint or "")
+    convert(source, tmp_path / "default", experts=3)
+    with pytest.raises(VerificationError, match=r"made with experts=3 \(preserve, by default\)"):
+        verify(source, tmp_path / "default", experts=3, rule="published")
 
 
 @pytest.mark.parametrize(

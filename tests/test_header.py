@@ -115,6 +115,27 @@ def test_refuses_a_length_that_cannot_be_true(length: int) -> None:
     assert "claims" in refused(struct.pack("<Q", length) + b"{}")
 
 
+@pytest.mark.parametrize(
+    ("begin", "kind"),
+    [
+        (b"PK\x03\x04\x14\0\x08\x08", "a zip file"),
+        (b"GGUF\x03\0\0\0", "a GGUF file"),
+        (b"\x80\x02\x8a\nl\xfc\x9c\x46", "a pickle"),
+    ],
+)
+def test_a_file_of_another_kind_is_called_so(begin: bytes, kind: str) -> None:
+    """Whoever renamed it gains nothing from fetching it again."""
+    with pytest.raises(CheckpointError, match=f"is {kind}.*whatever its name says") as caught:
+        header_length(begin, 1 << 20, "file")
+    assert "fetch" not in str(caught.value)
+
+
+@pytest.mark.parametrize("length", [0x280, 0x04034B50])
+def test_a_length_may_look_like_another_kind(length: int) -> None:
+    """A header of 640 bytes begins as a pickle does; the size of the file tells."""
+    assert header_length(struct.pack("<Q", length), 1 << 30, "file") == length
+
+
 def test_refuses_a_header_over_the_limit_of_the_format() -> None:
     """It is no damage: the limit is said, and what to do, since no download mends it."""
     with pytest.raises(CheckpointError, match=r"100,000,001 .* 100,000,000 that") as caught:

@@ -277,9 +277,12 @@ def test_two_copies_of_what_is_scaled_are_refused(weight_map: dict[str, str] | N
 
 
 def test_unlisted_tensors_are_mentioned() -> None:
-    """Tensors that the index does not list are counted in a remark."""
+    """Tensors that the index does not list are named and counted in a remark."""
     _, [remark] = checked({"a": "s1"}, headers({"s1": ["a", "b"]}))
-    assert "does not list 1 " in remark
+    assert remark.endswith("does not list 'b'")
+    found = headers({"s1": ["d", "a"], "s2": ["c", "b", "e"]})
+    _, [remark] = checked({"a": "s1", "e": "s2"}, found)
+    assert remark.endswith("does not list 'b' (and 2 more)")
 
 
 def test_a_made_index_is_what_loaders_expect() -> None:

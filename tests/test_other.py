@@ -38,6 +38,16 @@ OTHERS = {
         "has only pytorch_model.bin",
         "save_pretrained",
     ),
+    "a sharded checkpoint": (
+        {"__0_0.distcp": b"x", ".metadata": b"x", "config.json": CONFIG},
+        "sharded checkpoint of torch.distributed (__0_0.distcp)",
+        "dcp_to_torch",
+    ),
+    "Meta's layout": (
+        {"consolidated.00.pth": b"PK", "params.json": {}},
+        "Meta's own layout",
+        "safetensors",
+    ),
     "a Keras file": ({"tf_model.h5": b"", "config.json": CONFIG}, "only tf_model.h5", "Give"),
 }
 

@@ -123,15 +123,17 @@ INFERENCE = '{"n_routed_experts": 4, "n_activated_experts": 2, "route_scale": 2.
 
 def test_other_files_that_loaders_read_are_set_to_the_byte(source: Path) -> None:
     """Mistral's params.json and the config of DeepSeek's own code; the plan says so."""
-    files = {"params.json": PARAMS.encode(), "inference/config_1B.json": INFERENCE.encode()}
-    checkpoints.write_files(source, files)
+    second = ("inference/config_1B.json", "configs/1B.json", "inference/1B.json")
+    files = {"params.json": PARAMS, **dict.fromkeys(second, INFERENCE)}
+    checkpoints.write_files(source, {name: text.encode() for name, text in files.items()})
     out, warnings = converted(source)
     assert warnings == []
     assert (out / "params.json").read_text() == PARAMS.replace(":  2", ":  3")
-    assert (out / "inference/config_1B.json").read_text() == INFERENCE.replace(": 2,", ": 3,")
+    for name in second:
+        assert (out / name).read_text() == INFERENCE.replace(": 2,", ": 3,"), name
     plan = api.plan(source, experts=3)
     actions = {file.name: file.action for file in plan.files}
-    assert actions["params.json"] == actions["inference/config_1B.json"] == "edit"
+    assert {actions[name] for name in files} == {"edit"}
     assert plan.bytes_written == sum(
         f.stat().st_size for f in out.rglob("*") if f.is_file() and f.name not in OURS
     )

@@ -74,6 +74,7 @@ def experts_(*shape: int, of: str = "w2") -> dict[str, Raw]:
         ({UP: bf16(INNER // 2, HIDDEN)}, (DOWN, UP, "not the transpose")),
         ({ROUTER: bf16(3, HIDDEN)}, (ROUTER, f"[3, {HIDDEN}]", "4 experts")),
         ({ROUTER: bf16(4, INNER)}, (ROUTER, f"[4, {INNER}]", f"[4, {HIDDEN}]")),
+        ({ROUTER: bf16(HIDDEN, 4)}, (ROUTER, f"[{HIDDEN}, 4]", f"[4, {HIDDEN}]")),
         ({ROUTER: None}, ("model.layers.1: has routed experts, but no router",)),
         ({UP: None}, (UP.removesuffix(".weight"), "is missing")),
         ({f"{AT}gate.e_score_correction_bias": bf16(3)}, ("correction_bias", "[3]", "4 experts")),
@@ -257,14 +258,16 @@ def test_a_scale_unlike_its_siblings_is_refused(tmp_path: Path) -> None:
     refused(source, SCALE, "[1]", f"[{ROWS}, 1]")
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
 def test_a_scale_that_is_no_number_is_refused_before_anything_is_written(
-    dtype: str, tmp_path: Path
+    dtype: str, value: float, tmp_path: Path
 ) -> None:
-    """Every weight that it belongs to would be NaN, as it was."""
+    """Every weight that it belongs to would be NaN or infinite, as it was."""
     codes = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}[dtype]
-    nan = np.full((ROWS, 1), np.nan, codes)
-    tensors = fp8((ROWS, 1), (dtype, nan.shape, nan.tobytes()))
+    odd = np.ones((ROWS, 1), codes)
+    odd[-1] = value
+    tensors = fp8((ROWS, 1), (dtype, odd.shape, odd.tobytes()))
     for name in [n for n in tensors if n.endswith("scale") and n != SCALE]:
         tensors[name] = values(dtype, (ROWS, 1), special=False)
     source = written(tmp_path / "m", tensors, **QWEN, hidden_size=ROWS)

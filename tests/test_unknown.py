@@ -171,6 +171,13 @@ def test_a_draft_of_its_own_size_is_a_part_of_its_own(tmp_path: Path) -> None:
         ("latent_moe_use_norm", True),
         ("routed_expert_norm", True),
         ("apply_router_weight_on_input", True),
+        ("routing_score_fn", "sigmoid"),
+        ("gating_function", "sigmoid"),
+        ("router_activation", "sigmoid"),
+        ("renormalize", False),
+        ("normalize_expert_weights", False),
+        ("router_normalize_weights", False),
+        ("zero_expert_num", 2),
     ],
 )
 def test_a_key_that_changes_the_routing_is_named_where_it_is_not_read(
@@ -179,6 +186,14 @@ def test_a_key_that_changes_the_routing_is_named_where_it_is_not_read(
     """A Mixtral reads none of these; whoever wrote one may run other code."""
     (warning,) = warnings(written(tmp_path / "m", {**CONFIG, key: value}))
     assert f"{key} is {value!r}, which the row of 'mixtral' does not read" in warning
+
+
+def test_a_limit_to_groups_is_named_where_it_is_not_read(tmp_path: Path) -> None:
+    """A Mixtral chooses from all of its experts, unless other code runs it."""
+    for groups, limited in ((4, True), (1, False), (None, False)):
+        config = {**CONFIG, "n_group": groups, "topk_group": 1}
+        said = [w for w in warnings(written(tmp_path / str(groups), config)) if "topk_group" in w]
+        assert bool(said) == limited
 
 
 @pytest.mark.parametrize(
@@ -193,6 +208,13 @@ def test_a_key_that_changes_the_routing_is_named_where_it_is_not_read(
         ("topk_method", "greedy"),
         ("final_logit_softcapping", 30.0),
         ("residual_gate_temperature", 0.3),
+        ("routing_score_fn", "softmax"),
+        ("shared_expert_gate_type", "sigmoid"),
+        ("output_gate_type", "sigmoid"),
+        ("router_activation", ["sigmoid"]),
+        ("layer_normalize", False),
+        ("zero_expert_num", 0),
+        ("topk_group", 1),
     ],
 )
 def test_a_key_that_says_what_is_so_anyway_is_not(key: str, value: Any, tmp_path: Path) -> None:

@@ -581,7 +581,9 @@ def _repair(
     run(plan, source, sink, jobs=jobs, overwrite=True, keep=keep, progress=progress, pool=pool)
     again, only = sink.output(), sizes.keys() - keep.keys()
     phase("verifying", {name: sizes[name] for name in only})
-    proven(plan, source, again, jobs=jobs, only=only, progress=progress, pool=pool).check()
+    mended = proven(plan, source, again, jobs=jobs, only=only, progress=progress, pool=pool)
+    mended.check()
+    fill_digests(sink, plan, {**mended.written, **keep}, again)
     return "repair"
 
 

@@ -23,6 +23,14 @@ MAX_HEADER_BYTES = 100_000_000
 _U64 = 1 << 64
 _LFS = b"version "
 """How the small files begin that Git leaves in place of large ones."""
+_OTHERS = (
+    (b"PK\x03\x04", "a zip file, as torch saves weights"),
+    (b"GGUF", "a GGUF file"),
+    (b"\x80\x02", "a pickle, as torch saves weights"),
+    (b"\x28\xb5\x2f\xfd", "a zstd file"),
+    (b"\x89HDF", "an HDF5 file"),
+)
+"""How files of other kinds begin, which may carry the name of a shard."""
 _CUT = "The file is incomplete or has something appended; fetch it again."
 _WRONG = "safetensors refuses such a file, too; the program that wrote it has to write it again."
 _FIELDS = {"dtype", "shape", "data_offsets"}
@@ -72,6 +80,9 @@ def header_length(first: bytes, file_size: int, where: str) -> int:
             where, "is a web page, not the file itself", "Fetch it again; see if it is gated."
         )
     length = int.from_bytes(first[:LENGTH_BYTES], "little")
+    kind = next((kind for start, kind in _OTHERS if first.startswith(start)), None)
+    if kind is not None and length > min(file_size - LENGTH_BYTES, MAX_HEADER_BYTES):
+        raise _bad(where, f"is {kind}, whatever its name says", "Convert it to safetensors.")
     if length > file_size - LENGTH_BYTES:
         raise _bad(where, f"the header claims {length} bytes, the file has {file_size}", _CUT)
     if length > MAX_HEADER_BYTES:

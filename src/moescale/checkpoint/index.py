@@ -197,12 +197,12 @@ class Doubled:
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """Where index and headers differ, and how many tensors the index does not list."""
+    """Where index and headers differ, and which tensors the index does not list."""
 
     index: str | None
     absent: tuple[Absent, ...] = ()
     doubled: tuple[Doubled, ...] = ()
-    unlisted: int = 0
+    unlisted: tuple[str, ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -250,7 +250,7 @@ class Faults:
                 f" in {kept.kept} counts, and both are copied"
             )
         if self.unlisted:
-            yield f"{self.index} does not list {self.unlisted} of the tensors"
+            yield f"{self.index} does not list {self.unlisted[0]!r}{_more(self.unlisted)}"
 
 
 def _more(found: Sized) -> str:
@@ -285,8 +285,11 @@ def check_against_headers(
     if listed is None or unlisted:  # else each name stands once in the index
         doubled = list(_doubled(taken, None if listed is None else unlisted))
         taken = _single(taken, doubled)
-    count = sum(map(len, unlisted.values())) - (len(doubled) if listed is not None else 0)
-    return taken, Faults(shards.index, tuple(absent), tuple(doubled), count)
+    copies = {(two.other, two.name) for two in doubled}
+    alone = [
+        name for shard, names in unlisted.items() for name in names if (shard, name) not in copies
+    ]
+    return taken, Faults(shards.index, tuple(absent), tuple(doubled), tuple(sorted(alone)))
 
 
 def _doubled(

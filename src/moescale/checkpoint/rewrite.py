@@ -185,7 +185,7 @@ def edited(
     """
     import numpy as np  # here, since a plan needs none: 15 MB and half of the start-up time
 
-    from moescale.checkpoint.scaling import holds_nan, scaler
+    from moescale.checkpoint.scaling import holds_no_number, scaler
 
     tensor, scale = edit.tensor, scaler(edit, seen)
     whole = tensor.nbytes if edit.operation == "nested_offset" else EDIT_PIECE
@@ -195,10 +195,10 @@ def edited(
     for start in range(tensor.start, tensor.stop, length):
         size = min(length, tensor.stop - start)
         reader.read_into(source[:size], start)
-        if edit.role == "scale" and holds_nan(edit, source[:size]):
+        if edit.role == "scale" and holds_no_number(edit, source[:size]):
             raise CheckpointError(
-                f"tensor {tensor.name!r}: holds a scale that is no number (NaN), and so is every"
-                " weight that it belongs to",
+                f"tensor {tensor.name!r}: holds a scale that is no number (NaN or infinite), and so"
+                " is every weight that it belongs to",
                 hint="The tensor is damaged; quantise it again, or fetch it again.",
             )
         empty = empty and not np.frombuffer(source[:size], np.uint8).any()

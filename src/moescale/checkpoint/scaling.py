@@ -155,14 +155,14 @@ def _promoting_scaler(dtype: str, factor: float, scales: bool) -> Scale:
     return scale
 
 
-def holds_nan(edit: TensorEdit, data: memoryview) -> bool:
-    """Whether any of the values is no number."""
+def holds_no_number(edit: TensorEdit, data: memoryview) -> bool:
+    """Whether any of the values is NaN or infinite."""
     dtype = edit.tensor.dtype
     if edit.operation == "shift":
         return bool((np.frombuffer(data, np.uint8) == 255).any())
     if dtype in _INFINITY_16:
-        return bool(((np.frombuffer(data, "<u2") & 0x7FFF) > _INFINITY_16[dtype]).any())
-    return dtype == "F32" and bool(np.isnan(np.frombuffer(data, "<f4")).any())
+        return bool(((np.frombuffer(data, "<u2") & 0x7FFF) >= _INFINITY_16[dtype]).any())
+    return dtype == "F32" and not np.isfinite(np.frombuffer(data, "<f4")).all()
 
 
 def _mend(values: np.ndarray[Any, Any], scaled: np.ndarray[Any, Any]) -> int:

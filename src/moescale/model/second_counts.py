@@ -34,10 +34,10 @@ _UNLIKELY: Final = re.compile(r"group|limit|device|loss|coef|size|dim|shared|cap
 """What a key that nobody knows is called, with the one around it, where it may be this number."""
 
 MOST_BYTES: Final = 1 << 20
-_CANDIDATE: Final = re.compile(r"(?:.*/)?[^/]*(?:params|config|args|settings)[^/]*\.json")
+_CANDIDATE: Final = re.compile(r".*(?:params|config|args|settings|inference|model).*\.json")
 _OTHERS: Final = re.compile(
-    r"(?:.*/)?(?:generation|tokenizer|(?:\w+_)?preprocessor|processor|adapter|quanti[sz]e|"
-    r"quantization|hf_quant|quant)_config\.json"
+    r".*\.index(?:\.[^./]+)?\.json|(?:.*/)?(?:model_index\.json|added_tokens\.json|(?:generation|tokenizer|(?:\w+_)?preprocessor|processor|adapter|quanti[sz]e|"
+    r"quantization|hf_quant|quant)_config\.json)"
 )
 
 

@@ -32,7 +32,8 @@ _NOT_ROUTED = re.compile(
 )
 _LONGEST = 500
 """Characters of a name that is looked at; a longer one could be searched for long."""
-_DIGITS = re.compile("[0-9]+")
+_NUMBER = re.compile("(?<![a-z0-9])[0-9]+")
+"""A number of its own: the 1 of ``w1`` is a part of a name."""
 
 
 def held_layer(name: str) -> Layer | None:
@@ -67,4 +68,4 @@ def like(names: Iterable[str], projections: Iterable[Projection]) -> set[str]:
 
 
 def _form(name: str) -> str:
-    return _DIGITS.sub("#", name)
+    return _NUMBER.sub("#", name)

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from moescale.checkpoint.header import Tensor
 from moescale.model.architectures import Architecture, Flag, PowerNorm
+from moescale.model.count import whole
 from moescale.model.experts import Projection
 from moescale.model.formats import split_name
 from moescale.model.gating import GATINGS, Gating
@@ -31,10 +32,21 @@ SCORES: Final = frozenset(
     )
 )
 """Keys that name how scores are made of logits."""
+_SCORING: Final = re.compile(
+    r"(?!.*share)(?:.*(?:scor|rout|expert|moe|top_?k).*|gat(?:e|ing))"
+    r"_(?:fn|func|function|act|activation|type)"
+)
+"""Keys that may do so under other names, where their value is the name of a score."""
+_SCORE_NAMES: Final = ("softmax", "sigmoid", "sqrtsoftplus")
 NORMALISED: Final = frozenset(
     ("norm_topk_prob", "moe_renormalize", "norm_expert_weight", "route_norm")
 )
 """Keys that say whether the weights of the chosen experts sum to 1."""
+_NORMALISING: Final = re.compile(
+    r"(?:re)?normali[sz]e|(?:re)?norm(?:ali[sz]e)?_(?:top_?k|expert|rout\w*|gat\w*|moe)\w*"
+    r"|(?:top_?k|expert|rout\w*|gat\w*|moe)\w*_(?:renorm|normali[sz]e)\w*"
+)
+"""Keys that may say so under other names."""
 BIASED: Final = frozenset(
     (
         *("moe_router_enable_expert_bias", "use_expert_bias", "use_moe_router_bias"),
@@ -58,12 +70,19 @@ def unread_keys(
     """Config keys that change the routing in some model types and that this row does not read."""
     gating = _gating(row)
     read = _read_by(row, gating)
+    unread = {} if row.groups else _groups(section)
     for key, value in section.items():
-        if key not in read and _is_unusual(key, value, gating, router):
+        if key in unread or (key not in read and _is_unusual(key, value, gating, router)):
             yield (
                 f"config.json: {key} is {value!r}, which the row of {row.model_type!r} does"
                 " not read; where the model's code does, factors may be wrong"
             )
+
+
+def _groups(section: Mapping[str, Any]) -> Mapping[str, int]:
+    """The keys of a limit to some groups of experts, where they say one."""
+    groups = whole(section, "n_group", whole(section, "num_expert_group", 0))
+    return {"topk_group": groups} if 0 < whole(section, "topk_group", 0) < groups else {}
 
 
 def _gating(row: Architecture) -> Gating | None:
@@ -81,7 +100,7 @@ def _read_by(row: Architecture, gating: Gating | None) -> set[str | None]:
     if row.model_type == "deepseek_v2":  # which has a warning of its own
         keys.add("norm_topk_prob")
     if gating is not None:
-        keys |= {gating.score_key, gating.bias_key, gating.cap_key}
+        keys |= {gating.score_key, gating.bias_key, gating.cap_key, gating.idle_key}
     return keys
 
 
@@ -89,12 +108,16 @@ def _is_unusual(key: str, value: Any, gating: Gating | None, router: Router | No
     """Whether a key changes the routing from what the row takes it for."""
     if key in SCORES:
         return gating is not None and isinstance(value, str) and value != gating.score
-    if key in NORMALISED:
+    if _SCORING.fullmatch(key) and value in _SCORE_NAMES:
+        return gating is not None and value != gating.score
+    if key in NORMALISED or (value is False and _NORMALISING.fullmatch(key)):
         anyway = gating is not None and gating.late and gating.score == "softmax"
         contradicts = router is not None and value is not router.renormalised
         return isinstance(value, bool) and contradicts and not anyway
     if key in BIASED or (key, value) == ("topk_method", "noaux_tc"):
         return bool(value) and gating is not None and not (gating.bias or gating.logit_bias)
+    if key == "zero_expert_num":
+        return type(value) is int and value > 0 and gating is not None
     if _BOUND.fullmatch(key):
         return type(value) in (int, float) and value not in (0, 1)
     return value is True and (key in ON_INPUT or _NORM.fullmatch(key) is not None)

@@ -102,7 +102,7 @@ class Witness:
 
     def _check_alike(self, projection: Projection, other: Projection) -> None:
         mine, theirs = self.router(projection), self.router(other)
-        if mine is not None and theirs is not None and {*mine.shape} != {*theirs.shape}:
+        if mine is not None and theirs is not None and mine.shape != theirs.shape:
             raise CheckpointError(
                 f"{mine.name}: its shape {list(mine.shape)} is not that of {theirs.name}, which is"
                 f" {list(theirs.shape)}",

@@ -21,6 +21,17 @@ _OTHER = (
         "Say moescale {where}/{name}, or the first file of a split set.",
     ),
     (
+        ".distcp",
+        "is a sharded checkpoint of torch.distributed ({name}), which is not read",
+        "Merge it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch, or"
+        " accelerate merge-weights, then save_pretrained(...).",
+    ),
+    (
+        "consolidated.00.pth",
+        "has only {name}, Meta's own layout, which is not read",
+        "Give the repo with the safetensors weights of the same model.",
+    ),
+    (
         TORCH,
         "has only {name}, which is not read",
         "Convert it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...).",

@@ -73,7 +73,9 @@ def check_same_job(plan: Plan, sink: Sink) -> None:
         return  # another version or source: the bytes tell
     if found.get("options") == now["options"]:
         return  # the source has other files than it had: the bytes tell
+    rule = found.get("rule")
+    by_default = "" if "rule=" in words or not isinstance(rule, str) else f" ({rule}, by default)"
     raise VerificationError(
-        f"{sink.identity}: was made with {words}",
+        f"{sink.identity}: was made with {words}{by_default}",
         hint="Verify it with these options, or with none: they are taken from there.",
     )
