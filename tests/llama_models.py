@@ -6,7 +6,7 @@ Their tensors were asked of the client, one missing tensor after the other; all 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ def write_runnable(
     split: int = 0,
     sizes: Mapping[int, int] | None = None,
     blocks: int = BLOCKS,
+    without: Collection[str] = (),
 ) -> Path:
     """Write a model; its path, of a split set that of the first file.
 
@@ -75,6 +76,7 @@ def write_runnable(
         split: tensors of a file, of a split set.
         sizes: other lengths in place of those of the recipe.
         blocks: how many.
+        without: names that are left out.
     """
     recipe, sizes = RECIPES[arch], sizes or {}
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=split)
@@ -87,6 +89,8 @@ def write_runnable(
     for i in range(blocks):
         shapes |= {f"blk.{i}.{name}": shape for name, shape in recipe["block"].items()}
     rng = np.random.default_rng(1)
+    for name in without:
+        del shapes[name]
     for name, shape in shapes.items():
         values = _values(rng, name, tuple(sizes.get(n, n) for n in shape))
         writer.add_tensor(name, np.ascontiguousarray(change(name, values), np.float32))

@@ -531,8 +531,23 @@ def test_nothing_to_do_is_said(tmp_path: Path) -> None:
     assert not (tmp_path / "out.gguf").exists()
 
 
+def test_glm_4_7_flash_is_told_by_its_size(tmp_path: Path) -> None:
+    """An old file of arch deepseek2 that names no function: the client takes the sigmoid there."""
+    words = {"token_embd.weight": numbers(154_880, HIDDEN)}
+    found = []
+    for tensors in ({}, words):
+        (source,) = write_model(tmp_path / "m.gguf", "deepseek2", layers=47, tensors=tensors)
+        plan = moescale.plan(source, experts=3, rule="gates")
+        found.append(dict(plan.factors))
+    (source,) = write_model(
+        tmp_path / "m.gguf", "deepseek2", layers=47, keys={"expert_gating_func": 2}
+    )
+    assert found[0] != found[1]
+    assert found[1] == dict(moescale.plan(source, experts=3, rule="gates").factors)
+
+
 def test_a_count_that_has_no_room_in_the_graph_is_warned_of(tmp_path: Path) -> None:
-    """llama.cpp's graph has 8 nodes for each tensor, and each expert takes two in every layer."""
+    """llama.cpp's graph has 8 nodes for each tensor, and each expert takes two in every block."""
     router = {f"blk.{i}.ffn_gate_inp.weight": numbers(256, HIDDEN) for i in range(8)}
     experts = {f"blk.{i}.ffn_down_exps.weight": numbers(256, HIDDEN, 32) for i in range(8)}
     (source,) = write_model(tmp_path / "m.gguf", layers=8, tensors={**router, **experts})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -149,25 +150,85 @@ def test_a_quantised_file_is_near_the_exact_fold(client: Client, tmp_path: Path,
     assert rms(found, exact) < 0.1 * rms(edit, exact)
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen3moe", "deepseek2", "gpt-oss"])
-def test_too_many_experts_end_the_client(client: Client, tmp_path: Path, arch: str) -> None:
-    """What the plan warns of is so, but for a few experts; what it does not warn of runs."""
-    count = 120
+CROWD, MANY = 160, 140
+
+
+def crowded(path: Path, arch: str, **given: Any) -> tuple[Path, int]:
+    """A model of four blocks with many experts, and how many a plan says there is room for."""
 
     def many(name: str, values: Any) -> Any:
-        if "_exps" not in name and "gate_inp" not in name:
+        if "norm" in name or not any(part in name for part in ("_exps", "gate_inp.", "exp_probs")):
             return values
-        return np.resize(values, (count, *values.shape[1:]))
+        return np.resize(values, (CROWD, *values.shape[1:]))
 
-    source = write_runnable(
-        tmp_path / "m.gguf", arch, change=many, keys={"expert_count": count}, blocks=4
-    )
-    first = next(
-        k
-        for k in range(50, count)
-        if "GGML_ASSERT" in "".join(moescale.plan(source, experts=k, rule="none").warnings)
-    )
+    keys = {"expert_count": CROWD, **given.pop("keys", {})}
+    write_runnable(path, arch, change=many, keys=keys, blocks=4, **given)
+    plan = moescale.plan(path, experts=MANY, rule="none")
+    (said,) = (text for text in plan.warnings if "GGML_ASSERT" in text)
+    found = re.search(r"has room for (\d+) experts", said)
+    assert found is not None
+    most = int(found[1])
+    fits = moescale.plan(path, experts=most, rule="none").warnings
+    assert not any("GGML_ASSERT" in text for text in fits)
+    return path, most
+
+
+def check_room(client: Client, source: Path, arch: str, most: int) -> None:
+    """So many run, and one more ends the client."""
     key = f"{arch}.expert_used_count"
-    client.logits(source, TOKENS, {key: first - 1}, exact=False)
+    client.logits(source, TOKENS, {key: most}, exact=False)
     with pytest.raises(DiedError):
-        client.logits(source, TOKENS, {key: first + 12}, exact=False)
+        client.logits(source, TOKENS, {key: most + 1}, exact=False)
+
+
+@pytest.mark.parametrize("arch", RECIPES)
+def test_one_expert_more_than_the_plan_says_ends_the_client(
+    client: Client, tmp_path: Path, arch: str
+) -> None:
+    """The number is exact for every architecture that was counted."""
+    source, most = crowded(tmp_path / "m.gguf", arch)
+    check_room(client, source, arch, most)
+
+
+def numbers(*shape: int) -> Any:
+    """Some weights."""
+    return np.full(shape, 0.1, np.float32)
+
+
+BIASES = {f"blk.{i}.attn_{s}.bias": numbers(32) for i in range(4) for s in "qkv"}
+NORMS = {f"blk.{i}.attn_{s}_norm.weight": numbers(8) for i in range(4) for s in "qk"}
+
+
+@pytest.mark.parametrize(
+    ("arch", "more", "keys"),
+    [
+        ("qwen2moe", BIASES, {}),
+        ("gpt-oss", BIASES, {}),
+        ("glm4moe", {**BIASES, **NORMS}, {}),
+        ("llama", {f"blk.{i}.ffn_gate_exps.weight": numbers(CROWD, 32, 32) for i in range(4)}, {}),
+        ("llama", {f"blk.{i}.ffn_down_exps.scale": numbers(CROWD) for i in range(4)}, {}),
+        ("deepseek2", {}, {"expert_group_count": 8, "expert_group_used_count": 7}),
+        ("deepseek2", {}, {"expert_weights_norm": False, "expert_weights_scale": 2.0}),
+    ],
+)
+def test_what_else_is_in_a_file_takes_room_too(
+    client: Client, tmp_path: Path, arch: str, more: dict[str, Any], keys: dict[str, Any]
+) -> None:
+    """Weights that not every model of the architecture has, groups, a factor."""
+    source, most = crowded(tmp_path / "m.gguf", arch, more=more, keys=keys)
+    check_room(client, source, arch, most)
+
+
+@pytest.mark.parametrize("arch", ["deepseek2", "dots1", "glm4moe", "ernie4_5-moe"])
+def test_dense_blocks_take_less_room(client: Client, tmp_path: Path, arch: str) -> None:
+    """They have no experts and no router."""
+    parts = ("exps", "gate_inp", "shexp", "exp_probs")
+    routed = [n for n in RECIPES[arch]["block"] if any(part in n for part in parts)]
+    source, most = crowded(
+        tmp_path / "m.gguf",
+        arch,
+        keys={"leading_dense_block_count": 1},
+        without=[f"blk.0.{name}" for name in routed],
+        more={f"blk.0.ffn_{name}.weight": numbers(32, 32) for name in ("gate", "up", "down")},
+    )
+    check_room(client, source, arch, most)

@@ -70,13 +70,14 @@ def find_gguf_moe(
     held = _held(projections, row, total)
     if pattern is None:
         _check_complete(row, by_layer, held)
-    known = Router(_renormalised(row, own, keys)) if row.name else None
+    score = _score(row, own, keys, tensors)
+    known = Router(_renormalised(row, own, keys, score)) if row.name else None
     limit = {
         "n_group": keys.get(f"{own}.expert_group_count"),
         "topk_group": keys.get(f"{own}.expert_group_used_count"),
     }
     return Moe(
-        architecture=_architecture(row, own, keys, by_layer),
+        architecture=_architecture(row, own, keys, by_layer, score),
         model_type=own,
         section=limit,
         places=(place,),
@@ -193,23 +194,37 @@ def _check_complete(row: Row, by_layer: Mapping[int, set[str]], held: Mapping[La
             )
 
 
-def _renormalised(row: Row, own: str, keys: Keys) -> bool:
-    if _score(row, own, keys) == ("softmax", True):
+_Score = tuple[str, bool] | None
+
+
+def _renormalised(row: Row, own: str, keys: Keys, score: _Score) -> bool:
+    if score == ("softmax", True):
         return True
     if row.weighs == "key":
         return keys.get(f"{own}.expert_weights_norm") is True
     return row.weighs == "always"
 
 
-def _score(row: Row, own: str, keys: Keys) -> tuple[str, bool] | None:
+def _score(row: Row, own: str, keys: Keys, tensors: Sequence[Tensor]) -> _Score:
     named = keys.get(f"{own}.expert_gating_func") if row.score_key else None
-    return SCORES.get(named or row.score or 0)
+    return SCORES.get(named or _unnamed(row, own, keys, tensors) or 0)
 
 
-def _architecture(row: Row, own: str, keys: Keys, by_layer: Mapping[int, set[str]]) -> Architecture:
+def _unnamed(row: Row, own: str, keys: Keys, tensors: Sequence[Tensor]) -> int | None:
+    """The score where the file names none; GLM-4.7-Flash is told by its size, as in the client."""
+    if row.name != "deepseek2":
+        return row.score
+    blocks = keys.get(f"{own}.block_count", 0) - keys.get(f"{own}.nextn_predict_layers", 0)
+    words = next((t.shape[0] for t in tensors if t.name == "token_embd.weight" and t.shape), 0)
+    return 2 if blocks in (47, 48) and words == 154_880 else row.score
+
+
+def _architecture(
+    row: Row, own: str, keys: Keys, by_layer: Mapping[int, set[str]], score: _Score
+) -> Architecture:
     """The row, and what the file says, in the words of the other tables."""
     there: set[str] = set().union(*by_layer.values())
-    gating, score = row.gating, _score(row, own, keys)
+    gating = row.gating
     if isinstance(gating, Gating):
         if score is None:
             gating = Other(f"{own}.expert_gating_func names no function that is known")
@@ -227,7 +242,7 @@ def _architecture(row: Row, own: str, keys: Keys, by_layer: Mapping[int, set[str
     return Architecture(
         own,
         experts=(),
-        weights=_renormalised(row, own, keys),
+        weights=_renormalised(row, own, keys, score),
         count=(f"{own}.expert_used_count",),
         groups=True,
         fixed=fixed,

@@ -20,6 +20,9 @@ from typing import Final, Literal
 
 from moescale.model.gating import Gating, Other
 
+RELEASE: Final = "0.5.0"
+"""The release that all of this is of."""
+
 EXPERTS: Final = ("ffn_down_exps",)
 """What follows ``blk.N.`` in the names of the routed down-projections."""
 

@@ -21,6 +21,7 @@ from moescale.model import llama_cpp
 from moescale.model.experts import Layer
 from moescale.model.gguf import find_gguf_moe
 from moescale.model.llama_cpp import Row
+from moescale.model.llama_graph import GRAPHS, most_experts
 from moescale.options import Options
 from moescale.planning import provenance
 from moescale.planning.factors import one_factor
@@ -173,7 +174,7 @@ class GgufCheckpoint:
                 f"a start script that has --override-kv {self._count_key}=... sets another number"
                 " than the one that the factors are made for: take it out"
             )
-        yield from self._nodes(experts)
+        yield from self._room(experts, factors)
 
     def _check_folds(self, factors: Mapping[Layer, float]) -> None:
         fold, row = self._options.fold, self._row
@@ -191,19 +192,18 @@ class GgufCheckpoint:
         if fold == "config":
             one_factor(factors, self._options)
 
-    def _nodes(self, experts: Experts) -> Iterator[str]:
+    def _room(self, experts: Experts, factors: Mapping[Layer, float]) -> Iterator[str]:
         """Whether llama.cpp has room for so many experts in its graph."""
-        layers = len(self.moe.layers)
-        nodes = max(1024, self._row.nodes * len(self.tensors))
-        if self._row.nodes > 8 or not layers:
-            return
-        most = (nodes - _other_nodes(self._blocks(), len(self.tensors))) // (2 * layers)
+        added = {tensor.name for tensor in self._added(factors)}
+        names = added.union(tensor.name for tensor in self.tensors)
+        most = most_experts(self._row, self._first, names)
         after = max(experts.after) if isinstance(experts.after, tuple) else experts.after
-        if after > most:
+        if most is not None and after > most:
+            counted = self._row.name in GRAPHS
             yield (
-                f"llama.cpp 0.5 has room for {nodes:,} nodes in the graph of this model, which is"
-                f" about {most} experts per token; with {after} it is likely to abort"
-                " (GGML_ASSERT(obj_new))"
+                f"the graph that llama.cpp {llama_cpp.RELEASE} makes of this model has room for"
+                f" {'' if counted else 'about '}{most} experts per token; with {after} it"
+                f" {'ends' if counted else 'is likely to end'} with a failed GGML_ASSERT"
             )
 
     # What becomes of the files --------------------------------------------------------------
@@ -340,14 +340,6 @@ _WRITERS: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
     {"gpt-oss": ("attn_output.weight", "attn_output.bias")}
 )
 """What each layer adds to the stream besides the experts (``src/models/openai-moe.cpp``)."""
-
-
-def _other_nodes(blocks: int, tensors: int) -> int:
-    """What a graph holds besides two nodes for each chosen expert, about.
-
-    Measured in the client with 11 architectures of 4 blocks, and with 48 blocks of Qwen3.
-    """
-    return 90 + 10 * blocks + 3 * tensors
 
 
 def _check_options(options: Options) -> None:
