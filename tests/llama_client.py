@@ -97,6 +97,20 @@ class Client:
         found: float = self._ask(path=str(path), loss=True, **given)
         return found
 
+    def gates(
+        self, path: Path, tokens: Sequence[int], overrides: Mapping[str, float] | None = None
+    ) -> dict[int, tuple[Array, Array]]:
+        """By block: inputs of the router ``[tokens, hidden]``, weights of the chosen experts.
+
+        The weights are the last that it computes before a factor, ``[tokens, experts per token]``.
+        """
+        given = {"windows": [list(tokens)], "overrides": dict(overrides or {}), "exact": True}
+        found = self._ask(path=str(path), watch=True, **given)
+        return {
+            int(block): (np.array(inputs, np.float64), np.array(weights, np.float64))
+            for block, (inputs, weights) in found.items()
+        }
+
     def quantise(self, source: Path, output: Path, kind: int) -> None:
         """What ``llama-quantize`` makes of a file; `kind` is a number of ``llama_ftype``."""
         self._ask(source=str(source), output=str(output), kind=kind)
@@ -180,6 +194,23 @@ class _Batch(ctypes.Structure):
     )
 
 
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        ("kind", ctypes.c_int),
+        ("buffer", ctypes.c_void_p),
+        ("size", ctypes.c_int64 * 4),
+        ("strides", ctypes.c_size_t * 4),
+        ("operation", ctypes.c_int),
+        ("parameters", ctypes.c_int32 * 16),
+        ("flags", ctypes.c_int32),
+        ("src", ctypes.c_void_p * 10),
+    )
+
+
+_WEIGHTS = ("ffn_moe_weights", "ffn_moe_weights_softmax", "ffn_moe_weights_norm")
+"""What weights are called from step to step; of those that there are, the last is what counts."""
+
+
 class _QuantiseParams(ctypes.Structure):
     _fields_ = (
         ("threads", ctypes.c_int32),
@@ -197,7 +228,17 @@ class _Library:
     def __init__(self) -> None:
         self.log: list[str] = []
         shared = ctypes.RTLD_GLOBAL
-        ctypes.CDLL(str(FOLDER / "libggml-base.so"), shared)
+        self.base = ctypes.CDLL(str(FOLDER / "libggml-base.so"), shared)
+        self.inputs: dict[str, Array] = {}
+        self.weights: dict[str, Array] = {}
+        self._watcher = ctypes.CFUNCTYPE(
+            ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p
+        )(self._see)
+        self.base.ggml_get_name.restype = ctypes.c_char_p
+        self.base.ggml_get_name.argtypes = [ctypes.c_void_p]
+        self.base.ggml_backend_tensor_get.argtypes = [
+            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)
+        ]
         ggml = ctypes.CDLL(str(FOLDER / "libggml.v0.5.0.so"), shared)
         self.llama = llama = ctypes.CDLL(str(FOLDER / LIBRARY), shared)
         form = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
@@ -238,8 +279,9 @@ class _Library:
         overrides: dict[str, float],
         exact: bool,
         loss: bool = False,
-    ) -> list[float] | float:
-        """The logits of every token of the one sequence, or the loss over all."""
+        watch: bool = False,
+    ) -> Any:
+        """The logits of every token of the one sequence, the loss over all, or its gates."""
         params = self.llama.llama_model_default_params()
         params.gpu_layers, params.check_tensors = 0, True
         values = (_Override * (len(overrides) + 1))()
@@ -252,22 +294,51 @@ class _Library:
         model = self.llama.llama_model_load_from_file(path.encode(), params)
         if not model:
             raise RefusedError(self.words())
-        context = self._context(model, exact)
+        context = self._context(model, exact, watch)
         try:
             words = self.llama.llama_vocab_n_tokens(self.llama.llama_model_get_vocab(model))
             found = [self._logits(context, tokens, words) for tokens in windows]
         finally:
             self.llama.llama_free(context)
             self.llama.llama_model_free(model)
+        if watch:
+            return {
+                block: (self.inputs[block].tolist(), self.weights[block].tolist())
+                for block in self.inputs
+            }
         return _loss(found, windows) if loss else found[0].ravel().tolist()
 
-    def _context(self, model: Any, exact: bool) -> Any:
+    def _see(self, tensor: int, ask: bool, _: Any) -> bool:
+        """Keep what a router is given, and what it makes of that."""
+        kind, _, block = self.base.ggml_get_name(tensor).decode().rpartition("-")
+        if kind not in ("ffn_moe_logits", *_WEIGHTS) or not block.isdigit():
+            return not ask
+        if not ask and kind == "ffn_moe_logits":
+            source = _Tensor.from_address(tensor).src[1]
+            self.inputs[block] = self._values(source)
+        elif not ask:
+            tokens = len(self.inputs[block])
+            self.weights[block] = self._values(tensor).reshape(tokens, -1)
+        return True
+
+    def _values(self, tensor: int) -> Array:
+        """The numbers of an F32 tensor, the last of its four dimensions that are not 1 first."""
+        size = _Tensor.from_address(tensor).size
+        values = np.empty(tuple(reversed(size)), np.float32)
+        pointer = values.ctypes.data_as(ctypes.c_void_p)
+        self.base.ggml_backend_tensor_get(tensor, pointer, 0, values.nbytes)
+        return values.reshape(-1, size[0])
+
+    def _context(self, model: Any, exact: bool, watch: bool) -> Any:
         params = self.llama.llama_context_default_params()
         assert params.type_k == params.type_v == 1, "the structure is that of another release"
         params.n_ctx = params.n_batch = params.n_ubatch = 64
         params.threads[:] = (1, 1)
         if exact:
             params.type_k = params.type_v = params.flash_attention = 0
+        if watch:
+            self.inputs, self.weights = {}, {}
+            params.callback[0] = ctypes.cast(self._watcher, ctypes.c_void_p)
         context = self.llama.llama_init_from_model(model, params)
         if not context:
             self.llama.llama_model_free(model)

@@ -14,7 +14,14 @@ from llama_models import RECIPES, one_expert, rms, scales, start, write_runnable
 
 import moescale
 from moescale.errors import UnsupportedError
+from moescale.model.gating import Gating
 from moescale.model.llama_cpp import BY_NAME
+from moescale.options import Options
+from moescale.planning.kinds.gguf import GgufCheckpoint
+from moescale.planning.sampling import find_gates, read_gates
+from moescale.repos.location import LocalPath
+from moescale.repos.places import open_source
+from moescale.rules.routing import gate_weights
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=MISSING or "")
 
@@ -148,6 +155,41 @@ def test_a_quantised_file_is_near_the_exact_fold(client: Client, tmp_path: Path,
         return
     found = client.logits(convert(source, tmp_path / "out.gguf"), TOKENS)
     assert rms(found, exact) < 0.1 * rms(edit, exact)
+
+
+FORMED = [arch for arch in RECIPES if isinstance(BY_NAME[arch].gating, Gating)]
+GROUPED = [arch for arch in FORMED if BY_NAME[arch].weighs == "key"]
+
+
+@pytest.mark.parametrize(
+    ("arch", "groups"), [*((arch, 0) for arch in FORMED), *((arch, 2) for arch in GROUPED)]
+)
+def test_gate_weights_are_those_of_the_client(
+    client: Client, tmp_path: Path, arch: str, groups: int
+) -> None:
+    """The rule gates finds the router and its norm, and weighs a real input as the client does."""
+    gating = BY_NAME[arch].gating
+    assert isinstance(gating, Gating)
+    biases = {f"blk.{i}.{name}" for i in range(2) for name in gating.bias}
+    biases -= {f"blk.{i}.{name}" for i in range(2) for name in RECIPES[arch]["block"]}
+    more = {name: np.float32([0.3, 0, 0.1, -0.2]) for name in biases}
+    keys = {"expert_group_count": groups, "expert_group_used_count": 1} if groups else {}
+    write_runnable(tmp_path / "m.gguf", arch, more=more, keys=keys)
+    source = open_source(LocalPath(str(tmp_path / "m.gguf")))
+    checkpoint = GgufCheckpoint(source, Options(experts=2), False)
+    routers = find_gates(checkpoint.moe, checkpoint.headers)
+    for k in (1, 2) if groups else (1, 2, 3):
+        seen = client.gates(tmp_path / "m.gguf", TOKENS, {f"{arch}.expert_used_count": k})
+        assert len(seen) == 2
+        for tensors, router in read_gates(source, routers):
+            inputs, found = seen[tensors.layer.number]
+            sizes = np.sqrt(np.square(inputs / router.norm).mean(axis=1))
+            assert np.allclose(sizes, 1, atol=2e-3)
+            logits = inputs @ router.weight.T
+            if router.logit_bias is not None:
+                logits = logits + router.logit_bias
+            wanted = gate_weights(logits, k, routers.gate, router.bias)
+            assert np.allclose(-np.sort(-found, axis=1), wanted, atol=1e-5)
 
 
 CROWD, MANY = 160, 140
