@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """Trains four small MoE language models, one for each kind of router, and tries every rule on them.
 
-The text is Python's own standard library, byte by byte; nothing is downloaded. Needs torch and
-transformers (the `oracle` dependency group), which `scripts/test.sh` installs:
+The text is Python's own standard library, byte by byte, and what installed packages say of
+themselves; nothing is downloaded. Needs torch and transformers (the `oracle` dependency group),
+which `scripts/test.sh` installs:
 
-    .venv-test/bin/python scripts/study.py study-output          # a quarter of an hour
+    .venv-test/bin/python scripts/study.py study-output          # half an hour
     .venv-test/bin/python scripts/study.py quick-output --quick  # does it run; shows nothing
 
 What is in the folder already, models and results, is not done again. The tables go to stdout and,
 with the figure, to `study.md` and `study.svg` in the folder; `--docs docs` renews those of the
-repo. Another version of Python has other sources, and gives other numbers.
+repo. Another version of Python or of the packages has other texts, and gives other numbers.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ import shutil
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -48,6 +51,9 @@ CALIBRATED, EVALUATED = 128, 512
 EQUAL = 0.0005
 """Losses that differ by less are called equal."""
 
+WINDOW = 64
+"""Bytes that no text to calibrate with or to evaluate on has in common with the one before it."""
+
 GAP = 24
 RULES = {
     "none": "config edit alone",
@@ -55,7 +61,10 @@ RULES = {
     "preserve": "preserve",
     "gates": "gates",
     "measured": "measured",
+    "fitted": "fitted",
 }
+OTHERWISE = {"prose": "English prose", "own": "what the model writes"}
+"""What else `fitted` is calibrated on."""
 
 COMMON: dict[str, Any] = {
     "vocab_size": 256,
@@ -92,13 +101,13 @@ STUDIES = {
         "8 experts, trained with 2; softmax over the chosen, so weights sum to 1",
         {"num_local_experts": 8, "intermediate_size": 192, **BALANCED},
         2,
-        (1, 3, 4, 6, 8),
+        (1, 3, 4, 5, 6, 7, 8),
     ),
     "olmoe": Study(
         "16 experts, trained with 4; softmax over all, not renormalised",
         {"num_experts": 16, "intermediate_size": 96, "norm_topk_prob": False, **BALANCED},
         4,
-        (1, 2, 3, 6, 8, 16),
+        (1, 2, 3, 5, 6, 8, 12, 16),
     ),
     "deepseek_v3": Study(
         "16 experts in 4 groups of which 2 are used, trained with 4; sigmoid scores with a"
@@ -120,7 +129,7 @@ STUDIES = {
             "v_head_dim": 24,
         },
         4,
-        (1, 2, 3, 6, 8),
+        (1, 2, 3, 5, 6, 7, 8),
     ),
     "qwen2_moe": Study(
         "16 experts, trained with 4; softmax over all, not renormalised; one gated shared expert",
@@ -133,36 +142,81 @@ STUDIES = {
             **BALANCED,
         },
         4,
-        (1, 2, 3, 6, 8, 16),
+        (1, 2, 3, 5, 6, 8, 12, 16),
     ),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Bytes to train on, to calibrate with and to evaluate on, from different files."""
+    """Bytes to train on, and pieces of CONTEXT bytes, int64, (count, CONTEXT), of other files.
+
+    Attributes:
+        train: what the models learn.
+        calibrate: Python, too.
+        prose: English.
+        evaluate: Python; it shares no `WINDOW` bytes with any of the others.
+    """
 
     train: bytes
-    calibrate: bytes
-    evaluate: bytes
+    calibrate: Tensor
+    prose: Tensor
+    evaluate: Tensor
 
 
-def standard_library() -> Text:
-    """The sources of Python's standard library; every eighth file is held back."""
+def texts(pieces: int) -> Text:
+    """The sources of Python's standard library, and how installed packages describe themselves.
+
+    Of the library every eighth file is held back for each purpose.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     packages = ("site-packages", "dist-packages", "test", "idlelib", "lib2to3")
     files = [p for p in sorted(root.rglob("*.py")) if not set(p.parts) & set(packages)]
     if len(files) < 100:
         sys.exit(f"{root} has no sources of the standard library; use a Python that has them")
     parts = [b"".join(p.read_bytes() for p in files[i::8]) for i in range(8)]
-    return Text(b"".join(parts[:6]), parts[6], parts[7])
+    train = b"".join(parts[:6])
+    known = windows(train)
+    calibrate = contexts(parts[6], CALIBRATED, known)
+    prose = contexts(descriptions(), CALIBRATED, known)
+    for text in (calibrate, prose):
+        known = np.union1d(known, windows(bytes(text.flatten().tolist())))
+    return Text(train, calibrate, prose, contexts(parts[7], pieces, known))
 
 
-def contexts(text: bytes, count: int) -> Tensor:
-    """`count` pieces of a text, evenly spread: int64, (count, CONTEXT)."""
-    step = (len(text) - CONTEXT) // count
-    pieces = [list(text[i * step : i * step + CONTEXT]) for i in range(count)]
-    return torch.tensor(pieces)
+def descriptions() -> bytes:
+    """The long descriptions of installed packages, one after the other."""
+    found = {
+        dist.metadata["Name"]: dist.metadata.get_payload() for dist in metadata.distributions()
+    }
+    return "\n".join(str(found[name]) for name in sorted(found, key=str.lower)).encode()
+
+
+def windows(text: bytes) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """A hash of every `WINDOW` bytes of a text, sorted, each once."""
+    return np.unique(hashes(text))
+
+
+def hashes(text: bytes) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """A hash of the `WINDOW` bytes from each place on: a polynomial, modulo 2**64."""
+    codes = np.frombuffer(text, np.uint8).astype(np.uint64)
+    total = np.zeros(max(0, len(codes) - WINDOW + 1), np.uint64)
+    for i in range(WINDOW):
+        total *= np.uint64(0x9E3779B97F4A7C15)
+        total += codes[i : i + len(total)]
+    return total
+
+
+def contexts(text: bytes, count: int, known: np.ndarray[Any, np.dtype[np.uint64]]) -> Tensor:
+    """`count` pieces of a text, evenly spread, without those that have a window of `known`."""
+    starts = range(0, len(text) - CONTEXT, CONTEXT)
+    seen = np.isin(hashes(text), known)
+    last = CONTEXT - WINDOW + 1
+    fresh = [start for start in starts if not seen[start : start + last].any()]
+    if len(fresh) < count:
+        sys.exit(f"only {len(fresh)} of {count} pieces of a text are new")
+    chosen = [fresh[i * len(fresh) // count] for i in range(count)]
+    return torch.tensor([list(text[start : start + CONTEXT]) for start in chosen])
 
 
 # --- Training --------------------------------------------------------------------------------
@@ -236,11 +290,19 @@ class Trial(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What came of one router: the model as trained, and a trial for every count and rule."""
+    """What came of one router: the model as trained, and a trial for every count and rule.
+
+    Attributes:
+        name: model type.
+        trained: with the number of experts that it was trained with.
+        trials: by number of experts and rule; `fitted` also by what else it was calibrated on.
+        taken: the rule that the guard of `fitted` took.
+    """
 
     name: str
     trained: Trial
     trials: dict[int, dict[str, Trial]]
+    taken: dict[int, dict[str, str]]
 
     def rise(self, rule: str, m: int) -> float:
         """Of the loss, over that as trained."""
@@ -252,48 +314,57 @@ class Results:
         return sum(new / old for new, old in pairs) / len(self.trained.norms)
 
 
-def try_rules(name: str, counts: Sequence[int], text: Text, pieces: int, folder: Path) -> Results:
+def try_rules(name: str, counts: Sequence[int], text: Text, folder: Path) -> Results:
     """Rewrite a model by every rule for every count, through moescale, and use what comes out."""
-    calibrate = folder / "calibrate.txt"
-    calibrate.write_bytes(bytes(contexts(text.calibrate, CALIBRATED).flatten().tolist()))
-    evaluate = contexts(text.evaluate, pieces)
+    files = {"fitted": folder / "calibrate.txt", "prose": folder / "prose.txt"}
+    for file, pieces in zip(files.values(), (text.calibrate, text.prose), strict=True):
+        file.write_bytes(bytes(pieces.flatten().tolist()))
+    files["measured"] = files["fitted"]
     model = load(folder / name)
-    inputs = block_inputs(model, evaluate[: pieces // 4])
-    results = Results(name, trial(model, evaluate, inputs), {})
+    inputs = block_inputs(model, text.evaluate[: len(text.evaluate) // 4])
+    results = Results(name, trial(model, text.evaluate, inputs), {}, {})
     for m in counts:
         notes = folder / f"{name}-{m}.json"
         if not notes.exists():
-            rewritten = rewrite(folder / name, m, calibrate)
+            found = try_them(rewrite(folder / name, m, files), text.evaluate, inputs)
             part = notes.with_suffix(".part")
-            part.write_text(json.dumps(try_them(rewritten, evaluate, inputs)))
+            part.write_text(json.dumps(found))
             part.rename(notes)
             say(f"{name}: {m} experts tried")
-        results.trials[m] = {r: Trial(*t) for r, t in json.loads(notes.read_text()).items()}
+        trials, results.taken[m] = json.loads(notes.read_text())
+        results.trials[m] = {rule: Trial(*found) for rule, found in trials.items()}
     return results
 
 
-def rewrite(source: Path, m: int, calibrate: Path) -> Iterator[tuple[str, moescale.Plan, Path]]:
+def rewrite(
+    source: Path, m: int, texts: Mapping[str, Path]
+) -> Iterator[tuple[str, moescale.Plan, Path]]:
     """A model with `m` experts per token, by each rule; each is gone when the next one comes."""
-    for rule in RULES:
-        output = source.with_name(f"{source.name}-{m}-{rule}")
+    for name in (*RULES, *OTHERWISE):
+        output = source.with_name(f"{source.name}-{m}-{name}")
         shutil.rmtree(output, ignore_errors=True)
-        given = {"calibrate": calibrate} if rule == "measured" else {}
-        yield rule, moescale.convert(source, output, experts=m, rule=rule, **given).plan, output
+        rule, given = "fitted" if name in OTHERWISE else name, {}
+        if name in texts:
+            given["calibrate"] = texts[name]
+        yield name, moescale.convert(source, output, experts=m, rule=rule, **given).plan, output
         shutil.rmtree(output)
 
 
 def try_them(
     rewritten: Iterable[tuple[str, moescale.Plan, Path]], text: Tensor, inputs: Sequence[Tensor]
-) -> dict[str, Trial]:
-    """A trial for each rule; rules with the same factors (preserve and published) share one."""
+) -> tuple[dict[str, Trial], dict[str, str]]:
+    """A trial for each rule, and what guards took; rules with the same numbers share one."""
     trials: dict[str, Trial] = {}
+    taken: dict[str, str] = {}
     known: dict[tuple[float, ...], Trial] = {}
-    for rule, plan, output in rewritten:
-        factors = tuple(plan.factors.values())
-        if factors not in known:
-            known[factors] = trial(load(output), text, inputs)
-        trials[rule] = known[factors]
-    return trials
+    for name, plan, output in rewritten:
+        numbers = (*plan.factors.values(), *plan.router_scales.values())
+        if numbers not in known:
+            known[numbers] = trial(load(output), text, inputs)
+        trials[name] = known[numbers]
+        if plan.guard is not None:
+            taken[name] = plan.guard.taken
+    return trials, taken
 
 
 def load(folder: Path) -> PreTrainedModel:
@@ -349,23 +420,92 @@ def page(everything: Sequence[Results], steps: int, pieces: int) -> str:
 Made by `scripts/study.py`.
 Four language models of {LAYERS} MoE layers, one for each kind of router, are trained for {steps}
 steps of {BATCH * CONTEXT:,} bytes on the sources of Python {version}'s standard library.
-Then moescale gives each another number of experts per token, by every rule.
+Then moescale gives each another number of experts per token, by every rule, and transformers runs
+what it wrote.
 
-The tables show how much the loss rises over that as trained, in nats a byte, on
-{pieces * CONTEXT:,} bytes of files that were held back.
-Lower is better; what is at most {EQUAL} above the best is bold.
-In brackets is the norm of the routed experts' output relative to that as trained, on the same
-inputs, mean over layers.
-`measured` was calibrated on {CALIBRATED * CONTEXT:,} bytes of other files.
+{in_short(everything)}
+Four small models are no proof for a large one: `--evaluate` shows what yours loses, on your text.
 
-Four small models are no proof for a large one: evaluate yours on your own task.
+All figures are rises of the loss over that as trained, in nats a byte, on
+{pieces * CONTEXT:,} bytes of files that were held back; lower is better.
+No {WINDOW} bytes of them stand in what the models were trained on or a rule was calibrated on.
+`measured` and `fitted` were calibrated on {CALIBRATED * CONTEXT:,} bytes of other files, which
+share no {WINDOW} bytes with what the models were trained on either.
+
+## All together
+
+{together(everything)}
+Better and worse than the config edit are by more than {EQUAL}.
 
 ![The same as a figure](study.svg)
 
 In the figure {outside(everything)}.
+
+## Router by router
+
+What is at most {EQUAL} above the best is bold.
+In brackets is the norm of the routed experts' output relative to that as trained, on the same
+inputs, mean over layers.
 """
-    together = f"All of them together, better and worse by more than {EQUAL}:\n"
-    return "\n".join([intro, *map(table, everything), together, verdict(everything)])
+    return "\n".join([intro, *map(table, everything), otherwise(everything)])
+
+
+def in_short(everything: Sequence[Results]) -> str:
+    """What a reader wants to know first; every number is counted here."""
+    more = [(r, m) for r in everything for m in r.trials if m > STUDIES[r.name].trained]
+    fewer = [(r, m) for r in everything for m in r.trials if m < STUDIES[r.name].trained]
+    won = [(r, m, rule) for r, m in more for rule in RULES if r.rise(rule, m) < -EQUAL]
+    lines = [
+        f"- With more experts than trained ({len(more)} settings), `fitted` leaves"
+        f" {share(more):.0%} of what the config edit loses; with fewer ({len(fewer)}),"
+        f" {share(fewer):.0%}.",
+        f"- It loses more than the config edit, by more than {EQUAL}, at"
+        f" {sum(r.rise('fitted', m) > r.rise('none', m) + EQUAL for r, m in more + fewer)} of"
+        f" {len(more) + len(fewer)} settings.",
+    ]
+    if not won:
+        lines.append(
+            "- **At no setting with more experts than trained did any rule beat the trained"
+            " number.** Rescaling makes another number cost less; it does not make more experts"
+            " better."
+        )
+    else:
+        places = ", ".join(f"{r.name} with {m} by {rule}" for r, m, rule in won)
+        lines.append(f"- Below the loss as trained: {places}.")
+    return "\n".join(lines) + "\n"
+
+
+def share(cases: Sequence[tuple[Results, int]]) -> float:
+    """The part of what the config edit loses that `fitted` leaves."""
+    return sum(r.rise("fitted", m) for r, m in cases) / sum(r.rise("none", m) for r, m in cases)
+
+
+def otherwise(everything: Sequence[Results]) -> str:
+    """What `fitted` does when it is calibrated on something else, and what its guard took."""
+    lines = [
+        "## Another text, or none",
+        "",
+        "`fitted` calibrated on Python, on English (how installed packages describe themselves),"
+        " and on what the model writes by itself; in brackets the rule that its guard took, where"
+        " that is another.",
+        "",
+        "| | k | config edit alone | Python | " + " | ".join(OTHERWISE.values()) + " |",
+        "|---" * (4 + len(OTHERWISE)) + "|",
+    ]
+    for results in everything:
+        for m, taken in results.taken.items():
+            cells = [
+                f"{results.rise(name, m):.4f}{guarded(taken[name])}"
+                for name in ("fitted", *OTHERWISE)
+            ]
+            edit = f"{results.rise('none', m):.4f}"
+            lines.append(f"| {' | '.join((f'`{results.name}`', str(m), edit, *cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def guarded(taken: str) -> str:
+    """What the guard took, where it is not the rule that was asked for."""
+    return "" if taken == "fitted" else f" ({RULES[taken]})"
 
 
 def outside(everything: Sequence[Results]) -> str:
@@ -398,12 +538,13 @@ def table(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
-def verdict(everything: Sequence[Results]) -> str:
+def together(everything: Sequence[Results]) -> str:
     """How often each rule beats the config edit alone, and where it loses most against it."""
     cases = [(results, m) for results in everything for m in results.trials]
     lines = [
-        "| rule | better than the config edit | worse | mean rise | most lost against it |",
-        "|---|---|---|---|---|",
+        "| rule | mean rise, more experts | fewer | better than the config edit | worse | most lost"
+        " against it |",
+        "|---|---|---|---|---|---|",
     ]
     for rule, heading in RULES.items():
         gains = {f"{r.name}, k={m}": r.rise("none", m) - r.rise(rule, m) for r, m in cases}
@@ -411,9 +552,18 @@ def verdict(everything: Sequence[Results]) -> str:
         lost = f"{-gains[where]:.4f} ({where})" if gains[where] < -EQUAL else "nothing"
         better = sum(gain > EQUAL for gain in gains.values())
         worse = sum(gain < -EQUAL for gain in gains.values())
-        mean = sum(r.rise(rule, m) for r, m in cases) / len(cases)
-        lines.append(f"| {heading} | {better} of {len(cases)} | {worse} | {mean:.4f} | {lost} |")
+        means = [
+            mean([r.rise(rule, m) for r, m in cases if (m > STUDIES[r.name].trained) == more])
+            for more in (True, False)
+        ]
+        cells = [heading, *means, f"{better} of {len(cases)}", str(worse), lost]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def mean(values: Sequence[float]) -> str:
+    """Of some rises; nothing of none."""
+    return f"{sum(values) / len(values):.4f}" if values else ""
 
 
 def figure(everything: Sequence[Results]) -> str:
@@ -493,13 +643,13 @@ def main() -> None:
     steps, pieces = (20, 16) if quick else (STEPS, EVALUATED)
     folder = arguments.folder / f"{steps}-steps"  # models of another length are others
     folder.mkdir(parents=True, exist_ok=True)
-    text = standard_library()
+    text = texts(pieces)
     everything = []
     for name, study in STUDIES.items():
         if not (folder / name).exists():
             train(name, study, text.train, steps, folder / name)
         counts = study.tried[-1:] if quick else study.tried
-        everything.append(try_rules(name, counts, text, pieces, folder))
+        everything.append(try_rules(name, counts, text, folder))
     tables = page(everything, steps, pieces)
     print(tables)
     docs = arguments.docs or arguments.folder

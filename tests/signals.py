@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 from moescale import interrupts
 
 
-def told() -> threading.Event:
+class Told:
+    """Whether the first signal has come."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def set(self) -> None:
+        """For a handler, which the next signal may interrupt: an Event's lock would be held."""
+        with contextlib.suppress(RuntimeError):  # it was released before
+            self._lock.release()
+
+    def wait(self, seconds: float) -> None:
+        """Stand still until then."""
+        self._lock.acquire(timeout=seconds)
+
+
+def told() -> Told:
     """What is set when the first signal has come; call it before the command listens."""
-    event, interrupt = threading.Event(), interrupts._interrupt
+    event, interrupt = Told(), interrupts._interrupt
 
     def heard(*arguments: object) -> None:
         event.set()

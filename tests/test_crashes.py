@@ -224,6 +224,24 @@ def test_a_run_that_is_interrupted(
     check_resumed(base, output, whole)
 
 
+def test_an_interrupt_while_a_thread_is_being_started() -> None:
+    """The library's lock for new threads is held then; the program still ends by itself."""
+    code = (
+        "import os, signal, threading, time\n"
+        "from moescale import interrupts\n"
+        "interrupts.listen()\n"
+        "try:\n"
+        "    with threading._active_limbo_lock:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        time.sleep(300)\n"
+        "except KeyboardInterrupt:\n"
+        "    time.sleep(300)\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (130, RESUMES)
+
+
 def test_an_interrupt_while_the_program_starts(base: Path, whole: dict[str, bytes]) -> None:
     """Modules are still being imported when the signal comes: one line, no traceback."""
     code = (

@@ -5,10 +5,12 @@ Nothing is lost by leaving at once: whatever the moment, the same command resume
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import signal
 import threading
+import time
 from typing import NoReturn
 
 MESSAGE = "interrupted; the same command resumes from what was finished"
@@ -36,10 +38,14 @@ def _interrupt(*_: object) -> NoReturn:
     for number in _NUMBERS:
         if signal.getsignal(number) is _interrupt:
             signal.signal(number, leave)
-    timer = threading.Timer(GRACE_SECONDS, leave)
-    timer.daemon = True
-    timer.start()
+    # Not by `threading`: the signal may have come while its lock for new threads was held.
+    _thread.start_new_thread(_leave_later, ())
     raise KeyboardInterrupt
+
+
+def _leave_later() -> NoReturn:
+    time.sleep(GRACE_SECONDS)
+    leave()
 
 
 def leave(*_: object) -> NoReturn:
@@ -59,6 +65,6 @@ def hush() -> None:
 
 
 def _ignore() -> None:
-    if threading.current_thread() is threading.main_thread():
+    if threading.get_ident() == threading.main_thread().ident:
         for number in _NUMBERS:
             signal.signal(number, signal.SIG_IGN)

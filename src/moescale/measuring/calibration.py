@@ -171,12 +171,15 @@ class Calibration:
 
     def _written(self, model: Opened) -> Text:
         """What the model writes by itself, kept where that was asked for."""
+        from moescale.measuring.measure import context_of
         from moescale.measuring.own_text import digest_of, keep_text, write_text
 
         assert self.folder is not None
         vocabulary = model.config.get_text_config().vocab_size
         tokeniser = tokeniser_of(self.folder, vocabulary)
-        self.own = text = write_text(model.model, tokeniser, vocabulary, self.progress)
+        self.own = text = write_text(
+            model.model, tokeniser, vocabulary, context_of(model.config), self.progress
+        )
         self.sha256 = digest_of(text)
         if self.keep is not None:
             keep_text(text, tokeniser, self.keep)

@@ -29,12 +29,14 @@ def write_text(
     model: Any,
     tokeniser: Any,
     vocabulary: int,
+    context: int = LENGTH,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Text:
     """Let the model write, at temperature 1, from a fixed seed.
 
-    A sequence begins with the tokeniser's first token, or with any token where there is none. It
-    goes on past the end of a document.
+    Sequences are `LENGTH` tokens long, or `context` where the model takes no more. One begins with
+    the tokeniser's first token, or with any token where there is none, and goes on past the end of
+    a document.
 
     Raises:
         UnsupportedError: the model does not write.
@@ -43,15 +45,16 @@ def write_text(
         raise UnsupportedError(
             "the model does not write text by itself", hint="Give a text: --calibrate FILE."
         )
-    total = SEQUENCES + GUARDED
+    total, length = SEQUENCES + GUARDED, min(LENGTH, context)
     pieces: list[int] = []
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         for done in range(0, total, AT_ONCE):
-            ids = _write(model, _first(tokeniser, vocabulary, min(AT_ONCE, total - done)))
+            first = _first(tokeniser, vocabulary, min(AT_ONCE, total - done))
+            ids = _write(model, first, length)
             pieces += ids.flatten().tolist()
-            progress(len(pieces), total * LENGTH)
-    return Text(tuple(pieces), length=LENGTH)
+            progress(len(pieces), total * length)
+    return Text(tuple(pieces), length=length)
 
 
 def _is_encoder_decoder(model: Any) -> bool:
@@ -65,14 +68,14 @@ def _first(tokeniser: Any, vocabulary: int, rows: int) -> Tensor:
     return torch.full((rows, 1), begin)
 
 
-def _write(model: Any, first: Tensor) -> Tensor:
+def _write(model: Any, first: Tensor, length: int) -> Tensor:
     how: Any = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=True,
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=LENGTH - 1,
-        min_new_tokens=LENGTH - 1,
+        max_new_tokens=length - 1,
+        min_new_tokens=length - 1,
         pad_token_id=0,
         eos_token_id=None,
         use_cache=True,
