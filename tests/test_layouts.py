@@ -257,6 +257,35 @@ def pruned(*kept: int, rows: tuple[int, ...] = (), fused: bool = False) -> dict[
     }
 
 
+@pytest.mark.parametrize(
+    "numbers", [[0, 4, 3, 4], [None, 4, 3, 4], {"1": 4, "2": 3, "3": 4}, {"0": None, "2": 3}, 4]
+)
+def test_dense_layers_have_no_number(numbers: Any, tmp_path: Path) -> None:
+    """A list of a number for each layer says 0 or null for those without experts."""
+    tensors = {
+        name: raw
+        for name, raw in checkpoints.deepseek_tensors(3, 4).items()
+        if "layers.2.mlp.experts.3." not in name
+    }
+    for leaf, shape in (("weight", (3, HIDDEN)), ("e_score_correction_bias", (3,))):
+        tensors[f"model.layers.2.mlp.gate.{leaf}"] = values("BF16", shape, special=False)
+    key = "n_routed_experts_per_layer" if isinstance(numbers, dict) else "n_routed_experts"
+    config = {"model_type": "deepseek_v3", "first_k_dense_replace": 1, "n_routed_experts": 4}
+    config |= {"num_hidden_layers": 3, "num_local_experts": None, key: numbers}
+    plan = api.plan(written(tmp_path / "m", tensors, **config), experts=3, rule="preserve")
+    assert len(plan.tensors) == 4 + 3 + 4
+    assert sum("layer 2 has 3" in w for w in plan.warnings) == (numbers == 4)
+
+
+def test_a_count_of_the_config_that_cannot_be_is_its_own(tmp_path: Path) -> None:
+    """Nobody gave an option that could be blamed, but one helps."""
+    source = written(tmp_path / "m", checkpoints.mixtral_tensors(), num_experts_per_tok=9)
+    with pytest.raises(UnsupportedError, match="own number of experts per token is 9") as caught:
+        api.plan(source, experts=3)
+    assert "--trained-experts" in (caught.value.hint or "")
+    assert api.plan(source, experts=3, trained_experts=2, rule="preserve").experts.trained == 2
+
+
 @pytest.mark.parametrize("fused", [False, True], ids=["one by one", "stacked"])
 @pytest.mark.parametrize(
     "config",

@@ -195,8 +195,9 @@ def total_experts(architecture: Architecture, section: Mapping[str, Any]) -> int
     for key in architecture.total:
         value = section.get(key)
         numbers = _by_layer(value) or ({"": value} if type(value) is int else {})
-        if numbers and all(0 < number <= MOST for number in numbers.values()):
-            return max(numbers.values())
+        most = max(numbers.values(), default=0)
+        if 0 < most <= MOST and min(numbers.values()) >= 0:
+            return most
     keys = " or ".join(architecture.total)
     raise UnsupportedError(
         f"config.json: does not say how many routed experts a layer has ({keys})",
@@ -205,12 +206,16 @@ def total_experts(architecture: Architecture, section: Mapping[str, Any]) -> int
 
 
 def _by_layer(value: Any) -> dict[str, int]:
-    """A list or an object of numbers by the layer's number; empty where it is neither."""
+    """A list or an object of numbers by the layer's number; empty where it is neither.
+
+    A dense layer may have a null.
+    """
     if isinstance(value, list):
         value = {str(layer): number for layer, number in enumerate(value)}
-    if isinstance(value, dict) and all(type(number) is int for number in value.values()):
-        return value
-    return {}
+    if not isinstance(value, dict):
+        return {}
+    numbers = {layer: number for layer, number in value.items() if number is not None}
+    return numbers if all(type(number) is int for number in numbers.values()) else {}
 
 
 _LISTED: Final = (

@@ -163,17 +163,31 @@ def _experts(moe: Moe, options: Options) -> Experts:
             f"config.json: per_layer_config gives single layers their own {row.count[0]}",
             hint="Set those numbers yourself, then use --factors without --experts.",
         )
-    fewest = min(moe.held.values())
-    largest = largest_count(row, moe.section, fewest)
-    for name, count in (("--experts", after), ("--trained-experts", trained)):
-        if max(_as_tuple(count)) > largest:
-            limit = f"a layer has {fewest} routed experts"
-            if largest < fewest:
-                limit += f", of which its group-limited router can choose {largest}"
-            raise UnsupportedError(
-                f"{name} is {count}, but {limit}", hint=f"Choose from 1 to {largest}."
-            )
+    _check_choice(moe, options, after, trained)
     return Experts(trained, before, after, moe.total)
+
+
+def _check_choice(
+    moe: Moe, options: Options, after: int | tuple[int, ...], trained: int | tuple[int, ...]
+) -> None:
+    """Refuse more experts than the router of some layer can choose from."""
+    fewest = min(moe.held.values())
+    largest = largest_count(moe.architecture, moe.section, fewest)
+    limit = f"a layer has {fewest} routed experts"
+    if largest < fewest:
+        limit += f", of which its group-limited router can choose {largest}"
+    given = {"--experts": options.experts, "--trained-experts": options.trained_experts}
+    for name, count in (("--experts", after), ("--trained-experts", trained)):
+        if max(_as_tuple(count)) <= largest:
+            continue
+        if given[name] is None:
+            raise UnsupportedError(
+                f"the model's own number of experts per token is {count}, but {limit}",
+                hint="Say the number that the weights were trained for: --trained-experts N.",
+            )
+        raise UnsupportedError(
+            f"{name} is {count}, but {limit}", hint=f"Choose from 1 to {largest}."
+        )
 
 
 def _as_tuple(count: int | tuple[int, ...]) -> tuple[int, ...]:
