@@ -148,6 +148,13 @@ def test_a_draft_of_its_own_size_is_a_part_of_its_own(tmp_path: Path) -> None:
     draft = api.plan(tmp_path, experts=2, part="draft")
     assert len(draft.tensors) == 2 and draft.experts.total == 2
     assert b'"dspark_num_experts_per_tok": 2' in draft.config
+    assert not any("num_experts_per_tok" in w for w in draft.warnings)
+    for count in (1, 2):  # two counts that are one number stay two
+        config |= dict.fromkeys(("num_experts_per_tok", "dspark_num_experts_per_tok"), count)
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        after = json.loads(api.plan(tmp_path, experts=3 - count, part="draft").config)
+        assert after["num_experts_per_tok"] == count
+        assert after["dspark_num_experts_per_tok"] == 3 - count
 
 
 # Keys ---------------------------------------------------------------------------------------------

@@ -55,6 +55,7 @@ def second_spellings(
         return [], []
     count, known = one_number(places[0].value), {(place.section, place.key) for place in places}
     own_parts = {s for r in ROWS if r.model_type == row.model_type for s in r.sections}
+    known |= {(s, key) for r in _other_parts(row) for s in r.sections for key in r.count}
     found, warnings = [], []
     for path, value in _counts(config.value, count, ()):
         section, key = ".".join(path[:-1]), path[-1]
@@ -65,6 +66,10 @@ def second_spellings(
         elif section not in own_parts or section in row.sections:
             warnings.append(_left(CONFIG, path, value))
     return found, warnings
+
+
+def _other_parts(row: Architecture) -> Iterator[Architecture]:
+    return (r for r in ROWS if r.model_type == row.model_type and r.part != row.part)
 
 
 def one_number(count: int | Sequence[int]) -> int | None:
