@@ -344,8 +344,8 @@ def verify(
     """Prove that `destination` is what `convert` with the same options makes of `source`.
 
     >>> import moescale
-    >>> result = moescale.convert("Mixtral-8x7B", "Mixtral-8x7B-3", experts=3)
-    >>> moescale.verify("Mixtral-8x7B", "Mixtral-8x7B-3", experts=3).verified
+    >>> result = moescale.convert("Mixtral-8x7B", "Mixtral-8x7B-3", experts=3, rule="preserve")
+    >>> moescale.verify("Mixtral-8x7B", "Mixtral-8x7B-3", experts=3, rule="preserve").verified
     True
     >>> moescale.verify("Mixtral-8x7B", "Mixtral-8x7B-3").verified  # with the options noted there
     True
@@ -353,7 +353,7 @@ def verify(
     ...     moescale.verify("Mixtral-8x7B", "Mixtral-8x7B-3", experts=4)
     ... except moescale.errors.VerificationError as error:
     ...     print(error.message)
-    Mixtral-8x7B-3: was made with experts=3
+    Mixtral-8x7B-3: was made with experts=3, rule=preserve
 
     The arguments are those of `convert`; without any, the output is proved with the options that
     its ``moescale.json`` says it was made with. SHA-256 sums that it lacks are noted there.
