@@ -235,6 +235,31 @@ def test_an_adapter_elsewhere_is_a_warning(tmp_path: Path) -> None:
     assert name in warning and "adapter" in warning
 
 
+@pytest.mark.parametrize(
+    ("change", "said", "advice"),
+    [
+        (lambda n: None, "has no weight, although there is its bias", "fetch the missing shard"),
+        (
+            lambda n: n.replace("w2.weight", "w2.parametrizations.weight.original"),
+            "no format",
+            "remove_parametrizations",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_weight_is_said_as_it_is(
+    change: Callable[[str], str | None], said: str, advice: str, tmp_path: Path
+) -> None:
+    """Neither is quantised, so nobody is told to quantise it again."""
+    tensors = checkpoints.mixtral_tensors()
+    for name in checkpoints.routed(tensors):
+        tensors[name.replace("weight", "bias")] = values("BF16", (HIDDEN,))
+        new, raw = change(name), tensors.pop(name)
+        tensors |= {new: raw} if new else {}
+    with pytest.raises((CheckpointError, UnsupportedError), match=said) as caught:
+        api.plan(written(tmp_path / "m", tensors), experts=3, rule="preserve")
+    assert advice in (caught.value.hint or "")
+
+
 # Pruned models ------------------------------------------------------------------------------------
 
 KEPT = (4, 3)

@@ -80,6 +80,7 @@ DENSE = {"model.layers.0.mlp.down_proj.weight": checkpoints.values("F32", (4, 8)
     "config",
     [
         {"model_type": "llama"},
+        {"model_type": "k2_horizon", "num_experts": 0, "num_experts_per_tok": 0},
         {"model_type": "gemma4", "text_config": {"model_type": "gemma4_text", "num_experts": None}},
     ],
 )

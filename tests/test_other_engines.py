@@ -34,6 +34,7 @@ class Type:
         factor: of ``--rule preserve`` from 2 to 3.
         gates: whether ``--rule gates`` can be used.
         prefix: what stands before the layer's number.
+        biased: whether down-projections have a bias.
     """
 
     config: Mapping[str, Any]
@@ -45,6 +46,7 @@ class Type:
     factor: float = UP
     gates: bool = True
     prefix: str = "model.layers."
+    biased: bool = False
 
 
 GATE = {"mlp.gate.weight": (EXPERTS, HIDDEN), "post_attention_layernorm.weight": (HIDDEN,)}
@@ -119,6 +121,7 @@ TYPES: dict[str, Type] = {
         beside={"moe.gate.weight": (EXPERTS, HIDDEN), "ln.weight": (HIDDEN,), "ln.bias": (HIDDEN,)},
         gates=False,
         prefix="transformer.h.",
+        biased=True,
     ),
     "intern_s2_preview": Type({"num_experts": EXPERTS}, beside=GATE, section="text_config"),
     "interns2_mobius": MOBIUS,
@@ -135,6 +138,9 @@ def tensors_of(kind: Type) -> dict[str, Raw]:
             many = () if number is not None else (EXPERTS,)
             rows = INNER * (2 if number is None else 1)
             tensors[at + kind.down.format(E=number)] = values("BF16", (*many, HIDDEN, INNER))
+            if kind.biased:
+                bias = kind.down.replace("weight", "bias").format(E=number)
+                tensors[at + bias] = values("BF16", (HIDDEN,), special=False)
             for name in kind.up:
                 tensors[at + name.format(E=number)] = values("BF16", (*many, rows, HIDDEN))
         for seed, (name, shape) in enumerate(kind.beside.items()):
@@ -168,7 +174,8 @@ def test_all_down_projections_are_scaled_and_nothing_else(model_type: str, tmp_p
     plan = planned(written(tmp_path / "m", model_type))
     assert plan.model_type == model_type
     end = kind.down.partition("{E}")[2] or kind.down
-    routed = {name for name in tensors_of(kind) if name.endswith(end) and "shared" not in name}
+    ends = (end, end.replace("weight", "bias"))
+    routed = {name for name in tensors_of(kind) if name.endswith(ends) and "shared" not in name}
     assert {t.tensor.name for t in plan.tensors} == routed
     assert plan.factors == {layer: pytest.approx(kind.factor) for layer in ("0", "1")}
     known = ("its identity experts", "--rule preserve assumes") if kind is LONGCAT else ()

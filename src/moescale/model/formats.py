@@ -729,6 +729,8 @@ def _check_power_of_two(module: str, row: Format, factor: float, instead: str | 
 def _unmatched(module: str, leaves: Leaves) -> UnsupportedError | CheckpointError:
     """Why no row fits: a format that is known and refused, a missing tensor, or nothing known."""
     hint = "Rescale the unquantised checkpoint and quantise the result."
+    if any("parametrizations" in leaf for leaf in leaves):
+        hint = "Remove it first: torch.nn.utils.parametrize.remove_parametrizations(...)."
     found = ", ".join(f"{leaf} ({tensor.dtype})" for leaf, tensor in sorted(leaves.items()))
     for refused in REFUSED:
         if all(_has(leaves, leaf, dtypes) for leaf, dtypes in refused.dtypes.items()):
@@ -738,6 +740,11 @@ def _unmatched(module: str, leaves: Leaves) -> UnsupportedError | CheckpointErro
                 hint=hint,
             )
     alone = leaves.keys() <= {"weight", "bias", *UNTOUCHED}
+    if alone and "weight" not in leaves:
+        return CheckpointError(
+            f"{module}: has no weight, although there is its {next(iter(sorted(leaves)))}",
+            hint="The checkpoint is incomplete; fetch the missing shard again.",
+        )
     if alone and "weight" in leaves and leaves["weight"].dtype not in SCALABLE:
         return UnsupportedError(
             f"{module}: its weight is {leaves['weight'].dtype} without a tensor that could be its"

@@ -95,7 +95,12 @@ def find_moe(
     model_type, row = _row(config, tensors, arch, part, pattern is not None)
     if experts_key is not None:
         row = _with_key(row, experts_key)
-    places = spellings(config, row.sections, row.count)
+    try:
+        places = spellings(config, row.sections, row.count)
+    except CheckpointError:
+        if _is_dense(plain_name(tensor.name) for tensor in tensors):  # whose count is 0
+            raise _dense(f"model type {model_type!r}") from None
+        raise
     if not places and row.fixed_count is None:
         raise _no_count(config, row, tensors, experts_key)
     section = _section(config, places, row)
