@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -44,6 +45,16 @@ def promoted(folder: Path) -> None:
     quantised_checkpoints.write(next(cases), folder)
 
 
+def split_gguf(folder: Path) -> None:
+    """A GGUF model in four files; the first is what a client opens."""
+    from gguf_models import write_model
+
+    folder.mkdir(parents=True)
+    assert len(write_model(folder / "m.gguf", kind="Q4_0", split=3)) == 4
+
+
+FIRST_PART = "m-00001-of-00004.gguf"
+
 OLD = {
     "a_config.json": b"old",
     "config.json": b"{}",
@@ -67,6 +78,7 @@ class Scenario:
     without: frozenset[str] = frozenset()  # calls that this system does not have
     piece: int = 0  # write as past the page cache, this many bytes at a time
     prelude: Callable[[Lab], Any] = lambda lab: None  # what happened in the destination before
+    opens: str = "config.json"  # what a client opens
 
     def convert(self, source: Path, output: Path) -> str:
         """Run it to its end in this process."""
@@ -95,6 +107,25 @@ SCENARIOS: Mapping[str, Scenario] = {
     ),
     "over another run": Scenario(
         options={"overwrite": True}, prelude=lambda lab: lab.kill_another(60, experts=4)
+    ),
+    "gguf": Scenario(source=split_gguf, options={"rule": "preserve"}, opens=FIRST_PART),
+    "gguf, added tensors": Scenario(
+        source=split_gguf, options={"fold": "scale", "rule": "preserve"}, opens=FIRST_PART
+    ),
+    "gguf, verify": Scenario(
+        source=split_gguf, options={"verify": True, "rule": "preserve"}, opens=FIRST_PART
+    ),
+    "gguf, overwrite": Scenario(
+        source=split_gguf,
+        options={"overwrite": True, "rule": "preserve"},
+        prelude=lambda lab: lab.finish(experts=4),
+        opens=FIRST_PART,
+    ),
+    "gguf, over another run": Scenario(
+        source=split_gguf,
+        options={"overwrite": True, "rule": "preserve"},
+        prelude=lambda lab: lab.kill_another(40, experts=4),
+        opens=FIRST_PART,
     ),
 }
 
@@ -260,7 +291,7 @@ class Lab:
         """What must not be there at any moment, whatever happened."""
         found = visible(self.output)
         allowed = [*self.whole, self.old]
-        if "config.json" in found and found not in allowed:
+        if self.scenario.opens in found and found not in allowed:
             yield "it loads and is not whole"
         for name, data in found.items():
             if data not in [tree.get(name) for tree in allowed]:
@@ -282,7 +313,8 @@ def open_files() -> int:
 def visible(output: Path) -> Tree:
     """The files of a destination without the state of a run."""
     found = checkpoints.tree(output) if output.exists() else {}
-    return {name: data for name, data in found.items() if not name.startswith(".moescale/")}
+    hidden = re.compile(r"\.(?:.+\.)?moescale/")
+    return {name: data for name, data in found.items() if not hidden.match(name)}
 
 
 def is_useful(text: str, names: Iterable[str]) -> bool:

@@ -242,8 +242,10 @@ class Calls:
         if kind == "after":
             os._exit(KILLED)
         if self._disk is not None:
-            self._disk.lose(names=kind == "cut")
-            os._exit(KILLED)
+            try:
+                self._disk.lose(names=kind == "cut")
+            finally:  # what another thread renames meanwhile may have gone: a cut all the same
+                os._exit(KILLED)
         return result
 
     def _done(self, name: str, where: str, real: Any, arguments: Any, options: Any) -> Any:

@@ -104,6 +104,16 @@ MATRIX: tuple[tuple[str, str, int, int], ...] = (
     ("past the cache", "short", 1, 40),
     ("resumed", "killed after", 4, 20),
     ("resumed", "power cut", 7, 10),
+    ("gguf", "killed after", 1, 60),
+    ("gguf", "power cut", 2, 30),
+    ("gguf", "disk full", 3, 20),
+    ("gguf", "bad disk", 7, 10),
+    ("gguf", "short", 2, 5),
+    ("gguf, added tensors", "killed after", 4, 15),
+    ("gguf, verify", "killed after", 5, 8),
+    ("gguf, overwrite", "killed after", 2, 30),
+    ("gguf, overwrite", "power cut", 4, 15),
+    ("gguf, over another run", "killed after", 5, 8),
 )
 """Scenario, fault, every how many calls, and how many points there have to be at the least.
 
