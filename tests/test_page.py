@@ -187,6 +187,24 @@ def test_given_factors_are_drawn_by_the_closed_form_which_is_named(plan: Plan) -
     assert "relative to trained, if the gate is balanced" in page(one)
 
 
+@pytest.mark.parametrize("rule", ["gates", "preserve", "none"])
+def test_text_json_and_page_say_the_same_norms(rule: str, tmp_path: Path) -> None:
+    """One comparison for all, by layer where layers differ, with an entry for the rule taken."""
+    gated_mixtral(tmp_path)
+    one = make_plan(LocalSource(tmp_path), Options(experts=3, rule=rule))
+    text, whole = plan_text(one), unescape(re.sub(r"<[^>]+>", " ", page(one)))
+    norms = json.loads(json.dumps(one.as_json()))["predicted_norm"]
+    assert norms == one.predicted_norm and rule in norms
+    assert (rule == "gates") == isinstance(norms["none"], dict)
+    for name, norm in norms.items():
+        values = [norm] if isinstance(norm, float) else list(norm.values())
+        assert values == pytest.approx(one.comparison.norms[name][: len(values)])
+        ends = sorted({f"{value:.3f}" for value in values})
+        line = next(line for line in text.splitlines() if re.match(rf"(?:->)? +{name} ", line))
+        assert f"x {' to '.join(ends)}" in line
+        assert all(end in whole for end in ends)
+
+
 def test_sampled_norms_come_from_the_gate_weights(plans: dict[str, Plan]) -> None:
     """Without a run, the norm is predicted from A and B of each layer."""
     one = plans["32 layers"]
