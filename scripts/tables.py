@@ -16,7 +16,6 @@ import typer
 
 from moescale.cli import Showing, app
 from moescale.model import architectures, formats, llama_cpp
-from moescale.model.gating import Other
 from moescale.model.listing import ModelType, model_types
 from moescale.options import ConvertOptions, option_rows
 
@@ -81,7 +80,8 @@ def types_table() -> str:
         "| model type | what happens | `--fold config` | `--rule gates` | `--gate-scale` |",
         "|---|---|---|---|---|",
     ]
-    return "\n".join([*lines, *map(types_row, model_types())]) + "\n"
+    rows = [types_row(row) for row in model_types() if row.format == "safetensors"]
+    return "\n".join([*lines, *rows]) + "\n"
 
 
 def types_row(row: ModelType) -> str:
@@ -96,25 +96,22 @@ def llama_table() -> str:
     """Every architecture of llama.cpp: how it weighs, what can be done, and whether it was run."""
     run = json.loads((ROOT / "tests" / "llama_models.json").read_text(encoding="utf-8"))
     lines = [
-        "| architecture | weights of the chosen | `--rule gates` | `--fold config` | `--fold scale`"
-        " | what else | run |",
+        "| architecture | weights of the chosen | what happens | `--rule gates` | `--fold config`"
+        " | `--fold scale` | run |",
         "|---|---|---|---|---|---|---|",
     ]
-    return "\n".join([*lines, *(llama_row(row, row.name in run) for row in llama_cpp.ROWS)]) + "\n"
+    rows = [row for row in model_types() if row.format == "gguf"]
+    return "\n".join([*lines, *(llama_row(row, row.model_type in run) for row in rows)]) + "\n"
 
 
-def llama_row(row: llama_cpp.Row, run: bool) -> str:
+def llama_row(row: ModelType, run: bool) -> str:
     """One architecture."""
     weighs = {"always": "sum to 1", "never": "not renormalised", "key": "`expert_weights_norm`"}
-    gates = f"no: {row.gating.why}" if isinstance(row.gating, Other) else "yes"
+    own = weighs[llama_cpp.BY_NAME[row.model_type].weighs]
+    effect = row.effect.replace("--rule none", "`--rule none`")
     yes = {True: "yes", False: "no"}
-    where = f" where it has `{row.if_tensor}`" if row.if_tensor else ""
-    where = f" where it has no `{row.unless_tensor}`" if row.unless_tensor else where
-    fixed = f"the number is fixed by `{row.fixed_by}`" if row.fixed_by else None
-    only = f"only `--rule none`{where}: {row.no_effect}" if row.no_effect else None
-    else_ = "; ".join(filter(None, (row.refused, only, row.partly, fixed)))
-    cells = (f"`{row.name}`", weighs[row.weighs], gates, yes[row.scale_key], yes[row.scale_tensor])
-    return f"| {' | '.join((*cells, else_, yes[run]))} |"
+    cells = (effect, row.gates, yes[row.fold_config], yes[row.fold_scale], yes[run])
+    return f"| `{row.model_type}` | {own} | {' | '.join(cells)} |"
 
 
 def formats_table() -> str:

@@ -24,7 +24,7 @@ from typer.main import get_command
 
 from moescale import api
 from moescale.cli import app, main
-from moescale.model import architectures
+from moescale.model import architectures, llama_cpp
 from moescale.version import __version__
 
 BOXES = "╭╮╰╯│─┌┐└┘"
@@ -1086,7 +1086,15 @@ def test_the_known_types_can_be_listed(moescale: Command) -> None:
     assert "the number of experts stays" in lines["phimoe"]
     types = json.loads(moescale("--list-types", "--json").out)["types"]
     assert len(types) == len(lines)
-    assert {row["model_type"] for row in types} == set(architectures.known_types())
+    of = {kind: [row for row in types if row["format"] == kind] for kind in ("safetensors", "gguf")}
+    assert {row["model_type"] for row in of["safetensors"]} == set(architectures.known_types())
+    assert {row["model_type"] for row in of["gguf"]} == set(llama_cpp.BY_NAME)
+    assert lines["qwen3moe (GGUF)"] == "scaled"
+    assert lines["gemma4 (GGUF)"].startswith("only --rule none: a norm on the routed output")
+    assert lines["dflash (GGUF)"].startswith("refused")
+    assert "stays where it has ffn_gate_tid2eid" in lines["deepseek4 (GGUF)"]
+    (olmoe,) = (row for row in of["gguf"] if row["model_type"] == "olmoe")
+    assert not olmoe["fold_config"] and not olmoe["fold_scale"] and olmoe["gates"] == "yes"
     found = next(row for row in types if row["model_type"] == "deepseek_v3")
     assert found["fold_config"] is True and found["effect"] == "scaled"
     assert found["gate_scale"].startswith("yes, with a warning: a bias")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
-from moescale.model import architectures
+from moescale.model import architectures, llama_cpp
 from moescale.model.architectures import Architecture
 from moescale.model.gating import BIAS_MOVES, GATINGS, Gating, Other
 
@@ -15,12 +16,14 @@ class ModelType:
     """One model type, or one part of it, and what can be done with it.
 
     Attributes:
-        model_type: as in ``config.json``.
+        model_type: as in ``config.json``; of a GGUF file its ``general.architecture``.
         part: which MoE of a model that has several.
         effect: what happens to its experts, in words.
         fold_config: whether ``--fold config`` can be used.
         gates: ``yes``, or why ``--rule gates`` cannot be used.
         gate_scale: ``yes``, what ``--gate-scale`` warns of, or ``no``.
+        format: of the checkpoint.
+        fold_scale: whether ``--fold scale`` can be used.
     """
 
     model_type: str
@@ -29,12 +32,45 @@ class ModelType:
     fold_config: bool
     gates: str
     gate_scale: str
+    format: Literal["safetensors", "gguf"] = "safetensors"
+    fold_scale: bool = False
 
 
 def model_types() -> tuple[ModelType, ...]:
-    """Every model type that is known, by name."""
+    """Every model type that is known, by name; after them those of GGUF files."""
     rows = sorted(architectures.ROWS, key=lambda row: (row.model_type, row.part or ""))
-    return tuple(_types(rows))
+    return (*_types(rows), *_llama_types())
+
+
+def _llama_types() -> Iterator[ModelType]:
+    for row in sorted(llama_cpp.ROWS, key=lambda row: row.name):
+        formed = isinstance(row.gating, Gating)
+        gates = "yes" if isinstance(row.gating, Gating) else f"no: {row.gating.why}"
+        moves = isinstance(row.gating, Gating) and row.gating.bias
+        scale = "yes, with a warning where there is a bias" if moves else "yes" if formed else "no"
+        yield ModelType(
+            row.name,
+            None,
+            _llama_effect(row),
+            row.scale_key,
+            gates,
+            scale,
+            "gguf",
+            row.scale_tensor,
+        )
+
+
+def _llama_effect(row: llama_cpp.Row) -> str:
+    where = f" where it has {row.if_tensor}" if row.if_tensor else ""
+    where = f" where it has no {row.unless_tensor}" if row.unless_tensor else where
+    said = (
+        row.refused and f"refused: {row.refused}",
+        row.no_effect and f"only --rule none{where}: {row.no_effect}",
+        row.fixed_by and f"the number of experts stays where it has {row.fixed_by}",
+        row.partly and f"with a warning: {row.partly}",
+    )
+    found = [text for text in said if text]
+    return "; ".join(found if row.refused or (row.no_effect and not where) else ["scaled", *found])
 
 
 def _types(rows: list[Architecture]) -> Iterator[ModelType]:

@@ -80,9 +80,11 @@ def plan_text(plan: Plan, verbose: bool = False, blocks: str = ASCII) -> str:
 
 def types_text(types: Iterable[ModelType]) -> str:
     """Every model type and what happens to it, in two columns."""
+    kinds = {"gguf": "GGUF"}
+    named = ((row, row.part or kinds.get(row.format)) for row in types)
     return table(
-        (f"{row.model_type} ({row.part})" if row.part else row.model_type, row.effect)
-        for row in types
+        (f"{row.model_type} ({more})" if more else row.model_type, row.effect)
+        for row, more in named
     )
 
 
