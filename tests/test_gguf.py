@@ -407,6 +407,21 @@ def test_factors_of_the_safetensors_model_serve(tmp_path: Path) -> None:
         assert np.array_equal(new[name].data, old[name].data * np.float32(factor))
 
 
+@pytest.mark.parametrize("name", ["mtp.0", "3"])
+def test_factors_of_layers_for_further_tokens_find_them(tmp_path: Path, name: str) -> None:
+    """A safetensors model counts them apart or on; many files leave them out."""
+    given = {"0": 1.25, "1": 0.75, "2": 0.5, name: 1.5}
+    keys = {"nextn_predict_layers": 1}
+    (source,) = write_model(tmp_path / "m.gguf", "qwen3next", layers=4, keys=keys)
+    plan = moescale.plan(source, experts=3, factors=given)
+    assert dict(plan.factors) == {"0": 1.25, "1": 0.75, "2": 0.5, "3": 1.5}
+    (source,) = write_model(tmp_path / "m.gguf", "qwen3next", layers=3)
+    plan = moescale.plan(source, experts=3, factors=given)
+    assert dict(plan.factors) == {"0": 1.25, "1": 0.75, "2": 0.5}
+    with pytest.raises(UsageError, match=r"mtp\.9"):
+        moescale.plan(source, experts=3, factors={**given, "mtp.9": 1.0})
+
+
 def test_router_scales_of_the_safetensors_model_serve_too(tmp_path: Path) -> None:
     """As the rule fitted notes them; they go into the routers, and into the header."""
     (source,) = write_model(tmp_path / "m.gguf")

@@ -87,7 +87,28 @@ def find_gguf_moe(
         router=known,
         projections=projections,
         warnings=list(_warnings(row, own, arch, by_layer)),
+        elsewhere=_elsewhere(own, keys, held),
     )
+
+
+_MOST_FURTHER = 8
+"""Layers that predict further tokens; models have one to three."""
+
+
+def _elsewhere(own: str, keys: Keys, held: Mapping[Layer, int]) -> dict[str, Layer | None]:
+    """What a safetensors model calls the last blocks, which many files leave out."""
+    blocks, further = (keys.get(f"{own}.{name}", 0) for name in ("block_count", _FURTHER))
+    if type(blocks) is not int or type(further) is not int or blocks <= further:
+        return {}
+    found: dict[str, Layer | None] = {}
+    for i in range(_MOST_FURTHER):
+        layer = Layer("", blocks - further + i)
+        there = layer if layer in held else None
+        found |= {f"mtp.{i}": there, str(layer.number): there}
+    return found
+
+
+_FURTHER = "nextn_predict_layers"
 
 
 _NO_MODEL = "It holds no model: a projector, an adapter or an importance matrix, say."
@@ -214,7 +235,7 @@ def _unnamed(row: Row, own: str, keys: Keys, tensors: Sequence[Tensor]) -> int |
     """The score where the file names none; GLM-4.7-Flash is told by its size, as in the client."""
     if row.name != "deepseek2":
         return row.score
-    blocks = keys.get(f"{own}.block_count", 0) - keys.get(f"{own}.nextn_predict_layers", 0)
+    blocks = keys.get(f"{own}.block_count", 0) - keys.get(f"{own}.{_FURTHER}", 0)
     words = next((t.shape[0] for t in tensors if t.name == "token_embd.weight" and t.shape), 0)
     return 2 if blocks in (47, 48) and words == 154_880 else row.score
 

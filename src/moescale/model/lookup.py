@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moescale.checkpoint.header import Tensor
@@ -47,6 +47,8 @@ class Moe:
         router: how it weighs them; None where that is not known.
         projections: the routed down-projections, complete.
         warnings: what the user should know.
+        elsewhere: what the same model calls layers in another format; None for one that this
+            checkpoint lacks.
     """
 
     architecture: Architecture
@@ -59,6 +61,7 @@ class Moe:
     router: Router | None
     projections: Sequence[Projection]
     warnings: list[str]
+    elsewhere: Mapping[str, Layer | None] = field(default_factory=dict)
 
     @property
     def layers(self) -> list[Layer]:

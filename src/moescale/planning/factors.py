@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ def choose_factors(
     """
     layers, samples = moe.layers, findings.samples
     if (given := options.factors if noted is None else noted.factors) is not None:
-        return _given(layers, given, "factor", getattr(options.factors, "file", ""))
+        return _given(moe, given, "factor", getattr(options.factors, "file", ""))
     match findings.taken if rule == "fitted" else rule:
         case "gates":
             return {layer: gates.factor(samples[layer], options.rho or 0.0) for layer in layers}
@@ -77,7 +77,7 @@ def choose_scales(
         return dict.fromkeys(layers, options.gate_scale)
     given = getattr(options.factors, "router_scales", {}) if noted is None else noted.router_scales
     if given:
-        return _given(layers, given, "router scale", getattr(options.factors, "file", ""))
+        return _given(moe, given, "router scale", getattr(options.factors, "file", ""))
     if rule != "fitted" or findings.taken != "fitted" or noted is not None:
         return {}
     scales = {layer: fitted.scale(findings.samples[layer]) for layer in layers}
@@ -102,10 +102,11 @@ BY_LAYER = ("gates", "measured")
 """Rules with a factor for each layer, of which a mean can be taken."""
 
 
-def _given(
-    layers: Sequence[Layer], given: Mapping[str, float], what: str, file: str
-) -> dict[Layer, float]:
+def _given(moe: Moe, given: Mapping[str, float], what: str, file: str) -> dict[Layer, float]:
+    layers = moe.layers
     names = {str(layer) for layer in layers}
+    own = {name: moe.elsewhere.get(name, name) for name in given}
+    given = {str(own[name]): value for name, value in given.items() if own[name] is not None}
     where = f"--factors {file}".rstrip()
     surplus = sorted(given.keys() - names)
     more = f" has a {what} for layer {surplus[0]}, which is no MoE layer" if surplus else ""
