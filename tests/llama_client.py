@@ -115,6 +115,13 @@ class Client:
         """What ``llama-quantize`` makes of a file; `kind` is a number of ``llama_ftype``."""
         self._ask(source=str(source), output=str(output), kind=kind)
 
+    def reads(self, path: Path) -> bool:
+        """Whether its reader takes the header of a file; where it ends, it does not."""
+        try:
+            return bool(self._ask(header=str(path)))
+        except DiedError:
+            return False
+
     def _ask(self, **task: Any) -> Any:
         assert self._child.stdin is not None
         assert self._child.stdout is not None
@@ -211,6 +218,10 @@ _WEIGHTS = ("ffn_moe_weights", "ffn_moe_weights_softmax", "ffn_moe_weights_norm"
 """What weights are called from step to step; of those that there are, the last is what counts."""
 
 
+class _HeaderParams(ctypes.Structure):
+    _fields_ = (("no_data", ctypes.c_bool), ("context", ctypes.c_void_p))
+
+
 class _QuantiseParams(ctypes.Structure):
     _fields_ = (
         ("threads", ctypes.c_int32),
@@ -234,6 +245,9 @@ class _Library:
         self._watcher = ctypes.CFUNCTYPE(
             ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p
         )(self._see)
+        self.base.gguf_init_from_file.restype = ctypes.c_void_p
+        self.base.gguf_init_from_file.argtypes = [ctypes.c_char_p, _HeaderParams]
+        self.base.gguf_free.argtypes = [ctypes.c_void_p]
         self.base.ggml_get_name.restype = ctypes.c_char_p
         self.base.ggml_get_name.argtypes = [ctypes.c_void_p]
         self.base.ggml_backend_tensor_get.argtypes = [
@@ -359,6 +373,13 @@ class _Library:
         found = self.llama.llama_get_logits(context)
         return np.ctypeslib.as_array(found, (len(tokens), words)).copy()
 
+    def reads(self, header: str) -> bool:
+        """Whether the reader of GGUF takes a header."""
+        found = self.base.gguf_init_from_file(header.encode(), _HeaderParams(True, None))
+        if found:
+            self.base.gguf_free(found)
+        return bool(found)
+
     def quantise(self, source: str, output: str, kind: int) -> None:
         """As ``llama-quantize``."""
         params = self.llama.llama_model_quantize_default_params()
@@ -391,7 +412,8 @@ def _serve() -> None:
     for line in sys.stdin:
         task = json.loads(line)
         try:
-            done = library.quantise(**task) if "kind" in task else library.run(**task)
+            do = library.quantise if "kind" in task else library.run
+            done = (library.reads if "header" in task else do)(**task)
             answer = {"done": done}
         except RefusedError as error:
             answer = {"refused": str(error)}

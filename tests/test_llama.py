@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,8 @@ from llama_client import FTYPES, MISSING, Client, DiedError
 from llama_models import RECIPES, one_expert, rms, scales, start, write_runnable
 
 import moescale
-from moescale.errors import UnsupportedError
+from moescale.checkpoint.gguf.header import GgufHeader, parse_header
+from moescale.errors import CheckpointError, UnsupportedError
 from moescale.model.gating import Gating
 from moescale.model.llama_cpp import BY_NAME
 from moescale.options import Options
@@ -41,6 +43,53 @@ def convert(source: Path, output: Path, **options: Any) -> Path:
     """Three experts by the closed form."""
     moescale.convert(source, output, **{"experts": 3, "rule": "preserve", **options})
     return output
+
+
+def damaged(data: bytes, end: int, seed: int) -> bytes:
+    """A file with some bytes of its header changed, cut out or put in."""
+    rng = random.Random(seed)
+    found = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        at = rng.randrange(end)
+        match rng.randrange(5):
+            case 0:
+                found[at] = rng.randrange(256)
+            case 1:
+                found[at] ^= 1 << rng.randrange(8)
+            case 2:
+                found[at : at + 8] = rng.choice(
+                    (0, 1, 5, 33, 1 << 31, 1 << 62, (1 << 64) - 1)
+                ).to_bytes(8, "little")
+            case 3:
+                del found[at : at + rng.choice((1, 4, 8, 32))]
+            case 4:
+                found[at:at] = bytes(rng.choice((1, 4, 8, 32)))
+    return bytes(found)
+
+
+def test_what_its_reader_rejects_is_rejected(client: Client, tmp_path: Path) -> None:
+    """Headers with damage of every kind; what is taken here, it takes too."""
+    source = write_runnable(tmp_path / "m.gguf", "llama", blocks=1)
+    data = source.read_bytes()
+
+    def taken(data: bytes) -> GgufHeader | None:
+        try:
+            return parse_header(lambda start, size: data[start : start + size], len(data), "x")
+        except CheckpointError:
+            return None
+
+    whole = taken(data)
+    assert whole is not None
+    counts = {(ours, its): 0 for ours in (True, False) for its in (True, False)}
+    for seed in range(400):
+        changed = damaged(data, whole.infos_stop, seed)
+        (tmp_path / "x.gguf").write_bytes(changed)
+        verdict = taken(changed) is not None, client.reads(tmp_path / "x.gguf")
+        counts[verdict] += 1
+        assert verdict != (True, False), seed
+    print(counts)
+    assert counts[True, True] > 20
+    assert counts[False, False] > 100
 
 
 @pytest.mark.parametrize("arch", RECIPES)
