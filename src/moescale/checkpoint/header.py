@@ -114,7 +114,8 @@ def parse_header(data: bytes, file_size: int, where: str) -> Header:
     data_start = LENGTH_BYTES + len(data)
     tensors = [_tensor(name, entry, data_start, where) for name, entry in entries.items()]
     tensors.sort(key=_place)
-    return Header(_in_place(tensors, data_start, file_size, where), data_start, file_size)
+    _check_places(tensors, data_start, file_size, where)
+    return Header(tuple(tensors), data_start, file_size)
 
 
 def _place(tensor: Tensor) -> tuple[int, int]:
@@ -178,24 +179,20 @@ def _is_sizes(value: Any) -> bool:
     return type(value) is list and all(type(v) is int and 0 <= v < _U64 for v in value)
 
 
-def _in_place(
-    tensors: list[Tensor], data_start: int, file_size: int, where: str
-) -> tuple[Tensor, ...]:
-    """The tensors as they are, if they fill the file; where one ends is where the next starts."""
-    position, result = data_start, []
+def _check_places(tensors: list[Tensor], data_start: int, file_size: int, where: str) -> None:
+    """Refuse tensors that do not fill the file: where one ends is where the next starts."""
+    position = data_start
     for tensor in tensors:
         if tensor.start != position:
             fault = "overlaps the one before it" if tensor.start < position else "follows a hole"
             raise _bad(where, f"the data of tensor {tensor.name!r} {fault}")
-        result.append(Tensor(tensor.name, tensor.dtype, tensor.shape, position, tensor.stop))
-        position = tensor.stop  # one object for both: they are as many as the tensors
+        position = tensor.stop
     if position != file_size:
         raise _bad(
             where,
             f"the header describes {position} bytes, the file has {file_size}",
             hint=_CUT,
         )
-    return tuple(result)
 
 
 def _bad(where: str, why: str, hint: str = _WRONG) -> CheckpointError:

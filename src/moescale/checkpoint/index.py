@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
-from typing import Any
 
 from moescale.checkpoint.header import Header
 from moescale.checkpoint.json_faults import decoded, not_json
@@ -62,11 +60,10 @@ def parse_index(data: bytes, where: str) -> Mapping[str, str]:
         CheckpointError: it is not such a map.
     """
     try:
-        text = decoded(data)
-        del data  # an index may have many megabytes
-        weight_map = _scanned(text) or _parsed(text)
+        content = parse_strict(decoded(data))
     except ValueError as error:
         raise not_json(where, error) from None
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{where}: has no weight_map", hint=_ANEW)
     for tensor, shard in weight_map.items():
@@ -75,45 +72,6 @@ def parse_index(data: bytes, where: str) -> Mapping[str, str]:
                 f"{where}: the shard of tensor {tensor!r} is not a file name", hint=_ANEW
             )
     return weight_map
-
-
-def _parsed(text: str) -> Any:
-    content = parse_strict(text)
-    return content.get("weight_map") if isinstance(content, dict) else None
-
-
-def _scanned(text: str) -> dict[str, str] | None:
-    """The weight map of a plain index; None for any other, which `json` has to read.
-
-    `json` makes a string of every value, though few differ, and a list and a dictionary of all:
-    with 100,000 tensors more memory than the plan itself.
-    """
-    opening = _OPENING.search(text)
-    if opening is None:
-        return None
-    found: dict[str, str] = {}
-    count, start, end = 0, opening.end(), ","
-    position = start
-    while end == ",":
-        entry = _ENTRY.match(text, position)
-        if entry is None:
-            return None
-        name, shard, end = entry.groups()
-        found[name] = sys.intern(shard)
-        count, position = count + 1, entry.end()
-    if count != len(found):
-        return None
-    before, after = text[:start], text[position:]
-    try:  # it has to be the map of the outermost object
-        return found if _parsed(f"{before}}}}}") == _parsed(f"{before}}}{after}") == {} else None
-    except ValueError:
-        return None
-
-
-_OPENING = re.compile(r'"weight_map"[ \t\n\r]*:[ \t\n\r]*\{')
-_ENTRY = re.compile(
-    r'[ \t\n\r]*"([^"\\\x00-\x1f]*)"[ \t\n\r]*:[ \t\n\r]*"([^"\\\x00-\x1f]*)"[ \t\n\r]*([,}])'
-)
 
 
 def shards_without_index(files: Iterable[str]) -> Shards:

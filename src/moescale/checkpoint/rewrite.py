@@ -136,7 +136,7 @@ def rewrite(
 
 
 def rehearse(reader: Reader, edits: Iterable[TensorEdit], where: str) -> None:
-    """TensorEdit tensors without writing them, to find beforehand what has no result.
+    """Edit tensors without writing them, to find beforehand what has no result.
 
     Raises:
         RewriteError: a value has no finite result.

@@ -28,9 +28,6 @@ Scale = Callable[[Bytes, Bytes], int]
 is finite or, for a scale, none that is a normal number. Both are whole elements of their dtypes,
 little-endian."""
 
-_TABLE_PIECE = 64 * 1024
-"""Elements looked up at once: source, result and table then stay in the second-level cache."""
-
 _INFINITY_16 = {"F16": 0x7C00, "BF16": 0x7F80}
 
 
@@ -97,10 +94,8 @@ def _table_scaler(table: np.ndarray[Any, np.dtype[np.uint16]], infinity: int) ->
 
     def scale(source: Bytes, result: Bytes) -> int:
         codes, scaled = source.view("<u2"), result.view("<u2")
-        for start in range(0, codes.size, _TABLE_PIECE):
-            piece = slice(start, start + _TABLE_PIECE)
-            # "clip" is the mode without a bounds check of its own; every code is in bounds.
-            np.take(table, codes[piece], out=scaled[piece], mode="clip")
+        # "clip" is the mode without a bounds check of its own; every code is in bounds.
+        np.take(table, codes, out=scaled, mode="clip")
         # Positive infinities and NaNs are the largest as int16, the negative ones as uint16.
         if scaled.size and (
             scaled.view("<i2").max() >= infinity or scaled.max() >= infinity | 0x8000

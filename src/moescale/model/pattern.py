@@ -1,12 +1,8 @@
-"""The routed down-projections by an expression of the user's, matched in a child process."""
+"""The routed down-projections by an expression of the user's."""
 
 from __future__ import annotations
 
-import json
 import re
-import signal
-import subprocess
-import sys
 from collections.abc import Iterable
 
 from moescale.checkpoint.header import Tensor
@@ -21,23 +17,29 @@ from moescale.model.experts import (
 )
 from moescale.model.formats import split_name
 
+Span = tuple[int, int]
+
 
 def find_by_pattern(tensors: Iterable[Tensor], pattern: str) -> list[Projection]:
     """Projections by a user's expression, which has to match the whole tensor name.
 
     The groups ``layer`` and ``expert`` name the numbers; without them, the first number between
-    dots is the layer and the second the expert.
+    dots is the layer and the second the expert. An expression that backtracks without end can be
+    interrupted with Ctrl-C.
 
     Raises:
-        UsageError: the expression is not valid, takes too long, or matches a name without number.
+        UsageError: the expression is not valid, or matches a name without number.
     """
+    try:
+        expression = re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UsageError(f"--pattern {pattern!r} is not a valid expression: {error}") from None
     by_name = {tensor.name: tensor for tensor in tensors}
     found: dict[str, Projection] = {}
-    for name, layer, expert in _search_in_child(pattern, list(by_name)):
-        if layer is None:
-            raise UsageError(f"--pattern matches {name!r}, in which no layer number can be found")
-        module, _ = split_name(name)
-        found.setdefault(module, _by_spans(name, module, layer, expert))
+    for name in by_name:
+        if match := expression.fullmatch(name):
+            module, _ = split_name(name)
+            found.setdefault(module, _by_spans(name, module, *_spans(match)))
     for name, tensor in by_name.items():  # a bias or a scale belongs to it, matched or not
         module, leaf = split_name(name)
         if module in found:
@@ -46,7 +48,20 @@ def find_by_pattern(tensors: Iterable[Tensor], pattern: str) -> list[Projection]
     return in_order(found.values())
 
 
-def _by_spans(name: str, module: str, layer: list[int], expert: list[int] | None) -> Projection:
+def _spans(match: re.Match[str]) -> tuple[Span, Span | None]:
+    """Where a name has the numbers of layer and expert."""
+    groups = {key: match.span(key) for key, value in match.groupdict().items() if value}
+    numbers = [m.span() for m in re.finditer(r"(?<![^.])\d+(?![^.])", match.string)]
+    if "layer" in groups:
+        return groups["layer"], groups.get("expert")
+    if not numbers:
+        raise UsageError(
+            f"--pattern matches {match.string!r}, in which no layer number can be found"
+        )
+    return numbers[0], groups.get("expert", numbers[1] if len(numbers) > 1 else None)
+
+
+def _by_spans(name: str, module: str, layer: Span, expert: Span | None) -> Projection:
     """The projection whose numbers stand at the given places of a name."""
     start, stop = layer
     numbers = [name[start:stop]] if expert is None else [name[start:stop], name[slice(*expert)]]
@@ -59,61 +74,3 @@ def _by_spans(name: str, module: str, layer: list[int], expert: list[int] | None
     stack = stack_of(before)
     which = None if expert is None else int(numbers[1])
     return Projection(module, Layer(stack, int(numbers[0])), which, (start, stop))
-
-
-_SEARCH = r"""
-import json, re, signal, sys
-pattern, names, seconds = json.load(sys.stdin)
-if hasattr(signal, "setitimer"):
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-try:
-    pattern = re.compile(pattern)
-except re.error as error:
-    sys.exit(f"is not a valid expression: {error}")
-found = []
-for name in names:
-    match = pattern.fullmatch(name)
-    if match:
-        spans = [m.span() for m in re.finditer(r"(?<![^.])\d+(?![^.])", name)] + [None, None]
-        groups = {key: match.span(key) for key, value in match.groupdict().items() if value}
-        layer = groups.get("layer", spans[0])
-        expert = groups.get("expert", None if "layer" in groups else spans[1])
-        found.append((name, layer, expert))
-json.dump(found, sys.stdout)
-"""
-
-_SEARCH_SECONDS = 0.8
-"""Processor time for a few names, so that a busy machine makes no difference."""
-_NAMES_A_SECOND = 100_000
-_PATIENCE = 10.0 if hasattr(signal, "setitimer") else 2.0
-"""More seconds on the clock, for a machine that is busy; Windows has no timer of processor time."""
-
-
-def _search_in_child(
-    pattern: str, names: list[str]
-) -> list[tuple[str, list[int] | None, list[int] | None]]:
-    """Match in a child process, since an expression can backtrack without end.
-
-    `re` cannot be stopped from within on every system and in every thread; a process can.
-    """
-    seconds = _SEARCH_SECONDS + len(names) / _NAMES_A_SECOND
-    try:
-        child = subprocess.run(
-            [sys.executable, "-I", "-c", _SEARCH],
-            input=json.dumps([pattern, names, seconds]),
-            capture_output=True,
-            text=True,
-            timeout=seconds + _PATIENCE,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        child = None
-    if child is None or child.returncode < 0:  # a signal: its timer went off
-        raise UsageError(
-            f"--pattern {pattern!r} took longer than {seconds:.1f} s for {len(names)} names",
-            hint="It backtracks; write it without nested repetitions.",
-        )
-    if child.returncode:
-        raise UsageError(f"--pattern {pattern!r} {child.stderr.strip().splitlines()[-1]}")
-    result: list[tuple[str, list[int] | None, list[int] | None]] = json.loads(child.stdout)
-    return result
