@@ -5,6 +5,7 @@
     python scripts/benchmark.py --dir /mnt/disk --gigabytes 10 --pairs 9
     python scripts/benchmark.py --mergekit ENV/bin/mergekit-yaml --transformers ENV/bin/python
     python scripts/benchmark.py --planning         # dry runs of 200 GB to 1 TB, as sparse files
+    python scripts/benchmark.py --running          # rules and losses that run the model, in torch
 
 Needs moescale installed in the Python that runs it, and three times the size on the disk. The
 page cache is warm; the runs of a round follow one another in changing order, so that a drifting
@@ -52,12 +53,16 @@ def main() -> None:
     parser.add_argument("--mergekit", metavar="PROGRAM", help="compare with this mergekit-yaml")
     parser.add_argument("--transformers", metavar="PYTHON", help="compare with its transformers")
     parser.add_argument("--planning", action="store_true", help="measure dry runs only")
+    parser.add_argument("--running", action="store_true", help="measure what runs the model only")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.dir, prefix="moescale-bench-") as folder:
         root = Path(folder)
         print(f"{describe_machine()}; {file_system(root)}")
         if arguments.planning:
             measure_plans(root, arguments.pairs)
+            return
+        if arguments.running:
+            measure_runs(root, arguments.gigabytes)
             return
         many, stacked = root / "many", root / "stacked"
         in_child(make_mixtral, many, arguments.gigabytes)
@@ -433,6 +438,72 @@ def write_hole(path: Path, tensors: list[Shape]) -> None:
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + position)
+
+
+# Running ------------------------------------------------------------------------------------------
+
+TOKENS = 8192
+"""Bytes of a text to calibrate on, and of one to evaluate on; the model's tokens are bytes."""
+
+ONCE = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto").eval()
+ids = torch.tensor(list(open(sys.argv[2], "rb").read())).reshape(-1, 256)
+with torch.no_grad():
+    for rows in ids.split(4):
+        model(input_ids=rows, labels=rows)
+"""
+"""Loads a model, and runs it once over a text."""
+
+
+def measure_runs(root: Path, gigabytes: float) -> None:
+    """Rules and losses that run a model of random weights, against loading and running it once."""
+    source = root / "source"
+    in_child(make_for_torch, source, gigabytes)
+    files = [root / name for name in ("calibrate.bin", "evaluate.bin")]
+    for file, first in zip(files, (0, 7), strict=True):
+        file.write_bytes(bytes((first + i * i // 3) % 256 for i in range(TOKENS)))
+    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    half = ["--max-memory", str(size // 2)]
+    fit = ["--rule", "fitted", "--calibrate", str(files[0])]
+    loss = ["--evaluate", str(files[1])]
+    rows = {
+        "transformers: load, and run once": [],
+        "--rule measured": ["--rule", "measured", "--calibrate", str(files[0])],
+        "--rule fitted": fit,
+        "--rule gates --evaluate": ["--rule", "gates", *loss],
+        "--rule fitted --evaluate": [*fit, *loss],
+        "--rule fitted, half of the model on disk": [*fit, *half],
+    }
+    print(f"\n{size / 1e9:.2f} GB; {TOKENS:,} tokens to calibrate on, as many to evaluate on")
+    print("\n| | s | peak MiB |\n|---|---|---|")
+    for name, options in rows.items():
+        command = [sys.executable, "-c", ONCE, str(source), str(files[0])]
+        if options:
+            command = [sys.executable, "-m", "moescale", str(source), "-k", "3", "--dry-run"]
+        seconds, peak = timed([*command, *options])
+        print(f"| {name} | {seconds:.1f} | {peak:,.0f} |", flush=True)
+
+
+def make_for_torch(folder: Path, gigabytes: float) -> None:
+    """A Mixtral of bytes with the weights that transformers begins a training with."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=256,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=round(gigabytes * 1e9 / (EXPERTS * 3 * HIDDEN * INNER * 2)),
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        num_local_experts=EXPERTS,
+        max_position_embeddings=256,
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    transformers.MixtralForCausalLM(config).save_pretrained(folder)
 
 
 # Processes ----------------------------------------------------------------------------------------

@@ -25,6 +25,9 @@ from moescale.measuring import runner
 CALIBRATED = HELD_BACK = 16_384
 """Bytes at the beginning of the text that are measured on; bytes at its end for the loss."""
 
+MOST, OVER_ALL = 0.45, 0.25
+"""The part of what the config edit loses that `fitted` may leave, of each model and of all."""
+
 ELSEWHERE = os.environ.get("MOESCALE_TRAINED_MODELS")
 
 
@@ -81,11 +84,12 @@ def prove(source: Path, text: Path, context: int, work: Path) -> None:
     assert sum(losses["measured"]) <= sum(losses["none"]), losses
 
 
-def prove_fitted(source: Path, text: Path, work: Path, numbers: list[int], most: float) -> None:
+def prove_fitted(source: Path, text: Path, work: Path, numbers: list[int]) -> tuple[float, float]:
     """At no number does `fitted` lose more than the config edit, and above n much less.
 
-    `most` is the part of the edit's rise over the trained loss, summed above n, that may be left.
-    The output of one number is written, and loses what was said before.
+    Above n, at most `MOST` of the edit's rise over the trained loss may be left, summed over the
+    numbers. The output of one number is written, and loses what was said before. The sums of
+    `fitted` and of the edit are returned.
     """
     n = json.loads((source / "config.json").read_text())["num_experts_per_tok"]
     work.mkdir(exist_ok=True)
@@ -101,10 +105,10 @@ def prove_fitted(source: Path, text: Path, work: Path, numbers: list[int], most:
     print(source.name, found.loss, losses)
     for m in numbers:
         assert losses[m, "fitted"] <= losses[m, "none"] + (0.0005 if m > n else 0.003), losses
-    rises = [
+    fitted, edit = (
         sum(losses[m, rule] - found.loss for m in numbers if m > n) for rule in ("fitted", "none")
-    ]
-    assert rises[0] <= most * rises[1], losses
+    )
+    assert fitted <= MOST * edit, losses
     m = numbers[-1]
     written = api.convert(
         source,
@@ -116,6 +120,7 @@ def prove_fitted(source: Path, text: Path, work: Path, numbers: list[int], most:
     ).plan.evaluation
     assert written is not None
     assert written.runs[-1].loss == pytest.approx(losses[m, "fitted"], abs=5e-4)
+    return fitted, edit
 
 
 @pytest.mark.skipif(ELSEWHERE is None, reason="MOESCALE_TRAINED_MODELS names no directory")
@@ -126,23 +131,33 @@ def test_fitted_wins_back_the_loss_of_models_trained_elsewhere(
     folder = Path(ELSEWHERE or "")
     context = int(os.environ.get("MOESCALE_TRAINED_CONTEXT", "256"))
     monkeypatch.setattr(runner, "LONGEST", context)
+    rises = []
     for source in sorted(path.parent for path in folder.glob("*/config.json")):
         n = json.loads((source / "config.json").read_text())["num_experts_per_tok"]
         numbers = sorted({max(1, n // 2), max(1, 3 * n // 4), 3 * n // 2, 2 * n} - {n})
-        prove_fitted(source, folder / "val.bin", tmp_path / source.name, numbers, 0.45)
+        rises.append(prove_fitted(source, folder / "val.bin", tmp_path / source.name, numbers))
+    check_over_all(rises)
 
 
-@pytest.mark.parametrize("name", byte_models.MODELS)
-def test_the_norm_comes_back_and_the_loss_is_no_higher(name: str, tmp_path: Path) -> None:
+def test_the_norm_comes_back_and_the_loss_is_no_higher(tmp_path: Path) -> None:
     """After `measured`, each layer's norm is the original's within 1 %, at half and twice n.
 
-    `fitted` never loses more than the config edit, and wins back much of what that loses.
+    `fitted` never loses more than the config edit, and wins back most of what that loses.
     """
-    byte_models.train(name, tmp_path)
-    source, text = tmp_path / name, tmp_path / "val.bin"
-    prove(source, text, byte_models.CONTEXT, tmp_path / "work")
-    n = {"mixtral": 2, "olmoe": 4}[name]
-    prove_fitted(source, text, tmp_path / "fitted", [n // 2, n + 1, 2 * n], 0.6)
+    rises = []
+    for name, n in (("mixtral", 2), ("olmoe", 4)):
+        byte_models.train(name, tmp_path, steps=1000)
+        source, text = tmp_path / name, tmp_path / "val.bin"
+        prove(source, text, byte_models.CONTEXT, tmp_path / f"{name}-measured")
+        numbers = [n // 2, n + 1, 2 * n, 4 * n]
+        rises.append(prove_fitted(source, text, tmp_path / f"{name}-fitted", numbers))
+    check_over_all(rises)
+
+
+def check_over_all(rises: list[tuple[float, float]]) -> None:
+    """Above n, over all models, at most `OVER_ALL` of what the edit loses is left."""
+    fitted, edit = (sum(column) for column in zip(*rises, strict=True))
+    assert fitted <= OVER_ALL * edit, rises
 
 
 @pytest.mark.skipif(ELSEWHERE is None, reason="MOESCALE_TRAINED_MODELS names no directory")
