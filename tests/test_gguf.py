@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,24 @@ def test_a_set_can_have_another_name(tmp_path: Path) -> None:
         number = part.name.removeprefix("m")
         other = (tmp_path / f"other{number}").read_bytes()
         assert (tmp_path / "out" / part.name).read_bytes() == other
+
+
+def test_a_renamed_set_is_found_by_its_first_file(tmp_path: Path) -> None:
+    """Which is what a script is told; its record knows the files by their new names."""
+    parts = write_model(tmp_path / "m.gguf", split=4)
+    numbered = tmp_path / f"z-00001-of-{len(parts):05d}.gguf"
+    for place in (tmp_path / "z.gguf", numbered):
+        command = [sys.executable, "-m", "moescale", parts[0], place, "-k", "3", "--quiet"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout == f"{numbered}\n"
+    record = moescale.record(numbered, check=True)
+    assert record is not None
+    assert record.differences == {}
+    second = numbered.with_name(numbered.name.replace("00001-of", "00002-of"))
+    second.write_bytes(second.read_bytes() + b"more")
+    record = moescale.record(numbered)
+    assert record is not None
+    assert list(record.differences) == [second.name]
 
 
 def test_a_folder_of_one_model_stands_for_it(tmp_path: Path) -> None:

@@ -371,7 +371,7 @@ def _show_plan(
         if more := terminal.next_text(plan, written=False):
             print(f"\n{more}")
     elif plan.destination is not None:
-        print(plan.destination)
+        print(terminal.finished_place(plan))
 
 
 def _print_json(content: dict[str, Any]) -> None:
@@ -453,7 +453,7 @@ def _convert(
     elif options["create_pr"] and result.url is not None:
         print(result.url, file=sys.stderr)
     if result.status != "nothing":
-        print(result.plan.destination)
+        print(terminal.finished_place(result.plan))
 
 
 def _warn(plan: Plan) -> None:

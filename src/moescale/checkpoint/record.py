@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 from moescale.checkpoint.gguf.header import parse_header
-from moescale.checkpoint.gguf.names import first_of
+from moescale.checkpoint.gguf.names import first_of, is_gguf, part_name
 from moescale.errors import CheckpointError
 
 PROVENANCE = "moescale.json"
@@ -36,3 +37,14 @@ def recorded(files: Mapping[str, int], read: Read) -> bytes | None:
     except CheckpointError:
         return None
     return said.encode(errors="surrogateescape") if isinstance(said, str) else None
+
+
+def names_here(noted: Iterable[str], files: Iterable[str]) -> dict[str, str]:
+    """What the files that an output notes are called where it is: a GGUF set may be renamed."""
+    here = {part_name(name): name for name in files if is_gguf(name)}
+    stems = {part.stem for part in here}
+    if len(stems) != 1:
+        return {name: name for name in noted}
+    (stem,) = stems
+    parts = {name: replace(part_name(name), stem=stem) for name in noted if is_gguf(name)}
+    return {name: here.get(parts[name], name) if name in parts else name for name in noted}

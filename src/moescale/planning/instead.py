@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moescale.checkpoint.gguf.names import is_gguf, part_name
 from moescale.errors import UnsupportedError
 from moescale.model.architectures import Architecture
 from moescale.model.count import Config, Spelling, keys_of
@@ -196,8 +197,13 @@ def gguf_to_run(place: str, first: str, parts: int) -> Mapping[str, str]:
     """How llama.cpp is given a finished output, of which `first` is the first of its files."""
     if place.startswith("hf://"):
         return {"llama.cpp": f"llama-server -hf {shlex.quote(place.removeprefix('hf://'))}"}
-    if not place.endswith(".gguf"):
+    if not is_gguf(place):
         place = f"{place.rstrip('/')}/{first}"
-    elif parts > 1:
-        place = f"{place.removesuffix('.gguf')}-00001-of-{parts:05d}.gguf"
-    return {"llama.cpp": f"llama-server -m {shlex.quote(place)}"}
+    return {"llama.cpp": f"llama-server -m {shlex.quote(first_place(place, parts))}"}
+
+
+def first_place(place: str, parts: int) -> str:
+    """The first file of a GGUF output that was given a name; any other place as it is."""
+    if parts < 2 or place.startswith("hf://") or not is_gguf(place):
+        return place
+    return f"{part_name(place).stem}-00001-of-{parts:05d}.gguf"

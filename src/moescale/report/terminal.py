@@ -14,7 +14,7 @@ from moescale.model.count import parse_config
 from moescale.model.listing import ModelType
 from moescale.planning.comparison import BASES
 from moescale.planning.files import Action, PlannedFile
-from moescale.planning.instead import gguf_to_run, loader_of, to_run
+from moescale.planning.instead import first_place, gguf_to_run, loader_of, to_run
 from moescale.planning.plan import Plan
 from moescale.report import losses
 from moescale.report.table import count_text, span, table
@@ -200,9 +200,19 @@ def next_text(plan: Plan, written: bool) -> str:
     return "\n\n".join(parts)
 
 
+def finished_place(plan: Plan) -> str:
+    """Where the output is, for a script: a set of GGUF files by name is opened by its first."""
+    place = str(plan.destination)
+    return place if plan.config is not None else first_place(place, _parts(plan))
+
+
+def _parts(plan: Plan) -> int:
+    return sum(file.name.endswith(".gguf") for file in plan.files)
+
+
 def _to_run(plan: Plan, place: str) -> Mapping[str, str]:
     if plan.config is None:
-        return gguf_to_run(place, plan.opens, sum(f.name.endswith(".gguf") for f in plan.files))
+        return gguf_to_run(place, plan.opens, _parts(plan))
     return to_run(place, loader_of(parse_config(plan.config).value))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moescale.checkpoint.record import PROVENANCE, recorded
+from moescale.checkpoint.record import PROVENANCE, names_here, recorded
 from moescale.checkpoint.rewrite import PIECE
 from moescale.planning import provenance
 from moescale.repos.base import FileInfo, Source, io_errors
@@ -55,7 +55,9 @@ def read_record(output: Source, check: bool) -> Record | None:
     content = provenance.decode(data) if data is not None else None
     if content is None or "moescale" not in content:
         return None
-    listed = dict(_listed(content))
+    noted = dict(_listed(content))
+    names = names_here(noted, files)
+    listed = {names[name]: value for name, value in noted.items()}
     wanted = {n: sum_ for n, (_, sum_) in listed.items() if sum_ and n in files}
     read = {n for n in wanted if check or files[n].size <= SMALL_BYTES}
     differences = dict(_differences(output, files, listed, read))
