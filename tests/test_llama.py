@@ -158,6 +158,19 @@ def test_a_set_is_loaded_by_its_first_file(client: Client, tmp_path: Path) -> No
         assert np.array_equal(one, client.logits(other, TOKENS))
 
 
+def test_dividing_what_else_is_written_is_the_same(client: Client, tmp_path: Path) -> None:
+    """--fold residual of gpt-oss: but for the constant in the norms, the stream is smaller."""
+    keys = {"attention.layer_norm_rms_epsilon": 1e-12}
+    source = write_runnable(tmp_path / "m.gguf", "gpt-oss", keys=keys)
+    plain, divided = (
+        client.logits(convert(source, tmp_path / f"{fold}.gguf", fold=fold), TOKENS)
+        for fold in ("weights", "residual")
+    )
+    assert rms(plain, divided) < EXACT
+    edit = client.logits(source, TOKENS, {"gpt-oss.expert_used_count": 3})
+    assert rms(plain, edit) > VISIBLE
+
+
 def test_routers_are_scaled_where_the_client_reads_them(client: Client, tmp_path: Path) -> None:
     """As if the matrix had been multiplied before; with gpt-oss the bias, too."""
     for arch in ("qwen3moe", "gpt-oss"):
