@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,14 @@ def test_a_room_knows_only_what_is_below(room: str) -> None:
     assert files
     for path in files:
         assert imports(path) <= MAY_USE[room] | {room}, path
+
+
+def test_only_what_opens_a_location_knows_what_is_there() -> None:
+    """Local and Hub storages are named by one module outside of their own."""
+    named = re.compile(r"moescale\.repos\.(?:local_|hub)")
+    users = {p for p in PACKAGE.rglob("*.py") if named.search(p.read_text(encoding="utf-8"))}
+    others = {p for p in users if not p.name.startswith(("local_", "hub"))}
+    assert {path.relative_to(PACKAGE).as_posix() for path in others} == {"repos/places.py"}
 
 
 def test_nothing_imports_the_command() -> None:
