@@ -32,7 +32,8 @@ from moescale.planning.plan import Plan
 from moescale.report import terminal
 from moescale.repos.base import FileInfo, SourceId
 from moescale.repos.journal import Journal
-from moescale.repos.local_source import LocalReader, LocalSource
+from moescale.repos.local_source import LocalSource
+from moescale.repos.reader import FileReader
 from moescale.repos.shelf import Shelf
 from moescale.running import card
 from moescale.version import __version__
@@ -163,9 +164,9 @@ class MemorySource:
         """A stretch of one file."""
         return self._content[name][start : None if size is None else start + size]
 
-    def open(self, name: str) -> AbstractContextManager[LocalReader]:
+    def open(self, name: str) -> AbstractContextManager[FileReader]:
         """Nothing is streamed here."""
-        return nullcontext(LocalReader(-1, name))
+        return nullcontext(FileReader(-1, name))
 
     def newest_change(self) -> int:
         """It never changes."""

@@ -27,7 +27,7 @@ from moescale.errors import (
     VerificationError,
 )
 from moescale.planning.plan import Plan
-from moescale.repos import local_source
+from moescale.repos import reader as files
 from moescale.repos.journal import JOURNAL, STATE
 from moescale.repos.local_sink import LocalSink
 
@@ -359,7 +359,7 @@ def test_without_copies_in_the_kernel(
         buffer[: len(data)] = data
         return len(data)
 
-    monkeypatch.setattr(local_source, "_read_at", read_at)
+    monkeypatch.setattr(files, "_read_at", read_at)
     convert(source, tmp_path / "two", experts=3)
     assert checkpoints.tree(tmp_path / "one") == checkpoints.tree(tmp_path / "two")
 

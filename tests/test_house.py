@@ -71,6 +71,16 @@ def test_only_what_opens_a_location_knows_what_is_there() -> None:
     assert {path.relative_to(PACKAGE).as_posix() for path in others} == {"repos/places.py"}
 
 
+def test_local_and_hub_storages_know_nothing_of_each_other() -> None:
+    """A module of one names none of the other, and no state that is on disk."""
+    for path in (PACKAGE / "repos").glob("hub*.py"):
+        assert not re.search(
+            r"moescale\.repos\.(?:local_|journal|disk)", path.read_text("utf-8")
+        ), path
+    for path in (PACKAGE / "repos").glob("local_*.py"):
+        assert "moescale.repos.hub" not in path.read_text("utf-8"), path
+
+
 def test_nothing_imports_the_command() -> None:
     """Only the start of the program knows the command line."""
     users = {p.name for p in PACKAGE.rglob("*.py") if "cli" in imports(p)}

@@ -9,7 +9,7 @@ import checkpoints
 import pytest
 
 from moescale.errors import CheckpointError, RewriteError, SourceError
-from moescale.repos import local_source
+from moescale.repos import reader as files
 from moescale.repos.base import check_name
 from moescale.repos.local_source import LocalSource
 
@@ -119,8 +119,8 @@ def test_a_large_file_is_not_read_whole(folder: Path) -> None:
 
 def test_short_reads_are_continued(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A system that returns fewer bytes than asked for is asked again."""
-    whole = local_source._read_at
-    monkeypatch.setattr(local_source, "_read_at", lambda fd, buffer, at: whole(fd, buffer[:7], at))
+    whole = files._read_at
+    monkeypatch.setattr(files, "_read_at", lambda fd, buffer, at: whole(fd, buffer[:7], at))
     assert read(LocalSource(folder), "data.bin", 3, 100) == checkpoints.DATA[3:103]
 
 

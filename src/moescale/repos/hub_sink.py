@@ -31,11 +31,11 @@ from moescale.errors import (
 )
 from moescale.repos import hub
 from moescale.repos.base import FileInfo, Made, SourceId, Written
+from moescale.repos.entries import FOREIGN, NONSENSE, listed
 from moescale.repos.hub_repo import Copied, HubRepo, is_listed, missing
 from moescale.repos.hub_source import HubSource
 from moescale.repos.hub_upload import Sent, can_name_by_digest, can_stream, lacking, uploaded
 from moescale.repos.hub_writer import WEIGHTS, HubWriters
-from moescale.repos.journal import FOREIGN, NONSENSE, listed
 from moescale.repos.location import HubRef
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from moescale.errors import CheckpointError, RewriteError, SourceError, Temporar
 from moescale.repos import hub
 from moescale.repos.base import SMALL_FILE_BYTES, FileInfo, SourceId, check_name
 from moescale.repos.hub import ATTEMPTS
-from moescale.repos.local_source import LocalReader
 from moescale.repos.location import PREFIX, HubRef
+from moescale.repos.reader import FileReader
 from moescale.repos.shelf import Shelf
 
 if TYPE_CHECKING:
@@ -266,7 +266,7 @@ class HubSource:
         cached = self._cached(name)
         if cached is not None:
             with open(cached, "rb") as file:
-                yield LocalReader(file.fileno(), name)
+                yield FileReader(file.fileno(), name)
             return
         if self._offline:
             raise self._not_cached(name)

@@ -6,15 +6,15 @@ import contextlib
 import errno
 import json
 import os
-import re
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
-from moescale.errors import CheckpointError, DestinationError
-from moescale.repos.base import Written, check_name
+from moescale.errors import DestinationError
+from moescale.repos.base import Written
 from moescale.repos.disk import NOT_PLAIN, open_plain, sync_directory, write_all, write_new
+from moescale.repos.entries import FOREIGN, NONSENSE, listed
 
 STATE = ".moescale"
 """The folder in an unfinished destination that holds journal, lock and temporary files."""
@@ -24,10 +24,6 @@ JOURNAL = "journal.jsonl"
 NOT_CHECKPOINT = frozenset({".git", ".cache", STATE})
 """Folders at the top of a directory that are no part of the checkpoint."""
 
-FOREIGN = "not a journal of moescale"
-
-NONSENSE = (ValueError, TypeError, KeyError, RecursionError, CheckpointError)
-_SHA256 = re.compile("[0-9a-f]{64}")
 _HELD = {errno.EAGAIN, errno.EACCES, errno.EDEADLK}
 
 
@@ -105,17 +101,6 @@ def _entry(line: Any) -> tuple[str, dict[str, Any]]:
     if [type(value) for value in stamp] != [int] * 3 or stamp[0] != written.size:
         raise ValueError
     return name, {"size": written.size, "sha256": written.sha256, "stamp": stamp}
-
-
-def listed(name: Any, entry: Any) -> Written:
-    """What a journal says of a file; raises one of `NONSENSE` if that is none of ours."""
-    size, sha256 = entry["size"], entry["sha256"]
-    if [type(name), type(size)] != [str, int] or size < 0:
-        raise ValueError
-    if not (sha256 is None or _SHA256.fullmatch(sha256)):
-        raise ValueError
-    check_name(name, "journal")
-    return Written(size, sha256)
 
 
 class Lock:

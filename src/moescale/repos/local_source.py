@@ -16,6 +16,7 @@ from moescale.errors import CheckpointError, RewriteError, SourceError
 from moescale.repos.base import SMALL_FILE_BYTES, FileInfo, SourceId, check_name
 from moescale.repos.disk import BINARY
 from moescale.repos.journal import JOURNAL, NOT_CHECKPOINT, STATE
+from moescale.repos.reader import FileReader
 from moescale.repos.shelf import Shelf
 
 SHARE_HINT = "Give a place that all machines share under the same path."
@@ -168,12 +169,12 @@ class LocalSource:
             raise SourceError(f"{self.root}: {name}: {error.strerror}") from None
 
     @contextmanager
-    def open(self, name: str) -> Iterator[LocalReader]:
+    def open(self, name: str) -> Iterator[FileReader]:
         """Open a file, and check at the end that it is still what it was when planned."""
         fd = os.open(self.at(name), os.O_RDONLY | BINARY)
         try:
             self._check_unchanged(fd, name)
-            yield LocalReader(fd, name)
+            yield FileReader(fd, name)
             self._check_unchanged(fd, name)
         finally:
             os.close(fd)
@@ -233,45 +234,6 @@ class LocalSource:
                 ) from None
             if [info.st_size, info.st_mtime_ns] != self._states[name]:
                 raise SourceError(f"{path}: is another file here", hint=SHARE_HINT)
-
-
-class LocalReader:
-    """Random access to one open file."""
-
-    def __init__(self, fd: int, name: str) -> None:
-        self.fd = fd
-        self._name = name
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill the whole buffer from `offset` on.
-
-        Raises:
-            RewriteError: the file ends before.
-        """
-        done = 0
-        while done < len(buffer):
-            size = _read_at(self.fd, buffer[done:], offset + done)
-            if size == 0:
-                raise self.ended(offset + done)
-            done += size
-
-    def ended(self, offset: int) -> RewriteError:
-        """The error for a file that is shorter than its header says."""
-        return RewriteError(f"{self._name}: the source file ended early, at byte {offset}")
-
-
-if hasattr(os, "preadv"):
-
-    def _read_at(fd: int, buffer: memoryview, offset: int) -> int:
-        return os.preadv(fd, [buffer], offset)
-
-else:  # Windows, and macOS before 11; each reader is used by one thread only
-
-    def _read_at(fd: int, buffer: memoryview, offset: int) -> int:
-        os.lseek(fd, offset, os.SEEK_SET)
-        data = os.read(fd, len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
 
 
 _NEEDED = re.compile(

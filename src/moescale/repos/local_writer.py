@@ -18,7 +18,8 @@ from moescale.checkpoint.rewrite import PIECE, Reader
 from moescale.errors import DestinationError, RewriteError
 from moescale.repos.base import Arrived, Made, Written, nobody
 from moescale.repos.disk import BINARY, pass_cache, reserve, share_blocks
-from moescale.repos.local_source import SHARE_HINT, LocalReader
+from moescale.repos.local_source import SHARE_HINT
+from moescale.repos.reader import FileReader
 
 _KERNEL_PIECE = 32 << 20
 _BLOCK = 4096
@@ -70,7 +71,7 @@ class LocalWriter:
 
     def copy_from(self, reader: Reader, start: int, stop: int) -> Iterator[int]:
         """Append a stretch of another file, inside the kernel where that is better."""
-        if self._kernel and isinstance(reader, LocalReader):
+        if self._kernel and isinstance(reader, FileReader):
             # File systems share whole blocks only.
             for size in self._through_memory(reader, start, min(start + -start % _BLOCK, stop)):
                 start += size
