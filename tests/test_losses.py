@@ -18,7 +18,9 @@ from test_cli import Command, moescale  # noqa: F401 - a fixture
 
 from moescale import api
 from moescale.errors import UsageError
-from moescale.measuring import devices, own_text, runner
+from moescale.measuring import blocks, devices, own_text, runner
+from moescale.rules import measured
+from moescale.rules.samples import Fit
 
 LENGTH = 64
 """Bytes of a sequence: as many as the model takes."""
@@ -123,6 +125,24 @@ def test_routers_and_experts_alone_differ_each_by_one_number_a_layer(
     assert written["calibration"]["guard"]["by"] == "loss"
     card = (tmp_path / "out" / "README.md").read_text()
     assert "The routers' weights are multiplied by a number, too." in card
+
+
+def test_the_config_edit_is_kept_where_it_loses_least(
+    source: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fits that make no sense lose more on the text held back: nothing but the config changes."""
+    monkeypatch.setattr(measured, "factor", lambda sample: 50.0)
+    monkeypatch.setattr(blocks, "fit", lambda sums, scalable=True: Fit(4.0, 50.0, 0.5, 0.4))
+    out = tmp_path / "out"
+    plan = api.convert(source, out, experts=4, rule="fitted", calibrate=texts[0]).plan
+    assert plan.guard and plan.guard.taken == "none"
+    trials = {trial.rule: trial.difference for trial in plan.guard.trials}
+    assert trials["measured"] > 0 < trials["fitted"]
+    assert set(plan.factors.values()) == {1.0} and not plan.router_scales
+    assert "->  config edit alone" in plan.summary()
+    before, after = tensors_of(source), tensors_of(out)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert json.loads((out / "config.json").read_text())["num_experts_per_tok"] == 4
 
 
 def test_its_numbers_are_used_again_without_torch(
