@@ -19,7 +19,8 @@ from tiny_models import TINY, build
 
 from moescale import api
 from moescale.errors import CheckpointError, UnsupportedError, UsageError, VerificationError
-from moescale.model.gating import GATINGS, Gating
+from moescale.model.architectures import find
+from moescale.model.routers import Gating
 from moescale.planning.sampling import Routers
 from moescale.report.terminal import plan_text
 from moescale.rules.routing import RouterWeights, gate_weights
@@ -34,7 +35,7 @@ pytestmark = [
 
 def gating(entry: str) -> Gating:
     """The row of a type whose router can be formed."""
-    row = GATINGS[entry]
+    row = find(*entry.split("/")).gating
     assert isinstance(row, Gating)
     return row
 

@@ -16,8 +16,8 @@ from llama_models import RECIPES, one_expert, rms, scales, start, write_runnable
 import moescale
 from moescale.checkpoint.gguf.header import GgufHeader, parse_header
 from moescale.errors import CheckpointError, UnsupportedError
-from moescale.model.gating import Gating
 from moescale.model.llama_cpp import BY_NAME
+from moescale.model.routers import Gating
 from moescale.options import Options
 from moescale.planning.kinds.gguf import GgufCheckpoint
 from moescale.planning.sampling import find_gates, read_gates

@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING
 from moescale import api
 from moescale.errors import UnsupportedError
 from moescale.model.architectures import ROWS, Flag, PowerNorm, SharedSum
-from moescale.model.gating import GATINGS, Gating
+from moescale.model.routers import Gating
 
 CONFIG = json.loads(checkpoints.MIXTRAL_CONFIG)
 
@@ -296,8 +296,7 @@ def aliases(config: Any) -> dict[str, str]:
 
 def read(row: Any) -> set[str]:
     """The config keys that a row reads."""
-    part = f"/{row.part}" if row.part else ""
-    gating = GATINGS[row.model_type + part]
+    gating = row.gating
     keys = {*row.count, *row.total, *([row.scale_key] if row.folds else [])}
     keys |= {"n_group", "num_expert_group", "topk_group", "num_hidden_layers", "hidden_size"}
     keys |= {"first_k_dense_replace", "moe_layer_freq", "decoder_sparse_step", "mlp_only_layers"}

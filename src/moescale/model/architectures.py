@@ -16,12 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from moescale.errors import UnsupportedError
-
-if TYPE_CHECKING:
-    from moescale.model.gating import Gating, Other
+from moescale.model import routers
+from moescale.model.routers import UNKNOWN, Gating, Other
 
 # How the down-projections are called -----------------------------------------------------------
 
@@ -149,7 +148,7 @@ class Architecture:
         any_text: its text model may be of any type, which decides; see `sections`.
         folds: every engine that was looked at multiplies the routed output, and nothing else, by
             that constant, so that changing it is the same as scaling the weights.
-        gating: the row of its router, where that is not the one of the model type's name.
+        gating: how its router works, or why that cannot be said.
     """
 
     model_type: str
@@ -173,7 +172,7 @@ class Architecture:
     scale_key: str | None = None
     any_text: bool = False
     folds: bool = False
-    gating: Gating | Other | None = None
+    gating: Gating | Other = UNKNOWN
 
 
 _POST_NORM = (
@@ -205,55 +204,75 @@ _MOE_RENORMALIZE = Flag("moe_renormalize", True, aliases=("norm_topk_prob",))
 
 
 def _group_limited(model_type: str, weights: Weights, **more: Any) -> Architecture:
-    """A row of the DeepSeek kind: groups, a routed scaling factor, usually dense first layers."""
+    """A row of the DeepSeek kind: groups, a routed scaling factor, usually its router."""
     return Architecture(
         model_type,
         more.pop("experts", MLP),
         weights,
         groups=True,
         scale_key=more.pop("scale_key", _SCALE),
+        gating=more.pop("gating", routers.SIGMOID),
         **more,
     )
 
 
 ROWS: Final[tuple[Architecture, ...]] = (
     # Mixtral and its likes
-    Architecture("mixtral", SPARSE_MOE, ALWAYS, moe_layers=All()),
-    Architecture("minimax", SPARSE_MOE, ALWAYS, moe_layers=All()),
-    Architecture("minimax_m2", SPARSE_MOE, ALWAYS, moe_layers=All()),
-    Architecture("minimax_m3_vl", SPARSE_MOE, ALWAYS, scale_key=_SCALE, folds=True),
-    Architecture("minimax_m3_vl_text", SPARSE_MOE, ALWAYS, scale_key=_SCALE, folds=True),
+    Architecture("mixtral", SPARSE_MOE, ALWAYS, moe_layers=All(), gating=routers.MIXTRAL),
+    Architecture("minimax", SPARSE_MOE, ALWAYS, moe_layers=All(), gating=routers.MIXTRAL),
+    Architecture("minimax_m2", SPARSE_MOE, ALWAYS, moe_layers=All(), gating=routers.SPARSE_SIGMOID),
+    Architecture(
+        "minimax_m3_vl", SPARSE_MOE, ALWAYS, scale_key=_SCALE, folds=True, gating=routers.MINIMAX_M3
+    ),
+    Architecture(
+        "minimax_m3_vl_text",
+        SPARSE_MOE,
+        ALWAYS,
+        scale_key=_SCALE,
+        folds=True,
+        gating=routers.MINIMAX_M3,
+    ),
     # The text model of minimax_m3_vl: sglang 0.5.23 minimax_m3.py
-    Architecture("minimax_m3", SPARSE_MOE, ALWAYS, scale_key=_SCALE, folds=True),
+    Architecture(
+        "minimax_m3", SPARSE_MOE, ALWAYS, scale_key=_SCALE, folds=True, gating=routers.MINIMAX_M3
+    ),
     # Softmax, renormalised: the config.json of MiniMax-M1 and the model file of its repo
-    Architecture("minimax_m1", SPARSE_MOE, ALWAYS, moe_layers=All()),
-    Architecture("minimax_text_01", SPARSE_MOE, ALWAYS, moe_layers=All()),
+    Architecture("minimax_m1", SPARSE_MOE, ALWAYS, moe_layers=All(), gating=routers.MIXTRAL),
+    Architecture("minimax_text_01", SPARSE_MOE, ALWAYS, moe_layers=All(), gating=routers.MIXTRAL),
     Architecture(
         "phimoe",
         SPARSE_MOE,
         NEVER,
         moe_layers=All(),
         fixed="its router (sparsemixer) always takes 2 experts and ignores the config",
+        gating=routers.SPARSEMIXER,
     ),
     # Qwen
-    Architecture("qwen2_moe", MLP, NORM_FALSE, moe_layers=SparseStep()),
-    Architecture("qwen3_moe", MLP, NORM_FALSE, moe_layers=SparseStep()),
-    Architecture("qwen3_next", MLP, NORM_TRUE, moe_layers=SparseStep()),
-    Architecture("qwen3_vl_moe", MLP, ALWAYS, moe_layers=SparseStep()),
-    Architecture("qwen3_vl_moe_text", MLP, ALWAYS, moe_layers=SparseStep()),
-    Architecture("qwen3_5_moe", MLP, ALWAYS, moe_layers=All()),
-    Architecture("qwen3_5_moe_text", MLP, ALWAYS, moe_layers=All()),
+    Architecture("qwen2_moe", MLP, NORM_FALSE, moe_layers=SparseStep(), gating=routers.SOFTMAX),
+    Architecture("qwen3_moe", MLP, NORM_FALSE, moe_layers=SparseStep(), gating=routers.SOFTMAX),
+    Architecture("qwen3_next", MLP, NORM_TRUE, moe_layers=SparseStep(), gating=routers.CENTRED),
+    Architecture("qwen3_vl_moe", MLP, ALWAYS, moe_layers=SparseStep(), gating=routers.SOFTMAX),
+    Architecture("qwen3_vl_moe_text", MLP, ALWAYS, moe_layers=SparseStep(), gating=routers.SOFTMAX),
+    Architecture("qwen3_5_moe", MLP, ALWAYS, moe_layers=All(), gating=routers.CENTRED),
+    Architecture("qwen3_5_moe_text", MLP, ALWAYS, moe_layers=All(), gating=routers.CENTRED),
     # sglang 0.5.23 interns2preview.py: the classes of Qwen3.5
-    Architecture("intern_s2_preview", MLP, ALWAYS, moe_layers=All()),
+    Architecture("intern_s2_preview", MLP, ALWAYS, moe_layers=All(), gating=routers.CENTRED),
     # sglang 0.5.23 interns2_mobius.py: a few banks of experts, one after the other, serve all
     # layers; a factor is that of a bank, and its number stands for the layer's
     *(
-        Architecture(model_type, ("meta_mlp.{L}.experts.down_proj",), NORM_TRUE)
+        Architecture(
+            model_type,
+            ("meta_mlp.{L}.experts.down_proj",),
+            NORM_TRUE,
+            gating=routers.OF_SEVERAL_LAYERS,
+        )
         for model_type in ("interns2_mobius", "interns2_mobius_text")
     ),
-    Architecture("qwen4_exp", MLP, NORM_TRUE),
-    Architecture("qwen4_exp_text", MLP, NORM_TRUE),
-    Architecture("qwen3_omni_moe_thinker", MLP, NORM_TRUE, moe_layers=SparseStep()),
+    Architecture("qwen4_exp", MLP, NORM_TRUE, gating=routers.STREAMS),
+    Architecture("qwen4_exp_text", MLP, NORM_TRUE, gating=routers.STREAMS),
+    Architecture(
+        "qwen3_omni_moe_thinker", MLP, NORM_TRUE, moe_layers=SparseStep(), gating=routers.SOFTMAX
+    ),
     Architecture(
         "qwen3_omni_moe",
         MLP,
@@ -261,6 +280,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         part="thinker",
         sections=("thinker_config.text_config",),
         moe_layers=SparseStep(),
+        gating=routers.SOFTMAX,
     ),
     Architecture(
         "qwen3_omni_moe",
@@ -270,11 +290,12 @@ ROWS: Final[tuple[Architecture, ...]] = (
         stacks=frozenset({"talker"}),
         sections=("talker_config.text_config",),
         moe_layers=All(),
+        gating=routers.SOFTMAX,
     ),
     # DeepSeek and what is built like it
-    _group_limited("deepseek_v2", NEVER, moe_layers=FirstDense(0)),
-    _group_limited("deepseek_ocr2", NEVER),
-    _group_limited("unlimited_ocr", NEVER),
+    _group_limited("deepseek_v2", NEVER, moe_layers=FirstDense(0), gating=routers.DEEPSEEK_V2),
+    _group_limited("deepseek_ocr2", NEVER, gating=routers.DEEPSEEK_V2),
+    _group_limited("unlimited_ocr", NEVER, gating=routers.DEEPSEEK_V2),
     _group_limited("deepseek_v3", NORM_TRUE, moe_layers=FirstDense(3), folds=True),
     _group_limited("deepseek_v32", NORM_TRUE, moe_layers=FirstDense(3), folds=True),
     _group_limited(
@@ -288,7 +309,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
     # sglang 0.5.23 kimi_vl.py, dots_vlm.py: the text model is DeepseekV2ForCausalLM, for Kimi-VL in
     # text_config, for dots.vlm with its keys at the top; mlx-vlm 0.7.10 youtu_vl/language.py
     _group_limited("kimi_vl", NORM_TRUE, any_text=True, folds=True),
-    _group_limited("dots_vlm", NORM_FALSE, folds=True),
+    _group_limited("dots_vlm", NORM_FALSE, folds=True, gating=routers.DOTS_VLM),
     _group_limited("youtu_vl", NORM_TRUE, folds=True),
     _group_limited(
         "kimi_linear",
@@ -296,6 +317,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         experts=SPARSE_MOE,
         count=_PER_TOKEN,
         folds=True,
+        gating=routers.SPARSE_SIGMOID,
     ),
     # sglang 0.5.23 kimi_k3.py: routed_expert_norm follows the routed sum
     _group_limited(
@@ -306,15 +328,32 @@ ROWS: Final[tuple[Architecture, ...]] = (
         beside=_LATENT,
         no_effect="a norm on the routed sum (routed_expert_norm) removes every factor",
         no_effect_if="latent_moe_use_norm",
+        gating=routers.SPARSE_SIGMOID,
     ),
     _group_limited("bailing_hybrid", _MOE_RENORMALIZE, count=_PER_TOKEN, folds=True),
     # Ling with eyes, sglang 0.5.23: bailing_mm_v3.py over bailing_moe_v3.py (text_config),
     # bailing_mm.py over bailing_moe.py (llm_config); a "MultiRouter" has gates for images and sound
-    _group_limited("bailing_moe_v3_vl", NORM_FALSE, beside=_MULTI_ROUTER, folds=True),
-    _group_limited("bailingmm_moe_v2_lite", NORM_TRUE, beside=_MULTI_ROUTER, folds=True),
+    _group_limited(
+        "bailing_moe_v3_vl",
+        NORM_FALSE,
+        beside=_MULTI_ROUTER,
+        folds=True,
+        gating=routers.LING_IMAGES,
+    ),
+    _group_limited(
+        "bailingmm_moe_v2_lite",
+        NORM_TRUE,
+        beside=_MULTI_ROUTER,
+        folds=True,
+        gating=routers.LING_IMAGES,
+    ),
     # sglang 0.5.23 gigachat35.py: DeepSeek-V3 with a norm after the MoE, by layernorm_type
     _group_limited(
-        "gigachat3_5", NORM_TRUE, partly=_JOINT_NORM, partly_if="post_feedforward_layernorm.weight"
+        "gigachat3_5",
+        NORM_TRUE,
+        partly=_JOINT_NORM,
+        partly_if="post_feedforward_layernorm.weight",
+        gating=routers.GATED_INPUT,
     ),
     _group_limited("exaone_moe", NORM_TRUE, folds=True),
     _group_limited("dots1", NORM_FALSE, folds=True),
@@ -337,18 +376,23 @@ ROWS: Final[tuple[Architecture, ...]] = (
     _group_limited("sarvam_moe", NORM_TRUE, moe_layers=FirstDense(1)),
     _group_limited("sarvam_mla", NORM_TRUE, moe_layers=FirstDense(1)),
     _group_limited("axk1", NORM_TRUE, partly=_JOINT_NORM),
-    _group_limited("axk2", NORM_TRUE),
-    _group_limited("beam", NORM_TRUE, no_effect=_POST_NORM),
-    _group_limited("nemotron_h", NORM_TRUE, experts=MIXER, folds=True),
-    _group_limited("nemotron_h_omni", NORM_TRUE, experts=MIXER, any_text=True),
-    _group_limited("nemo_speechlm", NORM_TRUE, experts=MIXER, any_text=True),
-    _group_limited("mistral4", NORM_TRUE),
-    _group_limited("mistral3", NORM_TRUE, any_text=True),
+    _group_limited("axk2", NORM_TRUE, gating=routers.GATED_INPUT),
+    _group_limited("beam", NORM_TRUE, no_effect=_POST_NORM, gating=routers.BEAM),
+    _group_limited("nemotron_h", NORM_TRUE, experts=MIXER, folds=True, gating=routers.NEMOTRON),
+    _group_limited(
+        "nemotron_h_omni", NORM_TRUE, experts=MIXER, any_text=True, gating=routers.NEMOTRON
+    ),
+    _group_limited(
+        "nemo_speechlm", NORM_TRUE, experts=MIXER, any_text=True, gating=routers.NEMOTRON
+    ),
+    _group_limited("mistral4", NORM_TRUE, gating=routers.SOFTMAX),
+    _group_limited("mistral3", NORM_TRUE, any_text=True, gating=routers.SOFTMAX),
     *(
         _group_limited(
             model_type,
             ALWAYS,
             experts=("layers.{L}.experts.{E}.w2", "layers.{L}.mlp.experts.down_proj"),
+            gating=routers.MISTRAL_LARGE,
         )
         for model_type in ("mistral_large4", "mistral_large4_text")
     ),
@@ -363,6 +407,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         count=("num_experts_per_tok", "capacity_factor"),
         sections=("vision_config",),
         scale_key="router_scaling_factor",
+        gating=routers.DOTS_VISION,
     ),
     # deepseek_ref is the copy of V4's config in public benchmarks of it: the same code
     *(
@@ -374,6 +419,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
             fixed=_HASHED,
             scale_key=_SCALE,
             folds=True,
+            gating=routers.V4,
         )
         for model_type in ("deepseek_v4", "deepseek_ref")
     ),
@@ -388,20 +434,30 @@ ROWS: Final[tuple[Architecture, ...]] = (
             count=(f"{key}num_experts_per_tok",),
             total=(f"{key}n_routed_experts",),
             scale_key=_SCALE,
+            gating=routers.NOT_COMPARED,
         )
         for part, key, stacks in (("text", "", None), ("draft", "dspark_", frozenset({"mtp"})))
     ),
-    Architecture("deepseek_v41_text", V4_EXPERTS, NORM_TRUE, scale_key=_SCALE),
-    # One each
-    Architecture("olmoe", MLP, NORM_FALSE, moe_layers=All()),
-    Architecture("flex_olmo", MLP, NORM_FALSE, moe_layers=All(), no_effect=_POST_NORM),
-    Architecture("mellum", MLP, NORM_TRUE),
-    Architecture("hunyuan_v1_moe", MLP, ALWAYS, count=_MOE_TOPK),
-    # Tencent's own name of hunyuan_v1_moe: mlx-lm 0.32.2 hunyuan.py, sglang 0.5.23 hunyuan.py
-    Architecture("hunyuan", MLP, ALWAYS, count=_MOE_TOPK),
-    Architecture("jamba", FEED_FORWARD, NEVER),
     Architecture(
-        "ernie4_5_moe", MLP, ALWAYS, count=("num_experts_per_tok", "moe_k"), total=_MOE_TOTAL
+        "deepseek_v41_text", V4_EXPERTS, NORM_TRUE, scale_key=_SCALE, gating=routers.NOT_COMPARED
+    ),
+    # One each
+    Architecture("olmoe", MLP, NORM_FALSE, moe_layers=All(), gating=routers.SOFTMAX),
+    Architecture(
+        "flex_olmo", MLP, NORM_FALSE, moe_layers=All(), no_effect=_POST_NORM, gating=routers.NO_NORM
+    ),
+    Architecture("mellum", MLP, NORM_TRUE, gating=routers.SOFTMAX),
+    Architecture("hunyuan_v1_moe", MLP, ALWAYS, count=_MOE_TOPK, gating=routers.HUNYUAN),
+    # Tencent's own name of hunyuan_v1_moe: mlx-lm 0.32.2 hunyuan.py, sglang 0.5.23 hunyuan.py
+    Architecture("hunyuan", MLP, ALWAYS, count=_MOE_TOPK, gating=routers.HUNYUAN),
+    Architecture("jamba", FEED_FORWARD, NEVER, gating=routers.JAMBA),
+    Architecture(
+        "ernie4_5_moe",
+        MLP,
+        ALWAYS,
+        count=("num_experts_per_tok", "moe_k"),
+        total=_MOE_TOTAL,
+        gating=routers.ERNIE,
     ),
     # The second is Baidu's own name: sglang 0.5.23 ernie45_vl.py, mlx-vlm 0.7.10 ernie4_5_moe_vl
     *(
@@ -417,19 +473,25 @@ ROWS: Final[tuple[Architecture, ...]] = (
             total=_MOE_TOTAL,
             moes=2,
             beside=("moe_statics", "text_moe", "vision_moe"),
+            gating=routers.TWO_ROUTERS,
         )
         for model_type in ("ernie4_5_vl_moe", "ernie4_5_moe_vl")
     ),
-    Architecture("flint", MLP, NORM_FALSE),
-    Architecture("lara_mini", MLP, NORM_TRUE, moe_layers=All()),
+    Architecture("flint", MLP, NORM_FALSE, gating=routers.FLINT),
+    Architecture("lara_mini", MLP, NORM_TRUE, moe_layers=All(), gating=routers.SOFTMAX),
     Architecture(
         "cohere2_moe",
         MLP,
         Flag("norm_topk_prob", True, only_if=("expert_selection_fn", "sigmoid")),
+        gating=routers.COHERE2,
     ),
-    Architecture("afmoe", MLP, ALWAYS, partly=_JOINT_NORM, scale_key="route_scale"),
-    Architecture("kolibri1", MLP, NORM_FALSE, partly=_JOINT_NORM),
-    Architecture("laguna", MLP, ALWAYS, scale_key="moe_routed_scaling_factor"),
+    Architecture(
+        "afmoe", MLP, ALWAYS, partly=_JOINT_NORM, scale_key="route_scale", gating=routers.AFMOE
+    ),
+    Architecture("kolibri1", MLP, NORM_FALSE, partly=_JOINT_NORM, gating=routers.KOLIBRI),
+    Architecture(
+        "laguna", MLP, ALWAYS, scale_key="moe_routed_scaling_factor", gating=routers.LAGUNA
+    ),
     Architecture(
         "lfm2_moe",
         (
@@ -438,8 +500,9 @@ ROWS: Final[tuple[Architecture, ...]] = (
         ),
         NORM_TRUE,
         scale_key=_SCALE,
+        gating=routers.LFM2,
     ),
-    Architecture("hy_v3", MLP, ALWAYS, scale_key="router_scaling_factor"),
+    Architecture("hy_v3", MLP, ALWAYS, scale_key="router_scaling_factor", gating=routers.HY_V3),
     *(
         Architecture(
             model_type,
@@ -448,6 +511,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
             count=("moe_top_k", "num_experts_per_tok"),
             total=("n_routed_experts", "moe_num_experts", "num_local_experts", "num_experts"),
             scale_key="moe_router_scaling_factor",
+            gating=routers.STEP,
         )
         for model_type in ("step3p5", "step3p7")
     ),
@@ -459,17 +523,26 @@ ROWS: Final[tuple[Architecture, ...]] = (
             Flag("norm_expert_weight", False),
             count=("moe_top_k",),
             total=("moe_num_experts",),
+            gating=routers.NOT_COMPARED,
         )
         for model_type in ("step3_vl", "step3_text")
     ),
-    Architecture("granitemoe", GRANITE, ALWAYS, moe_layers=All()),
-    Architecture("granitemoeshared", GRANITE, ALWAYS, moe_layers=All()),
-    Architecture("granitemoehybrid", GRANITE, ALWAYS),
-    Architecture("granitemoe_swa", GRANITE, ALWAYS),
-    Architecture("gpt_oss", MLP, ALWAYS, count=("num_experts_per_tok", "experts_per_token")),
-    Architecture("openai_privacy_filter", MLP, ALWAYS),
-    Architecture("aria", ARIA, ALWAYS, count=("moe_topk",), total=_MOE_TOTAL),
-    Architecture("aria_text", ARIA, ALWAYS, count=("moe_topk",), total=_MOE_TOTAL),
+    Architecture("granitemoe", GRANITE, ALWAYS, moe_layers=All(), gating=routers.GRANITE),
+    Architecture("granitemoeshared", GRANITE, ALWAYS, moe_layers=All(), gating=routers.GRANITE),
+    Architecture("granitemoehybrid", GRANITE, ALWAYS, gating=routers.GRANITE),
+    Architecture("granitemoe_swa", GRANITE, ALWAYS, gating=routers.GRANITE),
+    Architecture(
+        "gpt_oss",
+        MLP,
+        ALWAYS,
+        count=("num_experts_per_tok", "experts_per_token"),
+        gating=routers.GPT_OSS,
+    ),
+    Architecture("openai_privacy_filter", MLP, ALWAYS, gating=routers.GPT_OSS),
+    Architecture("aria", ARIA, ALWAYS, count=("moe_topk",), total=_MOE_TOTAL, gating=routers.ARIA),
+    Architecture(
+        "aria_text", ARIA, ALWAYS, count=("moe_topk",), total=_MOE_TOTAL, gating=routers.ARIA
+    ),
     Architecture(
         "dbrx",
         ("blocks.{L}.ffn.experts.mlp.w2",),
@@ -477,17 +550,25 @@ ROWS: Final[tuple[Architecture, ...]] = (
         count=("moe_top_k",),
         sections=("ffn_config",),
         total=_MOE_TOTAL,
+        gating=routers.DBRX,
     ),
-    Architecture("doge", ("layers.{L}.mlp.up_embed",), ALWAYS, beside=("down_embed", "up_embed")),
+    Architecture(
+        "doge",
+        ("layers.{L}.mlp.up_embed",),
+        ALWAYS,
+        beside=("down_embed", "up_embed"),
+        gating=routers.DOGE,
+    ),
     Architecture(
         "jetmoe",
         ("layers.{L}.mlp.output_linear",),
         ALWAYS,
         beside=("bias",),
         fixed="the same number also sets how many attention heads it has",
+        gating=routers.JETMOE,
     ),
-    Architecture("llama4", FEED_FORWARD, NEVER),
-    Architecture("llama4_text", FEED_FORWARD, NEVER),
+    Architecture("llama4", FEED_FORWARD, NEVER, gating=routers.ON_THE_INPUT),
+    Architecture("llama4_text", FEED_FORWARD, NEVER, gating=routers.ON_THE_INPUT),
     # One router for the three: mlx-lm 0.32.2 longcat_flash_ngram.py (sglang 0.5.23 calls it
     # longcat_flash), mlx-vlm 0.7.10 longcat_flash_sparse
     *(
@@ -499,12 +580,34 @@ ROWS: Final[tuple[Architecture, ...]] = (
             partly="its identity experts have no weights: the share of the tokens that chose one"
             " stays as it was",
             scale_key=_SCALE,
+            gating=routers.LONGCAT,
         )
         for model_type in ("longcat_flash", "longcat_flash_ngram", "longcat_flash_sparse")
     ),
-    Architecture("gemma4", GEMMA, ALWAYS, count=("top_k_experts",), no_effect=_POST_NORM),
-    Architecture("gemma4_text", GEMMA, ALWAYS, count=("top_k_experts",), no_effect=_POST_NORM),
-    Architecture("diffusion_gemma", GEMMA, ALWAYS, count=("top_k_experts",), no_effect=_POST_NORM),
+    Architecture(
+        "gemma4",
+        GEMMA,
+        ALWAYS,
+        count=("top_k_experts",),
+        no_effect=_POST_NORM,
+        gating=routers.OWN_NORM,
+    ),
+    Architecture(
+        "gemma4_text",
+        GEMMA,
+        ALWAYS,
+        count=("top_k_experts",),
+        no_effect=_POST_NORM,
+        gating=routers.OWN_NORM,
+    ),
+    Architecture(
+        "diffusion_gemma",
+        GEMMA,
+        ALWAYS,
+        count=("top_k_experts",),
+        no_effect=_POST_NORM,
+        gating=routers.OWN_NORM,
+    ),
     *(
         Architecture(
             model_type,
@@ -512,6 +615,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
             ALWAYS,
             no_effect="the output of each expert is normalised before its gate weight",
             scale_key=_SCALE,
+            gating=routers.OWN_NORM,
         )
         for model_type in ("muse_spark", "muse_spark_text")
     ),
@@ -523,14 +627,27 @@ ROWS: Final[tuple[Architecture, ...]] = (
             partly="routed and shared experts share one normalisation: another number of routed"
             " experts also changes the weight of the shared ones, which is not scaled",
             scale_key="route_scale",
+            gating=routers.INKLING,
         )
         for model_type in ("inkling_mm_model", "inkling_text")
     ),
-    Architecture("inkling2", INKLING, ALWAYS, scale_key="route_scale"),
-    Architecture("inkling2_text", INKLING, ALWAYS, scale_key="route_scale"),
-    Architecture("inkling2_loop", INKLING, ALWAYS, scale_key="route_scale"),
-    Architecture("inkling2_loop_text", INKLING, ALWAYS, scale_key="route_scale"),
-    Architecture("zaya", MLP, NEVER, fixed="its configuration allows one expert a token only"),
+    Architecture("inkling2", INKLING, ALWAYS, scale_key="route_scale", gating=routers.INKLING2),
+    Architecture(
+        "inkling2_text", INKLING, ALWAYS, scale_key="route_scale", gating=routers.INKLING2
+    ),
+    Architecture(
+        "inkling2_loop", INKLING, ALWAYS, scale_key="route_scale", gating=routers.INKLING2
+    ),
+    Architecture(
+        "inkling2_loop_text", INKLING, ALWAYS, scale_key="route_scale", gating=routers.INKLING2
+    ),
+    Architecture(
+        "zaya",
+        MLP,
+        NEVER,
+        fixed="its configuration allows one expert a token only",
+        gating=routers.STATEFUL,
+    ),
     Architecture(
         "nllb-moe",
         ("layers.{L}.ffn.experts.expert_{E}.fc2",),
@@ -538,6 +655,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         count=(),
         fixed="its router always takes 2 experts",
         fixed_count=2,
+        gating=routers.LIMITED,
     ),
     Architecture(
         "switch_transformers",
@@ -549,17 +667,28 @@ ROWS: Final[tuple[Architecture, ...]] = (
         count=(),
         fixed="its router always takes 1 expert",
         fixed_count=1,
+        gating=routers.LIMITED,
     ),
     # Remote code: types that transformers does not know under this name
     _group_limited("kimi_k2", NORM_TRUE, moe_layers=FirstDense(3), folds=True),
-    _group_limited("deepseek_vl_v2", NORM_FALSE, moe_layers=FirstDense(0)),
-    Architecture("deepseek", MLP, NORM_FALSE, moe_layers=FirstDense(0)),
-    _group_limited("bailing_moe", NORM_TRUE, moe_layers=FirstDense(0), folds=True),
+    _group_limited(
+        "deepseek_vl_v2", NORM_FALSE, moe_layers=FirstDense(0), gating=routers.NOT_COMPARED
+    ),
+    Architecture("deepseek", MLP, NORM_FALSE, moe_layers=FirstDense(0), gating=routers.SOFTMAX),
+    _group_limited(
+        "bailing_moe", NORM_TRUE, moe_layers=FirstDense(0), folds=True, gating=routers.LING
+    ),
     _group_limited("bailing_moe_v2", NORM_TRUE, moe_layers=FirstDense(0), folds=True),
     # sglang 0.5.23: sdar_moe.py, bailing_moe_linear.py, llada2.py
-    Architecture("sdar_moe", MLP, NORM_TRUE),
-    _group_limited("bailing_moe_linear", NORM_TRUE, moe_layers=FirstDense(0), folds=True),
-    _group_limited("llada2_moe", NORM_TRUE, moe_layers=FirstDense(0)),
+    Architecture("sdar_moe", MLP, NORM_TRUE, gating=routers.SOFTMAX),
+    _group_limited(
+        "bailing_moe_linear",
+        NORM_TRUE,
+        moe_layers=FirstDense(0),
+        folds=True,
+        gating=routers.LING_SIGMOID,
+    ),
+    _group_limited("llada2_moe", NORM_TRUE, moe_layers=FirstDense(0), gating=routers.LING_SIGMOID),
     _group_limited("joyai_llm_flash", NORM_TRUE, folds=True),  # mlx-lm 0.32.2: deepseek_v3
     # sglang 0.5.23 xllm.py: router_scaling_factor is that of its attention's experts, too
     *(
@@ -569,8 +698,9 @@ ROWS: Final[tuple[Architecture, ...]] = (
             NORM_TRUE,
             moe_layers=SparseStep(),
             scale_key="router_scaling_factor",
+            gating=gating,
         )
-        for model_type in ("xllm", "k2_horizon")
+        for model_type, gating in (("xllm", routers.XLLM_VALUES), ("k2_horizon", routers.XLLM))
     ),
     # sglang 0.5.23 iquest_q1.py: all experts in experts.proj, the gate is called router
     Architecture(
@@ -579,23 +709,34 @@ ROWS: Final[tuple[Architecture, ...]] = (
         ALWAYS,
         partly="a norm follows the experts of layer 0 (ffn_out_norm) and removes its factor",
         partly_if="ffn_out_norm.weight",
+        gating=routers.IQUEST,
     ),
     # mlx-lm 0.32.2 Klear.py, whose name is the type, and mlx-vlm 0.7.10 klear: `coefficient`
     # weighs the routed sum, and the shared expert beside it, after the factor
     *(
-        Architecture(model_type, MLP, NORM_TRUE, moe_layers=SparseStep(), beside=("coefficient",))
+        Architecture(
+            model_type,
+            MLP,
+            NORM_TRUE,
+            moe_layers=SparseStep(),
+            beside=("coefficient",),
+            gating=routers.SIGMOID,
+        )
         for model_type in ("Klear", "klear")
     ),
     # mlx-lm 0.32.2 phixtral.py: the softmax of the chosen experts' logits
-    Architecture("phixtral", ("h.{L}.moe.mlp.{E}.fc2",), ALWAYS),
-    Architecture("arctic", SPARSE_MOE, ALWAYS),
-    Architecture("minicpm", ("layers.{L}.mlp.experts.{E}.w2",), ALWAYS),
-    Architecture("xverse", MLP, ALWAYS, count=("moe_top_k",), moe_layers=All()),
+    Architecture("phixtral", ("h.{L}.moe.mlp.{E}.fc2",), ALWAYS, gating=routers.BIASED_NORM),
+    Architecture("arctic", SPARSE_MOE, ALWAYS, gating=routers.NOT_COMPARED),
+    Architecture("minicpm", ("layers.{L}.mlp.experts.{E}.w2",), ALWAYS, gating=routers.SOFTMAX),
+    Architecture(
+        "xverse", MLP, ALWAYS, count=("moe_top_k",), moe_layers=All(), gating=routers.NOT_COMPARED
+    ),
     Architecture(
         "grok-1",
         ("layers.{L}.moe_block.experts.{E}.linear_1", *SPARSE_MOE),
         NEVER,
         no_effect=_POST_NORM,
+        gating=routers.NOT_COMPARED,
     ),
 )
 

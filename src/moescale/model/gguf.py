@@ -13,11 +13,11 @@ from moescale.errors import CheckpointError, UnsupportedError
 from moescale.model.architectures import Architecture
 from moescale.model.count import MOST, Spelling
 from moescale.model.experts import Layer, Projection
-from moescale.model.gating import Gating, Other
 from moescale.model.llama_cpp import BY_NAME, SCORES, Row
 from moescale.model.lookup import Moe
 from moescale.model.pattern import find_by_pattern
 from moescale.model.router import Router
+from moescale.model.routers import UNKNOWN, Gating, Other
 
 _KNOWN = re.compile(
     r"(?:ffn_(?:up|gate|down|gate_up)_(?:ch)?exps\.(?:weight|bias|scale|input_scale))|ffn_norm_exps\.weight"
@@ -119,7 +119,7 @@ def _row(own: str, tensors: Sequence[Tensor], arch: str | None, pattern: str | N
     if name in BY_NAME:
         return BY_NAME[name]
     if pattern is not None and arch is None:
-        return Row("", "never", Other("it is not in the table of routers"))
+        return Row("", "never", UNKNOWN)
     if not any(_ROUTED.search(t.name) or _OLD.fullmatch(t.name) for t in tensors):
         raise UnsupportedError(
             f"architecture {name!r}: is a dense model; it has no experts, so there is nothing to"

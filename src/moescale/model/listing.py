@@ -8,7 +8,8 @@ from typing import Literal
 
 from moescale.model import architectures, llama_cpp
 from moescale.model.architectures import Architecture
-from moescale.model.gating import BIAS_MOVES, GATINGS, Gating, Other
+from moescale.model.gating import BIAS_MOVES
+from moescale.model.routers import Gating, Other
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +76,7 @@ def _llama_effect(row: llama_cpp.Row) -> str:
 
 def _types(rows: list[Architecture]) -> Iterator[ModelType]:
     for row in rows:
-        name = f"{row.model_type}/{row.part}" if row.part else row.model_type
-        gates, scale = _router(row, GATINGS[name])
+        gates, scale = _router(row, row.gating)
         yield ModelType(row.model_type, row.part, _effect(row), row.folds, gates, scale)
 
 

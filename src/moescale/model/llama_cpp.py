@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final, Literal
 
-from moescale.model.gating import Gating, Other
+from moescale.model.routers import Gating, Other
 
 RELEASE: Final = "0.5.0"
 """The release that all of this is of."""

@@ -16,9 +16,9 @@ from moescale.model.architectures import Architecture, Flag, PowerNorm
 from moescale.model.count import whole
 from moescale.model.experts import Projection
 from moescale.model.formats import split_name
-from moescale.model.gating import GATINGS, Gating
 from moescale.model.names import plain_name
 from moescale.model.router import Router, has_no_effect
+from moescale.model.routers import Gating
 from moescale.model.witness import CHOICE_BIASES, LOGIT_BIASES
 
 # Config keys --------------------------------------------------------------------------------------
@@ -86,9 +86,8 @@ def _groups(section: Mapping[str, Any]) -> Mapping[str, int]:
 
 
 def _gating(row: Architecture) -> Gating | None:
-    """How the row's router works, where the table of routers describes it."""
-    found = GATINGS.get(row.model_type + (f"/{row.part}" if row.part else ""))
-    return found if isinstance(found, Gating) else None
+    """How the row's router works, where it can be formed."""
+    return row.gating if isinstance(row.gating, Gating) else None
 
 
 def _read_by(row: Architecture, gating: Gating | None) -> set[str | None]:

@@ -14,9 +14,10 @@ from moescale.checkpoint.header import Header, Tensor
 from moescale.errors import CheckpointError, UnsupportedError
 from moescale.model.count import CONFIG, whole
 from moescale.model.experts import Layer
-from moescale.model.gating import RULE, Gating, RouterTensors, find_routers, gating_of
+from moescale.model.gating import RULE, RouterTensors, find_routers, gating_of
 from moescale.model.lookup import Moe
 from moescale.model.router import group_limit
+from moescale.model.routers import Gating
 from moescale.repos.base import SMALL_FILE_BYTES, Source
 from moescale.rules.routing import Array, Gate, RouterWeights, Score, sample_layer
 from moescale.rules.samples import Sample

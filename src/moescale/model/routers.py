@@ -1,0 +1,219 @@
+"""The kinds of routers: how their weights are formed, and where their tensors are.
+
+The rule ``gates`` draws inputs for the router of each layer, and ``--gate-scale`` multiplies its
+weight; both need more of a router than how its weights are normalised. Facts are those of
+transformers 5.24, whose own router modules the tests compare with; types that only remote code
+knows are of these kinds where that code is one of these routers. `architectures` says which model
+type has which.
+
+A kind that is new has the names of its tensors after the layer's number, and says how scores are
+made and experts chosen; one that cannot be described so has the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True)
+class Gating:
+    """How one kind of router works; names are what follows ``layers.{L}.``, the first there counts.
+
+    Attributes:
+        weight: names of the matrix that makes the logits.
+        norm: names of the weight of the norm before the router.
+        bias: names of what is added to the scores for the choice alone; () for nothing.
+        logit_bias: names of what is added to the logits; () for nothing.
+        score: ``softmax``, ``sigmoid`` or ``sqrtsoftplus``.
+        score_key: config key that may name another score.
+        biased_score: the score where there is a `bias` and no key names one.
+        late: experts are chosen by their logits; scores are made of the chosen ones alone.
+        group_best: how many of its best scores a group is chosen by, where the router has groups.
+        zero_centred: the norm multiplies by 1 + weight.
+        bias_key: config key that says, by false, that there is no `bias`.
+        bias_optional: models of the type have `bias` or not; the tensors tell.
+        idle_key: config key that counts the experts without weights, which come last.
+        cap_key: config key of the bound that a tanh squeezes the logits into; 0 for none.
+        grid: the logits are two halves, and each expert has the sum of one of each.
+        not_if: the end of a tensor's name that tells another router, and why it is refused.
+    """
+
+    weight: Sequence[str]
+    norm: Sequence[str]
+    bias: Sequence[str] = ()
+    logit_bias: Sequence[str] = ()
+    score: str = "softmax"
+    score_key: str | None = None
+    biased_score: str | None = None
+    late: bool = False
+    group_best: int = 2
+    zero_centred: bool = False
+    bias_key: str | None = None
+    bias_optional: bool = False
+    idle_key: str | None = None
+    cap_key: str | None = None
+    grid: bool = False
+    not_if: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Other:
+    """A router that works otherwise, and how."""
+
+    why: str
+
+
+_NORM = "post_attention_layernorm.weight"
+LLAMA_NORM = "ffn_norm.weight"
+"""What Meta's names call the norm before the router, for any type."""
+_BIAS = "e_score_correction_bias"
+
+SOFTMAX: Final = Gating(("mlp.gate.weight",), (_NORM,))
+"""Qwen, OLMoE: the softmax of all logits, then the largest."""
+MIXTRAL: Final = replace(SOFTMAX, weight=("block_sparse_moe.gate.weight", "mlp.gate.weight"))
+CENTRED: Final = replace(SOFTMAX, zero_centred=True)
+SIGMOID: Final = replace(
+    SOFTMAX,
+    score="sigmoid",
+    bias=(f"mlp.gate.{_BIAS}", f"mlp.{_BIAS}", "mlp.gate.expert_bias", "mlp.expert_bias"),
+)
+"""DeepSeek-V3: sigmoids; a bias takes part in the choice of groups and experts alone."""
+NEMOTRON: Final = replace(
+    SIGMOID,
+    weight=("mixer.gate.weight",),
+    norm=("norm.weight",),
+    bias=(f"mixer.gate.{_BIAS}",),
+)
+LATE: Final = replace(SOFTMAX, late=True)
+"""Granite: the largest logits, then their softmax."""
+GPT_OSS: Final = replace(LATE, weight=("mlp.router.weight",), logit_bias=("mlp.router.bias",))
+GRANITE: Final = replace(
+    LATE, weight=("block_sparse_moe.router.layer.weight", "block_sparse_moe.router.weight")
+)
+SPARSE_SIGMOID: Final = replace(
+    MIXTRAL,
+    score="sigmoid",
+    bias=(
+        *(f"block_sparse_moe.gate.{_BIAS}", f"block_sparse_moe.{_BIAS}"),
+        *(f"mlp.gate.{_BIAS}", f"mlp.{_BIAS}"),
+    ),
+)
+LING: Final = replace(
+    SIGMOID,
+    score="softmax",
+    score_key="score_function",
+    biased_score="sigmoid",
+    bias_optional=True,
+)
+"""Bailing: sigmoids where there is a bias, unless a key says otherwise."""
+XLLM: Final = replace(
+    SOFTMAX,
+    score="sigmoid",
+    score_key="router_score_func",
+    bias=("mlp.gate.bias",),
+    bias_optional=True,
+)
+V4: Final = Gating(
+    ("ffn.gate.weight", "mlp.gate.weight"),
+    ("ffn_norm.weight", _NORM),
+    ("ffn.gate.bias", f"mlp.gate.{_BIAS}"),
+    score="sqrtsoftplus",
+    score_key="scoring_func",
+    not_if=("gate.tid2eid", "some of its layers choose experts by a table of token numbers"),
+)
+INKLING: Final = replace(
+    SIGMOID, norm=("mlp_norm.weight", _NORM), bias=("mlp.gate.bias", f"mlp.gate.{_BIAS}")
+)
+LING_IMAGES: Final = replace(
+    LING,
+    not_if=(
+        "image_gate.weight",
+        "images and sound have routers of their own in it",
+    ),
+)
+DOTS_VLM: Final = replace(SIGMOID, score="softmax", score_key="scoring_func", bias_optional=True)
+XLLM_VALUES: Final = replace(
+    XLLM, not_if=("v_experts.0.weight", "its norms are written as differences from 1")
+)
+IQUEST: Final = replace(
+    SOFTMAX,
+    weight=("mlp.router.weight", "mlp.gate.weight"),
+    norm=("feed_forward_norm.weight",),
+)
+LING_SIGMOID: Final = replace(SIGMOID, score_key="score_function")
+DEEPSEEK_V2: Final = replace(SOFTMAX, group_best=1)
+NO_NORM: Final = replace(SOFTMAX, norm=())
+HUNYUAN: Final = replace(SOFTMAX, weight=("mlp.gate.wg.weight",))
+FLINT: Final = replace(SOFTMAX, score="sigmoid")
+MISTRAL_LARGE: Final = replace(
+    SOFTMAX, weight=("gate.weight", "mlp.gate.weight"), norm=("ffn_norm.weight", _NORM)
+)
+JAMBA: Final = replace(
+    SOFTMAX, weight=("feed_forward.router.weight",), norm=("pre_ff_layernorm.weight",)
+)
+DBRX: Final = replace(
+    SOFTMAX, weight=("ffn.router.layer.weight",), norm=("norm_attn_norm.norm_2.weight",)
+)
+ERNIE: Final = replace(SOFTMAX, bias=(f"mlp.moe_statics.{_BIAS}", f"mlp.gate.moe_statics.{_BIAS}"))
+LONGCAT: Final = replace(
+    SOFTMAX,
+    weight=("mlp.router.classifier.weight",),
+    norm=("post_attention_layernorm.0.weight",),
+    bias=(f"mlp.router.{_BIAS}",),
+    idle_key="zero_expert_num",
+)
+BEAM: Final = replace(SIGMOID, norm=("pre_feedforward_layernorm.weight",))
+MINIMAX_M3: Final = replace(SPARSE_SIGMOID, zero_centred=True)
+STEP: Final = replace(
+    SIGMOID,
+    weight=("moe.gate.weight", "mlp.gate.weight"),
+    bias=("moe.router_bias", f"mlp.gate.{_BIAS}"),
+    zero_centred=True,
+)
+HY_V3: Final = replace(SIGMOID, weight=("mlp.router.gate.weight", "mlp.gate.weight"))
+AFMOE: Final = replace(
+    SIGMOID, weight=("mlp.router.gate.weight",), norm=("pre_mlp_layernorm.weight",)
+)
+KOLIBRI: Final = replace(SIGMOID, bias=("moe.router.expert_bias", f"mlp.gate.{_BIAS}"), late=True)
+LAGUNA: Final = replace(
+    SIGMOID,
+    bias=(f"mlp.experts.{_BIAS}", f"mlp.gate.{_BIAS}"),
+    cap_key="moe_router_logit_softcapping",
+)
+LFM2: Final = replace(
+    SIGMOID,
+    weight=("feed_forward.gate.weight",),
+    norm=("ffn_norm.weight",),
+    bias=("feed_forward.expert_bias",),
+    bias_key="use_expert_bias",
+)
+DOTS_VISION: Final = replace(
+    SIGMOID,
+    weight=("mlp.gate_weight", "mlp.gate.weight"),
+    norm=("norm_2.weight", "norm2.weight"),
+    bias=("mlp.router_bias", f"mlp.{_BIAS}"),
+)
+INKLING2: Final = replace(INKLING, score_key="scoring_func")
+COHERE2: Final = replace(LATE, norm=("input_layernorm.weight",), score_key="expert_selection_fn")
+JETMOE: Final = replace(LATE, weight=("mlp.router.layer.weight",))
+ARIA: Final = replace(LATE, weight=("mlp.router.weight",))
+DOGE: Final = replace(LATE, weight=("mlp.router_gate.weight",), grid=True)
+SPARSEMIXER: Final = Other(
+    "it masks logits far below the largest, and weighs its two experts apart"
+)
+ON_THE_INPUT: Final = Other("its weight multiplies the input of an expert, not the output")
+TWO_ROUTERS: Final = Other("a layer has two routers, for text and for images, but one factor")
+OF_SEVERAL_LAYERS: Final = Other("it serves several layers, each with a norm of its own before it")
+BIASED_NORM: Final = Other("the norm before it adds a bias")
+STREAMS: Final = Other("its input is a mix of several streams, which depends on what is in them")
+GATED_INPUT: Final = Other("its input is gated by a small network after the norm")
+STATEFUL: Final = Other("it is a network of its own, with a state from layer to layer")
+LIMITED: Final = Other("its experts take a limited number of tokens")
+OWN_NORM: Final = Other("it has a norm and scales of its own")
+NOT_COMPARED: Final = Other(
+    "its code is not part of transformers, so that nothing could be compared"
+)
+UNKNOWN: Final = Other("it is not in the table of routers")
+"""Of a model type that only a pattern describes."""
