@@ -25,8 +25,8 @@ MAY_USE = {
     "model": {"errors", "checkpoint"},
     "repos": {"errors", "checkpoint", "version"},
     "planning": {*BELOW, "options"},
-    "running": {*BELOW, "options", "planning"},
-    "measuring": {*BELOW, "options", "planning", "running"},
+    "measuring": {*BELOW, "options", "planning"},
+    "running": {*BELOW, "options", "planning", "measuring"},
     "report": {*BELOW, "planning", "running"},
 }
 """What each room may import of the package besides itself."""

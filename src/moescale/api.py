@@ -28,7 +28,7 @@ from moescale.errors import (
     UsageError,
     bytes_text,
 )
-from moescale.measuring.calibration import Calibration, measured_plan, open_calibration
+from moescale.measuring.calibration import Calibration, open_calibration
 from moescale.measuring.devices import DEVICES, check_installed, running
 from moescale.measuring.loading import Loader
 from moescale.measuring.text import Text
@@ -76,6 +76,7 @@ from moescale.repos.places import (
 from moescale.rules.evaluation import Evaluation
 from moescale.running.conversion import Result, Status, fill_digests, run, status_of
 from moescale.running.earlier import check_same_job, earlier, in_first_words, options_there
+from moescale.running.measured import measured_plan
 from moescale.running.parallel import Pool
 from moescale.running.record import Record, read_record
 from moescale.running.verification import verify as proven
@@ -730,7 +731,7 @@ def _made(
     sink: Sink | None = None,
     overwrite: bool | None = None,
 ) -> Plan:
-    """The plan, with a view; see `moescale.measuring.calibration.measured_plan`."""
+    """The plan, with a view; see `moescale.running.measured.measured_plan`."""
     said = None if destination is None else destination.said
     if calibration is None:
         made = make_plan(source, wanted, said, progress=measuring)

@@ -203,3 +203,13 @@ def job_difference(one: Any, other: Mapping[str, Any]) -> str:
             return name
     words = in_words(one)
     return f"other options ({words})" if words else "other options"
+
+
+def measured_on(calibration: Mapping[str, Any]) -> str:
+    """The text that a model was run on, in words."""
+    unit = "tokens" if "tokens" in calibration else "bytes"
+    first = "the first " if calibration.get("cut") else ""
+    what = "what the model wrote by itself" if calibration.get("own") else "text"
+    return (
+        f"{first}{calibration[unit]:,} {unit} of {what}, SHA-256 {calibration['text_sha256'][:12]}…"
+    )

@@ -16,9 +16,9 @@ from moescale.planning.comparison import BASES
 from moescale.planning.files import Action, PlannedFile
 from moescale.planning.instead import first_place, gguf_to_run, loader_of, to_run
 from moescale.planning.plan import Plan
+from moescale.planning.provenance import measured_on
 from moescale.report import losses
 from moescale.report.table import count_text, span, table
-from moescale.running.card import measured_on
 
 if TYPE_CHECKING:
     from moescale.planning.active import Active

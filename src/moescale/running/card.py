@@ -10,6 +10,7 @@ import yaml
 
 from moescale.planning.files import PROVENANCE
 from moescale.planning.plan import Plan
+from moescale.planning.provenance import measured_on
 from moescale.version import __version__
 
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\n(?P<yaml>(?:.*?\n)??)---[ \t]*(?:\n|\Z)", re.DOTALL)
@@ -230,16 +231,6 @@ def _gate_rows(plan: Plan) -> list[str]:
     if not plan.router_scales:
         return []
     return [f"| router weights | multiplied by {_factor_range(plan.router_scales)} |"]
-
-
-def measured_on(calibration: Mapping[str, Any]) -> str:
-    """The text that a model was run on, in words."""
-    unit = "tokens" if "tokens" in calibration else "bytes"
-    first = "the first " if calibration.get("cut") else ""
-    what = "what the model wrote by itself" if calibration.get("own") else "text"
-    return (
-        f"{first}{calibration[unit]:,} {unit} of {what}, SHA-256 {calibration['text_sha256'][:12]}…"
-    )
 
 
 _AIMS = {
