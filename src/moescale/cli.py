@@ -403,12 +403,12 @@ def _convert(
     from moescale.report import losses, terminal
     from moescale.report.progress import Progress, measuring
 
-    talk = not (quiet or as_json)
-    stream = sys.stderr if talk else None
+    shows_text = not (quiet or as_json)
+    stream = sys.stderr if shows_text else None
 
     def planned(plan: Plan) -> None:
         _warn(plan)
-        if talk:
+        if shows_text:
             text = terminal.plan_text(plan, verbose, terminal.blocks_for(sys.stderr))
             print(colour.plan_painted(text, sys.stderr), end="\n\n", file=sys.stderr)
 
@@ -443,9 +443,9 @@ def _convert(
     found = result.plan.evaluation
     for warning in found.warnings if found else ():
         _print_warning(warning)
-    if talk and found:
+    if shows_text and found:
         print(losses.evaluation_text(found), end="\n\n", file=sys.stderr)
-    if talk:
+    if shows_text:
         if more := terminal.next_text(result.plan, written=True):
             print(more, end="\n\n", file=sys.stderr)
         text = terminal.summary(result, progress.seconds, progress.there)
@@ -555,6 +555,6 @@ def _value_of(spellings: list[str]) -> str | None:
 def _fail(error: errors.MoescaleError) -> NoReturn:
     code = next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1)
     if code == interrupts.EXIT_CODE:
-        interrupts.hush()
+        interrupts.silence()
     print(f"{colour.painted('moescale:', colour.RED, sys.stderr)} {error}", file=sys.stderr)
     sys.exit(code)

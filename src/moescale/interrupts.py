@@ -22,12 +22,12 @@ GRACE_SECONDS = 2.0
 
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 _leaving = threading.Lock()
-_hushed = threading.Event()
+_silenced = threading.Event()
 
 
 def listen() -> None:
     """Turn the signals into `KeyboardInterrupt`; where SIGINT is ignored (nohup), it stays so."""
-    _hushed.clear()
+    _silenced.clear()
     signal.signal(signal.SIGTERM, _interrupt)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
@@ -52,16 +52,16 @@ def leave(*_: object) -> NoReturn:
     """Say so, unless it is being said, and end the process."""
     _ignore()
     _leaving.acquire()  # for ever, where another thread is leaving already
-    if not _hushed.is_set():
+    if not _silenced.is_set():
         with contextlib.suppress(OSError):  # past Python's buffers, which may be in use just now
             os.write(2, f"moescale: {MESSAGE}\n".encode())
     os._exit(EXIT_CODE)
 
 
-def hush() -> None:
+def silence() -> None:
     """Leave the last word to the caller: further signals change nothing."""
     _ignore()
-    _hushed.set()
+    _silenced.set()
 
 
 def _ignore() -> None:

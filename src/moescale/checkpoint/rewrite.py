@@ -135,7 +135,7 @@ def rewrite(
     return rounding
 
 
-def rehearse(reader: Reader, edits: Iterable[TensorEdit], where: str) -> None:
+def check_scales(reader: Reader, edits: Iterable[TensorEdit], where: str) -> None:
     """Edit tensors without writing them, to find beforehand what has no result.
 
     Raises:

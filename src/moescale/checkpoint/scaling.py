@@ -132,7 +132,7 @@ def _direct_scaler(
         values, scaled = source.view(dtype), result.view(dtype)
         with np.errstate(all="ignore"):
             compute(values, operand, out=scaled)
-        return _mend(values, scaled) + (_sunk(values, scaled) if scales else 0)
+        return _mend(values, scaled) + (_underflowed(values, scaled) if scales else 0)
 
     return scale
 
@@ -145,7 +145,7 @@ def _promoting_scaler(dtype: str, factor: float, scales: bool) -> Scale:
         values, scaled = source.view(narrow).astype(np.float32), result.view("<f4")
         with np.errstate(all="ignore"):
             np.multiply(values, np.float32(factor), out=scaled)
-        return _mend(values, scaled) + (_sunk(values, scaled) if scales else 0)
+        return _mend(values, scaled) + (_underflowed(values, scaled) if scales else 0)
 
     return scale
 
@@ -168,7 +168,7 @@ def _mend(values: np.ndarray[Any, Any], scaled: np.ndarray[Any, Any]) -> int:
     return int(np.count_nonzero(np.isinf(scaled) & np.isfinite(values)))
 
 
-def _sunk(values: np.ndarray[Any, Any], scaled: np.ndarray[Any, Any]) -> int:
+def _underflowed(values: np.ndarray[Any, Any], scaled: np.ndarray[Any, Any]) -> int:
     """How many numbers that were normal no longer are, or became zero."""
     smallest = np.finfo(scaled.dtype).smallest_normal
     below = np.abs(scaled) < smallest
@@ -205,7 +205,7 @@ def _nested_offset_scaler(name: str, factor: float) -> Scale:
         with np.errstate(all="ignore"):
             before = np.array([old]).astype(np.float32)
             new = before * np.float32(factor)
-        if not np.isfinite(new).all() or _sunk(before, new):
+        if not np.isfinite(new).all() or _underflowed(before, new):
             return 1
         data = _with_offset(text, new[0])
         if len(data) > len(result):

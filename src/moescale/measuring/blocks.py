@@ -21,7 +21,7 @@ from moescale.errors import UnsupportedError
 from moescale.measuring.fitting import Fitting
 from moescale.measuring.routers import RouterScale, find_router
 from moescale.measuring.scoring import Block
-from moescale.measuring.tally import Cosines, Tally
+from moescale.measuring.statistics import Cosines, RunningStatistics
 from moescale.model import architectures
 from moescale.model.architectures import ROWS, Architecture
 from moescale.model.experts import Layer, find_projections
@@ -78,7 +78,7 @@ class Numbers:
     total: int
 
 
-class Watched:
+class BlockProbe:
     """A block that runs twice whenever the model runs it once, and counts what its experts do."""
 
     def __init__(
@@ -89,7 +89,7 @@ class Watched:
         every: int,
         biases: frozenset[str] | None = None,
     ) -> None:
-        """`path` is that of the experts; `every` is that of `Tally`.
+        """`path` is that of the experts; `every` is that of `RunningStatistics`.
 
         `biases` are names of a bias of the router's logits; None where the logits are not to be
         multiplied.
@@ -98,10 +98,10 @@ class Watched:
         self._experts = model.get_submodule(path)
         self._block = model.get_submodule(path.rpartition(".")[0])
         self._places = _count_places(self._block, numbers)
-        self._before = Tally(numbers.trained, every)
-        self._after = Tally(numbers.after, every)
+        self._before = RunningStatistics(numbers.trained, every)
+        self._after = RunningStatistics(numbers.after, every)
         self._cosines = Cosines()
-        self._tally: Tally | None = None
+        self._current: RunningStatistics | None = None
         self._sum: Tensor | None = None
         self._routed: Tensor | None = None  # of the last run
         self._shape, self._compared = (1, 1), 0
@@ -170,24 +170,24 @@ class Watched:
         if not self._fitting.add(run, routed, self._context(len(routed))):
             self._fitting = None
 
-    def _run(self, tally: Tally, args: Sequence[Any], named: dict[str, Any]) -> Any:
-        first = not tally.tokens
-        self._tally = tally
+    def _run(self, stats: RunningStatistics, args: Sequence[Any], named: dict[str, Any]) -> Any:
+        first = not stats.tokens
+        self._current = stats
         try:
-            with _counts(self._places, tally.experts):
+            with _counts(self._places, stats.experts):
                 output = self._forward(*args, **named)
         finally:
-            self._tally = None
+            self._current = None
         self._routed = self._sum
         if first and self._sum is not None:
-            tally.gain = _gain(output if isinstance(output, Tensor) else output[0], self._sum)
+            stats.gain = _gain(output if isinstance(output, Tensor) else output[0], self._sum)
         self._sum = None
         return output
 
     def _see(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any], out: Any) -> None:
         """Count one call of the experts."""
-        tally = self._tally
-        if tally is None:
+        stats = self._current
+        if stats is None:
             return
         hidden, *rest = (a for a in (*args, *named.values()) if isinstance(a, Tensor))
         index = next((a for a in rest if not a.is_floating_point()), None)
@@ -195,14 +195,14 @@ class Watched:
         if weights is None:
             raise self._refusal("its experts are not given the gate weights")
         tokens = weights.shape[0]
-        weights = self._chosen(weights, tally.experts)
+        weights = self._chosen(weights, stats.experts)
         result = out if isinstance(out, Tensor) else out[0]
         # Some experts return what each of them adds to every token, before the sum.
         routed = result.reshape(-1, tokens, result.shape[-1]).sum(0)
         self._sum = routed
         keep = self._context(tokens)
-        tally.add(routed[keep], weights[keep])
-        if tally is self._before and self._compared and index is not None and index.ndim == 2:
+        stats.add(routed[keep], weights[keep])
+        if stats is self._before and self._compared and index is not None and index.ndim == 2:
             self._compare(hidden.reshape(tokens, -1), index, weights)
 
     def _note_scores(self, _: nn.Module, __: Any, out: Any) -> None:
@@ -250,9 +250,9 @@ class Watched:
         # In two columns, since some experts take one column for none.
         chosen = index[some].reshape(-1, 1).expand(-1, 2)
         alone = weights.new_tensor([1.0, 0.0]).expand(len(rows), 2)
-        tally, self._tally = self._tally, None  # this call is not counted
+        stats, self._current = self._current, None  # this call is not counted
         out = self._experts(rows, chosen, alone)
-        self._tally = tally
+        self._current = stats
         self._cosines.add(out.reshape(len(some), k, -1))
 
 
@@ -263,7 +263,7 @@ def scored_blocks(
     numbers: Numbers,
     biases: frozenset[str] | None,
 ) -> Iterator[Block]:
-    """The blocks of a layer, for `moescale.measuring.scoring`; the arguments are `Watched`'s."""
+    """The blocks of a layer, for `moescale.measuring.scoring`; the arguments are `BlockProbe`'s."""
     for path in paths:
         block, experts = model.get_submodule(path.rpartition(".")[0]), model.get_submodule(path)
         router = _router_scale(block, experts, numbers, biases)

@@ -13,15 +13,15 @@ from torch import Tensor
 from moescale.errors import UnsupportedError
 from moescale.measuring import runner
 from moescale.measuring.blocks import (
+    BlockProbe,
     Numbers,
-    Watched,
     find_blocks,
     find_modules,
     scored_blocks,
 )
 from moescale.measuring.devices import ANYWHERE, Running
 from moescale.measuring.scoring import Score, Setting, score
-from moescale.measuring.tally import WEIGHTS_KEPT
+from moescale.measuring.statistics import WEIGHTS_KEPT
 from moescale.measuring.text import Text
 from moescale.model import architectures
 from moescale.model.experts import Layer
@@ -103,17 +103,17 @@ def measure(
         UnsupportedError: transformers cannot run the model, or not with these numbers.
     """
     every = max(1, len(text.tokens) // WEIGHTS_KEPT)
-    watched: dict[Layer, list[Watched]] = {}
+    probes: dict[Layer, list[BlockProbe]] = {}
     for layer, paths in model.paths.items():
         numbers = _numbers(moe, experts, layer)
-        watched[layer] = [Watched(model.model, p, numbers, every, biases) for p in paths]
-    blocks = [b for blocks in watched.values() for b in blocks]
+        probes[layer] = [BlockProbe(model.model, p, numbers, every, biases) for p in paths]
+    blocks = [b for blocks in probes.values() for b in blocks]
     if fitted:
         for block in blocks:
             block.fit_router()
     try:
         _run(model.model, blocks, text, context_of(model.config), progress)
-        return {layer: _sample(blocks) for layer, blocks in watched.items()}
+        return {layer: _sample(blocks) for layer, blocks in probes.items()}
     finally:
         for block in blocks:
             block.remove()
@@ -222,7 +222,7 @@ def _numbers(moe: Moe, experts: Experts, layer: Layer) -> Numbers:
 
 
 def _run(
-    model: Any, blocks: Sequence[Watched], text: Text, context: int, progress: Progress
+    model: Any, blocks: Sequence[BlockProbe], text: Text, context: int, progress: Progress
 ) -> None:
     """Run the model, each block told of what comes."""
     batches = list(runner.batches(text.tokens, text.start, text.length or context))
@@ -237,7 +237,7 @@ def _run(
         progress(done, len(text.tokens))
 
 
-def _sample(blocks: Sequence[Watched]) -> Sample:
+def _sample(blocks: Sequence[BlockProbe]) -> Sample:
     """Of the MoEs of a layer, the sample of the one that a text goes through."""
     reached = [block for block in blocks if block.reached]
     if not reached:

@@ -223,7 +223,7 @@ def _in_one_line(what: str) -> Iterator[None]:
         ) from error
 
 
-talk: Any = transformers_logging
+_logging: Any = transformers_logging
 
 _LESS = "--max-memory keeps what exceeds it on disk."
 
@@ -231,18 +231,18 @@ _LESS = "--max-memory keeps what exceeds it on disk."
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the library's own bars and warnings."""
-    level, bars = talk.get_verbosity(), talk.is_progress_bar_enabled()
+    level, bars = _logging.get_verbosity(), _logging.is_progress_bar_enabled()
     offload = logging.getLogger("accelerate.big_modeling")
     offload_level = offload.level
     offload.setLevel(logging.ERROR)
-    talk.set_verbosity_error()
-    talk.disable_progress_bar()
+    _logging.set_verbosity_error()
+    _logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        talk.set_verbosity(level)
+        _logging.set_verbosity(level)
         offload.setLevel(offload_level)
         if bars:
-            talk.enable_progress_bar()
+            _logging.enable_progress_bar()

@@ -57,7 +57,7 @@ class Comparison:
 
     def norm(self, rule: str) -> ByLayer:
         """The relative norm with a rule: one number, or one for each layer where they differ."""
-        return joined(dict(zip(self.layers, self.norms[rule], strict=True)))
+        return collapse_equal(dict(zip(self.layers, self.norms[rule], strict=True)))
 
     @property
     def harm(self) -> str | None:
@@ -120,7 +120,7 @@ def compare(
     return Comparison(layers, taken, found, norms, basis, edit)
 
 
-def joined(by_layer: Mapping[str, float]) -> ByLayer:
+def collapse_equal(by_layer: Mapping[str, float]) -> ByLayer:
     """The one value of all layers, where they have the same."""
     values = set(by_layer.values())
     return values.pop() if len(values) == 1 else dict(by_layer)

@@ -13,10 +13,10 @@ from moescale.model.lookup import Moe
 from moescale.model.router import largest_count
 from moescale.options import Options
 from moescale.planning.active import active
-from moescale.planning.comparison import joined
+from moescale.planning.comparison import collapse_equal
 from moescale.planning.factors import (
     Findings,
-    Noted,
+    KnownFactors,
     choose_factors,
     choose_scales,
     closed_forms,
@@ -45,7 +45,7 @@ def make_plan(
     options: Options,
     destination: str | None = None,
     sampler: Sampler | None = None,
-    noted: Noted | None = None,
+    known: KnownFactors | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Plan:
     """Decide everything.
@@ -55,7 +55,7 @@ def make_plan(
         options: what the user asked for.
         destination: what the user calls the place of the output, for the record.
         sampler: runs the model for ``measured`` and ``fitted``; other rules need none.
-        noted: what that found, where an earlier run of the same job has it.
+        known: what that found, where an earlier run of the same job has it.
         progress: that of `sample_gates`.
 
     Raises:
@@ -74,11 +74,11 @@ def make_plan(
         findings = sampler(moe, experts, able)
     else:
         findings = Findings(_sampled_gates(source, moe, experts, options, choice, progress))
-    factors = choose_factors(rule, moe, experts, options, findings, noted)
+    factors = choose_factors(rule, moe, experts, options, findings, known)
     if able and not able.experts:
         factors = dict.fromkeys(factors, 1.0)
     factors, said = of_one_layer(factors, rule, options)
-    scales = choose_scales(rule, moe, options, findings, noted)
+    scales = choose_scales(rule, moe, options, findings, known)
     edits = checkpoint.edits(factors)
     made_for = getattr(options.factors, "made_for", {})
     warnings += [
@@ -110,7 +110,7 @@ def make_plan(
         factors=_by_name(factors),
         router_scales=_by_name(scales),
         alternatives=MappingProxyType(
-            {name: joined(form) for name, form in forms.items() if name != "none"}
+            {name: collapse_equal(form) for name, form in forms.items() if name != "none"}
         ),
         tensors=placed,
         files=output.files,

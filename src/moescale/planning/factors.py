@@ -29,7 +29,7 @@ class Findings:
 
 
 @dataclass(frozen=True, slots=True)
-class Noted:
+class KnownFactors:
     """What an earlier run of the same job has found: by name of a layer."""
 
     factors: Mapping[str, float]
@@ -42,16 +42,16 @@ def choose_factors(
     experts: Experts,
     options: Options,
     findings: Findings,
-    noted: Noted | None,
+    known: KnownFactors | None,
 ) -> dict[Layer, float]:
-    """What each MoE layer is multiplied by; `noted` takes the place of a measurement.
+    """What each MoE layer is multiplied by; `known` takes the place of a measurement.
 
     Raises:
         UsageError: the factors that the user gave do not cover the layers.
         UnsupportedError: the rule needs to know how the router weighs, and that is not known.
     """
     layers, samples = moe.layers, findings.samples
-    if (given := options.factors if noted is None else noted.factors) is not None:
+    if (given := options.factors if known is None else known.factors) is not None:
         return _given(moe, given, "factor", getattr(options.factors, "file", ""))
     match findings.taken if rule == "fitted" else rule:
         case "gates":
@@ -65,7 +65,7 @@ def choose_factors(
 
 
 def choose_scales(
-    rule: str, moe: Moe, options: Options, findings: Findings, noted: Noted | None
+    rule: str, moe: Moe, options: Options, findings: Findings, known: KnownFactors | None
 ) -> dict[Layer, float]:
     """What the router of each MoE layer is multiplied by; nothing where all stay as they are.
 
@@ -75,10 +75,10 @@ def choose_scales(
     layers = moe.layers
     if options.gate_scale is not None:
         return dict.fromkeys(layers, options.gate_scale)
-    given = getattr(options.factors, "router_scales", {}) if noted is None else noted.router_scales
+    given = getattr(options.factors, "router_scales", {}) if known is None else known.router_scales
     if given:
         return _given(moe, given, "router scale", getattr(options.factors, "file", ""))
-    if rule != "fitted" or findings.taken != "fitted" or noted is not None:
+    if rule != "fitted" or findings.taken != "fitted" or known is not None:
         return {}
     scales = {layer: fitted.scale(findings.samples[layer]) for layer in layers}
     return scales if any(scale != 1.0 for scale in scales.values()) else {}

@@ -106,7 +106,7 @@ Arrived = Callable[[int], None]
 """Called with the number of bytes that have arrived since the last call, from any thread."""
 
 
-def nobody(count: int) -> None:
+def no_progress(count: int) -> None:
     """Nobody wants to know how many bytes arrive."""
 
 

@@ -8,14 +8,14 @@ from typing import Any
 from moescale.errors import CheckpointError
 from moescale.repos.base import Written, check_name
 
-FOREIGN = "not a journal of moescale"
+NOT_OURS = "not a journal of moescale"
 
-NONSENSE = (ValueError, TypeError, KeyError, RecursionError, CheckpointError)
+UNREADABLE = (ValueError, TypeError, KeyError, RecursionError, CheckpointError)
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def listed(name: Any, entry: Any) -> Written:
-    """What a journal says of a file; raises one of `NONSENSE` if that is none of ours."""
+    """What a journal says of a file; raises one of `UNREADABLE` if that is none of ours."""
     size, sha256 = entry["size"], entry["sha256"]
     if [type(name), type(size)] != [str, int] or size < 0:
         raise ValueError

@@ -31,7 +31,7 @@ from moescale.errors import (
 )
 from moescale.repos import hub
 from moescale.repos.base import FileInfo, Made, SourceId, Written
-from moescale.repos.entries import FOREIGN, NONSENSE, listed
+from moescale.repos.entries import NOT_OURS, UNREADABLE, listed
 from moescale.repos.hub_repo import Copied, HubRepo, is_listed, missing
 from moescale.repos.hub_source import HubSource
 from moescale.repos.hub_upload import Sent, can_name_by_digest, can_stream, lacking, uploaded
@@ -139,14 +139,14 @@ class HubSink:
     def unfinished(self) -> Any:
         """The job of the working branch; None if there is no such branch."""
         journal = self._journal()
-        return None if journal is None else journal.get("job", FOREIGN)
+        return None if journal is None else journal.get("job", NOT_OURS)
 
     def _journal(self) -> dict[str, Any] | None:
         if JOURNAL not in self._repo.tree(self._working):
             return None
         try:
             content = json.loads(self._repo.read(JOURNAL, self._working))
-        except NONSENSE:
+        except UNREADABLE:
             return {}
         return content if isinstance(content, dict) else {}
 
@@ -240,7 +240,7 @@ class HubSink:
         self._working_head = self._repo.head(self._working)
         files = journal.get("files")
         for name, entry in files.items() if isinstance(files, dict) else ():
-            with suppress(*NONSENSE):
+            with suppress(*UNREADABLE):
                 if is_listed(tree.get(name), written := listed(name, entry)):
                     self._done[name] = written
         if journal.get("head") == self._head or self._options.overwrite:

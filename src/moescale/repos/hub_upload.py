@@ -18,7 +18,7 @@ from urllib.parse import quote
 from moescale.checkpoint.rewrite import Reader, pieces
 from moescale.errors import DestinationError, InterruptedRun
 from moescale.repos import hub
-from moescale.repos.base import Arrived, Made, nobody
+from moescale.repos.base import Arrived, Made, no_progress
 
 STREAM_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "huggingface_hub": {"CommitOperationAdd": ("_upload_mode", "_is_uploaded")},
@@ -165,7 +165,9 @@ class Sent:
 class StreamUpload:
     """One file on its way; hf_xet splits it into chunks and sends those that are new."""
 
-    def __init__(self, session: Any, repo: str, branch: str, arrived: Arrived = nobody) -> None:
+    def __init__(
+        self, session: Any, repo: str, branch: str, arrived: Arrived = no_progress
+    ) -> None:
         """`session` is of `new_session`; the file is for a branch of a repo."""
         headers = hub.headers()
         open_headers = {k: v for k, v in headers.items() if k.lower() != "authorization"}

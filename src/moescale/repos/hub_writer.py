@@ -17,7 +17,7 @@ from typing import Any
 
 from moescale.errors import DestinationError, RewriteError, bytes_text
 from moescale.repos import hub
-from moescale.repos.base import Arrived, Made, Written, nobody
+from moescale.repos.base import Arrived, Made, Written, no_progress
 from moescale.repos.hub_repo import HubRepo
 from moescale.repos.hub_upload import (
     CountedFile,
@@ -73,7 +73,7 @@ class HubWriters:
             can_stream(self._place.repo, "main", str(self._place))
 
     def open(
-        self, name: str, size: int, digest: bool = True, arrived: Arrived = nobody
+        self, name: str, size: int, digest: bool = True, arrived: Arrived = no_progress
     ) -> AbstractContextManager[HubWriter]:
         """A writer for a file of `size` bytes; leaving without `finish` discards it."""
         if size <= SMALL_BYTES and not name.endswith(WEIGHTS):

@@ -14,7 +14,7 @@ from typing import Any
 from moescale.errors import DestinationError
 from moescale.repos.base import Written
 from moescale.repos.disk import NOT_PLAIN, open_plain, sync_directory, write_all, write_new
-from moescale.repos.entries import FOREIGN, NONSENSE, listed
+from moescale.repos.entries import NOT_OURS, UNREADABLE, listed
 
 STATE = ".moescale"
 """The folder in an unfinished destination that holds journal, lock and temporary files."""
@@ -59,14 +59,14 @@ class Journal:
         try:
             with open(open_plain(path, os.O_RDONLY), "rb") as file:
                 line = file.readline()
-            return json.loads(line)["job"] if line.endswith(b"\n") else FOREIGN
+            return json.loads(line)["job"] if line.endswith(b"\n") else NOT_OURS
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except NONSENSE:
-            return FOREIGN
+        except UNREADABLE:
+            return NOT_OURS
         except OSError as error:
             if error.errno in NOT_PLAIN:
-                return FOREIGN
+                return NOT_OURS
             raise
 
     def _read(self) -> None:
@@ -74,7 +74,7 @@ class Journal:
             lines = file.read().split(b"\n")
         complete = lines[:-1]  # what follows the last line end is torn
         for line in complete[1:]:
-            with contextlib.suppress(*NONSENSE):
+            with contextlib.suppress(*UNREADABLE):
                 name, entry = _entry(json.loads(line))
                 self.entries[name] = entry
         if lines[-1]:
@@ -95,7 +95,7 @@ class Journal:
 
 
 def _entry(line: Any) -> tuple[str, dict[str, Any]]:
-    """A file's name and the rest of its line; raises one of `NONSENSE` if it is none of ours."""
+    """A file's name and the rest of its line; raises one of `UNREADABLE` if it is none of ours."""
     name, stamp = line["file"], line["stamp"]
     written = listed(name, line)
     if [type(value) for value in stamp] != [int] * 3 or stamp[0] != written.size:

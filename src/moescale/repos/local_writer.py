@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from moescale.checkpoint.rewrite import PIECE, Reader
 from moescale.errors import DestinationError, RewriteError
-from moescale.repos.base import Arrived, Made, Written, nobody
+from moescale.repos.base import Arrived, Made, Written, no_progress
 from moescale.repos.disk import BINARY, pass_cache, reserve, share_blocks
 from moescale.repos.local_source import SHARE_HINT
 from moescale.repos.reader import FileReader
@@ -199,7 +199,7 @@ class LocalWriters:
 
     @contextmanager
     def open(
-        self, name: str, size: int, digest: bool = False, arrived: Arrived = nobody
+        self, name: str, size: int, digest: bool = False, arrived: Arrived = no_progress
     ) -> Iterator[LocalWriter]:
         """A writer for a file of `size` bytes; leaving without `finish` discards it."""
         self.check()

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from moescale.checkpoint.edit import TensorEdit
-from moescale.checkpoint.rewrite import Segment, rehearse, rewrite
+from moescale.checkpoint.rewrite import Segment, check_scales, rewrite
 from moescale.checkpoint.rounding import Rounding
 from moescale.errors import DestinationError, printable
 from moescale.model.count import CONFIG
@@ -250,7 +250,7 @@ def _rehearse_scales(plan: Plan, source: Source) -> None:
             edits[t.shard].append(t)
     for shard, chosen in edits.items():
         with io_errors(shard), source.open(shard) as reader:
-            rehearse(reader, chosen, shard)
+            check_scales(reader, chosen, shard)
 
 
 def small_files(plan: Plan, source: Source) -> dict[str, bytes]:

@@ -9,7 +9,7 @@ from moescale.errors import MoescaleError, VerificationError
 from moescale.options import RUN, Options, is_calibration
 from moescale.planning import provenance
 from moescale.planning.decide import make_plan
-from moescale.planning.factors import Noted
+from moescale.planning.factors import KnownFactors
 from moescale.planning.plan import Plan
 from moescale.planning.provenance import options_given
 from moescale.repos.base import Sink, Source
@@ -48,7 +48,7 @@ def in_first_words(plan: Plan, source: Source, sink: Sink) -> Plan:
             source,
             options,
             plan.destination,
-            noted=Noted(plan.factors, plan.router_scales) if sampled else None,
+            known=KnownFactors(plan.factors, plan.router_scales) if sampled else None,
         )
     except MoescaleError:  # words that anybody may have written
         return plan

@@ -13,7 +13,7 @@ from moescale.model.lookup import Moe
 from moescale.options import Options, is_calibration
 from moescale.planning import provenance
 from moescale.planning.decide import make_plan
-from moescale.planning.factors import Findings, Noted
+from moescale.planning.factors import Findings, KnownFactors
 from moescale.planning.plan import Experts, Plan
 from moescale.planning.rule import Adjustable
 from moescale.repos.base import Sink, Source
@@ -25,7 +25,7 @@ from moescale.running.conversion import status_of
 class Earlier:
     """What an earlier run of the same job has measured, and on which text."""
 
-    noted: Noted
+    known: KnownFactors
     calibration: Mapping[str, Any]
 
 
@@ -52,7 +52,7 @@ def earlier(sink: Sink, trial: Plan) -> Earlier | None:
         return None
     wanted_text, own = trial.options.calibrate, calibration.get("own") is True
     same = own if wanted_text is None else calibration["text_sha256"] == wanted_text
-    return Earlier(Noted(factors, scales), calibration) if same else None
+    return Earlier(KnownFactors(factors, scales), calibration) if same else None
 
 
 def _are_of_layers(values: Any, plan: Plan) -> bool:
@@ -100,7 +100,7 @@ def measured_plan(
     plan = trial = make_plan(source, options, destination, _unmeasured)
     found = earlier(sink, trial) if sink is not None else None
     if found is not None:
-        plan = make_plan(source, options, destination, noted=found.noted)
+        plan = make_plan(source, options, destination, known=found.known)
         plan = replace(plan, calibration=found.calibration)
     status = ""
     if sink is not None and overwrite is not None:

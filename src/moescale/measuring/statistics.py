@@ -16,7 +16,7 @@ _PERCENTILES = (0.1, 0.5, 0.9)
 
 
 @dataclass(slots=True)
-class Tally:
+class RunningStatistics:
     """Sums over tokens, for one layer with `experts` experts per token.
 
     Attributes:
