@@ -177,7 +177,7 @@ class Lab:
             self.scenario.source(self.source)
         self.whole = self._whole()
         self.stamps = self._stamps()
-        self.old = self._old()
+        self.old: Tree = {}
 
     def _whole(self) -> list[Tree]:
         """The trees that may load: the finished one, with digests and without; the old one."""
@@ -188,11 +188,6 @@ class Lab:
             self.finish(**options)
             found.append(checkpoints.tree(self.output))
         return found
-
-    def _old(self) -> Tree:
-        """What is visible in the destination when a case begins."""
-        self.reset()
-        return visible(self.output)
 
     def finish(self, **options: Any) -> None:
         """Run the scenario, with some other options, to its end."""
@@ -211,6 +206,8 @@ class Lab:
         self.output.parent.mkdir(parents=True)
         checkpoints.write_files(self.output, self.scenario.old)
         self.scenario.prelude(self)
+        # Each time anew: how far a run came that was killed depends on how its threads took turns.
+        self.old = visible(self.output)
 
     def _stamps(self) -> list[tuple[str, int, int, int]]:
         infos = [(path, path.stat()) for path in sorted(self.source.rglob("*"))]
