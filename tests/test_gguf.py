@@ -16,6 +16,7 @@ import pytest
 from gguf_models import EXPERTS, HIDDEN, WIDTH, numbers, read_model, weights_of, write_model
 
 import moescale
+from moescale.checkpoint.gguf.types import NOISE
 from moescale.errors import (
     CheckpointError,
     DestinationError,
@@ -25,6 +26,7 @@ from moescale.errors import (
     UsageError,
     VerificationError,
 )
+from moescale.report import terminal
 from moescale.repos import local_sink
 
 OURS = "moescale."
@@ -88,6 +90,21 @@ def test_an_output_can_be_a_source(tmp_path: Path) -> None:
     assert any("itself an output of moescale" in warning for warning in result.plan.warnings)
 
 
+@pytest.mark.parametrize(
+    ("arch", "said"),
+    [
+        ("qwen3moe", "is b8352; b8179 refuses the file"),
+        ("mistral3", "is b9842; b8390 takes the file and ignores the tensor"),
+        ("llama-embed", "is 0.5.0; no older one was tried"),
+    ],
+)
+def test_a_scale_tensor_names_the_oldest_release(tmp_path: Path, arch: str, said: str) -> None:
+    """That is known to use it with this architecture: older ones may ignore it without a word."""
+    (source,) = write_model(tmp_path / "m.gguf", arch)
+    plan = moescale.plan(source, experts=3, rule="preserve", fold="scale")
+    assert [w for w in plan.warnings if f"{arch!r} {said};" in w]
+
+
 def test_the_rounding_of_scales_is_measured(tmp_path: Path) -> None:
     """By tensor: the mean square and the worst of the blocks' errors, as numpy finds them."""
     (source,) = write_model(tmp_path / "m.gguf", kind="Q6_K")
@@ -104,6 +121,19 @@ def test_the_rounding_of_scales_is_measured(tmp_path: Path) -> None:
     assert result.rounding[name].rms == pytest.approx(np.sqrt(np.square(error).mean()))
     assert result.rounding[name].worst == pytest.approx(np.abs(error).max())
     assert set(result.rounding) == {f"blk.{layer}.ffn_down_exps.weight" for layer in range(2)}
+    shown = terminal.rounding_json(result)[name]
+    assert shown == {**result.rounding[name].as_json(), "type_rms": NOISE["Q6_K"]}
+
+
+def test_a_destination_that_looks_like_a_repo_is_said_to_be_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With how the Hub is meant, as for folders."""
+    (source,) = write_model(tmp_path / "m.gguf")
+    monkeypatch.chdir(tmp_path)
+    plan = moescale.plan(source, "me/out.gguf", experts=3, rule="preserve")
+    said = "me/out.gguf is a file here, not a repo; to upload, say hf://me/out.gguf"
+    assert said in plan.warnings
 
 
 @pytest.mark.parametrize("split", [1, 3])

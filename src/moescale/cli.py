@@ -434,8 +434,7 @@ def _convert(
             "url": result.url,
         }
         if result.rounding:
-            seen = {name: rounding.as_json() for name, rounding in result.rounding.items()}
-            outcome["rounding"] = seen
+            outcome["rounding"] = terminal.rounding_json(result)
         if result.warnings:
             outcome["warnings"] = list(result.warnings)
         _print_json({**result.plan.as_json(), "result": outcome})

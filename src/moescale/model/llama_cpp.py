@@ -190,3 +190,23 @@ ROWS: Final[tuple[Row, ...]] = (
 )
 
 BY_NAME: Final[Mapping[str, Row]] = MappingProxyType({row.name: row for row in ROWS})
+
+_REFUSED: Final = "b8352; b8179 refuses the file"
+_TENSOR_SINCE: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "llama": _REFUSED,
+        "qwen3moe": _REFUSED,
+        "mistral3": "b9842; b8390 takes the file and ignores the tensor",
+        "mellum": "b9842; b8390 does not know the architecture",
+    }
+)
+"""The oldest release that was seen to use ``.scale``, and what the one tried before it does.
+
+Tiny models were run in b8179, b8352, b8390, b9842, b10068 and b10361 (npm's
+``@node-llama-cpp/linux-x64`` 3.17.1 to 3.20.0) and gave the logits of scaled weights.
+"""
+
+
+def tensor_since(arch: str) -> str:
+    """The oldest release of llama.cpp known to use ``.scale`` with an architecture."""
+    return _TENSOR_SINCE.get(arch, f"{RELEASE}; no older one was tried")

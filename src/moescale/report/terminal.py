@@ -388,6 +388,15 @@ def _first_line(result: Result, seconds: Mapping[str, float], there: int) -> str
     return f"{plan.destination} {what} in {_took(total - there, took)}, {scaled}"
 
 
+def rounding_json(result: Result) -> dict[str, dict[str, float]]:
+    """By tensor, what the rounding of block scales did, beside what the type itself does."""
+    dtypes = {t.tensor.name: t.tensor.dtype for t in result.plan.changed_tensors}
+    return {
+        name: {**seen.as_json(), "type_rms": NOISE[dtypes[name]]}
+        for name, seen in result.rounding.items()
+    }
+
+
 def _rounded(result: Result) -> str:
     """What the rounding of block scales did to the weights, beside what the type itself does."""
     dtypes = {t.tensor.name: t.tensor.dtype for t in result.plan.changed_tensors}

@@ -217,7 +217,8 @@ def remarks_on(destination: Location) -> tuple[str, ...]:
         return ()
     if os.path.lexists(text.partition("/")[0]):
         return ()
-    return (f"{text} is a folder here, not a repo; to upload, say {PREFIX}{text}",)
+    what = "file" if text.endswith(".gguf") else "folder"
+    return (f"{text} is a {what} here, not a repo; to upload, say {PREFIX}{text}",)
 
 
 def is_file(path: Path) -> bool:

@@ -38,8 +38,6 @@ _OWN: Final = "moescale."
 _SPLIT: Final = "split.tensors.count"
 
 SCALE: Final = "ffn_down_exps.scale"
-SCALE_SINCE: Final = "March 2026 (pull request 19769 of llama.cpp, and later ones)"
-"""When the first graphs were given ``.scale``; older releases refuse a file that has it."""
 
 
 class GgufCheckpoint:
@@ -165,9 +163,10 @@ class GgufCheckpoint:
                 rounded.setdefault(kind.name, _rounding(kind))
         yield from rounded.values()
         if self._options.fold == "scale":
+            name = self._row.name
             yield (
-                f"--fold scale: releases of llama.cpp before {SCALE_SINCE} refuse the file or do"
-                " not use the tensor"
+                f"--fold scale: the oldest llama.cpp known to use the tensor with {name!r} is"
+                f" {llama_cpp.tensor_since(name)}; run it in no older one"
             )
         if experts.after != experts.before:
             yield (
