@@ -285,8 +285,9 @@ def test_a_script_is_checked_against_the_installed_package(tmp_path: Path) -> No
         ({"factors": {0: 1.2, "0": 1.3}}, "--factors: names a layer twice"),
         ({"factors": {"0": "1.2"}}, "not a number"),
         ({"factors": {}}, "holds no factors"),
+        ({"factors": {"factors": {"0": 1.2}, "router_scales": []}}, "holds no router scales"),
         ({"factors": "nowhere.json"}, "--factors nowhere.json: No such file"),
-        ({"experts": 3, "max_memory": "8GiB"}, "--max-memory goes with --rule fitted or measured"),
+        ({"experts": 3, "max_memory": "8GiB"}, "fitted or measured, or with --evaluate"),
     ],
 )
 def test_a_value_that_no_type_checker_saw_is_refused(options: Any, why: str, there: Path) -> None:

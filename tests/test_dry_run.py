@@ -300,6 +300,10 @@ def test_a_byte_order_mark_is_no_fault(source: Path, tmp_path: Path) -> None:
     [
         ('{"0": 1, "1": -1}', "the factor of layer 1 is -1.0"),
         ('{"factors": [1, 2]}', "holds no factors"),
+        (
+            '{"factors": {"0": 1, "1": 1}, "router_scales": {"0": 1, "1": 0}}',
+            "f.json: the router scale of layer 1 is 0.0",
+        ),
     ],
 )
 def test_a_bad_factor_is_named(factors: str, says: str, source: Path, tmp_path: Path) -> None:

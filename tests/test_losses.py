@@ -17,7 +17,7 @@ import torch
 from test_cli import Command, moescale  # noqa: F401 - a fixture
 
 from moescale import api
-from moescale.errors import UsageError
+from moescale.errors import DestinationError, UsageError
 from moescale.measuring import blocks, devices, own_text, runner
 from moescale.rules import measured
 from moescale.rules.samples import Fit
@@ -313,6 +313,14 @@ def test_texts_that_share_passages_are_warned_of(
         evaluation = api.plan(source, evaluate=text, **how).evaluation
         assert evaluation is not None
         assert any("share passages" in w for w in evaluation.warnings) == warned
+    out = tmp_path / "out"
+    api.convert(source, out, **how)
+    again = api.convert(source, out, evaluate=texts[0]).plan.evaluation
+    assert again is not None and "share passages" in again.warnings[0]
+    with pytest.raises(
+        DestinationError, match=r"\(measured, on text .{12}…\).*\(measured, on its own text\)"
+    ):
+        api.convert(source, out, experts=3, rule="measured")
 
 
 def test_the_page_shows_what_was_tried_and_what_it_costs(

@@ -287,6 +287,37 @@ def test_a_short_text_is_refused(tmp_path: Path) -> None:
     assert len(read_text(text, tmp_path, 256).tokens) == FEWEST
 
 
+LINE = json.dumps({"text": "a" * FEWEST, "tokens": 17})
+
+
+@pytest.mark.parametrize(
+    ("bad", "why"),
+    [
+        ("[" * 100_000, "line 4 is not valid JSON"),
+        ('{"text": "a \\ud800"}', "the text of line 4 has half a surrogate pair"),
+        ('{"tokens": [1]}', "line 4 has no field text"),
+    ],
+)
+def test_a_line_of_json_that_is_no_text_is_named(bad: str, why: str, tmp_path: Path) -> None:
+    """By its number in the file, empty lines too."""
+    text = tmp_path / "text.jsonl"
+    text.write_text(f"{LINE}\n\n{LINE}\n{bad}\n")
+    with pytest.raises(UsageError, match=why):
+        read_text(text, tmp_path, 256)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_string_of_json_may_hold_what_else_ends_a_line(end: str, tmp_path: Path) -> None:
+    """U+2028 and such; a field ``tokens`` that is a number is a count of somebody's."""
+    text = tmp_path / "text.JSONL"
+    lines = [LINE, json.dumps({"text": "b\u2028\x85c"}, ensure_ascii=False)]
+    text.write_text(end.join(lines) + end, encoding="utf-8", newline="")
+    assert bytes(read_text(text, tmp_path, 256).tokens) == b"%s\n\n%s" % (
+        b"a" * FEWEST,
+        "b\u2028\x85c".encode(),
+    )
+
+
 def with_tokeniser(folder: Path) -> None:
     """A tokeniser of words that begins every sequence with <s>."""
     from tokenizers import Tokenizer

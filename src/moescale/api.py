@@ -540,7 +540,10 @@ def _check_running(given: PlanOptions | VerifyOptions) -> None:
     runs = fits or given.get("evaluate") is not None
     for name, goes in {"max_memory": runs, "device": runs, "calibrate_out": fits}.items():
         if given.get(name) is not None and not goes:
-            raise UsageError(f"--{name.replace('_', '-')} goes with --rule fitted or measured")
+            also = "" if name == "calibrate_out" else ", or with --evaluate"
+            raise UsageError(
+                f"--{name.replace('_', '-')} goes with --rule fitted or measured{also}"
+            )
     if text is not None and given.get("calibrate_out") is not None:
         raise UsageError(
             "--calibrate-out keeps what the model writes by itself, which it does not with"

@@ -490,8 +490,9 @@ class Options:
 
     def _check_gate_scale(self) -> None:
         scales = getattr(self.factors, "router_scales", {})
+        file = getattr(self.factors, "file", "")
         for layer, scale in scales.items():
-            check_factor(scale, f"the router scale of layer {layer}")
+            check_factor(scale, f"{file}{': ' if file else ''}the router scale of layer {layer}")
         if self.gate_scale is not None:
             check_factor(self.gate_scale, "--gate-scale")
             if any(scale != self.gate_scale for scale in scales.values()):
@@ -626,7 +627,7 @@ def factors_of(content: Any, where: str) -> Factors:
     if not isinstance(content, Mapping) or "factors" not in content:
         return Factors(_factors(content, where, "factor"))
     factors = Factors(_factors(content["factors"], where, "factor"))
-    if content.get("router_scales"):
+    if content.get("router_scales") not in (None, {}):
         factors.router_scales = _factors(content["router_scales"], where, "router scale")
     factors.made_for = made_for(content)
     return factors
@@ -650,7 +651,7 @@ _FORM = 'It needs {"factors": {"0": 1.2}}, or is the moescale.json of an output.
 
 def _factors(content: Any, where: str, what: str) -> dict[str, float]:
     if not isinstance(content, Mapping) or not content:
-        raise UsageError(f"{where}: holds no factors", hint=_FORM)
+        raise UsageError(f"{where}: holds no {what}s", hint=_FORM)
     if not any(str(layer)[-1:].isdigit() for layer in content):
         raise UsageError(f"{where}: is no file of factors", hint=_FORM)
     for layer, factor in content.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import re
 from dataclasses import dataclass
 
@@ -53,10 +54,10 @@ def parse_memory(text: str) -> int:
         UsageError: it is no such size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([kmgt]i?)?b?", text.strip().lower())
-    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
-    if not size:
+    size = float(match[1]) * _UNITS[match[2] or ""] if match else 0.0
+    if not 1 <= size < math.inf:
         raise UsageError(f"--max-memory is {text!r}: it must be a size such as 8GiB")
-    return size
+    return int(size)
 
 
 @dataclass(frozen=True, slots=True)

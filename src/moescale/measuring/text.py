@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,9 @@ _MOST_BYTES = 32 * MOST
 
 _BYTE_VOCABULARY = range(256, 385)
 """Sizes of a vocabulary of bytes: 256, and as many more tokens as a model may add to them."""
+
+_HALF_A_PAIR = re.compile(r"[\ud800-\udfff]")
+"""What JSON may spell and UTF-8 may not."""
 
 _TOKENISERS = ("tokenizer*", "vocab.*", "spiece.model", "sentencepiece*.model", "*.tiktoken")
 
@@ -83,7 +87,7 @@ def read_text(path: Path, folder: Path, vocabulary: int, option: str = "--calibr
     """
     with open(path, "rb") as file:
         data = file.read(_MOST_BYTES)
-    text = _read(data, f"{option} {path}", path.suffix == ".jsonl", folder, vocabulary)
+    text = _read(data, f"{option} {path}", path.suffix.lower() == ".jsonl", folder, vocabulary)
     if len(text.tokens) < FEWEST:
         raise UsageError(
             f"{option} {path}: is {len(text.tokens):,} {text.unit} long, {FEWEST:,} are needed",
@@ -96,7 +100,7 @@ def _read(data: bytes, where: str, is_json: bool, folder: Path, vocabulary: int)
     whole = len(data) < _MOST_BYTES
     if is_json:
         lines = _json_lines(_decoded(data, where), where, whole)
-        if all("tokens" in line for line in lines):
+        if lines and all(isinstance(line.get("tokens"), list) for line in lines):
             return _given_tokens([line["tokens"] for line in lines], where, vocabulary)
         data = "\n\n".join(line["text"] for line in lines).encode()
     tokeniser = tokeniser_of(folder, vocabulary)
@@ -108,17 +112,24 @@ def _read(data: bytes, where: str, is_json: bool, folder: Path, vocabulary: int)
 
 def _json_lines(text: str, where: str, whole: bool) -> list[dict[str, Any]]:
     """The objects of lines of JSON; the last line may be cut where the file has more."""
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = text.split("\n")  # alone: a string may hold every other character that ends a line
     found: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             if not whole and number == len(lines):
                 break
             raise UsageError(f"{where}: line {number} is not valid JSON") from None
         if not isinstance(value, dict) or type(value.get("text")) is not str:
             raise UsageError(f"{where}: line {number} has no field text")
+        if _HALF_A_PAIR.search(value["text"]):
+            raise UsageError(
+                f"{where}: the text of line {number} has half a surrogate pair, which is no letter",
+                hint="Write the text anew as UTF-8, or leave the line out.",
+            )
         found.append(value)
     return found
 

@@ -178,7 +178,10 @@ def described(options: Options, rule: str) -> str:
     what = f"{count} experts per token" if count is not None else "the config's experts per token"
     said = {"experts", "rule", "factors", "calibrate"}
     others = {k: v for k, v in options_given(options).items() if k not in said}
-    words = [rule, *(f"{name}={value}" for name, value in others.items())]
+    text = []
+    if options.rule in RUN:
+        text = [f"on text {options.calibrate[:12]}…" if options.calibrate else "on its own text"]
+    words = [rule, *text, *(f"{name}={value}" for name, value in others.items())]
     return f"{what} ({', '.join(words)})"
 
 
