@@ -465,9 +465,11 @@ def test_factors_of_layers_for_further_tokens_find_them(tmp_path: Path, name: st
     (source,) = write_model(tmp_path / "m.gguf", "qwen3next", layers=4, keys=keys)
     plan = moescale.plan(source, experts=3, factors=given)
     assert dict(plan.factors) == {"0": 1.25, "1": 0.75, "2": 0.5, "3": 1.5}
+    assert not any("left out" in w for w in plan.warnings)
     (source,) = write_model(tmp_path / "m.gguf", "qwen3next", layers=3)
     plan = moescale.plan(source, experts=3, factors=given)
     assert dict(plan.factors) == {"0": 1.25, "1": 0.75, "2": 0.5}
+    assert any(f"values for {name}, " in w and "left out" in w for w in plan.warnings)
     with pytest.raises(UsageError, match=r"mtp\.9"):
         moescale.plan(source, experts=3, factors={**given, "mtp.9": 1.0})
 

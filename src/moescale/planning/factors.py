@@ -142,11 +142,18 @@ def _factor(rule: str, moe: Moe, experts: Experts, options: Options, layer: Laye
 def of_another_job(
     made_for: Mapping[str, Any], moe: Moe, experts: Experts, options: Options
 ) -> Iterator[str]:
-    """What the file of the factors says of its job that is not so in this one."""
+    """What the file of the factors says that is not so in this job, or that this model lacks."""
+    given = options.factors or {}
+    scales = getattr(given, "router_scales", {})
+    absent = sorted(n for n in {*map(str, given), *scales} if moe.elsewhere.get(n, n) is None)
+    if absent:
+        yield (
+            f"--factors has values for {', '.join(absent)}, layers for further tokens that this"
+            " model does not have: they are left out"
+        )
     if not made_for:
         return
     then = made_for.get("experts", {})
-    scales = getattr(options.factors, "router_scales", {})
     gate = made_for.get("gate_scale", 1.0), options.gate_scale or 1.0
     both = {
         "-n": (then.get("trained"), experts.trained),
