@@ -356,6 +356,29 @@ def test_a_bad_place_for_the_report_is_refused_before_anything_else(there: Path)
     assert Path("old.html").read_text() == "old"
 
 
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [
+        (".", "directory"),
+        ("no/own.jsonl", "No such file"),
+        ("mine.txt", "is there already, and is not what a model wrote"),
+        ("{source}/own.jsonl", "lies in"),
+        ("out/own.jsonl", "lies in"),
+    ],
+)
+def test_a_bad_place_for_what_the_model_writes_is_refused_first(
+    place: str, why: str, there: Path
+) -> None:
+    """Before the model is loaded; a file that is there stays as it is."""
+    Path("mine.txt").write_text("mine")
+    before = checkpoints.tree(there)
+    file = Path(place.format(source=there))
+    with pytest.raises(UsageError, match=f"--calibrate-out .*{why}"):
+        moescale.convert(there, "out", experts=3, rule="fitted", calibrate_out=file)
+    assert checkpoints.tree(there) == before and Path("mine.txt").read_text() == "mine"
+    assert not Path("out").exists()
+
+
 def test_a_page_that_cannot_be_drawn_any_more_stops_nothing(
     there: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

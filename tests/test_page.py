@@ -22,10 +22,11 @@ from moescale.options import Options
 from moescale.planning.decide import make_plan
 from moescale.planning.plan import Plan
 from moescale.report.chart import LOOKS
-from moescale.report.page import check, page, write
+from moescale.report.page import page, write
 from moescale.report.terminal import plan_text
 from moescale.repos.base import SourceId
 from moescale.repos.local_source import LocalSource
+from moescale.repos.places import check_file
 
 HOSTILE = "</title></style></svg><script>alert('1')</script>&\"\x00\x1b[31m\udc80"
 LAYERS = [*map(str, range(3, 61)), "mtp.0", "mtp.1"]
@@ -236,11 +237,11 @@ def test_the_page_is_not_written_into_a_checkpoint(plan: Plan, tmp_path: Path) -
     folders = (Path(plan.source.id), tmp_path / "out")
     for path in (Path(plan.source.id) / "r.html", tmp_path / "out" / "r.html"):
         with pytest.raises(UsageError, match="lies in"):
-            check(path, *folders)
+            check_file("--report", path, *folders)
         assert not path.exists()
     with pytest.raises(MoescaleError, match="No such file or directory"):
         write(plan, tmp_path / "missing" / "r.html")
-    check(tmp_path / "r.html", *folders)
+    check_file("--report", tmp_path / "r.html", *folders)
     assert not (tmp_path / "r.html").exists()
     write(plan, tmp_path / "r.html")
     parsed((tmp_path / "r.html").read_text(encoding="utf-8"))

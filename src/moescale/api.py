@@ -31,7 +31,7 @@ from moescale.errors import (
 from moescale.measuring.calibration import Calibration, open_calibration
 from moescale.measuring.devices import DEVICES, check_installed, running
 from moescale.measuring.loading import Loader
-from moescale.measuring.text import Text
+from moescale.measuring.text import Text, check_kept
 from moescale.model import listing
 from moescale.model.architectures import ROWS, known_types
 from moescale.model.listing import ModelType
@@ -68,6 +68,7 @@ from moescale.repos.location import (
 )
 from moescale.repos.places import (
     check_apart,
+    check_file,
     check_links,
     check_not_source,
     open_sink,
@@ -153,7 +154,7 @@ def plan(
     report, revision = options.get("report"), options.get("revision")
     at = source_location(source)
     to = None if destination is None else destination_location(destination)
-    _check_report(report, at, to)
+    _check_files(options, at, to)
     with _loader(options) as loader:
         wanted, calibration = _asked(options, measuring, loader)
         if to is None:
@@ -201,7 +202,7 @@ def compare(
         MoescaleError: as for `plan`.
     """
     at, reader, made, losses = source_location(source), None, [], None
-    _check_report(options.get("report"), at)
+    _check_files(options, at)
     own: Text | None = None
     with _loader(options) as loader:
         for count, rule in product(dict.fromkeys(experts), dict.fromkeys(rules)):
@@ -276,7 +277,7 @@ def convert(
     overwrite, jobs = options.get("overwrite", False), options.get("jobs")
     check, evaluate = options.get("verify", False), options.get("evaluate") is not None
     at, to = source_location(source), destination_location(destination)
-    _check_report(report, at, to)
+    _check_files(options, at, to)
     if evaluate and to.path is None:
         raise UsageError(
             "--evaluate needs the output on this disk, and DST is on the Hub",
@@ -603,11 +604,20 @@ def _default_jobs(sink: Sink, pool: Workers | None) -> int:
     return min(sink.default_jobs, os.cpu_count() or 1)
 
 
-def _check_report(file: StrPath | None, *locations: Location | None) -> None:
-    if file is not None:
-        from moescale.report import page
+def _check_files(
+    options: PlanOptions | CompareOptions | ConvertOptions, *locations: Location | None
+) -> None:
+    """Refuse files beside the output that cannot be written, or are no files of ours.
 
-        page.check(Path(expanded(file)), *(at.path for at in locations if at and at.path))
+    Raises:
+        UsageError: with the option.
+    """
+    folders = [at.path for at in locations if at and at.path]
+    if (report := options.get("report")) is not None:
+        check_file("--report", Path(expanded(report)), *folders)
+    if (text := options.get("calibrate_out")) is not None:
+        check_file("--calibrate-out", Path(expanded(text)), *folders)
+        check_kept(Path(expanded(text)))
 
 
 def _drawn(plan: Plan, file: StrPath | None) -> Plan:

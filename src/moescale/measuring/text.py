@@ -70,6 +70,23 @@ def digest(path: Path, option: str = "--calibrate") -> str:
         raise UsageError(f"{option} {path}: {error.strerror}") from None
 
 
+def check_kept(path: Path) -> None:
+    """Refuse to write what the model writes over a file that holds anything else.
+
+    Raises:
+        UsageError: it does.
+    """
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        first = file.read(1 << 20).partition(b"\n")[0]
+    if first and not (first.startswith(b'{"text": ') and b', "tokens": [' in first):
+        raise UsageError(
+            f"--calibrate-out {path}: is there already, and is not what a model wrote",
+            hint="Give another file; what an earlier run has kept there is replaced.",
+        )
+
+
 def read_text(path: Path, folder: Path, vocabulary: int, option: str = "--calibrate") -> Text:
     """The first `MOST` tokens of a text.
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, zip_longest
 from pathlib import Path
 
-from moescale.errors import MoescaleError, UsageError
+from moescale.errors import MoescaleError
 from moescale.planning.comparison import BASES, Basis, Comparison
 from moescale.planning.plan import Plan
 from moescale.planning.provenance import options_given
@@ -105,26 +105,6 @@ _CELL_STYLE = (
         _PARTS,
     )
 )
-
-
-def check(path: Path, *folders: Path) -> None:
-    """Refuse a path that a page cannot be written to, before hours are spent on what it shows.
-
-    Raises:
-        UsageError: it cannot, or lies in one of the folders, which hold checkpoints only.
-    """
-    for folder in folders:
-        if path.resolve().is_relative_to(folder.resolve()):
-            raise UsageError(f"--report {path}: lies in {folder}", hint="Give a place outside.")
-    try:
-        there = path.exists()
-        if not path.is_fifo():  # whoever reads that would take it for the end
-            path.open("ab").close()
-        if not there:
-            path.resolve().unlink()
-    except OSError as error:
-        hint = "Give a file, in a folder that is there and can be written to."
-        raise UsageError(f"--report {path}: {error.strerror}", hint=hint) from None
 
 
 def write(shown: Plan | Several, path: Path) -> None:

@@ -249,3 +249,23 @@ def check_links(source: Source, sink: Sink) -> None:
                 f"{sink.identity}: holds the file that the source's {name} is a link to",
                 hint="Give another destination.",
             )
+
+
+def check_file(option: str, path: Path, *folders: Path) -> None:
+    """Refuse a file that cannot be written to, before hours are spent on what it gets.
+
+    Raises:
+        UsageError: it cannot, or lies in one of the folders, which hold checkpoints only.
+    """
+    for folder in folders:
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise UsageError(f"{option} {path}: lies in {folder}", hint="Give a place outside.")
+    try:
+        there = path.exists()
+        if not path.is_fifo():  # whoever reads that would take it for the end
+            path.open("ab").close()
+        if not there:
+            path.resolve().unlink()
+    except OSError as error:
+        hint = "Give a file, in a folder that is there and can be written to."
+        raise UsageError(f"{option} {path}: {error.strerror}", hint=hint) from None
