@@ -318,6 +318,23 @@ def test_a_string_of_json_may_hold_what_else_ends_a_line(end: str, tmp_path: Pat
     )
 
 
+@pytest.mark.parametrize("tokens", range(FEWEST, FEWEST + 300, 7))
+def test_what_is_held_back_is_two_sequences_at_least(tokens: int) -> None:
+    """Of one there is no standard error; a rest that is no sequence goes to what is held back."""
+    some, held_back = Text(tuple(range(tokens)), length=256).split(256, 0.25)
+    assert some.tokens + held_back.tokens == tuple(range(tokens))
+    assert len(some.tokens) % 256 == 0
+    assert tokens / 4 <= len(held_back.tokens) < tokens / 4 + 256
+    assert Text((0,) * 20480, length=256).split(256, 0.25)[1].tokens == (0,) * 5120
+
+
+def test_tokens_in_one_long_row_are_cut_as_a_text_is(tmp_path: Path) -> None:
+    """A row may be longer than the model takes."""
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "", "tokens": [1] * 3_000}))
+    assert read_text(text, tmp_path, 256).length is None
+
+
 def with_tokeniser(folder: Path) -> None:
     """A tokeniser of words that begins every sequence with <s>."""
     from tokenizers import Tokenizer

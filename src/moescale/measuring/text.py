@@ -22,6 +22,9 @@ _MOST_BYTES = 32 * MOST
 _BYTE_VOCABULARY = range(256, 385)
 """Sizes of a vocabulary of bytes: 256, and as many more tokens as a model may add to them."""
 
+_ROWS = range(2, 257)
+"""Lengths of sequences that a model may have written; others are cut as any text is."""
+
 _HALF_A_PAIR = re.compile(r"[\ud800-\udfff]")
 """What JSON may spell and UTF-8 may not."""
 
@@ -47,11 +50,9 @@ class Text:
     length: int | None = None
 
     def split(self, length: int, part: float) -> tuple[Text, Text]:
-        """Two texts of whole sequences; the second has about `part` of them, at least one."""
+        """Two texts; the first is of whole sequences, the second has at least `part`, if it can."""
         size = self.length or max(1, length - len(self.start))
-        count = -(-len(self.tokens) // size)
-        held = min(max(1, round(count * part)), count - 1)
-        at = (count - held) * size
+        at = max(1, int(len(self.tokens) * (1 - part)) // size) * size
         return replace(self, tokens=self.tokens[:at]), replace(self, tokens=self.tokens[at:])
 
 
@@ -159,7 +160,8 @@ def _given_tokens(rows: Sequence[Any], where: str, vocabulary: int) -> Text:
                 f"{where}: the tokens of line {number} are none of this model, or of another length"
             )
     tokens = tuple(token for row in rows for token in row)[:MOST]
-    return Text(tokens, length=len(rows[0]) if rows else None)
+    length = len(rows[0])
+    return Text(tokens, length=length if length in _ROWS else None)
 
 
 def tokeniser_of(folder: Path, vocabulary: int) -> Any:
