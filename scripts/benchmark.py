@@ -442,7 +442,7 @@ def write_hole(path: Path, tensors: list[Shape]) -> None:
 
 # Running ------------------------------------------------------------------------------------------
 
-TOKENS = 8192
+TOKENS = 2048
 """Bytes of a text to calibrate on, and of one to evaluate on; the model's tokens are bytes."""
 
 ONCE = """
