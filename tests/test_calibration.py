@@ -138,7 +138,7 @@ def test_another_text_is_another_job(model: Model) -> None:
     api.convert(model.source, model.output, **model.options())
     model.text.write_bytes(TEXT[::-1])
     with pytest.raises(
-        DestinationError, match=r"holds source with 3 experts per token \(measured\)"
+        DestinationError, match=r"with 3 experts per token \(measured, on text [0-9a-f]{12}"
     ):
         api.convert(model.source, model.output, **model.options())
     assert model.runs == 1
