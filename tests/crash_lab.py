@@ -222,10 +222,11 @@ class Lab:
             return self._attempt(Calls(self.place, fault), scenario)
         child = os.fork()
         if child == 0:
-            code = 8
+            code, calls = 8, Calls(self.place, fault)
             with contextlib.suppress(BaseException):
-                code, _ = self._attempt(Calls(self.place, fault), scenario)
-            os._exit(code)
+                code, _ = self._attempt(calls, scenario)
+            with calls.turn:  # held for ever where another thread is cutting the power
+                os._exit(code)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), ""
 
     def _attempt(self, calls: Calls, scenario: Scenario) -> tuple[int, str]:
@@ -317,7 +318,7 @@ def visible(output: Path) -> Tree:
 def is_useful(text: str, names: Iterable[str]) -> bool:
     """Whether an error is a line or two and says on which object, and why."""
     lines = text.splitlines()
-    return len(lines) <= 2 and any(name in lines[0] for name in names) and "None" not in text
+    return 1 <= len(lines) <= 2 and any(name in lines[0] for name in names) and "None" not in text
 
 
 def matrix(base: Path, scenario: str, mode: str, step: int = 1) -> Report:

@@ -17,6 +17,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,10 @@ class Calls:
         self._fault = fault
         self._paths: dict[int, str] = {}
         self._hits = 0
-        self._mutex = threading.Lock()
+        self.mutex = threading.Lock()
+        # Where the power is cut, no call of another thread is under way or follows.
+        cut = fault.kind in ("cut", "names")
+        self.turn: AbstractContextManager[Any] = threading.Lock() if cut else nullcontext()
         self._inside = threading.local()
         self._disk = Disk(folder) if fault.kind in ("cut", "names") else None
         names = CHANGING | READING - {"flock"}
@@ -207,7 +211,8 @@ class Calls:
                 return real(*arguments, **options)
             self._inside.depth = 1
             try:
-                result = self._hit(name, where, real, arguments, options)
+                with self.turn:
+                    result = self._hit(name, where, real, arguments, options)
             finally:
                 self._inside.depth = 0
             if name == "open":
@@ -217,7 +222,7 @@ class Calls:
         return call
 
     def _hit(self, name: str, where: str, real: Any, arguments: Any, options: Any) -> Any:
-        with self._mutex:
+        with self.mutex:
             self.log.append((name, where))
             counted = name in self._fault.names
             self._hits += counted
@@ -244,7 +249,7 @@ class Calls:
         if self._disk is not None:
             try:
                 self._disk.lose(names=kind == "cut")
-            finally:  # what another thread renames meanwhile may have gone: a cut all the same
+            finally:
                 os._exit(KILLED)
         return result
 
