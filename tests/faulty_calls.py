@@ -148,7 +148,7 @@ class Calls:
         self._fault = fault
         self._paths: dict[int, str] = {}
         self._hits = 0
-        self.mutex = threading.Lock()
+        self._mutex = threading.Lock()
         # Where the power is cut, no call of another thread is under way or follows.
         cut = fault.kind in ("cut", "names")
         self.turn: AbstractContextManager[Any] = threading.Lock() if cut else nullcontext()
@@ -222,7 +222,7 @@ class Calls:
         return call
 
     def _hit(self, name: str, where: str, real: Any, arguments: Any, options: Any) -> Any:
-        with self.mutex:
+        with self._mutex:
             self.log.append((name, where))
             counted = name in self._fault.names
             self._hits += counted

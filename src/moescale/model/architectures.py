@@ -221,20 +221,17 @@ ROWS: Final[tuple[Architecture, ...]] = (
     Architecture("mixtral", SPARSE_MOE, ALWAYS, moe_layers=All(), gating=routers.MIXTRAL),
     Architecture("minimax", SPARSE_MOE, ALWAYS, moe_layers=All(), gating=routers.MIXTRAL),
     Architecture("minimax_m2", SPARSE_MOE, ALWAYS, moe_layers=All(), gating=routers.SPARSE_SIGMOID),
-    Architecture(
-        "minimax_m3_vl", SPARSE_MOE, ALWAYS, scale_key=_SCALE, folds=True, gating=routers.MINIMAX_M3
-    ),
-    Architecture(
-        "minimax_m3_vl_text",
-        SPARSE_MOE,
-        ALWAYS,
-        scale_key=_SCALE,
-        folds=True,
-        gating=routers.MINIMAX_M3,
-    ),
-    # The text model of minimax_m3_vl: sglang 0.5.23 minimax_m3.py
-    Architecture(
-        "minimax_m3", SPARSE_MOE, ALWAYS, scale_key=_SCALE, folds=True, gating=routers.MINIMAX_M3
+    # The last is the text model of the others: sglang 0.5.23 minimax_m3.py
+    *(
+        Architecture(
+            model_type,
+            SPARSE_MOE,
+            ALWAYS,
+            scale_key=_SCALE,
+            folds=True,
+            gating=routers.MINIMAX_M3,
+        )
+        for model_type in ("minimax_m3_vl", "minimax_m3_vl_text", "minimax_m3")
     ),
     # Softmax, renormalised: the config.json of MiniMax-M1 and the model file of its repo
     Architecture("minimax_m1", SPARSE_MOE, ALWAYS, moe_layers=All(), gating=routers.MIXTRAL),
@@ -584,29 +581,16 @@ ROWS: Final[tuple[Architecture, ...]] = (
         )
         for model_type in ("longcat_flash", "longcat_flash_ngram", "longcat_flash_sparse")
     ),
-    Architecture(
-        "gemma4",
-        GEMMA,
-        ALWAYS,
-        count=("top_k_experts",),
-        no_effect=_POST_NORM,
-        gating=routers.OWN_NORM,
-    ),
-    Architecture(
-        "gemma4_text",
-        GEMMA,
-        ALWAYS,
-        count=("top_k_experts",),
-        no_effect=_POST_NORM,
-        gating=routers.OWN_NORM,
-    ),
-    Architecture(
-        "diffusion_gemma",
-        GEMMA,
-        ALWAYS,
-        count=("top_k_experts",),
-        no_effect=_POST_NORM,
-        gating=routers.OWN_NORM,
+    *(
+        Architecture(
+            model_type,
+            GEMMA,
+            ALWAYS,
+            count=("top_k_experts",),
+            no_effect=_POST_NORM,
+            gating=routers.OWN_NORM,
+        )
+        for model_type in ("gemma4", "gemma4_text", "diffusion_gemma")
     ),
     *(
         Architecture(
@@ -631,15 +615,9 @@ ROWS: Final[tuple[Architecture, ...]] = (
         )
         for model_type in ("inkling_mm_model", "inkling_text")
     ),
-    Architecture("inkling2", INKLING, ALWAYS, scale_key="route_scale", gating=routers.INKLING2),
-    Architecture(
-        "inkling2_text", INKLING, ALWAYS, scale_key="route_scale", gating=routers.INKLING2
-    ),
-    Architecture(
-        "inkling2_loop", INKLING, ALWAYS, scale_key="route_scale", gating=routers.INKLING2
-    ),
-    Architecture(
-        "inkling2_loop_text", INKLING, ALWAYS, scale_key="route_scale", gating=routers.INKLING2
+    *(
+        Architecture(model_type, INKLING, ALWAYS, scale_key="route_scale", gating=routers.INKLING2)
+        for model_type in ("inkling2", "inkling2_text", "inkling2_loop", "inkling2_loop_text")
     ),
     Architecture(
         "zaya",

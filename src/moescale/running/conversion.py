@@ -303,8 +303,8 @@ def _stream(
             return sink.commit_file(name, done.result)
 
     for group in ([n for n in left if n != plan.opens], [n for n in left if n == plan.opens]):
-        jobs_ = [rewriting(left[name], plan, source, sink.writers) for name in group]
-        done |= each(jobs_, jobs, keep, progress, pool, sink.cancel)
+        work = (rewriting(left[name], plan, source, sink.writers) for name in group)
+        done |= each(work, jobs, keep, progress, pool, sink.cancel)
     return done
 
 

@@ -29,7 +29,7 @@ class Earlier:
     calibration: Mapping[str, Any]
 
 
-def earlier(sink: Sink, trial: Plan) -> Earlier | None:
+def measured_before(sink: Sink, trial: Plan) -> Earlier | None:
     """What an unfinished or finished run of this job at the destination has found.
 
     `trial` is a plan with any factors. Factors are measured to a few digits, but two machines may
@@ -98,7 +98,7 @@ def measured_plan(
         MoescaleError: see `make_plan`, `status_of` and `moescale.measuring.measure`.
     """
     plan = trial = make_plan(source, options, destination, _unmeasured)
-    found = earlier(sink, trial) if sink is not None else None
+    found = measured_before(sink, trial) if sink is not None else None
     if found is not None:
         plan = make_plan(source, options, destination, known=found.known)
         plan = replace(plan, calibration=found.calibration)

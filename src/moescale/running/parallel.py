@@ -7,11 +7,11 @@ all that is being done.
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
 from moescale.errors import InterruptedRun
@@ -125,7 +125,7 @@ def each(
     """Do every job, and keep what came of it, one after the other.
 
     Args:
-        jobs: what is to be done.
+        jobs: what is to be done; each is taken when its turn comes.
         limit: jobs that are done at once.
         keep: gets a file's name and what came of its job; its results are returned by name.
         progress: is told of every piece.
@@ -135,15 +135,16 @@ def each(
     Raises:
         Exception: the first one, of a job or of `keep`. What was done by then is kept.
     """
-    waiting, results = deque(jobs), dict[str, _K]()
+    waiting, results = iter(jobs), dict[str, _K]()
     running: dict[Future[Any], Job[_R]] = {}
     keeping: dict[Future[Any], str] = {}
     with ThreadPoolExecutor(1, "moescale-keep") as keeper, pool.executor(limit) as executor:
         try:
-            while waiting or running or keeping:
-                while waiting and len(running) < limit:
-                    job = waiting.popleft()
+            while True:
+                for job in islice(waiting, limit - len(running)):
                     running[executor.submit(do, job, pool.monitor(job, progress))] = job
+                if not running and not keeping:
+                    return results
                 # It wakes up now and then: a signal that the system hands to another thread is
                 # noted there, but Python runs its handler in this one, and does not wake it up.
                 done, _ = wait({*running, *keeping}, WAKE_SECONDS, FIRST_COMPLETED)
@@ -163,7 +164,6 @@ def each(
                 if _succeeded(future):
                     keeper.submit(keep, job.name, future.result())
             raise
-    return results
 
 
 def _succeeded(future: Future[Any]) -> bool:

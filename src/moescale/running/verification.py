@@ -103,7 +103,7 @@ def verify(
         if name in large:
             progress(name, size)
 
-    comparisons = [_comparison(files[name], plan, source, output) for name in read]
+    comparisons = (_comparison(files[name], plan, source, output) for name in read)
     results = each(comparisons, jobs, keep, shown, pool)
     results |= {n: _verify_small(data, output.read(n)) for n, data in small.items() if n in found}
     differences += [Difference(name, how) for name, how in results.items() if isinstance(how, str)]
