@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 with atheris.instrument_imports(include=["moescale"]):
     import properties
 
-    from moescale.model import architectures
+    from moescale.families import architectures
 
 MODELS = [(row, properties.small_model(row)) for row in architectures.ROWS]
 OPTIONS = ({"experts": 3}, {"factor": 2.0}, {"experts": 1, "fold": "config"}, {"experts": 4})

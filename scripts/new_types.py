@@ -16,7 +16,7 @@ from types import MappingProxyType
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from moescale.model.architectures import parts
+from moescale.families.architectures import parts
 
 SECTION_OF: Mapping[str, str] = MappingProxyType(
     {

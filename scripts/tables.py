@@ -15,8 +15,8 @@ from pathlib import Path
 import typer
 
 from moescale.cli import Showing, app
-from moescale.model import architectures, formats, llama_cpp
-from moescale.model.listing import ModelType, model_types
+from moescale.families import architectures, formats, llama_cpp
+from moescale.families.listing import ModelType, model_types
 from moescale.options import ConvertOptions, option_rows
 
 ROOT = Path(__file__).parent.parent

@@ -83,7 +83,7 @@ class Scenario:
     def convert(self, source: Path, output: Path) -> str:
         """Run it to its end in this process."""
         from moescale.api import convert
-        from moescale.repos import local_writer
+        from moescale.storage.local import writer as local_writer
 
         with pytest.MonkeyPatch.context() as patch:
             if self.piece:
@@ -376,7 +376,7 @@ def changed_source(base: Path, name: str, change: str, step: int) -> Report:
 def serve() -> None:
     """Answer tasks until there are no more."""
     from moescale import api  # noqa: F401 - warm before the first fork
-    from moescale.running import verification  # noqa: F401 - likewise
+    from moescale.conversion import verify as verification  # noqa: F401 - likewise
 
     watch()
     for line in sys.stdin:

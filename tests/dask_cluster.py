@@ -20,7 +20,7 @@ import dask
 from distributed import Client, LocalCluster
 
 from moescale.checkpoint import rewrite
-from moescale.repos import local_writer
+from moescale.storage.local import writer as local_writer
 
 WRITE, PIECE = local_writer.LocalWriter.write, rewrite.EDIT_PIECE
 DEADLINE = 120.0

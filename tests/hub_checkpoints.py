@@ -112,7 +112,7 @@ class Lab:
         self._stack.enter_context(connected(self.hub, self.root / "home", self.monkeypatch))
         self._stack.callback(_reset_client)
         _reset_client()
-        for wait in ("moescale.repos.hub.sleep", "huggingface_hub.utils._http.time.sleep"):
+        for wait in ("moescale.storage.hub.client.sleep", "huggingface_hub.utils._http.time.sleep"):
             self.monkeypatch.setattr(wait, self.waits.append)
         for name, value in QUICK_XET.items():
             self.monkeypatch.setenv(name, value)
@@ -198,7 +198,7 @@ def _reset_client() -> None:
     """Let the next request build a client for the endpoint of now."""
     from huggingface_hub.utils import _http
 
-    from moescale.repos import hub
+    from moescale.storage.hub import client as hub
 
     hub.api.cache_clear()
     _http.set_client_factory(_http.default_client_factory)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import properties
 from properties import small_model, with_header
 
-from moescale.model import architectures
+from moescale.families import architectures
 
 
 class Cost(NamedTuple):

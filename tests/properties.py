@@ -19,23 +19,23 @@ from typing import Any
 import safetensors
 
 from moescale.checkpoint.gguf.header import parse_header as parse_gguf
-from moescale.checkpoint.header import Header, header_length, parse_header
-from moescale.checkpoint.index import parse_index
 from moescale.checkpoint.json_text import parse_lenient, value_spans
+from moescale.checkpoint.safetensors.header import Header, header_length, parse_header
+from moescale.checkpoint.safetensors.index import parse_index
+from moescale.conversion import card
 from moescale.errors import CheckpointError, DestinationError, MoescaleError, UsageError
-from moescale.model import architectures
-from moescale.model.architectures import Architecture
+from moescale.families import architectures
+from moescale.families.architectures import Architecture
 from moescale.options import Options, parse_factors
 from moescale.planning import provenance
 from moescale.planning.decide import make_plan
 from moescale.planning.plan import Plan
 from moescale.report import terminal
-from moescale.repos.base import FileInfo, SourceId
-from moescale.repos.journal import Journal
-from moescale.repos.local_source import LocalSource
-from moescale.repos.reader import FileReader
-from moescale.repos.shelf import Shelf
-from moescale.running import card
+from moescale.storage.base import FileInfo, SourceId
+from moescale.storage.local.journal import Journal
+from moescale.storage.local.source import LocalSource
+from moescale.storage.reader import FileReader
+from moescale.storage.shelf import Shelf
 from moescale.version import __version__
 
 NAME = "model-00001-of-00002.safetensors"

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from moescale.factors import gates, measured
+from moescale.factors.samples import Moments, Sample
 from moescale.planning.plan import Plan
-from moescale.rules import gates, measured
-from moescale.rules.samples import Moments, Sample
 
 
 def moments(seed: int, k: int, experts: int, size: float | None) -> Moments:

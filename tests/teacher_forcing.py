@@ -12,7 +12,7 @@ import torch
 from tiny_models import TINY
 from torch import Tensor, nn
 
-from moescale.measuring import runner
+from moescale.calibrate import runner
 
 
 @torch.no_grad()

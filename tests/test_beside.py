@@ -17,9 +17,9 @@ import torch
 
 import moescale
 from moescale.errors import CheckpointError
-from moescale.model.architectures import ROWS
-from moescale.model.experts import Layer
-from moescale.model.twins import held_layer
+from moescale.families.architectures import ROWS
+from moescale.families.projections import Layer
+from moescale.families.twins import held_layer
 from moescale.planning.beside import EVALUATION, FORM, INDEX, LAYOUT, TWIN
 
 INDEX_FILE = "model.safetensors.index.json"

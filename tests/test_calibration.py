@@ -19,6 +19,8 @@ from test_cli import Command, moescale, offline  # noqa: F401
 from tiny_models import build
 
 from moescale import api
+from moescale.calibrate import calibration, devices
+from moescale.calibrate.devices import parse_memory
 from moescale.errors import (
     DestinationError,
     InterruptedRun,
@@ -26,8 +28,6 @@ from moescale.errors import (
     UnsupportedError,
     UsageError,
 )
-from moescale.measuring import calibration, devices
-from moescale.measuring.devices import parse_memory
 from moescale.report import terminal
 
 TEXT = bytes(range(256)) * 8
@@ -87,7 +87,7 @@ def test_the_provenance_names_the_text_but_not_its_place(model: Model) -> None:
 
 def test_a_long_text_is_cut_and_said_to_be(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan, the card and the provenance know that only the first tokens were taken."""
-    monkeypatch.setattr("moescale.measuring.text.MOST", 2_100)
+    monkeypatch.setattr("moescale.calibrate.text.MOST", 2_100)
     model.text.write_bytes(TEXT * 2)
     plan = api.plan(model.source, **model.options())
     assert plan.calibration["cut"] is True
@@ -389,6 +389,6 @@ def test_a_cache_without_room_is_said_before_the_download(lab: Lab, model: Model
     files = {name: model.source / name for name in checkpoints.tree(model.source)}
     hub.add_repo("lab/bytes", files)
     free = type("Usage", (), {"free": 7})
-    lab.monkeypatch.setattr("moescale.repos.hub_source.shutil.disk_usage", lambda path: free)
+    lab.monkeypatch.setattr("moescale.storage.hub.source.shutil.disk_usage", lambda path: free)
     with pytest.raises(SourceError, match=r"has to be downloaded .* 7 B are free .*\nFree some"):
         api.plan("lab/bytes", **model.options())

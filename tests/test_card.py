@@ -16,12 +16,12 @@ import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from moescale.conversion.card import metadata_is_valid, render
 from moescale.options import Options
 from moescale.planning.decide import make_plan
 from moescale.planning.plan import Plan
-from moescale.repos.base import SourceId
-from moescale.repos.local_source import LocalSource
-from moescale.running.card import metadata_is_valid, render
+from moescale.storage.base import SourceId
+from moescale.storage.local.source import LocalSource
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +312,7 @@ def test_a_long_model_index_is_fast(hub_plan: Plan) -> None:
 def test_deep_nesting_is_no_crash(plan: Plan, nested: str) -> None:
     """Metadata nested without end are invalid metadata, and never the end of the process."""
     code = (
-        "import sys; from moescale.running.card import metadata_is_valid;"
+        "import sys; from moescale.conversion.card import metadata_is_valid;"
         f"metadata_is_valid(('---\\na: ' + {nested!r} * 50_000 + '\\n---\\n').encode())"
     )
     child = subprocess.run(
@@ -336,7 +336,7 @@ HOSTILE = {
 def test_a_hostile_card_is_fast(hub_plan: Plan, front: str) -> None:
     """Metadata that are built to cost time cost no more than a second."""
     code = (
-        "import sys; from moescale.running.card import metadata_is_valid;"
+        "import sys; from moescale.conversion.card import metadata_is_valid;"
         "metadata_is_valid(sys.stdin.buffer.read())"
     )
     data = card("license: mit\n" + front)

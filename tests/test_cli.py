@@ -24,7 +24,7 @@ from typer.main import get_command
 
 from moescale import api
 from moescale.cli import app, main
-from moescale.model import architectures, llama_cpp
+from moescale.families import architectures, llama_cpp
 from moescale.version import __version__
 
 BOXES = "╭╮╰╯│─┌┐└┘"
@@ -681,7 +681,7 @@ def test_a_file_that_cannot_be_read(
         return real(path, *args, **options)
 
     real = open
-    monkeypatch.setattr("moescale.repos.local_source.open", refuse, raising=False)
+    monkeypatch.setattr("moescale.storage.local.source.open", refuse, raising=False)
     fails(moescale(source, out, "-k", 3, *flags), 3, name, "Permission denied")
 
 
@@ -849,12 +849,12 @@ def test_a_full_disk_says_which_file(
     moescale: Command, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An error of the system that has no file name does not become ``None``."""
-    from moescale.repos.local_sink import LocalSink
+    from moescale.storage.local.destination import LocalDestination
 
     def full(self: Any, name: str, data: bytes) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(LocalSink, "put", full)
+    monkeypatch.setattr(LocalDestination, "put", full)
     done = moescale(source, out, "-k", 3, "-q")
     fails(done, 1, "README.md")
     assert "None" not in done.err
@@ -864,7 +864,7 @@ SLOW = """
 import sys, time
 from pathlib import Path
 import signals
-from moescale.repos import local_writer
+from moescale.storage.local import writer as local_writer
 write, marker, told = local_writer.LocalWriter.write, Path(sys.argv[1]), signals.told()
 def slow(self, data):
     write(self, data)
@@ -934,7 +934,7 @@ SLOW_PROOF = """
 import sys, time
 from pathlib import Path
 import signals
-from moescale.running import verification as verify
+from moescale.conversion import verify as verify
 from moescale.checkpoint import rewrite
 rewrite.PIECE = rewrite.EDIT_PIECE = 64
 expected, marker, told = verify.expected, Path(sys.argv[1]), signals.told()

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moescale.model.router import Router
-from moescale.rules.closed_form import expected_square, preserve, published
+from moescale.factors.closed_form import expected_square, preserve, published
+from moescale.families.router import Router
 
 RENORMALISED = Router(True).balanced_weight
 PLAIN = Router(False).balanced_weight

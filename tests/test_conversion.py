@@ -27,9 +27,9 @@ from moescale.errors import (
     VerificationError,
 )
 from moescale.planning.plan import Plan
-from moescale.repos import reader as files
-from moescale.repos.journal import JOURNAL, STATE
-from moescale.repos.local_sink import LocalSink
+from moescale.storage import reader as files
+from moescale.storage.local.destination import LocalDestination
+from moescale.storage.local.journal import JOURNAL, STATE
 
 UP, DOWN = math.sqrt(3 / 2), math.sqrt(2 / 3)
 MADE = {"README.md", "moescale.json", "config.json"}
@@ -367,8 +367,8 @@ def test_without_copies_in_the_kernel(
 KILLED = """
 import os, sys
 from moescale.api import convert
-from moescale.repos.local_sink import LocalSink
-left, when, commit = int(sys.argv[3]), sys.argv[4], LocalSink.commit_file
+from moescale.storage.local.destination import LocalDestination
+left, when, commit = int(sys.argv[3]), sys.argv[4], LocalDestination.commit_file
 def commit_file(self, *args):
     global left
     left -= 1
@@ -378,7 +378,7 @@ def commit_file(self, *args):
     if left < 0:
         os._exit(9)
     return result
-LocalSink.commit_file = commit_file
+LocalDestination.commit_file = commit_file
 convert(sys.argv[1], sys.argv[2], experts=3, jobs=1, overwrite=len(sys.argv) > 5)
 """
 
@@ -803,14 +803,14 @@ def no_space(*_: Any) -> Any:
 @pytest.mark.parametrize("call", ["fsync", "write"])
 def test_a_full_disk_is_said_as_such(small: Path, tmp_path: Path, call: str) -> None:
     """The file is named, and a rerun continues once there is room."""
-    begin = LocalSink.begin
+    begin = LocalDestination.begin
 
-    def then_full(self: LocalSink, *args: Any, **options: Any) -> None:
+    def then_full(self: LocalDestination, *args: Any, **options: Any) -> None:
         begin(self, *args, **options)
         patch.setattr(os, call, no_space, raising=False)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LocalSink, "begin", then_full)
+        patch.setattr(LocalDestination, "begin", then_full)
         with pytest.raises(RewriteError, match="disk is full") as caught:
             convert(small, tmp_path / "out", experts=3, jobs=1)
     assert caught.value.hint
@@ -819,13 +819,13 @@ def test_a_full_disk_is_said_as_such(small: Path, tmp_path: Path, call: str) -> 
 
 def test_a_disk_that_is_full_at_the_end_is_said_as_such(small: Path, tmp_path: Path) -> None:
     """The small files at the end are written with the same care as the shards."""
-    put = LocalSink.put
+    put = LocalDestination.put
 
-    def full(self: LocalSink, name: str, data: bytes) -> Any:
+    def full(self: LocalDestination, name: str, data: bytes) -> Any:
         return no_space() if name == "config.json" else put(self, name, data)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LocalSink, "put", full)
+        patch.setattr(LocalDestination, "put", full)
         with pytest.raises(RewriteError, match=r"config\.json.*disk is full"):
             convert(small, tmp_path / "out", experts=3)
     assert convert(small, tmp_path / "out", experts=3).status == "resume"

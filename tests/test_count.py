@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moescale.errors import CheckpointError
-from moescale.model import architectures
-from moescale.model.architectures import TEXT_SECTIONS
-from moescale.model.count import parse_config, set_count, spellings
+from moescale.families import architectures
+from moescale.families.architectures import TEXT_SECTIONS
+from moescale.families.config import parse_config, set_count, spellings
 
 KEYS = ("num_experts_per_tok", "moe_topk")
 

@@ -24,19 +24,19 @@ from hub_faults import stall
 
 from moescale import errors
 from moescale.api import convert, verify
+from moescale.conversion import cluster as on_cluster
+from moescale.conversion.executor import do
+from moescale.conversion.run import rewriting
 from moescale.errors import bytes_text
 from moescale.options import Options
 from moescale.planning.decide import make_plan
-from moescale.repos.base import Written
-from moescale.repos.hub import Access
-from moescale.repos.hub_source import HubSource
-from moescale.repos.journal import STATE
-from moescale.repos.local_sink import LocalSink
-from moescale.repos.local_source import LocalSource
-from moescale.repos.location import HubRef
-from moescale.running import cluster as on_cluster
-from moescale.running.conversion import rewriting
-from moescale.running.parallel import do
+from moescale.storage.base import Written
+from moescale.storage.hub.client import Access
+from moescale.storage.hub.source import HubSource
+from moescale.storage.local.destination import LocalDestination
+from moescale.storage.local.journal import STATE
+from moescale.storage.local.source import LocalSource
+from moescale.storage.location import HubRef
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +306,7 @@ def test_another_hub_is_refused(lab: Lab) -> None:
 
 SLOW_WORKER = """
 import time
-from moescale.repos import local_writer
+from moescale.storage.local import writer as local_writer
 def slow(self, data, write=local_writer.LocalWriter.write):
     write(self, data)
     open({mark!r}, "w").close()
@@ -357,16 +357,16 @@ def test_a_destination_that_is_not_shared_is_refused(
     source: Path, tmp_path: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker that does not find this run's marker sees another folder; old content stays."""
-    share = LocalSink.share
+    share = LocalDestination.share
 
-    def elsewhere(self: LocalSink) -> None:
+    def elsewhere(self: LocalDestination) -> None:
         share(self)
         assert self._marker is not None
         self._marker.unlink()
 
     convert(source, tmp_path / "out", experts=2, factor=2.0)
     before = checkpoints.tree(tmp_path / "out")
-    monkeypatch.setattr(LocalSink, "share", elsewhere)
+    monkeypatch.setattr(LocalDestination, "share", elsewhere)
     with pytest.raises(errors.DestinationError, match=r"out: cannot be seen \(worker on \S+\)"):
         convert(source, tmp_path / "out", experts=3, dask=workers.address, overwrite=True)
     assert checkpoints.tree(tmp_path / "out") == before
@@ -450,8 +450,8 @@ def test_a_job_is_one_shard(source: Path, tmp_path: Path) -> None:
     reader = LocalSource(source)
     plan = make_plan(reader, Options(experts=3))
     files = {file.name: file for file in plan.large_files}
-    sink = LocalSink(tmp_path / "out")
-    job = rewriting(files[SHARDS[0]], plan, reader, sink.writers)
+    destination = LocalDestination(tmp_path / "out")
+    job = rewriting(files[SHARDS[0]], plan, reader, destination.writers)
     sent = pickle.dumps((do, job, on_cluster._OnWorker("1", "t", job.name)))
     names = {t.shard: t.tensor.name.encode() for t in plan.changed_tensors}
     assert names[SHARDS[0]] in sent
@@ -474,7 +474,7 @@ def test_the_extra_is_named_where_it_is_missing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without distributed, --dask says what to install."""
-    monkeypatch.delitem(sys.modules, "moescale.running.cluster")
+    monkeypatch.delitem(sys.modules, "moescale.conversion.cluster")
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(errors.UsageError, match=r"pip install distributed"):
         convert(source, tmp_path / "out", experts=3, dask="tcp://127.0.0.1:1")
@@ -485,38 +485,38 @@ def test_the_extra_is_named_where_it_is_missing(
 
 def test_two_attempts_at_a_shard_do_not_meet(tmp_path: Path) -> None:
     """A worker that is believed dead and still writes has a file of its own, and no say."""
-    sink = LocalSink(tmp_path / "out")
-    sink.begin({}, replace=False)
-    sink.share()
-    lost, again = (pickle.loads(pickle.dumps(sink.writers)) for _ in range(2))
+    destination = LocalDestination(tmp_path / "out")
+    destination.begin({}, replace=False)
+    destination.share()
+    lost, again = (pickle.loads(pickle.dumps(destination.writers)) for _ in range(2))
     with lost.open("x.bin", 6) as zombie:
         zombie.write(memoryview(b"dea"))
         with again.open("x.bin", 6) as writer:
             writer.write(memoryview(b"living"))
             made = writer.finish()
-        assert sink.commit_file("x.bin", made) == Written(6)
+        assert destination.commit_file("x.bin", made) == Written(6)
         zombie.write(memoryview(b"d!!"))
         zombie.finish()
-    assert (sink.root / "x.bin").read_bytes() == b"living"
-    sink.publish({"config.json": b"{}"}, frozenset({"x.bin", "config.json"}))
-    sink.close()
-    assert {path.name for path in sink.root.iterdir()} == {"x.bin", "config.json"}
+    assert (destination.root / "x.bin").read_bytes() == b"living"
+    destination.publish({"config.json": b"{}"}, frozenset({"x.bin", "config.json"}))
+    destination.close()
+    assert {path.name for path in destination.root.iterdir()} == {"x.bin", "config.json"}
     with pytest.raises(errors.DestinationError, match="cannot be seen"), again.open("y", 1):
         pass
 
 
 def test_a_file_that_is_short_where_it_is_named_is_refused(tmp_path: Path) -> None:
     """A file system that does not show all that a worker wrote does not make a broken shard."""
-    sink = LocalSink(tmp_path / "out")
-    sink.begin({}, replace=False)
-    with sink.writers.open("x.bin", 6) as writer:
+    destination = LocalDestination(tmp_path / "out")
+    destination.begin({}, replace=False)
+    with destination.writers.open("x.bin", 6) as writer:
         writer.write(memoryview(b"abcdef"))
         made = writer.finish()
-    os.truncate(sink.root / STATE / made.at, 3)
+    os.truncate(destination.root / STATE / made.at, 3)
     with pytest.raises(errors.RewriteError, match="another size"):
-        sink.commit_file("x.bin", made)
-    sink.close()
-    assert sink.existing() == {}
+        destination.commit_file("x.bin", made)
+    destination.close()
+    assert destination.existing() == {}
 
 
 @pytest.mark.parametrize("kind", [e for e in vars(errors).values() if isinstance(e, type)])

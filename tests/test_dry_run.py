@@ -25,7 +25,7 @@ from moescale.errors import (
     bytes_text,
 )
 from moescale.report.terminal import plan_text
-from moescale.repos.local_sink import LocalSink
+from moescale.storage.local.destination import LocalDestination
 
 
 @pytest.fixture
@@ -150,11 +150,11 @@ def test_what_an_unfinished_run_has_written_counts_as_room(
 ) -> None:
     """A run that goes on needs room for what is left only; its temporary files are removed."""
     written = api.plan(source, tmp_path / "out", experts=3).bytes_written
-    sink = LocalSink(tmp_path / "out")
+    destination = LocalDestination(tmp_path / "out")
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     checkpoints.write_files(tmp_path / "out", {"a": bytes(10), ".moescale/b.tmp": bytes(written)})
-    assert sink.room() == 100 + 10 + written
+    assert destination.room() == 100 + 10 + written
 
 
 def test_a_disk_that_tells_nothing_is_taken_as_it_is(

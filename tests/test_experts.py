@@ -9,19 +9,20 @@ from typing import Any
 import checkpoints
 import pytest
 
-from moescale.checkpoint.header import Tensor
+from moescale.checkpoint.tensor import Tensor
 from moescale.errors import CheckpointError, MoescaleError, UnsupportedError, UsageError
-from moescale.model import architectures, experts
-from moescale.model.complete import check_complete
-from moescale.model.experts import (
+from moescale.families import architectures
+from moescale.families import projections as experts
+from moescale.families.complete import check_complete
+from moescale.families.formats import scaled_tensors
+from moescale.families.hints import looks_routed
+from moescale.families.pattern import find_by_pattern
+from moescale.families.projections import (
     Layer,
     Projection,
     find_projections,
     total_experts,
 )
-from moescale.model.formats import scaled_tensors
-from moescale.model.hints import looks_routed
-from moescale.model.pattern import find_by_pattern
 
 
 def tensor(name: str, shape: tuple[int, ...] = (8, 6), dtype: str = "BF16") -> Tensor:

@@ -14,18 +14,18 @@ import tiny_models
 import torch
 from tiny_models import build
 
-from moescale.measuring import guard, own_text, runner
-from moescale.measuring.measure import Opened, evaluate, measure, opened
-from moescale.measuring.routers import scaled
-from moescale.measuring.scoring import Setting, paired
-from moescale.measuring.text import Text
-from moescale.model.lookup import Moe
+from moescale.calibrate import guard, own_text, runner
+from moescale.calibrate.measure import Opened, evaluate, measure, opened
+from moescale.calibrate.routers import scaled
+from moescale.calibrate.scoring import Setting, paired
+from moescale.calibrate.text import Text
+from moescale.factors.fitted import GRID, FitSums, fit
+from moescale.factors.samples import Sample
+from moescale.families.find import Moe
 from moescale.options import Options
 from moescale.planning.decide import make_plan
 from moescale.planning.plan import Experts
-from moescale.repos.local_source import LocalSource
-from moescale.rules.fitted import GRID, FitSums, fit
-from moescale.rules.samples import Sample
+from moescale.storage.local.source import LocalSource
 
 LENGTH = 32
 IDS = torch.randint(3, 90, (8, LENGTH), generator=torch.Generator().manual_seed(5))
@@ -308,7 +308,7 @@ def test_a_model_writes_the_same_text_twice_and_it_is_read_again(tmp_path: Path)
     with pytest.MonkeyPatch.context() as patch, at_work(tmp_path / "m", 3) as (model, _, __):
         for name, value in own.items():
             patch.setattr(own_text, name, value)
-        patch.setattr("moescale.measuring.text.FEWEST", 16)
+        patch.setattr("moescale.calibrate.text.FEWEST", 16)
         first = own_text.write_text(model.model, None, 256)
         state = torch.random.get_rng_state()
         assert own_text.write_text(model.model, None, 256) == first
@@ -316,7 +316,7 @@ def test_a_model_writes_the_same_text_twice_and_it_is_read_again(tmp_path: Path)
         assert (len(first.tokens), first.length) == (64, 16)
         assert own_text.digest_of(first) == own_text.digest_of(first)
         own_text.keep_text(first, None, tmp_path / "text.jsonl")
-        from moescale.measuring.text import read_text
+        from moescale.calibrate.text import read_text
 
         again = read_text(tmp_path / "text.jsonl", tmp_path / "m", 256)
         assert (again.tokens, again.length) == (first.tokens, first.length)

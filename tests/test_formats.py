@@ -17,11 +17,11 @@ from quantised_checkpoints import Case
 
 from moescale import api
 from moescale.checkpoint.edit import TensorEdit
-from moescale.checkpoint.header import Tensor
 from moescale.checkpoint.scaling import scaler
+from moescale.checkpoint.tensor import Tensor
 from moescale.errors import CheckpointError, SourceError, UnsupportedError
-from moescale.model import formats
-from moescale.model.formats import (
+from moescale.families import formats
+from moescale.families.formats import (
     REFUSED,
     ROWS,
     Format,
@@ -30,7 +30,7 @@ from moescale.model.formats import (
     scaled_tensors,
     split_name,
 )
-from moescale.model.pattern import find_by_pattern
+from moescale.families.pattern import find_by_pattern
 
 CASES = (*q.EXACT, *q.POWER_OF_TWO)
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

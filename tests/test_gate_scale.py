@@ -19,11 +19,11 @@ from tiny_models import TINY, build
 
 from moescale import api
 from moescale.errors import CheckpointError, UnsupportedError, UsageError, VerificationError
-from moescale.model.architectures import find
-from moescale.model.routers import Gating
+from moescale.families.architectures import find
 from moescale.planning.sampling import Routers
 from moescale.report.terminal import plan_text
-from moescale.rules.routing import RouterWeights, gate_weights
+from moescale.routers.kinds import Gating
+from moescale.routers.weights import RouterWeights, gate_weights
 
 SCALE = 2.5
 

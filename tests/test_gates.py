@@ -11,9 +11,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from moescale.rules import gates, routing
-from moescale.rules.routing import Gate, RouterWeights, drawn_logits, gate_weights, sample_layer
-from moescale.rules.samples import Moments, Sample
+from moescale.factors import gates
+from moescale.factors.samples import Moments, Sample
+from moescale.routers import weights as routing
+from moescale.routers.weights import Gate, RouterWeights, drawn_logits, gate_weights, sample_layer
 
 HIDDEN, EXPERTS = 24, 8
 NORMALISED, PLAIN = Gate(normalised=True), Gate()
@@ -111,8 +112,8 @@ FACTOR = 1.30194
 
 SCRIPT = """
 import numpy as np
-from moescale.rules.gates import factor
-from moescale.rules.routing import Gate, RouterWeights, sample_layer
+from moescale.factors.gates import factor
+from moescale.routers.weights import Gate, RouterWeights, sample_layer
 draw = np.random.RandomState(0)
 for experts, hidden in ((8, 24), (64, 300)):
     router = RouterWeights(0.3 * draw.standard_normal((experts, hidden)), np.ones(hidden))

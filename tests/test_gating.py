@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from moescale import api
 from moescale.errors import UnsupportedError
-from moescale.model.architectures import ROWS, find
-from moescale.model.count import CONFIG, parse_config
-from moescale.model.lookup import find_moe
-from moescale.model.routers import UNKNOWN, Gating
+from moescale.families.architectures import ROWS, find
+from moescale.families.config import CONFIG, parse_config
+from moescale.families.find import find_moe
 from moescale.planning.sampling import Routers, find_gates, read_gates
 from moescale.planning.shards import read_shards
-from moescale.repos.local_source import LocalSource
-from moescale.rules.routing import RouterWeights, gate_weights
+from moescale.routers.kinds import UNKNOWN, Gating
+from moescale.routers.weights import RouterWeights, gate_weights
+from moescale.storage.local.source import LocalSource
 
 GATINGS = {row.model_type + (f"/{row.part}" if row.part else ""): row.gating for row in ROWS}
 NAMES = sorted(GATINGS)

@@ -27,7 +27,7 @@ from moescale.errors import (
     VerificationError,
 )
 from moescale.report import terminal
-from moescale.repos import local_sink
+from moescale.storage.local import destination as local_destination
 
 OURS = "moescale."
 ROOT = math.sqrt(1.5)
@@ -256,16 +256,16 @@ def test_the_first_part_comes_last_and_a_stopped_run_resumes(
     """A client opens the first part; before all is there, it is not."""
     parts = write_model(tmp_path / "m.gguf", split=2)
     convert(parts[0], tmp_path / "whole")
-    commit, order = local_sink.LocalSink.commit_file, list[str]()
+    commit, order = local_destination.LocalDestination.commit_file, list[str]()
 
-    def stop(sink: Any, name: str, made: Any) -> Any:
+    def stop(destination: Any, name: str, made: Any) -> Any:
         if len(order) == 3:
             raise KeyboardInterrupt
         order.append(name)
-        return commit(sink, name, made)
+        return commit(destination, name, made)
 
     out = tmp_path / "out"
-    monkeypatch.setattr(local_sink.LocalSink, "commit_file", stop)
+    monkeypatch.setattr(local_destination.LocalDestination, "commit_file", stop)
     with pytest.raises(KeyboardInterrupt):
         convert(parts[0], out, jobs=1)
     assert not (out / parts[0].name).exists()
@@ -273,9 +273,9 @@ def test_the_first_part_comes_last_and_a_stopped_run_resumes(
         moescale.plan(out / order[0], experts=3)
     order.clear()
     monkeypatch.setattr(
-        local_sink.LocalSink,
+        local_destination.LocalDestination,
         "commit_file",
-        lambda sink, name, made: (order.append(name), commit(sink, name, made))[1],
+        lambda destination, name, made: (order.append(name), commit(destination, name, made))[1],
     )
     assert convert(parts[0], out, jobs=1).status == "resume"
     assert order[-1] == parts[0].name

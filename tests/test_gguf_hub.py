@@ -11,7 +11,7 @@ from hub_checkpoints import DST, Lab, laboratory
 
 import moescale
 from moescale.errors import UsageError
-from moescale.repos.location import HubRef, from_address, parse_ref
+from moescale.storage.location import HubRef, from_address, parse_ref
 
 REPO = "lab/some-GGUF"
 K3 = ("-k", "3", "--rule", "preserve")

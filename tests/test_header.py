@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from properties import NAME, header_holds, parse, with_header
 
 from moescale.checkpoint.dtypes import BITS
-from moescale.checkpoint.header import header_length
+from moescale.checkpoint.safetensors.header import header_length
 from moescale.errors import CheckpointError
 
 

@@ -35,8 +35,8 @@ from properties import (
 from moescale.api import plan
 from moescale.checkpoint.dtypes import BITS
 from moescale.errors import MoescaleError
-from moescale.model import architectures
-from moescale.repos.local_source import LocalSource
+from moescale.families import architectures
+from moescale.storage.local.source import LocalSource
 
 # JSON that a writer of JSON would not make --------------------------------------------------------
 

@@ -14,20 +14,22 @@ import moescale
 
 PACKAGE = Path(__file__).parent.parent / "src" / "moescale"
 
-BELOW = {"errors", "version", "checkpoint", "rules", "model", "repos"}
+BELOW = {"errors", "version", "checkpoint", "factors", "routers", "families", "storage"}
 """What the plan and all that reads it stand on."""
 
 MAY_USE = {
     "errors": set(),
     "checkpoint": {"errors"},
-    "rules": {"errors"},
+    "factors": {"errors"},
+    "routers": {"factors"},
     "options": {"errors", "checkpoint"},
-    "model": {"errors", "checkpoint"},
-    "repos": {"errors", "checkpoint", "version"},
+    "families": {"errors", "checkpoint", "routers"},
+    "storage": {"errors", "checkpoint", "version"},
     "planning": {*BELOW, "options"},
-    "measuring": {*BELOW, "options", "planning"},
-    "running": {*BELOW, "options", "planning", "measuring"},
-    "report": {*BELOW, "planning", "running"},
+    "results": {*BELOW, "planning"},
+    "calibrate": {*BELOW, "options", "planning"},
+    "conversion": {*BELOW, "options", "planning", "calibrate", "results"},
+    "report": {*BELOW, "planning", "results"},
 }
 """What each room may import of the package besides itself."""
 
@@ -65,20 +67,19 @@ def test_a_room_knows_only_what_is_below(room: str) -> None:
 
 def test_only_what_opens_a_location_knows_what_is_there() -> None:
     """Local and Hub storages are named by one module outside of their own."""
-    named = re.compile(r"moescale\.repos\.(?:local_|hub)")
+    named = re.compile(r"moescale\.storage\.(?:local|hub)\b")
     users = {p for p in PACKAGE.rglob("*.py") if named.search(p.read_text(encoding="utf-8"))}
-    others = {p for p in users if not p.name.startswith(("local_", "hub"))}
-    assert {path.relative_to(PACKAGE).as_posix() for path in others} == {"repos/places.py"}
+    others = {p for p in users if p.parent.name not in ("local", "hub")}
+    assert {path.relative_to(PACKAGE).as_posix() for path in others} == {"storage/opening.py"}
 
 
-def test_local_and_hub_storages_know_nothing_of_each_other() -> None:
+@pytest.mark.parametrize(("own", "other"), [("hub", "local"), ("local", "hub")])
+def test_local_and_hub_storages_know_nothing_of_each_other(own: str, other: str) -> None:
     """A module of one names none of the other, and no state that is on disk."""
-    for path in (PACKAGE / "repos").glob("hub*.py"):
-        assert not re.search(
-            r"moescale\.repos\.(?:local_|journal|disk)", path.read_text("utf-8")
-        ), path
-    for path in (PACKAGE / "repos").glob("local_*.py"):
-        assert "moescale.repos.hub" not in path.read_text("utf-8"), path
+    files = sorted((PACKAGE / "storage" / own).glob("*.py"))
+    assert files
+    for path in files:
+        assert f"moescale.storage.{other}" not in path.read_text("utf-8"), path
 
 
 def test_nothing_imports_the_command() -> None:

@@ -12,8 +12,8 @@ import pytest
 from hub_checkpoints import DST, PLACE, SHARDS, SRC, Lab, laboratory, rescaled
 from hub_faults import status
 
-from moescale.repos import hub_sink
-from moescale.repos.hub_upload import STREAM_NAMES
+from moescale.storage.hub import destination as hub_destination
+from moescale.storage.hub.upload import STREAM_NAMES
 
 NAMES = [
     (module, kind, name)
@@ -43,7 +43,7 @@ def hide(lab: Lab, module: str, kind: str, name: str) -> None:
 
     if module == "huggingface_hub":
         lab.monkeypatch.setattr(found, kind, Without(kind, (original,), {}))
-        lab.monkeypatch.setattr(hub_sink, "uploaded", None)
+        lab.monkeypatch.setattr(hub_destination, "uploaded", None)
     else:
         kept = {n: None for n in STREAM_NAMES[module][kind] if n != name}
         lab.monkeypatch.setattr(found, kind, SimpleNamespace(**kept))

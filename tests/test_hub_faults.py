@@ -25,7 +25,7 @@ from hub_faults import (
 from huggingface_hub import constants, get_session, set_client_factory
 
 from moescale.errors import TemporaryError
-from moescale.repos import hub as hub_module
+from moescale.storage.hub import client as hub_module
 
 WORK = ("POST", "/commit/moescale-unfinished-main")
 LAST = ("POST", "/commit/main")
@@ -150,7 +150,7 @@ def test_a_stall_does_not_hold_a_run_up_for_ever(lab: Lab, point: str) -> None:
     match, xet = POINTS[point]
     hub = lab.start(xet=xet)
     lab.monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
-    lab.monkeypatch.setattr("moescale.repos.hub_upload.STALL_SECONDS", 2.0)
+    lab.monkeypatch.setattr("moescale.storage.hub.upload.STALL_SECONDS", 2.0)
     fault = hub.fault(match, stall())
     outcome = lab.run(SRC, PLACE, "-k", "3", "-q")
     fault.release()

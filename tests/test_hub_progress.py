@@ -19,7 +19,7 @@ from moescale import convert
 from moescale.errors import DestinationError
 from moescale.report import progress as progress_module
 from moescale.report.progress import Progress
-from moescale.repos.hub_upload import CountedFile, HighWater
+from moescale.storage.hub.upload import CountedFile, HighWater
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ from hub_store import Sparse
 from huggingface_hub import constants
 
 from moescale.errors import RewriteError, SourceError, TemporaryError, UsageError
-from moescale.repos import hub as hub_module
-from moescale.repos.hub_source import HubSource
-from moescale.repos.location import HubRef, from_address, is_repo_id, parse_ref
+from moescale.storage.hub import client as hub_module
+from moescale.storage.hub.source import HubSource
+from moescale.storage.location import HubRef, from_address, is_repo_id, parse_ref
 
 LARGE = r"^(cdn|api /lab/mix/resolve)"
 

@@ -19,7 +19,7 @@ from hub_faults import status
 
 from moescale import convert
 from moescale.errors import bytes_text
-from moescale.repos.hub_upload import new_session
+from moescale.storage.hub.upload import new_session
 
 COMMIT = ("POST", r"^api /api/models/me/out/commit/")
 

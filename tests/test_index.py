@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping
 import checkpoints
 import pytest
 
-from moescale.checkpoint.header import Header, header_length, parse_header
-from moescale.checkpoint.index import (
+from moescale.checkpoint.safetensors.header import Header, header_length, parse_header
+from moescale.checkpoint.safetensors.index import (
     INDEX,
     Shards,
     by_shard,

@@ -15,12 +15,12 @@ from tiny_table import TINY, Tiny
 from transformers import AutoConfig, PreTrainedConfig
 
 import moescale
-from moescale.model import architectures
-from moescale.model.count import Config, parse_config, set_count, spellings
-from moescale.model.second_counts import second_spellings
+from moescale.families import architectures
+from moescale.families.config import Config, parse_config, set_count, spellings
+from moescale.families.second_counts import second_spellings
 from moescale.planning.instead import Instead, by_engine, instead
 from moescale.report.terminal import next_text, plan_text
-from moescale.repos.base import SourceId
+from moescale.storage.base import SourceId
 
 HERE = SourceId("local", "some/model")
 

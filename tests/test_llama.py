@@ -16,14 +16,14 @@ from llama_models import RECIPES, one_expert, rms, scales, start, write_runnable
 import moescale
 from moescale.checkpoint.gguf.header import GgufHeader, parse_header
 from moescale.errors import CheckpointError, UnsupportedError
-from moescale.model.llama_cpp import BY_NAME
-from moescale.model.routers import Gating
+from moescale.families.llama_cpp import BY_NAME
 from moescale.options import Options
 from moescale.planning.kinds.gguf import GgufCheckpoint
 from moescale.planning.sampling import find_gates, read_gates
-from moescale.repos.location import LocalPath
-from moescale.repos.places import open_source
-from moescale.rules.routing import gate_weights
+from moescale.routers.kinds import Gating
+from moescale.routers.weights import gate_weights
+from moescale.storage.location import LocalPath
+from moescale.storage.opening import open_source
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=MISSING or "")
 

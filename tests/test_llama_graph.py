@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from moescale.model.llama_cpp import BY_NAME
-from moescale.model.llama_graph import GRAPHS, most_experts
+from moescale.families.llama_cpp import BY_NAME
+from moescale.families.llama_graph import GRAPHS, most_experts
 
 QWEN3 = (
     *("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "attn_q_norm", "attn_k_norm"),

@@ -9,9 +9,9 @@ import checkpoints
 import pytest
 
 from moescale.errors import CheckpointError, RewriteError, SourceError
-from moescale.repos import reader as files
-from moescale.repos.base import check_name
-from moescale.repos.local_source import LocalSource
+from moescale.storage import reader as files
+from moescale.storage.base import check_name
+from moescale.storage.local.source import LocalSource
 
 
 def read(source: LocalSource, name: str, start: int, size: int) -> bytes:

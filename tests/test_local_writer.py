@@ -18,11 +18,14 @@ import pytest
 
 from moescale.checkpoint.rewrite import PIECE
 from moescale.errors import RewriteError
-from moescale.repos import disk, journal, local_sink, local_writer
-from moescale.repos.base import Written
-from moescale.repos.journal import STATE
-from moescale.repos.local_sink import LocalSink
-from moescale.repos.local_source import LocalSource
+from moescale.storage.base import Written
+from moescale.storage.local import destination as local_destination
+from moescale.storage.local import filesystem as disk
+from moescale.storage.local import journal
+from moescale.storage.local import writer as local_writer
+from moescale.storage.local.destination import LocalDestination
+from moescale.storage.local.journal import STATE
+from moescale.storage.local.source import LocalSource
 
 kernel_copies = pytest.mark.skipif(
     not hasattr(os, "copy_file_range"), reason="this system has no copies inside the kernel"
@@ -51,40 +54,40 @@ def sharing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def sink(tmp_path: Path) -> Iterator[LocalSink]:
-    """A sink in which a run has begun."""
-    with contextlib.closing(LocalSink(tmp_path / "out")) as sink:
-        sink.begin({"job": "one"}, replace=False)
-        yield sink
+def destination(tmp_path: Path) -> Iterator[LocalDestination]:
+    """A destination in which a run has begun."""
+    with contextlib.closing(LocalDestination(tmp_path / "out")) as destination:
+        destination.begin({"job": "one"}, replace=False)
+        yield destination
 
 
 # Writing a file -----------------------------------------------------------------------------------
 
 
-def test_a_file_has_its_name_only_when_it_is_complete(sink: LocalSink) -> None:
+def test_a_file_has_its_name_only_when_it_is_complete(destination: LocalDestination) -> None:
     """Until then it lies under a temporary name in the state folder."""
-    with sink.writers.open("sub/x.bin", 3) as writer:
+    with destination.writers.open("sub/x.bin", 3) as writer:
         writer.write(memoryview(b"abc"))
-        assert not (sink.root / "sub").exists()
-        [temporary] = (sink.root / STATE).glob("*.tmp")
+        assert not (destination.root / "sub").exists()
+        [temporary] = (destination.root / STATE).glob("*.tmp")
         made = writer.finish()
-    assert not (sink.root / "sub").exists()
-    assert sink.commit_file("sub/x.bin", made) == Written(3)
-    assert (sink.root / "sub" / "x.bin").read_bytes() == b"abc"
+    assert not (destination.root / "sub").exists()
+    assert destination.commit_file("sub/x.bin", made) == Written(3)
+    assert (destination.root / "sub" / "x.bin").read_bytes() == b"abc"
     assert not temporary.exists()
 
 
-def test_a_file_that_is_not_finished_is_discarded(sink: LocalSink) -> None:
+def test_a_file_that_is_not_finished_is_discarded(destination: LocalDestination) -> None:
     """Leaving without `finish`, by an error say, leaves nothing behind."""
-    with pytest.raises(KeyboardInterrupt), sink.writers.open("x.bin", 3) as writer:
+    with pytest.raises(KeyboardInterrupt), destination.writers.open("x.bin", 3) as writer:
         writer.write(memoryview(b"ab"))
         raise KeyboardInterrupt
-    assert sink.existing() == {}
-    assert not list((sink.root / STATE).glob("*.tmp"))
+    assert destination.existing() == {}
+    assert not list((destination.root / STATE).glob("*.tmp"))
 
 
 def test_a_file_is_synced_before_it_is_renamed(
-    sink: LocalSink, monkeypatch: pytest.MonkeyPatch
+    destination: LocalDestination, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sync, rename, sync of the directory, then the line in the journal: in this order."""
     steps: list[str] = []
@@ -92,66 +95,68 @@ def test_a_file_is_synced_before_it_is_renamed(
     monkeypatch.setattr(os, "fsync", lambda fd: (steps.append("sync"), fsync(fd))[1])
     monkeypatch.setattr(os, "replace", lambda a, b: (steps.append("rename"), replace(a, b))[1])
     monkeypatch.setattr(
-        local_sink, "sync_directory", lambda path: steps.append(f"sync {Path(path).name}")
+        local_destination, "sync_directory", lambda path: steps.append(f"sync {Path(path).name}")
     )
     monkeypatch.setattr(journal.Journal, "add", lambda *a: (steps.append("note"), add(*a))[1])
-    sink.put("x.bin", b"abc")
+    destination.put("x.bin", b"abc")
     assert steps == ["sync", "rename", "sync out", "note", "sync"]
 
 
-def test_new_folders_are_durable_too(sink: LocalSink, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_folders_are_durable_too(
+    destination: LocalDestination, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A file in a new folder survives a power cut only if the folder's own entry is synced."""
     synced: list[Path] = []
-    for module in (disk, local_sink):
+    for module in (disk, local_destination):
         monkeypatch.setattr(module, "sync_directory", lambda path: synced.append(Path(path)))
-    sink.put("a/b/x.bin", b"abc")
-    assert {sink.root, sink.root / "a", sink.root / "a" / "b"} <= set(synced)
+    destination.put("a/b/x.bin", b"abc")
+    assert {destination.root, destination.root / "a", destination.root / "a" / "b"} <= set(synced)
 
 
-def test_a_file_of_another_size_than_planned_is_not_finished(sink: LocalSink) -> None:
+def test_a_file_of_another_size_than_planned_is_not_finished(destination: LocalDestination) -> None:
     """A writer knows how long its file will be, so a fault elsewhere cannot pass for a shard."""
-    with pytest.raises(RewriteError), sink.writers.open("x.bin", 4) as writer:
+    with pytest.raises(RewriteError), destination.writers.open("x.bin", 4) as writer:
         writer.write(memoryview(b"abcde"))
         writer.finish()
-    assert sink.existing() == {}
+    assert destination.existing() == {}
 
 
-def test_long_paths_can_be_written(sink: LocalSink) -> None:
+def test_long_paths_can_be_written(destination: LocalDestination) -> None:
     """A path that the file system allows is written, however long the temporary name gets."""
     name = "/".join(["folder" * 10] * 5 + ["x.bin"])
-    sink.put(name, b"abc")
-    assert (sink.root / name).read_bytes() == b"abc"
+    destination.put(name, b"abc")
+    assert (destination.root / name).read_bytes() == b"abc"
 
 
-def test_names_with_odd_characters_do_not_collide(sink: LocalSink) -> None:
+def test_names_with_odd_characters_do_not_collide(destination: LocalDestination) -> None:
     """Names that look alike once slashes are gone are written side by side."""
     names = ["a/b", "a%-b", "a-b", "a%b", "a%%-b"]
-    writers = [sink.writers.open(name, len(name)) for name in names]
+    writers = [destination.writers.open(name, len(name)) for name in names]
     opened = [writer.__enter__() for writer in writers]
     for name, writer in zip(names, opened, strict=True):
         writer.write(memoryview(name.encode()))
-        sink.commit_file(name, writer.finish())
+        destination.commit_file(name, writer.finish())
     for writer in writers:
         writer.__exit__(None, None, None)
-    assert {name: (sink.root / name).read_text() for name in names} == {n: n for n in names}
+    assert {name: (destination.root / name).read_text() for name in names} == {n: n for n in names}
 
 
 # Copies -------------------------------------------------------------------------------------------
 
 
 def copied(
-    folder: Path, sink: LocalSink, start: int = 0, stop: int = len(checkpoints.DATA)
+    folder: Path, destination: LocalDestination, start: int = 0, stop: int = len(checkpoints.DATA)
 ) -> bytes:
     """A file that was written as: two bytes, a copied stretch, two bytes."""
     source = LocalSource(folder)
     size = stop - start + 4
-    with sink.writers.open("copy.bin", size) as writer, source.open("data.bin") as reader:
+    with destination.writers.open("copy.bin", size) as writer, source.open("data.bin") as reader:
         writer.write(memoryview(b"<<"))
         sizes = list(writer.copy_from(reader, start, stop))
         writer.write(memoryview(b">>"))
-        sink.commit_file("copy.bin", writer.finish())
+        destination.commit_file("copy.bin", writer.finish())
     assert sum(sizes) == stop - start
-    result = (sink.root / "copy.bin").read_bytes()
+    result = (destination.root / "copy.bin").read_bytes()
     assert (result[:2], result[-2:]) == (b"<<", b">>")
     return result[2:-2]
 
@@ -164,7 +169,7 @@ def copied(
 def test_a_stretch_is_copied(
     request: pytest.FixtureRequest,
     folder: Path,
-    sink: LocalSink,
+    destination: LocalDestination,
     start: int,
     stop: int,
     way: str,
@@ -172,15 +177,15 @@ def test_a_stretch_is_copied(
     """Whatever its start and length, and with other writes before and after."""
     if way != "as it is":
         request.getfixturevalue(way)
-    assert copied(folder, sink, start, stop) == checkpoints.DATA[start:stop]
+    assert copied(folder, destination, start, stop) == checkpoints.DATA[start:stop]
 
 
 def test_copies_without_help_of_the_kernel(
-    folder: Path, sink: LocalSink, monkeypatch: pytest.MonkeyPatch
+    folder: Path, destination: LocalDestination, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Systems without `copy_file_range` read and write."""
     monkeypatch.delattr(os, "copy_file_range", raising=False)
-    assert copied(folder, sink, 3, 20_000) == checkpoints.DATA[3:20_000]
+    assert copied(folder, destination, 3, 20_000) == checkpoints.DATA[3:20_000]
 
 
 @kernel_copies
@@ -190,7 +195,11 @@ def test_copies_without_help_of_the_kernel(
 )
 @pytest.mark.parametrize("after", [0, 1])
 def test_copies_that_the_kernel_refuses(
-    folder: Path, sink: LocalSink, monkeypatch: pytest.MonkeyPatch, code: int, after: int
+    folder: Path,
+    destination: LocalDestination,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    after: int,
 ) -> None:
     """Across file systems, or halfway through, the rest is read and written."""
     copy, calls = os.copy_file_range, []
@@ -203,37 +212,37 @@ def test_copies_that_the_kernel_refuses(
         return copy(source, target, min(count, 997), *rest)
 
     monkeypatch.setattr(os, "copy_file_range", refuse)
-    assert copied(folder, sink, 3, 20_000) == checkpoints.DATA[3:20_000]
+    assert copied(folder, destination, 3, 20_000) == checkpoints.DATA[3:20_000]
     assert len(calls) == after + 1
 
 
 @kernel_copies
 @pytest.mark.usefixtures("through_cache")
 def test_short_copies_are_continued(
-    folder: Path, sink: LocalSink, monkeypatch: pytest.MonkeyPatch
+    folder: Path, destination: LocalDestination, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kernel that copies less than asked for is asked again, at the right place."""
     copy = os.copy_file_range
     monkeypatch.setattr(
         os, "copy_file_range", lambda a, b, count, *rest: copy(a, b, min(count, 997), *rest)
     )
-    assert copied(folder, sink, 3, 20_000) == checkpoints.DATA[3:20_000]
+    assert copied(folder, destination, 3, 20_000) == checkpoints.DATA[3:20_000]
 
 
 @kernel_copies
 @pytest.mark.usefixtures("through_cache")
 def test_a_kernel_that_copies_nothing_is_not_believed(
-    folder: Path, sink: LocalSink, monkeypatch: pytest.MonkeyPatch
+    folder: Path, destination: LocalDestination, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some file systems answer 0 though there is more: the bytes are then read and written."""
     monkeypatch.setattr(os, "copy_file_range", lambda *args: 0)
-    assert copied(folder, sink, 3, 20_000) == checkpoints.DATA[3:20_000]
+    assert copied(folder, destination, 3, 20_000) == checkpoints.DATA[3:20_000]
 
 
 @kernel_copies
 @pytest.mark.usefixtures("through_cache")
 def test_other_errors_of_a_copy_are_errors(
-    folder: Path, sink: LocalSink, monkeypatch: pytest.MonkeyPatch
+    folder: Path, destination: LocalDestination, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A full disk does not become a slow copy to a full disk."""
 
@@ -242,25 +251,27 @@ def test_other_errors_of_a_copy_are_errors(
 
     monkeypatch.setattr(os, "copy_file_range", full)
     with pytest.raises(OSError, match="No space"):
-        copied(folder, sink)
-    assert sink.existing() == {}
+        copied(folder, destination)
+    assert destination.existing() == {}
 
 
 def test_short_writes_are_continued(
-    folder: Path, sink: LocalSink, monkeypatch: pytest.MonkeyPatch
+    folder: Path, destination: LocalDestination, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A system that writes less than asked for is asked again."""
     write = os.write
     monkeypatch.delattr(os, "copy_file_range", raising=False)
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:999]))
-    assert copied(folder, sink, 1, 9000) == checkpoints.DATA[1:9000]
+    assert copied(folder, destination, 1, 9000) == checkpoints.DATA[1:9000]
 
 
-def test_a_source_that_ends_early_ends_the_copy(folder: Path, sink: LocalSink) -> None:
+def test_a_source_that_ends_early_ends_the_copy(
+    folder: Path, destination: LocalDestination
+) -> None:
     """Both ways of copying say so, and nothing appears under the name."""
     with pytest.raises(RewriteError, match="ended early"):
-        copied(folder, sink, 0, len(checkpoints.DATA) + 1)
-    assert sink.existing() == {}
+        copied(folder, destination, 0, len(checkpoints.DATA) + 1)
+    assert destination.existing() == {}
 
 
 # Past the page cache ------------------------------------------------------------------------------
@@ -284,25 +295,25 @@ def refuses_direct(folder: Path) -> str:
 
 @pytest.mark.parametrize("tail", [b"", b"x", b"x" * 4096])
 def test_a_disk_is_written_past_the_page_cache(
-    tmp_path: Path, sink: LocalSink, tail: bytes
+    tmp_path: Path, destination: LocalDestination, tail: bytes
 ) -> None:
     """The system itself says so; only the piece with the last bytes may take the other way."""
     if why := refuses_direct(tmp_path):
         pytest.skip(why)
     import fcntl
 
-    with sink.writers.open("x.bin", 2 * PIECE + len(tail)) as writer:
+    with destination.writers.open("x.bin", 2 * PIECE + len(tail)) as writer:
         writer.write(memoryview(MIB + MIB))
         assert fcntl.fcntl(writer.fd, fcntl.F_GETFL) & os.O_DIRECT
         writer.write(memoryview(tail))
-        sink.commit_file("x.bin", writer.finish())
-    assert (sink.root / "x.bin").read_bytes() == MIB + MIB + tail
+        destination.commit_file("x.bin", writer.finish())
+    assert (destination.root / "x.bin").read_bytes() == MIB + MIB + tail
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems are not asked for room")
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_file_asks_for_its_room_at_once(
-    folder: Path, sink: LocalSink, monkeypatch: pytest.MonkeyPatch, fails: bool
+    folder: Path, destination: LocalDestination, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
     """Files that grow side by side would lie in many small parts; an answer of no is no error."""
     reserve, asked = os.posix_fallocate, []
@@ -317,19 +328,22 @@ def test_a_file_asks_for_its_room_at_once(
     monkeypatch.setattr(local_writer, "pass_cache", lambda fd, on: on)
     monkeypatch.setattr(local_writer, "share_blocks", lambda *_: False)
     monkeypatch.setattr(os, "posix_fallocate", ask)
-    assert copied(folder, sink, 0, 9000) == checkpoints.DATA[:9000]
+    assert copied(folder, destination, 0, 9000) == checkpoints.DATA[:9000]
     assert not asked, "the stretch does not begin where a block does"
-    with sink.writers.open("x.bin", 9004) as writer, LocalSource(folder).open("data.bin") as reader:
+    with (
+        destination.writers.open("x.bin", 9004) as writer,
+        LocalSource(folder).open("data.bin") as reader,
+    ):
         list(writer.copy_from(reader, 0, 9000))
         assert asked == [(0, 9004)]
         writer.write(memoryview(b"tail"))
-        sink.commit_file("x.bin", writer.finish())
-    assert (sink.root / "x.bin").read_bytes() == checkpoints.DATA[:9000] + b"tail"
+        destination.commit_file("x.bin", writer.finish())
+    assert (destination.root / "x.bin").read_bytes() == checkpoints.DATA[:9000] + b"tail"
 
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.EINVAL, errno.EOPNOTSUPP])
 def test_a_write_that_fails_before_a_copy(
-    folder: Path, sink: LocalSink, monkeypatch: pytest.MonkeyPatch, code: int
+    folder: Path, destination: LocalDestination, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     """What a write says is no answer of the kernel to whether it copies."""
     write, calls = os.write, []
@@ -343,13 +357,13 @@ def test_a_write_that_fails_before_a_copy(
     monkeypatch.setattr(local_writer, "pass_cache", lambda fd, on: False)
     monkeypatch.setattr(os, "write", refuse)
     with pytest.raises(OSError, match=os.strerror(code)):
-        copied(folder, sink, 3, 20_000)
-    assert sink.existing() == {}
+        copied(folder, destination, 3, 20_000)
+    assert destination.existing() == {}
 
 
 @pytest.mark.parametrize("largest", [0, 512, 999])
 def test_a_disk_that_refuses_such_writes(
-    sink: LocalSink, monkeypatch: pytest.MonkeyPatch, largest: int
+    destination: LocalDestination, monkeypatch: pytest.MonkeyPatch, largest: int
 ) -> None:
     """Its blocks may be larger than ours, or it writes less than asked for: then by the cache."""
     state = {"uncached": False}
@@ -367,16 +381,16 @@ def test_a_disk_that_refuses_such_writes(
     real = os.write
     monkeypatch.setattr(local_writer, "pass_cache", switch)
     monkeypatch.setattr(os, "write", write)
-    with sink.writers.open("x.bin", 2 * PIECE + 5) as writer:
+    with destination.writers.open("x.bin", 2 * PIECE + 5) as writer:
         writer.write(memoryview(MIB + MIB + b"12345"))
         made = writer.finish()
     monkeypatch.undo()
-    sink.commit_file("x.bin", made)
-    assert (sink.root / "x.bin").read_bytes() == MIB + MIB + b"12345"
+    destination.commit_file("x.bin", made)
+    assert (destination.root / "x.bin").read_bytes() == MIB + MIB + b"12345"
 
 
 def test_what_fails_in_the_writing_thread_ends_the_file(
-    sink: LocalSink, monkeypatch: pytest.MonkeyPatch
+    destination: LocalDestination, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next write says so, and nothing is left: no file, no thread."""
 
@@ -384,17 +398,20 @@ def test_what_fails_in_the_writing_thread_ends_the_file(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "write", full)
-    with pytest.raises(OSError, match="No space"), sink.writers.open("x.bin", 9 * PIECE) as writer:
+    with (
+        pytest.raises(OSError, match="No space"),
+        destination.writers.open("x.bin", 9 * PIECE) as writer,
+    ):
         for _ in range(3):  # the first is on its way, and the second waits for it
             writer.write(memoryview(MIB))
         pytest.fail("nobody noticed")
     assert not [t for t in threading.enumerate() if t.name.startswith("moescale-write")]
-    assert not list((sink.root / STATE).glob("*.tmp"))
+    assert not list((destination.root / STATE).glob("*.tmp"))
 
 
-def test_a_digest_is_that_of_all_bytes(sink: LocalSink) -> None:
+def test_a_digest_is_that_of_all_bytes(destination: LocalDestination) -> None:
     """It is made in the thread that writes, piece by piece."""
-    with sink.writers.open("x.bin", 2 * PIECE + 3, digest=True) as writer:
+    with destination.writers.open("x.bin", 2 * PIECE + 3, digest=True) as writer:
         writer.write(memoryview(MIB + MIB + b"123"))
         made = writer.finish()
     assert made.written.sha256 == hashlib.sha256(MIB + MIB + b"123").hexdigest()

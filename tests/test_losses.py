@@ -17,11 +17,11 @@ import torch
 from test_cli import Command, moescale  # noqa: F401 - a fixture
 
 from moescale import api
+from moescale.calibrate import blocks, devices, own_text, runner
+from moescale.calibrate.text import check_kept
 from moescale.errors import DestinationError, UsageError
-from moescale.measuring import blocks, devices, own_text, runner
-from moescale.measuring.text import check_kept
-from moescale.rules import measured
-from moescale.rules.samples import Fit
+from moescale.factors import measured
+from moescale.factors.samples import Fit
 
 LENGTH = 64
 """Bytes of a sequence: as many as the model takes."""
@@ -93,7 +93,7 @@ def loss(folder: Path, data: bytes, experts: int | None = None) -> float:
 
 def forced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the guard take `fitted`, whatever chance says of a model that was not trained."""
-    monkeypatch.setattr("moescale.rules.fitted.Guard.taken", "fitted")
+    monkeypatch.setattr("moescale.factors.fitted.Guard.taken", "fitted")
 
 
 # Fitted -------------------------------------------------------------------------------------------

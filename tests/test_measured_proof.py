@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moescale import api
-from moescale.measuring import runner
+from moescale.calibrate import runner
 
 CALIBRATED = HELD_BACK = 16_384
 """Bytes at the beginning of the text that are measured on; bytes at its end for the loss."""

@@ -14,17 +14,17 @@ import torch
 from tiny_models import TINY, build
 
 from moescale import api
+from moescale.calibrate import runner
+from moescale.calibrate.devices import Running
+from moescale.calibrate.measure import measure, opened
+from moescale.calibrate.text import FEWEST, MOST, Text, read_text
 from moescale.errors import SourceError, UnsupportedError, UsageError
-from moescale.measuring import runner
-from moescale.measuring.devices import Running
-from moescale.measuring.measure import measure, opened
-from moescale.measuring.text import FEWEST, MOST, Text, read_text
-from moescale.model.architectures import find
+from moescale.factors.samples import Sample
+from moescale.families.architectures import find
 from moescale.options import Options
 from moescale.planning.decide import make_plan
 from moescale.planning.factors import Findings
-from moescale.repos.local_source import LocalSource
-from moescale.rules.samples import Sample
+from moescale.storage.local.source import LocalSource
 
 LENGTH = 32
 IDS = torch.randint(3, 90, (4, LENGTH), generator=torch.Generator().manual_seed(5))

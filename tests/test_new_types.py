@@ -15,7 +15,7 @@ from tiny_models import CANNOT_BUILD, TINY
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
-from moescale.model import architectures
+from moescale.families import architectures
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "scripts"))
@@ -47,7 +47,7 @@ def test_no_type_is_without_a_row() -> None:
     """Of the locked transformers, every type with experts has a row or a reason."""
     assert_none(
         new_types.new_types(),
-        "add a row to model/architectures.py, or a reason to scripts/new_types.py",
+        "add a row to families/architectures.py, or a reason to scripts/new_types.py",
     )
 
 

@@ -12,7 +12,7 @@ from tiny_models import TINY, build, generates, outputs, routed_outputs
 
 from moescale import api
 from moescale.errors import UnsupportedError
-from moescale.model.architectures import find
+from moescale.families.architectures import find
 
 FACTOR = 0.7320508
 MORE = 3  # experts per token that every tiny model of a free count can be given; all have 2

@@ -9,7 +9,7 @@ import checkpoints
 import pytest
 
 from moescale import errors, plan
-from moescale.model.hints import looks_routed
+from moescale.families.hints import looks_routed
 
 ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
 CONFIG = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}

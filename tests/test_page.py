@@ -24,9 +24,9 @@ from moescale.planning.plan import Plan
 from moescale.report.chart import LOOKS
 from moescale.report.page import page, write
 from moescale.report.terminal import plan_text
-from moescale.repos.base import SourceId
-from moescale.repos.local_source import LocalSource
-from moescale.repos.places import check_file
+from moescale.storage.base import SourceId
+from moescale.storage.local.source import LocalSource
+from moescale.storage.opening import check_file
 
 HOSTILE = "</title></style></svg><script>alert('1')</script>&\"\x00\x1b[31m\udc80"
 LAYERS = [*map(str, range(3, 61)), "mtp.0", "mtp.1"]

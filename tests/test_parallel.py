@@ -14,10 +14,10 @@ from typing import Generic, TypeVar
 import pytest
 from properties import MemorySource
 
+from moescale.conversion import executor as parallel
+from moescale.conversion.executor import Done, Monitor, Pool, each
 from moescale.errors import InterruptedRun
-from moescale.repos.base import Source
-from moescale.running import parallel
-from moescale.running.parallel import Done, Monitor, Pool, each
+from moescale.storage.base import Source
 
 _R = TypeVar("_R")
 

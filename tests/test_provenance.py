@@ -14,8 +14,8 @@ from moescale.options import Options, parse_factors
 from moescale.planning import provenance
 from moescale.planning.decide import make_plan
 from moescale.planning.plan import Plan
-from moescale.repos.base import Written
-from moescale.repos.local_source import LocalSource
+from moescale.storage.base import Written
+from moescale.storage.local.source import LocalSource
 from moescale.version import __version__
 
 WRITTEN = {"b": Written(2, None), "a": Written(1, "0" * 64)}

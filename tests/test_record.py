@@ -11,8 +11,8 @@ import pytest
 from gguf_models import write_model
 
 import moescale
+from moescale.conversion import record as record_module
 from moescale.report.terminal import record_text
-from moescale.running import record as record_module
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What every source and every sink must do: one suite over the directory, the Hub and its cache."""
+"""What every source and destination must do: one suite over directory, Hub and cache."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from huggingface_hub import constants
 
 from moescale.errors import CheckpointError, DestinationError
 from moescale.planning import provenance
-from moescale.repos.base import Sink, Source
-from moescale.repos.hub_sink import HubOptions, HubSink
-from moescale.repos.hub_source import HubSource
-from moescale.repos.local_sink import LocalSink
-from moescale.repos.local_source import LocalSource
-from moescale.repos.location import HubRef, parse_ref
+from moescale.storage.base import Destination, Source
+from moescale.storage.hub.destination import HubDestination, HubOptions
+from moescale.storage.hub.source import HubSource
+from moescale.storage.local.destination import LocalDestination
+from moescale.storage.local.source import LocalSource
+from moescale.storage.location import HubRef, parse_ref
 
 SOURCES = ("directory", "Hub", "cache")
-SINKS = ("directory", "Hub, xet", "Hub, no xet")
+DESTINATIONS = ("directory", "Hub, xet", "Hub, no xet")
 JOB = {"version": "0", "plan": "p"}
 BIG = bytes(range(256)) * 5000
 NAME = "model.safetensors"
@@ -140,60 +140,62 @@ def test_names_that_could_leave_the_repo_are_refused(lab: Lab, kind: str, name: 
         open_source(lab, kind).files()
 
 
-# Sinks --------------------------------------------------------------------------------------
+# Destinations -------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=SINKS)
-def sinks(request: pytest.FixtureRequest, lab: Lab) -> Callable[..., Sink]:
+@pytest.fixture(params=DESTINATIONS)
+def destinations(request: pytest.FixtureRequest, lab: Lab) -> Callable[..., Destination]:
     """A function that opens the same destination again and again, as reruns do."""
     lab.start(xet=request.param != "Hub, no xet")
     if request.param == "directory":
-        return lambda **_: LocalSink(lab.root / "out")
-    return lambda **options: HubSink(HubRef(DST), HubOptions(**options))
+        return lambda **_: LocalDestination(lab.root / "out")
+    return lambda **options: HubDestination(HubRef(DST), HubOptions(**options))
 
 
-def contents(lab: Lab, sink: Sink) -> dict[str, bytes]:
+def contents(lab: Lab, destination: Destination) -> dict[str, bytes]:
     """What a reader of the destination finds, without the state of an unfinished run."""
-    if isinstance(sink, LocalSink):
-        return {n: d for n, d in checkpoints.tree(sink.root).items() if ".moescale" not in n}
+    if isinstance(destination, LocalDestination):
+        return {n: d for n, d in checkpoints.tree(destination.root).items() if ".moescale" not in n}
     found = lab.output() if lab.hub.has(DST) else {}
     return {name: data for name, data in found.items() if name != ".gitattributes"}
 
 
-def write(sink: Sink, name: str, data: bytes, finish: bool = True) -> None:
+def write(destination: Destination, name: str, data: bytes, finish: bool = True) -> None:
     """Write a large file in a few pieces."""
-    with sink.writers.open(name, len(data), True) as writer:
+    with destination.writers.open(name, len(data), True) as writer:
         for start in range(0, len(data), 500_000):
             writer.write(memoryview(data)[start : start + 500_000])
         if finish:
-            written = sink.commit_file(name, writer.finish())
+            written = destination.commit_file(name, writer.finish())
             assert (written.size, written.sha256) == (len(data), hashlib.sha256(data).hexdigest())
 
 
-def publish(sink: Sink, name: str = NAME, data: bytes = BIG) -> None:
+def publish(destination: Destination, name: str = NAME, data: bytes = BIG) -> None:
     """Do a whole run: a large file, a small one, and the last ones."""
-    write(sink, name, data)
-    sink.put("README.md", b"# x\n")
+    write(destination, name, data)
+    destination.put("README.md", b"# x\n")
     names = {name, "README.md", "config.json"}
-    sink.publish({"config.json": b"{}"}, frozenset(names))
-    sink.close()
+    destination.publish({"config.json": b"{}"}, frozenset(names))
+    destination.close()
 
 
-def test_an_empty_sink_has_nothing(sinks: Callable[..., Sink]) -> None:
+def test_an_empty_destination_has_nothing(destinations: Callable[..., Destination]) -> None:
     """A destination that is not there yet is empty and has no unfinished run."""
-    sink = sinks()
-    assert sink.existing() == {}
-    assert sink.unfinished() is None
+    destination = destinations()
+    assert destination.existing() == {}
+    assert destination.unfinished() is None
 
 
-def test_a_sink_shows_a_whole_output(lab: Lab, sinks: Callable[..., Sink]) -> None:
+def test_a_destination_shows_a_whole_output(
+    lab: Lab, destinations: Callable[..., Destination]
+) -> None:
     """After `publish` all files are there with their bytes, and no run is unfinished."""
-    sink = sinks()
-    sink.begin(JOB, replace=False)
-    publish(sink)
+    destination = destinations()
+    destination.begin(JOB, replace=False)
+    publish(destination)
     want = {NAME: BIG, "README.md": b"# x\n", "config.json": b"{}"}
-    assert contents(lab, sink) == want
-    again = sinks()
+    assert contents(lab, destination) == want
+    again = destinations()
     assert again.unfinished() is None
     assert {n: s for n, s in again.existing().items() if n != ".gitattributes"} == {
         name: len(data) for name, data in want.items()
@@ -202,17 +204,19 @@ def test_a_sink_shows_a_whole_output(lab: Lab, sinks: Callable[..., Sink]) -> No
     assert again.changed_at("config.json") > 0
 
 
-def test_an_unfinished_run_loads_nowhere_and_is_known(lab: Lab, sinks: Callable[..., Sink]) -> None:
+def test_an_unfinished_run_loads_nowhere_and_is_known(
+    lab: Lab, destinations: Callable[..., Destination]
+) -> None:
     """Before `publish` there is no config to load; another look finds job and finished files."""
-    sink = sinks()
-    sink.begin(JOB, replace=False)
-    write(sink, NAME, BIG)
-    write(sink, "other.safetensors", BIG[:1000], finish=False)
-    sink.put("README.md", b"# x\n")
-    sink.close()
-    assert "config.json" not in contents(lab, sink)
-    assert "other.safetensors" not in contents(lab, sink)
-    again = sinks()
+    destination = destinations()
+    destination.begin(JOB, replace=False)
+    write(destination, NAME, BIG)
+    write(destination, "other.safetensors", BIG[:1000], finish=False)
+    destination.put("README.md", b"# x\n")
+    destination.close()
+    assert "config.json" not in contents(lab, destination)
+    assert "other.safetensors" not in contents(lab, destination)
+    again = destinations()
     assert again.unfinished() == JOB
     again.begin(JOB, replace=False)
     assert {n: w.size for n, w in again.finished().items() if n.endswith("safetensors")} == {
@@ -225,13 +229,15 @@ def test_an_unfinished_run_loads_nowhere_and_is_known(lab: Lab, sinks: Callable[
     assert contents(lab, again)[NAME] == BIG
 
 
-def test_a_replaced_run_starts_from_nothing(lab: Lab, sinks: Callable[..., Sink]) -> None:
+def test_a_replaced_run_starts_from_nothing(
+    lab: Lab, destinations: Callable[..., Destination]
+) -> None:
     """With `replace` the files of the other run count for nothing, and are gone at the end."""
-    sink = sinks()
-    sink.begin(JOB, replace=False)
-    write(sink, "old.safetensors", BIG[::-1])
-    sink.close()
-    again = sinks(overwrite=True)
+    destination = destinations()
+    destination.begin(JOB, replace=False)
+    write(destination, "old.safetensors", BIG[::-1])
+    destination.close()
+    again = destinations(overwrite=True)
     again.check_replaceable()
     again.begin({"version": "1"}, replace=True)
     assert not again.finished()
@@ -239,90 +245,102 @@ def test_a_replaced_run_starts_from_nothing(lab: Lab, sinks: Callable[..., Sink]
     assert set(contents(lab, again)) == {NAME, "README.md", "config.json"}
 
 
-def test_old_content_goes_when_it_is_replaced(lab: Lab, sinks: Callable[..., Sink]) -> None:
+def test_old_content_goes_when_it_is_replaced(
+    lab: Lab, destinations: Callable[..., Destination]
+) -> None:
     """What the new output does not have is removed by `publish`, in folders too."""
-    sink = sinks()
-    sink.begin(JOB, replace=False)
-    write(sink, "sub/old.safetensors", BIG)
-    sink.publish({"config.json": b"{}"}, frozenset({"sub/old.safetensors", "config.json"}))
-    sink.close()
-    again = sinks(overwrite=True)
+    destination = destinations()
+    destination.begin(JOB, replace=False)
+    write(destination, "sub/old.safetensors", BIG)
+    destination.publish({"config.json": b"{}"}, frozenset({"sub/old.safetensors", "config.json"}))
+    destination.close()
+    again = destinations(overwrite=True)
     again.begin({"version": "1"}, replace=True)
     publish(again, data=BIG[:3000])
     assert contents(lab, again)[NAME] == BIG[:3000]
     assert "sub/old.safetensors" not in contents(lab, again)
 
 
-def test_a_finished_output_can_be_amended(lab: Lab, sinks: Callable[..., Sink]) -> None:
+def test_a_finished_output_can_be_amended(
+    lab: Lab, destinations: Callable[..., Destination]
+) -> None:
     """A small file of a finished output is replaced by itself."""
-    sink = sinks()
-    sink.begin(JOB, replace=False)
-    publish(sink)
-    sink.amend("config.json", b'{"a": 1}')
-    assert contents(lab, sink) == {NAME: BIG, "README.md": b"# x\n", "config.json": b'{"a": 1}'}
+    destination = destinations()
+    destination.begin(JOB, replace=False)
+    publish(destination)
+    destination.amend("config.json", b'{"a": 1}')
+    assert contents(lab, destination) == {
+        NAME: BIG,
+        "README.md": b"# x\n",
+        "config.json": b'{"a": 1}',
+    }
 
 
 def test_a_shard_that_is_given_up_can_be_written_again(
-    lab: Lab, sinks: Callable[..., Sink]
+    lab: Lab, destinations: Callable[..., Destination]
 ) -> None:
-    """An error inside a shard discards it; the same sink takes it a second time."""
-    sink = sinks()
-    sink.begin(JOB, replace=False)
-    with pytest.raises(ZeroDivisionError), sink.writers.open(NAME, len(BIG), True) as writer:
+    """An error inside a shard discards it; the same destination takes it a second time."""
+    destination = destinations()
+    destination.begin(JOB, replace=False)
+    with pytest.raises(ZeroDivisionError), destination.writers.open(NAME, len(BIG), True) as writer:
         writer.write(memoryview(BIG)[:1000])
         raise ZeroDivisionError
-    publish(sink)
-    assert contents(lab, sink)[NAME] == BIG
+    publish(destination)
+    assert contents(lab, destination)[NAME] == BIG
 
 
-def test_a_sink_copies_from_a_reader(lab: Lab, sinks: Callable[..., Sink]) -> None:
+def test_a_destination_copies_from_a_reader(
+    lab: Lab, destinations: Callable[..., Destination]
+) -> None:
     """A stretch of another file is appended and reported piece by piece."""
-    sink = sinks()
-    sink.begin(JOB, replace=False)
+    destination = destinations()
+    destination.begin(JOB, replace=False)
     with (
         LocalSource(lab.folder).open(SHARDS[0]) as reader,
-        sink.writers.open(NAME, 300_000, False) as writer,
+        destination.writers.open(NAME, 300_000, False) as writer,
     ):
         assert sum(writer.copy_from(reader, 0, 100_000)) == 100_000
         assert sum(writer.copy_from(reader, 100_000, 300_000)) == 200_000
-        assert sink.commit_file(NAME, writer.finish()).size == 300_000
-    sink.publish({"config.json": b"{}"}, frozenset({NAME, "config.json"}))
-    sink.close()
-    assert contents(lab, sink)[NAME] == lab.source[SHARDS[0]][:300_000]
+        assert destination.commit_file(NAME, writer.finish()).size == 300_000
+    destination.publish({"config.json": b"{}"}, frozenset({NAME, "config.json"}))
+    destination.close()
+    assert contents(lab, destination)[NAME] == lab.source[SHARDS[0]][:300_000]
 
 
-def test_a_sink_knows_whether_it_is_the_source(lab: Lab, sinks: Callable[..., Sink]) -> None:
+def test_a_destination_knows_whether_it_is_the_source(
+    lab: Lab, destinations: Callable[..., Destination]
+) -> None:
     """A destination that the source is read from is noticed, another one is not."""
-    sink = sinks()
-    sink.begin(JOB, replace=False)
-    publish(sink)
+    destination = destinations()
+    destination.begin(JOB, replace=False)
+    publish(destination)
     own: Source
-    if isinstance(sink, LocalSink):
-        own = LocalSource(sink.root)
+    if isinstance(destination, LocalDestination):
+        own = LocalSource(destination.root)
     else:
         own = HubSource(HubRef(DST, lab.hub.branches(DST)["main"]))
-    assert sinks().is_at(own.identity)
-    assert not sinks().is_at(LocalSource(lab.folder).identity)
-    assert not sinks().is_at(HubSource(HubRef(SRC)).identity)
+    assert destinations().is_at(own.identity)
+    assert not destinations().is_at(LocalSource(lab.folder).identity)
+    assert not destinations().is_at(HubSource(HubRef(SRC)).identity)
 
 
-def test_two_jobs_do_not_mix(sinks: Callable[..., Sink]) -> None:
+def test_two_jobs_do_not_mix(destinations: Callable[..., Destination]) -> None:
     """Another job finds the unfinished one, and does not go on with its files unasked."""
-    sink = sinks()
-    sink.begin(JOB, replace=False)
-    sink.close()
-    found = sinks().unfinished()
+    destination = destinations()
+    destination.begin(JOB, replace=False)
+    destination.close()
+    found = destinations().unfinished()
     assert found == JOB
     assert provenance.job_difference(found, {**JOB, "version": "9"}) == "another version"
 
 
-# Every source to every sink -----------------------------------------------------------------
+# Every source to every destination ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("to", SINKS)
+@pytest.mark.parametrize("to", DESTINATIONS)
 @pytest.mark.parametrize("kind", SOURCES)
 def test_every_pair_makes_the_same_model(lab: Lab, kind: str, to: str) -> None:
-    """Each source and each sink together give the shards that arithmetic gives, and all else."""
+    """Every source with every destination gives the shards that arithmetic gives, and all else."""
     hub = lab.start(xet=to != "Hub, no xet")
     place = place_of(lab, kind)
     if kind == "cache" and to != "directory":
@@ -344,11 +362,13 @@ def test_every_pair_makes_the_same_model(lab: Lab, kind: str, to: str) -> None:
     assert lab.source == source
 
 
-def test_a_sink_refuses_to_go_on_with_a_stranger(sinks: Callable[..., Sink]) -> None:
+def test_a_destination_refuses_to_go_on_with_a_stranger(
+    destinations: Callable[..., Destination],
+) -> None:
     """A journal of another job is not continued even if it appears between look and begin."""
-    sink = sinks()
-    other = sinks()
-    sink.begin({"version": "other"}, replace=False)
-    sink.close()
+    destination = destinations()
+    other = destinations()
+    destination.begin({"version": "other"}, replace=False)
+    destination.close()
     with pytest.raises(DestinationError):
         other.begin(JOB, replace=False)

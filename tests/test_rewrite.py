@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moescale.checkpoint.edit import TensorEdit
-from moescale.checkpoint.header import Header, header_length, parse_header
 from moescale.checkpoint.rewrite import PIECE, Segment, expected, rewrite, segments
+from moescale.checkpoint.safetensors.header import Header, header_length, parse_header
 from moescale.errors import RewriteError
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from moescale.errors import UnsupportedError
-from moescale.model import architectures
-from moescale.model.router import largest_count, router_of
+from moescale.families import architectures
+from moescale.families.router import largest_count, router_of
 
 
 def renormalised(model_type: str, **section: Any) -> bool:

@@ -21,8 +21,8 @@ from moescale.options import Options
 from moescale.planning import sampling
 from moescale.planning.decide import make_plan
 from moescale.planning.sampling import decode
-from moescale.repos.hub_source import HubSource
-from moescale.repos.location import HubRef
+from moescale.storage.hub.source import HubSource
+from moescale.storage.location import HubRef
 
 # Every layer of these routes by itself; k goes from 2 to 5 of 8.
 MODELS = {

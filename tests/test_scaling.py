@@ -15,8 +15,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moescale.checkpoint.edit import TensorEdit
-from moescale.checkpoint.header import Tensor
 from moescale.checkpoint.scaling import scaler, table_16bit
+from moescale.checkpoint.tensor import Tensor
 
 ALL_CODES = np.arange(1 << 16, dtype="<u2")
 

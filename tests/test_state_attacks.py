@@ -18,9 +18,9 @@ import pytest
 
 from moescale.api import convert
 from moescale.errors import DestinationError, InterruptedRun, MoescaleError, VerificationError
-from moescale.repos import journal
-from moescale.repos.journal import JOURNAL, STATE
-from moescale.repos.local_sink import LocalSink
+from moescale.storage.local import journal
+from moescale.storage.local.destination import LocalDestination
+from moescale.storage.local.journal import JOURNAL, STATE
 
 FIRST, SECOND, THIRD = (f"model-{number:05}-of-00003.safetensors" for number in (1, 2, 3))
 Tree = dict[str, bytes]
@@ -422,7 +422,10 @@ def test_links_that_are_planted_during_the_run(
     def plant_all(name: str, size: int) -> None:
         if not planted:
             planted.append(name)
-            for path in (*(LocalSink(out)._temporary(n) for n in names), *(out / n for n in names)):
+            for path in (
+                *(LocalDestination(out)._temporary(n) for n in names),
+                *(out / n for n in names),
+            ):
                 if not path.exists():
                     path.symlink_to(outside / target)
 
@@ -510,21 +513,21 @@ def test_a_proof_waits_for_no_run_and_writes_into_none(source: Path, tmp_path: P
     """While a run holds the place, the digests of a proof are not written there."""
     out = tmp_path / "out"
     convert(source, out, experts=3)
-    sink = LocalSink(out)
-    sink.begin({"job": "another"}, replace=True)
+    destination = LocalDestination(out)
+    destination.begin({"job": "another"}, replace=True)
     before = checkpoints.tree(out)
     with pytest.raises(DestinationError, match="another run"):
-        LocalSink(out).amend("moescale.json", b"{}")
+        LocalDestination(out).amend("moescale.json", b"{}")
     assert checkpoints.tree(out) == before
-    sink.close()
+    destination.close()
 
 
 def test_the_end_of_a_run_leaves_the_next_one_alone(source: Path, tmp_path: Path) -> None:
     """Whoever begins while another one ends keeps its journal, or is told to wait."""
     out = tmp_path / "out"
-    first = LocalSink(out)
+    first = LocalDestination(out)
     first.begin({"job": "one"}, replace=False)
-    release, second = first._lock.release, LocalSink(out)
+    release, second = first._lock.release, LocalDestination(out)
 
     def begin_at_once() -> None:
         release()
@@ -535,7 +538,7 @@ def test_the_end_of_a_run_leaves_the_next_one_alone(source: Path, tmp_path: Path
     first._lock.release = begin_at_once  # type: ignore[method-assign]
     first.publish({"config.json": b"{}"}, keep=frozenset({"config.json"}))
     if second._journal is not None:
-        assert LocalSink(out).unfinished() == {"job": "two"}
+        assert LocalDestination(out).unfinished() == {"job": "two"}
         second.put("a", b"a")
         second.publish({"config.json": b"{}"}, keep=frozenset())
     assert not (out / STATE).exists()
@@ -544,15 +547,15 @@ def test_the_end_of_a_run_leaves_the_next_one_alone(source: Path, tmp_path: Path
 def test_a_run_that_ends_between_look_and_lock(source: Path, tmp_path: Path, whole: Tree) -> None:
     """What was empty when it was looked at is not written into if it is full when it is locked."""
     out = tmp_path / "out"
-    begin = LocalSink.begin
+    begin = LocalDestination.begin
 
-    def late(self: LocalSink, job: Any, replace: bool, keep: Any) -> None:
+    def late(self: LocalDestination, job: Any, replace: bool, keep: Any) -> None:
         patch.undo()
         convert(source, out, experts=3)
         begin(self, job, replace, keep)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LocalSink, "begin", late)
+        patch.setattr(LocalDestination, "begin", late)
         with pytest.raises(DestinationError, match="just ended"):
             convert(source, out, experts=4)
     assert checkpoints.tree(out) == whole

@@ -18,8 +18,8 @@ from moescale.planning.decide import make_plan
 from moescale.planning.plan import Plan
 from moescale.report import colour
 from moescale.report.terminal import ASCII, BLOCKS, blocks_for, plan_text, summary
-from moescale.repos.local_source import LocalSource
-from moescale.running.conversion import Result, Status
+from moescale.results import Result, Status
+from moescale.storage.local.source import LocalSource
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from transformers import CONFIG_MAPPING
 
 from moescale import api
 from moescale.errors import UnsupportedError
-from moescale.model.architectures import ROWS, Flag, PowerNorm, SharedSum
-from moescale.model.routers import Gating
+from moescale.families.architectures import ROWS, Flag, PowerNorm, SharedSum
+from moescale.routers.kinds import Gating
 
 CONFIG = json.loads(checkpoints.MIXTRAL_CONFIG)
 

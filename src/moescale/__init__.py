@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     from moescale.options import Options, Rescaling
     from moescale.planning.plan import Plan
     from moescale.planning.several import Several
-    from moescale.repos.base import Phase, Progress
-    from moescale.running.conversion import Result
-    from moescale.running.record import Record
+    from moescale.results import Record, Result
+    from moescale.storage.base import Phase, Progress
 
 __all__ = [
     "Measuring",
@@ -44,12 +43,12 @@ __all__ = [
 _HOMES = {
     "Measuring": "moescale.api",
     "Options": "moescale.options",
-    "Phase": "moescale.repos.base",
+    "Phase": "moescale.storage.base",
     "Plan": "moescale.planning.plan",
-    "Progress": "moescale.repos.base",
-    "Record": "moescale.running.record",
+    "Progress": "moescale.storage.base",
+    "Record": "moescale.results",
     "Rescaling": "moescale.options",
-    "Result": "moescale.running.conversion",
+    "Result": "moescale.results",
     "Several": "moescale.planning.several",
     "compare": "moescale.api",
     "convert": "moescale.api",

@@ -20,7 +20,17 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack, get_args
 
+from moescale.calibrate.calibration import Calibration, open_calibration
+from moescale.calibrate.devices import DEVICES, check_installed, running
+from moescale.calibrate.loading import Loader
+from moescale.calibrate.text import Text, check_kept
 from moescale.checkpoint.rounding import Rounding
+from moescale.conversion.earlier import check_same_job, earlier, in_first_words, options_there
+from moescale.conversion.executor import Pool
+from moescale.conversion.measured import measured_plan
+from moescale.conversion.record import read_record
+from moescale.conversion.run import fill_digests, run, status_of
+from moescale.conversion.verify import verify as proven
 from moescale.errors import (
     DestinationError,
     MoescaleError,
@@ -28,13 +38,10 @@ from moescale.errors import (
     UsageError,
     bytes_text,
 )
-from moescale.measuring.calibration import Calibration, open_calibration
-from moescale.measuring.devices import DEVICES, check_installed, running
-from moescale.measuring.loading import Loader
-from moescale.measuring.text import Text, check_kept
-from moescale.model import listing
-from moescale.model.architectures import ROWS, known_types
-from moescale.model.listing import ModelType
+from moescale.factors.evaluation import Evaluation
+from moescale.families import listing
+from moescale.families.architectures import ROWS, known_types
+from moescale.families.listing import ModelType
 from moescale.options import (
     RULES,
     RUN,
@@ -58,32 +65,26 @@ from moescale.planning.provenance import same_decisions
 from moescale.planning.several import Several
 from moescale.report.progress import shown
 from moescale.report.view import REPORT
-from moescale.repos.base import Phase, Progress, Sink, Source
-from moescale.repos.location import (
+from moescale.results import Record, Result, Status
+from moescale.storage.base import Destination, Phase, Progress, Source
+from moescale.storage.location import (
     Location,
     destination_location,
     expanded,
     remarks_on,
     source_location,
 )
-from moescale.repos.places import (
+from moescale.storage.opening import (
     check_apart,
     check_file,
     check_links,
     check_not_source,
-    open_sink,
+    open_destination,
     open_source,
 )
-from moescale.rules.evaluation import Evaluation
-from moescale.running.conversion import Result, Status, fill_digests, run, status_of
-from moescale.running.earlier import check_same_job, earlier, in_first_words, options_there
-from moescale.running.measured import measured_plan
-from moescale.running.parallel import Pool
-from moescale.running.record import Record, read_record
-from moescale.running.verification import verify as proven
 
 if TYPE_CHECKING:
-    from moescale.running.cluster import Workers
+    from moescale.conversion.cluster import Workers
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -165,11 +166,11 @@ def plan(
             overwrite = options.get("overwrite", False)
             reader = _source(at, to, options)
             try:
-                sink = _sink(to, options, reader)
+                opened = _destination(to, options, reader)
             except DestinationError as error:
                 made = _refused(_made(reader, wanted, to, calibration, measuring), error)
             else:
-                made = _trial(reader, sink, to, wanted, calibration, measuring, overwrite)
+                made = _trial(reader, opened, to, wanted, calibration, measuring, overwrite)
         if options.get("evaluate") is not None:
             losses = _evaluated([made], reader, options, measuring, loader)
             made = replace(made, evaluation=losses)
@@ -288,31 +289,31 @@ def convert(
     _check_jobs(jobs)
     check_apart(at, to, revision)
     reader = _source(at, to, options)
-    sink = _sink(to, options, reader)
+    opened = _destination(to, options, reader)
     with shown(progress, phase) as (step, begin), _pool(options.get("dask")) as pool:
         with _loader(options) as loader:
-            there = sink if check or evaluate else None
+            there = opened if check or evaluate else None
             wanted, calibration = _asked(options, measuring, loader, there)
-            check_not_source(reader, sink)
-            made = _made(reader, wanted, to, calibration, measuring, sink, overwrite)
-        plan = _drawn(_with_room(made, sink), report)
+            check_not_source(reader, opened)
+            made = _made(reader, wanted, to, calibration, measuring, opened, overwrite)
+        plan = _drawn(_with_room(made, opened), report)
         planned(plan)
         if plan.changes_nothing:
             return Result(plan, "nothing", False)
-        jobs = jobs or _default_jobs(sink, pool)
-        worded = in_first_words(plan, reader, sink)
+        jobs = jobs or _default_jobs(opened, pool)
+        worded = in_first_words(plan, reader, opened)
         rounding: Mapping[str, Rounding] = {}
-        if check and overwrite and _may_repair(worded, sink):
-            status = _repair(worded, reader, sink, jobs, step, begin, pool)
+        if check and overwrite and _may_repair(worded, opened):
+            status = _repair(worded, reader, opened, jobs, step, begin, pool)
         else:
             begin("writing", plan.large_sizes)
             outcome = run(
-                worded, reader, sink, jobs=jobs, overwrite=overwrite, progress=step, pool=pool
+                worded, reader, opened, jobs=jobs, overwrite=overwrite, progress=step, pool=pool
             )
             status, rounding = outcome.status, outcome.rounding
             if check:
                 begin("verifying", plan.large_sizes)
-                verify_output(worded, reader, sink, jobs, step, pool)
+                verify_output(worded, reader, opened, jobs, step, pool)
             else:
                 _check_status(status, to)
         if evaluate:
@@ -322,7 +323,7 @@ def convert(
     received = [f"{bytes_text(reader.received)} received"] if reader.received else []
     rounded = {name: seen for name, seen in rounding.items() if seen.blocks}
     found = tuple(_of_scales(rounding))
-    return Result(plan, status, check, sink.url, (*received, *sink.remarks), rounded, found)
+    return Result(plan, status, check, opened.url, (*received, *opened.remarks), rounded, found)
 
 
 def _of_scales(seen: Mapping[str, Rounding]) -> Iterator[str]:
@@ -372,15 +373,15 @@ def verify(
     _check_jobs(jobs)
     to = destination_location(destination)
     reader = open_source(source_location(source), options.get("revision"))
-    sink = open_sink(to, shelf=reader.shelf)
+    opened = open_destination(to, shelf=reader.shelf)
     with shown(progress) as (step, begin), _pool(options.get("dask")) as pool:
         with _loader(options) as loader:
-            wanted, calibration = _asked(options, measuring, loader, sink)
-            plan = _made(reader, wanted, to, calibration, measuring, sink)
-        check_same_job(plan, sink)
-        plan = in_first_words(plan, reader, sink)
+            wanted, calibration = _asked(options, measuring, loader, opened)
+            plan = _made(reader, wanted, to, calibration, measuring, opened)
+        check_same_job(plan, opened)
+        plan = in_first_words(plan, reader, opened)
         begin("verifying", plan.large_sizes)
-        verify_output(plan, reader, sink, jobs or _default_jobs(sink, pool), step, pool)
+        verify_output(plan, reader, opened, jobs or _default_jobs(opened, pool), step, pool)
     return Result(plan, "done", True)
 
 
@@ -447,22 +448,22 @@ def _source(source: Location, destination: Location | None, given: Mapping[str, 
     return reader
 
 
-def _sink(destination: Location, given: PlanOptions, source: Source) -> Sink:
+def _destination(to: Location, given: PlanOptions, source: Source) -> Destination:
     """The destination, opened as the options say.
 
     Raises:
         UsageError: the destination holds what a link leads to.
     """
-    sink = open_sink(
-        destination,
+    destination = open_destination(
+        to,
         given.get("private"),
         given.get("create_pr", False),
         given.get("commit_message"),
         given.get("overwrite", False),
         source.shelf,
     )
-    check_links(source, sink)
-    return sink
+    check_links(source, destination)
+    return destination
 
 
 def _evaluated(
@@ -475,7 +476,7 @@ def _evaluated(
 ) -> Evaluation:
     """What plans cost on a text, or the output of the only one."""
     check_installed("--evaluate")
-    from moescale.measuring.losses import evaluated
+    from moescale.calibrate.losses import evaluated
 
     text, calibrated = given.get("evaluate"), given.get("calibrate")
     assert text is not None
@@ -494,11 +495,11 @@ def _asked(
     given: PlanOptions | VerifyOptions,
     measuring: Measuring,
     loader: Loader,
-    sink: Sink | None = None,
+    destination: Destination | None = None,
 ) -> tuple[Options, Calibration | None]:
     """What was asked for, and the text for the rule ``measured``.
 
-    Where nothing was, the options are those that the output at `sink` says it was made with.
+    Where nothing was, the options are those that the output at `destination` says it was made with.
 
     Raises:
         UsageError: an option is wrong by itself.
@@ -506,10 +507,11 @@ def _asked(
     _check_running(given)
     rule, text, keep = given.get("rule"), given.get("calibrate"), given.get("calibrate_out")
     asked = any(given.get(name) is not None for name in Rescaling.__annotations__)
-    if sink is not None and not asked:
-        if (there := options_there(sink)) is None:
+    if destination is not None and not asked:
+        if (there := options_there(destination)) is None:
             raise UsageError(
-                f"--experts is missing, and {sink.identity} does not say what it was made with",
+                f"--experts is missing, and {destination.identity} does not say what it was made"
+                " with",
                 hint="Alone it takes the options from the moescale.json of a finished output.",
             )
         if there.rule not in RUN:
@@ -558,37 +560,46 @@ def _check_asked(given: Rescaling) -> None:
     options_of(given, None if text is None else os.fspath(text))
 
 
-def _may_repair(plan: Plan, sink: Sink) -> bool:
+def _may_repair(plan: Plan, destination: Destination) -> bool:
     """Whether the destination holds an output that decides the same, perhaps damaged."""
-    if not sink.keeps_files or sink.unfinished() is not None:
+    if not destination.keeps_files or destination.unfinished() is not None:
         return False
-    return same_decisions(earlier(sink), plan)
+    return same_decisions(earlier(destination), plan)
 
 
 def _repair(
     plan: Plan,
     source: Source,
-    sink: Sink,
+    destination: Destination,
     jobs: int,
     progress: Progress,
     phase: Phase,
     pool: Pool | None,
 ) -> Status:
     """Write again exactly the files of a finished output that differ, and prove them."""
-    output, sizes = sink.output(), plan.large_sizes
+    output, sizes = destination.output(), plan.large_sizes
     phase("verifying", sizes)
     proof = proven(plan, source, output, jobs=jobs, progress=progress, pool=pool)
     if not proof.differences:
-        fill_digests(sink, plan, proof.written, output)
+        fill_digests(destination, plan, proof.written, output)
         return "done"
     keep = {name: file for name, file in proof.written.items() if name in sizes}
     phase("writing", sizes)
-    run(plan, source, sink, jobs=jobs, overwrite=True, keep=keep, progress=progress, pool=pool)
-    again, only = sink.output(), sizes.keys() - keep.keys()
+    run(
+        plan,
+        source,
+        destination,
+        jobs=jobs,
+        overwrite=True,
+        keep=keep,
+        progress=progress,
+        pool=pool,
+    )
+    again, only = destination.output(), sizes.keys() - keep.keys()
     phase("verifying", {name: sizes[name] for name in only})
     mended = proven(plan, source, again, jobs=jobs, only=only, progress=progress, pool=pool)
     mended.check()
-    fill_digests(sink, plan, {**mended.written, **keep}, again)
+    fill_digests(destination, plan, {**mended.written, **keep}, again)
     return "repair"
 
 
@@ -597,11 +608,11 @@ def _check_jobs(jobs: int | None) -> None:
         raise UsageError(f"--jobs is {jobs}: it must be 1 or more")
 
 
-def _default_jobs(sink: Sink, pool: Workers | None) -> int:
+def _default_jobs(destination: Destination, pool: Workers | None) -> int:
     """As many shards at once as there are cores, at most 8; to the Hub 2, for the memory."""
     if pool is not None:
         return pool.size()
-    return min(sink.default_jobs, os.cpu_count() or 1)
+    return min(destination.default_jobs, os.cpu_count() or 1)
 
 
 def _check_files(
@@ -639,8 +650,8 @@ def _hindrances(found: Plan | Several, file: StrPath | None) -> list[str]:
 
 def _trial(
     source: Source,
-    sink: Sink,
-    destination: Location,
+    destination: Destination,
+    to: Location,
     wanted: Options,
     calibration: Calibration | None,
     measuring: Measuring,
@@ -648,16 +659,16 @@ def _trial(
 ) -> Plan:
     """A plan that no run follows: what a run would be refused for is a warning."""
     try:
-        beside = None if sink.remote else sink
-        made = _made(source, wanted, destination, calibration, measuring, beside, overwrite)
+        beside = None if destination.remote else destination
+        made = _made(source, wanted, to, calibration, measuring, beside, overwrite)
     except DestinationError:  # a run would be refused, but a dry run shows what it would do
-        made = _made(source, wanted, destination, calibration, measuring)
+        made = _made(source, wanted, to, calibration, measuring)
     try:
-        if not sink.remote:
-            worded = in_first_words(made, source, sink)
-            _check_status(status_of(worded, source, sink, overwrite), destination)
-            sink.check_writable()
-        return _with_room(made, sink)
+        if not destination.remote:
+            worded = in_first_words(made, source, destination)
+            _check_status(status_of(worded, source, destination, overwrite), to)
+            destination.check_writable()
+        return _with_room(made, destination)
     except DestinationError as error:
         return _refused(made, error)
 
@@ -675,7 +686,7 @@ def _pool(dask: StrPath | None) -> Iterator[Workers | None]:
         yield None
         return
     try:
-        from moescale.running.cluster import connect
+        from moescale.conversion.cluster import connect
     except ModuleNotFoundError as error:
         raise UsageError(
             f"--dask needs {error.name}, which is not installed",
@@ -709,7 +720,7 @@ def _check_status(status: Status, destination: Location) -> None:
         )
 
 
-def _with_room(plan: Plan, sink: Sink) -> Plan:
+def _with_room(plan: Plan, destination: Destination) -> Plan:
     """The plan, with a warning where the disk has less room than the output needs.
 
     Where blocks may be shared with the source, it is no refusal: a copy of them needs no room.
@@ -718,17 +729,17 @@ def _with_room(plan: Plan, sink: Sink) -> Plan:
         DestinationError: the disk is too small, and nothing can be shared.
     """
     try:
-        if (room := sink.room()) is None:
+        if (room := destination.room()) is None:
             return plan
         missing = plan.bytes_written - room
-        may_share = missing <= 0 or sink.may_share(plan.source)
+        may_share = missing <= 0 or destination.may_share(plan.source)
     except OSError:  # a file system that does not tell, or a place that the run will refuse
         return plan
     if missing <= 0:
         return plan
     free = plan.bytes_written - missing
     needed, there = bytes_text(plan.bytes_written), bytes_text(free)
-    less = f"{sink.identity}: the output needs {needed}, and {there} are free"
+    less = f"{destination.identity}: the output needs {needed}, and {there} are free"
     if not may_share:
         raise DestinationError(less, hint="Free some space, or give another destination.")
     warning = f"{less}; that is enough only where it can share blocks with the source"
@@ -738,32 +749,32 @@ def _with_room(plan: Plan, sink: Sink) -> Plan:
 def _made(
     source: Source,
     wanted: Options,
-    destination: Location | None,
+    to: Location | None,
     calibration: Calibration | None,
     measuring: Measuring,
-    sink: Sink | None = None,
+    destination: Destination | None = None,
     overwrite: bool | None = None,
 ) -> Plan:
-    """The plan, with a view; see `moescale.running.measured.measured_plan`."""
-    said = None if destination is None else destination.said
+    """The plan, with a view; see `moescale.conversion.measured.measured_plan`."""
+    said = None if to is None else to.said
     if calibration is None:
         made = make_plan(source, wanted, said, progress=measuring)
     else:
-        made = measured_plan(source, wanted, said, calibration, sink, overwrite)
-    remarks = () if destination is None else remarks_on(destination)
+        made = measured_plan(source, wanted, said, calibration, destination, overwrite)
+    remarks = () if to is None else remarks_on(to)
     return replace(made, view=REPORT, warnings=(*made.warnings, *remarks))
 
 
 def verify_output(
     plan: Plan,
     source: Source,
-    sink: Sink,
+    destination: Destination,
     jobs: int,
     progress: Progress = _silent,
     pool: Pool | None = None,
 ) -> None:
     """Verify a finished output, and note the digests in its provenance."""
-    output = sink.output()
+    output = destination.output()
     proof = proven(plan, source, output, jobs=jobs, progress=progress, pool=pool)
     proof.check()
-    fill_digests(sink, plan, proof.written, output)
+    fill_digests(destination, plan, proof.written, output)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from moescale.checkpoint.dtypes import BITS
 from moescale.checkpoint.gguf.types import BLOCKS
-from moescale.checkpoint.header import Tensor
+from moescale.checkpoint.tensor import Tensor
 from moescale.errors import printable
 
 Operation = Literal["multiply", "divide", "shift", "nested_offset"]

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from moescale.checkpoint.dtypes import BITS
 from moescale.checkpoint.edit import TensorEdit
-from moescale.checkpoint.header import LENGTH_BYTES
 from moescale.checkpoint.rounding import Rounding
+from moescale.checkpoint.safetensors.header import LENGTH_BYTES
 from moescale.errors import CheckpointError, RewriteError
 
 PIECE = 1 << 20

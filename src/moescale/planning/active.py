@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from moescale.checkpoint.dtypes import SCALABLE
-from moescale.checkpoint.header import Tensor
-from moescale.model.experts import Layer, Projection
-from moescale.model.names import plain_name
+from moescale.checkpoint.tensor import Tensor
+from moescale.families.names import plain_name
+from moescale.families.projections import Layer, Projection
 from moescale.planning.plan import Experts
 
 

@@ -21,17 +21,18 @@ from moescale.checkpoint.foreign import (
     torch_names,
     weights_suffix,
 )
-from moescale.checkpoint.header import Header, Tensor
-from moescale.checkpoint.index import SINGLE, SUFFIX, check_parts, set_of
 from moescale.checkpoint.json_text import parse_lenient
+from moescale.checkpoint.safetensors.header import Header
+from moescale.checkpoint.safetensors.index import SINGLE, SUFFIX, check_parts, set_of
+from moescale.checkpoint.tensor import Tensor
 from moescale.errors import CheckpointError, SourceError
-from moescale.model.architectures import TEXT_SECTIONS
-from moescale.model.count import CONFIG, Config
-from moescale.model.experts import Layer
-from moescale.model.lookup import Moe
-from moescale.model.twins import held_layers, layers_by_name
+from moescale.families.architectures import TEXT_SECTIONS
+from moescale.families.config import CONFIG, Config
+from moescale.families.find import Moe
+from moescale.families.projections import Layer
+from moescale.families.twins import held_layers, layers_by_name
 from moescale.planning.shards import Found, read_header, same_weights, two_sets
-from moescale.repos.base import SMALL_FILE_BYTES, Source
+from moescale.storage.base import SMALL_FILE_BYTES, Source
 
 WHOLE = (".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".ot")
 """Suffixes of weights of programs that take a whole model."""

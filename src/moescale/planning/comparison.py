@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from moescale.rules import gates, measured
-from moescale.rules.samples import Sample, geometric_mean
+from moescale.factors import gates, measured
+from moescale.factors.samples import Sample, geometric_mean
 
 ByLayer = float | dict[str, float]
 """One number for all layers, or one for each where they differ."""

@@ -8,9 +8,10 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from moescale.errors import UnsupportedError
-from moescale.model.experts import Layer
-from moescale.model.lookup import Moe
-from moescale.model.router import largest_count
+from moescale.factors.samples import Sample
+from moescale.families.find import Moe
+from moescale.families.projections import Layer
+from moescale.families.router import largest_count
 from moescale.options import Options
 from moescale.planning.active import active
 from moescale.planning.comparison import collapse_equal
@@ -33,8 +34,7 @@ from moescale.planning.rule import (
     remarks,
 )
 from moescale.planning.tensors import find_scaled_routers, in_shards
-from moescale.repos.base import Source
-from moescale.rules.samples import Sample
+from moescale.storage.base import Source
 
 Sampler = Callable[[Moe, Experts, Adjustable | None], Findings]
 """Finds out what a rule wants to know of every MoE layer; ``fitted``, what can be adjusted."""

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from moescale.errors import UnsupportedError, UsageError
-from moescale.model.experts import Layer
-from moescale.model.lookup import Moe
+from moescale.factors import closed_form, fitted, gates, measured
+from moescale.factors.samples import Sample, geometric_mean, rounded
+from moescale.families.find import Moe
+from moescale.families.projections import Layer
 from moescale.options import Options
 from moescale.planning.plan import Experts
-from moescale.rules import closed_form, fitted, gates, measured
-from moescale.rules.samples import Sample, geometric_mean, rounded
 
 
 @dataclass(frozen=True, slots=True)

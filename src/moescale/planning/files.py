@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from moescale.checkpoint.record import PROVENANCE as PROVENANCE
 from moescale.errors import CheckpointError
-from moescale.model.count import CONFIG
-from moescale.repos.base import FileInfo
+from moescale.families.config import CONFIG
+from moescale.storage.base import FileInfo
 
 Action = Literal["rewrite", "copy", "edit", "create", "skip"]
 

@@ -25,11 +25,11 @@ from typing import Any
 
 from moescale.checkpoint.gguf.names import is_gguf, part_name
 from moescale.errors import UnsupportedError
-from moescale.model.architectures import Architecture
-from moescale.model.count import Config, Spelling, keys_of
-from moescale.model.engines import llama_cpp_name
-from moescale.model.scale_key import fold_factor
-from moescale.repos.base import SourceId
+from moescale.families.architectures import Architecture
+from moescale.families.config import Config, Spelling, keys_of
+from moescale.families.engines import llama_cpp_name
+from moescale.families.scale_key import fold_factor
+from moescale.storage.base import SourceId
 
 
 @dataclass(frozen=True, slots=True)

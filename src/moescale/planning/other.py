@@ -6,11 +6,11 @@ from collections.abc import Collection
 from typing import Any
 
 from moescale.checkpoint.foreign import TORCH
-from moescale.checkpoint.index import SUFFIX
 from moescale.checkpoint.json_text import parse_lenient
+from moescale.checkpoint.safetensors.index import SUFFIX
 from moescale.errors import SourceError
-from moescale.model.count import CONFIG
-from moescale.repos.base import Source
+from moescale.families.config import CONFIG
+from moescale.storage.base import Source
 
 ADAPTER = "adapter_config.json"
 

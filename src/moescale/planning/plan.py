@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 from moescale.checkpoint.edit import TensorEdit
 from moescale.checkpoint.rewrite import Segment, segments
 from moescale.errors import bytes_text, printable
-from moescale.model.count import CONFIG
-from moescale.model.experts import Layer
-from moescale.model.router import Router
+from moescale.factors.evaluation import Evaluation
+from moescale.factors.fitted import Guard
+from moescale.factors.samples import Sample
+from moescale.families.config import CONFIG
+from moescale.families.projections import Layer
+from moescale.families.router import Router
 from moescale.options import Options
 from moescale.planning.comparison import ByLayer, Comparison, compare
 from moescale.planning.files import CARD, PROVENANCE, PlannedFile
 from moescale.planning.instead import Instead, by_engine
-from moescale.repos.base import SourceId
-from moescale.rules.evaluation import Evaluation
-from moescale.rules.fitted import Guard
-from moescale.rules.samples import Sample
+from moescale.storage.base import SourceId
 
 if TYPE_CHECKING:
     from moescale.planning.active import Active

@@ -20,7 +20,7 @@ from moescale.checkpoint.json_text import parse_lenient
 from moescale.errors import UsageError
 from moescale.options import RUN, Options, factors_of, options_of
 from moescale.planning.plan import Plan
-from moescale.repos.base import Written
+from moescale.storage.base import Written
 from moescale.version import __version__
 
 

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moescale.checkpoint.header import Header, Tensor
+from moescale.checkpoint.safetensors.header import Header
+from moescale.checkpoint.tensor import Tensor
 from moescale.errors import CheckpointError, UnsupportedError
-from moescale.model.formats import takes_any_factor
-from moescale.model.gating import ScaledRouters
-from moescale.model.lookup import Moe
-from moescale.model.router import has_no_effect
+from moescale.families.find import Moe
+from moescale.families.formats import takes_any_factor
+from moescale.families.router import has_no_effect
+from moescale.families.router_tensors import ScaledRouters
 from moescale.options import Options
 from moescale.planning.plan import Experts
 from moescale.planning.tensors import find_scaled_routers

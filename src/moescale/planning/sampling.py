@@ -10,17 +10,18 @@ from typing import Any, get_args
 
 import numpy as np
 
-from moescale.checkpoint.header import Header, Tensor
+from moescale.checkpoint.safetensors.header import Header
+from moescale.checkpoint.tensor import Tensor
 from moescale.errors import CheckpointError, UnsupportedError
-from moescale.model.count import CONFIG, whole
-from moescale.model.experts import Layer
-from moescale.model.gating import RULE, RouterTensors, find_routers, gating_of
-from moescale.model.lookup import Moe
-from moescale.model.router import group_limit
-from moescale.model.routers import Gating
-from moescale.repos.base import SMALL_FILE_BYTES, Source
-from moescale.rules.routing import Array, Gate, RouterWeights, Score, sample_layer
-from moescale.rules.samples import Sample
+from moescale.factors.samples import Sample
+from moescale.families.config import CONFIG, whole
+from moescale.families.find import Moe
+from moescale.families.projections import Layer
+from moescale.families.router import group_limit
+from moescale.families.router_tensors import RULE, RouterTensors, find_routers, gating_of
+from moescale.routers.kinds import Gating
+from moescale.routers.weights import Array, Gate, RouterWeights, Score, sample_layer
+from moescale.storage.base import SMALL_FILE_BYTES, Source
 
 HUB_READS = 4
 """Layers that are read at once from the Hub; one at a time from a disk."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from moescale.factors.evaluation import Evaluation
 from moescale.planning.plan import Plan
-from moescale.rules.evaluation import Evaluation
 
 
 @dataclass(frozen=True, slots=True)

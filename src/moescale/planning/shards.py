@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from moescale.checkpoint.header import LENGTH_BYTES, Header, Tensor, header_length, parse_header
-from moescale.checkpoint.index import (
+from moescale.checkpoint.safetensors.header import LENGTH_BYTES, Header, header_length, parse_header
+from moescale.checkpoint.safetensors.index import (
     INDEX,
     SINGLE,
     SUFFIX,
@@ -20,8 +20,9 @@ from moescale.checkpoint.index import (
     parse_index,
     shards_without_index,
 )
+from moescale.checkpoint.tensor import Tensor
 from moescale.errors import CheckpointError
-from moescale.repos.base import FileInfo, Source, check_name
+from moescale.storage.base import FileInfo, Source, check_name
 
 PIECE = 1 << 20
 """Bytes of two tensors that are compared at once."""

@@ -6,18 +6,19 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from moescale.checkpoint.edit import TensorEdit
-from moescale.checkpoint.header import LENGTH_BYTES, Header, Tensor
 from moescale.checkpoint.rewrite import Segment, relaid_header
+from moescale.checkpoint.safetensors.header import LENGTH_BYTES, Header
+from moescale.checkpoint.tensor import Tensor
 from moescale.errors import UnsupportedError
-from moescale.model.experts import Layer
-from moescale.model.formats import scaled_tensors
-from moescale.model.gating import ScaledRouters, scaled_routers
-from moescale.model.lookup import Moe
-from moescale.model.residual import WRITERS, residual_writers
+from moescale.families.find import Moe
+from moescale.families.formats import scaled_tensors
+from moescale.families.projections import Layer
+from moescale.families.residual import WRITERS, residual_writers
+from moescale.families.router_tensors import ScaledRouters, scaled_routers
 from moescale.options import Options
 from moescale.planning.factors import one_factor
 from moescale.planning.plan import NewHeader
-from moescale.repos.base import Source
+from moescale.storage.base import Source
 
 
 def alternative(moe: Moe, factors: Mapping[Layer, float]) -> str | None:

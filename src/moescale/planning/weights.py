@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from moescale.checkpoint.header import Header, Tensor
+from moescale.checkpoint.safetensors.header import Header
+from moescale.checkpoint.tensor import Tensor
 from moescale.errors import CheckpointError
-from moescale.model.count import Config
-from moescale.model.lookup import Moe, find_moe
-from moescale.model.twins import held_layer, like
+from moescale.families.config import Config
+from moescale.families.find import Moe, find_moe
+from moescale.families.twins import held_layer, like
 from moescale.options import Options
 from moescale.planning.beside import forgotten, look_beside
 from moescale.planning.shards import Found, read_shards
-from moescale.repos.base import Source
+from moescale.storage.base import Source
 
 
 @dataclass(frozen=True, slots=True)

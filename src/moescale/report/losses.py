@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator
 
 from moescale.errors import printable
+from moescale.factors.evaluation import Evaluation
+from moescale.factors.fitted import Guard
 from moescale.planning.several import Several
 from moescale.report.table import count_text, span, table
-from moescale.rules.evaluation import Evaluation
-from moescale.rules.fitted import Guard
 
 GUARD_HEADER = ("", "tried", "loss", "more than the edit", "KL", "more than the edit")
 

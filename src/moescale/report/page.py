@@ -13,6 +13,8 @@ from itertools import groupby, zip_longest
 from pathlib import Path
 
 from moescale.errors import MoescaleError
+from moescale.factors.evaluation import Evaluation
+from moescale.factors.samples import Moments, Sample
 from moescale.planning.comparison import BASES, Basis, Comparison
 from moescale.planning.plan import Plan
 from moescale.planning.provenance import options_given
@@ -20,8 +22,6 @@ from moescale.planning.several import Several
 from moescale.report import chart, losses, terminal
 from moescale.report.chart import LOOKS, Look, Series
 from moescale.report.table import count_text, span
-from moescale.rules.evaluation import Evaluation
-from moescale.rules.samples import Moments, Sample
 from moescale.version import __version__
 
 _BASIS: Mapping[Basis, str] = {

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from moescale.errors import bytes_text
-from moescale.repos.base import Phase
-from moescale.repos.base import Progress as ProgressCallback
+from moescale.storage.base import Phase
+from moescale.storage.base import Progress as ProgressCallback
 
 if TYPE_CHECKING:
     from tqdm import tqdm

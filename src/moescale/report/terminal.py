@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, TextIO
 from moescale.checkpoint.edit import TensorEdit
 from moescale.checkpoint.gguf.types import NOISE
 from moescale.errors import bytes_text, printable
-from moescale.model.count import parse_config
-from moescale.model.listing import ModelType
+from moescale.families.config import parse_config
+from moescale.families.listing import ModelType
 from moescale.planning.comparison import BASES
 from moescale.planning.files import Action, PlannedFile
 from moescale.planning.instead import first_place, gguf_to_run, loader_of, to_run
@@ -22,8 +22,7 @@ from moescale.report.table import count_text, span, table
 
 if TYPE_CHECKING:
     from moescale.planning.active import Active
-    from moescale.running.conversion import Result
-    from moescale.running.record import Record
+    from moescale.results import Record, Result
 
 LAYER_HEADER = ("layers", "tensors", "of", "dtype", "factor")
 

@@ -6,8 +6,8 @@ from moescale.options import Options
 from moescale.planning.kinds.base import Checkpoint
 from moescale.planning.kinds.gguf import GgufCheckpoint
 from moescale.planning.kinds.safetensors import SafetensorsCheckpoint
-from moescale.repos.base import Source
-from moescale.repos.location import PREFIX
+from moescale.storage.base import Source
+from moescale.storage.location import PREFIX
 
 
 def open_checkpoint(source: Source, options: Options, destination: str | None) -> Checkpoint:

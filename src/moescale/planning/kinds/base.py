@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from moescale.checkpoint.edit import TensorEdit
-from moescale.checkpoint.header import Header, Tensor
-from moescale.model.count import CONFIG
-from moescale.model.experts import Layer
-from moescale.model.lookup import Moe
+from moescale.checkpoint.safetensors.header import Header
+from moescale.checkpoint.tensor import Tensor
+from moescale.families.config import CONFIG
+from moescale.families.find import Moe
+from moescale.families.projections import Layer
 from moescale.planning.files import PROVENANCE, PlannedFile
 from moescale.planning.instead import Instead
 from moescale.planning.plan import Experts, NewHeader, Plan

@@ -14,14 +14,15 @@ from moescale.checkpoint.gguf.edit import F32, F64, U32, HeaderEdit, NewTensor, 
 from moescale.checkpoint.gguf.header import STRING, GgufHeader, parse_header
 from moescale.checkpoint.gguf.names import part_name, parts_of
 from moescale.checkpoint.gguf.types import BY_NAME, GgmlType
-from moescale.checkpoint.header import Header, Tensor
 from moescale.checkpoint.record import KEY
+from moescale.checkpoint.safetensors.header import Header
+from moescale.checkpoint.tensor import Tensor
 from moescale.errors import CheckpointError, SourceError, UnsupportedError
-from moescale.model import llama_cpp
-from moescale.model.experts import Layer
-from moescale.model.gguf import find_gguf_moe
-from moescale.model.llama_cpp import Row
-from moescale.model.llama_graph import GRAPHS, most_experts
+from moescale.families import llama_cpp
+from moescale.families.gguf import find_gguf_moe
+from moescale.families.llama_cpp import Row
+from moescale.families.llama_graph import GRAPHS, most_experts
+from moescale.families.projections import Layer
 from moescale.options import Options
 from moescale.planning import provenance
 from moescale.planning.factors import one_factor
@@ -29,7 +30,7 @@ from moescale.planning.files import CARD, Action, PlannedFile
 from moescale.planning.instead import Instead, NewValue
 from moescale.planning.kinds.base import Output
 from moescale.planning.plan import Experts, NewHeader, Plan
-from moescale.repos.base import Source, Written
+from moescale.storage.base import Source, Written
 from moescale.version import __version__
 
 _OWN: Final = "moescale."

@@ -6,12 +6,13 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from moescale.checkpoint.edit import TensorEdit
 from moescale.errors import SourceError
-from moescale.model.count import CONFIG, Config, parse_config, set_count
-from moescale.model.experts import Layer
-from moescale.model.formats import confirm
-from moescale.model.lookup import Moe, own_router
-from moescale.model.scale_key import fold_factor
-from moescale.model.second_counts import candidates, one_number, with_count
+from moescale.factors import closed_form
+from moescale.families.config import CONFIG, Config, parse_config, set_count
+from moescale.families.find import Moe, own_router
+from moescale.families.formats import confirm
+from moescale.families.projections import Layer
+from moescale.families.scale_key import fold_factor
+from moescale.families.second_counts import candidates, one_number, with_count
 from moescale.options import Options
 from moescale.planning.factors import one_factor
 from moescale.planning.files import PROVENANCE, left_out_warnings, plan_files
@@ -22,8 +23,7 @@ from moescale.planning.plan import Experts, Plan
 from moescale.planning.shards import output_index
 from moescale.planning.tensors import alternative, new_headers, scaled_weights
 from moescale.planning.weights import find_weights
-from moescale.repos.base import Source
-from moescale.rules import closed_form
+from moescale.storage.base import Source
 
 
 class SafetensorsCheckpoint:

@@ -1,0 +1,331 @@
+"""The MoE blocks of a running model: found by the table's names, run with two numbers of experts.
+
+A block of transformers holds a router and a module ``experts`` that returns the routed sum,
+without the shared experts: ``experts(hidden, top_k_index, top_k_weights)``. The block is run twice
+on the same inputs, and a hook on ``experts`` sees what goes in and comes out.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moescale.calibrate.fitting import Fitting
+from moescale.calibrate.routers import RouterScale, find_router
+from moescale.calibrate.scoring import Block
+from moescale.calibrate.statistics import Cosines, RunningStatistics
+from moescale.checkpoint.tensor import Tensor as Entry
+from moescale.errors import UnsupportedError
+from moescale.factors.fitted import fit
+from moescale.factors.samples import Sample
+from moescale.families import architectures
+from moescale.families.architectures import ROWS, Architecture
+from moescale.families.projections import Layer, find_projections
+
+COUNT_NAMES = frozenset({"top_k", "topk", "k", *(key for row in ROWS for key in row.count)})
+"""What modules and configs call the number of experts per token."""
+
+_PROPORTIONAL, _SAME = 0.005, 0.02
+"""A block's output that differs from a multiple of the routed sum by less than the first is that
+multiple, and one that differs from 1 by less than the second is 1."""
+
+_EXPERTS = "experts"
+
+
+def find_blocks(model: nn.Module, row: Architecture) -> dict[Layer, list[str]]:
+    """The paths of the modules that return the routed sum, by layer.
+
+    A layer has several where it has several MoEs with one count.
+    """
+    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    found: defaultdict[Layer, list[str]] = defaultdict(list)
+    for layer, modules in find_modules(names, row).items():
+        for path in filter(None, map(_routed_module, modules)):
+            if path not in found[layer]:
+                found[layer].append(path)
+    return dict(found)
+
+
+def find_modules(names: Iterable[str], row: Architecture) -> dict[Layer, list[str]]:
+    """Those of the tensors' modules that are routed down-projections by the table, by layer."""
+    entries = [Entry(name, "F32", (), 0, 0) for name in names]
+    others = [other for other in architectures.parts(row.model_type) if other.part != row.part]
+    found: defaultdict[Layer, list[str]] = defaultdict(list)
+    for projection in find_projections(entries, row, others):
+        found[projection.layer].append(projection.module)
+    return dict(found)
+
+
+def _routed_module(parameter: str) -> str | None:
+    """The path down to ``experts``; None where a down-projection lies in no such module."""
+    words = parameter.split(".")
+    return ".".join(words[: words.index(_EXPERTS) + 1]) if _EXPERTS in words else None
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """Experts per token of one layer: as trained, as loaded, as it will be run; and in total."""
+
+    trained: int
+    loaded: int
+    after: int
+    total: int
+
+
+class BlockProbe:
+    """A block that runs twice whenever the model runs it once, and counts what its experts do."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        path: str,
+        numbers: Numbers,
+        every: int,
+        biases: frozenset[str] | None = None,
+    ) -> None:
+        """`path` is that of the experts; `every` is that of `RunningStatistics`.
+
+        `biases` are names of a bias of the router's logits; None where the logits are not to be
+        multiplied.
+        """
+        self.path, self._numbers = path, numbers
+        self._experts = model.get_submodule(path)
+        self._block = model.get_submodule(path.rpartition(".")[0])
+        self._places = _count_places(self._block, numbers)
+        self._before = RunningStatistics(numbers.trained, every)
+        self._after = RunningStatistics(numbers.after, every)
+        self._cosines = Cosines()
+        self._current: RunningStatistics | None = None
+        self._sum: Tensor | None = None
+        self._routed: Tensor | None = None  # of the last run
+        self._shape, self._compared = (1, 1), 0
+        self._scores: Tensor | None = None
+        self._handles = [self._experts.register_forward_hook(self._see, with_kwargs=True)]
+        router = getattr(self._block, "router", None)
+        if isinstance(router, nn.Module):
+            self._handles.append(router.register_forward_hook(self._note_scores))
+        self.router = _router_scale(self._block, self._experts, numbers, biases)
+        self._fitting: Fitting | None = None
+        self._forward = self._block.forward
+        self._block.forward = self._run_twice
+
+    def fit_router(self) -> None:
+        """Count from now on what the rule ``fitted`` needs, too."""
+        if self._numbers.trained != self._numbers.after:
+            self._fitting = Fitting(self._block, self._experts, self.router)
+
+    def remove(self) -> None:
+        """Let the block run as it did, with the trained number of experts."""
+        self._block.forward = self._forward
+        if self.router is not None:
+            self.router.remove()
+        for handle in self._handles:
+            handle.remove()
+
+    def expect(self, shape: Sequence[int], compared: int) -> None:
+        """Say what comes: token ids of this shape; of so many, the experts are compared."""
+        self._shape, self._compared = (shape[0], shape[1]), compared
+
+    @property
+    def reached(self) -> bool:
+        """Whether any token came here."""
+        return self._before.tokens > 0
+
+    def sample(self) -> Sample:
+        """What was found out, once `reached`."""
+        before = self._before.moments()
+        same = self._numbers.trained == self._numbers.after
+        after = before if same else self._after.moments()
+        fitted = None
+        if self._fitting is not None:
+            fitted = fit(self._fitting.sums(), scalable=self.router is not None)
+        return Sample(before, after, self._cosines.mean(), fit=fitted)
+
+    def _run_twice(self, *args: Any, **named: Any) -> Any:
+        """With the new number first, on copies."""
+        if self._numbers.trained != self._numbers.after:
+            self._run(self._after, *_copies(args, named))
+        kept = _copies(args, named) if self._fitting is not None else None
+        output = self._run(self._before, args, named)
+        if kept is not None:
+            self._fit(*kept)
+        return output
+
+    def _fit(self, args: Sequence[Any], named: dict[str, Any]) -> None:
+        """Count one batch for the rule ``fitted``; give that up where the experts get no choice."""
+        routed = self._routed
+        assert self._fitting is not None and routed is not None, "the experts have just been run"
+
+        def run() -> None:
+            copies, named_copies = _copies(args, named)
+            with _counts(self._places, self._numbers.after):
+                self._forward(*copies, **named_copies)
+
+        if not self._fitting.add(run, routed, self._context(len(routed))):
+            self._fitting = None
+
+    def _run(self, stats: RunningStatistics, args: Sequence[Any], named: dict[str, Any]) -> Any:
+        first = not stats.tokens
+        self._current = stats
+        try:
+            with _counts(self._places, stats.experts):
+                output = self._forward(*args, **named)
+        finally:
+            self._current = None
+        self._routed = self._sum
+        if first and self._sum is not None:
+            stats.gain = _gain(output if isinstance(output, Tensor) else output[0], self._sum)
+        self._sum = None
+        return output
+
+    def _see(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any], out: Any) -> None:
+        """Count one call of the experts."""
+        stats = self._current
+        if stats is None:
+            return
+        hidden, *rest = (a for a in (*args, *named.values()) if isinstance(a, Tensor))
+        index = next((a for a in rest if not a.is_floating_point()), None)
+        weights = next((a for a in rest if a.is_floating_point()), self._scores)
+        if weights is None:
+            raise self._refusal("its experts are not given the gate weights")
+        tokens = weights.shape[0]
+        weights = self._chosen(weights, stats.experts)
+        result = out if isinstance(out, Tensor) else out[0]
+        # Some experts return what each of them adds to every token, before the sum.
+        routed = result.reshape(-1, tokens, result.shape[-1]).sum(0)
+        self._sum = routed
+        keep = self._context(tokens)
+        stats.add(routed[keep], weights[keep])
+        if stats is self._before and self._compared and index is not None and index.ndim == 2:
+            self._compare(hidden.reshape(tokens, -1), index, weights)
+
+    def _note_scores(self, _: nn.Module, __: Any, out: Any) -> None:
+        """Keep a row of weights per token, for experts that get their inputs multiplied by it."""
+        scores = out if isinstance(out, Tensor) else out[0]
+        self._scores = scores if scores.ndim == 2 and scores.is_floating_point() else None
+
+    def _chosen(self, weights: Tensor, k: int) -> Tensor:
+        """The weights of the k chosen experts; they may come as a row with zeros for all others.
+
+        Raises:
+            UnsupportedError: the router chose another number.
+        """
+        if weights.shape[-1] == k:
+            return weights
+        width = int((weights != 0).sum(-1).max())
+        if width != k:
+            raise self._refusal(f"its router sends a token to {width} experts when asked for {k}")
+        return weights.topk(k, dim=-1).values
+
+    def _refusal(self, why: str) -> UnsupportedError:
+        return UnsupportedError(
+            f"{self.path}: {why}",
+            hint="--rule measured cannot be used for this model; try --rule gates or preserve.",
+        )
+
+    def _context(self, tokens: int) -> Tensor:
+        """All but the first token of each sequence.
+
+        That one has no context, and in many models it is an attention sink, whose norm is hundreds
+        of times that of the others and would be most of the mean.
+        """
+        keep = torch.ones(tokens, dtype=torch.bool)
+        if tokens == self._shape[0] * self._shape[1]:
+            keep[:: self._shape[1]] = False
+        return keep
+
+    def _compare(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
+        """Run each chosen expert of a few tokens by itself, all in one call."""
+        k = index.shape[-1]
+        if k < 2 or k != weights.shape[-1]:
+            return
+        some = torch.linspace(0, len(hidden) - 1, min(self._compared, len(hidden))).long()
+        rows = hidden[some].repeat_interleave(k, dim=0)
+        # In two columns, since some experts take one column for none.
+        chosen = index[some].reshape(-1, 1).expand(-1, 2)
+        alone = weights.new_tensor([1.0, 0.0]).expand(len(rows), 2)
+        stats, self._current = self._current, None  # this call is not counted
+        out = self._experts(rows, chosen, alone)
+        self._current = stats
+        self._cosines.add(out.reshape(len(some), k, -1))
+
+
+def scored_blocks(
+    model: nn.Module,
+    paths: Iterable[str],
+    layer: Layer,
+    numbers: Numbers,
+    biases: frozenset[str] | None,
+) -> Iterator[Block]:
+    """The blocks of a layer, for `moescale.calibrate.scoring`; the arguments are `BlockProbe`'s."""
+    for path in paths:
+        block, experts = model.get_submodule(path.rpartition(".")[0]), model.get_submodule(path)
+        router = _router_scale(block, experts, numbers, biases)
+        yield Block(layer, experts, router, _count_places(block, numbers))
+
+
+def _router_scale(
+    block: nn.Module, experts: nn.Module, numbers: Numbers, biases: frozenset[str] | None
+) -> RouterScale | None:
+    """What multiplies the router's logits, where they may be and can be."""
+    found = None if biases is None else find_router(block, experts, numbers.total, biases)
+    return RouterScale(*found) if found else None
+
+
+def _copies(args: Sequence[Any], named: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of a call, their tensors copied, since a block may work in place."""
+
+    def copy(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) else value
+
+    return [copy(a) for a in args], {n: copy(a) for n, a in named.items()}
+
+
+def _gain(block: Tensor, routed: Tensor) -> float:
+    """By what the block multiplies the routed sum, where it does that and nothing else; else 1."""
+    if block.numel() != routed.numel():  # the experts work in a space of their own
+        return 1.0
+    block, routed = block.reshape(routed.shape).float(), routed.float()
+    gain = float((block * routed).sum() / routed.square().sum().clamp_min(1e-30))
+    difference = float((block - gain * routed).norm() / block.norm().clamp_min(1e-30))
+    return gain if difference < _PROPORTIONAL and abs(gain - 1) > _SAME else 1.0
+
+
+def _count_places(block: nn.Module, numbers: Numbers) -> list[tuple[Any, str]]:
+    """The attributes of the block's modules and of their configs that hold the count.
+
+    An attribute is known by its name and its value. ``num_experts`` is a count where it is not the
+    number of all experts (openai_privacy_filter).
+    """
+    holders: dict[int, Any] = {}
+    for module in block.modules():
+        holders[id(module)] = module
+        config = getattr(module, "config", None)
+        holders[id(config)] = config
+    names = COUNT_NAMES if numbers.loaded == numbers.total else COUNT_NAMES | {"num_experts"}
+    return [
+        (holder, name)
+        for holder in holders.values()
+        if holder is not None
+        for name, value in vars(holder).items()
+        if name in names and type(value) is int and value == numbers.loaded
+    ]
+
+
+@contextmanager
+def _counts(places: Sequence[tuple[Any, str]], k: int) -> Iterator[None]:
+    """Run with `k` experts per token."""
+    old = [(holder, name, vars(holder)[name]) for holder, name in places]
+    for holder, name in places:
+        setattr(holder, name, k)
+    try:
+        yield
+    finally:
+        for holder, name, value in old:
+            setattr(holder, name, value)

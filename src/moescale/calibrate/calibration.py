@@ -1,0 +1,173 @@
+"""Rules that run the model, from outside: what they need.
+
+Nothing of torch is imported before a model has to be run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moescale.calibrate.loading import Loader
+from moescale.calibrate.text import Text, digest, read_text, tokeniser_of
+from moescale.factors.fitted import Guard
+from moescale.factors.samples import Sample
+from moescale.families.find import Moe
+from moescale.families.projections import Layer
+from moescale.planning.factors import Findings
+from moescale.planning.plan import Experts, Plan
+from moescale.planning.rule import Adjustable
+
+if TYPE_CHECKING:
+    from moescale.calibrate.measure import Opened
+
+
+@dataclass(slots=True)
+class Calibration:
+    """Runs a model on a text; what `make_plan` calls to have it done.
+
+    Attributes:
+        text: the file; None for what the model writes by itself.
+        sha256: its digest.
+        loader: loads the model.
+        keep: where to put what the model wrote; None for nowhere.
+        progress: is told of tokens done and in all.
+        folder: the checkpoint on disk, once it is there.
+        own: what the model wrote, once it has; it writes the same every time.
+        facts: afterwards, what the provenance says of the text.
+    """
+
+    text: Path | None
+    sha256: str | None
+    loader: Loader
+    keep: Path | None
+    progress: Callable[[int, int], None]
+    folder: Path | None = None
+    own: Text | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, moe: Moe, experts: Experts, able: Adjustable | None) -> Findings:
+        """A sample of each MoE layer, and the rule that the guard of ``fitted`` takes.
+
+        Blocks that predict a second token are not run by transformers; they get the sample of the
+        last layer, and the facts say so.
+
+        Raises:
+            UsageError: the text is too short.
+            SourceError: the model cannot be run here.
+        """
+        from moescale.calibrate.measure import SEQUENCE, context_of, measure
+        from moescale.calibrate.runner import read_config
+
+        assert self.folder is not None, "there before it is planned for"
+        config = read_config(self.folder)
+        text = self._given(config)
+        model = self.loader.model(self.folder, config, moe)
+        text = text or self._written(model)
+        if able is not None and text.length is None:
+            text = replace(text, length=min(SEQUENCE, context_of(config)))
+        some, held_back, guard = text, None, None
+        if able is not None and experts.trained != experts.after:
+            some, held_back = text.split(context_of(config), HELD_BACK)
+        samples = measure(
+            model,
+            some,
+            moe,
+            experts,
+            fitted=able is not None,
+            biases=able.biases if able else None,
+            progress=self.progress,
+        )
+        if able is not None and held_back is not None:
+            guard = self._guarded(model, held_back, moe, experts, samples, able)
+        rest = [layer for layer in moe.layers if layer not in samples]
+        self.facts = {
+            "text_sha256": self.sha256,
+            text.unit: len(text.tokens),
+            "context": text.length or context_of(config),
+            **({"own": True} if self.text is None else {}),
+            **({"cut": True} if text.cut else {}),
+            **({"as_the_last_layer": [str(layer) for layer in rest]} if rest else {}),
+            **({"guard": guard.as_json()} if guard else {}),
+        }
+        samples |= dict.fromkeys(rest, samples[max(samples)])
+        return Findings(samples, guard.taken) if guard else Findings(samples)
+
+    def use(self, own: Text | None) -> None:
+        """Take what the same model wrote before, for it would write it again."""
+        if own is not None and self.text is None:
+            from moescale.calibrate.own_text import digest_of
+
+            self.own, self.sha256 = own, digest_of(own)
+
+    def _given(self, config: Any) -> Text | None:
+        if self.text is None:
+            return self.own
+        assert self.folder is not None
+        return read_text(self.text, self.folder, config.get_text_config().vocab_size)
+
+    def _written(self, model: Opened) -> Text:
+        """What the model writes by itself, kept where that was asked for."""
+        from moescale.calibrate.measure import context_of
+        from moescale.calibrate.own_text import digest_of, keep_text, write_text
+
+        assert self.folder is not None
+        vocabulary = model.config.get_text_config().vocab_size
+        tokeniser = tokeniser_of(self.folder, vocabulary)
+        self.own = text = write_text(
+            model.model, tokeniser, vocabulary, context_of(model.config), self.progress
+        )
+        self.sha256 = digest_of(text)
+        if self.keep is not None:
+            keep_text(text, tokeniser, self.keep)
+        return text
+
+    def _guarded(
+        self,
+        model: Opened,
+        text: Text,
+        moe: Moe,
+        experts: Experts,
+        samples: Mapping[Layer, Sample],
+        able: Adjustable,
+    ) -> Guard:
+        from moescale.calibrate.guard import tried
+
+        return tried(
+            model,
+            text,
+            moe,
+            experts,
+            samples,
+            by="loss" if self.text is not None else "divergence",
+            biases=able.biases,
+            scalable=able.experts,
+            progress=self.progress,
+        )
+
+
+HELD_BACK = 0.25
+"""The part of a text that the guard keeps for itself; of 80 sequences of a model's own, 20."""
+
+
+def open_calibration(
+    text: str | Path | None,
+    loader: Loader,
+    keep: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Calibration:
+    """A text to measure on, not read yet but for its digest.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    if text is None:
+        return Calibration(None, None, loader, keep, progress)
+    return Calibration(Path(text), digest(Path(text)), loader, keep, progress)
+
+
+def needed_files(plan: Plan) -> list[str]:
+    """The files that a model is loaded from."""
+    return [file.name for file in plan.files if file.action in ("rewrite", "copy", "edit")]

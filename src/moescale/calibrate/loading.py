@@ -1,0 +1,61 @@
+"""Loads a model once for all that one call runs it for. Nothing of torch is imported here."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from moescale.calibrate.devices import Running
+from moescale.families.find import Moe
+
+if TYPE_CHECKING:
+    from moescale.calibrate.measure import Opened
+
+
+class Loader:
+    """Keeps the model that was loaded last, until the end of the `with` block."""
+
+    def __init__(self, how: Running) -> None:
+        self._how = how
+        self._open = ExitStack()
+        self._folder: Path | None = None
+        self._model: Opened | None = None
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._close()
+
+    def model(self, folder: Path, config: Any, moe: Moe) -> Opened:
+        """The model of a folder; of the same folder, the one that is there.
+
+        Args:
+            folder: the checkpoint.
+            config: its config, as `moescale.calibrate.runner.read_config` gives it.
+            moe: what the plan found.
+
+        Raises:
+            UnsupportedError: transformers cannot load it here, or runs its layers otherwise.
+        """
+        from moescale.calibrate.measure import opened
+
+        if self._model is None or folder != self._folder:
+            self._close()  # two models may not fit into memory
+            self._model = self._open.enter_context(opened(folder, config, moe, self._how))
+            self._folder = folder
+        return self._model
+
+    def _close(self) -> None:
+        if self._model is not None:
+            self._model = None
+            self._open.close()
+            gc.collect()  # a model is made of circles

@@ -1,0 +1,130 @@
+"""The loss of plans on a text, for which nothing is written, and that of a finished output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from moescale.calibrate import runner
+from moescale.calibrate.calibration import needed_files
+from moescale.calibrate.loading import Loader
+from moescale.calibrate.measure import batches_of, evaluate
+from moescale.calibrate.scoring import Score, Setting, paired, score
+from moescale.calibrate.text import Text, digest, overlap, read_text
+from moescale.factors.evaluation import Evaluation, Run
+from moescale.families.find import Moe
+from moescale.families.projections import Layer
+from moescale.planning.kinds import open_checkpoint
+from moescale.planning.plan import Experts, Plan
+from moescale.planning.tensors import find_scaled_routers
+from moescale.storage.base import Source
+
+OPTION = "--evaluate"
+
+
+def evaluated(
+    source: Source,
+    plans: Sequence[Plan],
+    file: Path,
+    loader: Loader,
+    *,
+    calibrated: Path | None = None,
+    output: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Run a model as trained, with the config edit of each number of experts, and as planned.
+
+    Args:
+        source: the checkpoint; one on the Hub is downloaded into the Hub's cache.
+        plans: of this checkpoint; at least one.
+        file: the text.
+        loader: loads the model.
+        calibrated: the text that the plans were made on.
+        output: what the only plan has made, which is loaded for it.
+        progress: is told of tokens done and in all.
+
+    Raises:
+        UsageError: the text is none, or too short.
+        UnsupportedError: transformers cannot run the model.
+    """
+    sha256 = digest(file, OPTION)
+    checkpoint = open_checkpoint(source, plans[0].options, plans[0].destination)
+    moe, experts, biases = checkpoint.moe, plans[0].experts, None
+    if any(plan.router_scales for plan in plans):
+        biases = find_scaled_routers(moe, checkpoint.tensors).biases
+    folder = source.on_disk(needed_files(plans[0]))
+    config = runner.read_config(folder)
+    vocabulary = config.get_text_config().vocab_size
+    text = read_text(file, folder, vocabulary, OPTION)
+    settings = _settings(moe, plans, hooks=output is None)
+    model = loader.model(folder, config, moe)
+    scores = evaluate(
+        model, text, moe, experts, list(settings.values()), biases=biases, progress=progress
+    )
+    del model  # before the output's is loaded
+    found = dict(zip(settings, scores, strict=True))
+    if output is not None:
+        found[experts.after, plans[0].rule] = _of_output(output, moe, text, loader, progress)
+    trained = found.pop(_TRAINED)
+    runs = [
+        _run(key, one, found[key[0], "none"], written=output is not None and key[1] != "none")
+        for key, one in found.items()
+    ]
+    warnings = []
+    # Of a finished output, and of factors from a file, the digest of their text is all there is.
+    same = any(plan.calibration.get("text_sha256") == sha256 for plan in plans)
+    if same or (
+        calibrated is not None and overlap(read_text(calibrated, folder, vocabulary), text)
+    ):
+        warnings.append(
+            f"{file} and the text that was calibrated on share passages: what was fitted on one is"
+            " flattered by the other"
+        )
+    return Evaluation(
+        str(file),
+        sha256,
+        sum(trained.tokens),
+        text.cut,
+        experts.trained,
+        trained.loss,
+        tuple(runs),
+        tuple(warnings),
+    )
+
+
+_Key = tuple[int | tuple[int, ...], str]
+_TRAINED: _Key = (0, "")
+
+
+def _settings(moe: Moe, plans: Sequence[Plan], hooks: bool) -> dict[_Key, Setting]:
+    """By number of experts and rule; first the model as trained."""
+    found = {_TRAINED: Setting(_counts(moe, plans[0].experts, 0))}
+    for plan in plans:
+        after, counts = plan.experts.after, _counts(moe, plan.experts, 2)
+        found.setdefault((after, "none"), Setting(counts))
+        if hooks:
+            factors, scales = _by_layer(moe, plan.factors), _by_layer(moe, plan.router_scales)
+            found.setdefault((after, plan.rule), Setting(counts, factors, scales))
+    return found
+
+
+def _counts(moe: Moe, experts: Experts, which: int) -> dict[Layer, int]:
+    return {layer: experts.at(layer)[which] for layer in moe.layers}
+
+
+def _by_layer(moe: Moe, values: Mapping[str, float]) -> dict[Layer, float]:
+    return {layer: values[str(layer)] for layer in moe.layers if values}
+
+
+def _of_output(
+    folder: Path, moe: Moe, text: Text, loader: Loader, progress: Callable[[int, int], None]
+) -> Score:
+    """The loss of a checkpoint as whoever loads it gets it."""
+    config = runner.read_config(folder)
+    model = loader.model(folder, config, moe).model
+    return score(model, (), [Setting({})], batches_of(text, config, progress))[0]
+
+
+def _run(key: _Key, one: Score, edit: Score, written: bool) -> Run:
+    error = paired(one.losses, edit.losses, one.tokens) if one is not edit else 0.0
+    return Run(*key, one.loss, one.loss - edit.loss, error, written)

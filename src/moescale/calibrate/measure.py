@@ -1,0 +1,247 @@
+"""From a checkpoint and a text to a sample of every MoE layer, and to the loss of settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moescale.calibrate import runner
+from moescale.calibrate.blocks import (
+    BlockProbe,
+    Numbers,
+    find_blocks,
+    find_modules,
+    scored_blocks,
+)
+from moescale.calibrate.devices import ANYWHERE, Running
+from moescale.calibrate.scoring import Score, Setting, score
+from moescale.calibrate.statistics import WEIGHTS_KEPT
+from moescale.calibrate.text import Text
+from moescale.errors import UnsupportedError
+from moescale.factors.samples import Sample
+from moescale.families import architectures
+from moescale.families.find import Moe
+from moescale.families.projections import Layer
+from moescale.planning.plan import Experts
+
+SEQUENCE, AT_ONCE = 256, 1_024
+"""Tokens of a sequence that ``fitted`` is fitted on or whose loss is taken, as many as the model
+writes by itself: configs may name a longer context than a model was trained with. And of all that
+run at once where losses are taken, since their logits are kept."""
+
+COMPARED_RUNS, COMPARED = 4, 128
+"""In so many runs, for so many tokens, the outputs of the chosen experts are compared."""
+
+Progress = Callable[[int, int], None]
+"""Is told of tokens done and in all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A model in memory: with the paths of its MoE layers' experts, and what is left unread."""
+
+    model: Any
+    config: Any
+    paths: Mapping[Layer, Sequence[str]]
+
+
+@contextmanager
+def opened(folder: Path, config: Any, moe: Moe, how: Running = ANYWHERE) -> Iterator[Opened]:
+    """Load the model.
+
+    Args:
+        folder: the checkpoint.
+        config: its config, as `moescale.calibrate.runner.read_config` gives it.
+        moe: what the plan found.
+        how: the model is run.
+
+    Raises:
+        UnsupportedError: transformers cannot load it here, or runs its layers otherwise.
+    """
+    _check_part(moe)
+    with runner.loaded(folder, config, how) as (model, left_over):
+        found = find_blocks(model, moe.architecture)
+        _check_scales(find_modules(left_over, moe.architecture), found)
+        measured = _measured_layers(moe.layers, found)
+        yield Opened(model, config, {layer: found[layer] for layer in measured})
+
+
+def measure(
+    model: Opened,
+    text: Text,
+    moe: Moe,
+    experts: Experts,
+    *,
+    fitted: bool = False,
+    biases: frozenset[str] | None = None,
+    progress: Progress = lambda done, total: None,
+) -> dict[Layer, Sample]:
+    """Run the model over a text as it was trained, and each MoE block with both counts.
+
+    Every block gets the hidden states that the unchanged model has there, and is run on them twice:
+    with the number of experts that it was trained with, and with the new one.
+
+    Args:
+        model: the model.
+        text: what to run it on.
+        moe: what the plan found.
+        experts: the numbers of experts per token.
+        fitted: for the rule of this name, each block is run with scaled routers as well.
+        biases: what biases of the routers' logits are called; None where they cannot be scaled.
+        progress: is told of tokens done and in all.
+
+    Returns:
+        a sample of each MoE layer but of blocks that predict a second token, which transformers
+        does not run.
+
+    Raises:
+        UnsupportedError: transformers cannot run the model, or not with these numbers.
+    """
+    every = max(1, len(text.tokens) // WEIGHTS_KEPT)
+    probes: dict[Layer, list[BlockProbe]] = {}
+    for layer, paths in model.paths.items():
+        numbers = _numbers(moe, experts, layer)
+        probes[layer] = [BlockProbe(model.model, p, numbers, every, biases) for p in paths]
+    blocks = [b for blocks in probes.values() for b in blocks]
+    if fitted:
+        for block in blocks:
+            block.fit_router()
+    try:
+        _run(model.model, blocks, text, context_of(model.config), progress)
+        return {layer: _sample(blocks) for layer, blocks in probes.items()}
+    finally:
+        for block in blocks:
+            block.remove()
+
+
+def evaluate(
+    model: Opened,
+    text: Text,
+    moe: Moe,
+    experts: Experts,
+    settings: Sequence[Setting],
+    *,
+    biases: frozenset[str] | None = None,
+    context: int | None = None,
+    progress: Progress = lambda done, total: None,
+) -> list[Score]:
+    """Score settings of a model on a text, the first of them the model as it was trained.
+
+    Args:
+        model: the model.
+        text: what its loss is taken on.
+        moe: what the plan found.
+        experts: numbers of experts per token, as the model was loaded.
+        settings: how it is run.
+        biases: as for `measure`.
+        context: tokens of a sequence, at most what the model takes; default: `SEQUENCE`.
+        progress: is told of tokens done and in all.
+    """
+    blocks = [
+        b
+        for layer, paths in model.paths.items()
+        for b in scored_blocks(model.model, paths, layer, _numbers(moe, experts, layer), biases)
+    ]
+    try:
+        ids = batches_of(text, model.config, progress, context)
+        return score(model.model, blocks, settings, ids)
+    finally:
+        for block in blocks:
+            if block.router is not None:
+                block.router.remove()
+
+
+def batches_of(
+    text: Text, config: Any, progress: Progress, context: int | None = None
+) -> Iterator[Tensor]:
+    """The sequences whose loss is taken, of at most `context` tokens, default `SEQUENCE`."""
+    length = text.length or min(context or SEQUENCE, context_of(config))
+    done = 0
+    for ids in runner.batches(text.tokens, text.start, length, max(length, AT_ONCE)):
+        if ids.shape[1] > 1:
+            yield ids
+        done += ids.shape[0] * (ids.shape[1] - len(text.start))
+        progress(done, len(text.tokens))
+
+
+def context_of(config: Any) -> int:
+    """Tokens of the sequences that a model is run on."""
+    own = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min(own or runner.LONGEST, runner.LONGEST)
+
+
+def _check_part(moe: Moe) -> None:
+    """Only the default part, the text model, runs on a text."""
+    row = moe.architecture
+    if row.part is not None and row.part != architectures.find(row.model_type, None).part:
+        raise UnsupportedError(
+            f"the part {row.part!r} of {moe.model_type} does not run on text", hint=runner.INSTEAD
+        )
+
+
+def _check_scales(left_over: Mapping[Layer, Sequence[str]], found: Collection[Layer]) -> None:
+    """Refuse quantised experts whose scales transformers leaves out: it would run the bare codes.
+
+    Raises:
+        UnsupportedError: with the first of them.
+    """
+    for layer, modules in left_over.items():
+        if layer in found:
+            raise UnsupportedError(
+                f"{modules[0]}: transformers does not read this quantised format",
+                hint="Measure the model in another format, and give the result to --factors.",
+            )
+
+
+def _measured_layers(wanted: Sequence[Layer], found: Collection[Layer]) -> list[Layer]:
+    """The layers that a run reaches: all but the blocks that predict a second token.
+
+    Raises:
+        UnsupportedError: another layer of the checkpoint is not in the model.
+    """
+    measured = [layer for layer in wanted if layer in found]
+    last = measured[-1].number if measured else -1
+    for layer in wanted:
+        second = any("mtp" in word for word in layer.stack.split("."))
+        if layer not in found and not (second or layer.number > last >= 0):
+            raise UnsupportedError(
+                f"layer {layer}: the model that transformers makes has no module for its experts"
+                " alone, whose output could be measured",
+                hint=runner.INSTEAD,
+            )
+    return measured
+
+
+def _numbers(moe: Moe, experts: Experts, layer: Layer) -> Numbers:
+    return Numbers(*experts.at(layer), moe.held[layer])
+
+
+def _run(
+    model: Any, blocks: Sequence[BlockProbe], text: Text, context: int, progress: Progress
+) -> None:
+    """Run the model, each block told of what comes."""
+    batches = list(runner.batches(text.tokens, text.start, text.length or context))
+    compared = {i * len(batches) // COMPARED_RUNS for i in range(COMPARED_RUNS)}
+    inner = runner.text_model(model, [block.path for block in blocks])
+    done = 0
+    for number, ids in enumerate(batches):
+        for block in blocks:
+            block.expect(ids.shape, COMPARED if number in compared else 0)
+        runner.forward(inner, ids)
+        done += ids.shape[0] * (ids.shape[1] - len(text.start))
+        progress(done, len(text.tokens))
+
+
+def _sample(blocks: Sequence[BlockProbe]) -> Sample:
+    """Of the MoEs of a layer, the sample of the one that a text goes through."""
+    reached = [block for block in blocks if block.reached]
+    if not reached:
+        raise UnsupportedError(
+            f"{blocks[0].path}: a text does not go through it", hint=runner.INSTEAD
+        )
+    return reached[0].sample()

@@ -1,0 +1,109 @@
+"""What a model writes by itself: a text to calibrate on where the user gives none."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from moescale.calibrate.runner import device_of, quiet_run
+from moescale.calibrate.text import Text
+from moescale.errors import UnsupportedError
+
+SEQUENCES, GUARDED, LENGTH = 64, 16, 256
+"""Sequences that are calibrated on and that the guard keeps for itself; tokens of each."""
+
+SEED = 294
+AT_ONCE = 16
+"""Sequences that are written together."""
+
+
+def write_text(
+    model: Any,
+    tokeniser: Any,
+    vocabulary: int,
+    context: int = LENGTH,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Text:
+    """Let the model write, at temperature 1, from a fixed seed.
+
+    Sequences are `LENGTH` tokens long, or `context` where the model takes no more. One begins with
+    the tokeniser's first token, or with any token where there is none, and goes on past the end of
+    a document.
+
+    Raises:
+        UnsupportedError: the model does not write.
+    """
+    if not hasattr(model, "generate") or not model.can_generate() or _is_encoder_decoder(model):
+        raise UnsupportedError(
+            "the model does not write text by itself", hint="Give a text: --calibrate FILE."
+        )
+    total, length = SEQUENCES + GUARDED, min(LENGTH, context)
+    pieces: list[int] = []
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        for done in range(0, total, AT_ONCE):
+            first = _first(tokeniser, vocabulary, min(AT_ONCE, total - done))
+            ids = _write(model, first, length)
+            pieces += ids.flatten().tolist()
+            progress(len(pieces), total * length)
+    return Text(tuple(pieces), length=length)
+
+
+def _is_encoder_decoder(model: Any) -> bool:
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def _first(tokeniser: Any, vocabulary: int, rows: int) -> Tensor:
+    begin = getattr(tokeniser, "bos_token_id", None)
+    if begin is None:
+        return torch.randint(vocabulary, (rows, 1))
+    return torch.full((rows, 1), begin)
+
+
+def _write(model: Any, first: Tensor, length: int) -> Tensor:
+    how: Any = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=length - 1,
+        min_new_tokens=length - 1,
+        pad_token_id=0,
+        eos_token_id=None,
+        use_cache=True,
+    )
+    first = first.to(device_of(model))
+    with quiet_run("writing"):
+        ids: Tensor = model.generate(
+            first, attention_mask=torch.ones_like(first), generation_config=how
+        )
+    return ids.cpu()
+
+
+def digest_of(text: Text) -> str:
+    """SHA-256 of the token ids, as 32-bit numbers, the low byte first."""
+    return hashlib.sha256(struct.pack(f"<{len(text.tokens)}i", *text.tokens)).hexdigest()
+
+
+def keep_text(text: Text, tokeniser: Any, file: Path) -> None:
+    """Write sequences as lines of JSON, each with its tokens; `read_text` takes them again."""
+    assert text.length is not None
+    lines = []
+    for start in range(0, len(text.tokens), text.length):
+        tokens = text.tokens[start : start + text.length]
+        lines.append(json.dumps({"text": _words(tokens, tokeniser), "tokens": list(tokens)}))
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _words(tokens: Sequence[int], tokeniser: Any) -> str:
+    if tokeniser is None:
+        return bytes(t for t in tokens if t < 256).decode("utf-8", "replace")
+    return str(tokeniser.decode(tokens))

@@ -1,0 +1,78 @@
+"""Streaming statistics of one MoE layer: what is kept does not grow with the text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moescale.factors.samples import Moments
+
+WEIGHTS_KEPT = 4_096
+"""Tokens of a text of whose gate weights the percentiles are taken."""
+
+_PERCENTILES = (0.1, 0.5, 0.9)
+
+
+@dataclass(slots=True)
+class RunningStatistics:
+    """Sums over tokens, for one layer with `experts` experts per token.
+
+    Attributes:
+        experts: experts per token, k.
+        every: of so many tokens, one has its gate weights kept.
+        gain: what the block multiplies the routed sum by afterwards.
+    """
+
+    experts: int
+    every: int = 1
+    gain: float = 1.0
+    tokens: int = 0
+    _norm: float = 0.0
+    _squares: float = 0.0
+    _squared_sum: float = 0.0
+    _kept: list[Tensor] = field(default_factory=list)
+
+    def add(self, routed: Tensor, weights: Tensor) -> None:
+        """Count tokens: `routed` is [tokens, hidden], `weights` [tokens, k], of any dtype."""
+        weights = weights.double()
+        self._norm += float(routed.float().norm(dim=-1).double().sum())
+        self._squares += float(weights.square().sum())
+        self._squared_sum += float(weights.sum(-1).square().sum())
+        first = -self.tokens % self.every
+        self._kept.append(weights[first :: self.every].float().cpu())
+        self.tokens += len(routed)
+
+    def moments(self) -> Moments:
+        """The averages."""
+        kept = torch.cat(self._kept).sort(-1, descending=True).values
+        ranks = torch.quantile(kept, torch.tensor(_PERCENTILES), dim=0).T.tolist()
+        return Moments(
+            self.experts,
+            self._squares / self.tokens,
+            self._squared_sum / self.tokens,
+            tuple((low, middle, high) for low, middle, high in ranks),
+            self.gain * self._norm / self.tokens,
+        )
+
+
+@dataclass(slots=True)
+class Cosines:
+    """Mean cosine between the outputs of the experts that a token chose."""
+
+    _sum: float = 0.0
+    _tokens: int = 0
+
+    def add(self, outputs: Tensor) -> None:
+        """Count tokens: `outputs` is [tokens, k, hidden], one expert's output each."""
+        k = outputs.shape[1]
+        unit = torch.nn.functional.normalize(outputs.float(), dim=-1)
+        # The squared norm of the sum is k plus the cosines of all ordered pairs.
+        pairs = unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))
+        self._sum += float(pairs.double().sum()) / (k * (k - 1))
+        self._tokens += len(outputs)
+
+    def mean(self) -> float | None:
+        """None where there was none, or one expert per token only."""
+        return self._sum / self._tokens if self._tokens else None

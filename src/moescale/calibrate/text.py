@@ -1,0 +1,235 @@
+"""The calibration text: what it is, and its tokens."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moescale.errors import UnsupportedError, UsageError
+
+FEWEST, MOST = 2_048, 65_536
+"""Tokens of a text: fewer are refused, of more the first are taken."""
+
+_MOST_BYTES = 32 * MOST
+"""As much of the file is tokenised at most; no tokeniser takes 32 bytes a token on average."""
+
+_BYTE_VOCABULARY = range(256, 385)
+"""Sizes of a vocabulary of bytes: 256, and as many more tokens as a model may add to them."""
+
+_ROWS = range(2, 257)
+"""Lengths of sequences that a model may have written; others are cut as any text is."""
+
+_HALF_A_PAIR = re.compile(r"[\ud800-\udfff]")
+"""What JSON may spell and UTF-8 may not."""
+
+_TOKENISERS = ("tokenizer*", "vocab.*", "spiece.model", "sentencepiece*.model", "*.tiktoken")
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A text as tokens.
+
+    Attributes:
+        tokens: the token ids, at least `FEWEST` and at most `MOST`.
+        start: the ids that the tokeniser puts at the beginning of every sequence.
+        unit: ``tokens`` of the model's tokeniser, or ``bytes``.
+        cut: the file has more.
+        length: of its sequences, where it is made of some; they begin with `start` already.
+    """
+
+    tokens: tuple[int, ...]
+    start: tuple[int, ...] = ()
+    unit: str = "tokens"
+    cut: bool = False
+    length: int | None = None
+
+    def split(self, length: int, part: float) -> tuple[Text, Text]:
+        """Two texts; the first is of whole sequences, the second has at least `part`, if it can."""
+        size = self.length or max(1, length - len(self.start))
+        at = max(1, int(len(self.tokens) * (1 - part)) // size) * size
+        return replace(self, tokens=self.tokens[:at]), replace(self, tokens=self.tokens[at:])
+
+
+def digest(path: Path, option: str = "--calibrate") -> str:
+    """SHA-256 of a file.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{option} {path}: must be a regular file (it is read twice)")
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UsageError(f"{option} {path}: {error.strerror}") from None
+
+
+def check_kept(path: Path) -> None:
+    """Refuse to write what the model writes over a file that holds anything else.
+
+    Raises:
+        UsageError: it does.
+    """
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        first = file.read(1 << 20).partition(b"\n")[0]
+    if first and not (first.startswith(b'{"text": ') and b', "tokens": [' in first):
+        raise UsageError(
+            f"--calibrate-out {path}: is there already, and is not what a model wrote",
+            hint="Give another file; what an earlier run has kept there is replaced.",
+        )
+
+
+def read_text(path: Path, folder: Path, vocabulary: int, option: str = "--calibrate") -> Text:
+    """The first `MOST` tokens of a text.
+
+    Args:
+        path: UTF-8 text; lines of JSON (``.jsonl``) with a field ``text``, or with the ``tokens``
+            that `moescale.calibrate.own_text.keep_text` writes; or anything at all for a model of
+            bytes.
+        folder: the checkpoint, which has the tokeniser.
+        vocabulary: number of the model's token ids.
+        option: for errors.
+
+    Raises:
+        UsageError: the text is no text, or too short.
+        UnsupportedError: the model's tokeniser cannot be used.
+    """
+    with open(path, "rb") as file:
+        data = file.read(_MOST_BYTES)
+    text = _read(data, f"{option} {path}", path.suffix.lower() == ".jsonl", folder, vocabulary)
+    if len(text.tokens) < FEWEST:
+        raise UsageError(
+            f"{option} {path}: is {len(text.tokens):,} {text.unit} long, {FEWEST:,} are needed",
+            hint="Give a longer text of the kind that the model is for.",
+        )
+    return text
+
+
+def _read(data: bytes, where: str, is_json: bool, folder: Path, vocabulary: int) -> Text:
+    whole = len(data) < _MOST_BYTES
+    if is_json:
+        lines = _json_lines(_decoded(data, where), where, whole)
+        if lines and all(isinstance(line.get("tokens"), list) for line in lines):
+            return _given_tokens([line["tokens"] for line in lines], where, vocabulary)
+        data = "\n\n".join(line["text"] for line in lines).encode()
+    tokeniser = tokeniser_of(folder, vocabulary)
+    if tokeniser is None:
+        return Text(tuple(data[:MOST]), unit="bytes", cut=len(data) > MOST)
+    text = _tokenised(_decoded(data, where), tokeniser)
+    return text if whole else replace(text, cut=True)
+
+
+def _json_lines(text: str, where: str, whole: bool) -> list[dict[str, Any]]:
+    """The objects of lines of JSON; the last line may be cut where the file has more."""
+    lines = text.split("\n")  # alone: a string may hold every other character that ends a line
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            if not whole and number == len(lines):
+                break
+            raise UsageError(f"{where}: line {number} is not valid JSON") from None
+        if not isinstance(value, dict) or type(value.get("text")) is not str:
+            raise UsageError(f"{where}: line {number} has no field text")
+        if _HALF_A_PAIR.search(value["text"]):
+            raise UsageError(
+                f"{where}: the text of line {number} has half a surrogate pair, which is no letter",
+                hint="Write the text anew as UTF-8, or leave the line out.",
+            )
+        found.append(value)
+    return found
+
+
+def _given_tokens(rows: Sequence[Any], where: str, vocabulary: int) -> Text:
+    for number, row in enumerate(rows, 1):
+        good = isinstance(row, list) and all(type(t) is int and 0 <= t < vocabulary for t in row)
+        if not good or len(row) != len(rows[0]):
+            raise UsageError(
+                f"{where}: the tokens of line {number} are none of this model, or of another length"
+            )
+    tokens = tuple(token for row in rows for token in row)[:MOST]
+    length = len(rows[0])
+    return Text(tokens, length=length if length in _ROWS else None)
+
+
+def tokeniser_of(folder: Path, vocabulary: int) -> Any:
+    """The model's tokeniser; None where its tokens are bytes.
+
+    Raises:
+        UnsupportedError: there is none, or it cannot be loaded.
+    """
+    names = [entry.name for entry in folder.iterdir()]
+    if any(fnmatch.filter(names, pattern) for pattern in _TOKENISERS):
+        return _tokeniser(folder)
+    if vocabulary in _BYTE_VOCABULARY:
+        return None
+    raise UnsupportedError(
+        f"no tokeniser files, and a vocabulary of {vocabulary:,} cannot be raw bytes",
+        hint="Put the tokeniser's files into the checkpoint; --rule gates needs no text.",
+    )
+
+
+def _tokenised(words: str, tokeniser: Any) -> Text:
+    # Not verbose, since it would warn of a long text.
+    tokens = tokeniser(words, add_special_tokens=False, verbose=False)["input_ids"]
+    both: list[int] = tokeniser("a")["input_ids"]
+    bare: list[int] = tokeniser("a", add_special_tokens=False)["input_ids"]
+    start = both[: _find(bare, both)]
+    return Text(tuple(tokens[:MOST]), tuple(start), cut=len(tokens) > MOST)
+
+
+def overlap(one: Text, other: Text) -> bool:
+    """Whether a passage of 32 tokens, or of 64 bytes, stands in both."""
+    window = 64 if one.unit == "bytes" else 32
+    found = {one.tokens[i : i + window] for i in range(len(one.tokens) - window + 1)}
+    return any(other.tokens[i : i + window] in found for i in range(len(other.tokens) - window + 1))
+
+
+def _find(part: list[int], whole: list[int]) -> int:
+    """Where a list begins in another one; 0 where it does not."""
+    places = range(len(whole) - len(part) + 1)
+    return next((i for i in places if whole[i : i + len(part)] == part), 0)
+
+
+def _decoded(data: bytes, where: str) -> str:
+    """The text, without a letter that the end of what was read cuts in two."""
+    whole = len(data) < _MOST_BYTES
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if not whole and len(data) - error.start < 4:
+            return data[: error.start].decode("utf-8-sig")
+        raise UsageError(
+            f"{where}: is not UTF-8 text (byte {error.start:,})",
+            hint="Only a model of bytes without a tokeniser takes other files.",
+        ) from None
+
+
+def _tokeniser(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # whatever a tokeniser's file makes the library raise
+        raise UnsupportedError(
+            f"the model's tokeniser cannot be loaded: {one_line(error)}",
+            hint="Remote code is never run; --rule gates needs no tokeniser.",
+        ) from None
+
+
+def one_line(error: BaseException) -> str:
+    """What a library says, cut to a line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:199] + "…"

@@ -1,0 +1,1 @@
+"""The safetensors format: headers, and the index of a set of shards."""

@@ -1,0 +1,185 @@
+"""The header codec: bytes to names, dtypes, shapes and places, as strict as safetensors.
+
+Layout of a file: 8 bytes with the length N of the header (unsigned, little-endian), N bytes of
+JSON, then the tensors without holes. Source: the format's description and the checks of
+safetensors 0.8 (`SafeTensors::read_metadata`, `Metadata::validate`).
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from moescale.checkpoint.dtypes import BITS
+from moescale.checkpoint.json_text import parse_strict
+from moescale.checkpoint.tensor import Tensor
+from moescale.errors import CheckpointError
+
+LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000
+"""A longer header is refused, as in safetensors."""
+
+_U64 = 1 << 64
+_LFS = b"version "
+"""How the small files begin that Git leaves in place of large ones."""
+_OTHERS = (
+    (b"PK\x03\x04", "a zip file, as torch saves weights"),
+    (b"GGUF", "a GGUF file"),
+    (b"\x80\x02", "a pickle, as torch saves weights"),
+    (b"\x28\xb5\x2f\xfd", "a zstd file"),
+    (b"\x89HDF", "an HDF5 file"),
+)
+"""How files of other kinds begin, which may carry the name of a shard."""
+_CUT = "The file is incomplete or has something appended; fetch it again."
+_WRONG = "safetensors refuses such a file, too; the program that wrote it has to write it again."
+_FIELDS = {"dtype", "shape", "data_offsets"}
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What the header of one shard says; `tensors` is in the order of the data."""
+
+    tensors: tuple[Tensor, ...]
+    data_start: int
+    file_size: int
+
+    @property
+    def by_name(self) -> dict[str, Tensor]:
+        """The tensors by name, made anew."""
+        return {tensor.name: tensor for tensor in self.tensors}
+
+
+def header_length(first: bytes, file_size: int, where: str) -> int:
+    """The number of header bytes that follow the first eight, checked before they are read.
+
+    Raises:
+        CheckpointError: the file is too short, or the length cannot be true.
+    """
+    if file_size < LENGTH_BYTES or len(first) < LENGTH_BYTES:
+        raise _bad(where, f"{file_size} bytes are too few for a safetensors file", _CUT)
+    if first[:LENGTH_BYTES] == _LFS:
+        raise _bad(where, "is a Git LFS pointer, not the file itself", hint="Run git lfs pull.")
+    if first.lstrip().startswith((b"<!", b"<html", b"<?xml")):
+        raise _bad(
+            where, "is a web page, not the file itself", "Fetch it again; see if it is gated."
+        )
+    length = int.from_bytes(first[:LENGTH_BYTES], "little")
+    kind = next((kind for start, kind in _OTHERS if first.startswith(start)), None)
+    if kind is not None and length > min(file_size - LENGTH_BYTES, MAX_HEADER_BYTES):
+        raise _bad(where, f"is {kind}, whatever its name says", "Convert it to safetensors.")
+    if length > file_size - LENGTH_BYTES:
+        raise _bad(where, f"the header claims {length} bytes, the file has {file_size}", _CUT)
+    if length > MAX_HEADER_BYTES:
+        raise _bad(
+            where,
+            f"the header claims {length:,} bytes, more than the {MAX_HEADER_BYTES:,} that"
+            " safetensors reads",
+            "No reader of the format takes the file: write the model in more shards.",
+        )
+    return length
+
+
+def parse_header(data: bytes, file_size: int, where: str) -> Header:
+    """Decode and check the header.
+
+    Args:
+        data: the header's JSON, without the eight bytes of its length.
+        file_size: size of the whole file in bytes.
+        where: the file's name, for errors.
+
+    Raises:
+        CheckpointError: whenever safetensors would reject the file, and for duplicate names
+            and unknown fields, which it lets pass.
+    """
+    entries = _decode(data, where)
+    metadata = entries.pop("__metadata__", None)
+    if metadata is not None:
+        _check_metadata(metadata, where)
+    data_start = LENGTH_BYTES + len(data)
+    tensors = [_tensor(name, entry, data_start, where) for name, entry in entries.items()]
+    tensors.sort(key=_place)
+    _check_places(tensors, data_start, file_size, where)
+    return Header(tuple(tensors), data_start, file_size)
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    return tensor.start, tensor.stop
+
+
+def _decode(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise _bad(where, f"the header is not UTF-8 ({error.reason} at {error.start})") from None
+    try:
+        entries = parse_strict(text)
+    except ValueError as error:
+        raise _bad(where, f"the header is not valid JSON: {error}") from None
+    if not isinstance(entries, dict):
+        raise _bad(where, "the header is not a JSON object")
+    return entries
+
+
+def _check_metadata(metadata: Any, where: str) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _bad(where, "__metadata__ is not a mapping from text to text")
+
+
+def _tensor(name: str, entry: Any, data_start: int, where: str) -> Tensor:
+    if not isinstance(entry, dict) or entry.keys() != _FIELDS:
+        raise _bad(where, f"tensor {name!r} needs exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    bits = BITS.get(dtype) if isinstance(dtype, str) else None
+    if bits is None:
+        shown = repr(dtype) if isinstance(dtype, str) else "that is no text"
+        raise _bad(where, f"tensor {name!r} has the unknown dtype {shown}")
+    if not _is_sizes(shape):
+        raise _bad(where, f"tensor {name!r} has a shape that is not a list of sizes")
+    if not _is_sizes(offsets) or len(offsets) != 2:
+        raise _bad(where, f"tensor {name!r} has data_offsets that are not two offsets")
+    for size in shape:
+        bits *= size
+        if bits >= _U64:
+            raise _bad(where, f"tensor {name!r} has a shape too large to address")
+    start, stop = offsets
+    if stop < start or (stop - start) * 8 != bits:
+        raise _bad(
+            where,
+            f"tensor {name!r} of dtype {dtype} and shape {shape} needs {bits / 8:g} bytes,"
+            f" its data_offsets [{start}, {stop}] hold {stop - start}",
+        )
+    return Tensor(
+        name, sys.intern(dtype), _same_shape(tuple(shape)), data_start + start, data_start + stop
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _same_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """One object for equal shapes: a checkpoint has many tensors and few shapes."""
+    return shape
+
+
+def _is_sizes(value: Any) -> bool:
+    return type(value) is list and all(type(v) is int and 0 <= v < _U64 for v in value)
+
+
+def _check_places(tensors: list[Tensor], data_start: int, file_size: int, where: str) -> None:
+    """Refuse tensors that do not fill the file: where one ends is where the next starts."""
+    position = data_start
+    for tensor in tensors:
+        if tensor.start != position:
+            fault = "overlaps the one before it" if tensor.start < position else "follows a hole"
+            raise _bad(where, f"the data of tensor {tensor.name!r} {fault}")
+        position = tensor.stop
+    if position != file_size:
+        raise _bad(
+            where,
+            f"the header describes {position} bytes, the file has {file_size}",
+            hint=_CUT,
+        )
+
+
+def _bad(where: str, why: str, hint: str = _WRONG) -> CheckpointError:
+    return CheckpointError(f"{where}: {why}", hint=hint)

@@ -1,0 +1,289 @@
+"""Which files of a repo are the shards of the checkpoint, with an index or without."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass, replace
+
+from moescale.checkpoint.json_faults import decoded, not_json
+from moescale.checkpoint.json_text import parse_strict
+from moescale.checkpoint.safetensors.header import Header
+from moescale.errors import CheckpointError
+
+SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+INDEX = "model" + INDEX_SUFFIX
+SINGLE = "model" + SUFFIX
+
+_PART = re.compile(
+    r"(?<![0-9])(?P<number>[0-9]{1,9})(?P<of>[-_. ]{0,2}of[-_. ]{0,2})(?P<total>[0-9]{1,9})"
+    r"(?![0-9])",
+    re.IGNORECASE,
+)
+"""Which part of how many a file is, however that is spelled."""
+_ANEW = "Write the index anew, or remove it; the output gets one."
+_OTHER_WEIGHTS = re.compile(r"(consolidated|adapter_)")
+
+
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """The shards in the order of their names, and the index that lists them, if there is one."""
+
+    names: tuple[str, ...]
+    index: str | None = None
+
+
+def index_name(files: Iterable[str]) -> str | None:
+    """The index that loaders read: ``model.safetensors.index.json``, or else the only one.
+
+    Raises:
+        CheckpointError: there are several, and none has the usual name.
+    """
+    found = [name for name in files if name.endswith(INDEX_SUFFIX) and "/" not in name]
+    found = [name for name in found if not _OTHER_WEIGHTS.match(name)]
+    if INDEX in found or not found:
+        return INDEX if found else None
+    if len(found) > 1:
+        raise CheckpointError(
+            f"several indexes and no {INDEX}: {', '.join(sorted(found))}",
+            hint=f"Name the one that belongs to the model {INDEX}, or remove the others.",
+        )
+    return found[0]
+
+
+def parse_index(data: bytes, where: str) -> Mapping[str, str]:
+    """The map from tensor to shard of an index.
+
+    Raises:
+        CheckpointError: it is not such a map.
+    """
+    try:
+        content = parse_strict(decoded(data))
+    except ValueError as error:
+        raise not_json(where, error) from None
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{where}: has no weight_map", hint=_ANEW)
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise CheckpointError(
+                f"{where}: the shard of tensor {tensor!r} is not a file name", hint=_ANEW
+            )
+    return weight_map
+
+
+def shards_without_index(files: Iterable[str]) -> Shards:
+    """The shards of a repo that has no index.
+
+    ``model.safetensors`` alone is what loaders take; else all safetensors files of the top
+    folder, which must be complete sets where their names count them.
+
+    Raises:
+        CheckpointError: there is none, or a part of a set is missing.
+    """
+    names = sorted(
+        name
+        for name in files
+        if name.endswith(SUFFIX) and "/" not in name and not _OTHER_WEIGHTS.match(name)
+    )
+    if SINGLE in names:
+        return Shards((SINGLE,))
+    if not names:
+        raise CheckpointError(
+            "no safetensors weights found",
+            hint="Weights in other forms (*.bin, *.gguf) must be converted first.",
+        )
+    check_parts(names)
+    return Shards(tuple(names))
+
+
+def set_of(name: str) -> str:
+    """The name of the set that a file is part of, as its own name counts it; else its own name."""
+    return _PART.sub(lambda part: f"#{part['of']}{part['total']}", name)
+
+
+def check_parts(names: Iterable[str]) -> None:
+    """Refuse a set of files that lacks a part; the first may have the number 1 or 0.
+
+    Raises:
+        CheckpointError: with the name of the first file that is missing.
+    """
+    sets: dict[tuple[str, str, str], dict[int, tuple[str, int, str]]] = {}
+    for name in names:
+        for part in _PART.finditer(name):
+            before, after = name[: part.start()], name[part.end("number") :]
+            spelling = before, len(part["number"]), after
+            sets.setdefault((before, part["total"], after), {})[int(part["number"])] = spelling
+    for (_, total, _), parts in sets.items():
+        first = 0 if 0 in parts else 1
+        numbers = range(first, first + int(total))
+        if (lost := next((i for i in numbers if i not in parts), None)) is not None:
+            before, digits, after = next(iter(parts.values()))
+            raise CheckpointError(
+                f"{before}{lost:0{digits}}{after}: part {lost} of {int(total)} is missing, and"
+                " there is no index",
+                hint="The download is incomplete; fetch the missing files.",
+            )
+
+
+def by_shard(weight_map: Mapping[str, str]) -> dict[str, list[str]]:
+    """The names of the tensors of each shard."""
+    listed: dict[str, list[str]] = {}
+    for tensor, shard in weight_map.items():
+        listed.setdefault(shard, []).append(tensor)
+    return listed
+
+
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """A tensor that the index lists in a shard that does not hold it."""
+
+    name: str
+    shard: str
+
+
+@dataclass(frozen=True, slots=True)
+class Doubled:
+    """A tensor in two shards; the index lists the one in `kept`, or else that is the last."""
+
+    name: str
+    kept: str
+    other: str
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """Where index and headers differ, and which tensors the index does not list."""
+
+    index: str | None
+    absent: tuple[Absent, ...] = ()
+    doubled: tuple[Doubled, ...] = ()
+    unlisted: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors that are not where they should be."""
+        return [*(absent.name for absent in self.absent), *(two.name for two in self.doubled)]
+
+    def check(self, scaled: Collection[str]) -> list[str]:
+        """What the user should know of them.
+
+        Raises:
+            CheckpointError: one of the tensors is in `scaled`; loaders may take another one.
+        """
+        for absent in self.absent:
+            if absent.name in scaled:
+                raise CheckpointError(
+                    f"{self.index}: lists {absent.name!r} in {absent.shard}, which does not hold"
+                    " it",
+                    hint="The index is stale: write it anew, or remove it; the output gets one.",
+                )
+        for doubled in self.doubled:
+            if doubled.name in scaled:
+                raise self._two_copies(doubled)
+        return list(self._remarks())
+
+    def _two_copies(self, doubled: Doubled) -> CheckpointError:
+        said = f", as {self.index} says," if self.index else ""
+        why = f"{self.index} is stale, or the" if self.index else "The"
+        return CheckpointError(
+            f"{doubled.name!r}: is in {doubled.kept}{said} and in {doubled.other}",
+            hint=f"{why} shard {doubled.other} was reused or is of another set: take the copy out"
+            " that does not belong, since loaders differ in which they read.",
+        )
+
+    def _remarks(self) -> Iterator[str]:
+        if self.absent:
+            first = self.absent[0]
+            yield (
+                f"{self.index} lists {first.name!r} in {first.shard}, which does not hold it"
+                f"{_more(self.absent)}; it is not one to be scaled"
+            )
+        if self.doubled:
+            kept = self.doubled[0]
+            yield (
+                f"{kept.name!r} is in {kept.kept} and in {kept.other}{_more(self.doubled)}; the one"
+                f" in {kept.kept} counts, and both are copied"
+            )
+        if self.unlisted:
+            yield f"{self.index} does not list {self.unlisted[0]!r}{_more(self.unlisted)}"
+
+
+def _more(found: Sized) -> str:
+    return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+
+
+def check_against_headers(
+    shards: Shards, listed: dict[str, list[str]] | None, headers: Iterable[tuple[str, Header]]
+) -> tuple[dict[str, Header], Faults]:
+    """Find every tensor that is not in one shard only, and where the index says.
+
+    Args:
+        shards: the shards and the name of their index.
+        listed: what the index lists, by shard. It is used up, shard by shard: with 100,000
+            tensors both sides are large, and never in memory as a whole together.
+        headers: the header of each shard, read as they are asked for.
+
+    Returns:
+        All headers by shard, of two copies of a tensor only the one that counts; and the faults.
+    """
+    taken: dict[str, Header] = {}
+    absent: list[Absent] = []
+    unlisted: dict[str, set[str]] = {}
+    for shard, header in headers:
+        taken[shard] = header
+        if listed is not None:
+            there, names = {t.name for t in header.tensors}, listed.pop(shard)
+            absent += [Absent(name, shard) for name in names if name not in there]
+            if surplus := there.difference(names):
+                unlisted[shard] = surplus
+    doubled = []
+    if listed is None or unlisted:  # else each name stands once in the index
+        doubled = list(_doubled(taken, None if listed is None else unlisted))
+        taken = _single(taken, doubled)
+    copies = {(two.other, two.name) for two in doubled}
+    alone = [
+        name for shard, names in unlisted.items() for name in names if (shard, name) not in copies
+    ]
+    return taken, Faults(shards.index, tuple(absent), tuple(doubled), tuple(sorted(alone)))
+
+
+def _doubled(
+    headers: Mapping[str, Header], unlisted: Mapping[str, Collection[str]] | None
+) -> Iterator[Doubled]:
+    """Tensors in two shards; a copy that is listed counts, else the last one, as for loaders."""
+    home: dict[str, str] = {}
+    copies: dict[str, list[str]] = {}
+    for shard, header in headers.items():
+        for tensor in header.tensors:
+            if (first := home.setdefault(tensor.name, shard)) != shard:
+                copies.setdefault(tensor.name, [first]).append(shard)
+    for name, shards in copies.items():
+        listed = [s for s in shards if unlisted is not None and name not in unlisted.get(s, ())]
+        kept = listed[0] if listed else shards[-1]
+        yield from (Doubled(name, kept, other) for other in shards if other != kept)
+
+
+def _single(headers: Mapping[str, Header], doubled: Iterable[Doubled]) -> dict[str, Header]:
+    """The headers without the copies that do not count."""
+    dropped = {(d.other, d.name) for d in doubled}
+    shards = {shard for shard, _ in dropped}
+    return {
+        shard: replace(h, tensors=tuple(t for t in h.tensors if (shard, t.name) not in dropped))
+        if shard in shards
+        else h
+        for shard, h in headers.items()
+    }
+
+
+def make_index(headers: Mapping[str, Header]) -> bytes:
+    """An index in the layout of huggingface_hub: total size, then tensor by tensor."""
+    weight_map = {t.name: shard for shard, header in headers.items() for t in header.tensors}
+    size = sum(t.nbytes for header in headers.values() for t in header.tensors)
+    content = {
+        "metadata": {"total_size": size},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

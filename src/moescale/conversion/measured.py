@@ -1,0 +1,123 @@
+"""Plans by rules that run the model: what an earlier run has noted is used again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moescale.calibrate.calibration import Calibration, needed_files
+from moescale.calibrate.devices import check_installed
+from moescale.conversion.run import status_of
+from moescale.errors import UsageError
+from moescale.factors.samples import Moments, Sample
+from moescale.families.find import Moe
+from moescale.options import Options, is_calibration
+from moescale.planning import provenance
+from moescale.planning.decide import make_plan
+from moescale.planning.factors import Findings, KnownFactors
+from moescale.planning.plan import Experts, Plan
+from moescale.planning.rule import Adjustable
+from moescale.storage.base import Destination, Source
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """What an earlier run of the same job has measured, and on which text."""
+
+    known: KnownFactors
+    calibration: Mapping[str, Any]
+
+
+def measured_before(destination: Destination, trial: Plan) -> Earlier | None:
+    """What an unfinished or finished run of this job at the destination has found.
+
+    `trial` is a plan with any factors. Factors are measured to a few digits, but two machines may
+    still differ in one; what a run has begun with it keeps.
+    """
+    found, wanted = destination.unfinished(), provenance.job(trial)
+    if found is not None:
+        alike = ("version", "source", "options")
+    elif (said := destination.recorded()) is not None:
+        found, wanted = provenance.decode(said), provenance.provenance(trial, {})
+        alike = ("moescale", "source", "options")
+    if not isinstance(found, dict) or any(found.get(key) != wanted[key] for key in alike):
+        return None
+    calibration = found.get("calibration")
+    factors: Any = found.get("factors")
+    scales: Any = found.get("router_scales", {})
+    if not _are_of_layers(factors, trial) or not (scales == {} or _are_of_layers(scales, trial)):
+        return None
+    if not is_calibration(calibration):
+        return None
+    wanted_text, own = trial.options.calibrate, calibration.get("own") is True
+    same = own if wanted_text is None else calibration["text_sha256"] == wanted_text
+    return Earlier(KnownFactors(factors, scales), calibration) if same else None
+
+
+def _are_of_layers(values: Any, plan: Plan) -> bool:
+    """Whether they are factors, one for each MoE layer."""
+    if not isinstance(values, dict) or values.keys() != plan.factors.keys():
+        return False
+    return all(_is_factor(value) for value in values.values())
+
+
+def _is_factor(value: Any) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool) and 0 < value < 1e30
+
+
+def _unmeasured(moe: Moe, experts: Experts, _: Adjustable | None) -> Findings:
+    """Samples to plan with before anything is measured.
+
+    The factor is a common one, so that a format that takes powers of two only is refused already.
+    """
+    some = Sample(Moments(1, 1.0, 1.0, norm=5.0), Moments(1, 1.0, 1.0, norm=4.0))
+    return Findings(dict.fromkeys(moe.layers, some))
+
+
+def measured_plan(
+    source: Source,
+    options: Options,
+    said: str | None,
+    calibration: Calibration,
+    destination: Destination | None = None,
+    overwrite: bool | None = None,
+) -> Plan:
+    """A plan with measured factors, or with those that the destination has of the same job.
+
+    Args:
+        source: the checkpoint; one on the Hub is downloaded into the Hub's cache.
+        options: what the user asked for.
+        said: the destination, as the user calls it.
+        calibration: the text.
+        destination: where an earlier run may have left what it measured.
+        overwrite: of a run that is to follow: one that would be refused is refused before anything
+            is measured, and one that starts anew measures anew. None: no run follows.
+
+    Raises:
+        MoescaleError: see `make_plan`, `status_of` and `moescale.calibrate.measure`.
+    """
+    plan = trial = make_plan(source, options, said, _unmeasured)
+    found = measured_before(destination, trial) if destination is not None else None
+    if found is not None:
+        plan = make_plan(source, options, said, known=found.known)
+        plan = replace(plan, calibration=found.calibration)
+    status = ""
+    if destination is not None and overwrite is not None:
+        status = status_of(plan, source, destination, overwrite)
+    if found is not None and status not in ("new", "replace"):
+        return _not_kept(plan) if calibration.keep is not None else plan
+    if options.calibrate is not None and calibration.text is None:
+        raise UsageError(
+            f"the text that --rule {options.rule} ran the model on is needed again",
+            hint="Give it with --calibrate FILE.",
+        )
+    check_installed(f"--rule {options.rule}")
+    calibration.folder = source.on_disk(needed_files(trial))
+    plan = make_plan(source, options, said, calibration)
+    return replace(plan, calibration=calibration.facts)
+
+
+def _not_kept(plan: Plan) -> Plan:
+    why = "--calibrate-out: not written, since the factors are those of the earlier run"
+    return replace(plan, warnings=(*plan.warnings, why))

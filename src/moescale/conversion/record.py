@@ -1,0 +1,77 @@
+"""What a finished output says of itself, and whether its files are as it says."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from moescale.checkpoint.record import PROVENANCE, names_here, recorded
+from moescale.checkpoint.rewrite import PIECE
+from moescale.planning import provenance
+from moescale.results import Record
+from moescale.storage.base import FileInfo, Source, io_errors
+
+SMALL_BYTES = 32 << 20
+"""Files up to this size are read in any case."""
+
+
+def read_record(output: Source, check: bool) -> Record | None:
+    """The record of an output; None where the place has none.
+
+    Args:
+        output: the place.
+        check: read every file of which the SHA-256 is noted, however large.
+    """
+    files = output.files()
+    data = recorded({name: file.size for name, file in files.items()}, output.read)
+    content = provenance.decode(data) if data is not None else None
+    if content is None or "moescale" not in content:
+        return None
+    noted = dict(_listed(content))
+    names = names_here(noted, files)
+    listed = {names[name]: value for name, value in noted.items()}
+    wanted = {n: sum_ for n, (_, sum_) in listed.items() if sum_ and n in files}
+    read = {n for n in wanted if check or files[n].size <= SMALL_BYTES}
+    differences = dict(_differences(output, files, listed, read))
+    sized = len(listed.keys() & files.keys()) - len(read)
+    words = provenance.in_words(content)
+    return Record(output.identity.id, content, words, differences, len(read), sized)
+
+
+def _listed(content: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """Size and SHA-256 of every file, as far as they make sense; anybody may have written them."""
+    files = content.get("files")
+    for file in files if isinstance(files, list) else []:
+        if isinstance(file, dict) and isinstance(file.get("name"), str):
+            yield file["name"], (file.get("size"), file.get("sha256"))
+
+
+def _differences(
+    output: Source,
+    files: Mapping[str, FileInfo],
+    listed: Mapping[str, tuple[Any, Any]],
+    read: set[str],
+) -> Iterator[tuple[str, str]]:
+    for name, (size, digest) in listed.items():
+        if name not in files:
+            yield name, "is missing"
+        elif files[name].size != size:
+            yield name, f"has {files[name].size} bytes instead of {size}"
+        elif name in read and _digest(output, files[name]) != digest:
+            yield name, "is not what was written"
+    if PROVENANCE in files:  # a GGUF file has it in itself, and may lie among others
+        for name in sorted(files.keys() - listed.keys() - {PROVENANCE, ".gitattributes"}):
+            yield name, "was not written by that run"
+
+
+def _digest(output: Source, file: FileInfo) -> str:
+    """The SHA-256 of a file, read piece by piece."""
+    digest, buffer, position = hashlib.sha256(), memoryview(bytearray(PIECE)), 0
+    with io_errors(file.name), output.open(file.name) as reader:
+        while position < file.size:
+            piece = buffer[: min(PIECE, file.size - position)]
+            reader.read_into(piece, position)
+            digest.update(piece)
+            position += len(piece)
+    return digest.hexdigest()

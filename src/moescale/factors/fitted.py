@@ -1,0 +1,197 @@
+"""The rule ``fitted``: one router scale and one factor a layer, in closed form.
+
+Where a model runs with other experts than it was trained with, one factor repairs the size of the
+routed output, and a scale of the router's logits its direction. With ``y_n`` the routed output as
+trained and ``y_m(t)`` that with ``m`` experts and logits times ``t``, over tokens:
+
+    e(t) = 1 - <y_n, y_m(t)>^2 / (|y_n|^2 |y_m(t)|^2)        what the best factor cannot repair
+    t    = argmin e(t)
+    f    = mean |y_n| / mean |y_m(t)|                        keeps the mean norm
+
+The sums behind ``e`` and ``f`` stream: they have one number for each scale of `GRID`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from moescale.factors import measured
+from moescale.factors.samples import Fit, Sample, rounded
+
+GRID: tuple[float, ...] = tuple(
+    sorted({1.0, *(math.exp(math.log(0.4) + i * math.log(15) / 22) for i in range(23))})
+)
+"""24 scales from 0.4 to 6, evenly spaced in their logarithm, with 1 among them."""
+
+WORTH = 0.01
+"""The scale stays 1 unless the error falls by more than this part of it."""
+
+
+@dataclass(slots=True)
+class FitSums:
+    """Sums over the tokens of one layer; lists have one number for each scale of `GRID`.
+
+    Attributes:
+        dots: sums of ``<y_n, y_m(t)>``.
+        squares: sums of ``|y_m(t)|^2``.
+        norms: sums of ``|y_m(t)|``.
+        trained_squares: sum of ``|y_n|^2``.
+        trained_norms: sum of ``|y_n|``.
+    """
+
+    dots: Sequence[float]
+    squares: Sequence[float]
+    norms: Sequence[float]
+    trained_squares: float
+    trained_norms: float
+
+    def errors(self) -> list[float]:
+        """``e(t)`` for each scale of the grid."""
+        return [
+            1 - dot * dot / (self.trained_squares * square) if square else 1.0
+            for dot, square in zip(self.dots, self.squares, strict=True)
+        ]
+
+
+def fit(sums: FitSums, *, scalable: bool = True) -> Fit:
+    """The scale and the factor of one layer.
+
+    Args:
+        sums: over the tokens of a text.
+        scalable: whether the router's logits can be multiplied; if not, the scale is 1.
+    """
+    errors = sums.errors()
+    one = GRID.index(1.0)
+    best = min(range(len(GRID)), key=errors.__getitem__)
+    position, error = _vertex(errors, best)
+    if not scalable or not error < errors[one] * (1 - WORTH):
+        position, error = float(one), errors[one]
+    scale = rounded(_scale_at(position)) if position != one else 1.0
+    norm = _interpolated(sums.norms, position)
+    return Fit(scale, rounded(sums.trained_norms / norm), errors[one], error)
+
+
+def _vertex(errors: Sequence[float], best: int) -> tuple[float, float]:
+    """Where the parabola through the best point and its neighbours is lowest: position, value.
+
+    Positions are those of the grid, in between by the logarithm of the scale.
+    """
+    if not 0 < best < len(errors) - 1:
+        return float(best), errors[best]
+    x = [math.log(GRID[i]) for i in (best - 1, best, best + 1)]
+    y = [errors[i] for i in (best - 1, best, best + 1)]
+    left, right = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
+    curvature = (right - left) / (x[2] - x[0])
+    if curvature <= 0:
+        return float(best), errors[best]
+    lowest = (x[0] + x[1]) / 2 - left / (2 * curvature)
+    value = y[0] + left * (lowest - x[0]) + curvature * (lowest - x[0]) * (lowest - x[1])
+    step = lowest - x[1]
+    width = x[2] - x[1] if step > 0 else x[1] - x[0]
+    return best + step / width, value
+
+
+def _scale_at(position: float) -> float:
+    below = min(math.floor(position), len(GRID) - 2)
+    part = position - below
+    return math.exp(math.log(GRID[below]) * (1 - part) + math.log(GRID[below + 1]) * part)
+
+
+def _interpolated(values: Sequence[float], position: float) -> float:
+    """The value at a position, by the parabola through the nearest three points in log scale."""
+    middle = min(max(round(position), 1), len(values) - 2)
+    points = range(middle - 1, middle + 2)
+    x = math.log(_scale_at(position)) if position % 1 else math.log(GRID[int(position)])
+    total = 0.0
+    for i in points:
+        weight = 1.0
+        for j in points:
+            if j != i:
+                weight *= (x - math.log(GRID[j])) / (math.log(GRID[i]) - math.log(GRID[j]))
+        total += weight * values[i]
+    return total
+
+
+def factor(sample: Sample) -> float:
+    """The factor of one layer; that of ``measured`` where its experts get no choice to scale."""
+    return sample.fit.factor if sample.fit else measured.factor(sample)
+
+
+def scale(sample: Sample) -> float:
+    """The router scale of one layer."""
+    return sample.fit.scale if sample.fit else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What one rule loses on text that it was not fitted on, in nats a token.
+
+    Attributes:
+        rule: ``none``, ``measured`` or ``fitted``.
+        loss: cross entropy.
+        difference: its loss minus that of the config edit, on the same sequences.
+        standard_error: of that difference.
+        divergence: KL divergence from the model as it was trained.
+        divergence_difference: its divergence minus that of the config edit.
+        divergence_error: the standard error of that.
+    """
+
+    rule: str
+    loss: float
+    difference: float
+    standard_error: float
+    divergence: float
+    divergence_difference: float
+    divergence_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """The rules tried on a text that none of them was fitted on, and the one that is taken.
+
+    Attributes:
+        trained: cross entropy of the model as it was trained, in nats a token.
+        tokens: of the text.
+        by: ``loss`` on a text of the user's; ``divergence`` on what the model wrote itself, which
+            says how near a rule is to the trained model, and nothing of its loss.
+        trials: one for each rule.
+    """
+
+    trained: float
+    tokens: int
+    by: Literal["loss", "divergence"]
+    trials: tuple[Trial, ...]
+
+    @property
+    def taken(self) -> str:
+        """The rule with the lowest loss or divergence; of equals, the first."""
+        return min(self.trials, key=lambda trial: getattr(trial, self.by)).rule
+
+    @classmethod
+    def from_json(cls, content: Any) -> Guard | None:
+        """What `as_json` gave; None for anything else, since anybody may have written it."""
+        try:
+            trials = tuple(Trial(**run) for run in content["runs"])
+            guard = cls(content["trained_loss"], content["tokens"], content["by"], trials)
+            return guard if guard.as_json() == content else None
+        except (TypeError, KeyError, ValueError, AttributeError):
+            return None
+
+    def as_json(self) -> dict[str, Any]:
+        """For the plan and the provenance, to `DIGITS` significant digits."""
+        return {
+            "by": self.by,
+            "tokens": self.tokens,
+            "trained_loss": rounded(self.trained),
+            "taken": self.taken,
+            "runs": [
+                {
+                    name: rounded(value) if isinstance(value, float) else value
+                    for name, value in asdict(trial).items()
+                }
+                for trial in self.trials
+            ],
+        }

@@ -1,0 +1,88 @@
+"""What was found out about the routers and the experts of a model, layer by layer.
+
+Samples come from the model's own router (rule ``gates``) or from running the model over a text
+(rule ``measured``); the rules turn them into factors, the report draws them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+DIGITS = 6
+"""Significant digits of a factor that was sampled. Matrix products differ in their last bits from
+one machine to the next; the factor, and with it every byte of the output, shall not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """One MoE layer with `experts` experts per token, averaged over tokens.
+
+    Attributes:
+        experts: experts per token, k.
+        squares: ``A_k = E[sum g_i^2]`` of the gate weights.
+        squared_sum: ``B_k = E[(sum g_i)^2]``.
+        ranks: for each of the k chosen experts, the largest weight first, the 10th, 50th and 90th
+            percentile of its gate weight.
+        norm: mean Euclidean norm of the routed experts' output, in the units of the hidden state;
+            None where no expert was run.
+    """
+
+    experts: int
+    squares: float
+    squared_sum: float
+    ranks: tuple[tuple[float, float, float], ...] = ()
+    norm: float | None = None
+
+    def expected_norm(self, rho: float) -> float:
+        """``sqrt((1-rho) A_k + rho B_k)``: the expected norm for expert outputs of norm 1."""
+        return math.sqrt((1 - rho) * self.squares + rho * self.squared_sum)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One MoE layer as it was trained and as it will be run.
+
+    Attributes:
+        before: with the number of experts that it was trained with.
+        after: with the new number, weights unchanged.
+        correlation: mean pairwise cosine of the chosen experts' outputs before; None where no
+            expert was run.
+        fit: router scale and factor of the rule ``fitted``, where that was asked for.
+        error: standard error of the factor of ``gates``, as a part of it, for inputs that were
+            drawn; None where they were not.
+    """
+
+    before: Moments
+    after: Moments
+    correlation: float | None = None
+    fit: Fit | None = None
+    error: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What one layer's router weight and down-projections are multiplied by.
+
+    Attributes:
+        scale: of the router's weight and logit bias.
+        factor: of the routed experts' down-projections.
+        error_before: ``e(1)``, from 0 to 1; see `moescale.factors.fitted`.
+        error_after: ``e`` at the scale.
+    """
+
+    scale: float
+    factor: float
+    error_before: float
+    error_after: float
+
+
+def geometric_mean(values: Collection[float]) -> float:
+    """Of numbers above 0."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def rounded(factor: float) -> float:
+    """A sampled factor to `DIGITS` significant digits."""
+    return float(f"{factor:.{DIGITS}g}")

@@ -1,0 +1,747 @@
+"""The table of architectures: one row a model type.
+
+A row says how the routed experts' down-projections are called, at which config keys the number
+of experts per token stands, how the router forms its weights, and what stands in the way of
+rescaling. Facts are those of transformers 5.24 (modeling and configuration files of each type),
+where they were checked on small models; rows under "remote code" follow the published code.
+
+To add an architecture, add a row: the names of one checkpoint (its index lists them) and its
+config are enough. Names are templates: ``{L}`` is the layer, ``{E}`` the expert; without ``{E}``
+one tensor holds all experts. Whatever stands before the template (``model.``,
+``language_model.model.``, ``mtp.``) is allowed, and what follows it (``.weight``,
+``.weight_scale_inv``, ``_bias``) is the business of `formats`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from moescale.errors import UnsupportedError
+from moescale.routers import kinds
+from moescale.routers.kinds import UNKNOWN, Gating, Other
+
+# How the down-projections are called -----------------------------------------------------------
+
+MLP: Final = ("layers.{L}.mlp.experts.{E}.down_proj", "layers.{L}.mlp.experts.down_proj")
+"""The usual names: one tensor an expert, or all experts of a layer in one."""
+SPARSE_MOE: Final = (
+    "layers.{L}.block_sparse_moe.experts.{E}.w2",
+    "layers.{L}.mlp.experts.down_proj",
+)
+FEED_FORWARD: Final = (
+    "layers.{L}.feed_forward.experts.{E}.down_proj",
+    "layers.{L}.feed_forward.experts.down_proj",
+)
+MIXER: Final = (
+    "layers.{L}.mixer.experts.{E}.down_proj",
+    "layers.{L}.mixer.experts.down_proj",
+    "layers.{L}.mixer.experts.down_projs",
+)
+GRANITE: Final = (
+    "layers.{L}.block_sparse_moe.output_linear",
+    "layers.{L}.block_sparse_moe.experts.down_proj",
+)
+ARIA: Final = ("layers.{L}.mlp.experts.fc2", "layers.{L}.mlp.experts.down_proj")
+INKLING: Final = ("layers.{L}.mlp.experts.w2", "layers.{L}.mlp.experts.down_proj")
+GEMMA: Final = ("layers.{L}.experts.down_proj",)
+
+# How the router weighs the experts that it chose -----------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """The config key that switches renormalisation; `default` is what the class takes without.
+
+    Where the config does not say `only_if` (a key and its value), the weights sum to 1 anyway.
+    `aliases` are other names of the key, which transformers' ``attribute_map`` takes.
+    """
+
+    key: str
+    default: bool
+    only_if: tuple[str, str] | None = None
+    aliases: Sequence[str] = ()
+
+    def value(self, section: Mapping[str, Any]) -> Any:
+        """What the config says, None where it does not."""
+        keys = (self.key, *self.aliases)
+        return next((section[key] for key in keys if section.get(key) is not None), None)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedSum:
+    """Routed and shared experts' weights sum to 1 together; `key` counts the shared experts."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class PowerNorm:
+    """Weights are divided by their p-norm; `key` holds p, null for no normalisation."""
+
+    key: str
+
+
+Weights = bool | Flag | SharedSum | PowerNorm
+ALWAYS: Final = True
+"""The weights of the chosen experts sum to 1 (times a constant)."""
+NEVER: Final = False
+"""They are what the score function gave them, so their sum grows with the number chosen."""
+NORM_TRUE: Final = Flag("norm_topk_prob", True)
+NORM_FALSE: Final = Flag("norm_topk_prob", False)
+
+# Which layers are MoE layers -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class All:
+    """Every layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class SparseStep:
+    """Every ``decoder_sparse_step``-th layer that is not in ``mlp_only_layers``."""
+
+
+@dataclass(frozen=True, slots=True)
+class FirstDense:
+    """All after ``first_k_dense_replace``, or as ``mlp_layer_types`` says."""
+
+    default: int
+
+
+MoeLayers = All | SparseStep | FirstDense
+
+# The rows ----------------------------------------------------------------------------------------
+
+TEXT_SECTIONS: Final = ("text_config", "language_config", "llm_config", "")
+"""Where the MoE keys of a config may stand; the first that has one is what transformers reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What has to be known of one model type.
+
+    Attributes:
+        model_type: as in ``config.json``.
+        experts: templates of the routed down-projections' names.
+        weights: how the weights of the chosen experts are normalised.
+        count: config keys of the experts per token; of several that are present, transformers
+            reads the first. All of them are set. Empty: the number is fixed in the code.
+        sections: config sections that may hold the keys, in the order of precedence.
+        moe_layers: which layers have experts; None where only the tensors can tell.
+        groups: the router may be limited to ``topk_group`` of ``n_group`` groups of experts.
+        total: config keys of the number of experts of a layer, where unusual.
+        part: the name of this MoE where a checkpoint has several with a count each.
+        stacks: the stacks of layers that belong to `part`; None for all that no other part has.
+        moes: MoEs in one layer that share count and numbering.
+        fixed: why another count is refused.
+        fixed_count: the number that the code fixes.
+        no_effect: why scaling the down-projections has no effect on this model.
+        no_effect_if: config key that turns on what `no_effect` is about; None: it is always so.
+        partly: what scaling the down-projections does not reach.
+        partly_if: the tensor of a MoE layer that `partly` is about; None: it is always so.
+        beside: first words, after the MoE block's name, of tensors that other types do not have
+            there and that do not change what a factor does.
+        scale_key: config key of a constant that multiplies the routed output.
+        any_text: its text model may be of any type, which decides; see `sections`.
+        folds: every engine that was looked at multiplies the routed output, and nothing else, by
+            that constant, so that changing it is the same as scaling the weights.
+        gating: how its router works, or why that cannot be said.
+    """
+
+    model_type: str
+    experts: Sequence[str]
+    weights: Weights
+    count: Sequence[str] = ("num_experts_per_tok",)
+    sections: Sequence[str] = TEXT_SECTIONS
+    moe_layers: MoeLayers | None = None
+    groups: bool = False
+    total: Sequence[str] = ("num_local_experts", "num_experts", "n_routed_experts")
+    part: str | None = None
+    stacks: frozenset[str] | None = None
+    moes: int = 1
+    fixed: str | None = None
+    fixed_count: int | None = None
+    no_effect: str | None = None
+    no_effect_if: str | None = None
+    partly: str | None = None
+    partly_if: str | None = None
+    beside: Sequence[str] = ()
+    scale_key: str | None = None
+    any_text: bool = False
+    folds: bool = False
+    gating: Gating | Other = UNKNOWN
+
+
+_POST_NORM = (
+    "a norm on the routed output alone removes every factor, so only the choice of experts changes"
+)
+_JOINT_NORM = (
+    "a norm follows the sum of routed and shared experts: scaling changes the share of the routed"
+    " experts in it, not its size"
+)
+_PER_TOKEN = ("num_experts_per_token", "num_experts_per_tok")
+_MOE_TOPK = ("num_experts_per_tok", "moe_topk")
+_MOE_TOTAL = ("moe_num_experts", "num_experts")
+_SCALE = "routed_scaling_factor"
+
+
+V4_EXPERTS: Final = (
+    "layers.{L}.ffn.experts.{E}.w2",
+    "mtp.{L}.ffn.experts.{E}.w2",
+    "layers.{L}.mlp.experts.down_proj",
+    "mtp.{L}.mlp.experts.down_proj",
+)
+_HASHED = (
+    "its hash layers choose experts from a table with one column an expert per token"
+    " (gate.tid2eid), which would have to be cut or invented"
+)
+_MULTI_ROUTER = ("image_gate", "audio_gate")
+_LATENT = ("routed_expert_down_proj", "routed_expert_up_proj")
+_MOE_RENORMALIZE = Flag("moe_renormalize", True, aliases=("norm_topk_prob",))
+
+
+def _group_limited(model_type: str, weights: Weights, **more: Any) -> Architecture:
+    """A row of the DeepSeek kind: groups, a routed scaling factor, usually its router."""
+    return Architecture(
+        model_type,
+        more.pop("experts", MLP),
+        weights,
+        groups=True,
+        scale_key=more.pop("scale_key", _SCALE),
+        gating=more.pop("gating", kinds.SIGMOID),
+        **more,
+    )
+
+
+ROWS: Final[tuple[Architecture, ...]] = (
+    # Mixtral and its likes
+    Architecture("mixtral", SPARSE_MOE, ALWAYS, moe_layers=All(), gating=kinds.MIXTRAL),
+    Architecture("minimax", SPARSE_MOE, ALWAYS, moe_layers=All(), gating=kinds.MIXTRAL),
+    Architecture("minimax_m2", SPARSE_MOE, ALWAYS, moe_layers=All(), gating=kinds.SPARSE_SIGMOID),
+    # The last is the text model of the others: sglang 0.5.23 minimax_m3.py
+    *(
+        Architecture(
+            model_type,
+            SPARSE_MOE,
+            ALWAYS,
+            scale_key=_SCALE,
+            folds=True,
+            gating=kinds.MINIMAX_M3,
+        )
+        for model_type in ("minimax_m3_vl", "minimax_m3_vl_text", "minimax_m3")
+    ),
+    # Softmax, renormalised: the config.json of MiniMax-M1 and the model file of its repo
+    Architecture("minimax_m1", SPARSE_MOE, ALWAYS, moe_layers=All(), gating=kinds.MIXTRAL),
+    Architecture("minimax_text_01", SPARSE_MOE, ALWAYS, moe_layers=All(), gating=kinds.MIXTRAL),
+    Architecture(
+        "phimoe",
+        SPARSE_MOE,
+        NEVER,
+        moe_layers=All(),
+        fixed="its router (sparsemixer) always takes 2 experts and ignores the config",
+        gating=kinds.SPARSEMIXER,
+    ),
+    # Qwen
+    Architecture("qwen2_moe", MLP, NORM_FALSE, moe_layers=SparseStep(), gating=kinds.SOFTMAX),
+    Architecture("qwen3_moe", MLP, NORM_FALSE, moe_layers=SparseStep(), gating=kinds.SOFTMAX),
+    Architecture("qwen3_next", MLP, NORM_TRUE, moe_layers=SparseStep(), gating=kinds.CENTRED),
+    Architecture("qwen3_vl_moe", MLP, ALWAYS, moe_layers=SparseStep(), gating=kinds.SOFTMAX),
+    Architecture("qwen3_vl_moe_text", MLP, ALWAYS, moe_layers=SparseStep(), gating=kinds.SOFTMAX),
+    Architecture("qwen3_5_moe", MLP, ALWAYS, moe_layers=All(), gating=kinds.CENTRED),
+    Architecture("qwen3_5_moe_text", MLP, ALWAYS, moe_layers=All(), gating=kinds.CENTRED),
+    # sglang 0.5.23 interns2preview.py: the classes of Qwen3.5
+    Architecture("intern_s2_preview", MLP, ALWAYS, moe_layers=All(), gating=kinds.CENTRED),
+    # sglang 0.5.23 interns2_mobius.py: a few banks of experts, one after the other, serve all
+    # layers; a factor is that of a bank, and its number stands for the layer's
+    *(
+        Architecture(
+            model_type,
+            ("meta_mlp.{L}.experts.down_proj",),
+            NORM_TRUE,
+            gating=kinds.OF_SEVERAL_LAYERS,
+        )
+        for model_type in ("interns2_mobius", "interns2_mobius_text")
+    ),
+    Architecture("qwen4_exp", MLP, NORM_TRUE, gating=kinds.STREAMS),
+    Architecture("qwen4_exp_text", MLP, NORM_TRUE, gating=kinds.STREAMS),
+    Architecture(
+        "qwen3_omni_moe_thinker", MLP, NORM_TRUE, moe_layers=SparseStep(), gating=kinds.SOFTMAX
+    ),
+    Architecture(
+        "qwen3_omni_moe",
+        MLP,
+        NORM_TRUE,
+        part="thinker",
+        sections=("thinker_config.text_config",),
+        moe_layers=SparseStep(),
+        gating=kinds.SOFTMAX,
+    ),
+    Architecture(
+        "qwen3_omni_moe",
+        MLP,
+        NORM_FALSE,
+        part="talker",
+        stacks=frozenset({"talker"}),
+        sections=("talker_config.text_config",),
+        moe_layers=All(),
+        gating=kinds.SOFTMAX,
+    ),
+    # DeepSeek and what is built like it
+    _group_limited("deepseek_v2", NEVER, moe_layers=FirstDense(0), gating=kinds.DEEPSEEK_V2),
+    _group_limited("deepseek_ocr2", NEVER, gating=kinds.DEEPSEEK_V2),
+    _group_limited("unlimited_ocr", NEVER, gating=kinds.DEEPSEEK_V2),
+    _group_limited("deepseek_v3", NORM_TRUE, moe_layers=FirstDense(3), folds=True),
+    _group_limited("deepseek_v32", NORM_TRUE, moe_layers=FirstDense(3), folds=True),
+    _group_limited(
+        "kimi_k25",
+        NORM_TRUE,
+        experts=(*MLP, "blocks.{L}.mlp.experts.{E}.down_proj"),
+        moe_layers=FirstDense(3),
+        any_text=True,
+        folds=True,
+    ),
+    # sglang 0.5.23 kimi_vl.py, dots_vlm.py: the text model is DeepseekV2ForCausalLM, for Kimi-VL in
+    # text_config, for dots.vlm with its keys at the top; mlx-vlm 0.7.10 youtu_vl/language.py
+    _group_limited("kimi_vl", NORM_TRUE, any_text=True, folds=True),
+    _group_limited("dots_vlm", NORM_FALSE, folds=True, gating=kinds.DOTS_VLM),
+    _group_limited("youtu_vl", NORM_TRUE, folds=True),
+    _group_limited(
+        "kimi_linear",
+        _MOE_RENORMALIZE,
+        experts=SPARSE_MOE,
+        count=_PER_TOKEN,
+        folds=True,
+        gating=kinds.SPARSE_SIGMOID,
+    ),
+    # sglang 0.5.23 kimi_k3.py: routed_expert_norm follows the routed sum
+    _group_limited(
+        "kimi_k3",
+        _MOE_RENORMALIZE,
+        experts=SPARSE_MOE,
+        count=_PER_TOKEN,
+        beside=_LATENT,
+        no_effect="a norm on the routed sum (routed_expert_norm) removes every factor",
+        no_effect_if="latent_moe_use_norm",
+        gating=kinds.SPARSE_SIGMOID,
+    ),
+    _group_limited("bailing_hybrid", _MOE_RENORMALIZE, count=_PER_TOKEN, folds=True),
+    # Ling with eyes, sglang 0.5.23: bailing_mm_v3.py over bailing_moe_v3.py (text_config),
+    # bailing_mm.py over bailing_moe.py (llm_config); a "MultiRouter" has gates for images and sound
+    _group_limited(
+        "bailing_moe_v3_vl",
+        NORM_FALSE,
+        beside=_MULTI_ROUTER,
+        folds=True,
+        gating=kinds.LING_IMAGES,
+    ),
+    _group_limited(
+        "bailingmm_moe_v2_lite",
+        NORM_TRUE,
+        beside=_MULTI_ROUTER,
+        folds=True,
+        gating=kinds.LING_IMAGES,
+    ),
+    # sglang 0.5.23 gigachat35.py: DeepSeek-V3 with a norm after the MoE, by layernorm_type
+    _group_limited(
+        "gigachat3_5",
+        NORM_TRUE,
+        partly=_JOINT_NORM,
+        partly_if="post_feedforward_layernorm.weight",
+        gating=kinds.GATED_INPUT,
+    ),
+    _group_limited("exaone_moe", NORM_TRUE, folds=True),
+    _group_limited("dots1", NORM_FALSE, folds=True),
+    _group_limited("glm4_moe", NORM_TRUE, moe_layers=FirstDense(1), folds=True),
+    _group_limited("glm4_moe_lite", NORM_TRUE, folds=True),
+    _group_limited("glm4v_moe", NORM_TRUE, moe_layers=FirstDense(1)),
+    _group_limited("glm4v_moe_text", NORM_TRUE, moe_layers=FirstDense(1)),
+    _group_limited("glm_moe_dsa", NORM_TRUE, folds=True),
+    _group_limited("glm5_next", NORM_TRUE),
+    _group_limited("glm5_next_text", NORM_TRUE),
+    *(
+        _group_limited(
+            model_type, NORM_TRUE, experts=(*MLP, "mtp_layers.{L}.mlp.experts.down_proj")
+        )
+        for model_type in ("hy_v4", "hy_v4_vl", "hy_v4_vl_text")
+    ),
+    _group_limited("mimo_v2_flash", NORM_TRUE),
+    _group_limited("mimo_v2", NORM_TRUE),  # sglang 0.5.23 mimo_v2.py: one class for both
+    _group_limited("solar_open", NORM_TRUE),
+    _group_limited("sarvam_moe", NORM_TRUE, moe_layers=FirstDense(1)),
+    _group_limited("sarvam_mla", NORM_TRUE, moe_layers=FirstDense(1)),
+    _group_limited("axk1", NORM_TRUE, partly=_JOINT_NORM),
+    _group_limited("axk2", NORM_TRUE, gating=kinds.GATED_INPUT),
+    _group_limited("beam", NORM_TRUE, no_effect=_POST_NORM, gating=kinds.BEAM),
+    _group_limited("nemotron_h", NORM_TRUE, experts=MIXER, folds=True, gating=kinds.NEMOTRON),
+    _group_limited(
+        "nemotron_h_omni", NORM_TRUE, experts=MIXER, any_text=True, gating=kinds.NEMOTRON
+    ),
+    _group_limited("nemo_speechlm", NORM_TRUE, experts=MIXER, any_text=True, gating=kinds.NEMOTRON),
+    _group_limited("mistral4", NORM_TRUE, gating=kinds.SOFTMAX),
+    _group_limited("mistral3", NORM_TRUE, any_text=True, gating=kinds.SOFTMAX),
+    *(
+        _group_limited(
+            model_type,
+            ALWAYS,
+            experts=("layers.{L}.experts.{E}.w2", "layers.{L}.mlp.experts.down_proj"),
+            gating=kinds.MISTRAL_LARGE,
+        )
+        for model_type in ("mistral_large4", "mistral_large4_text")
+    ),
+    _group_limited("dots3_note", NORM_TRUE, part="text"),
+    _group_limited("dots3_note_text", NORM_TRUE),
+    Architecture(
+        "dots3_note",
+        ("blocks.{L}.mlp.experts.{E}.fc2", "blocks.{L}.mlp.experts.down_proj"),
+        ALWAYS,
+        part="vision",
+        stacks=frozenset({"vision_encoder", "vision_tower"}),
+        count=("num_experts_per_tok", "capacity_factor"),
+        sections=("vision_config",),
+        scale_key="router_scaling_factor",
+        gating=kinds.DOTS_VISION,
+    ),
+    # deepseek_ref is the copy of V4's config in public benchmarks of it: the same code
+    *(
+        Architecture(
+            model_type,
+            V4_EXPERTS,
+            ALWAYS,
+            moe_layers=All(),
+            fixed=_HASHED,
+            scale_key=_SCALE,
+            folds=True,
+            gating=kinds.V4,
+        )
+        for model_type in ("deepseek_v4", "deepseek_ref")
+    ),
+    # V4.1 has no hash layers; its draft has a count and a number of experts of its own
+    *(
+        Architecture(
+            "deepseek_v41",
+            V4_EXPERTS,
+            NORM_TRUE,
+            part=part,
+            stacks=stacks,
+            count=(f"{key}num_experts_per_tok",),
+            total=(f"{key}n_routed_experts",),
+            scale_key=_SCALE,
+            gating=kinds.NOT_COMPARED,
+        )
+        for part, key, stacks in (("text", "", None), ("draft", "dspark_", frozenset({"mtp"})))
+    ),
+    Architecture(
+        "deepseek_v41_text", V4_EXPERTS, NORM_TRUE, scale_key=_SCALE, gating=kinds.NOT_COMPARED
+    ),
+    # One each
+    Architecture("olmoe", MLP, NORM_FALSE, moe_layers=All(), gating=kinds.SOFTMAX),
+    Architecture(
+        "flex_olmo", MLP, NORM_FALSE, moe_layers=All(), no_effect=_POST_NORM, gating=kinds.NO_NORM
+    ),
+    Architecture("mellum", MLP, NORM_TRUE, gating=kinds.SOFTMAX),
+    Architecture("hunyuan_v1_moe", MLP, ALWAYS, count=_MOE_TOPK, gating=kinds.HUNYUAN),
+    # Tencent's own name of hunyuan_v1_moe: mlx-lm 0.32.2 hunyuan.py, sglang 0.5.23 hunyuan.py
+    Architecture("hunyuan", MLP, ALWAYS, count=_MOE_TOPK, gating=kinds.HUNYUAN),
+    Architecture("jamba", FEED_FORWARD, NEVER, gating=kinds.JAMBA),
+    Architecture(
+        "ernie4_5_moe",
+        MLP,
+        ALWAYS,
+        count=("num_experts_per_tok", "moe_k"),
+        total=_MOE_TOTAL,
+        gating=kinds.ERNIE,
+    ),
+    # The second is Baidu's own name: sglang 0.5.23 ernie45_vl.py, mlx-vlm 0.7.10 ernie4_5_moe_vl
+    *(
+        Architecture(
+            model_type,
+            (
+                MLP[0],
+                "layers.{L}.mlp.text_moe.experts.down_proj",
+                "layers.{L}.mlp.vision_moe.experts.down_proj",
+            ),
+            ALWAYS,
+            count=("num_experts_per_tok", "moe_k"),
+            total=_MOE_TOTAL,
+            moes=2,
+            beside=("moe_statics", "text_moe", "vision_moe"),
+            gating=kinds.TWO_ROUTERS,
+        )
+        for model_type in ("ernie4_5_vl_moe", "ernie4_5_moe_vl")
+    ),
+    Architecture("flint", MLP, NORM_FALSE, gating=kinds.FLINT),
+    Architecture("lara_mini", MLP, NORM_TRUE, moe_layers=All(), gating=kinds.SOFTMAX),
+    Architecture(
+        "cohere2_moe",
+        MLP,
+        Flag("norm_topk_prob", True, only_if=("expert_selection_fn", "sigmoid")),
+        gating=kinds.COHERE2,
+    ),
+    Architecture(
+        "afmoe", MLP, ALWAYS, partly=_JOINT_NORM, scale_key="route_scale", gating=kinds.AFMOE
+    ),
+    Architecture("kolibri1", MLP, NORM_FALSE, partly=_JOINT_NORM, gating=kinds.KOLIBRI),
+    Architecture("laguna", MLP, ALWAYS, scale_key="moe_routed_scaling_factor", gating=kinds.LAGUNA),
+    Architecture(
+        "lfm2_moe",
+        (
+            "layers.{L}.feed_forward.experts.{E}.w2",
+            "layers.{L}.feed_forward.experts.down_proj",
+        ),
+        NORM_TRUE,
+        scale_key=_SCALE,
+        gating=kinds.LFM2,
+    ),
+    Architecture("hy_v3", MLP, ALWAYS, scale_key="router_scaling_factor", gating=kinds.HY_V3),
+    *(
+        Architecture(
+            model_type,
+            ("layers.{L}.moe.down_proj", "layers.{L}.mlp.experts.down_proj"),
+            ALWAYS,
+            count=("moe_top_k", "num_experts_per_tok"),
+            total=("n_routed_experts", "moe_num_experts", "num_local_experts", "num_experts"),
+            scale_key="moe_router_scaling_factor",
+            gating=kinds.STEP,
+        )
+        for model_type in ("step3p5", "step3p7")
+    ),
+    # Step3: sglang 0.5.23 step3_vl.py
+    *(
+        Architecture(
+            model_type,
+            ("layers.{L}.moe.down_proj", "layers.{L}.mlp.experts.down_proj"),
+            Flag("norm_expert_weight", False),
+            count=("moe_top_k",),
+            total=("moe_num_experts",),
+            gating=kinds.NOT_COMPARED,
+        )
+        for model_type in ("step3_vl", "step3_text")
+    ),
+    Architecture("granitemoe", GRANITE, ALWAYS, moe_layers=All(), gating=kinds.GRANITE),
+    Architecture("granitemoeshared", GRANITE, ALWAYS, moe_layers=All(), gating=kinds.GRANITE),
+    Architecture("granitemoehybrid", GRANITE, ALWAYS, gating=kinds.GRANITE),
+    Architecture("granitemoe_swa", GRANITE, ALWAYS, gating=kinds.GRANITE),
+    Architecture(
+        "gpt_oss",
+        MLP,
+        ALWAYS,
+        count=("num_experts_per_tok", "experts_per_token"),
+        gating=kinds.GPT_OSS,
+    ),
+    Architecture("openai_privacy_filter", MLP, ALWAYS, gating=kinds.GPT_OSS),
+    Architecture("aria", ARIA, ALWAYS, count=("moe_topk",), total=_MOE_TOTAL, gating=kinds.ARIA),
+    Architecture(
+        "aria_text", ARIA, ALWAYS, count=("moe_topk",), total=_MOE_TOTAL, gating=kinds.ARIA
+    ),
+    Architecture(
+        "dbrx",
+        ("blocks.{L}.ffn.experts.mlp.w2",),
+        PowerNorm("moe_normalize_expert_weights"),
+        count=("moe_top_k",),
+        sections=("ffn_config",),
+        total=_MOE_TOTAL,
+        gating=kinds.DBRX,
+    ),
+    Architecture(
+        "doge",
+        ("layers.{L}.mlp.up_embed",),
+        ALWAYS,
+        beside=("down_embed", "up_embed"),
+        gating=kinds.DOGE,
+    ),
+    Architecture(
+        "jetmoe",
+        ("layers.{L}.mlp.output_linear",),
+        ALWAYS,
+        beside=("bias",),
+        fixed="the same number also sets how many attention heads it has",
+        gating=kinds.JETMOE,
+    ),
+    Architecture("llama4", FEED_FORWARD, NEVER, gating=kinds.ON_THE_INPUT),
+    Architecture("llama4_text", FEED_FORWARD, NEVER, gating=kinds.ON_THE_INPUT),
+    # One router for the three: mlx-lm 0.32.2 longcat_flash_ngram.py (sglang 0.5.23 calls it
+    # longcat_flash), mlx-vlm 0.7.10 longcat_flash_sparse
+    *(
+        Architecture(
+            model_type,
+            MLP,
+            NEVER,
+            count=_MOE_TOPK,
+            partly="its identity experts have no weights: the share of the tokens that chose one"
+            " stays as it was",
+            scale_key=_SCALE,
+            gating=kinds.LONGCAT,
+        )
+        for model_type in ("longcat_flash", "longcat_flash_ngram", "longcat_flash_sparse")
+    ),
+    *(
+        Architecture(
+            model_type,
+            GEMMA,
+            ALWAYS,
+            count=("top_k_experts",),
+            no_effect=_POST_NORM,
+            gating=kinds.OWN_NORM,
+        )
+        for model_type in ("gemma4", "gemma4_text", "diffusion_gemma")
+    ),
+    *(
+        Architecture(
+            model_type,
+            MLP,
+            ALWAYS,
+            no_effect="the output of each expert is normalised before its gate weight",
+            scale_key=_SCALE,
+            gating=kinds.OWN_NORM,
+        )
+        for model_type in ("muse_spark", "muse_spark_text")
+    ),
+    *(
+        Architecture(
+            model_type,
+            INKLING,
+            SharedSum("n_shared_experts"),
+            partly="routed and shared experts share one normalisation: another number of routed"
+            " experts also changes the weight of the shared ones, which is not scaled",
+            scale_key="route_scale",
+            gating=kinds.INKLING,
+        )
+        for model_type in ("inkling_mm_model", "inkling_text")
+    ),
+    *(
+        Architecture(model_type, INKLING, ALWAYS, scale_key="route_scale", gating=kinds.INKLING2)
+        for model_type in ("inkling2", "inkling2_text", "inkling2_loop", "inkling2_loop_text")
+    ),
+    Architecture(
+        "zaya",
+        MLP,
+        NEVER,
+        fixed="its configuration allows one expert a token only",
+        gating=kinds.STATEFUL,
+    ),
+    Architecture(
+        "nllb-moe",
+        ("layers.{L}.ffn.experts.expert_{E}.fc2",),
+        ALWAYS,
+        count=(),
+        fixed="its router always takes 2 experts",
+        fixed_count=2,
+        gating=kinds.LIMITED,
+    ),
+    Architecture(
+        "switch_transformers",
+        (
+            "block.{L}.layer.1.mlp.experts.expert_{E}.wo",
+            "block.{L}.layer.2.mlp.experts.expert_{E}.wo",
+        ),
+        NEVER,
+        count=(),
+        fixed="its router always takes 1 expert",
+        fixed_count=1,
+        gating=kinds.LIMITED,
+    ),
+    # Remote code: types that transformers does not know under this name
+    _group_limited("kimi_k2", NORM_TRUE, moe_layers=FirstDense(3), folds=True),
+    _group_limited(
+        "deepseek_vl_v2", NORM_FALSE, moe_layers=FirstDense(0), gating=kinds.NOT_COMPARED
+    ),
+    Architecture("deepseek", MLP, NORM_FALSE, moe_layers=FirstDense(0), gating=kinds.SOFTMAX),
+    _group_limited(
+        "bailing_moe", NORM_TRUE, moe_layers=FirstDense(0), folds=True, gating=kinds.LING
+    ),
+    _group_limited("bailing_moe_v2", NORM_TRUE, moe_layers=FirstDense(0), folds=True),
+    # sglang 0.5.23: sdar_moe.py, bailing_moe_linear.py, llada2.py
+    Architecture("sdar_moe", MLP, NORM_TRUE, gating=kinds.SOFTMAX),
+    _group_limited(
+        "bailing_moe_linear",
+        NORM_TRUE,
+        moe_layers=FirstDense(0),
+        folds=True,
+        gating=kinds.LING_SIGMOID,
+    ),
+    _group_limited("llada2_moe", NORM_TRUE, moe_layers=FirstDense(0), gating=kinds.LING_SIGMOID),
+    _group_limited("joyai_llm_flash", NORM_TRUE, folds=True),  # mlx-lm 0.32.2: deepseek_v3
+    # sglang 0.5.23 xllm.py: router_scaling_factor is that of its attention's experts, too
+    *(
+        Architecture(
+            model_type,
+            MLP,
+            NORM_TRUE,
+            moe_layers=SparseStep(),
+            scale_key="router_scaling_factor",
+            gating=gating,
+        )
+        for model_type, gating in (("xllm", kinds.XLLM_VALUES), ("k2_horizon", kinds.XLLM))
+    ),
+    # sglang 0.5.23 iquest_q1.py: all experts in experts.proj, the gate is called router
+    Architecture(
+        "iquest_q1",
+        ("layers.{L}.mlp.experts.proj", *MLP),
+        ALWAYS,
+        partly="a norm follows the experts of layer 0 (ffn_out_norm) and removes its factor",
+        partly_if="ffn_out_norm.weight",
+        gating=kinds.IQUEST,
+    ),
+    # mlx-lm 0.32.2 Klear.py, whose name is the type, and mlx-vlm 0.7.10 klear: `coefficient`
+    # weighs the routed sum, and the shared expert beside it, after the factor
+    *(
+        Architecture(
+            model_type,
+            MLP,
+            NORM_TRUE,
+            moe_layers=SparseStep(),
+            beside=("coefficient",),
+            gating=kinds.SIGMOID,
+        )
+        for model_type in ("Klear", "klear")
+    ),
+    # mlx-lm 0.32.2 phixtral.py: the softmax of the chosen experts' logits
+    Architecture("phixtral", ("h.{L}.moe.mlp.{E}.fc2",), ALWAYS, gating=kinds.BIASED_NORM),
+    Architecture("arctic", SPARSE_MOE, ALWAYS, gating=kinds.NOT_COMPARED),
+    Architecture("minicpm", ("layers.{L}.mlp.experts.{E}.w2",), ALWAYS, gating=kinds.SOFTMAX),
+    Architecture(
+        "xverse", MLP, ALWAYS, count=("moe_top_k",), moe_layers=All(), gating=kinds.NOT_COMPARED
+    ),
+    Architecture(
+        "grok-1",
+        ("layers.{L}.moe_block.experts.{E}.linear_1", *SPARSE_MOE),
+        NEVER,
+        no_effect=_POST_NORM,
+        gating=kinds.NOT_COMPARED,
+    ),
+)
+
+
+def find(model_type: str, part: str | None = None) -> Architecture:
+    """The row of a model type; of a type with several MoEs, the one that is called `part`.
+
+    Raises:
+        KeyError: no row has this type.
+        UnsupportedError: the type has no such part.
+    """
+    rows = parts(model_type)
+    if not rows:
+        raise KeyError(model_type)
+    if part is None:
+        return rows[0]
+    for row in rows:
+        if row.part == part:
+            return row
+    names = ", ".join(repr(row.part) for row in rows if row.part)
+    raise UnsupportedError(
+        f"model type {model_type!r} has no part {part!r}",
+        hint=f"Its parts are {names}." if names else "It has one MoE only; leave --part out.",
+    )
+
+
+def parts(model_type: str) -> tuple[Architecture, ...]:
+    """All rows of a model type; the first is the text model."""
+    return tuple(row for row in ROWS if row.model_type == model_type)
+
+
+def known_types() -> tuple[str, ...]:
+    """The model types of the table, sorted."""
+    return tuple(sorted({row.model_type for row in ROWS}))

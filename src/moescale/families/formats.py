@@ -1,0 +1,853 @@
+"""The table of tensor formats: one row each, which tensor of a projection carries its scale.
+
+The tensors of one down-projection share its name and differ in what follows it, their leaf:
+``weight``, ``bias``, ``weight_scale_inv``, ``qweight`` and so on. The leaves, their dtypes and in
+a few rows their shapes decide the format, module by module, since checkpoints mix them; the
+config only confirms.
+
+A quantised projection is scaled by its scale, so that no code changes. To add a format, add a
+row: the leaves that it needs (the codes first), the leaf that carries the scale and what happens
+to it, the leaves that may stand beside them and stay as they are, and where that can be read.
+Exactly one tensor of a product of scales changes. Tensors with a leaf that a row does not know
+do not match it: what is not known may carry a scale too.
+
+Sources, by their version: compressed-tensors 0.20, bitsandbytes 0.50, gptqmodel 7.7,
+nvidia-modelopt 0.47, amd-quark 0.13, hqq 0.2.8, mlx-lm 0.32, exllamav2 0.3, exllamav3 1.6,
+humming-kernels 0.1, sglang 0.5.23, transformers 5.24.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final
+
+from moescale.checkpoint.dtypes import BITS, SCALABLE
+from moescale.checkpoint.edit import FIRST, Layer, Operation, Role, TensorEdit
+from moescale.checkpoint.tensor import Tensor
+from moescale.errors import CheckpointError, UnsupportedError
+
+Leaves = Mapping[str, Tensor]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A tensor of a format that changes when the projection is scaled."""
+
+    role: Role
+    operation: Operation = "multiply"
+    promote: bool = False  # store it as F32, where its own rounding would be the only error
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How one format stores a projection.
+
+    Attributes:
+        name: what people call it.
+        dtypes: leaves that must be there, the codes first, each with the dtypes it may have.
+        scaled: the leaves that change; those that are not in `dtypes` may be missing.
+        stays: leaves that may be there and do not change.
+        fits: what the shapes must be, where the dtypes leave a doubt.
+        size: the shape ``[..., out, in]`` of what is stored; None where the shapes do not tell.
+        misfit: the leaf whose shape cannot be beside the others, if any.
+        free: tensors of one checkpoint differ in shape, as their numbers of bits do.
+        source: where the facts can be read.
+    """
+
+    name: str
+    dtypes: Mapping[str, tuple[str, ...]]
+    scaled: Mapping[str, Part]
+    stays: tuple[str, ...] = ()
+    fits: Callable[[Leaves], bool] = lambda leaves: True
+    size: Callable[[Leaves], Shape | None] = lambda leaves: None
+    misfit: Callable[[Leaves], str | None] = lambda leaves: None
+    free: bool = False
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A format that is known by name and cannot be scaled; `dtypes` as in `Format`, () for any."""
+
+    name: str
+    dtypes: Mapping[str, tuple[str, ...]]
+    why: str
+
+
+# What happens to a tensor -----------------------------------------------------------------------
+
+SCALE: Final = Part("scale")
+"""Multiplied in its own dtype: engines read it in 16 bits, so more would be lost at loading."""
+WIDENED: Final = Part("scale", promote=True)
+"""Multiplied and stored as F32, which engines allocate for it anyway."""
+DIVISOR: Final = Part("scale", "divide")
+EXPONENT: Final = Part("scale", "shift")
+"""A power of two: only another power of two can be multiplied into it."""
+OFFSET: Final = Part("bias")
+"""An additive part of the weight: multiplied too."""
+
+# Dtypes -----------------------------------------------------------------------------------------
+
+FLOAT: Final = ("F16", "BF16", "F32")
+F32: Final = ("F32",)
+FP8: Final = ("F8_E4M3", "F8_E5M2")
+E8M0: Final = ("F8_E8M0", "U8")
+BYTES: Final = ("U8",)
+WORDS: Final = ("I32",)
+
+UNTOUCHED: Final = frozenset(
+    (
+        *("input_scale", "input_scale_2", "input_global_scale", "input_zero_point"),
+        *("input_scale_ub", "activation_scale", "act_scale", "qscale_act", "pre_quant_scale"),
+    )
+)
+"""Leaves that describe the input of the projection; its output can scale without them."""
+
+# Shapes -----------------------------------------------------------------------------------------
+
+
+def _last(leaves: Leaves, leaf: str) -> int:
+    shape = leaves[leaf].shape
+    return shape[-1] if shape else 1
+
+
+def _groups(codes: str, scale: str, *sizes: int) -> Callable[[Leaves], bool]:
+    """Each scale belongs to this many elements of the codes' last dimension."""
+    return lambda leaves: any(_last(leaves, codes) == size * _last(leaves, scale) for size in sizes)
+
+
+def _scale_per_row(scale: str, packed: int = 1) -> Callable[[Leaves], bool]:
+    """A row of scales for each output channel, of which the codes pack so many into a row."""
+
+    def fits(leaves: Leaves) -> bool:
+        codes, scales = leaves["weight"].shape, leaves[scale].shape
+        return len(codes) > 1 and len(scales) > 1 and scales[-2] == packed * codes[-2]
+
+    return fits
+
+
+def _as_stored(leaves: Leaves) -> Shape:
+    return leaves["weight"].shape
+
+
+def _packed(codes: str, each: int) -> Callable[[Leaves], Shape]:
+    """So many codes in an element of the last dimension."""
+
+    def size(leaves: Leaves) -> Shape:
+        shape = leaves[codes].shape
+        return (*shape[:-1], each * shape[-1]) if shape else shape
+
+    return size
+
+
+def _scaled_in_groups(scale: str, group: int) -> Callable[[Leaves], Shape]:
+    """A scale for so many values of the last dimension."""
+    return _packed(scale, group)
+
+
+def _in_rows(*names: str) -> Callable[[Leaves], str | None]:
+    """Each has as many rows as the first; a single number is that of all rows."""
+
+    def misfit(leaves: Leaves) -> str | None:
+        rows = leaves[names[0]].shape[:-1]
+        others = (name for name in names[1:] if math.prod(leaves[name].shape) > 1)
+        return next((name for name in others if leaves[name].shape[:-1] != rows), None)
+
+    return misfit
+
+
+def _in_blocks(scale: str) -> Callable[[Leaves], str | None]:
+    """A scale for the tensor, for each expert, each row or column, or each block of values."""
+
+    def misfit(leaves: Leaves) -> str | None:
+        values, scales = leaves["weight"].shape, leaves[scale].shape
+        count, experts = math.prod(scales), math.prod(values[:-2])
+        if len(values) < 2 or count in (1, experts):
+            return None
+        if len(scales) != len(values):
+            return None if count in {experts * size for size in values[-2:]} else scale
+        ends = zip(values[-2:], scales[-2:], strict=True)
+        fits = scales[:-2] == values[:-2] and all(_divides(*pair) for pair in ends)
+        return None if fits else scale
+
+    return misfit
+
+
+def _divides(size: int, blocks: int) -> bool:
+    """Whether so many blocks of a usual size, the last of them cut, make up a dimension."""
+    usual = (*(1 << i for i in range(size.bit_length() + 1)), *range(48, size + 1, 16))
+    return blocks == 1 or any(-(-size // block) == blocks for block in usual)
+
+
+def _absmax(leaves: Leaves) -> str | None:
+    """A number for each block of codes, which are two a byte, whatever dtype they lie in."""
+    weight = leaves["weight"]
+    codes = 2 * math.prod(weight.shape) * BITS[weight.dtype] // 8
+    blocks = math.prod(leaves["absmax"].shape)
+    return None if any(-(-codes // (1 << i)) == blocks for i in range(4, 14)) else "absmax"
+
+
+def _in_pairs(scale: str) -> Callable[[Leaves], str | None]:
+    """Two 4-bit codes a byte, and a scale for each 16 or 32 of them."""
+
+    def misfit(leaves: Leaves) -> str | None:
+        codes, scales = leaves["weight"].shape, leaves[scale].shape
+        groups = codes and scales and codes[-1] in (8 * scales[-1], 16 * scales[-1])
+        return None if groups and codes[:-1] == scales[:-1] else scale
+
+    return misfit
+
+
+# The rows ---------------------------------------------------------------------------------------
+
+_FP8_SCALES = ("weight_scale_inv", "scale_inv", "weight_scale", "scale", "qscale_weight")
+"""All of them multiply, whatever they are called; ``scale_inv`` is that of fused experts."""
+_MX_GROUPS = (16, 24)
+"""Bytes of 32 codes of 4 or 6 bits."""
+_BNB = ("U8", "I8", *FLOAT)
+"""The dtypes that bitsandbytes may pack its codes into (``bnb_4bit_quant_storage``)."""
+_HQQ_STAYS = (
+    *("nbits", "group_size", "shape", "axis", "packing", "unpack_view_dtype", "view_as_float"),
+    *("quant_scale", "quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict"),
+    *("stores_quant_config", "channel_wise", "optimize", "round_zero"),
+)
+
+ROWS: Final[tuple[Format, ...]] = (
+    Format(
+        "plain",
+        {"weight": SCALABLE},
+        {"weight": Part("weight")},
+        size=_as_stored,
+        source="the values themselves",
+    ),
+    # 8 bits
+    *(
+        Format(
+            "FP8",  # with a scale for each block, channel or tensor
+            {"weight": FP8, scale: FLOAT},
+            {scale: WIDENED},
+            ("weight_zero_point",),
+            size=_as_stored,
+            misfit=_in_blocks(scale),
+            source="DeepSeek-V3 README_WEIGHTS; transformers integrations/finegrained_fp8.py;"
+            " compressed-tensors naive_quantized; modelopt quant_utils.py: W = weight * scale",
+        )
+        for scale in _FP8_SCALES
+    ),
+    *(
+        Format(
+            "MXFP8 or UE8M0 FP8",
+            {"weight": FP8, scale: E8M0},
+            {scale: EXPONENT},
+            size=_as_stored,
+            misfit=_in_blocks(scale),
+            source="compressed-tensors mxfp8, mx_utils.py; modelopt MXFP8;"
+            " transformers integrations/finegrained_fp8.py: W = weight * 2**(scale - 127)",
+        )
+        for scale in _FP8_SCALES
+    ),
+    Format(
+        "INT8",  # compressed-tensors int-quantized, ModelOpt, Quark
+        {"weight": ("I8",), "weight_scale": FLOAT},
+        {"weight_scale": WIDENED},
+        ("weight_zero_point",),
+        size=_as_stored,
+        misfit=_in_blocks("weight_scale"),
+        source="compressed-tensors naive_quantized; modelopt quant_utils.py; Quark"
+        " realquantizer.py: W = (weight - zero_point) * scale; vLLM and sglang allocate F32",
+    ),
+    Format(
+        "block INT8",
+        {"weight": ("I8",), "weight_scale_inv": FLOAT},
+        {"weight_scale_inv": WIDENED},
+        fits=lambda leaves: not _scale_per_row("weight_scale_inv")(leaves),
+        size=_as_stored,
+        misfit=_in_blocks("weight_scale_inv"),
+        source="sglang blockwise_int8.py: W = weight * scale",
+    ),
+    Format(
+        "LLM.int8 (bitsandbytes)",
+        {"weight": ("I8",), "SCB": F32},
+        {"SCB": SCALE},
+        ("weight_format",),
+        size=_as_stored,
+        misfit=_in_blocks("SCB"),
+        source="bitsandbytes functional.py int8_vectorwise_dequant: W = weight * SCB / 127",
+    ),
+    # 4 and 6 bits with floating codes
+    Format(
+        "NVFP4 (ModelOpt, Quark)",
+        {"weight": BYTES, "weight_scale": ("F8_E4M3",), "weight_scale_2": F32},
+        {"weight_scale_2": SCALE, "svdquant_lora_b": Part("weight")},
+        ("svdquant_lora_a",),
+        size=_packed("weight", 2),
+        misfit=_in_pairs("weight_scale"),
+        source="modelopt unified_export_hf.py: W = fp4 * weight_scale * weight_scale_2;"
+        " NVFP4_SVD adds (x lora_a^T) lora_b^T; Quark file2file_quantization.py",
+    ),
+    Format(
+        "NVFP4 (Inkling)",
+        {
+            "weight": BYTES,
+            "weight_scale": ("F8_E4M3",),
+            "weight_amax": FLOAT,
+            "weight_outer_scale_denominator": FLOAT,
+        },
+        {"weight_amax": SCALE},
+        source="transformers core_model_loading.py Inkling2LoopDequantizeExperts:"
+        " W = fp4 * weight_scale * (weight_amax / weight_outer_scale_denominator), one an expert",
+    ),
+    Format(
+        "NVFP4 (compressed-tensors)",
+        {"weight_packed": BYTES, "weight_scale": ("F8_E4M3",), "weight_global_scale": F32},
+        {"weight_global_scale": DIVISOR},
+        ("weight_zero_point", "weight_shape"),
+        size=_packed("weight_packed", 2),
+        misfit=_in_rows("weight_packed", "weight_scale"),
+        source="compressed-tensors forward_helpers.py _dequantize:"
+        " W = fp4 * weight_scale / weight_global_scale",
+    ),
+    Format(
+        "MXFP4 or MXFP6 (compressed-tensors)",
+        {"weight_packed": BYTES, "weight_scale": E8M0},
+        {"weight_scale": EXPONENT},
+        ("weight_shape",),
+        _groups("weight_packed", "weight_scale", *_MX_GROUPS),
+        size=_scaled_in_groups("weight_scale", 32),
+        misfit=_in_rows("weight_packed", "weight_scale"),
+        source="compressed-tensors mxfp4, mxfp6, mx_utils.py: W = fp * 2**(scale - 127)",
+    ),
+    Format(
+        "MXFP4 or MXFP6 (Quark, ModelOpt)",
+        {"weight": BYTES, "weight_scale": E8M0},
+        {"weight_scale": EXPONENT},
+        (),
+        _groups("weight", "weight_scale", *_MX_GROUPS),
+        size=_scaled_in_groups("weight_scale", 32),
+        misfit=_in_rows("weight", "weight_scale"),
+        source="Quark export/utils.py, scale_format e8m0; humming schema/quark.py:"
+        " W = fp * 2**(scale - 127)",
+    ),
+    Format(
+        "MXFP4 (gpt-oss)",
+        {"blocks": BYTES, "scales": BYTES},
+        {"scales": EXPONENT},
+        (),
+        lambda leaves: leaves["blocks"].shape == (*leaves["scales"].shape, 16),
+        size=_scaled_in_groups("scales", 32),
+        source="transformers integrations/mxfp4.py: W = fp4 * 2**(scale - 127)",
+    ),
+    *(
+        Format(
+            "FP4 (DeepSeek-V4)",
+            {"weight": ("I8",), scale: ("F8_E8M0",)},
+            {scale: EXPONENT},
+            size=_packed("weight", 2),
+            misfit=_in_pairs(scale),
+            source="transformers integrations/finegrained_fp8.py Fp8Dequantize:"
+            " W = fp4 * 2**(scale - 127)",
+        )
+        for scale in _FP8_SCALES[:4]
+    ),
+    # 2 to 8 bits with whole codes
+    Format(
+        "GPTQ or AWQ",  # AutoRound too; the layouts differ, the formula does not
+        {"qweight": WORDS, "qzeros": WORDS, "scales": FLOAT},
+        {"scales": SCALE},
+        ("g_idx",),
+        misfit=_in_rows("scales", "qzeros"),
+        source="gptqmodel qlinear/__init__.py _dequantize_from_codes;"
+        " autoawq packing_utils.py: W = (q - zero) * scale",
+    ),
+    *(
+        Format(
+            "AWQ (gemv_fast, llm-awq)",
+            {"qweight": ("I16",), "scales": FLOAT, zeros: FLOAT},
+            {"scales": SCALE, zeros: OFFSET},
+            misfit=_in_rows("scales", zeros),
+            source="gptqmodel qlinear/gemv_fast_awq.py, mlx_packing.py:"
+            " W = q * scale + zeros, zeros = -scale * zero",
+        )
+        for zeros in ("qzeros", "scaled_zeros")
+    ),
+    Format(
+        "packed INT (compressed-tensors pack-quantized)",
+        {"weight_packed": WORDS, "weight_scale": FLOAT, "weight_shape": ("I32", "I64")},
+        {"weight_scale": SCALE},
+        ("weight_zero_point", "weight_g_idx"),
+        misfit=_in_rows("weight_packed", "weight_scale"),
+        source="compressed-tensors pack_quantized: W = (q - zero_point) * scale",
+    ),
+    Format(
+        "packed INT (Quark, humming)",
+        {"weight": WORDS, "weight_scale": FLOAT},
+        {"weight_scale": SCALE},
+        ("weight_zero_point", "zero_point"),
+        source="Quark export/nn/modules/realquantizer.py; humming utils/weight.py"
+        " dequantize_weight: W = (q - zero_point) * scale",
+    ),
+    Format(
+        "INT4-FP8 (Quark)",
+        {"weight": WORDS, "weight_scale": F32, "weight_scale_2": F32},
+        {"weight_scale": SCALE},  # the outer one: between the two lies an FP8 number
+        source="Quark file2file_quantization.py _progressive_quantize_weight; vLLM quark_moe.py:"
+        " W = int4 * weight_scale_2 * weight_scale",
+    ),
+    Format(
+        "INT4 AWQ (ModelOpt)",
+        {"weight": BYTES, "weight_scale": FLOAT},
+        {"weight_scale": SCALE},
+        (),
+        _scale_per_row("weight_scale", 2),  # BitNet has a single one, which may divide
+        source="modelopt quant_utils.py pack_int4_in_uint8: W = int4 * scale",
+    ),
+    Format(
+        "W4AFP8 (SGLang)",
+        {"weight": ("I8",), "weight_scale_inv": FLOAT},
+        {"weight_scale_inv": SCALE},
+        (),
+        _scale_per_row("weight_scale_inv"),
+        size=_packed("weight", 2),
+        source="sglang w4afp8.py: W = int4 * scale, which it casts to the model's dtype",
+    ),
+    *(
+        Format(
+            f"{kind.upper()} (bitsandbytes)",
+            {"weight": _BNB, "absmax": F32, f"quant_state.bitsandbytes__{kind}": BYTES},
+            {"absmax": SCALE},
+            ("quant_map",),
+            misfit=_absmax,
+            source="bitsandbytes functional.py QuantState: W = table[q] * absmax",
+        )
+        for kind in ("nf4", "fp4")
+    ),
+    *(
+        Format(
+            f"{kind.upper()} with double quantisation (bitsandbytes)",
+            {
+                "weight": _BNB,
+                "absmax": BYTES,
+                "nested_absmax": F32,
+                f"quant_state.bitsandbytes__{kind}": BYTES,
+            },
+            {
+                "nested_absmax": SCALE,
+                f"quant_state.bitsandbytes__{kind}": Part("scale", "nested_offset"),
+            },
+            ("quant_map", "nested_quant_map"),
+            misfit=_absmax,
+            source="bitsandbytes functional.py QuantState:"
+            " absmax = nested_quant_map[q] * nested_absmax + nested_offset",
+        )
+        for kind in ("nf4", "fp4")
+    ),
+    Format(
+        "HQQ",
+        {"W_q": ("U8", "I32", *FLOAT), "scale": FLOAT, "zero": FLOAT},
+        {"scale": SCALE},
+        _HQQ_STAYS,
+        source="hqq core/quantize.py Quantizer.dequantize: W = (W_q - zero) * scale",
+    ),
+    # Of one engine
+    *(
+        Format(
+            f"{engine} affine",
+            {"weight": ("U32",), "scales": FLOAT, offsets: FLOAT},
+            {"scales": SCALE, offsets: OFFSET},
+            misfit=_in_rows("weight", "scales", offsets),
+            source="mlx core quantize; transformers integrations/metal_quantization.py:"
+            " W = q * scale + bias",
+        )
+        for engine, offsets in (("MLX", "biases"), ("Metal", "qbiases"))
+    ),
+    Format(
+        "MLX MXFP4 or MXFP8",
+        {"weight": ("U32",), "scales": BYTES},
+        {"scales": EXPONENT},
+        (),
+        _groups("weight", "scales", 4, 8),  # words of 32 codes of 4 or 8 bits
+        size=_scaled_in_groups("scales", 32),
+        misfit=_in_rows("weight", "scales"),
+        source="mlx core quantize; mlx-lm convert.py: groups of 32",
+    ),
+    Format(
+        "MLX NVFP4 with a global scale",
+        {"weight": ("U32",), "scales": BYTES, "global_scale": F32},
+        {"global_scale": SCALE},
+        (),
+        _groups("weight", "scales", 2),
+        size=_scaled_in_groups("scales", 16),
+        misfit=_in_rows("weight", "scales"),
+        source="mlx-lm models/switch_layers.py, muse_spark.py:"
+        " global_scale = weight_scale_2 * constant",
+    ),
+    Format(
+        "EXL2",
+        {"q_weight": WORDS, "q_scale": WORDS, "q_scale_max": ("F16",)},
+        {"q_scale_max": SCALE},
+        ("q_groups", "q_group_map", "q_perm", "q_invperm"),
+        free=True,
+        source="exllamav2 ext.py, qdq_util.cuh dq_scale:"
+        " W = q * (q_scale + 1)**2 * q_scale_max / 256",
+    ),
+    Format(
+        "EXL3",
+        {"trellis": ("I16",), "svh": ("F16",)},
+        {"svh": SCALE},
+        ("suh", "su", "mcg", "mul1"),
+        free=True,
+        source="exllamav3 modules/quant/exl3.py: svh multiplies the output channels",
+    ),
+)
+
+_UNCONFIRMED = "which of its tensors carries the scale was not confirmed at a source"
+
+REFUSED: Final[tuple[Refused, ...]] = (
+    Refused("AQLM", {"codes": (), "codebooks": ()}, _UNCONFIRMED),
+    Refused("VPTQ", {"centroids": ()}, _UNCONFIRMED),
+    Refused("SpQR", {"dense_weights": ()}, _UNCONFIRMED),
+    Refused("Quanto", {"_data": ()}, _UNCONFIRMED),
+    Refused("torchao", {"weight_qdata": ()}, _UNCONFIRMED),
+    Refused("SINQ", {"W_q": (), "meta": ()}, _UNCONFIRMED),
+    Refused("FP-Quant", {"forward_hadamard_matrix": ()}, _UNCONFIRMED),
+    Refused("FP-Quant", {"dqweight": ()}, _UNCONFIRMED),
+    Refused("HIGGS", {"tables": ()}, _UNCONFIRMED),
+    Refused("EETQ", {"weight_scales": ()}, _UNCONFIRMED),
+    Refused("ParoQuant", {"theta": (), "pairs": ()}, _UNCONFIRMED),
+    Refused("Marlin", {"B": ()}, "its scales are laid out for one kernel"),
+    Refused("2:4 Marlin", {"scale_packed": ()}, "its scales are laid out for one kernel"),
+    Refused("GGUF or BitBLAS", {"qweight": ("U8", "I8")}, _UNCONFIRMED),
+    Refused(
+        "EXL3 with packed signs", {"trellis": (), "sv": ()}, "its output side has signs, no scale"
+    ),
+    Refused(
+        "W4A8 AWQ (ModelOpt)",
+        {"weight": BYTES, "weight_scale": FLOAT, "weight_scale_2": ()},
+        _UNCONFIRMED,
+    ),
+    Refused(
+        "BitNet",
+        {"weight": BYTES, "weight_scale": FLOAT},
+        "its scale multiplies in some variants and divides in others",
+    ),
+    Refused(
+        "MLX NVFP4 without a global scale",
+        {"weight": ("U32",), "scales": BYTES},
+        "its only scales have 3 bits of mantissa, so multiplying them rounds by up to 6 %",
+    ),
+    Refused(
+        "quantised with a fixed output scale",
+        {"output_scale": ()},
+        "that scale would have to grow as well, and the next layer does not expect it",
+    ),
+)
+"""Formats by the leaves that give them away; the first that is there names the refusal."""
+
+
+# From the leaves of a projection to what happens to them ------------------------------------------
+
+
+_ROUNDING = {"F16": "0.049 %", "BF16": "0.39 %"}
+"""Half a unit in the last place: the most by which rounding changes a normal number."""
+
+
+def _rounds(edit: TensorEdit) -> bool:
+    """Whether a scale stays in 16 bits, so that multiplying it rounds it once more."""
+    return edit.role == "scale" and edit.tensor.dtype in _ROUNDING and not edit.promote
+
+
+_STATE_BYTES = 1 << 20
+"""A quantisation state is read whole; a longer one is no state."""
+
+
+@lru_cache(maxsize=1024)
+def leaf_name(leaf: str) -> str:
+    """The leaf without its separator; a fused tensor without any is the weight itself."""
+    return leaf.lstrip("._").removeprefix("weight.") or "weight"
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Module and leaf of a tensor; without a leaf that the table knows, all of it is the module.
+
+    ``m.weight.absmax`` and ``m.absmax`` are the same to bitsandbytes, ``m_bias`` and ``m.bias``
+    to fused experts.
+    """
+    match = _LEAF.fullmatch(name)
+    return (match["module"], match["leaf"]) if match else (name, "weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What the shapes of a projection's tensors say; leaves by name, None for none.
+
+    `alike` are leaf, dtype and shape of what has the same shape in all that are stored so.
+    """
+
+    codes: str
+    size: Shape | None = None
+    misfit: str | None = None
+    empty: str | None = None
+    alike: tuple[tuple[str, str, Shape], ...] = ()
+
+
+def measured(leaves: Leaves) -> Measured:
+    """The sizes of a projection, by the row of its format; of what no row fits, what is empty."""
+    row = _row_of(leaves)
+    needed = {*row.dtypes, *row.scaled, "bias"} if row else leaves.keys()
+    empty = next((leaf for leaf, t in leaves.items() if 0 in t.shape and leaf in needed), None)
+    if row is None or empty is not None:
+        return Measured(next(iter(leaves)), empty=empty)
+    codes, size = next(iter(row.dtypes)), row.size(leaves)
+    equal = () if row.free else (*row.dtypes, *row.scaled)
+    return Measured(
+        codes,
+        size,
+        row.misfit(leaves) or _misfit_bias(leaves, size),
+        alike=tuple(
+            (leaf, t.dtype, t.shape)
+            for leaf, t in sorted(leaves.items())
+            if leaf in equal and not leaf.startswith("quant_state")  # a text of any length
+        ),
+    )
+
+
+def _misfit_bias(leaves: Leaves, size: Shape | None) -> str | None:
+    """A bias has a number for each output, which are columns where experts lie transposed."""
+    if size is None or len(size) < 2 or "bias" not in leaves:
+        return None
+    shape = leaves["bias"].shape
+    outs = size[-2:] if len(size) > 2 else size[-2:-1]
+    return None if any(math.prod(shape) == math.prod(size[:-2]) * out for out in outs) else "bias"
+
+
+def _row_of(leaves: Leaves) -> Format | None:
+    """The row that fits; an empty tensor fits none that has a doubt about shapes."""
+    dtypes = frozenset((leaf, tensor.dtype) for leaf, tensor in leaves.items())
+    return next((row for row in _candidates(dtypes) if row.fits(leaves)), None)
+
+
+def takes_any_factor(leaves: Leaves) -> bool:
+    """Whether a down-projection can be multiplied by more than powers of two."""
+    row = _row_of(leaves)
+    return row is None or all(part.operation != "shift" for part in row.scaled.values())
+
+
+def scaled_tensors(
+    module: str,
+    leaves: Leaves,
+    factor: float,
+    instead: str | None = None,
+    layer: Layer = FIRST,
+) -> list[TensorEdit]:
+    """The tensors of a down-projection that change when it is multiplied by `factor`.
+
+    Args:
+        module: the projection's name, for errors.
+        leaves: its tensors by leaf.
+        factor: what it is multiplied by.
+        instead: what else can be done with this model, a sentence for the error.
+        layer: its layer.
+
+    Raises:
+        UnsupportedError: no row of the table fits, so scaling it would be a guess; or the format
+            cannot be multiplied by this factor.
+        CheckpointError: a tensor that its format needs is missing.
+    """
+    row = _row_of(leaves)
+    if row is None and factor == 1.0:
+        return []  # nothing is touched, so nothing has to be known
+    if row is None:
+        raise _unmatched(module, leaves)
+    parts = {**row.scaled, "bias": Part("bias")}
+    if any(part.operation == "shift" for part in parts.values()):
+        _check_power_of_two(module, row, factor, instead)
+    found = [(leaves[leaf], part) for leaf, part in parts.items() if leaf in leaves]
+    return [_edit(tensor, part, row, factor, layer) for tensor, part in found]
+
+
+@lru_cache(maxsize=64)  # the projections of a checkpoint are of very few kinds
+def _candidates(dtypes: frozenset[tuple[str, str]]) -> tuple[Format, ...]:
+    """The rows that find all that they need, and nothing that they do not know."""
+    found = dict(dtypes)
+    return tuple(row for row in ROWS if _takes(row, found))
+
+
+def _takes(row: Format, found: Mapping[str, str]) -> bool:
+    values = {"bias", *row.scaled} - row.dtypes.keys()
+    return (
+        all(found.get(leaf) in dtypes for leaf, dtypes in row.dtypes.items())
+        and found.keys() <= _known(row)
+        and all(found.get(leaf, "F32") in SCALABLE for leaf in values)
+    )
+
+
+def _known(row: Format) -> set[str]:
+    return {*row.dtypes, *row.scaled, *row.stays, *UNTOUCHED, "bias"}
+
+
+_LEAVES = sorted(set[str]().union(*(_known(row) for row in ROWS)), key=len, reverse=True)
+_LEAF = re.compile(
+    r"(?P<module>.+?)(?:(?:\.weight)?\.|_)(?P<leaf>" + "|".join(map(re.escape, _LEAVES)) + ")"
+)
+"""A name with a leaf that the table knows, the longest that there is."""
+
+
+def _edit(tensor: Tensor, part: Part, row: Format, factor: float, layer: Layer) -> TensorEdit:
+    if part.operation == "nested_offset" and tensor.nbytes > _STATE_BYTES:
+        raise CheckpointError(
+            f"{tensor.name}: has {tensor.nbytes} bytes, too many for a quantisation state"
+        )
+    promote = "F32" if part.promote and tensor.dtype in ("F16", "BF16") else None
+    return TensorEdit(tensor, factor, part.operation, promote, part.role, row.name, layer)
+
+
+def _is_power_of_two(factor: float) -> bool:
+    return math.frexp(factor)[0] == 0.5
+
+
+def _check_power_of_two(module: str, row: Format, factor: float, instead: str | None) -> None:
+    if _is_power_of_two(factor):
+        return
+    below = 2.0 ** (math.frexp(factor)[1] - 1)
+    exact = f"Exact are --factor {below:.9g} and --factor {2 * below:.9g}."
+    raise UnsupportedError(
+        f"{module}: is stored as {row.name}, whose scales are powers of two: multiplying it by"
+        f" {factor:.9g} would need new codes",
+        hint=f"{instead} {exact}" if instead else exact,
+    )
+
+
+# Refusals -----------------------------------------------------------------------------------------
+
+
+def _unmatched(module: str, leaves: Leaves) -> UnsupportedError | CheckpointError:
+    """Why no row fits: a format that is known and refused, a missing tensor, or nothing known."""
+    hint = "Rescale the unquantised checkpoint and quantise the result."
+    if any("parametrizations" in leaf for leaf in leaves):
+        hint = "Remove it first: torch.nn.utils.parametrize.remove_parametrizations(...)."
+    found = ", ".join(f"{leaf} ({tensor.dtype})" for leaf, tensor in sorted(leaves.items()))
+    for refused in REFUSED:
+        if all(_has(leaves, leaf, dtypes) for leaf, dtypes in refused.dtypes.items()):
+            return UnsupportedError(
+                f"{module}: is stored as {refused.name} ({found}), which cannot be scaled:"
+                f" {refused.why}",
+                hint=hint,
+            )
+    alone = leaves.keys() <= {"weight", "bias", *UNTOUCHED}
+    if alone and "weight" not in leaves:
+        return CheckpointError(
+            f"{module}: has no weight, although there is its {next(iter(sorted(leaves)))}",
+            hint="The checkpoint is incomplete; fetch the missing shard again.",
+        )
+    if alone and "weight" in leaves and leaves["weight"].dtype not in SCALABLE:
+        return UnsupportedError(
+            f"{module}: its weight is {leaves['weight'].dtype} without a tensor that could be its"
+            " scale, and its codes cannot be multiplied",
+            hint=hint,
+        )
+    if row := _nearest(leaves):
+        missing = ", ".join(leaf for leaf in row.dtypes if leaf not in leaves)
+        return CheckpointError(
+            f"{module}: looks like {row.name} ({found}), but has no {missing}",
+            hint="The checkpoint is incomplete; fetch the missing shard again.",
+        )
+    return UnsupportedError(
+        f"{module}: is stored as {found}, which is no format that moescale can scale", hint=hint
+    )
+
+
+def _has(leaves: Leaves, marker: str, dtypes: tuple[str, ...]) -> bool:
+    return any(
+        (leaf == marker or leaf.startswith(marker + ".")) and (not dtypes or tensor.dtype in dtypes)
+        for leaf, tensor in leaves.items()
+    )
+
+
+def _nearest(leaves: Leaves) -> Format | None:
+    """The row that lacks fewest of its tensors, of those that know all that is there."""
+
+    def lacking(row: Format) -> int:
+        return sum(leaf not in leaves for leaf in row.dtypes)
+
+    rows = [
+        row
+        for row in ROWS
+        if next(iter(row.dtypes)) in leaves
+        and leaves.keys() <= _known(row)
+        and all(leaves[leaf].dtype in row.dtypes[leaf] for leaf in row.dtypes if leaf in leaves)
+        and lacking(row)
+        and not ("weight" in row.dtypes and lacking(row) == len(row.dtypes) - 1)
+    ]
+    return min(rows, key=lacking, default=None)
+
+
+# What the config adds -----------------------------------------------------------------------------
+
+_SECTIONS = frozenset({"quantization_config", "compression_config", "quantization"})
+
+
+def confirm(
+    edits: Iterable[TensorEdit], config: Mapping[str, Any], instead: str | None = None
+) -> list[str]:
+    """Look into the config for what tensors do not show, and say what is not exact.
+
+    Args:
+        edits: the tensors to scale.
+        config: the whole ``config.json``.
+        instead: as for `scaled_tensors`.
+
+    Returns:
+        One remark for each format, not for each tensor.
+
+    Raises:
+        UnsupportedError: the config says that the scales are none of those that the table means.
+    """
+    sections = list(_quantization_sections(config))
+    e5m3 = "e5m3" in json.dumps(sections).lower()
+    ue8m0 = any(section.get("scale_fmt") == "ue8m0" for section in sections)
+    rounded: dict[str, None] = {}
+    for edit in edits:
+        if edit.operation == "shift" and e5m3:
+            raise UnsupportedError(
+                f"{edit.tensor.name}: the config says E5M3, so its bytes are no powers of two",
+                hint="Rescale the unquantised checkpoint and quantise the result.",
+            )
+        if _is_power_of_two(edit.factor):
+            continue
+        if _rounds(edit):
+            rounded[_rounding(edit)] = None
+        elif edit.format == "FP8" and ue8m0:
+            rounded[_ue8m0(instead)] = None
+    return list(rounded)
+
+
+def _quantization_sections(value: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The sections that describe a quantisation, wherever they stand."""
+    for key, section in value.items():
+        if isinstance(section, dict):
+            yield from (section,) if key in _SECTIONS else _quantization_sections(section)
+
+
+def _rounding(edit: TensorEdit) -> str:
+    most = f"by at most {_ROUNDING[edit.tensor.dtype]}"
+    what = f"changes a weight {most}"
+    if any(row.name == edit.format and OFFSET in row.scaled.values() for row in ROWS):
+        what = f"changes both terms of a weight, code times scale and offset, {most} each"
+    return (
+        f"{edit.format}: its {edit.tensor.dtype} scales are rounded when they are multiplied,"
+        f" which {what}; all codes stay"
+    )
+
+
+def _ue8m0(instead: str | None) -> str:
+    return (
+        "config.json says scale_fmt ue8m0, and the factor is no power of two: transformers, and"
+        " vLLM and SGLang where they use DeepGEMM, round such scales to powers of two in silence"
+        + (f". {instead}" if instead else "")
+    )

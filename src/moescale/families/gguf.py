@@ -1,0 +1,301 @@
+"""From the keys and tensors of a GGUF model to the MoE that shall be rescaled."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from moescale.checkpoint.tensor import Tensor
+from moescale.errors import CheckpointError, UnsupportedError
+from moescale.families.architectures import Architecture
+from moescale.families.config import MOST, Spelling
+from moescale.families.find import Moe
+from moescale.families.llama_cpp import BY_NAME, SCORES, Row
+from moescale.families.pattern import find_by_pattern
+from moescale.families.projections import Layer, Projection
+from moescale.families.router import Router
+from moescale.routers.kinds import UNKNOWN, Gating, Other
+
+_KNOWN = re.compile(
+    r"(?:ffn_(?:up|gate|down|gate_up)_(?:ch)?exps\.(?:weight|bias|scale|input_scale))|ffn_norm_exps\.weight"
+)
+"""Tensors of routed experts that are none of a surprise."""
+_ROUTED = re.compile(r"ffn_(?:gate_inp|(?:up|gate|gate_up|down)_exps)\.weight")
+_OLD = re.compile(r"blk\.\d+\.ffn_down\.\d+\.weight")
+
+
+class Keys(Protocol):
+    """The header of a file, as far as it is needed here."""
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of a key."""
+
+
+def find_gguf_moe(
+    keys: Keys,
+    tensors: Sequence[Tensor],
+    arch: str | None,
+    pattern: str | None,
+    experts_key: str | None,
+) -> Moe:
+    """Find the MoE and check that it is complete.
+
+    Args:
+        keys: the keys of the first file.
+        tensors: of all files; shapes have the slowest dimension first.
+        arch: treat it as this architecture.
+        pattern: expression for the names of the down-projections.
+        experts_key: key of the experts per token; goes with `pattern`.
+
+    Raises:
+        UnsupportedError: the architecture is not known, or is left alone.
+        CheckpointError: keys and tensors do not fit.
+    """
+    own = keys.get("general.architecture")
+    if not isinstance(own, str):
+        raise CheckpointError("the file has no general.architecture", hint=_NO_MODEL)
+    row = _row(own, tensors, arch, pattern)
+    if row.refused:
+        raise UnsupportedError(f"architecture {row.name!r}: {row.refused}")
+    place = Spelling("", experts_key or f"{own}.expert_used_count", 0)
+    count = _count(keys, place.path)
+    projections = find_by_pattern(tensors, pattern) if pattern else list(_projections(row, tensors))
+    if not projections:
+        raise _none_found(own, tensors)
+    total = _whole(keys, f"{own}.expert_count")
+    by_layer = _by_layer(tensors)
+    held = _held(projections, row, total)
+    if pattern is None:
+        _check_complete(row, by_layer, held)
+    score = _score(row, own, keys, tensors)
+    known = Router(_renormalised(row, own, keys, score)) if row.name else None
+    limit = {
+        "n_group": keys.get(f"{own}.expert_group_count"),
+        "topk_group": keys.get(f"{own}.expert_group_used_count"),
+    }
+    return Moe(
+        architecture=_architecture(row, own, keys, by_layer, score),
+        model_type=own,
+        section=limit,
+        places=(place,),
+        count=count,
+        total=total,
+        held=held,
+        router=known,
+        projections=projections,
+        warnings=list(_warnings(row, own, arch, by_layer)),
+        elsewhere=_elsewhere(own, keys, held),
+    )
+
+
+_MOST_FURTHER = 8
+"""Layers that predict further tokens; models have one to three."""
+
+
+def _elsewhere(own: str, keys: Keys, held: Mapping[Layer, int]) -> dict[str, Layer | None]:
+    """What a safetensors model calls the last blocks, which many files leave out."""
+    blocks, further = (keys.get(f"{own}.{name}", 0) for name in ("block_count", _FURTHER))
+    if type(blocks) is not int or type(further) is not int or blocks <= further:
+        return {}
+    found: dict[str, Layer | None] = {}
+    for i in range(_MOST_FURTHER):
+        layer = Layer("", blocks - further + i)
+        there = layer if layer in held else None
+        found |= {f"mtp.{i}": there, str(layer.number): there}
+    return found
+
+
+_FURTHER = "nextn_predict_layers"
+
+
+_NO_MODEL = "It holds no model: a projector, an adapter or an importance matrix, say."
+
+
+def _row(own: str, tensors: Sequence[Tensor], arch: str | None, pattern: str | None) -> Row:
+    name = arch or own
+    if name in BY_NAME:
+        return BY_NAME[name]
+    if pattern is not None and arch is None:
+        return Row("", "never", UNKNOWN)
+    if not any(_ROUTED.search(t.name) or _OLD.fullmatch(t.name) for t in tensors):
+        raise UnsupportedError(
+            f"architecture {name!r}: is a dense model; it has no experts, so there is nothing to"
+            " rescale"
+        )
+    if own in BY_NAME:
+        raise UnsupportedError(
+            f"architecture {name!r} is not known", hint=f"The file says {own!r}: leave --arch out."
+        )
+    routed = next((t.name for t in tensors if "down_exps" in t.name), None)
+    close = difflib.get_close_matches(name, BY_NAME, 3)
+    advice = [f"Closest: {', '.join(close)} (--arch)."] if close else []
+    if routed:
+        shown = re.sub(r"\d+", r"\\d+", routed, count=1).replace(".", r"\.")
+        advice.append(
+            f"{routed!r} looks like a routed down-projection: try --pattern '{shown}'"
+            f" --experts-key {own}.expert_used_count with --factor or --rule published."
+        )
+    raise UnsupportedError(f"architecture {name!r} is not known", hint=" ".join(advice) or None)
+
+
+def _whole(keys: Keys, name: str) -> int:
+    value = keys.get(name)
+    if type(value) is not int or not 0 < value <= MOST:
+        said = "is missing" if value is None else f"is {repr(value)[:40]}, not a number of experts"
+        raise CheckpointError(f"key {name} {said}", hint="The header is not that of a MoE model.")
+    return value
+
+
+def _count(keys: Keys, name: str) -> int | tuple[int, ...]:
+    value = keys.get(name)
+    if isinstance(value, tuple) and value and all(type(v) is int and v >= 0 for v in value):
+        return value if any(value) else _whole(keys, name)
+    return _whole(keys, name)
+
+
+def _projections(row: Row, tensors: Sequence[Tensor]) -> Iterator[Projection]:
+    names = "|".join(row.experts or ("ffn_down_exps",))
+    pattern = re.compile(rf"(?P<module>blk\.(?P<layer>[0-9]{{1,6}})\.(?:{names}))\.(?P<leaf>\w+)")
+    found: dict[str, Projection] = {}
+    for tensor in tensors:
+        if match := pattern.fullmatch(tensor.name):
+            layer = Layer("", int(match["layer"]))
+            new = Projection(match["module"], layer, None, match.span("layer"))
+            found.setdefault(new.module, new).leaves[match["leaf"]] = tensor
+    yield from found.values()
+
+
+def _by_layer(tensors: Sequence[Tensor]) -> dict[int, set[str]]:
+    """What each block has, by the names after ``blk.N.``."""
+    found: dict[int, set[str]] = {}
+    for tensor in tensors:
+        if match := re.fullmatch(r"blk\.([0-9]{1,6})\.(.+)", tensor.name):
+            found.setdefault(int(match[1]), set()).add(match[2])
+    return found
+
+
+def _held(projections: Sequence[Projection], row: Row, total: int) -> dict[Layer, int]:
+    """Routed experts of each layer, as its tensors hold."""
+    held: dict[Layer, int] = {}
+    for projection in projections:
+        weight = projection.leaves.get("weight")
+        if weight is None or len(weight.shape) != 3:
+            shape = "missing" if weight is None else f"{list(weight.shape)}"
+            raise CheckpointError(
+                f"{projection.module}.weight: is {shape}, not one matrix an expert"
+            )
+        experts = weight.shape[0]
+        if projection.module.endswith("_chexps"):
+            continue
+        if experts != total:
+            raise CheckpointError(
+                f"{weight.name}: holds {experts} experts, the header says {total}",
+                hint="Header and tensors are of different models.",
+            )
+        held[projection.layer] = experts
+    return held
+
+
+def _check_complete(row: Row, by_layer: Mapping[int, set[str]], held: Mapping[Layer, int]) -> None:
+    """Every block with a router or other parts of routed experts has down-projections."""
+    for number, names in sorted(by_layer.items()):
+        routed = sorted(name for name in names if _ROUTED.fullmatch(name))
+        if routed and Layer("", number) not in held:
+            raise CheckpointError(
+                f"blk.{number}: has {routed[0]}, but no {row.experts[0]}.weight",
+                hint="A file of the set is missing, or of another model.",
+            )
+        if Layer("", number) in held and "ffn_gate_inp.weight" not in names:
+            raise CheckpointError(
+                f"blk.{number}: has routed experts, but no router (ffn_gate_inp.weight)",
+                hint="A file of the set is missing, or of another model.",
+            )
+
+
+_Score = tuple[str, bool] | None
+
+
+def _renormalised(row: Row, own: str, keys: Keys, score: _Score) -> bool:
+    if score == ("softmax", True):
+        return True
+    if row.weighs == "key":
+        return keys.get(f"{own}.expert_weights_norm") is True
+    return row.weighs == "always"
+
+
+def _score(row: Row, own: str, keys: Keys, tensors: Sequence[Tensor]) -> _Score:
+    named = keys.get(f"{own}.expert_gating_func") if row.score_key else None
+    return SCORES.get(named or _unnamed(row, own, keys, tensors) or 0)
+
+
+def _unnamed(row: Row, own: str, keys: Keys, tensors: Sequence[Tensor]) -> int | None:
+    """The score where the file names none; GLM-4.7-Flash is told by its size, as in the client."""
+    if row.name != "deepseek2":
+        return row.score
+    blocks = keys.get(f"{own}.block_count", 0) - keys.get(f"{own}.{_FURTHER}", 0)
+    words = next((t.shape[0] for t in tensors if t.name == "token_embd.weight" and t.shape), 0)
+    return 2 if blocks in (47, 48) and words == 154_880 else row.score
+
+
+def _architecture(
+    row: Row, own: str, keys: Keys, by_layer: Mapping[int, set[str]], score: _Score
+) -> Architecture:
+    """The row, and what the file says, in the words of the other tables."""
+    there: set[str] = set().union(*by_layer.values())
+    gating = row.gating
+    if isinstance(gating, Gating):
+        if score is None:
+            gating = Other(f"{own}.expert_gating_func names no function that is known")
+        else:
+            kind, late = score
+            gating = replace(gating, score=kind, late=late)
+    removed = row.no_effect is not None
+    if row.if_tensor:
+        removed = row.if_tensor in there
+    if row.unless_tensor:
+        removed = row.unless_tensor not in there
+    fixed = None
+    if row.fixed_by in there:
+        fixed = f"its {row.fixed_by} has a column for each expert of a token"
+    return Architecture(
+        own,
+        experts=(),
+        weights=_renormalised(row, own, keys, score),
+        count=(f"{own}.expert_used_count",),
+        groups=True,
+        fixed=fixed,
+        no_effect=row.no_effect if removed else None,
+        partly=None if removed else row.partly,
+        scale_key=f"{own}.expert_weights_scale" if row.scale_key else None,
+        folds=row.scale_key,
+        gating=gating,
+    )
+
+
+def _warnings(
+    row: Row, own: str, arch: str | None, by_layer: Mapping[int, set[str]]
+) -> Iterator[str]:
+    if arch is not None and arch != own:
+        yield f"--arch {arch} contradicts the file, whose architecture is {own!r}"
+    if row.partly and not row.unless_tensor:
+        yield f"architecture {own!r}: {row.partly}"
+    if row.unless_tensor and row.partly and any(row.unless_tensor in n for n in by_layer.values()):
+        yield f"architecture {own!r}: {row.partly}"
+    names = {name for found in by_layer.values() for name in found}
+    for name in sorted(n for n in names if "exps" in n and not _KNOWN.fullmatch(n)):
+        yield f"blk.N.{name}: belongs to the routed experts, and is not known; it is copied"
+
+
+def _none_found(own: str, tensors: Sequence[Tensor]) -> CheckpointError | UnsupportedError:
+    if old := next((t.name for t in tensors if _OLD.fullmatch(t.name)), None):
+        return UnsupportedError(
+            f"{old!r}: has a tensor for each expert, as files had before April 2024",
+            hint="llama.cpp no longer runs such a file; convert the model again.",
+        )
+    return UnsupportedError(
+        f"architecture {own!r}: this model is dense; it has no experts, so there is nothing to"
+        " rescale"
+    )

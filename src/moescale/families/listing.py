@@ -1,0 +1,107 @@
+"""What the tables of model types say, in words: for ``--list-types`` and docs/models.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from moescale.families import architectures, llama_cpp
+from moescale.families.architectures import Architecture
+from moescale.families.router_tensors import BIAS_MOVES
+from moescale.routers.kinds import Gating, Other
+
+
+@dataclass(frozen=True, slots=True)
+class ModelType:
+    """One model type, or one part of it, and what can be done with it.
+
+    Attributes:
+        model_type: as in ``config.json``; of a GGUF file its ``general.architecture``.
+        part: which MoE of a model that has several.
+        effect: what happens to its experts, in words.
+        fold_config: whether ``--fold config`` can be used.
+        gates: ``yes``, or why ``--rule gates`` cannot be used.
+        gate_scale: ``yes``, what ``--gate-scale`` warns of, or ``no``.
+        format: of the checkpoint.
+        fold_scale: whether ``--fold scale`` can be used.
+    """
+
+    model_type: str
+    part: str | None
+    effect: str
+    fold_config: bool
+    gates: str
+    gate_scale: str
+    format: Literal["safetensors", "gguf"] = "safetensors"
+    fold_scale: bool = False
+
+
+def model_types() -> tuple[ModelType, ...]:
+    """Every model type that is known, by name; after them those of GGUF files."""
+    rows = sorted(architectures.ROWS, key=lambda row: (row.model_type, row.part or ""))
+    return (*_types(rows), *_llama_types())
+
+
+def _llama_types() -> Iterator[ModelType]:
+    for row in sorted(llama_cpp.ROWS, key=lambda row: row.name):
+        formed = isinstance(row.gating, Gating)
+        gates = "yes" if isinstance(row.gating, Gating) else f"no: {row.gating.why}"
+        moves = isinstance(row.gating, Gating) and row.gating.bias
+        scale = "yes, with a warning where there is a bias" if moves else "yes" if formed else "no"
+        yield ModelType(
+            row.name,
+            None,
+            _llama_effect(row),
+            row.scale_key,
+            gates,
+            scale,
+            "gguf",
+            row.scale_tensor,
+        )
+
+
+def _llama_effect(row: llama_cpp.Row) -> str:
+    where = f" where it has {row.if_tensor}" if row.if_tensor else ""
+    where = f" where it has no {row.unless_tensor}" if row.unless_tensor else where
+    said = (
+        row.refused and f"refused: {row.refused}",
+        row.no_effect and f"only --rule none{where}: {row.no_effect}",
+        row.fixed_by and f"the number of experts stays where it has {row.fixed_by}",
+        row.partly and f"with a warning: {row.partly}",
+    )
+    found = [text for text in said if text]
+    return "; ".join(found if row.refused or (row.no_effect and not where) else ["scaled", *found])
+
+
+def _types(rows: list[Architecture]) -> Iterator[ModelType]:
+    for row in rows:
+        gates, scale = _router(row, row.gating)
+        yield ModelType(row.model_type, row.part, _effect(row), row.folds, gates, scale)
+
+
+def _effect(row: Architecture) -> str:
+    if row.fixed:
+        return f"scaled, but the number of experts stays: {row.fixed}"
+    if row.no_effect:
+        return f"only --rule none: {row.no_effect}"
+    if row.partly:
+        where = f" where a layer has {row.partly_if}" if row.partly_if else ""
+        return f"scaled, with a warning{where}: {row.partly}"
+    return "scaled"
+
+
+def _router(row: Architecture, gating: Gating | Other) -> tuple[str, str]:
+    """Whether the rule `gates` can be used, and `--gate-scale`."""
+    if isinstance(gating, Other):
+        return f"no: {gating.why}", "no"
+    gates = "no: scaling has no effect" if row.no_effect else "yes"
+    if gating.cap_key:
+        return gates, f"only where {gating.cap_key} is not set"
+    if gating.bias and not (gating.bias_optional or gating.bias_key):
+        return gates, f"yes, with a warning: {BIAS_MOVES}"
+    if gating.bias:
+        return gates, "yes, with a warning where there is a bias"
+    if row.groups and gating.group_best > 1:
+        return gates, "yes, with a warning where there are groups of experts"
+    return gates, "yes"

@@ -1,0 +1,249 @@
+"""The routed experts' down-projections of this checkpoint, found by their names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Final
+
+from moescale.checkpoint.edit import Layer as Layer
+from moescale.checkpoint.tensor import Tensor
+from moescale.errors import CheckpointError, UnsupportedError
+from moescale.families.architectures import ROWS, Architecture
+from moescale.families.config import MOST, whole
+from moescale.families.formats import leaf_name
+from moescale.families.names import plain_name
+
+GENERIC: Final = frozenset(
+    (
+        *("model", "language_model", "text_model", "base_model", "llm", "transformer"),
+        *("backbone", "module", "layers", "blocks", "block", "h"),
+    )
+)
+"""Parts of a tensor's name that do not tell one stack of layers from another."""
+
+
+@dataclass(slots=True)
+class Projection:
+    """One down-projection, of one expert or of all experts of a layer.
+
+    `module` is the name that the model itself has for it, without the words of wrappers.
+    """
+
+    module: str
+    layer: Layer
+    expert: int | None
+    number_at: tuple[int, int]  # where the layer's number stands in the module's name
+    leaves: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def prefix(self) -> str:
+        """The name up to the layer's number: ``model.layers.3``."""
+        return self.module[: self.number_at[1]]
+
+    @property
+    def block(self) -> str:
+        """What holds router and experts, after the layer's number: ``.mlp.``."""
+        return block_of(self.module[self.number_at[1] :])
+
+
+class Stacks:
+    """The stacks that belong to one part of a model type: its own, or all that no other has."""
+
+    def __init__(self, architecture: Architecture, others: Iterable[Architecture]) -> None:
+        self._own = architecture.stacks
+        self._foreign = frozenset().union(*(row.stacks or frozenset() for row in others))
+
+    def __contains__(self, stack: str) -> bool:
+        return stack in self._own if self._own else stack not in self._foreign
+
+
+def find_projections(
+    tensors: Iterable[Tensor], architecture: Architecture, others: Iterable[Architecture] = ()
+) -> list[Projection]:
+    """All tensors whose names are those of routed down-projections, module by module.
+
+    The row says how the type is published. Tools write the same weights under the names of
+    another type, fused or one by one; so every layout of the table counts for every type.
+
+    Args:
+        tensors: the whole checkpoint.
+        architecture: the row whose stacks count.
+        others: the other parts of the same model type, whose stacks are left alone.
+    """
+    pattern = _name_pattern(tuple(architecture.experts))
+    stacks = Stacks(architecture, others)
+    found: dict[str, Projection] = {}
+    for tensor in tensors:
+        match = pattern.fullmatch(plain_name(tensor.name))
+        if match is None:
+            continue
+        projection = _projection(match)
+        if projection.layer.stack not in stacks:
+            continue
+        leaves = found.setdefault(projection.module, projection).leaves
+        leaf = leaf_name(match["leaf"])
+        if leaf in leaves:
+            raise CheckpointError(
+                f"{projection.module}: has two tensors that are its {leaf},"
+                f" {leaves[leaf].name!r} and {tensor.name!r}"
+            )
+        leaves[leaf] = tensor
+    if architecture.part is None:
+        drop_single_stack(found.values())
+    return in_order(found.values())
+
+
+def in_order(projections: Iterable[Projection]) -> list[Projection]:
+    """By layer, name and expert."""
+    return sorted(projections, key=lambda p: (p.layer, p.module, p.expert or 0))
+
+
+def stack_of(before: str) -> str:
+    """What tells a stack of layers from others, in what stands before the layer's number."""
+    return ".".join(word for word in before.split(".") if word and word not in GENERIC)
+
+
+def drop_single_stack(projections: Collection[Projection]) -> None:
+    """Call the layers by their numbers alone where there is one stack of them, however named."""
+    if len({p.layer.stack for p in projections}) == 1:
+        for projection in projections:
+            projection.layer = _same_layer("", projection.layer.number)
+
+
+NUMBER: Final = "[0-9]{1,9}"
+_DOWN: Final = "(?:down_projs?|w2|fc2|wo|output_linear)"
+"""The last words that mean a down-projection in every layout of the table that has them."""
+_EXPERT: Final = rf"experts\.(?:expert_)?(?P<E>{NUMBER})\.{_DOWN}"
+_ALL_EXPERTS: Final = rf"experts\.(?:mlp\.)?{_DOWN}(?:\.(?P<F>{NUMBER}))?"
+_MLX: Final = r"switch_mlp\.(?:down_proj|fc2)"
+"""mlx-lm's, for every type: the `sanitize` methods of mlx-lm 0.32; `SwitchMLP` has an fc2."""
+
+
+@lru_cache(maxsize=1)
+def _any_layout() -> str:
+    """An expression for every layout of the table: a container, a block and its experts."""
+    containers, blocks, without = {"h"}, {"moe."}, set()
+    for template in {template for row in ROWS for template in row.experts}:
+        container, _, rest = template.partition(".{L}.")
+        block, experts, _ = rest.partition("experts.")
+        containers.add(container)
+        if experts:
+            blocks.add(block)
+        elif "moe." in block and "{E}" not in block:  # else it may be that of a dense layer
+            without.add(rest)
+    in_block = f"(?:{_either(blocks)})(?:{_EXPERT}|{_ALL_EXPERTS}|{_MLX})"
+    return rf"(?:{_either(containers)})\.(?P<L>{NUMBER})\.(?:{in_block}|{_either(without)})"
+
+
+def _either(words: Iterable[str]) -> str:
+    return "|".join(map(re.escape, sorted(words)))
+
+
+@lru_cache(maxsize=16)
+def _name_pattern(templates: tuple[str, ...]) -> re.Pattern[str]:
+    """One expression for all layouts: groups for prefix, layer, expert and leaf."""
+    choices = []
+    for i, template in enumerate(templates):
+        escaped = re.escape(template).replace(r"\{L\}", rf"(?P<L{i}>{NUMBER})")
+        choices.append(escaped.replace(r"\{E\}", rf"(?P<E{i}>{NUMBER})"))
+    choices.insert(0, _any_layout())
+    expression = rf"(?P<prefix>(?:.*\.)?)(?:{'|'.join(choices)})(?P<leaf>(?:[._].*)?)"
+    return re.compile(expression, re.DOTALL)  # a line end in a long name would be searched for long
+
+
+def _projection(match: re.Match[str]) -> Projection:
+    groups = {key: value for key, value in match.groupdict().items() if value is not None}
+    layer = next(key for key in groups if key[0] == "L")
+    expert = next((value for key, value in groups.items() if key[0] in "EF"), None)
+    stack = stack_of(match.string[: match.start(layer)])
+    module = match.string[: match.start("leaf")]
+    number = _same_layer(stack, int(groups[layer]))
+    place = _same_place(*match.span(layer))
+    return Projection(module, number, None if expert is None else int(expert), place)
+
+
+@lru_cache(maxsize=1024)
+def _same_layer(stack: str, number: int) -> Layer:
+    """One object for all experts of a layer."""
+    return Layer(stack, number)
+
+
+@lru_cache(maxsize=1024)
+def _same_place(start: int, stop: int) -> tuple[int, int]:
+    """One object for all names that have the layer's number at the same place."""
+    return start, stop
+
+
+@lru_cache(maxsize=1024)
+def block_of(rest: str) -> str:
+    """The name of the MoE block after the layer's number: ``.mlp.`` of ``.mlp.experts.0.w2``."""
+    experts = re.search(r"(?:experts|switch_mlp)\.", rest)
+    if experts:
+        return rest[: experts.start()]
+    return re.split(r"(?<=\.)[0-9]+\.", rest.rpartition(".")[0] + ".")[0]
+
+
+def total_experts(architecture: Architecture, section: Mapping[str, Any]) -> int:
+    """Routed experts of a layer, as the config says; of several numbers the largest.
+
+    Raises:
+        UnsupportedError: the config does not say.
+    """
+    for key in architecture.total:
+        value = section.get(key)
+        numbers = _by_layer(value) or ({"": value} if type(value) is int else {})
+        most = max(numbers.values(), default=0)
+        if 0 < most <= MOST and min(numbers.values()) >= 0:
+            return most
+    keys = " or ".join(architecture.total)
+    raise UnsupportedError(
+        f"config.json: does not say how many routed experts a layer has ({keys})",
+        hint="Add the key with that number, beside the one of the experts per token.",
+    )
+
+
+def _by_layer(value: Any) -> dict[str, int]:
+    """A list or an object of numbers by the layer's number; empty where it is neither.
+
+    A dense layer may have a null.
+    """
+    if isinstance(value, list):
+        value = {str(layer): number for layer, number in enumerate(value)}
+    if not isinstance(value, dict):
+        return {}
+    numbers = {layer: number for layer, number in value.items() if number is not None}
+    return numbers if all(type(number) is int for number in numbers.values()) else {}
+
+
+_LISTED: Final = (
+    *("num_experts_per_layer", "num_local_experts_per_layer", "n_routed_experts_per_layer"),
+    *("moe_num_experts_per_layer", "pyramid_num_routed"),
+    *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+)
+"""Config keys that may hold a number of experts for each layer."""
+
+
+def experts_of_layer(section: Mapping[str, Any], layer: int, total: int) -> int:
+    """Routed experts of one layer, where the config gives some layers another number."""
+    own = section.get("per_layer_config")
+    number = own.get(str(layer)) if isinstance(own, dict) else None
+    if isinstance(number, dict):
+        return whole(number, "num_local_experts", 0) or total
+    for key in _LISTED:
+        if listed := _by_layer(section.get(key)):
+            number = listed.get(str(layer), total)
+            return number if 0 < number <= MOST else total
+    return total
+
+
+def raw_layer(before: str, number: int) -> Layer:
+    """The layer of that number, by what stands before it in the name of a tensor."""
+    return _same_layer(stack_of(before), number)
+
+
+def in_part(layer: Layer, architecture: Architecture, others: Iterable[Architecture]) -> bool:
+    """Whether a layer that `raw_layer` gives is of this part of a model type."""
+    return layer.stack in Stacks(architecture, others)

@@ -1,0 +1,189 @@
+"""The tensors of a model's routers: found for the rule ``gates``, scaled for ``--gate-scale``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final
+
+from moescale.checkpoint.dtypes import SCALABLE
+from moescale.checkpoint.edit import TensorEdit
+from moescale.checkpoint.tensor import Tensor
+from moescale.errors import CheckpointError, UnsupportedError
+from moescale.families.architectures import Architecture
+from moescale.families.names import plain_name
+from moescale.families.projections import Layer, Projection
+from moescale.families.router import group_limit
+from moescale.families.witness import CHOICE_BIASES, LOGIT_BIASES, PACKED, WEIGHTS
+from moescale.routers.kinds import LLAMA_NORM, Gating, Other
+
+RULE: Final = "--rule gates"
+SCALE: Final = "--gate-scale"
+_INSTEAD: Final[Mapping[str, str]] = MappingProxyType(
+    {RULE: "--rule preserve needs the config alone.", SCALE: f"Leave {SCALE} out."}
+)
+"""What else can be done, by the option that needs the router."""
+
+
+def gating_of(architecture: Architecture, tensors: Sequence[Tensor], option: str) -> Gating:
+    """The row of a model type.
+
+    Args:
+        architecture: its row in the table of architectures.
+        tensors: the whole checkpoint.
+        option: `RULE` or `SCALE`, for errors.
+
+    Raises:
+        UnsupportedError: its router works otherwise.
+    """
+    row = architecture.gating
+    if (
+        isinstance(row, Gating)
+        and row.not_if
+        and any(t.name.endswith(row.not_if[0]) for t in tensors)
+    ):
+        row = Other(row.not_if[1])
+    if isinstance(row, Other):
+        raise UnsupportedError(
+            f"{option} cannot be used with the router of"
+            f" {architecture.model_type or 'an unknown type'!r}: {row.why}",
+            hint=_INSTEAD[option],
+        )
+    return row
+
+
+@dataclass(frozen=True, slots=True)
+class RouterTensors:
+    """The tensors of one layer's router; see `Gating`."""
+
+    layer: Layer
+    weight: Tensor
+    norm: Tensor | None
+    bias: Tensor | None
+    logit_bias: Tensor | None
+
+    @property
+    def present(self) -> list[Tensor]:
+        """Those that there are."""
+        return [t for t in (self.weight, self.norm, self.bias, self.logit_bias) if t is not None]
+
+
+def find_routers(
+    gating: Gating,
+    section: Mapping[str, Any],
+    projections: Sequence[Projection],
+    tensors: Sequence[Tensor],
+    option: str,
+) -> list[RouterTensors]:
+    """The routers of all layers that have routed experts, one a layer.
+
+    Args:
+        gating: the row of the model type.
+        section: the config section that describes this MoE.
+        projections: the routed down-projections.
+        tensors: the whole checkpoint.
+        option: `RULE` or `SCALE`, for errors.
+
+    Raises:
+        CheckpointError: a layer lacks one of the tensors.
+        UnsupportedError: a tensor is quantised.
+    """
+    ends = (*gating.weight, *gating.norm, *gating.bias, *gating.logit_bias)
+    ends = (*ends, *WEIGHTS, *CHOICE_BIASES, *LOGIT_BIASES, *PACKED, LLAMA_NORM)
+    by_name = {plain_name(t.name): t for t in tensors if t.name.endswith(ends)}
+    by_layer = {p.layer: p for p in projections}
+    biased = gating.bias_key is None or section.get(gating.bias_key) is not False
+    if gating.bias_optional:
+        biased = any(name.endswith((*gating.bias, *CHOICE_BIASES)) for name in by_name)
+    normed = gating.norm and option == RULE
+
+    def one(beside: Projection, names: Sequence[str], known: Sequence[str]) -> Tensor:
+        """By the names of the row, or by one of another layout in the block of the experts."""
+        prefix = plain_name(beside.prefix)
+        looked_for = (*(f".{name}" for name in names), *(beside.block + name for name in known))
+        at = next((prefix + name for name in looked_for if prefix + name in by_name), None)
+        if at is None:
+            raise CheckpointError(
+                f"{prefix}: has routed experts, but no {' or '.join(names)}",
+                hint="The checkpoint is incomplete, quantised or of another layout."
+                f" {_INSTEAD[option]}",
+            )
+        found = by_name[at]
+        if found.dtype not in SCALABLE or any(f"{at}.{leaf}" in by_name for leaf in PACKED):
+            raise UnsupportedError(
+                f"{found.name}: is {found.dtype}; {option} needs a router of plain numbers",
+                hint=_INSTEAD[option],
+            )
+        return found
+
+    return [
+        RouterTensors(
+            layer,
+            one(beside, gating.weight, WEIGHTS),
+            one(beside, (*gating.norm, LLAMA_NORM), ()) if normed else None,
+            one(beside, gating.bias, CHOICE_BIASES) if gating.bias and biased else None,
+            one(beside, gating.logit_bias, LOGIT_BIASES) if gating.logit_bias else None,
+        )
+        for layer, beside in sorted(by_layer.items())
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledRouters:
+    """How the logits of all routers are multiplied.
+
+    Attributes:
+        edits: of the tensors that make the logits, without a factor yet.
+        biases: what the biases of the logits are called in their modules.
+        moves: why other experts may be chosen then; None where the choice stays.
+    """
+
+    edits: Sequence[TensorEdit]
+    biases: frozenset[str]
+    moves: str | None
+
+
+BIAS_MOVES: Final = "a bias fitted to the scores as they are takes part in the choice of experts"
+
+
+def scaled_routers(
+    architecture: Architecture,
+    section: Mapping[str, Any],
+    projections: Sequence[Projection],
+    tensors: Sequence[Tensor],
+) -> ScaledRouters:
+    """What makes the logits of each router, to be multiplied all by one number.
+
+    Args:
+        architecture: the row of the model type.
+        section: the config section that describes this MoE.
+        projections: the routed down-projections.
+        tensors: the whole checkpoint.
+
+    Raises:
+        UnsupportedError: the router works otherwise, or its logits are not its weight's alone.
+        CheckpointError: a router is missing.
+    """
+    gating = gating_of(architecture, tensors, SCALE)
+    found = find_routers(gating, section, projections, tensors, SCALE)
+    if gating.cap_key and section.get(gating.cap_key):
+        raise UnsupportedError(
+            f"{SCALE} cannot be used with the router of {architecture.model_type!r}: a tanh bounds"
+            " its logits",
+            hint=_INSTEAD[SCALE],
+        )
+    grouped = group_limit(architecture, section) is not None
+    moves = None
+    if any(router.bias for router in found):
+        moves = BIAS_MOVES
+    elif grouped and gating.group_best > 1:
+        moves = "groups of experts are chosen by sums of scores, whose order may change"
+    edits = [
+        TensorEdit(tensor, role="router", layer=router.layer)
+        for router in found
+        for tensor in (router.weight, router.logit_bias)
+        if tensor is not None
+    ]
+    biases = {r.logit_bias.name.rpartition(".")[2] for r in found if r.logit_bias is not None}
+    return ScaledRouters(edits, frozenset(biases), moves)

@@ -1,0 +1,168 @@
+"""The experts per token in second places: under other keys of the config, and in other files.
+
+DeepSeek's own code reads ``inference/config_*.json``, Mistral's ``params.json``; converters write
+the number under the key of another type beside the one that counts. What is the same number of
+the same model is set; any other number is left alone, with a warning that names it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from moescale.checkpoint.json_text import Path, parse_lenient, replace_spans, value_spans
+from moescale.families.architectures import ROWS, Architecture
+from moescale.families.config import CONFIG, Config, Spelling
+
+KEYS: Final = frozenset(
+    key
+    for row in ROWS
+    if row.part is None
+    for key in (*row.count, "n_activated_experts")  # the last: inference/model.py of DeepSeek-V3
+    if re.search("expert|moe", key)
+)
+"""Config keys that some loader reads as the experts per token of a model."""
+_TOTALS: Final = frozenset(key for row in ROWS for key in row.total)
+_LEFT_ALONE: Final = frozenset({"quantization_config", "compression_config"})
+"""Sections that say how the model was made, not how it runs."""
+
+_LIKELY: Final = re.compile(
+    r"(?=.*(?:expert|moe|rout)).*(?:per_tok|top_?k|select|activated|chosen).*"
+)
+_UNLIKELY: Final = re.compile(r"group|limit|device|loss|coef|size|dim|shared|capacity|dspark|mova")
+"""What a key that nobody knows is called, with the one around it, where it may be this number."""
+
+MOST_BYTES: Final = 1 << 20
+_CANDIDATE: Final = re.compile(r".*(?:params|config|args|settings|inference|model).*\.json")
+_OTHERS: Final = re.compile(
+    r".*\.index(?:\.[^./]+)?\.json|(?:.*/)?(?:model_index\.json|added_tokens\.json|(?:generation|tokenizer|(?:\w+_)?preprocessor|processor|adapter|quanti[sz]e|"
+    r"quantization|hf_quant|quant)_config\.json)"
+)
+
+
+def second_spellings(
+    config: Config, row: Architecture, places: Sequence[Spelling]
+) -> tuple[list[Spelling], list[str]]:
+    """Other keys of the config that hold the count, and warnings of those that hold another.
+
+    Args:
+        config: the checkpoint's config.
+        row: the row of its type.
+        places: where the count stands by that row; the first is what counts.
+    """
+    if not places:
+        return [], []
+    count, known = one_number(places[0].value), {(place.section, place.key) for place in places}
+    own_parts = {s for r in ROWS if r.model_type == row.model_type for s in r.sections}
+    known |= {(s, key) for r in _other_parts(row) for s in r.sections for key in r.count}
+    found, warnings = [], []
+    for path, value in _counts(config.value, count, ()):
+        section, key = ".".join(path[:-1]), path[-1]
+        if (section, key) in known or _LEFT_ALONE & set(path):
+            continue
+        if key in KEYS and _is_same(value, count) and section in row.sections:
+            found.append(Spelling(section, key, tuple(value) if isinstance(value, list) else value))
+        elif section not in own_parts or section in row.sections:
+            warnings.append(_left(CONFIG, path, value))
+    return found, warnings
+
+
+def _other_parts(row: Architecture) -> Iterator[Architecture]:
+    return (r for r in ROWS if r.model_type == row.model_type and r.part != row.part)
+
+
+def one_number(count: int | Sequence[int]) -> int | None:
+    """The experts per token of all layers, None where they differ."""
+    numbers = {count} if isinstance(count, int) else set(count)
+    return numbers.pop() if len(numbers) == 1 else None
+
+
+def _is_same(value: Any, count: int | None) -> bool:
+    """Whether a value is the count, or a list of nothing else."""
+    values = value if isinstance(value, list) and value else [value]
+    return all(type(number) is int and number == count for number in values)
+
+
+def _left(name: str, path: Sequence[str], value: Any) -> str:
+    return f"{name}: {'.'.join(path)} is {value!r}; it is left as it is"
+
+
+def _counts(
+    value: Any, count: int | None, path: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """What stands under one of `KEYS`, and the count under keys that look like one; with paths."""
+    if not isinstance(value, Mapping):
+        return
+    for key, inner in value.items():
+        if isinstance(inner, Mapping):
+            yield from _counts(inner, count, (*path, key))
+        elif _is_count(".".join((*path[-1:], key)), inner, count):
+            yield (*path, key), inner
+
+
+def _is_count(path: str, value: Any, count: int | None) -> bool:
+    """Whether a value may be the experts per token, by the last two words of its path."""
+    if path.rpartition(".")[2] in KEYS:
+        return value is not None and not isinstance(value, bool)
+    return _is_same(value, count) and _looks_like_one(path)
+
+
+def _looks_like_one(path: str) -> bool:
+    return _LIKELY.fullmatch(path) is not None and _UNLIKELY.search(path) is None
+
+
+def candidates(sizes: Mapping[str, int]) -> list[str]:
+    """Files that may hold the count: small configs that lie beside no weights of their own."""
+    weights = {
+        name.rpartition("/")[0]
+        for name in sizes
+        if "/" in name and name.endswith((".safetensors", ".bin", ".pt", ".gguf", ".onnx"))
+    }
+    return [
+        name
+        for name, size in sizes.items()
+        if name != CONFIG and size <= MOST_BYTES and name.rpartition("/")[0] not in weights
+        if _CANDIDATE.fullmatch(name) and not _OTHERS.fullmatch(name)
+    ]
+
+
+def with_count(
+    name: str, data: bytes, before: int | None, after: int, total: int
+) -> tuple[bytes | None, list[str]]:
+    """A file with the new count, None where nothing in it changes; and what the user should know.
+
+    Args:
+        name: of the file, for warnings.
+        data: its content.
+        before: the count of the model, None where layers differ; another is of another model.
+        after: the new count.
+        total: routed experts of a layer: a count is of this model where this number is beside it.
+    """
+    try:
+        text = data.decode()
+        value = parse_lenient(text)
+    except ValueError:
+        return None, list(_unread(name, data))
+    same, warnings = set(), []
+    for path, found in _counts(value, before, ()):
+        beside = value
+        for key in path[:-1]:
+            beside = beside[key]
+        of_this = path[-1] in KEYS and any(beside.get(key) == total for key in _TOTALS)
+        if of_this and _is_same(found, before):
+            same.add(path)
+        else:
+            warnings.append(_left(name, path, found))
+    return (_set(text, same, after) if same and after != before else None), warnings
+
+
+def _unread(name: str, data: bytes) -> Iterator[str]:
+    if any(f'"{key}"'.encode() in data for key in KEYS):
+        yield f"{name}: is not valid JSON; the experts per token in it are left as they are"
+
+
+def _set(text: str, paths: Collection[Path], new: int) -> bytes:
+    spans = value_spans(text, lambda path: path in paths or path[:-1] in paths)
+    edits = [(span, str(new)) for _, span in spans if text[span[0]] != "["]
+    return replace_spans(text, edits).encode()

@@ -1,0 +1,71 @@
+"""Recognises routed down-projections under whatever names, such as those of a second set."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from moescale.families.formats import UNTOUCHED, split_name
+from moescale.families.projections import Layer, Projection, raw_layer
+
+_LAYER = re.compile(
+    r"(?P<before>(?:.*?\.)??)(?:(?:layers?|blocks?|h|blk|meta_mlp)\.|(?<=mtp\.)|(?<=mtp_layers\.))"
+    r"(?P<number>[0-9]{1,9})\.(?P<rest>.+)",
+    re.DOTALL,
+)
+_WORDS = r"(?:down|w2|fc2|wo|out(?:put)?|down_projs?|linear_fc2|dense_4h_to_h)"
+_ROUTED = re.compile(
+    rf"(?:experts?|switch_mlp|moe)(?:[._].*)?[._]{_WORDS}(?![a-z0-9])"
+    r"|(?:block_sparse_moe|mlp|moe)\.output_linear|mlp\.experts\.proj(?![a-z0-9])"
+    r"|mlp2_(?:weight|bias)|down_exps|mlp\.up_embed|moe_block\.experts\.[0-9]+\.linear_1",
+    re.DOTALL,
+)
+"""How the second projection of an expert, or of all experts of a layer, is called somewhere.
+
+Sources: the templates of `architectures`; OpenAI's own gpt-oss (``mlp2_weight``), Meta's Llama 4
+(``moe_w_out_eD_F``), Megatron-Core (``experts.local_experts.0.linear_fc2``), llama.cpp
+(``ffn_down_exps``).
+"""
+_NOT_ROUTED = re.compile(
+    r"shared|share_expert|lora_|lokr_|hada_|oft_|router|output_scale|(?:gate|up)_proj"
+    r"|(?<![a-z_])gate(?![a-z_])"
+)
+_LONGEST = 500
+"""Characters of a name that is looked at; a longer one could be searched for long."""
+_NUMBER = re.compile("(?<![a-z0-9])[0-9]+")
+"""A number of its own: the 1 of ``w1`` is a part of a name."""
+
+
+def held_layer(name: str) -> Layer | None:
+    """The layer whose routed down-projection, or a scale of it, a tensor of this name is."""
+    match = _LAYER.fullmatch(name) if len(name) <= _LONGEST else None
+    if match is None or not _ROUTED.search(match["rest"]) or _NOT_ROUTED.search(match["rest"]):
+        return None
+    if split_name(name)[1] in UNTOUCHED:
+        return None
+    return raw_layer(match["before"], int(match["number"]))
+
+
+def held_layers(names: Iterable[str]) -> set[Layer]:
+    """The layers of which these tensors are routed down-projections."""
+    return {layer for name in names if (layer := held_layer(name)) is not None}
+
+
+def layers_by_name(projections: Iterable[Projection]) -> set[Layer]:
+    """The layers of the projections, as `held_layers` calls them."""
+    return {
+        held_layer(p.module) or raw_layer(p.module[: p.number_at[0]], p.layer.number)
+        for p in projections
+    }
+
+
+def like(names: Iterable[str], projections: Iterable[Projection]) -> set[str]:
+    """Those of the names that are like the projections', but for numbers, or routed anyway."""
+    if not (names := list(names)):
+        return set()
+    forms = {_form(tensor.name) for p in projections for tensor in p.leaves.values()}
+    return {name for name in names if _form(name) in forms or held_layer(name) is not None}
+
+
+def _form(name: str) -> str:
+    return _NUMBER.sub("#", name)

@@ -1,1 +1,0 @@
-"""Where a checkpoint is: sources to read from and sinks to write to; they know no experts."""

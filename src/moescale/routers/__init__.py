@@ -1,0 +1,1 @@
+"""Kinds of routers, and the weights that they give."""

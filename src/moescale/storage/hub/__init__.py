@@ -1,0 +1,1 @@
+"""Repos on the Hub: sources, destinations and the client."""

@@ -1,0 +1,528 @@
+"""A repo on the Hub as a source: pinned to one commit, read by ranges, never stored."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from copy import copy
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from moescale.checkpoint.gguf.names import is_beside, is_gguf, part_name, parts_of
+from moescale.checkpoint.rewrite import Reader
+from moescale.checkpoint.safetensors.header import LENGTH_BYTES
+from moescale.errors import CheckpointError, RewriteError, SourceError, TemporaryError, bytes_text
+from moescale.storage.base import SMALL_FILE_BYTES, FileInfo, SourceId, check_name
+from moescale.storage.hub import client
+from moescale.storage.hub.client import ATTEMPTS
+from moescale.storage.location import PREFIX, HubRef
+from moescale.storage.reader import FileReader
+from moescale.storage.shelf import Shelf
+
+if TYPE_CHECKING:
+    import httpx2
+
+_HEAD = 32 << 10
+"""Bytes of a shard that are asked for first; most headers are in them."""
+
+_SHA256, _GIT_DIGEST = 64, 40
+"""Digits of the digest that the Hub states: of a large file, and of one that is in git."""
+
+_LOG_IN = "Log in with `hf auth login` or set HF_TOKEN; the same command resumes."
+_REFUSED = {
+    401: ("the token is missing or expired", _LOG_IN),
+    403: (
+        "the token does not allow it",
+        "Ask for access on the repo's page, or use a token that has it.",
+    ),
+    404: ("it is not there any more", None),
+    416: ("it is shorter than it was", None),
+}
+
+
+class HubSource:
+    """One commit of a model repo.
+
+    A file that the Hub cache has at that commit is read from there; with ``HF_HUB_OFFLINE`` all
+    of them have to be there.
+    """
+
+    remote = True
+    parallel_reads = 8
+    linked: Mapping[str, Path] = MappingProxyType({})
+
+    def __init__(self, place: HubRef) -> None:
+        """Resolve the revision to a commit; everything is read at that commit.
+
+        Raises:
+            SourceError: there is no such repo or revision, or no access to it.
+            TemporaryError: the Hub cannot be reached.
+        """
+        from huggingface_hub import constants
+
+        self._offline = constants.HF_HUB_OFFLINE
+        place, self._commit = _resolved(place, self._offline)
+        self._file, folder = (place.folder, "") if is_gguf(place.folder) else ("", place.folder)
+        self._repo, self._folder = place.repo, f"{folder}/" if folder else ""
+        self._name = str(HubRef(place.repo, folder=folder))
+        self.identity = SourceId("hub", self._name.removeprefix(PREFIX), self._commit, place.repo)
+        self.received = 0
+        self.remarks: list[str] = []
+        self.shelf: Shelf | None = None
+        self._counting = threading.Lock()
+        self._files: dict[str, FileInfo] | None = None
+        self._stated: dict[str, str | None] = {}
+        self._heads: dict[str, bytes] = {}
+        self._planned: dict[str, tuple[int, bytes]] = {}
+        self._access: client.Access | None = None  # of the machine that sent this here
+
+    def __getstate__(self) -> dict[str, Any]:
+        access = self._access or client.Access.here()
+        return {**self.__dict__, "_counting": None, "_access": access}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _counting=threading.Lock(), received=0)
+
+    def files(self) -> Mapping[str, FileInfo]:
+        """All files of the commit.
+
+        Raises:
+            CheckpointError: a name leads out of the repo.
+        """
+        if self._files is None:
+            self._files = {}
+            for path, size, sha256, oid in self._listed():
+                name = path.removeprefix(self._folder)
+                if name.startswith((".cache/", ".git/")) or not path.startswith(self._folder):
+                    continue
+                check_name(name, self._name)
+                self._files[name] = FileInfo(name, size, sha256)
+                self._stated[name] = sha256 or oid
+            if self._folder and not self._files:
+                raise SourceError(
+                    f"{self._name}: the repo has no such folder, or nothing is in it",
+                    hint="See the names of the folders on the repo's page.",
+                )
+        return self._files
+
+    def _listed(self) -> Iterable[tuple[str, int, str | None, str | None]]:
+        """Name, size, SHA-256 of a large file, git's digest of a small one."""
+        from huggingface_hub.hf_api import RepoFile
+
+        if self._offline:
+            return _cached_files(self._repo, self._folder, self._commit)
+
+        def fetch() -> list[tuple[str, int, str | None, str | None]]:
+            entries = client.api().list_repo_tree(self._repo, recursive=True, revision=self._commit)
+            return [
+                (e.path, e.size, e.lfs.sha256 if e.lfs else None, e.blob_id)
+                for e in entries
+                if isinstance(e, RepoFile)
+            ]
+
+        return client.retried(fetch, self._name)
+
+    def state(self, name: str) -> Any:
+        """Size and digest; a commit does not change."""
+        return [self.files()[name].size, self._stated[name]]
+
+    def on_disk(self, names: Sequence[str]) -> Path:
+        """Download the files into the Hub's cache, from where they are read from then on.
+
+        Raises:
+            SourceError: the cache has no room for them.
+            TemporaryError: the Hub does not answer.
+        """
+        from huggingface_hub import constants
+
+        missing = sum(self.files()[name].size for name in names if self._cached(name) is None)
+        cache = Path(constants.HF_HUB_CACHE)
+        cache.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(cache).free) < missing:
+            raise SourceError(
+                f"{self._name}: has to be downloaded to be measured: {bytes_text(missing)}, and"
+                f" {bytes_text(free)} are free in {cache}",
+                hint="Free some space, or set HF_HOME to a folder on a larger disk.",
+            )
+
+        def fetch() -> Path:
+            patterns = [_literal(self._folder + name) for name in names]
+            root = client.api().snapshot_download(
+                self._repo, revision=self._commit, allow_patterns=patterns
+            )
+            return Path(root) / self._folder
+
+        folder = client.retried(fetch, self._name)
+        self.received += missing
+        return folder
+
+    def only(self, names: Iterable[str]) -> HubSource:
+        """The same commit with no more than these files, as they are now known."""
+        part = copy(self)
+        part._files = {name: self.files()[name] for name in names}
+        part._stated = {name: self._stated[name] for name in part._files}
+        part._planned = {n: v for n, v in self._planned.items() if n in part._files}
+        part._heads, part.received = {}, 0
+        return part
+
+    def gguf(self, quant: str) -> HubSource:
+        """The same commit with no more than one GGUF model: the file that was given, or `quant`.
+
+        Raises:
+            SourceError: there is none such.
+        """
+        models = [name for name in self.files() if is_gguf(name) and not is_beside(name)]
+        first = self._file or _by_quant(models, quant)
+        if first not in models:
+            names = [name for name in models if part_name(name).number == 1]
+            hint = f"It has {', '.join(names[:8])}." if names else "It has no GGUF model."
+            raise SourceError(f"{self._name}: has no {self._file or quant}", hint=hint)
+        names = parts_of(first, models)
+        part, model = part_name(names[0]), self.only(names)
+        model.shelf = Shelf(part.stem, part.stem.rpartition("/")[2], part.count)
+        name = f"{self._repo}/{self._folder}{names[0]}"
+        model.identity = SourceId("hub", name, self._commit, self._repo)
+        return model
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether a GGUF file was given."""
+        return bool(self._file)
+
+    def check(self) -> None:
+        """Look whether this machine can read the commit; offline, whether it has the files.
+
+        Raises:
+            SourceError: it cannot.
+        """
+        if self._access is not None:
+            self._access.check(self._name, SourceError)
+        if not self._offline:
+            _commit(HubRef(self._repo, self._commit))
+        for name in self.files() if self._offline else ():
+            if self._cached(name) is None:
+                raise self._not_cached(name)
+
+    def _not_cached(self, name: str) -> SourceError:
+        return SourceError(
+            f"{self._name}: {name}: is not in the Hub cache, and HF_HUB_OFFLINE is set",
+            hint="Unset HF_HUB_OFFLINE, or download the model first.",
+        )
+
+    def newest_change(self) -> int:
+        """A commit does not change."""
+        return 0
+
+    def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:
+        """A stretch of one file; the whole file, if it is a small one, by default.
+
+        The first bytes of a shard, asked for to learn the length of its header, are kept for
+        the second call that asks for the header.
+        """
+        total = self.files()[name].size
+        if size is None:
+            size = total - start
+            if size > SMALL_FILE_BYTES:
+                raise CheckpointError(f"{name}: {size} bytes are too many for a file of this kind")
+            return self._fetch(name, start, start + size)
+        if start > LENGTH_BYTES:  # a stretch of the data: no header begins there
+            return self._fetch(name, start, start + size)
+        head, stop = self._heads.pop(name, b""), start + size
+        if start == 0 and stop < _HEAD < total:
+            self._heads[name] = head = self._fetch(name, 0, _HEAD)
+        elif stop > len(head):
+            head += self._fetch(name, len(head), stop)
+        self._planned[name] = (stop, hashlib.sha256(memoryview(head)[:stop]).digest())
+        return head[start:stop]
+
+    def _fetch(self, name: str, start: int, stop: int) -> bytes:
+        buffer = bytearray(stop - start)
+        with self._reader(name) as reader:
+            if isinstance(reader, HubReader):
+                reader.read_into(memoryview(buffer), start, stop)
+                if stop - start == self.files()[name].size:
+                    reader.check()
+            else:
+                reader.read_into(memoryview(buffer), start)
+        return bytes(buffer)
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[Reader]:
+        """Open a file as a stream; at its end the bytes are compared with the Hub's digest."""
+        with self._reader(name) as reader:
+            yield reader
+            if isinstance(reader, HubReader):
+                reader.check()
+
+    @contextmanager
+    def _reader(self, name: str) -> Iterator[Reader]:
+        from huggingface_hub import hf_hub_url
+
+        cached = self._cached(name)
+        if cached is not None:
+            with open(cached, "rb") as file:
+                yield FileReader(file.fileno(), name)
+            return
+        if self._offline:
+            raise self._not_cached(name)
+        url = hf_hub_url(
+            self._repo, self._folder + name, revision=self._commit, endpoint=client.api().endpoint
+        )
+        info, planned = self.files()[name], self._planned.get(name, (0, b""))
+        with closing(HubReader(url, info, self._stated[name], planned)) as reader:
+            yield reader
+        with self._counting:
+            self.received += reader.received
+
+    def _cached(self, name: str) -> str | None:
+        """The file in the Hub cache at this commit, if it is there in its full size."""
+        path = _cached_path(self._repo, self._folder + name, self._commit)
+        return path if path and Path(path).stat().st_size == self.files()[name].size else None
+
+
+def _by_quant(names: Iterable[str], quant: str) -> str:
+    """The first file that ``llama-cli -hf org/name:QUANT`` would take; "" for none."""
+    wanted = re.compile(re.escape(quant) + "[.-]", re.IGNORECASE)
+    firsts = (name for name in sorted(names) if part_name(name).number == 1)
+    return next((name for name in firsts if wanted.search(name)), "")
+
+
+def _literal(name: str) -> str:
+    """A pattern that matches this name only."""
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
+def _resolved(place: HubRef, offline: bool) -> tuple[HubRef, str]:
+    """The first reading of a place that there is, and its commit.
+
+    Raises:
+        SourceError: there is none; as for the place itself.
+    """
+    error: SourceError | None = None
+    for reading in place.readings():
+        try:
+            return reading, _cached_commit(reading) if offline else _commit(reading)
+        except SourceError as refused:
+            error = error or refused
+    assert error is not None
+    raise error
+
+
+def _commit(place: HubRef) -> str:
+    """The commit of a revision.
+
+    Raises:
+        SourceError: there is no such repo or revision, or no access to it.
+    """
+    info = client.retried(
+        lambda: client.api().model_info(place.repo, revision=place.revision),
+        str(HubRef(place.repo, place.revision)),
+    )
+    if info.sha is None:
+        raise SourceError(f"{place}: the Hub does not say at which commit it is")
+    return info.sha
+
+
+# The Hub cache ------------------------------------------------------------------------------
+
+
+def _cached_path(repo: str, name: str, revision: str | None) -> str | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    with client.in_our_words(repo):
+        path = try_to_load_from_cache(repo, name, revision=revision)
+    return path if isinstance(path, str) else None
+
+
+def _cached_commit(place: HubRef) -> str:
+    """The commit that a revision was at when the cache was filled.
+
+    Raises:
+        SourceError: nothing of this revision is in the cache.
+    """
+    config = f"{place.folder}/config.json".lstrip("/")
+    name = place.folder if is_gguf(place.folder) else config
+    path = _cached_path(place.repo, name, place.revision)
+    if path is None:
+        raise SourceError(
+            f"{place}: is not in the Hub cache, and HF_HUB_OFFLINE is set",
+            hint="Unset HF_HUB_OFFLINE, or download the model first.",
+        )
+    return Path(path).parents[name.count("/")].name
+
+
+def _cached_files(
+    repo: str, folder_in_repo: str, commit: str
+) -> Iterator[tuple[str, int, str | None, str | None]]:
+    """What the repo has, as far as the cache knows: its list of the repo, else its files.
+
+    A file of the cache is a link to one that has the digest as its name.
+    """
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    config = f"{folder_in_repo}config.json"
+    folder = Path(_cached_path(repo, config, commit) or "").parents[config.count("/")]
+    try:
+        sizes = {f.path: f.size for f in get_cached_repo_tree(repo, revision=commit)}
+    except CachedRepoTreeNotFoundError:
+        paths = (path for path in folder.rglob("*") if path.is_file())
+        sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+    for name, size in sizes.items():
+        blob = (folder / name).resolve().name
+        sha256, oid = (blob if len(blob) == digits else None for digits in (_SHA256, _GIT_DIGEST))
+        yield name, size, sha256, oid
+
+
+class HubReader:
+    """A file of the Hub, read forwards as one stream that is taken up again where it breaks."""
+
+    def __init__(
+        self,
+        url: str,
+        info: FileInfo,
+        stated: str | None = None,
+        planned: tuple[int, bytes] = (0, b""),
+    ) -> None:
+        """`stated` is the Hub's digest; `planned` length and SHA-256 of what was read before."""
+        self._url = url
+        self._info = info
+        self._stated = stated
+        self._planned = planned
+        self._context: Any = None
+        self._pieces: Iterator[bytes] = iter(())
+        self._rest = memoryview(b"")
+        self._position = 0
+        self._failures = 0
+        self._digested = 0
+        self._header, self._digest = hashlib.sha256(), hashlib.sha256()
+        if stated is not None and len(stated) == _GIT_DIGEST:
+            self._digest = hashlib.sha1(b"blob %d\0" % info.size, usedforsecurity=False)
+        self.received = 0
+
+    def read_into(self, buffer: memoryview, offset: int, stop: int | None = None) -> None:
+        """Fill the whole buffer from `offset` on; `stop` is where the stream need not go on.
+
+        Raises:
+            SourceError: the file is gone, or may not be read any more.
+            TemporaryError: the Hub does not answer as it should, again and again.
+        """
+        if offset != self._position:
+            self.close()
+            self._position = offset
+        done = 0
+        while done < len(buffer):
+            if not self._rest:
+                self._next_piece(stop)
+                continue
+            size = min(len(self._rest), len(buffer) - done)
+            buffer[done : done + size] = self._rest[:size]
+            self._rest = self._rest[size:]
+            self._position += size
+            done += size
+        if offset == self._digested:
+            self._update(buffer)
+
+    def _update(self, data: memoryview) -> None:
+        self._digest.update(data)
+        length, wanted = self._planned
+        if self._digested < length:
+            self._header.update(data[: length - self._digested])
+            if self._digested + len(data) >= length and self._header.digest() != wanted:
+                raise self._differs("its header is not the one that the plan was made from")
+        self._digested += len(data)
+
+    def _next_piece(self, stop: int | None) -> None:
+        """Get more bytes, on the stream that is open or on a new one."""
+        import httpx2
+
+        busy: client.BusyError | None = None
+        try:
+            problem = self._open(stop) if self._context is None else ""
+            if not problem:
+                self._rest = memoryview(next(self._pieces))
+                self.received += len(self._rest)
+                self._failures = 0
+                return
+        except StopIteration:
+            problem = "it ended early"
+        except client.BusyError as error:
+            busy, problem = error, error.message.removeprefix(f"{self._info.name}: ")
+        except (httpx2.HTTPError, OSError, RuntimeError) as error:
+            problem = str(error) or type(error).__name__
+        self.close()
+        self._failures += 1
+        if self._failures >= ATTEMPTS:
+            raise TemporaryError(
+                f"{self._info.name}: the download broke {ATTEMPTS} times at byte"
+                f" {self._position}: {problem}",
+                hint=client.RESUMES,
+            )
+        client.pause(self._failures - 1, busy)
+
+    def _open(self, stop: int | None) -> str:
+        """Ask for the bytes from here on; returns what is wrong with the answer, if anything."""
+        from huggingface_hub import constants
+
+        first, last = self._position, (stop or self._info.size) - 1
+        request = {
+            **client.headers(),
+            "accept-encoding": "identity",
+            "range": f"bytes={first}-{last}",
+        }
+        timeout = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        with client.in_our_words(self._info.name):
+            context = client.session().stream(
+                "GET", self._url, headers=request, timeout=timeout, follow_redirects=True
+            )
+            response = context.__enter__()
+        self._context = context
+        self._pieces = response.iter_raw()  # as they arrive: what has arrived is not asked again
+        return self._problem(response, first, last)
+
+    def _problem(self, response: httpx2.Response, first: int, last: int) -> str:
+        status, found = response.status_code, response.headers
+        if status in _REFUSED and (page := client.gate(response)):
+            name = self._info.name
+            raise SourceError(f"{name}: the repo is gated ({status})", hint=client.accept(page))
+        if status in _REFUSED and not response.history:
+            why, hint = _REFUSED[status]
+            raise SourceError(f"{self._info.name}: {why} ({status})", hint=hint)
+        if status == 206:
+            wanted = f"bytes {first}-{last}/{self._info.size}"
+            range_ = found.get("content-range")
+            return "" if range_ == wanted else f"asked for {wanted}, got {range_}"
+        if status != 200:  # after a redirect: an address of the storage that has expired, say
+            return f"the Hub's storage answered {status}"
+        if first or found.get("content-length") != str(self._info.size):
+            return "the server ignored the range, or sent something else"
+        return ""
+
+    def check(self) -> None:
+        """Compare what was read with the digest that the Hub states.
+
+        Raises:
+            TemporaryError: other bytes arrived.
+        """
+        if self._digested != self._info.size:
+            raise RewriteError(f"{self._info.name}: was not read to its end")
+        if self._stated is not None and self._digest.hexdigest() != self._stated:
+            raise self._differs("its digest differs")
+
+    def _differs(self, why: str) -> TemporaryError:
+        return TemporaryError(
+            f"{self._info.name}: what arrived is not what the Hub has: {why}",
+            hint="Run the same command again; the file is fetched anew.",
+        )
+
+    def close(self) -> None:
+        """Let go of the stream."""
+        context, self._context = self._context, None
+        self._rest, self._pieces = memoryview(b""), iter(())
+        if context is not None:
+            context.__exit__(None, None, None)

@@ -1,0 +1,1 @@
+"""Local directories: sources, destinations and what is on disk."""
