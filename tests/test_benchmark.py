@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+SCRIPTS = Path(__file__).parent.parent / "scripts" / "benchmarks"
 
 
 @pytest.mark.parametrize("script", ["benchmark.py", "hub_benchmark.py"])

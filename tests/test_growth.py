@@ -1,7 +1,7 @@
 """What a plan costs as checkpoints grow: in proportion, and within the limits for the largest.
 
 Seconds, of processor time too, are longer on a busy machine, so what a plan does is counted in
-function calls. `scripts/benchmark.py --planning` measures the seconds.
+function calls. `scripts/benchmarks/benchmark.py --planning` measures the seconds.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Measures moescale on this machine: time, peak memory and new blocks against others, start-up.
 
-    python scripts/benchmark.py                    # 3 GB in a temporary folder
-    python scripts/benchmark.py --dir /mnt/disk --gigabytes 10 --pairs 9
-    python scripts/benchmark.py --mergekit ENV/bin/mergekit-yaml --transformers ENV/bin/python
-    python scripts/benchmark.py --planning         # dry runs of 200 GB to 1 TB, as sparse files
-    python scripts/benchmark.py --running          # rules and losses that run the model, in torch
+    cd scripts/benchmarks
+    python benchmark.py                    # 3 GB in a temporary folder
+    python benchmark.py --dir /mnt/disk --gigabytes 10 --pairs 9
+    python benchmark.py --mergekit ENV/bin/mergekit-yaml --transformers ENV/bin/python
+    python benchmark.py --planning         # dry runs of 200 GB to 1 TB, as sparse files
+    python benchmark.py --running          # rules and losses that run the model, in torch
 
 Needs moescale installed in the Python that runs it, and three times the size on the disk. The
 page cache is warm; the runs of a round follow one another in changing order, so that a drifting

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Measures memory and traffic of moescale with the Hub, against a loopback Hub on this machine.
 
-    .venv-test/bin/python scripts/hub_benchmark.py                # 1.4 GB in a temporary folder
-    .venv-test/bin/python scripts/hub_benchmark.py --dir /mnt/disk --gigabytes 5
-    .venv-test/bin/python scripts/hub_benchmark.py --runs 10      # and min, median, max of each row
+    PYTHON=.venv-test/bin/python
+    $PYTHON scripts/benchmarks/hub_benchmark.py                # 1.4 GB in a temporary folder
+    $PYTHON scripts/benchmarks/hub_benchmark.py --dir /mnt/disk --gigabytes 5
+    $PYTHON scripts/benchmarks/hub_benchmark.py --runs 10      # min, median and max of each row
 
 Needs what `scripts/test.sh` installs into `.venv-test`, and about four times the size on the disk.
 The Hub is that of the tests, in a process of its own, so that only moescale's memory counts. Every
@@ -37,7 +38,7 @@ from typing import Any
 
 from benchmark import SMALLEST, describe_machine, gigabytes, in_child, make_mixtral
 
-TESTS = Path(__file__).resolve().parent.parent / "tests"
+TESTS = Path(__file__).resolve().parents[2] / "tests"
 SRC, DST = "lab/model", "me/out"
 PLACE, WORKING = f"hf://{DST}", "moescale-unfinished-main"
 TO_DISK, TO_HUB = 150, 400
