@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moescale.factors.closed_form import expected_square, preserve, published
-from moescale.families.router import Router
+from moescale.routers.normalisation import Router
 
 RENORMALISED = Router(True).balanced_weight
 PLAIN = Router(False).balanced_weight

@@ -12,16 +12,15 @@ import pytest
 from moescale.checkpoint.tensor import Tensor
 from moescale.errors import CheckpointError, MoescaleError, UnsupportedError, UsageError
 from moescale.families import architectures
-from moescale.families import projections as experts
 from moescale.families.complete import check_complete
 from moescale.families.formats import scaled_tensors
 from moescale.families.hints import looks_routed
+from moescale.families.moe_config import read_moe_config
 from moescale.families.pattern import find_by_pattern
 from moescale.families.projections import (
     Layer,
     Projection,
     find_projections,
-    total_experts,
 )
 
 
@@ -39,8 +38,7 @@ def find(model_type: str, tensors: Iterable[Tensor], section: dict[str, Any]) ->
     """Find and check the projections as a plan does."""
     row, tensors = architectures.find(model_type), list(tensors)
     found = find_projections(tensors, row)
-    total = total_experts(row, section)
-    check_complete(found, tensors, row, section, total)
+    check_complete(found, tensors, row, read_moe_config(section, row))
     return found
 
 
@@ -83,12 +81,11 @@ def test_names_of_remote_code_are_found(model_type: str) -> None:
 
 def test_experts_by_layer_may_be_a_list() -> None:
     """Where the config counts the experts of each layer, the largest is the total."""
-    section = {"num_experts": [4, 2, 4]}
-    total = total_experts(architectures.find("hunyuan_v1_moe"), section)
-    assert total == 4
+    config = read_moe_config({"num_experts": [4, 2, 4]}, architectures.find("hunyuan_v1_moe"))
+    assert config.experts == 4
     vision = {"moe_num_experts": [64, 64]}  # as ERNIE-4.5-VL counts those of text and vision
-    assert total_experts(architectures.find("ernie4_5_vl_moe"), vision) == 64
-    assert [experts.experts_of_layer(section, layer, total) for layer in range(4)] == [4, 2, 4, 4]
+    assert read_moe_config(vision, architectures.find("ernie4_5_vl_moe")).experts == 64
+    assert [config.experts_of(layer) for layer in range(4)] == [4, 2, 4, 4]
 
 
 # What is found ------------------------------------------------------------------------------------
@@ -305,7 +302,7 @@ def test_the_model_is_told_from_its_mtp_block(stack: str) -> None:
 def test_a_missing_number_of_experts_is_refused() -> None:
     """A config that does not say how many experts there are cannot be checked."""
     with pytest.raises(UnsupportedError, match="num_local_experts"):
-        total_experts(architectures.find("mixtral"), {"num_local_experts": "8"})
+        read_moe_config({"num_local_experts": "8"}, architectures.find("mixtral"))
 
 
 # Formats ------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def transformers_weights(block: tiny_models.MoE, entry: str, hidden: Tensor, rou
     tiny_models.FEEDS[TINY[entry].feed](block.block, hidden, torch.zeros(hidden.shape[:2]).long())
     hook.remove()
     weights, index = seen["weights"].double(), seen["index"]
-    experts = routers.moe.total
+    experts = routers.moe.config.experts
     if routers.gate.idle:
         weights = torch.where(index < experts, weights, 0.0)
     return weights.sort(dim=-1, descending=True)[0].numpy()
@@ -113,10 +113,12 @@ class _Ones(nn.Module):
         return torch.ones_like(values)
 
 
-def constants(routers: Routers, model: nn.Module, k: int) -> list[float]:
+def constants(folder: Path, routers: Routers, model: nn.Module, k: int) -> list[float]:
     """By what all weights of a layer may differ: a constant of the config, or one that cancels."""
     key = routers.moe.architecture.scale_key
-    scale = routers.moe.section.get(key) if key else None
+    config = parse_config((folder / CONFIG).read_bytes())
+    section = config.section(routers.moe.places[0].section) if routers.moe.places else None
+    scale = (section or {}).get(key) if key else None
     learned = [m.global_scale.item() for m in model.modules() if hasattr(m, "global_scale")]
     scales = [1.0, 1 / k] + ([float(scale)] if scale else [])
     return scales + [one * scale for one in scales for scale in learned]
@@ -148,7 +150,7 @@ def test_the_router_is_that_of_transformers(
     model = tiny_models.load(tmp_path, entry, top_k=None if k == 2 else k)
     blocks = list(tiny_models._blocks(model, TINY[entry]))
     assert_norms(model, entry, blocks, weights)
-    known = constants(routers, model, k)
+    known = constants(tmp_path, routers, model, k)
     for number, (block, router) in enumerate(zip(blocks, weights, strict=True)):
         hidden = 2 * tiny_models._inputs(model, number)[0]
         theirs = transformers_weights(block, entry, hidden, routers)

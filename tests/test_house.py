@@ -128,3 +128,18 @@ def test_only_the_command_touches_the_process() -> None:
     found = {path.name: what for path in PACKAGE.rglob("*.py") if (what := touched(path))}
     assert found.keys() <= COMMAND
     assert {"print", "sys.exit", "os.environ.setdefault"} <= found["cli.py"]
+
+
+def test_the_config_is_read_once() -> None:
+    """The section that describes the MoE is passed to nothing but what makes a record of it."""
+    takers = {
+        path.name
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.arg) and node.arg == "section"
+    }
+    assert takers == {"config.py", "moe_config.py", "unread_keys.py"}
+    readers = {
+        p.name for p in PACKAGE.rglob("*.py") if '"per_layer_config"' in p.read_text("utf-8")
+    }
+    assert readers == {"moe_config.py"}

@@ -8,12 +8,21 @@ import pytest
 
 from moescale.errors import UnsupportedError
 from moescale.families import architectures
-from moescale.families.router import largest_count, router_of
+from moescale.families.moe_config import read_moe_config
+from moescale.routers.normalisation import Router
 
 
 def renormalised(model_type: str, **section: Any) -> bool:
     """Whether this model type renormalises, with these config keys."""
-    return router_of(architectures.find(model_type), section).renormalised
+    return router(model_type, **section).renormalised
+
+
+def router(model_type: str, **section: Any) -> Router:
+    """The router of this model type, with these config keys."""
+    row = architectures.find(model_type)
+    found = read_moe_config({row.total[0]: 8, **section}, row).router
+    assert found is not None
+    return found
 
 
 @pytest.mark.parametrize(
@@ -76,8 +85,8 @@ def test_a_flag_of_another_name() -> None:
 
 def test_shared_experts_in_the_normalisation_are_counted() -> None:
     """Where routed and shared weights sum to 1 together, the shared ones are known."""
-    router = router_of(architectures.find("inkling_mm_model"), {"n_shared_experts": 2})
-    assert (router.renormalised, router.shared) == (True, 2)
+    found = router("inkling_mm_model", n_shared_experts=2)
+    assert (found.renormalised, found.shared) == (True, 2)
 
 
 @pytest.mark.parametrize(("power", "expected"), [(1, True), (1.0, True), (None, False)])
@@ -97,7 +106,8 @@ def test_another_norm_is_refused() -> None:
 
 def largest(model_type: str, total: int, **section: Any) -> int:
     """The largest count of this model type with these config keys."""
-    return largest_count(architectures.find(model_type), section, total)
+    row = architectures.find(model_type)
+    return read_moe_config({row.total[0]: total, **section}, row).largest_count(total)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ one tensor holds all experts. Whatever stands before the template (``model.``,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -62,11 +62,6 @@ class Flag:
     default: bool
     only_if: tuple[str, str] | None = None
     aliases: Sequence[str] = ()
-
-    def value(self, section: Mapping[str, Any]) -> Any:
-        """What the config says, None where it does not."""
-        keys = (self.key, *self.aliases)
-        return next((section[key] for key in keys if section.get(key) is not None), None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,24 +5,16 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
 
 from moescale.checkpoint.tensor import Tensor
 from moescale.errors import CheckpointError
-from moescale.families.architectures import (
-    All,
-    Architecture,
-    FirstDense,
-    MoeLayers,
-    SparseStep,
-)
-from moescale.families.config import whole
+from moescale.families.architectures import Architecture
+from moescale.families.moe_config import MoeConfig
 from moescale.families.names import plain_name
 from moescale.families.projections import (
     Layer,
     Projection,
     Stacks,
-    experts_of_layer,
     stack_of,
 )
 from moescale.families.witness import Witness
@@ -34,8 +26,7 @@ def check_complete(
     projections: Sequence[Projection],
     tensors: Iterable[Tensor],
     architecture: Architecture,
-    section: Mapping[str, Any],
-    total: int,
+    config: MoeConfig,
     others: Iterable[Architecture] = (),
 ) -> dict[Layer, int]:
     """Refuse a checkpoint in which any routed down-projection is missing or surplus.
@@ -47,8 +38,7 @@ def check_complete(
         projections: what was found.
         tensors: all tensors of the checkpoint.
         architecture: the row that they were found with.
-        section: the config section that describes this MoE.
-        total: routed experts of a layer, as the config says.
+        config: what the config says of this MoE.
         others: the other parts of the same model type.
 
     Returns:
@@ -61,14 +51,14 @@ def check_complete(
     by_layer: dict[Layer, list[Projection]] = defaultdict(list)
     for projection in projections:
         by_layer[projection.layer].append(projection)
-    witness = Witness(tensors, architecture, section)
-    stated = {layer: experts_of_layer(section, layer.number, total) for layer in by_layer}
+    witness = Witness(tensors, architecture, config)
+    stated = {layer: config.experts_of(layer.number) for layer in by_layer}
     counts = {
         layer: _count(layer, members, stated[layer], witness, architecture.moes)
         for layer, members in by_layer.items()
     }
     _check_not_of_another(counts, stated, architecture.moes)
-    _check_layers(set(by_layer), architecture, section)
+    _check_layers(set(by_layer), config)
     names = [plain_name(tensor.name) for tensor in tensors]
     _check_routers(projections, names, Stacks(architecture, others))
     return counts
@@ -177,15 +167,12 @@ def _check_stacked(tensor: Tensor, total: int) -> None:
         )
 
 
-def _check_layers(
-    found: set[Layer], architecture: Architecture, section: Mapping[str, Any]
-) -> None:
-    count = whole(section, "num_hidden_layers", 0)
-    if architecture.moe_layers is None or not count:
+def _check_layers(found: set[Layer], config: MoeConfig) -> None:
+    if (expected := config.moe_layers) is None:
         return
     main = {layer.number for layer in found if layer.stack == _main_stack(found)}
-    expected = _moe_layers(count, architecture.moe_layers, section)
-    missing, surplus = sorted(expected - main), sorted(i for i in main - expected if i < count)
+    missing = sorted(expected - main)
+    surplus = sorted(layer for layer in main - expected if layer < config.layers)
     if missing:
         raise CheckpointError(
             f"layer {missing[0]}: the config makes it a MoE layer, but it has no routed"
@@ -202,28 +189,6 @@ def _main_stack(found: set[Layer]) -> str:
     """The stack with the most layers; beside it there are only MTP blocks."""
     stacks = [layer.stack for layer in found]
     return max(sorted(set(stacks)), key=stacks.count)
-
-
-def _moe_layers(count: int, rule: MoeLayers, section: Mapping[str, Any]) -> set[int]:
-    """Those of `count` layers that the config makes MoE layers."""
-    if isinstance(rule, All):
-        return set(range(count))
-    if isinstance(rule, SparseStep):
-        step = whole(section, "decoder_sparse_step", 1) or 1
-        dense = section.get("mlp_only_layers") or []
-        if not isinstance(dense, list):
-            raise CheckpointError(f"config.json: mlp_only_layers is {dense!r}, not a list")
-        return set(range(step - 1, count, step)) - {i for i in dense if isinstance(i, int)}
-    assert isinstance(rule, FirstDense)
-    first = whole(section, "first_k_dense_replace", rule.default)
-    freq = section.get("moe_layer_freq")
-    every = freq if type(freq) is int and freq > 0 else 1
-    found = {layer for layer in range(first, count) if layer % every == 0}
-    types = section.get("mlp_layer_types")
-    if not isinstance(types, list):
-        return found
-    named = {layer for layer, kind in enumerate(types[:count]) if kind != "dense"}
-    return named | {layer for layer in found if layer >= len(types)}
 
 
 def _check_routers(projections: Sequence[Projection], names: Iterable[str], stacks: Stacks) -> None:

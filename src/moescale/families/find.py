@@ -13,23 +13,22 @@ from moescale.errors import CheckpointError, UnsupportedError
 from moescale.families import architectures
 from moescale.families.architectures import TEXT_SECTIONS, Architecture, Flag
 from moescale.families.complete import check_complete
-from moescale.families.config import CONFIG, Config, Spelling, spellings, whole
+from moescale.families.config import CONFIG, Config, Spelling, spellings
 from moescale.families.hints import looks_routed
+from moescale.families.moe_config import MoeConfig, read_moe_config, router_of
 from moescale.families.names import plain_name, refuse_unmerged
 from moescale.families.pattern import find_by_pattern
 from moescale.families.projections import (
     Layer,
     Projection,
-    experts_of_layer,
     find_projections,
     in_part,
-    total_experts,
 )
-from moescale.families.router import Router, group_limit, router_of
 from moescale.families.second_counts import second_spellings
 from moescale.families.shapes import check_shapes, empty_weights
-from moescale.families.unknown import unknown_tensors, unread_keys
+from moescale.families.unknown import unknown_keys, unknown_tensors
 from moescale.families.witness import Witness
+from moescale.routers.normalisation import Router
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +38,10 @@ class Moe:
     Attributes:
         architecture: its row of the table.
         model_type: what the config or the user calls it.
-        section: the config section that describes it.
+        config: what the config says of it.
         places: where the experts per token stand; the first is what counts.
         count: the experts per token, or those of each layer.
-        total: routed experts of a layer, as the config says.
         held: routed experts of each layer, as its tensors hold.
-        router: how it weighs them; None where that is not known.
         projections: the routed down-projections, complete.
         warnings: what the user should know.
         elsewhere: what the same model calls layers in another format; None for one that this
@@ -53,12 +50,10 @@ class Moe:
 
     architecture: Architecture
     model_type: str
-    section: Mapping[str, Any]
+    config: MoeConfig
     places: Sequence[Spelling]
     count: int | tuple[int, ...]
-    total: int
     held: Mapping[Layer, int]
-    router: Router | None
     projections: Sequence[Projection]
     warnings: list[str]
     elsewhere: Mapping[str, Layer | None] = field(default_factory=dict)
@@ -106,8 +101,6 @@ def find_moe(
         raise
     if not places and row.fixed_count is None:
         raise _no_count(config, row, tensors, experts_key)
-    section = _section(config, places, row)
-    _check_lists(places, section)
     again, of_others = second_spellings(config, row, places)
     adapted = refuse_unmerged(tensor.name for tensor in tensors)
     if pattern is not None:
@@ -116,30 +109,28 @@ def find_moe(
         projections = find_projections(tensors, row, _other_parts(row))
     if not projections:
         raise _none_found(model_type, row, tensors, pattern)
-    total = total_experts(row, section)
-    held = check_complete(projections, tensors, row, section, total, _other_parts(row))
-    check_shapes(projections, tensors, section, held, Witness(tensors, row, section))
-    router = _router(row, section)
+    read = read_moe_config(_section(config, places, row), row)
+    _check_lists(places, read.layers)
+    held = check_complete(projections, tensors, row, read, _other_parts(row))
+    check_shapes(projections, tensors, read, held, Witness(tensors, row, read))
     return Moe(
         architecture=row,
         model_type=model_type,
-        section=section,
+        config=read,
         places=[*places, *again],
         count=places[0].value if places else row.fixed_count or 0,
-        total=total,
         held=held,
-        router=router,
         projections=projections,
         warnings=[
             *adapted,
-            *_warnings(row, places, section),
+            *_warnings(row, places, read),
             *_of_reach(row, projections, tensors),
             *of_others,
-            *_of_counts(row, section, total, held),
+            *_of_counts(read, held),
             *(_other_type(config, row) if arch is None and pattern is None else ()),
             *empty_weights(tensors),
-            *unread_keys(row, section, router),
-            *unknown_tensors(row, section, projections, tensors),
+            *unknown_keys(row, read),
+            *unknown_tensors(row, read, projections, tensors),
         ],
     )
 
@@ -194,12 +185,10 @@ def _is_dense(names: Iterable[str]) -> bool:
     return not any(re.search("expert|moe|router|switch_mlp", name) for name in names)
 
 
-def _of_counts(
-    row: Architecture, section: Mapping[str, Any], total: int, held: Mapping[Layer, int]
-) -> Iterator[str]:
+def _of_counts(config: MoeConfig, held: Mapping[Layer, int]) -> Iterator[str]:
     """What is unusual in the numbers of experts."""
     fewest, most = min(held.values()), max(held.values())
-    stated = {layer: experts_of_layer(section, layer.number, total) for layer in held}
+    stated = {layer: config.experts_of(layer.number) for layer in held}
     if fewest < most:
         yield f"the layers have {fewest} to {most} routed experts; the fewest limit the choice"
     differing = [layer for layer, number in held.items() if number != stated[layer]]
@@ -210,7 +199,7 @@ def _of_counts(
             f" ({len(differing)} of {len(held)} layers differ); that is what its router chooses"
             " from, so the tensors are believed"
         )
-    limit = group_limit(row, section)
+    limit = config.groups
     odd = sorted({number for number in held.values() if limit and number % limit[0]})
     if limit and odd:
         yield (
@@ -226,7 +215,7 @@ def own_router(config: Config, moe: Moe) -> tuple[str, Router] | None:
             row = next((p for p in parts if p.part == moe.architecture.part), parts[0])
             if model_type == moe.model_type:
                 return None
-            return model_type, router_of(row, moe.section)
+            return model_type, router_of(row, _section(config, moe.places, moe.architecture))
     return None
 
 
@@ -263,9 +252,8 @@ def _section(config: Config, places: Sequence[Spelling], row: Architecture) -> M
     return config.section(places[0].section if places else row.sections[-1]) or {}
 
 
-def _check_lists(places: Sequence[Spelling], section: Mapping[str, Any]) -> None:
+def _check_lists(places: Sequence[Spelling], layers: int) -> None:
     """A list of counts has one for each layer, and MTP blocks may follow."""
-    layers = whole(section, "num_hidden_layers", 0)
     for place in places:
         if isinstance(place.value, tuple) and len(place.value) < layers:
             raise CheckpointError(
@@ -283,13 +271,6 @@ def _with_key(row: Architecture, dotted: str) -> Architecture:
     section, _, key = dotted.rpartition(".")
     sections = (section,) if section else row.sections
     return replace(row, count=(key,), sections=sections, moe_layers=None)
-
-
-def _router(row: Architecture, section: Mapping[str, Any]) -> Router | None:
-    """The router; None if the row is not of the table and the config does not tell either."""
-    if row.model_type or "norm_topk_prob" in section:
-        return router_of(row, section)
-    return None
 
 
 def _other_type(config: Config, row: Architecture) -> Iterator[str]:
@@ -395,9 +376,7 @@ def _of_reach(
         yield f"model type {row.model_type!r}: {row.partly}"
 
 
-def _warnings(
-    row: Architecture, places: Sequence[Spelling], section: Mapping[str, Any]
-) -> list[str]:
+def _warnings(row: Architecture, places: Sequence[Spelling], config: MoeConfig) -> list[str]:
     warnings = []
     for place in places[1:]:
         if place.value != (first := places[0]).value:
@@ -405,7 +384,7 @@ def _warnings(
                 f"{CONFIG} says {place.value} at {place.path} and {first.value} at {first.path};"
                 f" {first.value} is taken"
             )
-    if row.model_type == "deepseek_v2" and section.get("norm_topk_prob"):
+    if row.model_type == "deepseek_v2" and config.asks_to_renormalise:
         warnings.append(
             "norm_topk_prob is true: transformers ignores it for deepseek_v2, as this plan does;"
             " other engines renormalise"

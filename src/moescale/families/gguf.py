@@ -14,10 +14,11 @@ from moescale.families.architectures import Architecture
 from moescale.families.config import MOST, Spelling
 from moescale.families.find import Moe
 from moescale.families.llama_cpp import BY_NAME, SCORES, Row
+from moescale.families.moe_config import MoeConfig, group_limit
 from moescale.families.pattern import find_by_pattern
 from moescale.families.projections import Layer, Projection
-from moescale.families.router import Router
 from moescale.routers.kinds import UNKNOWN, Gating, Other
+from moescale.routers.normalisation import Router
 
 _KNOWN = re.compile(
     r"(?:ffn_(?:up|gate|down|gate_up)_(?:ch)?exps\.(?:weight|bias|scale|input_scale))|ffn_norm_exps\.weight"
@@ -71,20 +72,20 @@ def find_gguf_moe(
     if pattern is None:
         _check_complete(row, by_layer, held)
     score = _score(row, own, keys, tensors)
-    known = Router(_renormalised(row, own, keys, score)) if row.name else None
-    limit = {
-        "n_group": keys.get(f"{own}.expert_group_count"),
-        "topk_group": keys.get(f"{own}.expert_group_used_count"),
-    }
+    architecture = _architecture(row, own, keys, by_layer, score)
+    read = MoeConfig(
+        experts=total,
+        groups=_groups(keys, own),
+        router=Router(_renormalised(row, own, keys, score)) if row.name else None,
+        effective=architecture.no_effect is None,
+    )
     return Moe(
-        architecture=_architecture(row, own, keys, by_layer, score),
+        architecture=architecture,
         model_type=own,
-        section=limit,
+        config=read,
         places=(place,),
         count=count,
-        total=total,
         held=held,
-        router=known,
         projections=projections,
         warnings=list(_warnings(row, own, arch, by_layer)),
         elsewhere=_elsewhere(own, keys, held),
@@ -147,6 +148,13 @@ def _whole(keys: Keys, name: str) -> int:
         said = "is missing" if value is None else f"is {repr(value)[:40]}, not a number of experts"
         raise CheckpointError(f"key {name} {said}", hint="The header is not that of a MoE model.")
     return value
+
+
+def _groups(keys: Keys, own: str) -> tuple[int, int] | None:
+    """Groups of experts, and how many of them a token may choose from; None for no limit."""
+    names = (f"{own}.expert_group_count", f"{own}.expert_group_used_count")
+    groups, chosen = (_whole(keys, name) if keys.get(name) else 0 for name in names)
+    return group_limit(groups, chosen)
 
 
 def _count(keys: Keys, name: str) -> int | tuple[int, ...]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Final
+from typing import Final
 
 from moescale.checkpoint.edit import Layer as Layer
 from moescale.checkpoint.tensor import Tensor
-from moescale.errors import CheckpointError, UnsupportedError
+from moescale.errors import CheckpointError
 from moescale.families.architectures import ROWS, Architecture
-from moescale.families.config import MOST, whole
 from moescale.families.formats import leaf_name
 from moescale.families.names import plain_name
 
@@ -184,59 +183,6 @@ def block_of(rest: str) -> str:
     if experts:
         return rest[: experts.start()]
     return re.split(r"(?<=\.)[0-9]+\.", rest.rpartition(".")[0] + ".")[0]
-
-
-def total_experts(architecture: Architecture, section: Mapping[str, Any]) -> int:
-    """Routed experts of a layer, as the config says; of several numbers the largest.
-
-    Raises:
-        UnsupportedError: the config does not say.
-    """
-    for key in architecture.total:
-        value = section.get(key)
-        numbers = _by_layer(value) or ({"": value} if type(value) is int else {})
-        most = max(numbers.values(), default=0)
-        if 0 < most <= MOST and min(numbers.values()) >= 0:
-            return most
-    keys = " or ".join(architecture.total)
-    raise UnsupportedError(
-        f"config.json: does not say how many routed experts a layer has ({keys})",
-        hint="Add the key with that number, beside the one of the experts per token.",
-    )
-
-
-def _by_layer(value: Any) -> dict[str, int]:
-    """A list or an object of numbers by the layer's number; empty where it is neither.
-
-    A dense layer may have a null.
-    """
-    if isinstance(value, list):
-        value = {str(layer): number for layer, number in enumerate(value)}
-    if not isinstance(value, dict):
-        return {}
-    numbers = {layer: number for layer, number in value.items() if number is not None}
-    return numbers if all(type(number) is int for number in numbers.values()) else {}
-
-
-_LISTED: Final = (
-    *("num_experts_per_layer", "num_local_experts_per_layer", "n_routed_experts_per_layer"),
-    *("moe_num_experts_per_layer", "pyramid_num_routed"),
-    *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
-)
-"""Config keys that may hold a number of experts for each layer."""
-
-
-def experts_of_layer(section: Mapping[str, Any], layer: int, total: int) -> int:
-    """Routed experts of one layer, where the config gives some layers another number."""
-    own = section.get("per_layer_config")
-    number = own.get(str(layer)) if isinstance(own, dict) else None
-    if isinstance(number, dict):
-        return whole(number, "num_local_experts", 0) or total
-    for key in _LISTED:
-        if listed := _by_layer(section.get(key)):
-            number = listed.get(str(layer), total)
-            return number if 0 < number <= MOST else total
-    return total
 
 
 def raw_layer(before: str, number: int) -> Layer:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
 
 from moescale.checkpoint.dtypes import SCALABLE
 from moescale.checkpoint.edit import Role, TensorEdit
@@ -35,7 +35,7 @@ Source: transformers 5.23 modeling_gpt_oss.py, GptOssDecoderLayer and GptOssMode
 
 def residual_writers(
     model_type: str,
-    section: Mapping[str, Any],
+    tied: bool,
     tensors: Sequence[Tensor],
     layers: set[int],
     factor: float,
@@ -44,7 +44,7 @@ def residual_writers(
 
     Args:
         model_type: whose row of `WRITERS` counts.
-        section: the config section that describes the model.
+        tied: the embedding is also the head.
         tensors: the whole checkpoint.
         layers: the numbers of the layers that have routed experts.
         factor: what they are multiplied by.
@@ -60,7 +60,7 @@ def residual_writers(
             " residual stream is not known",
             hint="Leave --fold out; the weights are scaled then.",
         )
-    if section.get("tie_word_embeddings") or not any(plain_name(t.name) == HEAD for t in tensors):
+    if tied or not any(plain_name(t.name) == HEAD for t in tensors):
         raise UnsupportedError(
             "--fold residual divides the embedding, which is also the head of this model",
             hint="Leave --fold out; the weights are scaled then.",

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
 
 from moescale.checkpoint.dtypes import SCALABLE
 from moescale.checkpoint.edit import TensorEdit
 from moescale.checkpoint.tensor import Tensor
 from moescale.errors import CheckpointError, UnsupportedError
 from moescale.families.architectures import Architecture
+from moescale.families.moe_config import MoeConfig
 from moescale.families.names import plain_name
 from moescale.families.projections import Layer, Projection
-from moescale.families.router import group_limit
 from moescale.families.witness import CHOICE_BIASES, LOGIT_BIASES, PACKED, WEIGHTS
 from moescale.routers.kinds import LLAMA_NORM, Gating, Other
 
@@ -71,7 +71,7 @@ class RouterTensors:
 
 def find_routers(
     gating: Gating,
-    section: Mapping[str, Any],
+    config: MoeConfig,
     projections: Sequence[Projection],
     tensors: Sequence[Tensor],
     option: str,
@@ -80,7 +80,7 @@ def find_routers(
 
     Args:
         gating: the row of the model type.
-        section: the config section that describes this MoE.
+        config: what the config says of this MoE.
         projections: the routed down-projections.
         tensors: the whole checkpoint.
         option: `RULE` or `SCALE`, for errors.
@@ -93,7 +93,7 @@ def find_routers(
     ends = (*ends, *WEIGHTS, *CHOICE_BIASES, *LOGIT_BIASES, *PACKED, LLAMA_NORM)
     by_name = {plain_name(t.name): t for t in tensors if t.name.endswith(ends)}
     by_layer = {p.layer: p for p in projections}
-    biased = gating.bias_key is None or section.get(gating.bias_key) is not False
+    biased = config.choice_bias
     if gating.bias_optional:
         biased = any(name.endswith((*gating.bias, *CHOICE_BIASES)) for name in by_name)
     normed = gating.norm and option == RULE
@@ -149,7 +149,7 @@ BIAS_MOVES: Final = "a bias fitted to the scores as they are takes part in the c
 
 def scaled_routers(
     architecture: Architecture,
-    section: Mapping[str, Any],
+    config: MoeConfig,
     projections: Sequence[Projection],
     tensors: Sequence[Tensor],
 ) -> ScaledRouters:
@@ -157,7 +157,7 @@ def scaled_routers(
 
     Args:
         architecture: the row of the model type.
-        section: the config section that describes this MoE.
+        config: what the config says of this MoE.
         projections: the routed down-projections.
         tensors: the whole checkpoint.
 
@@ -166,14 +166,14 @@ def scaled_routers(
         CheckpointError: a router is missing.
     """
     gating = gating_of(architecture, tensors, SCALE)
-    found = find_routers(gating, section, projections, tensors, SCALE)
-    if gating.cap_key and section.get(gating.cap_key):
+    found = find_routers(gating, config, projections, tensors, SCALE)
+    if config.logit_cap:
         raise UnsupportedError(
             f"{SCALE} cannot be used with the router of {architecture.model_type!r}: a tanh bounds"
             " its logits",
             hint=_INSTEAD[SCALE],
         )
-    grouped = group_limit(architecture, section) is not None
+    grouped = config.groups is not None
     moves = None
     if any(router.bias for router in found):
         moves = BIAS_MOVES

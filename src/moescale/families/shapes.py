@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -11,6 +10,7 @@ from typing import Any, Final
 from moescale.checkpoint.tensor import Tensor
 from moescale.errors import CheckpointError
 from moescale.families.formats import Measured, measured
+from moescale.families.moe_config import MoeConfig
 from moescale.families.names import plain_name
 from moescale.families.projections import Layer, Projection
 from moescale.families.witness import GATHER, Witness
@@ -31,7 +31,6 @@ _MATRICES: Final[Mapping[str, tuple[int, ...]]] = {
     "fc1": (1, 2),  # Aria's is gate and up, Nemotron's is up alone
 }
 """How many matrices are joined in one tensor, where it is not one."""
-_HIDDEN: Final = ("hidden_size", "d_model", "n_embd")
 _DAMAGED: Final = "The tensor is damaged, or belongs to another checkpoint."
 
 Signature = tuple[tuple[str, str, tuple[int, ...]], ...]
@@ -41,7 +40,7 @@ Signature = tuple[tuple[str, str, tuple[int, ...]], ...]
 def check_shapes(
     projections: Sequence[Projection],
     tensors: Iterable[Tensor],
-    section: Mapping[str, Any],
+    config: MoeConfig,
     held: Mapping[Layer, int],
     witness: Witness,
 ) -> None:
@@ -65,7 +64,7 @@ def check_shapes(
     witness.check_present(projections, held)
     for members in by_moe.values():
         paired = [before.check(projection) for projection in members]
-        _check_width(members[0], section, all(paired), witness)
+        _check_width(members[0], config, all(paired), witness)
     _check_biases(projections, before)
 
 
@@ -267,23 +266,20 @@ def _not_transposed(
 # Hidden size and biases ---------------------------------------------------------------------------
 
 
-def _check_width(
-    projection: Projection, section: Mapping[str, Any], paired: bool, witness: Witness
-) -> None:
+def _check_width(projection: Projection, config: MoeConfig, paired: bool, witness: Witness) -> None:
     """Experts write hidden states, or those of a narrower stream that the config may name."""
     size = _measured(_signature(projection)).size
-    hidden = next((section[key] for key in _HIDDEN if type(section.get(key)) is int), None)
+    hidden = config.hidden
     if size is None or hidden is None:
         return
-    narrower = {v for key, v in section.items() if _NARROWER.search(key) and type(v) is int}
-    widths = {hidden, *narrower}
+    widths = {hidden, *config.narrower}
     one = projection.expert is not None
     if paired and one and _is_turned(size, widths, witness.router(projection), hidden):
         raise _misfit(projection, hidden)
     either = paired or not one
     if len(size) > 1 and not widths.isdisjoint(size[-2:] if either else size[-2:-1]):
         if not either:
-            _check_inner(projection, size, section)
+            _check_inner(projection, size, config.inner)
         return
     router = witness.router(projection)
     if paired and router is not None and hidden in router.shape:
@@ -308,19 +304,15 @@ def _misfit(projection: Projection, hidden: int) -> CheckpointError:
     )
 
 
-def _check_inner(projection: Projection, size: tuple[int, ...], section: Mapping[str, Any]) -> None:
+def _check_inner(projection: Projection, size: tuple[int, ...], stated: int | None) -> None:
     """Where no gate and up are beside, only the config can tell a part of an expert."""
-    stated = section.get("moe_intermediate_size")
-    if type(stated) is int and stated not in size and "per_layer_config" not in section:
+    if stated is not None and stated not in size:
         tensor = projection.leaves[_measured(_signature(projection)).codes]
         raise CheckpointError(
             f"{tensor.name}: its shape is {list(tensor.shape)}, but the config says that an expert"
             f" is {stated} wide (moe_intermediate_size)",
             hint="The config belongs to another checkpoint, or the tensor is a part of one.",
         )
-
-
-_NARROWER: Final = re.compile(r"latent|rank|expert_hidden|moe_hidden")
 
 
 def _check_biases(projections: Sequence[Projection], before: _Before) -> None:

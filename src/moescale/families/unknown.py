@@ -1,6 +1,6 @@
-"""What a checkpoint has that its row of the table knows nothing of: config keys and tensors.
+"""Warnings of config keys and tensors that the row of a model type does not know.
 
-A norm, a bias or a score that nobody told the row of can turn a factor round or remove it, so each
+A norm, a bias or a score that the row does not know can turn a factor round or remove it, so each
 is a warning with its name.
 """
 
@@ -8,121 +8,18 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Final
 
 from moescale.checkpoint.tensor import Tensor
-from moescale.families.architectures import Architecture, Flag, PowerNorm
-from moescale.families.config import whole
+from moescale.families.architectures import Architecture
+from moescale.families.config import CONFIG
 from moescale.families.formats import split_name
+from moescale.families.moe_config import MoeConfig
 from moescale.families.names import plain_name
 from moescale.families.projections import Projection
-from moescale.families.router import Router, has_no_effect
 from moescale.families.witness import CHOICE_BIASES, LOGIT_BIASES
 from moescale.routers.kinds import Gating
-
-# Config keys --------------------------------------------------------------------------------------
-# As transformers 5.24, sglang 0.5.23, mlx-lm 0.32.2 and the code in published repos read them
-
-SCORES: Final = frozenset(
-    (
-        *("score_function", "scoring_func", "score_func", "expert_selection_fn"),
-        *("router_score_func", "router_scoring_func"),
-        *("moe_router_score_func", "moe_router_activation_func"),
-    )
-)
-"""Keys that name how scores are made of logits."""
-_SCORING: Final = re.compile(
-    r"(?!.*share)(?:.*(?:scor|rout|expert|moe|top_?k).*|gat(?:e|ing))"
-    r"_(?:fn|func|function|act|activation|type)"
-)
-"""Keys that may do so under other names, where their value is the name of a score."""
-_SCORE_NAMES: Final = ("softmax", "sigmoid", "sqrtsoftplus")
-NORMALISED: Final = frozenset(
-    ("norm_topk_prob", "moe_renormalize", "norm_expert_weight", "route_norm")
-)
-"""Keys that say whether the weights of the chosen experts sum to 1."""
-_NORMALISING: Final = re.compile(
-    r"(?:re)?normali[sz]e|(?:re)?norm(?:ali[sz]e)?_(?:top_?k|expert|rout\w*|gat\w*|moe)\w*"
-    r"|(?:top_?k|expert|rout\w*|gat\w*|moe)\w*_(?:renorm|normali[sz]e)\w*"
-)
-"""Keys that may say so under other names."""
-BIASED: Final = frozenset(
-    (
-        *("moe_router_enable_expert_bias", "use_expert_bias", "use_moe_router_bias"),
-        *("use_routing_bias", "use_gate_bias", "moe_gate_bias"),
-    )
-)
-"""Keys that say whether a bias takes part in the choice of experts."""
-ON_INPUT: Final = frozenset(("moe_apply_router_weight_on_input", "apply_router_weight_on_input"))
-"""Keys that say that the weight of an expert multiplies its input, not its output."""
-_BOUND: Final = re.compile(
-    r"(?:moe_)?(?:gate|gating|router?|routing)_(?:logits?_)?(?:temp|temperature|softcap\w*)"
-)
-"""Keys of numbers that divide or bound the logits; 0, 1 and null change nothing."""
-_NORM: Final = re.compile(r".*(?:rout|moe|expert).*norm.*|.*norm.*(?:rout|moe|expert).*")
-"""Keys that turn on a norm inside the MoE block, by true."""
-
-
-def unread_keys(
-    row: Architecture, section: Mapping[str, Any], router: Router | None
-) -> Iterator[str]:
-    """Config keys that change the routing in some model types and that this row does not read."""
-    gating = _gating(row)
-    read = _read_by(row, gating)
-    unread = {} if row.groups else _groups(section)
-    for key, value in section.items():
-        if key in unread or (key not in read and _is_unusual(key, value, gating, router)):
-            yield (
-                f"config.json: {key} is {value!r}, which the row of {row.model_type!r} does"
-                " not read; where the model's code does, factors may be wrong"
-            )
-
-
-def _groups(section: Mapping[str, Any]) -> Mapping[str, int]:
-    """The keys of a limit to some groups of experts, where they say one."""
-    groups = whole(section, "n_group", whole(section, "num_expert_group", 0))
-    return {"topk_group": groups} if 0 < whole(section, "topk_group", 0) < groups else {}
-
-
-def _gating(row: Architecture) -> Gating | None:
-    """How the row's router works, where it can be formed."""
-    return row.gating if isinstance(row.gating, Gating) else None
-
-
-def _read_by(row: Architecture, gating: Gating | None) -> set[str | None]:
-    keys: set[str | None] = {row.no_effect_if}
-    if isinstance(row.weights, Flag):
-        keys |= {row.weights.key, *row.weights.aliases}
-    if isinstance(row.weights, PowerNorm):
-        keys.add(row.weights.key)
-    if row.model_type == "deepseek_v2":  # which has a warning of its own
-        keys.add("norm_topk_prob")
-    if gating is not None:
-        keys |= {gating.score_key, gating.bias_key, gating.cap_key, gating.idle_key}
-    return keys
-
-
-def _is_unusual(key: str, value: Any, gating: Gating | None, router: Router | None) -> bool:
-    """Whether a key changes the routing from what the row takes it for."""
-    if key in SCORES:
-        return gating is not None and isinstance(value, str) and value != gating.score
-    if _SCORING.fullmatch(key) and value in _SCORE_NAMES:
-        return gating is not None and value != gating.score
-    if key in NORMALISED or (value is False and _NORMALISING.fullmatch(key)):
-        anyway = gating is not None and gating.late and gating.score == "softmax"
-        contradicts = router is not None and value is not router.renormalised
-        return isinstance(value, bool) and contradicts and not anyway
-    if key in BIASED or (key, value) == ("topk_method", "noaux_tc"):
-        return bool(value) and gating is not None and not (gating.bias or gating.logit_bias)
-    if key == "zero_expert_num":
-        return type(value) is int and value > 0 and gating is not None
-    if _BOUND.fullmatch(key):
-        return type(value) in (int, float) and value not in (0, 1)
-    return value is True and (key in ON_INPUT or _NORM.fullmatch(key) is not None)
-
-
-# Tensors ------------------------------------------------------------------------------------------
 
 _PROJECTION: Final = re.compile(
     r"[0-9]*\.?(?:expert_[0-9]+\.)?(?:mlp\.)?(?:gate_up_projs?|(?:gate|up|down)_projs?|w[123]|w13|v1"
@@ -145,14 +42,23 @@ _BESIDE: Final = re.compile(
 """Norms before and after what is not attention, as some types call them."""
 
 
+def unknown_keys(row: Architecture, config: MoeConfig) -> Iterator[str]:
+    """Config keys that change the routing and that the row does not read, one warning a key."""
+    for key, value in config.unread:
+        yield (
+            f"{CONFIG}: {key} is {value!r}, which the row of {row.model_type!r} does"
+            " not read; where the model's code does, factors may be wrong"
+        )
+
+
 def unknown_tensors(
     row: Architecture,
-    section: Mapping[str, Any],
+    config: MoeConfig,
     projections: Sequence[Projection],
     tensors: Iterable[Tensor],
 ) -> Iterator[str]:
     """Tensors of MoE layers that the row does not know, one warning a kind."""
-    if not row.model_type or has_no_effect(row, section):
+    if not row.model_type or not config.effective:
         return
     blocks = {plain_name(p.prefix) + p.block for p in projections}
     layers = {plain_name(p.prefix) + "." for p in projections}
@@ -184,7 +90,7 @@ class _Known:
     """What a row knows of the tensors of its MoE layers."""
 
     def __init__(self, row: Architecture) -> None:
-        gating = _gating(row)
+        gating = row.gating if isinstance(row.gating, Gating) else None
         self._any_router = gating is None
         self._own = set(row.beside)
         if gating is None or gating.bias:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import Final
 
 from moescale.checkpoint.dtypes import SCALABLE
 from moescale.checkpoint.tensor import Tensor
 from moescale.errors import CheckpointError
-from moescale.families.architectures import Architecture, SharedSum
-from moescale.families.config import whole
+from moescale.families.architectures import Architecture
+from moescale.families.moe_config import MoeConfig
 from moescale.families.names import plain_name
 from moescale.families.projections import Layer, Projection
 
@@ -35,14 +35,13 @@ class Witness:
     """The routers, by the names of their blocks; those that are quantised say nothing."""
 
     def __init__(
-        self, tensors: Iterable[Tensor], architecture: Architecture, section: Mapping[str, Any]
+        self, tensors: Iterable[Tensor], architecture: Architecture, config: MoeConfig
     ) -> None:
         named = ((plain_name(t.name), t) for t in tensors if t.name.endswith(_ENDS))
         self._tensors = dict(named)
         self._moes = architecture.moes
-        self._more = whole(section, "zero_expert_num", 0)  # they have logits, but no weights
-        if isinstance(architecture.weights, SharedSum):
-            self._more += whole(section, architecture.weights.key, 0)
+        shared = config.router.shared if config.router else 0
+        self._more = config.experts_without_weights + shared  # the router has logits for them, too
 
     def router(self, projection: Projection) -> Tensor | None:
         """The weight of the router of a projection's layer, where it is found and is plain."""

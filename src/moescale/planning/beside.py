@@ -26,9 +26,9 @@ from moescale.checkpoint.safetensors.header import Header
 from moescale.checkpoint.safetensors.index import SINGLE, SUFFIX, check_parts, set_of
 from moescale.checkpoint.tensor import Tensor
 from moescale.errors import CheckpointError, SourceError
-from moescale.families.architectures import TEXT_SECTIONS
 from moescale.families.config import CONFIG, Config
 from moescale.families.find import Moe
+from moescale.families.moe_config import sizes
 from moescale.families.projections import Layer
 from moescale.families.twins import held_layers, layers_by_name
 from moescale.planning.shards import Found, read_header, same_weights, two_sets
@@ -275,12 +275,11 @@ class _Looker:
         except ValueError:
             return False
         own = Config("", value if isinstance(value, dict) else {})
-        sections = [own.section(section) or {} for section in TEXT_SECTIONS]
+        mine = self._moe.config.hidden, self._moe.config.layers
         return any(
-            section[key] != self._moe.section[key]
-            for section in sections
-            for key in ("hidden_size", "num_hidden_layers")
-            if key in section and key in self._moe.section
+            other not in (None, size) and bool(size)
+            for others in sizes(own)
+            for other, size in zip(others, mine, strict=True)
         )
 
 

@@ -11,7 +11,6 @@ from moescale.errors import UnsupportedError
 from moescale.factors.samples import Sample
 from moescale.families.find import Moe
 from moescale.families.projections import Layer
-from moescale.families.router import largest_count
 from moescale.options import Options
 from moescale.planning.active import active
 from moescale.planning.comparison import collapse_equal
@@ -103,7 +102,7 @@ def make_plan(
         model_type=moe.model_type,
         part=moe.architecture.part,
         experts=experts,
-        router=moe.router,
+        router=moe.config.router,
         rule=rule,
         why=choice.why,
         rho=options.rho or 0.0,
@@ -156,15 +155,13 @@ def _experts(moe: Moe, options: Options) -> Experts:
             f"model type {moe.model_type!r} cannot run with {after} experts per token: {row.fixed}",
             hint="--factor scales the experts and leaves their number as it is.",
         )
-    own = moe.section.get("per_layer_config")
-    overrides = own.values() if isinstance(own, dict) else ()
-    if after != before and any(isinstance(o, dict) and row.count[0] in o for o in overrides):
+    if after != before and moe.config.own_counts:
         raise UnsupportedError(
             f"config.json: per_layer_config gives single layers their own {row.count[0]}",
             hint="Set those numbers yourself, then use --factors without --experts.",
         )
     _check_choice(moe, options, after, trained)
-    return Experts(trained, before, after, moe.total)
+    return Experts(trained, before, after, moe.config.experts)
 
 
 def _check_choice(
@@ -172,7 +169,7 @@ def _check_choice(
 ) -> None:
     """Refuse more experts than the router of some layer can choose from."""
     fewest = min(moe.held.values())
-    largest = largest_count(moe.architecture, moe.section, fewest)
+    largest = moe.config.largest_count(fewest)
     limit = f"a layer has {fewest} routed experts"
     if largest < fewest:
         limit += f", of which its group-limited router can choose {largest}"

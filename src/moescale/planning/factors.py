@@ -129,12 +129,12 @@ def _factor(rule: str, moe: Moe, experts: Experts, options: Options, layer: Laye
         case "published":
             return closed_form.published(n, m)
         case "preserve":
-            if moe.router is None:
+            if moe.config.router is None:
                 raise UnsupportedError(
                     f"model type {moe.model_type!r}: how its router weighs experts is not known",
                     hint="Use --arch with a type that routes alike, --factor, or --rule published.",
                 )
-            return closed_form.preserve(n, m, moe.router.balanced_weight, options.rho or 0.0)
+            return closed_form.preserve(n, m, moe.config.router.balanced_weight, options.rho or 0.0)
         case _:
             return 1.0
 
@@ -178,9 +178,9 @@ def one_factor(factors: Mapping[Layer, float], options: Options) -> float:
 
 def closed_forms(moe: Moe, experts: Experts, options: Options) -> dict[str, dict[str, float]]:
     """What each rule would multiply each layer by; nothing where the router is not known."""
-    if moe.router is None:
+    if moe.config.router is None:
         return {}
-    weight, rho = moe.router.balanced_weight, options.rho or 0.0
+    weight, rho = moe.config.router.balanced_weight, options.rho or 0.0
     counts = {str(layer): experts.at(layer) for layer in moe.layers}
     return {
         "none": dict.fromkeys(counts, 1.0),

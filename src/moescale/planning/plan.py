@@ -18,11 +18,11 @@ from moescale.factors.fitted import Guard
 from moescale.factors.samples import Sample
 from moescale.families.config import CONFIG
 from moescale.families.projections import Layer
-from moescale.families.router import Router
 from moescale.options import Options
 from moescale.planning.comparison import ByLayer, Comparison, compare
 from moescale.planning.files import CARD, PROVENANCE, PlannedFile
 from moescale.planning.instead import Instead, by_engine
+from moescale.routers.normalisation import Router
 from moescale.storage.base import SourceId
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ from moescale.checkpoint.tensor import Tensor
 from moescale.errors import CheckpointError, UnsupportedError
 from moescale.families.find import Moe
 from moescale.families.formats import takes_any_factor
-from moescale.families.router import has_no_effect
 from moescale.families.router_tensors import ScaledRouters
 from moescale.options import Options
 from moescale.planning.plan import Experts
@@ -74,7 +73,7 @@ def _check_effect(moe: Moe) -> None:
     Raises:
         UnsupportedError: something after the experts removes every factor.
     """
-    if has_no_effect(moe.architecture, moe.section):
+    if not moe.config.effective:
         raise UnsupportedError(
             f"scaling has no effect on model type {moe.model_type!r}: {moe.architecture.no_effect}",
             hint="--rule none changes the number of experts alone.",
@@ -89,7 +88,8 @@ def remarks(rule: str, moe: Moe, experts: Experts, options: Options) -> Iterator
             " weights and the epsilon of the norms, which stays while the stream shrinks"
         )
     changes = experts.trained != experts.after
-    if options.rule == "preserve" and changes and moe.router and not moe.router.renormalised:
+    router = moe.config.router
+    if options.rule == "preserve" and changes and router and not router.renormalised:
         yield (
             "--rule preserve assumes a balanced gate, and a router that does not renormalise is"
             " far from one: on trained models that lost more than the config edit alone"
@@ -134,7 +134,7 @@ def adjustable(moe: Moe, tensors: Sequence[Tensor]) -> Adjustable:
     except (UnsupportedError, CheckpointError) as error:
         said.append(f"--rule fitted scales the experts alone: {error.message}")
     why = None
-    if has_no_effect(moe.architecture, moe.section):
+    if not moe.config.effective:
         why = moe.architecture.no_effect
     elif not _takes_any_factor(moe):
         why = "their format takes powers of two alone"

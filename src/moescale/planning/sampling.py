@@ -14,10 +14,9 @@ from moescale.checkpoint.safetensors.header import Header
 from moescale.checkpoint.tensor import Tensor
 from moescale.errors import CheckpointError, UnsupportedError
 from moescale.factors.samples import Sample
-from moescale.families.config import CONFIG, whole
+from moescale.families.config import CONFIG
 from moescale.families.find import Moe
 from moescale.families.projections import Layer
-from moescale.families.router import group_limit
 from moescale.families.router_tensors import RULE, RouterTensors, find_routers, gating_of
 from moescale.routers.kinds import Gating
 from moescale.routers.weights import Array, Gate, RouterWeights, Score, sample_layer
@@ -37,29 +36,24 @@ def gate_of(moe: Moe, gating: Gating, biased: bool) -> Gate:
 
     Raises:
         UnsupportedError: the config names a score that is not known.
-        CheckpointError: a number of the config is none.
     """
-    section, router = moe.section, moe.router
+    config, router = moe.config, moe.config.router
     assert router is not None, "a model type with a row of gating has one of architectures"
-    cap = section.get(gating.cap_key) if gating.cap_key else None
-    if cap is not None and (type(cap) not in (int, float) or not 0 <= cap < math.inf):
-        raise CheckpointError(f"{CONFIG}: {gating.cap_key} is {cap!r}, not a number from 0")
     return Gate(
-        score=_score(gating, section, biased),
+        score=_score(gating, config.score, biased),
         late=gating.late,
         normalised=router.renormalised,
-        groups=group_limit(moe.architecture, section),
+        groups=config.groups,
         group_best=gating.group_best,
         shared=router.shared,
-        idle=whole(section, gating.idle_key, 0) if gating.idle_key else 0,
+        idle=config.experts_without_weights if gating.idle_key else 0,
         grid=gating.grid,
-        cap=cap or None,
+        cap=config.logit_cap,
     )
 
 
-def _score(gating: Gating, section: Mapping[str, Any], biased: bool) -> Score:
-    default = (gating.biased_score if biased else None) or gating.score
-    named = (section.get(gating.score_key) if gating.score_key else None) or default
+def _score(gating: Gating, stated: Any, biased: bool) -> Score:
+    named = stated or (gating.biased_score if biased else None) or gating.score
     for score in get_args(Score):
         if named == score:
             known: Score = score
@@ -135,7 +129,7 @@ def find_gates(moe: Moe, headers: Mapping[str, Header]) -> Routers:
             f"--rule gates: mlx-lm may have added 1 to the norms of this {moe.model_type!r} model",
             hint="--rule preserve needs the config alone.",
         )
-    found = find_routers(gating, moe.section, moe.projections, tensors, RULE)
+    found = find_routers(gating, moe.config, moe.projections, tensors, RULE)
     names = {tensor.name for router in found for tensor in router.present}
     shards = {t.name: shard for shard, h in headers.items() for t in h.tensors if t.name in names}
     gate = gate_of(moe, gating, any(router.bias for router in found))

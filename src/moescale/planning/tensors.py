@@ -26,7 +26,7 @@ def alternative(moe: Moe, factors: Mapping[Layer, float]) -> str | None:
     row = moe.architecture
     if len(set(factors.values())) > 1:
         return None
-    if row.folds and row.scale_key in moe.section:
+    if row.folds and moe.config.has_scale:
         return f"--fold config multiplies {row.scale_key} by any factor, exactly."
     if row.model_type in WRITERS:
         return "--fold residual takes any factor: it divides what else writes into the stream."
@@ -47,7 +47,7 @@ def scaled_weights(
         divisor = one_factor(factors, options)
         layers = {projection.layer.number for projection in moe.projections}
         model_type = moe.architecture.model_type
-        return residual_writers(model_type, moe.section, tensors, layers, 1 / divisor)
+        return residual_writers(model_type, moe.config.tied, tensors, layers, 1 / divisor)
     instead = alternative(moe, factors)
     return [
         edit
@@ -58,7 +58,7 @@ def scaled_weights(
 
 def find_scaled_routers(moe: Moe, tensors: Sequence[Tensor]) -> ScaledRouters:
     """The tensors of the routers, whose logits are to be multiplied; see `scaled_routers`."""
-    return scaled_routers(moe.architecture, moe.section, moe.projections, tensors)
+    return scaled_routers(moe.architecture, moe.config, moe.projections, tensors)
 
 
 def in_shards(edits: Sequence[TensorEdit], headers: Mapping[str, Header]) -> tuple[TensorEdit, ...]:

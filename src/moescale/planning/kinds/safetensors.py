@@ -123,7 +123,7 @@ def _edited(config: Config, moe: Moe, factors: Mapping[Layer, float], options: O
 def _fold_key(moe: Moe, options: Options) -> str | None:
     """The config key that ``--fold config`` would multiply."""
     key = moe.architecture.scale_key if moe.architecture.folds else None
-    return key if key in moe.section and options.gate_scale is None else None
+    return key if moe.config.has_scale and options.gate_scale is None else None
 
 
 def _second_files(
@@ -137,7 +137,7 @@ def _second_files(
         return edits, warnings
     sizes = {name: file.size for name, file in source.files().items() if name not in others}
     for name in candidates(sizes):
-        changed, said = with_count(name, source.read(name), before, after, moe.total)
+        changed, said = with_count(name, source.read(name), before, after, moe.config.experts)
         warnings += said
         if changed is not None:
             edits[name] = changed
@@ -147,12 +147,12 @@ def _second_files(
 def _of_arch(config: Config, moe: Moe, experts: Experts, options: Options) -> Iterator[str]:
     """What --arch changes, where the config names a type that the table knows."""
     own = own_router(config, moe) if options.arch is not None else None
-    if own is None or moe.router is None:
+    if own is None or moe.config.router is None:
         return
     n, _, m = experts.at(moe.layers[0])
     asked, known = (
         closed_form.preserve(n, m, router.balanced_weight, options.rho or 0.0)
-        for router in (moe.router, own[1])
+        for router in (moe.config.router, own[1])
     )
     yield (
         f"--arch {options.arch} contradicts {CONFIG}, whose model_type is {own[0]!r}: the router of"
