@@ -483,9 +483,9 @@ def test_every_layout_of_the_table_is_recognised(template: str) -> None:
     """In front of it may stand what wrappers add, and behind it what formats add."""
     name = template.replace("{L}", "7").replace("{E}", "3")
     for prefix in ("", "model.", "language_model.model."):
-        for leaf in (".weight", ".weight_scale_inv", ".qweight", "_scales", ""):
-            found = held_layer(prefix + name + leaf)
-            assert found is not None, prefix + name + leaf
+        for suffix in (".weight", ".weight_scale_inv", ".qweight", "_scales", ""):
+            found = held_layer(prefix + name + suffix)
+            assert found is not None, prefix + name + suffix
             assert found.number == 7
 
 

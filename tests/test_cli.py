@@ -715,7 +715,9 @@ def test_an_unknown_model_type_that_is_like_none(
 def test_an_unknown_model_type_with_names_of_its_own(moescale: Command, tmp_path: Path) -> None:
     """The suggestion that the README's recipe follows."""
     folder = tmp_path / "new"
-    names = [f"model.layers.0.moe.{e}.{leaf}.weight" for e in range(4) for leaf in ("out", "gate")]
+    names = [
+        f"model.layers.0.moe.{e}.{suffix}.weight" for e in range(4) for suffix in ("out", "gate")
+    ]
     checkpoints.write_shards(folder, {n: checkpoints.values("BF16", (2, 2)) for n in names}, 1)
     config = {"model_type": "xyzzy", "top_k": 2, "num_experts": 4}
     (folder / "config.json").write_text(json.dumps(config))

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moescale.factors.closed_form import expected_square, preserve, published
-from moescale.routers.normalisation import Router
+from moescale.routers.normalisation import Normalisation
 
-RENORMALISED = Router(True).balanced_weight
-PLAIN = Router(False).balanced_weight
+RENORMALISED = Normalisation(True).balanced_weight
+PLAIN = Normalisation(False).balanced_weight
 
 COUNTS = st.integers(1, 512)
 RHO = st.floats(0, 1)
@@ -44,7 +44,7 @@ def test_the_numbers_of_the_contract() -> None:
 @given(COUNTS, COUNTS, RHO)
 def test_the_factor_restores_the_expected_square(n: int, m: int, rho: float) -> None:
     """The factor squared times the expected square at m is the one at n, for every router."""
-    for weight in (RENORMALISED, PLAIN, Router(True, shared=2).balanced_weight):
+    for weight in (RENORMALISED, PLAIN, Normalisation(True, shared=2).balanced_weight):
         factor = preserve(n, m, weight, rho)
         assert factor**2 * expected_square(m, weight, rho) == pytest.approx(
             expected_square(n, weight, rho), rel=1e-12
@@ -102,6 +102,6 @@ def test_correlation_between_moves_the_factor_towards_the_limit() -> None:
 
 def test_shared_experts_in_the_sum_count() -> None:
     """Where shared experts share the normalisation, they count in the weight of each."""
-    assert Router(True, shared=2).balanced_weight(6) == 1 / 8
-    weight = Router(True, shared=2).balanced_weight
+    assert Normalisation(True, shared=2).balanced_weight(6) == 1 / 8
+    weight = Normalisation(True, shared=2).balanced_weight
     assert preserve(2, 6, weight) == pytest.approx(math.sqrt((2 / 16) / (6 / 64)))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moescale.errors import CheckpointError
 from moescale.families import architectures
 from moescale.families.architectures import TEXT_SECTIONS
-from moescale.families.config import parse_config, set_count, spellings
+from moescale.families.config import find_count_keys, parse_config, set_count
 
 KEYS = ("num_experts_per_tok", "moe_topk")
 
@@ -27,7 +27,7 @@ ODD = (
 def edited(text: str, new: int, keys: tuple[str, ...] = KEYS) -> str:
     """The config with `new` experts per token."""
     config = parse_config(text.encode())
-    return set_count(config, spellings(config, TEXT_SECTIONS, keys), new).text
+    return set_count(config, find_count_keys(config, TEXT_SECTIONS, keys), new).text
 
 
 def changes_only_numbers(before: str, after: str, old: str, new: str) -> None:
@@ -106,7 +106,7 @@ def test_the_first_spelling_is_the_one_that_transformers_reads() -> None:
     config = parse_config(
         b'{"moe_topk": 1, "num_experts_per_tok": 2, "text_config": {"moe_topk": 3}}'
     )
-    found = [(place.path, place.value) for place in spellings(config, TEXT_SECTIONS, KEYS)]
+    found = [(place.path, place.value) for place in find_count_keys(config, TEXT_SECTIONS, KEYS)]
     assert found == [("text_config.moe_topk", 3), ("num_experts_per_tok", 2), ("moe_topk", 1)]
 
 
@@ -128,7 +128,7 @@ def test_null_is_no_spelling() -> None:
 def test_a_dotted_section_is_found() -> None:
     """Sections may lie inside sections."""
     config = parse_config(b'{"thinker_config": {"text_config": {"num_experts_per_tok": 8}}}')
-    [place] = spellings(config, ("thinker_config.text_config",), KEYS)
+    [place] = find_count_keys(config, ("thinker_config.text_config",), KEYS)
     assert place.path == "thinker_config.text_config.num_experts_per_tok"
     assert '"num_experts_per_tok": 9}' in set_count(config, [place], 9).text
 
@@ -137,7 +137,7 @@ def test_a_list_for_each_layer_is_set_number_by_number() -> None:
     """Where every layer has its own count, all of them become the new one, in the same layout."""
     text = '{"moe_topk": [ 8,8,\n 4 ,2]}'
     config = parse_config(text.encode())
-    [place] = spellings(config, TEXT_SECTIONS, KEYS)
+    [place] = find_count_keys(config, TEXT_SECTIONS, KEYS)
     assert place.value == (8, 8, 4, 2)
     assert edited(text, 16) == '{"moe_topk": [ 16,16,\n 16 ,16]}'
 
@@ -162,14 +162,14 @@ def test_only_the_numbers_change(value: dict[str, Any], indent: Any) -> None:
     text = json.dumps(value, indent=indent)
     config = parse_config(text.encode())
     try:
-        places = spellings(config, TEXT_SECTIONS, KEYS)
+        places = find_count_keys(config, TEXT_SECTIONS, KEYS)
     except CheckpointError:
         return
     after = set_count(config, places, 7).text
     if all(place.value == 2 for place in places):
         changes_only_numbers(text, after, "2", "7")
     again = parse_config(after.encode())
-    assert [p.value for p in spellings(again, TEXT_SECTIONS, KEYS)] == [7] * len(places)
+    assert [p.value for p in find_count_keys(again, TEXT_SECTIONS, KEYS)] == [7] * len(places)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_every_row_of_the_table_can_be_set(row: architectures.Architecture) -> N
             for name in reversed(section.split(".") if section else []):
                 value = {name: value}
             config = parse_config(json.dumps(value).encode())
-            places = spellings(config, row.sections, row.count)
+            places = find_count_keys(config, row.sections, row.count)
             assert [(p.section, p.key, p.value) for p in places] == [(section, key, 2)]
             assert set_count(config, places, 5).text == json.dumps(value).replace("2}", "5}")
 
@@ -196,7 +196,7 @@ def test_what_is_no_number_of_experts_is_refused(value: Any) -> None:
     """The error names the key and shows the value."""
     config = parse_config(json.dumps({"text_config": {"moe_topk": value}}).encode())
     with pytest.raises(CheckpointError, match=r"text_config\.moe_topk is"):
-        spellings(config, TEXT_SECTIONS, KEYS)
+        find_count_keys(config, TEXT_SECTIONS, KEYS)
 
 
 @pytest.mark.parametrize(
@@ -212,4 +212,4 @@ def test_what_is_no_config_is_refused(data: bytes) -> None:
 def test_a_section_that_is_no_object_is_absent() -> None:
     """``text_config: null`` is as good as none."""
     config = parse_config(b'{"text_config": null, "llm_config": 3, "moe_topk": 2}')
-    assert [place.path for place in spellings(config, TEXT_SECTIONS, KEYS)] == ["moe_topk"]
+    assert [place.path for place in find_count_keys(config, TEXT_SECTIONS, KEYS)] == ["moe_topk"]

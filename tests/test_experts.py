@@ -44,7 +44,7 @@ def find(model_type: str, tensors: Iterable[Tensor], section: dict[str, Any]) ->
 
 def names(projections: Iterable[Projection]) -> list[str]:
     """The names of all tensors of the projections."""
-    return sorted(t.name for p in projections for t in p.leaves.values())
+    return sorted(t.name for p in projections for t in p.by_suffix.values())
 
 
 MIXTRAL = {"num_local_experts": 4, "num_hidden_layers": 2}
@@ -178,8 +178,8 @@ def test_biases_belong_to_their_projection() -> None:
         tensor("model.layers.0.mlp.router.bias", (4,)),
     ]
     [found] = find("gpt_oss", tensors, {"num_local_experts": 4})
-    assert sorted(found.leaves) == ["bias", "weight"]
-    parts = {s.role: s.tensor.name for s in scaled_tensors(found.module, found.leaves, 2.0)}
+    assert sorted(found.by_suffix) == ["bias", "weight"]
+    parts = {s.role: s.tensor.name for s in scaled_tensors(found.module, found.by_suffix, 2.0)}
     assert parts == {"weight": tensors[0].name, "bias": tensors[1].name}
 
 
@@ -318,16 +318,16 @@ def test_a_weight_that_cannot_be_multiplied_is_refused(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "I8", "I64", "U8"])
 def test_a_bias_that_cannot_be_multiplied_is_refused(dtype: str) -> None:
     """A bias is checked like a weight: bytes of another dtype are never taken for float64."""
-    leaves = {"weight": tensor("m.weight"), "bias": tensor("m.bias", dtype=dtype)}
+    by_suffix = {"weight": tensor("m.weight"), "bias": tensor("m.bias", dtype=dtype)}
     with pytest.raises(UnsupportedError, match=dtype):
-        scaled_tensors("m", leaves, 1.5)
+        scaled_tensors("m", by_suffix, 1.5)
 
 
 def test_an_unknown_companion_is_refused() -> None:
     """A tensor beside the weight that no format knows may carry its scale."""
-    leaves = {"weight": tensor("m.weight"), "zero_point": tensor("m.zero_point")}
+    by_suffix = {"weight": tensor("m.weight"), "zero_point": tensor("m.zero_point")}
     with pytest.raises(UnsupportedError, match="zero_point"):
-        scaled_tensors("m", leaves, 1.5)
+        scaled_tensors("m", by_suffix, 1.5)
 
 
 # Patterns -----------------------------------------------------------------------------------------
@@ -411,7 +411,7 @@ def test_a_likely_name_is_shown_for_an_unknown_type() -> None:
 def test_an_expert_with_a_number_is_likely_where_one_name_is_left() -> None:
     """Without a known word the kind that is no gate, no up and no norm is meant, if it is one."""
     experts = [f"model.layers.{i}.moe.{e}" for i in range(2) for e in range(4)]
-    names = [f"{expert}.{leaf}" for expert in experts for leaf in ("gate.weight", "up.weight")]
+    names = [f"{expert}.{suffix}" for expert in experts for suffix in ("gate.weight", "up.weight")]
     names += ["model.layers.0.attn.0.out.weight", "a.0.shared_experts.0.out.weight"]
     names += ["model.layers.0.moe.9.norm.weight", *(f"{expert}.out.bias" for expert in experts)]
     assert looks_routed(names) is None

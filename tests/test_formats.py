@@ -26,7 +26,7 @@ from moescale.families.formats import (
     ROWS,
     Format,
     confirm,
-    leaf_name,
+    plain_suffix,
     scaled_tensors,
     split_name,
 )
@@ -41,7 +41,7 @@ def tensor(name: str, dtype: str, shape: tuple[int, ...] = (8, 8)) -> Tensor:
     return Tensor(name, dtype, shape, 0, 0)
 
 
-def leaves(**dtypes: str) -> dict[str, Tensor]:
+def by_suffix(**dtypes: str) -> dict[str, Tensor]:
     """Tensors of a projection by leaf, ``__`` for a dot."""
     return {n.replace("__", "."): tensor(f"m.{n}", dtype) for n, dtype in dtypes.items()}
 
@@ -49,13 +49,13 @@ def leaves(**dtypes: str) -> dict[str, Tensor]:
 def leaves_of(case: Case) -> dict[str, Tensor]:
     """The tensors of a projection of a test checkpoint, by leaf."""
     made = case.make(np.random.default_rng(0))
-    return {leaf_name(n): tensor("m" + n, dtype, shape) for n, (dtype, shape, _) in made.items()}
+    return {plain_suffix(n): tensor("m" + n, dtype, shape) for n, (dtype, shape, _) in made.items()}
 
 
-def rows_of(leaves: Mapping[str, Tensor]) -> list[Format]:
+def rows_of(by_suffix: Mapping[str, Tensor]) -> list[Format]:
     """The rows that fit."""
-    dtypes = {leaf: tensor.dtype for leaf, tensor in leaves.items()}
-    return [row for row in ROWS if formats._takes(row, dtypes) and row.fits(leaves)]
+    dtypes = {suffix: tensor.dtype for suffix, tensor in by_suffix.items()}
+    return [row for row in ROWS if formats._takes(row, dtypes) and row.fits(by_suffix)]
 
 
 # The table ----------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def test_a_row_is_whole(row: Format) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ending", "leaf"),
+    ("ending", "suffix"),
     [
         ("", "weight"),
         (".weight", "weight"),
@@ -106,54 +106,54 @@ def test_a_row_is_whole(row: Format) -> None:
         ("_weight_scale_2", "weight_scale_2"),
     ],
 )
-def test_a_leaf_is_what_follows_the_module(ending: str, leaf: str) -> None:
+def test_a_leaf_is_what_follows_the_module(ending: str, suffix: str) -> None:
     """Separators do not count, nor does it whether bitsandbytes packed a module or a parameter."""
-    assert leaf_name(ending) == leaf
-    assert split_name("a.0.experts.1.down_proj" + ending) == ("a.0.experts.1.down_proj", leaf)
+    assert plain_suffix(ending) == suffix
+    assert split_name("a.0.experts.1.down_proj" + ending) == ("a.0.experts.1.down_proj", suffix)
 
 
 def test_a_pattern_for_weights_finds_what_belongs_to_them() -> None:
     """A user's expression for the weights alone does not leave their scales and biases behind."""
     names = [
-        f"h.0.moe.{e}.out.{leaf}" for e in (0, 1) for leaf in ("weight", "weight_scale", "bias")
+        f"h.0.moe.{e}.out.{suffix}" for e in (0, 1) for suffix in ("weight", "weight_scale", "bias")
     ]
     names += ["h.0.moe.0.out_norm.weight", "h.0.moe.0.up.weight_scale"]
     found = find_by_pattern([tensor(n, "F32") for n in names], r"h\.\d+\.moe\.\d+\.out\.weight")
     assert [p.module for p in found] == ["h.0.moe.0.out", "h.0.moe.1.out"]
-    assert [set(p.leaves) for p in found] == [{"weight", "weight_scale", "bias"}] * 2
+    assert [set(p.by_suffix) for p in found] == [{"weight", "weight_scale", "bias"}] * 2
 
 
 # Refusals -----------------------------------------------------------------------------------------
 
 UNKNOWN = {
-    "AQLM": leaves(codes="I16", codebooks="F16", scales="F16"),
-    "VPTQ": leaves(centroids__weight="F16", indices="I16"),
-    "SpQR": leaves(dense_weights="I64", row_offsets="I32", in_perm="I64"),
-    "Quanto": leaves(_data="I8", _scale="BF16"),
-    "torchao": leaves(weight_qdata="F8_E4M3", weight_scale="F32"),
-    "SINQ": leaves(W_q="U8", meta__scale="F16"),
-    "FP-Quant": leaves(qweight="U8", scales="U8", forward_hadamard_matrix="BF16"),
-    "HIGGS": leaves(weight="I16", scales="F16", tables="F16", tables2="F16"),
-    "EETQ": leaves(weight="I8", weight_scales="F16"),
-    "ParoQuant": leaves(qweight="I32", qzeros="I32", scales="F16", theta="F16", pairs="I16"),
-    "Marlin": leaves(B="I32", s="F16", workspace="I32"),
-    "2:4 Marlin": leaves(weight_packed="I32", scale_packed="F16", meta="I16"),
-    "BitBLAS": leaves(qweight="I8", scales="F16", qzeros="I8"),
-    "EXL3 with packed signs": leaves(trellis="I16", su="I16", sv="I16"),
-    "W4A8 AWQ": leaves(weight="U8", weight_scale="F32", weight_scale_2="F32"),
+    "AQLM": by_suffix(codes="I16", codebooks="F16", scales="F16"),
+    "VPTQ": by_suffix(centroids__weight="F16", indices="I16"),
+    "SpQR": by_suffix(dense_weights="I64", row_offsets="I32", in_perm="I64"),
+    "Quanto": by_suffix(_data="I8", _scale="BF16"),
+    "torchao": by_suffix(weight_qdata="F8_E4M3", weight_scale="F32"),
+    "SINQ": by_suffix(W_q="U8", meta__scale="F16"),
+    "FP-Quant": by_suffix(qweight="U8", scales="U8", forward_hadamard_matrix="BF16"),
+    "HIGGS": by_suffix(weight="I16", scales="F16", tables="F16", tables2="F16"),
+    "EETQ": by_suffix(weight="I8", weight_scales="F16"),
+    "ParoQuant": by_suffix(qweight="I32", qzeros="I32", scales="F16", theta="F16", pairs="I16"),
+    "Marlin": by_suffix(B="I32", s="F16", workspace="I32"),
+    "2:4 Marlin": by_suffix(weight_packed="I32", scale_packed="F16", meta="I16"),
+    "BitBLAS": by_suffix(qweight="I8", scales="F16", qzeros="I8"),
+    "EXL3 with packed signs": by_suffix(trellis="I16", su="I16", sv="I16"),
+    "W4A8 AWQ": by_suffix(weight="U8", weight_scale="F32", weight_scale_2="F32"),
     "BitNet": {"weight": tensor("m", "U8", (2, 8)), "weight_scale": tensor("m", "BF16", (1,))},
     "MLX NVFP4 without": {
         "weight": tensor("m", "U32", (4, 8, 8)),
         "scales": tensor("m", "U8", (4, 8, 4)),
     },
-    "fixed output scale": leaves(weight="F8_E4M3", weight_scale="F32", output_scale="F32"),
-    "F8_E4M3 without a tensor": leaves(weight="F8_E4M3", input_scale="F32"),
-    "U8 without a tensor": leaves(weight="U8"),
-    "no format that": leaves(weight="BF16", weight_scale="F32"),
-    "bias (I8)": leaves(weight="F8_E4M3", weight_scale="F32", bias="I8"),
-    "weight (I64)": leaves(weight="I64", weight_scale="F32"),
-    "lora_A.default (BF16)": leaves(weight="BF16", lora_A__default="BF16"),
-    "weight_scale (F64)": leaves(weight="F8_E4M3", weight_scale="F64"),
+    "fixed output scale": by_suffix(weight="F8_E4M3", weight_scale="F32", output_scale="F32"),
+    "F8_E4M3 without a tensor": by_suffix(weight="F8_E4M3", input_scale="F32"),
+    "U8 without a tensor": by_suffix(weight="U8"),
+    "no format that": by_suffix(weight="BF16", weight_scale="F32"),
+    "bias (I8)": by_suffix(weight="F8_E4M3", weight_scale="F32", bias="I8"),
+    "weight (I64)": by_suffix(weight="I64", weight_scale="F32"),
+    "lora_A.default (BF16)": by_suffix(weight="BF16", lora_A__default="BF16"),
+    "weight_scale (F64)": by_suffix(weight="F8_E4M3", weight_scale="F64"),
 }
 
 
@@ -175,19 +175,19 @@ def test_every_refused_format_has_a_test() -> None:
 def partners() -> list[Any]:
     """Every tensor that a row needs, of every test checkpoint."""
     return [
-        pytest.param(case, leaf, id=f"{case.id}: {leaf}")
+        pytest.param(case, suffix, id=f"{case.id}: {suffix}")
         for case in CASES
         for row in rows_of(leaves_of(case))
-        for leaf in row.dtypes
+        for suffix in row.dtypes
     ]
 
 
-@pytest.mark.parametrize(("case", "leaf"), partners())
-def test_a_missing_partner_is_refused(case: Case, leaf: str) -> None:
+@pytest.mark.parametrize(("case", "suffix"), partners())
+def test_a_missing_partner_is_refused(case: Case, suffix: str) -> None:
     """Without one of the tensors that its format needs, a projection is never scaled by guess."""
     left = leaves_of(case)
-    del left[leaf]
-    if case.id == "INT4-FP8, Quark" and leaf == "weight_scale_2":
+    del left[suffix]
+    if case.id == "INT4-FP8, Quark" and suffix == "weight_scale_2":
         assert [s.tensor.name for s in scaled_tensors("m", left, 2.0)] == ["m.weight_scale"]
         return  # what is left is a packed INT4, and the tensor that is scaled is the same
     with pytest.raises(SourceError):
@@ -197,14 +197,14 @@ def test_a_missing_partner_is_refused(case: Case, leaf: str) -> None:
 @pytest.mark.parametrize(
     ("found", "name", "missing"),
     [
-        (leaves(qweight="I32", qzeros="I32", g_idx="I32"), "GPTQ", "scales"),
-        (leaves(qweight="I32", scales="F16"), "GPTQ", "qzeros"),
-        (leaves(weight_packed="U8", weight_scale="F8_E4M3"), "NVFP4", "weight_global_scale"),
-        (leaves(weight="U8", weight_scale="F8_E4M3"), "NVFP4", "weight_scale_2"),
-        (leaves(weight_packed="I32", weight_scale="BF16"), "pack-quantized", "weight_shape"),
-        (leaves(blocks="U8", bias="BF16"), "gpt-oss", "scales"),
-        (leaves(W_q="U8", scale="F16", nbits="I32"), "HQQ", "zero"),
-        (leaves(weight="U32", scales="BF16"), "affine", "biases"),
+        (by_suffix(qweight="I32", qzeros="I32", g_idx="I32"), "GPTQ", "scales"),
+        (by_suffix(qweight="I32", scales="F16"), "GPTQ", "qzeros"),
+        (by_suffix(weight_packed="U8", weight_scale="F8_E4M3"), "NVFP4", "weight_global_scale"),
+        (by_suffix(weight="U8", weight_scale="F8_E4M3"), "NVFP4", "weight_scale_2"),
+        (by_suffix(weight_packed="I32", weight_scale="BF16"), "pack-quantized", "weight_shape"),
+        (by_suffix(blocks="U8", bias="BF16"), "gpt-oss", "scales"),
+        (by_suffix(W_q="U8", scale="F16", nbits="I32"), "HQQ", "zero"),
+        (by_suffix(weight="U32", scales="BF16"), "affine", "biases"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -227,9 +227,9 @@ def test_a_state_that_is_no_state_is_refused() -> None:
 def test_a_factor_of_one_needs_no_format(tmp_path: Path) -> None:
     """Where nothing is scaled, nothing has to be known of how the weights are stored."""
     tensors = {
-        f"model.layers.0.mlp.experts.{e}.down_proj.{leaf}": q.raw("I16", [1, 2])
+        f"model.layers.0.mlp.experts.{e}.down_proj.{suffix}": q.raw("I16", [1, 2])
         for e in range(2)
-        for leaf in ("codes", "codebooks")
+        for suffix in ("codes", "codebooks")
     }
     write_shards(tmp_path, tensors, 1)
     (tmp_path / "config.json").write_text(

@@ -22,7 +22,7 @@ from moescale.errors import CheckpointError, UnsupportedError, UsageError, Verif
 from moescale.families.architectures import find
 from moescale.planning.sampling import Routers
 from moescale.report.terminal import plan_text
-from moescale.routers.kinds import Gating
+from moescale.routers.kinds import RouterKind
 from moescale.routers.weights import RouterWeights, gate_weights
 
 SCALE = 2.5
@@ -33,16 +33,16 @@ pytestmark = [
 ]
 
 
-def gating(entry: str) -> Gating:
+def router_kind(entry: str) -> RouterKind:
     """The row of a type whose router can be formed."""
-    row = find(*entry.split("/")).gating
-    assert isinstance(row, Gating)
+    row = find(*entry.split("/")).router
+    assert isinstance(row, RouterKind)
     return row
 
 
 SUMS = {"mistral4", "mistral3", "mistral_large4", "mistral_large4_text"}
 """Types whose groups are chosen by sums of scores."""
-SCALES = [e for e in FORMED if not gating(e).bias and e not in SUMS]
+SCALES = [e for e in FORMED if not router_kind(e).bias and e not in SUMS]
 UNWEIGHTED = "flex_olmo"  # a norm undoes what its experts are scaled by, not how they are mixed
 MOVES = [e for e in FORMED if e not in SCALES]
 OTHERS = [e for e in TINY if e not in (*SCALES, *MOVES, UNWEIGHTED)]

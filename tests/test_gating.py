@@ -20,11 +20,11 @@ from moescale.families.config import CONFIG, parse_config
 from moescale.families.find import find_moe
 from moescale.planning.sampling import Routers, find_gates, read_gates
 from moescale.planning.shards import read_shards
-from moescale.routers.kinds import UNKNOWN, Gating
+from moescale.routers.kinds import UNKNOWN, RouterKind
 from moescale.routers.weights import RouterWeights, gate_weights
 from moescale.storage.local.source import LocalSource
 
-GATINGS = {row.model_type + (f"/{row.part}" if row.part else ""): row.gating for row in ROWS}
+GATINGS = {row.model_type + (f"/{row.part}" if row.part else ""): row.router for row in ROWS}
 NAMES = sorted(GATINGS)
 
 
@@ -33,7 +33,7 @@ def names_of(row: Any) -> tuple[Any, ...]:
     return row.weight, row.norm, row.bias, row.logit_bias
 
 
-FORMED = [e for e in TINY if isinstance(GATINGS[e], Gating) and GATINGS[e].norm]
+FORMED = [e for e in TINY if isinstance(GATINGS[e], RouterKind) and GATINGS[e].norm]
 RENAMED = [e for e in FORMED if any(len(n) > 1 for n in names_of(GATINGS[e]))]
 REFUSED = [e for e in TINY if e not in FORMED]
 
@@ -117,7 +117,7 @@ def constants(folder: Path, routers: Routers, model: nn.Module, k: int) -> list[
     """By what all weights of a layer may differ: a constant of the config, or one that cancels."""
     key = routers.moe.architecture.scale_key
     config = parse_config((folder / CONFIG).read_bytes())
-    section = config.section(routers.moe.places[0].section) if routers.moe.places else None
+    section = config.section(routers.moe.count_keys[0].section) if routers.moe.count_keys else None
     scale = (section or {}).get(key) if key else None
     learned = [m.global_scale.item() for m in model.modules() if hasattr(m, "global_scale")]
     scales = [1.0, 1 / k] + ([float(scale)] if scale else [])
@@ -205,7 +205,7 @@ def test_both_layouts_hold_the_same_routers(entry: str, tmp_path: Path) -> None:
 
 def test_every_model_type_has_a_row() -> None:
     """A type of the table of architectures is formed, or refused with the reason."""
-    assert not [name for name, gating in GATINGS.items() if gating is UNKNOWN]
+    assert not [name for name, kind in GATINGS.items() if kind is UNKNOWN]
 
 
 @pytest.mark.parametrize("entry", [*REFUSED, "deepseek_v4"])

@@ -292,8 +292,8 @@ def test_dense_layers_have_no_number(numbers: Any, tmp_path: Path) -> None:
         for name, raw in checkpoints.deepseek_tensors(3, 4).items()
         if "layers.2.mlp.experts.3." not in name
     }
-    for leaf, shape in (("weight", (3, HIDDEN)), ("e_score_correction_bias", (3,))):
-        tensors[f"model.layers.2.mlp.gate.{leaf}"] = values("BF16", shape, special=False)
+    for suffix, shape in (("weight", (3, HIDDEN)), ("e_score_correction_bias", (3,))):
+        tensors[f"model.layers.2.mlp.gate.{suffix}"] = values("BF16", shape, special=False)
     key = "n_routed_experts_per_layer" if isinstance(numbers, dict) else "n_routed_experts"
     config = {"model_type": "deepseek_v3", "first_k_dense_replace": 1, "n_routed_experts": 4}
     config |= {"num_hidden_layers": 3, "num_local_experts": None, key: numbers}

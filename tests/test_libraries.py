@@ -155,9 +155,9 @@ class Float32:
 
 def inkling_terms(projection: Parts) -> Terms:
     """What transformers makes of Inkling's own formats when it loads them."""
-    leaves = ("_weight", "_weight_scale", "_weight_amax", "_weight_outer_scale_denominator")
-    found = {leaf: to_torch(projection[leaf]) for leaf in leaves if leaf in projection}
-    made = Inkling2LoopDequantizeExperts().convert(found, leaves, ["w"], Float32(), "w")
+    by_suffix = ("_weight", "_weight_scale", "_weight_amax", "_weight_outer_scale_denominator")
+    found = {suffix: to_torch(projection[suffix]) for suffix in by_suffix if suffix in projection}
+    made = Inkling2LoopDequantizeExperts().convert(found, by_suffix, ["w"], Float32(), "w")
     return [made["w"].double().numpy()]
 
 

@@ -20,7 +20,7 @@ from moescale.families.llama_cpp import BY_NAME
 from moescale.options import Options
 from moescale.planning.kinds.gguf import GgufCheckpoint
 from moescale.planning.sampling import find_gates, read_gates
-from moescale.routers.kinds import Gating
+from moescale.routers.kinds import RouterKind
 from moescale.routers.weights import gate_weights
 from moescale.storage.location import LocalPath
 from moescale.storage.opening import open_source
@@ -219,7 +219,7 @@ def test_a_quantised_file_is_near_the_exact_fold(client: Client, tmp_path: Path,
     assert rms(found, exact) < 0.1 * rms(edit, exact)
 
 
-FORMED = [arch for arch in RECIPES if isinstance(BY_NAME[arch].gating, Gating)]
+FORMED = [arch for arch in RECIPES if isinstance(BY_NAME[arch].router, RouterKind)]
 GROUPED = [arch for arch in FORMED if BY_NAME[arch].weighs == "key"]
 
 
@@ -230,9 +230,9 @@ def test_gate_weights_are_those_of_the_client(
     client: Client, tmp_path: Path, arch: str, groups: int
 ) -> None:
     """The rule gates finds the router and its norm, and weighs a real input as the client does."""
-    gating = BY_NAME[arch].gating
-    assert isinstance(gating, Gating)
-    biases = {f"blk.{i}.{name}" for i in range(2) for name in gating.bias}
+    kind = BY_NAME[arch].router
+    assert isinstance(kind, RouterKind)
+    biases = {f"blk.{i}.{name}" for i in range(2) for name in kind.bias}
     biases -= {f"blk.{i}.{name}" for i in range(2) for name in RECIPES[arch]["block"]}
     more = {name: np.float32([0.3, 0, 0.1, -0.2]) for name in biases}
     keys = {"expert_group_count": groups, "expert_group_used_count": 1} if groups else {}

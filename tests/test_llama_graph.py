@@ -14,9 +14,9 @@ QWEN3 = (
 ENDS = ("token_embd.weight", "output_norm.weight", "output.weight")
 
 
-def names(blocks: int, leaves: tuple[str, ...] = QWEN3) -> set[str]:
+def names(blocks: int, by_suffix: tuple[str, ...] = QWEN3) -> set[str]:
     """The tensors of a model."""
-    return {f"blk.{i}.{leaf}.weight" for i in range(blocks) for leaf in leaves} | set(ENDS)
+    return {f"blk.{i}.{suffix}.weight" for i in range(blocks) for suffix in by_suffix} | set(ENDS)
 
 
 def test_qwen3_30b_a3b_runs_with_24() -> None:
@@ -37,7 +37,7 @@ def test_every_architecture_has_a_number() -> None:
 
 def test_blocks_for_further_tokens_have_a_graph_of_their_own() -> None:
     """They add to the room, and take none."""
-    more = {f"blk.48.{leaf}.weight" for leaf in (*QWEN3, "nextn.eh_proj")}
+    more = {f"blk.48.{suffix}.weight" for suffix in (*QWEN3, "nextn.eh_proj")}
     before = most_experts(BY_NAME["glm4moe"], {}, names(48))
     assert before is not None
     assert most_experts(BY_NAME["glm4moe"], {}, names(48) | more) == before + 1

@@ -9,7 +9,7 @@ import pytest
 from moescale.errors import UnsupportedError
 from moescale.families import architectures
 from moescale.families.moe_config import read_moe_config
-from moescale.routers.normalisation import Router
+from moescale.routers.normalisation import Normalisation
 
 
 def renormalised(model_type: str, **section: Any) -> bool:
@@ -17,7 +17,7 @@ def renormalised(model_type: str, **section: Any) -> bool:
     return router(model_type, **section).renormalised
 
 
-def router(model_type: str, **section: Any) -> Router:
+def router(model_type: str, **section: Any) -> Normalisation:
     """The router of this model type, with these config keys."""
     row = architectures.find(model_type)
     found = read_moe_config({row.total[0]: 8, **section}, row).router

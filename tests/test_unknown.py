@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING
 from moescale import api
 from moescale.errors import UnsupportedError
 from moescale.families.architectures import ROWS, Flag, PowerNorm, SharedSum
-from moescale.routers.kinds import Gating
+from moescale.routers.kinds import RouterKind
 
 CONFIG = json.loads(checkpoints.MIXTRAL_CONFIG)
 
@@ -296,14 +296,19 @@ def aliases(config: Any) -> dict[str, str]:
 
 def read(row: Any) -> set[str]:
     """The config keys that a row reads."""
-    gating = row.gating
+    kind = row.router
     keys = {*row.count, *row.total, *([row.scale_key] if row.folds else [])}
     keys |= {"n_group", "num_expert_group", "topk_group", "num_hidden_layers", "hidden_size"}
     keys |= {"first_k_dense_replace", "moe_layer_freq", "decoder_sparse_step", "mlp_only_layers"}
-    if isinstance(row.weights, Flag | PowerNorm | SharedSum):
-        keys |= {row.weights.key, *getattr(row.weights, "aliases", ())}
-    if isinstance(gating, Gating):
-        keys |= {gating.score_key, gating.bias_key, gating.idle_key, gating.cap_key} - {None}
+    if isinstance(row.normalised, Flag | PowerNorm | SharedSum):
+        keys |= {row.normalised.key, *getattr(row.normalised, "aliases", ())}
+    if isinstance(kind, RouterKind):
+        keys |= {
+            kind.score_key,
+            kind.bias_key,
+            kind.idle_key,
+            kind.cap_key,
+        } - {None}
     return keys
 
 

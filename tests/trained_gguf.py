@@ -112,9 +112,9 @@ def _experts(own: dict[str, Array], names: Names) -> dict[str, Array]:
         "ffn_gate_inp.weight": own[f"{names.moe}.gate.weight"],
     }
     for part, axis in (("gate", 1), ("up", 1), ("down", 2)):
-        leaf = f".{getattr(names, part)}.weight"
-        count = sum(name.endswith(leaf) for name in own)
-        experts = np.stack([own[f"{names.moe}.experts.{e}{leaf}"] for e in range(count)])
+        suffix = f".{getattr(names, part)}.weight"
+        count = sum(name.endswith(suffix) for name in own)
+        experts = np.stack([own[f"{names.moe}.experts.{e}{suffix}"] for e in range(count)])
         found[f"ffn_{part}_exps.weight"] = _padded(experts, axis)
     return found
 

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from moescale.errors import UnsupportedError
 from moescale.routers import kinds
-from moescale.routers.kinds import UNKNOWN, Gating, Other
+from moescale.routers.kinds import UNKNOWN, OtherRouter, RouterKind
 
 # How the down-projections are called -----------------------------------------------------------
 
@@ -78,7 +78,7 @@ class PowerNorm:
     key: str
 
 
-Weights = bool | Flag | SharedSum | PowerNorm
+NormalisationRule = bool | Flag | SharedSum | PowerNorm
 ALWAYS: Final = True
 """The weights of the chosen experts sum to 1 (times a constant)."""
 NEVER: Final = False
@@ -121,7 +121,7 @@ class Architecture:
     Attributes:
         model_type: as in ``config.json``.
         experts: templates of the routed down-projections' names.
-        weights: how the weights of the chosen experts are normalised.
+        normalised: how the weights of the chosen experts are normalised.
         count: config keys of the experts per token; of several that are present, transformers
             reads the first. All of them are set. Empty: the number is fixed in the code.
         sections: config sections that may hold the keys, in the order of precedence.
@@ -143,12 +143,12 @@ class Architecture:
         any_text: its text model may be of any type, which decides; see `sections`.
         folds: every engine that was looked at multiplies the routed output, and nothing else, by
             that constant, so that changing it is the same as scaling the weights.
-        gating: how its router works, or why that cannot be said.
+        router: how it works, or why that cannot be said.
     """
 
     model_type: str
     experts: Sequence[str]
-    weights: Weights
+    normalised: NormalisationRule
     count: Sequence[str] = ("num_experts_per_tok",)
     sections: Sequence[str] = TEXT_SECTIONS
     moe_layers: MoeLayers | None = None
@@ -167,7 +167,7 @@ class Architecture:
     scale_key: str | None = None
     any_text: bool = False
     folds: bool = False
-    gating: Gating | Other = UNKNOWN
+    router: RouterKind | OtherRouter = UNKNOWN
 
 
 _POST_NORM = (
@@ -198,24 +198,24 @@ _LATENT = ("routed_expert_down_proj", "routed_expert_up_proj")
 _MOE_RENORMALIZE = Flag("moe_renormalize", True, aliases=("norm_topk_prob",))
 
 
-def _group_limited(model_type: str, weights: Weights, **more: Any) -> Architecture:
+def _group_limited(model_type: str, normalised: NormalisationRule, **more: Any) -> Architecture:
     """A row of the DeepSeek kind: groups, a routed scaling factor, usually its router."""
     return Architecture(
         model_type,
         more.pop("experts", MLP),
-        weights,
+        normalised,
         groups=True,
         scale_key=more.pop("scale_key", _SCALE),
-        gating=more.pop("gating", kinds.SIGMOID),
+        router=more.pop("router", kinds.SIGMOID),
         **more,
     )
 
 
 ROWS: Final[tuple[Architecture, ...]] = (
     # Mixtral and its likes
-    Architecture("mixtral", SPARSE_MOE, ALWAYS, moe_layers=All(), gating=kinds.MIXTRAL),
-    Architecture("minimax", SPARSE_MOE, ALWAYS, moe_layers=All(), gating=kinds.MIXTRAL),
-    Architecture("minimax_m2", SPARSE_MOE, ALWAYS, moe_layers=All(), gating=kinds.SPARSE_SIGMOID),
+    Architecture("mixtral", SPARSE_MOE, ALWAYS, moe_layers=All(), router=kinds.MIXTRAL),
+    Architecture("minimax", SPARSE_MOE, ALWAYS, moe_layers=All(), router=kinds.MIXTRAL),
+    Architecture("minimax_m2", SPARSE_MOE, ALWAYS, moe_layers=All(), router=kinds.SPARSE_SIGMOID),
     # The last is the text model of the others: sglang 0.5.23 minimax_m3.py
     *(
         Architecture(
@@ -224,31 +224,31 @@ ROWS: Final[tuple[Architecture, ...]] = (
             ALWAYS,
             scale_key=_SCALE,
             folds=True,
-            gating=kinds.MINIMAX_M3,
+            router=kinds.MINIMAX_M3,
         )
         for model_type in ("minimax_m3_vl", "minimax_m3_vl_text", "minimax_m3")
     ),
     # Softmax, renormalised: the config.json of MiniMax-M1 and the model file of its repo
-    Architecture("minimax_m1", SPARSE_MOE, ALWAYS, moe_layers=All(), gating=kinds.MIXTRAL),
-    Architecture("minimax_text_01", SPARSE_MOE, ALWAYS, moe_layers=All(), gating=kinds.MIXTRAL),
+    Architecture("minimax_m1", SPARSE_MOE, ALWAYS, moe_layers=All(), router=kinds.MIXTRAL),
+    Architecture("minimax_text_01", SPARSE_MOE, ALWAYS, moe_layers=All(), router=kinds.MIXTRAL),
     Architecture(
         "phimoe",
         SPARSE_MOE,
         NEVER,
         moe_layers=All(),
         fixed="its router (sparsemixer) always takes 2 experts and ignores the config",
-        gating=kinds.SPARSEMIXER,
+        router=kinds.SPARSEMIXER,
     ),
     # Qwen
-    Architecture("qwen2_moe", MLP, NORM_FALSE, moe_layers=SparseStep(), gating=kinds.SOFTMAX),
-    Architecture("qwen3_moe", MLP, NORM_FALSE, moe_layers=SparseStep(), gating=kinds.SOFTMAX),
-    Architecture("qwen3_next", MLP, NORM_TRUE, moe_layers=SparseStep(), gating=kinds.CENTRED),
-    Architecture("qwen3_vl_moe", MLP, ALWAYS, moe_layers=SparseStep(), gating=kinds.SOFTMAX),
-    Architecture("qwen3_vl_moe_text", MLP, ALWAYS, moe_layers=SparseStep(), gating=kinds.SOFTMAX),
-    Architecture("qwen3_5_moe", MLP, ALWAYS, moe_layers=All(), gating=kinds.CENTRED),
-    Architecture("qwen3_5_moe_text", MLP, ALWAYS, moe_layers=All(), gating=kinds.CENTRED),
+    Architecture("qwen2_moe", MLP, NORM_FALSE, moe_layers=SparseStep(), router=kinds.SOFTMAX),
+    Architecture("qwen3_moe", MLP, NORM_FALSE, moe_layers=SparseStep(), router=kinds.SOFTMAX),
+    Architecture("qwen3_next", MLP, NORM_TRUE, moe_layers=SparseStep(), router=kinds.CENTRED),
+    Architecture("qwen3_vl_moe", MLP, ALWAYS, moe_layers=SparseStep(), router=kinds.SOFTMAX),
+    Architecture("qwen3_vl_moe_text", MLP, ALWAYS, moe_layers=SparseStep(), router=kinds.SOFTMAX),
+    Architecture("qwen3_5_moe", MLP, ALWAYS, moe_layers=All(), router=kinds.CENTRED),
+    Architecture("qwen3_5_moe_text", MLP, ALWAYS, moe_layers=All(), router=kinds.CENTRED),
     # sglang 0.5.23 interns2preview.py: the classes of Qwen3.5
-    Architecture("intern_s2_preview", MLP, ALWAYS, moe_layers=All(), gating=kinds.CENTRED),
+    Architecture("intern_s2_preview", MLP, ALWAYS, moe_layers=All(), router=kinds.CENTRED),
     # sglang 0.5.23 interns2_mobius.py: a few banks of experts, one after the other, serve all
     # layers; a factor is that of a bank, and its number stands for the layer's
     *(
@@ -256,14 +256,14 @@ ROWS: Final[tuple[Architecture, ...]] = (
             model_type,
             ("meta_mlp.{L}.experts.down_proj",),
             NORM_TRUE,
-            gating=kinds.OF_SEVERAL_LAYERS,
+            router=kinds.OF_SEVERAL_LAYERS,
         )
         for model_type in ("interns2_mobius", "interns2_mobius_text")
     ),
-    Architecture("qwen4_exp", MLP, NORM_TRUE, gating=kinds.STREAMS),
-    Architecture("qwen4_exp_text", MLP, NORM_TRUE, gating=kinds.STREAMS),
+    Architecture("qwen4_exp", MLP, NORM_TRUE, router=kinds.STREAMS),
+    Architecture("qwen4_exp_text", MLP, NORM_TRUE, router=kinds.STREAMS),
     Architecture(
-        "qwen3_omni_moe_thinker", MLP, NORM_TRUE, moe_layers=SparseStep(), gating=kinds.SOFTMAX
+        "qwen3_omni_moe_thinker", MLP, NORM_TRUE, moe_layers=SparseStep(), router=kinds.SOFTMAX
     ),
     Architecture(
         "qwen3_omni_moe",
@@ -272,7 +272,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         part="thinker",
         sections=("thinker_config.text_config",),
         moe_layers=SparseStep(),
-        gating=kinds.SOFTMAX,
+        router=kinds.SOFTMAX,
     ),
     Architecture(
         "qwen3_omni_moe",
@@ -282,12 +282,12 @@ ROWS: Final[tuple[Architecture, ...]] = (
         stacks=frozenset({"talker"}),
         sections=("talker_config.text_config",),
         moe_layers=All(),
-        gating=kinds.SOFTMAX,
+        router=kinds.SOFTMAX,
     ),
     # DeepSeek and what is built like it
-    _group_limited("deepseek_v2", NEVER, moe_layers=FirstDense(0), gating=kinds.DEEPSEEK_V2),
-    _group_limited("deepseek_ocr2", NEVER, gating=kinds.DEEPSEEK_V2),
-    _group_limited("unlimited_ocr", NEVER, gating=kinds.DEEPSEEK_V2),
+    _group_limited("deepseek_v2", NEVER, moe_layers=FirstDense(0), router=kinds.DEEPSEEK_V2),
+    _group_limited("deepseek_ocr2", NEVER, router=kinds.DEEPSEEK_V2),
+    _group_limited("unlimited_ocr", NEVER, router=kinds.DEEPSEEK_V2),
     _group_limited("deepseek_v3", NORM_TRUE, moe_layers=FirstDense(3), folds=True),
     _group_limited("deepseek_v32", NORM_TRUE, moe_layers=FirstDense(3), folds=True),
     _group_limited(
@@ -301,7 +301,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
     # sglang 0.5.23 kimi_vl.py, dots_vlm.py: the text model is DeepseekV2ForCausalLM, for Kimi-VL in
     # text_config, for dots.vlm with its keys at the top; mlx-vlm 0.7.10 youtu_vl/language.py
     _group_limited("kimi_vl", NORM_TRUE, any_text=True, folds=True),
-    _group_limited("dots_vlm", NORM_FALSE, folds=True, gating=kinds.DOTS_VLM),
+    _group_limited("dots_vlm", NORM_FALSE, folds=True, router=kinds.DOTS_VLM),
     _group_limited("youtu_vl", NORM_TRUE, folds=True),
     _group_limited(
         "kimi_linear",
@@ -309,7 +309,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         experts=SPARSE_MOE,
         count=_PER_TOKEN,
         folds=True,
-        gating=kinds.SPARSE_SIGMOID,
+        router=kinds.SPARSE_SIGMOID,
     ),
     # sglang 0.5.23 kimi_k3.py: routed_expert_norm follows the routed sum
     _group_limited(
@@ -320,7 +320,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         beside=_LATENT,
         no_effect="a norm on the routed sum (routed_expert_norm) removes every factor",
         no_effect_if="latent_moe_use_norm",
-        gating=kinds.SPARSE_SIGMOID,
+        router=kinds.SPARSE_SIGMOID,
     ),
     _group_limited("bailing_hybrid", _MOE_RENORMALIZE, count=_PER_TOKEN, folds=True),
     # Ling with eyes, sglang 0.5.23: bailing_mm_v3.py over bailing_moe_v3.py (text_config),
@@ -330,14 +330,14 @@ ROWS: Final[tuple[Architecture, ...]] = (
         NORM_FALSE,
         beside=_MULTI_ROUTER,
         folds=True,
-        gating=kinds.LING_IMAGES,
+        router=kinds.LING_IMAGES,
     ),
     _group_limited(
         "bailingmm_moe_v2_lite",
         NORM_TRUE,
         beside=_MULTI_ROUTER,
         folds=True,
-        gating=kinds.LING_IMAGES,
+        router=kinds.LING_IMAGES,
     ),
     # sglang 0.5.23 gigachat35.py: DeepSeek-V3 with a norm after the MoE, by layernorm_type
     _group_limited(
@@ -345,7 +345,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         NORM_TRUE,
         partly=_JOINT_NORM,
         partly_if="post_feedforward_layernorm.weight",
-        gating=kinds.GATED_INPUT,
+        router=kinds.GATED_INPUT,
     ),
     _group_limited("exaone_moe", NORM_TRUE, folds=True),
     _group_limited("dots1", NORM_FALSE, folds=True),
@@ -368,21 +368,21 @@ ROWS: Final[tuple[Architecture, ...]] = (
     _group_limited("sarvam_moe", NORM_TRUE, moe_layers=FirstDense(1)),
     _group_limited("sarvam_mla", NORM_TRUE, moe_layers=FirstDense(1)),
     _group_limited("axk1", NORM_TRUE, partly=_JOINT_NORM),
-    _group_limited("axk2", NORM_TRUE, gating=kinds.GATED_INPUT),
-    _group_limited("beam", NORM_TRUE, no_effect=_POST_NORM, gating=kinds.BEAM),
-    _group_limited("nemotron_h", NORM_TRUE, experts=MIXER, folds=True, gating=kinds.NEMOTRON),
+    _group_limited("axk2", NORM_TRUE, router=kinds.GATED_INPUT),
+    _group_limited("beam", NORM_TRUE, no_effect=_POST_NORM, router=kinds.BEAM),
+    _group_limited("nemotron_h", NORM_TRUE, experts=MIXER, folds=True, router=kinds.NEMOTRON),
     _group_limited(
-        "nemotron_h_omni", NORM_TRUE, experts=MIXER, any_text=True, gating=kinds.NEMOTRON
+        "nemotron_h_omni", NORM_TRUE, experts=MIXER, any_text=True, router=kinds.NEMOTRON
     ),
-    _group_limited("nemo_speechlm", NORM_TRUE, experts=MIXER, any_text=True, gating=kinds.NEMOTRON),
-    _group_limited("mistral4", NORM_TRUE, gating=kinds.SOFTMAX),
-    _group_limited("mistral3", NORM_TRUE, any_text=True, gating=kinds.SOFTMAX),
+    _group_limited("nemo_speechlm", NORM_TRUE, experts=MIXER, any_text=True, router=kinds.NEMOTRON),
+    _group_limited("mistral4", NORM_TRUE, router=kinds.SOFTMAX),
+    _group_limited("mistral3", NORM_TRUE, any_text=True, router=kinds.SOFTMAX),
     *(
         _group_limited(
             model_type,
             ALWAYS,
             experts=("layers.{L}.experts.{E}.w2", "layers.{L}.mlp.experts.down_proj"),
-            gating=kinds.MISTRAL_LARGE,
+            router=kinds.MISTRAL_LARGE,
         )
         for model_type in ("mistral_large4", "mistral_large4_text")
     ),
@@ -397,7 +397,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         count=("num_experts_per_tok", "capacity_factor"),
         sections=("vision_config",),
         scale_key="router_scaling_factor",
-        gating=kinds.DOTS_VISION,
+        router=kinds.DOTS_VISION,
     ),
     # deepseek_ref is the copy of V4's config in public benchmarks of it: the same code
     *(
@@ -409,7 +409,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
             fixed=_HASHED,
             scale_key=_SCALE,
             folds=True,
-            gating=kinds.V4,
+            router=kinds.V4,
         )
         for model_type in ("deepseek_v4", "deepseek_ref")
     ),
@@ -424,30 +424,35 @@ ROWS: Final[tuple[Architecture, ...]] = (
             count=(f"{key}num_experts_per_tok",),
             total=(f"{key}n_routed_experts",),
             scale_key=_SCALE,
-            gating=kinds.NOT_COMPARED,
+            router=kinds.NOT_COMPARED,
         )
         for part, key, stacks in (("text", "", None), ("draft", "dspark_", frozenset({"mtp"})))
     ),
     Architecture(
-        "deepseek_v41_text", V4_EXPERTS, NORM_TRUE, scale_key=_SCALE, gating=kinds.NOT_COMPARED
+        "deepseek_v41_text", V4_EXPERTS, NORM_TRUE, scale_key=_SCALE, router=kinds.NOT_COMPARED
     ),
     # One each
-    Architecture("olmoe", MLP, NORM_FALSE, moe_layers=All(), gating=kinds.SOFTMAX),
+    Architecture("olmoe", MLP, NORM_FALSE, moe_layers=All(), router=kinds.SOFTMAX),
     Architecture(
-        "flex_olmo", MLP, NORM_FALSE, moe_layers=All(), no_effect=_POST_NORM, gating=kinds.NO_NORM
+        "flex_olmo",
+        MLP,
+        NORM_FALSE,
+        moe_layers=All(),
+        no_effect=_POST_NORM,
+        router=kinds.NO_NORM,
     ),
-    Architecture("mellum", MLP, NORM_TRUE, gating=kinds.SOFTMAX),
-    Architecture("hunyuan_v1_moe", MLP, ALWAYS, count=_MOE_TOPK, gating=kinds.HUNYUAN),
+    Architecture("mellum", MLP, NORM_TRUE, router=kinds.SOFTMAX),
+    Architecture("hunyuan_v1_moe", MLP, ALWAYS, count=_MOE_TOPK, router=kinds.HUNYUAN),
     # Tencent's own name of hunyuan_v1_moe: mlx-lm 0.32.2 hunyuan.py, sglang 0.5.23 hunyuan.py
-    Architecture("hunyuan", MLP, ALWAYS, count=_MOE_TOPK, gating=kinds.HUNYUAN),
-    Architecture("jamba", FEED_FORWARD, NEVER, gating=kinds.JAMBA),
+    Architecture("hunyuan", MLP, ALWAYS, count=_MOE_TOPK, router=kinds.HUNYUAN),
+    Architecture("jamba", FEED_FORWARD, NEVER, router=kinds.JAMBA),
     Architecture(
         "ernie4_5_moe",
         MLP,
         ALWAYS,
         count=("num_experts_per_tok", "moe_k"),
         total=_MOE_TOTAL,
-        gating=kinds.ERNIE,
+        router=kinds.ERNIE,
     ),
     # The second is Baidu's own name: sglang 0.5.23 ernie45_vl.py, mlx-vlm 0.7.10 ernie4_5_moe_vl
     *(
@@ -463,23 +468,23 @@ ROWS: Final[tuple[Architecture, ...]] = (
             total=_MOE_TOTAL,
             moes=2,
             beside=("moe_statics", "text_moe", "vision_moe"),
-            gating=kinds.TWO_ROUTERS,
+            router=kinds.TWO_ROUTERS,
         )
         for model_type in ("ernie4_5_vl_moe", "ernie4_5_moe_vl")
     ),
-    Architecture("flint", MLP, NORM_FALSE, gating=kinds.FLINT),
-    Architecture("lara_mini", MLP, NORM_TRUE, moe_layers=All(), gating=kinds.SOFTMAX),
+    Architecture("flint", MLP, NORM_FALSE, router=kinds.FLINT),
+    Architecture("lara_mini", MLP, NORM_TRUE, moe_layers=All(), router=kinds.SOFTMAX),
     Architecture(
         "cohere2_moe",
         MLP,
         Flag("norm_topk_prob", True, only_if=("expert_selection_fn", "sigmoid")),
-        gating=kinds.COHERE2,
+        router=kinds.COHERE2,
     ),
     Architecture(
-        "afmoe", MLP, ALWAYS, partly=_JOINT_NORM, scale_key="route_scale", gating=kinds.AFMOE
+        "afmoe", MLP, ALWAYS, partly=_JOINT_NORM, scale_key="route_scale", router=kinds.AFMOE
     ),
-    Architecture("kolibri1", MLP, NORM_FALSE, partly=_JOINT_NORM, gating=kinds.KOLIBRI),
-    Architecture("laguna", MLP, ALWAYS, scale_key="moe_routed_scaling_factor", gating=kinds.LAGUNA),
+    Architecture("kolibri1", MLP, NORM_FALSE, partly=_JOINT_NORM, router=kinds.KOLIBRI),
+    Architecture("laguna", MLP, ALWAYS, scale_key="moe_routed_scaling_factor", router=kinds.LAGUNA),
     Architecture(
         "lfm2_moe",
         (
@@ -488,9 +493,9 @@ ROWS: Final[tuple[Architecture, ...]] = (
         ),
         NORM_TRUE,
         scale_key=_SCALE,
-        gating=kinds.LFM2,
+        router=kinds.LFM2,
     ),
-    Architecture("hy_v3", MLP, ALWAYS, scale_key="router_scaling_factor", gating=kinds.HY_V3),
+    Architecture("hy_v3", MLP, ALWAYS, scale_key="router_scaling_factor", router=kinds.HY_V3),
     *(
         Architecture(
             model_type,
@@ -499,7 +504,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
             count=("moe_top_k", "num_experts_per_tok"),
             total=("n_routed_experts", "moe_num_experts", "num_local_experts", "num_experts"),
             scale_key="moe_router_scaling_factor",
-            gating=kinds.STEP,
+            router=kinds.STEP,
         )
         for model_type in ("step3p5", "step3p7")
     ),
@@ -511,25 +516,25 @@ ROWS: Final[tuple[Architecture, ...]] = (
             Flag("norm_expert_weight", False),
             count=("moe_top_k",),
             total=("moe_num_experts",),
-            gating=kinds.NOT_COMPARED,
+            router=kinds.NOT_COMPARED,
         )
         for model_type in ("step3_vl", "step3_text")
     ),
-    Architecture("granitemoe", GRANITE, ALWAYS, moe_layers=All(), gating=kinds.GRANITE),
-    Architecture("granitemoeshared", GRANITE, ALWAYS, moe_layers=All(), gating=kinds.GRANITE),
-    Architecture("granitemoehybrid", GRANITE, ALWAYS, gating=kinds.GRANITE),
-    Architecture("granitemoe_swa", GRANITE, ALWAYS, gating=kinds.GRANITE),
+    Architecture("granitemoe", GRANITE, ALWAYS, moe_layers=All(), router=kinds.GRANITE),
+    Architecture("granitemoeshared", GRANITE, ALWAYS, moe_layers=All(), router=kinds.GRANITE),
+    Architecture("granitemoehybrid", GRANITE, ALWAYS, router=kinds.GRANITE),
+    Architecture("granitemoe_swa", GRANITE, ALWAYS, router=kinds.GRANITE),
     Architecture(
         "gpt_oss",
         MLP,
         ALWAYS,
         count=("num_experts_per_tok", "experts_per_token"),
-        gating=kinds.GPT_OSS,
+        router=kinds.GPT_OSS,
     ),
-    Architecture("openai_privacy_filter", MLP, ALWAYS, gating=kinds.GPT_OSS),
-    Architecture("aria", ARIA, ALWAYS, count=("moe_topk",), total=_MOE_TOTAL, gating=kinds.ARIA),
+    Architecture("openai_privacy_filter", MLP, ALWAYS, router=kinds.GPT_OSS),
+    Architecture("aria", ARIA, ALWAYS, count=("moe_topk",), total=_MOE_TOTAL, router=kinds.ARIA),
     Architecture(
-        "aria_text", ARIA, ALWAYS, count=("moe_topk",), total=_MOE_TOTAL, gating=kinds.ARIA
+        "aria_text", ARIA, ALWAYS, count=("moe_topk",), total=_MOE_TOTAL, router=kinds.ARIA
     ),
     Architecture(
         "dbrx",
@@ -538,14 +543,14 @@ ROWS: Final[tuple[Architecture, ...]] = (
         count=("moe_top_k",),
         sections=("ffn_config",),
         total=_MOE_TOTAL,
-        gating=kinds.DBRX,
+        router=kinds.DBRX,
     ),
     Architecture(
         "doge",
         ("layers.{L}.mlp.up_embed",),
         ALWAYS,
         beside=("down_embed", "up_embed"),
-        gating=kinds.DOGE,
+        router=kinds.DOGE,
     ),
     Architecture(
         "jetmoe",
@@ -553,10 +558,10 @@ ROWS: Final[tuple[Architecture, ...]] = (
         ALWAYS,
         beside=("bias",),
         fixed="the same number also sets how many attention heads it has",
-        gating=kinds.JETMOE,
+        router=kinds.JETMOE,
     ),
-    Architecture("llama4", FEED_FORWARD, NEVER, gating=kinds.ON_THE_INPUT),
-    Architecture("llama4_text", FEED_FORWARD, NEVER, gating=kinds.ON_THE_INPUT),
+    Architecture("llama4", FEED_FORWARD, NEVER, router=kinds.ON_THE_INPUT),
+    Architecture("llama4_text", FEED_FORWARD, NEVER, router=kinds.ON_THE_INPUT),
     # One router for the three: mlx-lm 0.32.2 longcat_flash_ngram.py (sglang 0.5.23 calls it
     # longcat_flash), mlx-vlm 0.7.10 longcat_flash_sparse
     *(
@@ -568,7 +573,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
             partly="its identity experts have no weights: the share of the tokens that chose one"
             " stays as it was",
             scale_key=_SCALE,
-            gating=kinds.LONGCAT,
+            router=kinds.LONGCAT,
         )
         for model_type in ("longcat_flash", "longcat_flash_ngram", "longcat_flash_sparse")
     ),
@@ -579,7 +584,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
             ALWAYS,
             count=("top_k_experts",),
             no_effect=_POST_NORM,
-            gating=kinds.OWN_NORM,
+            router=kinds.OWN_NORM,
         )
         for model_type in ("gemma4", "gemma4_text", "diffusion_gemma")
     ),
@@ -590,7 +595,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
             ALWAYS,
             no_effect="the output of each expert is normalised before its gate weight",
             scale_key=_SCALE,
-            gating=kinds.OWN_NORM,
+            router=kinds.OWN_NORM,
         )
         for model_type in ("muse_spark", "muse_spark_text")
     ),
@@ -602,12 +607,12 @@ ROWS: Final[tuple[Architecture, ...]] = (
             partly="routed and shared experts share one normalisation: another number of routed"
             " experts also changes the weight of the shared ones, which is not scaled",
             scale_key="route_scale",
-            gating=kinds.INKLING,
+            router=kinds.INKLING,
         )
         for model_type in ("inkling_mm_model", "inkling_text")
     ),
     *(
-        Architecture(model_type, INKLING, ALWAYS, scale_key="route_scale", gating=kinds.INKLING2)
+        Architecture(model_type, INKLING, ALWAYS, scale_key="route_scale", router=kinds.INKLING2)
         for model_type in ("inkling2", "inkling2_text", "inkling2_loop", "inkling2_loop_text")
     ),
     Architecture(
@@ -615,7 +620,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         MLP,
         NEVER,
         fixed="its configuration allows one expert a token only",
-        gating=kinds.STATEFUL,
+        router=kinds.STATEFUL,
     ),
     Architecture(
         "nllb-moe",
@@ -624,7 +629,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         count=(),
         fixed="its router always takes 2 experts",
         fixed_count=2,
-        gating=kinds.LIMITED,
+        router=kinds.LIMITED,
     ),
     Architecture(
         "switch_transformers",
@@ -636,28 +641,28 @@ ROWS: Final[tuple[Architecture, ...]] = (
         count=(),
         fixed="its router always takes 1 expert",
         fixed_count=1,
-        gating=kinds.LIMITED,
+        router=kinds.LIMITED,
     ),
     # Remote code: types that transformers does not know under this name
     _group_limited("kimi_k2", NORM_TRUE, moe_layers=FirstDense(3), folds=True),
     _group_limited(
-        "deepseek_vl_v2", NORM_FALSE, moe_layers=FirstDense(0), gating=kinds.NOT_COMPARED
+        "deepseek_vl_v2", NORM_FALSE, moe_layers=FirstDense(0), router=kinds.NOT_COMPARED
     ),
-    Architecture("deepseek", MLP, NORM_FALSE, moe_layers=FirstDense(0), gating=kinds.SOFTMAX),
+    Architecture("deepseek", MLP, NORM_FALSE, moe_layers=FirstDense(0), router=kinds.SOFTMAX),
     _group_limited(
-        "bailing_moe", NORM_TRUE, moe_layers=FirstDense(0), folds=True, gating=kinds.LING
+        "bailing_moe", NORM_TRUE, moe_layers=FirstDense(0), folds=True, router=kinds.LING
     ),
     _group_limited("bailing_moe_v2", NORM_TRUE, moe_layers=FirstDense(0), folds=True),
     # sglang 0.5.23: sdar_moe.py, bailing_moe_linear.py, llada2.py
-    Architecture("sdar_moe", MLP, NORM_TRUE, gating=kinds.SOFTMAX),
+    Architecture("sdar_moe", MLP, NORM_TRUE, router=kinds.SOFTMAX),
     _group_limited(
         "bailing_moe_linear",
         NORM_TRUE,
         moe_layers=FirstDense(0),
         folds=True,
-        gating=kinds.LING_SIGMOID,
+        router=kinds.LING_SIGMOID,
     ),
-    _group_limited("llada2_moe", NORM_TRUE, moe_layers=FirstDense(0), gating=kinds.LING_SIGMOID),
+    _group_limited("llada2_moe", NORM_TRUE, moe_layers=FirstDense(0), router=kinds.LING_SIGMOID),
     _group_limited("joyai_llm_flash", NORM_TRUE, folds=True),  # mlx-lm 0.32.2: deepseek_v3
     # sglang 0.5.23 xllm.py: router_scaling_factor is that of its attention's experts, too
     *(
@@ -667,9 +672,9 @@ ROWS: Final[tuple[Architecture, ...]] = (
             NORM_TRUE,
             moe_layers=SparseStep(),
             scale_key="router_scaling_factor",
-            gating=gating,
+            router=router,
         )
-        for model_type, gating in (("xllm", kinds.XLLM_VALUES), ("k2_horizon", kinds.XLLM))
+        for model_type, router in (("xllm", kinds.XLLM_VALUES), ("k2_horizon", kinds.XLLM))
     ),
     # sglang 0.5.23 iquest_q1.py: all experts in experts.proj, the gate is called router
     Architecture(
@@ -678,7 +683,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         ALWAYS,
         partly="a norm follows the experts of layer 0 (ffn_out_norm) and removes its factor",
         partly_if="ffn_out_norm.weight",
-        gating=kinds.IQUEST,
+        router=kinds.IQUEST,
     ),
     # mlx-lm 0.32.2 Klear.py, whose name is the type, and mlx-vlm 0.7.10 klear: `coefficient`
     # weighs the routed sum, and the shared expert beside it, after the factor
@@ -689,23 +694,28 @@ ROWS: Final[tuple[Architecture, ...]] = (
             NORM_TRUE,
             moe_layers=SparseStep(),
             beside=("coefficient",),
-            gating=kinds.SIGMOID,
+            router=kinds.SIGMOID,
         )
         for model_type in ("Klear", "klear")
     ),
     # mlx-lm 0.32.2 phixtral.py: the softmax of the chosen experts' logits
-    Architecture("phixtral", ("h.{L}.moe.mlp.{E}.fc2",), ALWAYS, gating=kinds.BIASED_NORM),
-    Architecture("arctic", SPARSE_MOE, ALWAYS, gating=kinds.NOT_COMPARED),
-    Architecture("minicpm", ("layers.{L}.mlp.experts.{E}.w2",), ALWAYS, gating=kinds.SOFTMAX),
+    Architecture("phixtral", ("h.{L}.moe.mlp.{E}.fc2",), ALWAYS, router=kinds.BIASED_NORM),
+    Architecture("arctic", SPARSE_MOE, ALWAYS, router=kinds.NOT_COMPARED),
+    Architecture("minicpm", ("layers.{L}.mlp.experts.{E}.w2",), ALWAYS, router=kinds.SOFTMAX),
     Architecture(
-        "xverse", MLP, ALWAYS, count=("moe_top_k",), moe_layers=All(), gating=kinds.NOT_COMPARED
+        "xverse",
+        MLP,
+        ALWAYS,
+        count=("moe_top_k",),
+        moe_layers=All(),
+        router=kinds.NOT_COMPARED,
     ),
     Architecture(
         "grok-1",
         ("layers.{L}.moe_block.experts.{E}.linear_1", *SPARSE_MOE),
         NEVER,
         no_effect=_POST_NORM,
-        gating=kinds.NOT_COMPARED,
+        router=kinds.NOT_COMPARED,
     ),
 )
 

@@ -140,8 +140,8 @@ def _count_stacked(
     if held is None or (held != stated and not witness.confirms(stacked[0], held)):
         held = stated
     for projection in stacked:
-        for leaf, tensor in projection.leaves.items():
-            if leaf in _ONE_EACH or len(tensor.shape) > 2:
+        for suffix, tensor in projection.by_suffix.items():
+            if suffix in _ONE_EACH or len(tensor.shape) > 2:
                 _check_stacked(tensor, held)
     witness.check(stacked[0], held)
     return held
@@ -153,7 +153,9 @@ _ONE_EACH = frozenset({"weight", "bias", "blocks", "weight_packed", "qweight"})
 
 def _held(projection: Projection) -> int | None:
     """The experts in a tensor with all of them; None where they lie flat."""
-    shapes = (projection.leaves[leaf].shape for leaf in projection.leaves if leaf in _ONE_EACH)
+    shapes = (
+        projection.by_suffix[suffix].shape for suffix in projection.by_suffix if suffix in _ONE_EACH
+    )
     return next((shape[0] for shape in shapes if len(shape) > 2), None)
 
 

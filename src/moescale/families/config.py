@@ -34,8 +34,8 @@ class Config:
 
 
 @dataclass(frozen=True, slots=True)
-class Spelling:
-    """One place in the config where the count stands: a number, or a number for each layer."""
+class ConfigKey:
+    """A key of the config that holds the experts per token: one number, or one for each layer."""
 
     section: str
     key: str
@@ -63,14 +63,16 @@ def parse_config(data: bytes) -> Config:
     return Config(text, value)
 
 
-def spellings(config: Config, sections: Sequence[str], keys: Sequence[str]) -> list[Spelling]:
-    """Every place where the count stands, the one that transformers reads first.
+def find_count_keys(
+    config: Config, sections: Sequence[str], keys: Sequence[str]
+) -> list[ConfigKey]:
+    """Every key that holds the experts per token; first the one that transformers reads.
 
     Raises:
         CheckpointError: one of them is not a whole number above 0, nor a list of such.
     """
     return [
-        Spelling(section, key, _count(value, f"{section}.{key}" if section else key))
+        ConfigKey(section, key, _count(value, f"{section}.{key}" if section else key))
         for section, key, value in _present(config, sections, keys)
     ]
 
@@ -96,9 +98,9 @@ def _count(value: Any, path: str) -> int | tuple[int, ...]:
     )
 
 
-def set_count(config: Config, places: Sequence[Spelling], new: int) -> Config:
-    """The config with `new` at all `places`; every other byte stays."""
-    paths = {(*keys_of(place.section), place.key) for place in places}
+def set_count(config: Config, count_keys: Sequence[ConfigKey], new: int) -> Config:
+    """The config with `new` at all `count_keys`; every other byte stays."""
+    paths = {(*keys_of(key.section), key.key) for key in count_keys}
 
     def wanted(path: Path) -> bool:
         return path in paths or path[:-1] in paths

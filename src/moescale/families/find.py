@@ -13,7 +13,7 @@ from moescale.errors import CheckpointError, UnsupportedError
 from moescale.families import architectures
 from moescale.families.architectures import TEXT_SECTIONS, Architecture, Flag
 from moescale.families.complete import check_complete
-from moescale.families.config import CONFIG, Config, Spelling, spellings
+from moescale.families.config import CONFIG, Config, ConfigKey, find_count_keys
 from moescale.families.hints import looks_routed
 from moescale.families.moe_config import MoeConfig, read_moe_config, router_of
 from moescale.families.names import plain_name, refuse_unmerged
@@ -24,11 +24,11 @@ from moescale.families.projections import (
     find_projections,
     in_part,
 )
-from moescale.families.second_counts import second_spellings
+from moescale.families.second_counts import second_count_keys
 from moescale.families.shapes import check_shapes, empty_weights
 from moescale.families.unknown import unknown_keys, unknown_tensors
 from moescale.families.witness import Witness
-from moescale.routers.normalisation import Router
+from moescale.routers.normalisation import Normalisation
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Moe:
         architecture: its row of the table.
         model_type: what the config or the user calls it.
         config: what the config says of it.
-        places: where the experts per token stand; the first is what counts.
+        count_keys: the keys that hold the experts per token; the first is what counts.
         count: the experts per token, or those of each layer.
         held: routed experts of each layer, as its tensors hold.
         projections: the routed down-projections, complete.
@@ -51,7 +51,7 @@ class Moe:
     architecture: Architecture
     model_type: str
     config: MoeConfig
-    places: Sequence[Spelling]
+    count_keys: Sequence[ConfigKey]
     count: int | tuple[int, ...]
     held: Mapping[Layer, int]
     projections: Sequence[Projection]
@@ -94,14 +94,14 @@ def find_moe(
     if experts_key is not None:
         row = _with_key(row, experts_key)
     try:
-        places = spellings(config, row.sections, row.count)
+        count_keys = find_count_keys(config, row.sections, row.count)
     except CheckpointError:
         if _is_dense(plain_name(tensor.name) for tensor in tensors):  # whose count is 0
             raise _dense(f"model type {model_type!r}") from None
         raise
-    if not places and row.fixed_count is None:
+    if not count_keys and row.fixed_count is None:
         raise _no_count(config, row, tensors, experts_key)
-    again, of_others = second_spellings(config, row, places)
+    again, of_others = second_count_keys(config, row, count_keys)
     adapted = refuse_unmerged(tensor.name for tensor in tensors)
     if pattern is not None:
         projections = find_by_pattern(tensors, pattern)
@@ -109,21 +109,21 @@ def find_moe(
         projections = find_projections(tensors, row, _other_parts(row))
     if not projections:
         raise _none_found(model_type, row, tensors, pattern)
-    read = read_moe_config(_section(config, places, row), row)
-    _check_lists(places, read.layers)
+    read = read_moe_config(_section(config, count_keys, row), row)
+    _check_lists(count_keys, read.layers)
     held = check_complete(projections, tensors, row, read, _other_parts(row))
     check_shapes(projections, tensors, read, held, Witness(tensors, row, read))
     return Moe(
         architecture=row,
         model_type=model_type,
         config=read,
-        places=[*places, *again],
-        count=places[0].value if places else row.fixed_count or 0,
+        count_keys=[*count_keys, *again],
+        count=count_keys[0].value if count_keys else row.fixed_count or 0,
         held=held,
         projections=projections,
         warnings=[
             *adapted,
-            *_warnings(row, places, read),
+            *_warnings(row, count_keys, read),
             *_of_reach(row, projections, tensors),
             *of_others,
             *_of_counts(read, held),
@@ -142,7 +142,7 @@ def _no_count(
     if _is_dense(plain_name(tensor.name) for tensor in tensors):
         own = next(iter(_model_types(config)), row.model_type)
         return _dense(f"model type {own!r}")
-    empty = any(key in (config.section(place) or {}) for place in row.sections for key in row.count)
+    empty = any(key in (config.section(name) or {}) for name in row.sections for key in row.count)
     has = "has null at" if empty else "has no"
     missing = f"{CONFIG}: {has} {' or '.join(row.count)}, the experts per token"
     likely = _likely_key(config)
@@ -208,14 +208,14 @@ def _of_counts(config: MoeConfig, held: Mapping[Layer, int]) -> Iterator[str]:
         )
 
 
-def own_router(config: Config, moe: Moe) -> tuple[str, Router] | None:
+def own_router(config: Config, moe: Moe) -> tuple[str, Normalisation] | None:
     """The type that the config names and its router, where the run was told another type."""
     for model_type in _model_types(config):
         if parts := architectures.parts(model_type):
             row = next((p for p in parts if p.part == moe.architecture.part), parts[0])
             if model_type == moe.model_type:
                 return None
-            return model_type, router_of(row, _section(config, moe.places, moe.architecture))
+            return model_type, router_of(row, _section(config, moe.count_keys, moe.architecture))
     return None
 
 
@@ -242,27 +242,29 @@ def _routes_otherwise(one: Architecture, other: Architecture) -> bool:
     """Whether a factor is another, or has another effect, by one row than by the other."""
 
     def decisive(row: Architecture) -> tuple[object, ...]:
-        return row.weights, row.no_effect, row.fixed, row.partly
+        return row.normalised, row.no_effect, row.fixed, row.partly
 
     return decisive(one) != decisive(other)
 
 
-def _section(config: Config, places: Sequence[Spelling], row: Architecture) -> Mapping[str, Any]:
+def _section(
+    config: Config, count_keys: Sequence[ConfigKey], row: Architecture
+) -> Mapping[str, Any]:
     """The section that describes the MoE: where the count stands, or else what the config is."""
-    return config.section(places[0].section if places else row.sections[-1]) or {}
+    return config.section(count_keys[0].section if count_keys else row.sections[-1]) or {}
 
 
-def _check_lists(places: Sequence[Spelling], layers: int) -> None:
+def _check_lists(count_keys: Sequence[ConfigKey], layers: int) -> None:
     """A list of counts has one for each layer, and MTP blocks may follow."""
-    for place in places:
-        if isinstance(place.value, tuple) and len(place.value) < layers:
+    for key in count_keys:
+        if isinstance(key.value, tuple) and len(key.value) < layers:
             raise CheckpointError(
-                f"{CONFIG}: {place.path} has {len(place.value)} numbers for {layers} layers",
+                f"{CONFIG}: {key.path} has {len(key.value)} numbers for {layers} layers",
                 hint="Write one number for each layer, or one for all.",
             )
 
 
-_UNKNOWN = Architecture("", experts=(), weights=Flag("norm_topk_prob", False))
+_UNKNOWN = Architecture("", experts=(), normalised=Flag("norm_topk_prob", False))
 """What is known of a model type that only --pattern describes."""
 
 
@@ -376,12 +378,12 @@ def _of_reach(
         yield f"model type {row.model_type!r}: {row.partly}"
 
 
-def _warnings(row: Architecture, places: Sequence[Spelling], config: MoeConfig) -> list[str]:
+def _warnings(row: Architecture, count_keys: Sequence[ConfigKey], config: MoeConfig) -> list[str]:
     warnings = []
-    for place in places[1:]:
-        if place.value != (first := places[0]).value:
+    for key in count_keys[1:]:
+        if key.value != (first := count_keys[0]).value:
             warnings.append(
-                f"{CONFIG} says {place.value} at {place.path} and {first.value} at {first.path};"
+                f"{CONFIG} says {key.value} at {key.path} and {first.value} at {first.path};"
                 f" {first.value} is taken"
             )
     if row.model_type == "deepseek_v2" and config.asks_to_renormalise:

@@ -1,14 +1,14 @@
 """The table of tensor formats: one row each, which tensor of a projection carries its scale.
 
-The tensors of one down-projection share its name and differ in what follows it, their leaf:
-``weight``, ``bias``, ``weight_scale_inv``, ``qweight`` and so on. The leaves, their dtypes and in
+The tensors of one down-projection share its name and differ in what follows it, their suffix:
+``weight``, ``bias``, ``weight_scale_inv``, ``qweight`` and so on. The suffixes, their dtypes and in
 a few rows their shapes decide the format, module by module, since checkpoints mix them; the
 config only confirms.
 
 A quantised projection is scaled by its scale, so that no code changes. To add a format, add a
-row: the leaves that it needs (the codes first), the leaf that carries the scale and what happens
-to it, the leaves that may stand beside them and stay as they are, and where that can be read.
-Exactly one tensor of a product of scales changes. Tensors with a leaf that a row does not know
+row: the suffixes that it needs (the codes first), the one that carries the scale and how it
+changes, those that may stand beside them and stay as they are, and where that can be read.
+Exactly one tensor of a product of scales changes. Tensors with a suffix that a row does not know
 do not match it: what is not known may carry a scale too.
 
 Sources, by their version: compressed-tensors 0.20, bitsandbytes 0.50, gptqmodel 7.7,
@@ -31,12 +31,12 @@ from moescale.checkpoint.edit import FIRST, Layer, Operation, Role, TensorEdit
 from moescale.checkpoint.tensor import Tensor
 from moescale.errors import CheckpointError, UnsupportedError
 
-Leaves = Mapping[str, Tensor]
+BySuffix = Mapping[str, Tensor]
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ScaledTensor:
     """A tensor of a format that changes when the projection is scaled."""
 
     role: Role
@@ -50,23 +50,23 @@ class Format:
 
     Attributes:
         name: what people call it.
-        dtypes: leaves that must be there, the codes first, each with the dtypes it may have.
-        scaled: the leaves that change; those that are not in `dtypes` may be missing.
-        stays: leaves that may be there and do not change.
+        dtypes: suffixes that must be there, the codes first, each with the dtypes it may have.
+        scaled: the suffixes that change; those that are not in `dtypes` may be missing.
+        stays: suffixes that may be there and do not change.
         fits: what the shapes must be, where the dtypes leave a doubt.
         size: the shape ``[..., out, in]`` of what is stored; None where the shapes do not tell.
-        misfit: the leaf whose shape cannot be beside the others, if any.
+        misfit: the suffix whose shape cannot be beside the others, if any.
         free: tensors of one checkpoint differ in shape, as their numbers of bits do.
         source: where the facts can be read.
     """
 
     name: str
     dtypes: Mapping[str, tuple[str, ...]]
-    scaled: Mapping[str, Part]
+    scaled: Mapping[str, ScaledTensor]
     stays: tuple[str, ...] = ()
-    fits: Callable[[Leaves], bool] = lambda leaves: True
-    size: Callable[[Leaves], Shape | None] = lambda leaves: None
-    misfit: Callable[[Leaves], str | None] = lambda leaves: None
+    fits: Callable[[BySuffix], bool] = lambda tensors: True
+    size: Callable[[BySuffix], Shape | None] = lambda tensors: None
+    misfit: Callable[[BySuffix], str | None] = lambda tensors: None
     free: bool = False
     source: str = ""
 
@@ -82,14 +82,14 @@ class Refused:
 
 # What happens to a tensor -----------------------------------------------------------------------
 
-SCALE: Final = Part("scale")
+SCALE: Final = ScaledTensor("scale")
 """Multiplied in its own dtype: engines read it in 16 bits, so more would be lost at loading."""
-WIDENED: Final = Part("scale", promote=True)
+WIDENED: Final = ScaledTensor("scale", promote=True)
 """Multiplied and stored as F32, which engines allocate for it anyway."""
-DIVISOR: Final = Part("scale", "divide")
-EXPONENT: Final = Part("scale", "shift")
+DIVISOR: Final = ScaledTensor("scale", "divide")
+EXPONENT: Final = ScaledTensor("scale", "shift")
 """A power of two: only another power of two can be multiplied into it."""
-OFFSET: Final = Part("bias")
+OFFSET: Final = ScaledTensor("bias")
 """An additive part of the weight: multiplied too."""
 
 # Dtypes -----------------------------------------------------------------------------------------
@@ -107,66 +107,68 @@ UNTOUCHED: Final = frozenset(
         *("input_scale_ub", "activation_scale", "act_scale", "qscale_act", "pre_quant_scale"),
     )
 )
-"""Leaves that describe the input of the projection; its output can scale without them."""
+"""BySuffix that describe the input of the projection; its output can scale without them."""
 
 # Shapes -----------------------------------------------------------------------------------------
 
 
-def _last(leaves: Leaves, leaf: str) -> int:
-    shape = leaves[leaf].shape
+def _last(tensors: BySuffix, suffix: str) -> int:
+    shape = tensors[suffix].shape
     return shape[-1] if shape else 1
 
 
-def _groups(codes: str, scale: str, *sizes: int) -> Callable[[Leaves], bool]:
+def _groups(codes: str, scale: str, *sizes: int) -> Callable[[BySuffix], bool]:
     """Each scale belongs to this many elements of the codes' last dimension."""
-    return lambda leaves: any(_last(leaves, codes) == size * _last(leaves, scale) for size in sizes)
+    return lambda tensors: any(
+        _last(tensors, codes) == size * _last(tensors, scale) for size in sizes
+    )
 
 
-def _scale_per_row(scale: str, packed: int = 1) -> Callable[[Leaves], bool]:
+def _scale_per_row(scale: str, packed: int = 1) -> Callable[[BySuffix], bool]:
     """A row of scales for each output channel, of which the codes pack so many into a row."""
 
-    def fits(leaves: Leaves) -> bool:
-        codes, scales = leaves["weight"].shape, leaves[scale].shape
+    def fits(tensors: BySuffix) -> bool:
+        codes, scales = tensors["weight"].shape, tensors[scale].shape
         return len(codes) > 1 and len(scales) > 1 and scales[-2] == packed * codes[-2]
 
     return fits
 
 
-def _as_stored(leaves: Leaves) -> Shape:
-    return leaves["weight"].shape
+def _as_stored(tensors: BySuffix) -> Shape:
+    return tensors["weight"].shape
 
 
-def _packed(codes: str, each: int) -> Callable[[Leaves], Shape]:
+def _packed(codes: str, each: int) -> Callable[[BySuffix], Shape]:
     """So many codes in an element of the last dimension."""
 
-    def size(leaves: Leaves) -> Shape:
-        shape = leaves[codes].shape
+    def size(tensors: BySuffix) -> Shape:
+        shape = tensors[codes].shape
         return (*shape[:-1], each * shape[-1]) if shape else shape
 
     return size
 
 
-def _scaled_in_groups(scale: str, group: int) -> Callable[[Leaves], Shape]:
+def _scaled_in_groups(scale: str, group: int) -> Callable[[BySuffix], Shape]:
     """A scale for so many values of the last dimension."""
     return _packed(scale, group)
 
 
-def _in_rows(*names: str) -> Callable[[Leaves], str | None]:
+def _in_rows(*names: str) -> Callable[[BySuffix], str | None]:
     """Each has as many rows as the first; a single number is that of all rows."""
 
-    def misfit(leaves: Leaves) -> str | None:
-        rows = leaves[names[0]].shape[:-1]
-        others = (name for name in names[1:] if math.prod(leaves[name].shape) > 1)
-        return next((name for name in others if leaves[name].shape[:-1] != rows), None)
+    def misfit(tensors: BySuffix) -> str | None:
+        rows = tensors[names[0]].shape[:-1]
+        others = (name for name in names[1:] if math.prod(tensors[name].shape) > 1)
+        return next((name for name in others if tensors[name].shape[:-1] != rows), None)
 
     return misfit
 
 
-def _in_blocks(scale: str) -> Callable[[Leaves], str | None]:
+def _in_blocks(scale: str) -> Callable[[BySuffix], str | None]:
     """A scale for the tensor, for each expert, each row or column, or each block of values."""
 
-    def misfit(leaves: Leaves) -> str | None:
-        values, scales = leaves["weight"].shape, leaves[scale].shape
+    def misfit(tensors: BySuffix) -> str | None:
+        values, scales = tensors["weight"].shape, tensors[scale].shape
         count, experts = math.prod(scales), math.prod(values[:-2])
         if len(values) < 2 or count in (1, experts):
             return None
@@ -185,19 +187,19 @@ def _divides(size: int, blocks: int) -> bool:
     return blocks == 1 or any(-(-size // block) == blocks for block in usual)
 
 
-def _absmax(leaves: Leaves) -> str | None:
+def _absmax(tensors: BySuffix) -> str | None:
     """A number for each block of codes, which are two a byte, whatever dtype they lie in."""
-    weight = leaves["weight"]
+    weight = tensors["weight"]
     codes = 2 * math.prod(weight.shape) * BITS[weight.dtype] // 8
-    blocks = math.prod(leaves["absmax"].shape)
+    blocks = math.prod(tensors["absmax"].shape)
     return None if any(-(-codes // (1 << i)) == blocks for i in range(4, 14)) else "absmax"
 
 
-def _in_pairs(scale: str) -> Callable[[Leaves], str | None]:
+def _in_pairs(scale: str) -> Callable[[BySuffix], str | None]:
     """Two 4-bit codes a byte, and a scale for each 16 or 32 of them."""
 
-    def misfit(leaves: Leaves) -> str | None:
-        codes, scales = leaves["weight"].shape, leaves[scale].shape
+    def misfit(tensors: BySuffix) -> str | None:
+        codes, scales = tensors["weight"].shape, tensors[scale].shape
         groups = codes and scales and codes[-1] in (8 * scales[-1], 16 * scales[-1])
         return None if groups and codes[:-1] == scales[:-1] else scale
 
@@ -222,7 +224,7 @@ ROWS: Final[tuple[Format, ...]] = (
     Format(
         "plain",
         {"weight": SCALABLE},
-        {"weight": Part("weight")},
+        {"weight": ScaledTensor("weight")},
         size=_as_stored,
         source="the values themselves",
     ),
@@ -266,7 +268,7 @@ ROWS: Final[tuple[Format, ...]] = (
         "block INT8",
         {"weight": ("I8",), "weight_scale_inv": FLOAT},
         {"weight_scale_inv": WIDENED},
-        fits=lambda leaves: not _scale_per_row("weight_scale_inv")(leaves),
+        fits=lambda tensors: not _scale_per_row("weight_scale_inv")(tensors),
         size=_as_stored,
         misfit=_in_blocks("weight_scale_inv"),
         source="sglang blockwise_int8.py: W = weight * scale",
@@ -284,7 +286,7 @@ ROWS: Final[tuple[Format, ...]] = (
     Format(
         "NVFP4 (ModelOpt, Quark)",
         {"weight": BYTES, "weight_scale": ("F8_E4M3",), "weight_scale_2": F32},
-        {"weight_scale_2": SCALE, "svdquant_lora_b": Part("weight")},
+        {"weight_scale_2": SCALE, "svdquant_lora_b": ScaledTensor("weight")},
         ("svdquant_lora_a",),
         size=_packed("weight", 2),
         misfit=_in_pairs("weight_scale"),
@@ -339,7 +341,7 @@ ROWS: Final[tuple[Format, ...]] = (
         {"blocks": BYTES, "scales": BYTES},
         {"scales": EXPONENT},
         (),
-        lambda leaves: leaves["blocks"].shape == (*leaves["scales"].shape, 16),
+        lambda tensors: tensors["blocks"].shape == (*tensors["scales"].shape, 16),
         size=_scaled_in_groups("scales", 32),
         source="transformers integrations/mxfp4.py: W = fp4 * 2**(scale - 127)",
     ),
@@ -438,7 +440,7 @@ ROWS: Final[tuple[Format, ...]] = (
             },
             {
                 "nested_absmax": SCALE,
-                f"quant_state.bitsandbytes__{kind}": Part("scale", "nested_offset"),
+                f"quant_state.bitsandbytes__{kind}": ScaledTensor("scale", "nested_offset"),
             },
             ("quant_map", "nested_quant_map"),
             misfit=_absmax,
@@ -547,10 +549,10 @@ REFUSED: Final[tuple[Refused, ...]] = (
         "that scale would have to grow as well, and the next layer does not expect it",
     ),
 )
-"""Formats by the leaves that give them away; the first that is there names the refusal."""
+"""Formats by the suffixes that give them away; the first that is there names the refusal."""
 
 
-# From the leaves of a projection to what happens to them ------------------------------------------
+# From the suffixes of a projection to what happens to them ---------------------------------------
 
 
 _ROUNDING = {"F16": "0.049 %", "BF16": "0.39 %"}
@@ -567,26 +569,26 @@ _STATE_BYTES = 1 << 20
 
 
 @lru_cache(maxsize=1024)
-def leaf_name(leaf: str) -> str:
-    """The leaf without its separator; a fused tensor without any is the weight itself."""
-    return leaf.lstrip("._").removeprefix("weight.") or "weight"
+def plain_suffix(suffix: str) -> str:
+    """The suffix without its separator; a fused tensor without any is the weight itself."""
+    return suffix.lstrip("._").removeprefix("weight.") or "weight"
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Module and leaf of a tensor; without a leaf that the table knows, all of it is the module.
+    """Module and suffix of a tensor; without a suffix of the table, all of it is the module.
 
     ``m.weight.absmax`` and ``m.absmax`` are the same to bitsandbytes, ``m_bias`` and ``m.bias``
     to fused experts.
     """
     match = _LEAF.fullmatch(name)
-    return (match["module"], match["leaf"]) if match else (name, "weight")
+    return (match["module"], match["suffix"]) if match else (name, "weight")
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What the shapes of a projection's tensors say; leaves by name, None for none.
+    """What the shapes of a projection's tensors say; suffixes by name, None for none.
 
-    `alike` are leaf, dtype and shape of what has the same shape in all that are stored so.
+    `alike` are suffix, dtype and shape of what has the same shape in all that are stored so.
     """
 
     codes: str
@@ -596,51 +598,53 @@ class Measured:
     alike: tuple[tuple[str, str, Shape], ...] = ()
 
 
-def measured(leaves: Leaves) -> Measured:
+def measured(tensors: BySuffix) -> Measured:
     """The sizes of a projection, by the row of its format; of what no row fits, what is empty."""
-    row = _row_of(leaves)
-    needed = {*row.dtypes, *row.scaled, "bias"} if row else leaves.keys()
-    empty = next((leaf for leaf, t in leaves.items() if 0 in t.shape and leaf in needed), None)
+    row = _row_of(tensors)
+    needed = {*row.dtypes, *row.scaled, "bias"} if row else tensors.keys()
+    empty = next(
+        (suffix for suffix, t in tensors.items() if 0 in t.shape and suffix in needed), None
+    )
     if row is None or empty is not None:
-        return Measured(next(iter(leaves)), empty=empty)
-    codes, size = next(iter(row.dtypes)), row.size(leaves)
+        return Measured(next(iter(tensors)), empty=empty)
+    codes, size = next(iter(row.dtypes)), row.size(tensors)
     equal = () if row.free else (*row.dtypes, *row.scaled)
     return Measured(
         codes,
         size,
-        row.misfit(leaves) or _misfit_bias(leaves, size),
+        row.misfit(tensors) or _misfit_bias(tensors, size),
         alike=tuple(
-            (leaf, t.dtype, t.shape)
-            for leaf, t in sorted(leaves.items())
-            if leaf in equal and not leaf.startswith("quant_state")  # a text of any length
+            (suffix, t.dtype, t.shape)
+            for suffix, t in sorted(tensors.items())
+            if suffix in equal and not suffix.startswith("quant_state")  # a text of any length
         ),
     )
 
 
-def _misfit_bias(leaves: Leaves, size: Shape | None) -> str | None:
+def _misfit_bias(tensors: BySuffix, size: Shape | None) -> str | None:
     """A bias has a number for each output, which are columns where experts lie transposed."""
-    if size is None or len(size) < 2 or "bias" not in leaves:
+    if size is None or len(size) < 2 or "bias" not in tensors:
         return None
-    shape = leaves["bias"].shape
+    shape = tensors["bias"].shape
     outs = size[-2:] if len(size) > 2 else size[-2:-1]
     return None if any(math.prod(shape) == math.prod(size[:-2]) * out for out in outs) else "bias"
 
 
-def _row_of(leaves: Leaves) -> Format | None:
+def _row_of(tensors: BySuffix) -> Format | None:
     """The row that fits; an empty tensor fits none that has a doubt about shapes."""
-    dtypes = frozenset((leaf, tensor.dtype) for leaf, tensor in leaves.items())
-    return next((row for row in _candidates(dtypes) if row.fits(leaves)), None)
+    dtypes = frozenset((suffix, tensor.dtype) for suffix, tensor in tensors.items())
+    return next((row for row in _candidates(dtypes) if row.fits(tensors)), None)
 
 
-def takes_any_factor(leaves: Leaves) -> bool:
+def takes_any_factor(tensors: BySuffix) -> bool:
     """Whether a down-projection can be multiplied by more than powers of two."""
-    row = _row_of(leaves)
+    row = _row_of(tensors)
     return row is None or all(part.operation != "shift" for part in row.scaled.values())
 
 
 def scaled_tensors(
     module: str,
-    leaves: Leaves,
+    tensors: BySuffix,
     factor: float,
     instead: str | None = None,
     layer: Layer = FIRST,
@@ -649,7 +653,7 @@ def scaled_tensors(
 
     Args:
         module: the projection's name, for errors.
-        leaves: its tensors by leaf.
+        tensors: its tensors by suffix.
         factor: what it is multiplied by.
         instead: what else can be done with this model, a sentence for the error.
         layer: its layer.
@@ -659,15 +663,15 @@ def scaled_tensors(
             cannot be multiplied by this factor.
         CheckpointError: a tensor that its format needs is missing.
     """
-    row = _row_of(leaves)
+    row = _row_of(tensors)
     if row is None and factor == 1.0:
         return []  # nothing is touched, so nothing has to be known
     if row is None:
-        raise _unmatched(module, leaves)
-    parts = {**row.scaled, "bias": Part("bias")}
+        raise _unmatched(module, tensors)
+    parts = {**row.scaled, "bias": ScaledTensor("bias")}
     if any(part.operation == "shift" for part in parts.values()):
         _check_power_of_two(module, row, factor, instead)
-    found = [(leaves[leaf], part) for leaf, part in parts.items() if leaf in leaves]
+    found = [(tensors[suffix], part) for suffix, part in parts.items() if suffix in tensors]
     return [_edit(tensor, part, row, factor, layer) for tensor, part in found]
 
 
@@ -681,9 +685,9 @@ def _candidates(dtypes: frozenset[tuple[str, str]]) -> tuple[Format, ...]:
 def _takes(row: Format, found: Mapping[str, str]) -> bool:
     values = {"bias", *row.scaled} - row.dtypes.keys()
     return (
-        all(found.get(leaf) in dtypes for leaf, dtypes in row.dtypes.items())
+        all(found.get(suffix) in dtypes for suffix, dtypes in row.dtypes.items())
         and found.keys() <= _known(row)
-        and all(found.get(leaf, "F32") in SCALABLE for leaf in values)
+        and all(found.get(suffix, "F32") in SCALABLE for suffix in values)
     )
 
 
@@ -693,12 +697,14 @@ def _known(row: Format) -> set[str]:
 
 _LEAVES = sorted(set[str]().union(*(_known(row) for row in ROWS)), key=len, reverse=True)
 _LEAF = re.compile(
-    r"(?P<module>.+?)(?:(?:\.weight)?\.|_)(?P<leaf>" + "|".join(map(re.escape, _LEAVES)) + ")"
+    r"(?P<module>.+?)(?:(?:\.weight)?\.|_)(?P<suffix>" + "|".join(map(re.escape, _LEAVES)) + ")"
 )
-"""A name with a leaf that the table knows, the longest that there is."""
+"""A name with a suffix that the table knows, the longest that there is."""
 
 
-def _edit(tensor: Tensor, part: Part, row: Format, factor: float, layer: Layer) -> TensorEdit:
+def _edit(
+    tensor: Tensor, part: ScaledTensor, row: Format, factor: float, layer: Layer
+) -> TensorEdit:
     if part.operation == "nested_offset" and tensor.nbytes > _STATE_BYTES:
         raise CheckpointError(
             f"{tensor.name}: has {tensor.nbytes} bytes, too many for a quantisation state"
@@ -726,33 +732,33 @@ def _check_power_of_two(module: str, row: Format, factor: float, instead: str | 
 # Refusals -----------------------------------------------------------------------------------------
 
 
-def _unmatched(module: str, leaves: Leaves) -> UnsupportedError | CheckpointError:
+def _unmatched(module: str, tensors: BySuffix) -> UnsupportedError | CheckpointError:
     """Why no row fits: a format that is known and refused, a missing tensor, or nothing known."""
     hint = "Rescale the unquantised checkpoint and quantise the result."
-    if any("parametrizations" in leaf for leaf in leaves):
+    if any("parametrizations" in suffix for suffix in tensors):
         hint = "Remove it first: torch.nn.utils.parametrize.remove_parametrizations(...)."
-    found = ", ".join(f"{leaf} ({tensor.dtype})" for leaf, tensor in sorted(leaves.items()))
+    found = ", ".join(f"{suffix} ({tensor.dtype})" for suffix, tensor in sorted(tensors.items()))
     for refused in REFUSED:
-        if all(_has(leaves, leaf, dtypes) for leaf, dtypes in refused.dtypes.items()):
+        if all(_has(tensors, suffix, dtypes) for suffix, dtypes in refused.dtypes.items()):
             return UnsupportedError(
                 f"{module}: is stored as {refused.name} ({found}), which cannot be scaled:"
                 f" {refused.why}",
                 hint=hint,
             )
-    alone = leaves.keys() <= {"weight", "bias", *UNTOUCHED}
-    if alone and "weight" not in leaves:
+    alone = tensors.keys() <= {"weight", "bias", *UNTOUCHED}
+    if alone and "weight" not in tensors:
         return CheckpointError(
-            f"{module}: has no weight, although there is its {next(iter(sorted(leaves)))}",
+            f"{module}: has no weight, although there is its {next(iter(sorted(tensors)))}",
             hint="The checkpoint is incomplete; fetch the missing shard again.",
         )
-    if alone and "weight" in leaves and leaves["weight"].dtype not in SCALABLE:
+    if alone and "weight" in tensors and tensors["weight"].dtype not in SCALABLE:
         return UnsupportedError(
-            f"{module}: its weight is {leaves['weight'].dtype} without a tensor that could be its"
+            f"{module}: its weight is {tensors['weight'].dtype} without a tensor that could be its"
             " scale, and its codes cannot be multiplied",
             hint=hint,
         )
-    if row := _nearest(leaves):
-        missing = ", ".join(leaf for leaf in row.dtypes if leaf not in leaves)
+    if row := _nearest(tensors):
+        missing = ", ".join(suffix for suffix in row.dtypes if suffix not in tensors)
         return CheckpointError(
             f"{module}: looks like {row.name} ({found}), but has no {missing}",
             hint="The checkpoint is incomplete; fetch the missing shard again.",
@@ -762,25 +768,30 @@ def _unmatched(module: str, leaves: Leaves) -> UnsupportedError | CheckpointErro
     )
 
 
-def _has(leaves: Leaves, marker: str, dtypes: tuple[str, ...]) -> bool:
+def _has(tensors: BySuffix, marker: str, dtypes: tuple[str, ...]) -> bool:
     return any(
-        (leaf == marker or leaf.startswith(marker + ".")) and (not dtypes or tensor.dtype in dtypes)
-        for leaf, tensor in leaves.items()
+        (suffix == marker or suffix.startswith(marker + "."))
+        and (not dtypes or tensor.dtype in dtypes)
+        for suffix, tensor in tensors.items()
     )
 
 
-def _nearest(leaves: Leaves) -> Format | None:
+def _nearest(tensors: BySuffix) -> Format | None:
     """The row that lacks fewest of its tensors, of those that know all that is there."""
 
     def lacking(row: Format) -> int:
-        return sum(leaf not in leaves for leaf in row.dtypes)
+        return sum(suffix not in tensors for suffix in row.dtypes)
 
     rows = [
         row
         for row in ROWS
-        if next(iter(row.dtypes)) in leaves
-        and leaves.keys() <= _known(row)
-        and all(leaves[leaf].dtype in row.dtypes[leaf] for leaf in row.dtypes if leaf in leaves)
+        if next(iter(row.dtypes)) in tensors
+        and tensors.keys() <= _known(row)
+        and all(
+            tensors[suffix].dtype in row.dtypes[suffix]
+            for suffix in row.dtypes
+            if suffix in tensors
+        )
         and lacking(row)
         and not ("weight" in row.dtypes and lacking(row) == len(row.dtypes) - 1)
     ]

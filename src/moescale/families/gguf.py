@@ -11,14 +11,14 @@ from typing import Any, Protocol
 from moescale.checkpoint.tensor import Tensor
 from moescale.errors import CheckpointError, UnsupportedError
 from moescale.families.architectures import Architecture
-from moescale.families.config import MOST, Spelling
+from moescale.families.config import MOST, ConfigKey
 from moescale.families.find import Moe
 from moescale.families.llama_cpp import BY_NAME, SCORES, Row
 from moescale.families.moe_config import MoeConfig, group_limit
 from moescale.families.pattern import find_by_pattern
 from moescale.families.projections import Layer, Projection
-from moescale.routers.kinds import UNKNOWN, Gating, Other
-from moescale.routers.normalisation import Router
+from moescale.routers.kinds import UNKNOWN, OtherRouter, RouterKind
+from moescale.routers.normalisation import Normalisation
 
 _KNOWN = re.compile(
     r"(?:ffn_(?:up|gate|down|gate_up)_(?:ch)?exps\.(?:weight|bias|scale|input_scale))|ffn_norm_exps\.weight"
@@ -61,7 +61,7 @@ def find_gguf_moe(
     row = _row(own, tensors, arch, pattern)
     if row.refused:
         raise UnsupportedError(f"architecture {row.name!r}: {row.refused}")
-    place = Spelling("", experts_key or f"{own}.expert_used_count", 0)
+    place = ConfigKey("", experts_key or f"{own}.expert_used_count", 0)
     count = _count(keys, place.path)
     projections = find_by_pattern(tensors, pattern) if pattern else list(_projections(row, tensors))
     if not projections:
@@ -76,14 +76,14 @@ def find_gguf_moe(
     read = MoeConfig(
         experts=total,
         groups=_groups(keys, own),
-        router=Router(_renormalised(row, own, keys, score)) if row.name else None,
+        router=Normalisation(_renormalised(row, own, keys, score)) if row.name else None,
         effective=architecture.no_effect is None,
     )
     return Moe(
         architecture=architecture,
         model_type=own,
         config=read,
-        places=(place,),
+        count_keys=(place,),
         count=count,
         held=held,
         projections=projections,
@@ -166,13 +166,13 @@ def _count(keys: Keys, name: str) -> int | tuple[int, ...]:
 
 def _projections(row: Row, tensors: Sequence[Tensor]) -> Iterator[Projection]:
     names = "|".join(row.experts or ("ffn_down_exps",))
-    pattern = re.compile(rf"(?P<module>blk\.(?P<layer>[0-9]{{1,6}})\.(?:{names}))\.(?P<leaf>\w+)")
+    pattern = re.compile(rf"(?P<module>blk\.(?P<layer>[0-9]{{1,6}})\.(?:{names}))\.(?P<suffix>\w+)")
     found: dict[str, Projection] = {}
     for tensor in tensors:
         if match := pattern.fullmatch(tensor.name):
             layer = Layer("", int(match["layer"]))
             new = Projection(match["module"], layer, None, match.span("layer"))
-            found.setdefault(new.module, new).leaves[match["leaf"]] = tensor
+            found.setdefault(new.module, new).by_suffix[match["suffix"]] = tensor
     yield from found.values()
 
 
@@ -189,7 +189,7 @@ def _held(projections: Sequence[Projection], row: Row, total: int) -> dict[Layer
     """Routed experts of each layer, as its tensors hold."""
     held: dict[Layer, int] = {}
     for projection in projections:
-        weight = projection.leaves.get("weight")
+        weight = projection.by_suffix.get("weight")
         if weight is None or len(weight.shape) != 3:
             shape = "missing" if weight is None else f"{list(weight.shape)}"
             raise CheckpointError(
@@ -253,13 +253,13 @@ def _architecture(
 ) -> Architecture:
     """The row, and what the file says, in the words of the other tables."""
     there: set[str] = set().union(*by_layer.values())
-    gating = row.gating
-    if isinstance(gating, Gating):
+    router = row.router
+    if isinstance(router, RouterKind):
         if score is None:
-            gating = Other(f"{own}.expert_gating_func names no function that is known")
+            router = OtherRouter(f"{own}.expert_gating_func names no function that is known")
         else:
             kind, late = score
-            gating = replace(gating, score=kind, late=late)
+            router = replace(router, score=kind, late=late)
     removed = row.no_effect is not None
     if row.if_tensor:
         removed = row.if_tensor in there
@@ -271,7 +271,7 @@ def _architecture(
     return Architecture(
         own,
         experts=(),
-        weights=_renormalised(row, own, keys, score),
+        normalised=_renormalised(row, own, keys, score),
         count=(f"{own}.expert_used_count",),
         groups=True,
         fixed=fixed,
@@ -279,7 +279,7 @@ def _architecture(
         partly=None if removed else row.partly,
         scale_key=f"{own}.expert_weights_scale" if row.scale_key else None,
         folds=row.scale_key,
-        gating=gating,
+        router=router,
     )
 
 

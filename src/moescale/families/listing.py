@@ -9,7 +9,7 @@ from typing import Literal
 from moescale.families import architectures, llama_cpp
 from moescale.families.architectures import Architecture
 from moescale.families.router_tensors import BIAS_MOVES
-from moescale.routers.kinds import Gating, Other
+from moescale.routers.kinds import OtherRouter, RouterKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,9 @@ def model_types() -> tuple[ModelType, ...]:
 
 def _llama_types() -> Iterator[ModelType]:
     for row in sorted(llama_cpp.ROWS, key=lambda row: row.name):
-        formed = isinstance(row.gating, Gating)
-        gates = "yes" if isinstance(row.gating, Gating) else f"no: {row.gating.why}"
-        moves = isinstance(row.gating, Gating) and row.gating.bias
+        formed = isinstance(row.router, RouterKind)
+        gates = "yes" if isinstance(row.router, RouterKind) else f"no: {row.router.why}"
+        moves = isinstance(row.router, RouterKind) and row.router.bias
         scale = "yes, with a warning where there is a bias" if moves else "yes" if formed else "no"
         yield ModelType(
             row.name,
@@ -76,7 +76,7 @@ def _llama_effect(row: llama_cpp.Row) -> str:
 
 def _types(rows: list[Architecture]) -> Iterator[ModelType]:
     for row in rows:
-        gates, scale = _router(row, row.gating)
+        gates, scale = _router(row, row.router)
         yield ModelType(row.model_type, row.part, _effect(row), row.folds, gates, scale)
 
 
@@ -91,17 +91,17 @@ def _effect(row: Architecture) -> str:
     return "scaled"
 
 
-def _router(row: Architecture, gating: Gating | Other) -> tuple[str, str]:
+def _router(row: Architecture, kind: RouterKind | OtherRouter) -> tuple[str, str]:
     """Whether the rule `gates` can be used, and `--gate-scale`."""
-    if isinstance(gating, Other):
-        return f"no: {gating.why}", "no"
+    if isinstance(kind, OtherRouter):
+        return f"no: {kind.why}", "no"
     gates = "no: scaling has no effect" if row.no_effect else "yes"
-    if gating.cap_key:
-        return gates, f"only where {gating.cap_key} is not set"
-    if gating.bias and not (gating.bias_optional or gating.bias_key):
+    if kind.cap_key:
+        return gates, f"only where {kind.cap_key} is not set"
+    if kind.bias and not (kind.bias_optional or kind.bias_key):
         return gates, f"yes, with a warning: {BIAS_MOVES}"
-    if gating.bias:
+    if kind.bias:
         return gates, "yes, with a warning where there is a bias"
-    if row.groups and gating.group_best > 1:
+    if row.groups and kind.group_best > 1:
         return gates, "yes, with a warning where there are groups of experts"
     return gates, "yes"

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final, Literal
 
-from moescale.routers.kinds import Gating, Other
+from moescale.routers.kinds import OtherRouter, RouterKind
 
 RELEASE: Final = "0.5.0"
 """The release that all of this is of."""
@@ -35,7 +35,7 @@ SCORES: Final[Mapping[int, tuple[str, bool]]] = MappingProxyType(
 )
 """By ``ARCH.expert_gating_func``: what makes scores of logits, and whether of the chosen alone."""
 
-_FFN: Final = Gating(("ffn_gate_inp.weight",), ("ffn_norm.weight",))
+_FFN: Final = RouterKind(("ffn_gate_inp.weight",), ("ffn_norm.weight",))
 _BIASED: Final = replace(_FFN, bias=("exp_probs_b.bias",), bias_optional=True)
 _POST_ATTENTION: Final = replace(_FFN, norm=("post_attention_norm.weight",))
 
@@ -50,7 +50,7 @@ class Row:
     Attributes:
         name: as ``general.architecture`` says.
         weighs: how the weights of the chosen experts are normalised.
-        gating: its router, or why it cannot be formed.
+        router: its kind, or why it cannot be formed.
         score: the number of its gating function where no key names another; None where the key is
             needed.
         score_key: whether ``ARCH.expert_gating_func`` is read.
@@ -67,7 +67,7 @@ class Row:
 
     name: str
     weighs: Weighs
-    gating: Gating | Other = _FFN
+    router: RouterKind | OtherRouter = _FFN
     score: int | None = 1
     score_key: bool = False
     scale_key: bool = False
@@ -87,7 +87,7 @@ def _keyed(name: str, score: int | None = None, scale_tensor: bool = False) -> R
     return Row(name, "key", _BIASED, score, True, True, scale_tensor)
 
 
-_HYPER = Other("its input is a mix of several residual streams")
+_HYPER = OtherRouter("its input is a mix of several residual streams")
 
 ROWS: Final[tuple[Row, ...]] = (
     Row("llama", "always", scale_tensor=True),
@@ -105,7 +105,7 @@ ROWS: Final[tuple[Row, ...]] = (
     Row("dbrx", "always", replace(_FFN, norm=("attn_output_norm.weight",))),
     Row("arctic", "always", replace(_FFN, norm=("ffn_norm_exps.weight",))),
     Row("jamba", "never"),
-    Row("phimoe", "always", Other("the norm before it has a bias")),
+    Row("phimoe", "always", OtherRouter("the norm before it has a bias")),
     Row("minicpm", "always"),
     Row("granite", "always"),
     Row("granitemoe", "always"),
@@ -124,19 +124,19 @@ ROWS: Final[tuple[Row, ...]] = (
     _keyed("deepseek2", 1),
     _keyed("deepseek2-ocr", 1),
     _keyed("deepseek32", scale_tensor=True),
-    replace(_keyed("deepseek4"), gating=_HYPER, fixed_by="ffn_gate_tid2eid.weight", nodes=32),
+    replace(_keyed("deepseek4"), router=_HYPER, fixed_by="ffn_gate_tid2eid.weight", nodes=32),
     _keyed("dots1"),
     _keyed("dots3note", scale_tensor=True),
-    replace(_keyed("glm4moe", 2), gating=replace(_BIASED, norm=_POST_ATTENTION.norm)),
+    replace(_keyed("glm4moe", 2), router=replace(_BIASED, norm=_POST_ATTENTION.norm)),
     _keyed("glm-dsa", 2, scale_tensor=True),
-    replace(_keyed("glm5-next", 2), gating=_HYPER, nodes=64),
+    replace(_keyed("glm5-next", 2), router=_HYPER, nodes=64),
     Row("bailingmoe", "key", scale_key=True),
     _keyed("bailingmoe2"),
     replace(_keyed("bailingmoe3"), nodes=32),
     Row("ernie4_5-moe", "always", _BIASED),
     Row("hunyuan-moe", "always"),
     _keyed("hy_v3", 2, scale_tensor=True),
-    replace(_keyed("hy_v4"), gating=_HYPER, nodes=32),
+    replace(_keyed("hy_v4"), router=_HYPER, nodes=32),
     _keyed("exaone-moe"),
     replace(_keyed("afmoe", 2), partly=_SHARE),
     _keyed("laguna", 2),
@@ -147,7 +147,7 @@ ROWS: Final[tuple[Row, ...]] = (
         replace(_POST_ATTENTION, logit_bias=("ffn_gate_inp.bias",)),
         score=3,
     ),
-    Row("smallthinker", "always", Other("it stands before the attention"), None, True),
+    Row("smallthinker", "always", OtherRouter("it stands before the attention"), None, True),
     Row("grovemoe", "always", experts=("ffn_down_exps", "ffn_down_chexps")),
     Row("minimax-01", "always", _BIASED, nodes=32),
     Row("minimax-m2", "always", _BIASED, None, True),
@@ -157,7 +157,7 @@ ROWS: Final[tuple[Row, ...]] = (
     Row("kimi-linear", "always", _BIASED, None, True, True, nodes=32),
     replace(
         _keyed("kimi-k3"),
-        gating=Other("its input is formed of several layers"),
+        router=OtherRouter("its input is formed of several layers"),
         no_effect=_ROUTED_NORM,
         if_tensor="ffn_routed_norm.weight",
         nodes=64,
@@ -174,17 +174,17 @@ ROWS: Final[tuple[Row, ...]] = (
     Row(
         "gemma4",
         "always",
-        Other("scaling has no effect"),
+        OtherRouter("scaling has no effect"),
         scale_tensor=True,
         no_effect=_ROUTED_NORM,
     ),
     Row("maple", "always"),
     Row("mellum", "always", scale_tensor=True),
-    Row("nomic-bert-moe", "never", Other("the norm before it has a bias"), partly=_SHARE),
+    Row("nomic-bert-moe", "never", OtherRouter("the norm before it has a bias"), partly=_SHARE),
     Row(
         "dflash",
         "key",
-        Other("it is left alone"),
+        OtherRouter("it is left alone"),
         refused="it is a draft model, which is left alone",
     ),
 )

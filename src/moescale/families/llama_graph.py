@@ -89,7 +89,7 @@ def most_experts(row: Row, keys: Keys, names: Collection[str]) -> int | None:
         return None
     graph = GRAPHS.get(row.name, _USUAL)
     room = max(_FLOORS[row.nodes], row.nodes * len(names))
-    taken = graph.rest + sum(_weight(leaf) for block in blocks for leaf in block)
+    taken = graph.rest + sum(_weight(suffix) for block in blocks for suffix in block)
     taken += graph.block * len(blocks) - _DENSE * (len(blocks) - len(routed))
     taken += _router(row, keys) * len(routed)
     weights = sum(map(len, blocks)) + sum(not name.startswith("blk.") for name in names)
@@ -104,14 +104,18 @@ def _blocks(names: Iterable[str]) -> list[set[str]]:
     for name in names:
         if match := re.fullmatch(r"blk\.(\d+)\.(.+)", name):
             found.setdefault(match[1], set()).add(match[2])
-    return [leaves for leaves in found.values() if not any("nextn" in leaf for leaf in leaves)]
+    return [
+        by_suffix
+        for by_suffix in found.values()
+        if not any("nextn" in suffix for suffix in by_suffix)
+    ]
 
 
-def _weight(leaf: str) -> int:
+def _weight(suffix: str) -> int:
     """Tensors of a graph that a weight takes: a product; a norm and its product; a scale's rows."""
-    if leaf.endswith("exps.scale"):
+    if suffix.endswith("exps.scale"):
         return 4
-    return 2 if "norm" in leaf else 1
+    return 2 if "norm" in suffix else 1
 
 
 def _router(row: Row, keys: Keys) -> int:

@@ -21,8 +21,8 @@ from moescale.families.architectures import (
 )
 from moescale.families.config import CONFIG, MOST, Config, whole
 from moescale.families.unread_keys import group_keys, unread_keys
-from moescale.routers.kinds import Gating
-from moescale.routers.normalisation import Router
+from moescale.routers.kinds import RouterKind
+from moescale.routers.normalisation import Normalisation
 
 Section = Mapping[str, Any]
 """The object in the config that describes the MoE; nothing but this module and `unread_keys`, which
@@ -63,7 +63,7 @@ class MoeConfig:
     moe_layers: frozenset[int] | None = None
     experts_without_weights: int = 0
     groups: tuple[int, int] | None = None
-    router: Router | None = None
+    router: Normalisation | None = None
     effective: bool = True
     own_counts: bool = False
     hidden: int | None = None
@@ -109,7 +109,7 @@ def read_moe_config(section: Section, row: Architecture) -> MoeConfig:
     experts = total_experts(row, section)
     router = _router(row, section)
     count = row.count[0] if row.count else None
-    gating = row.gating if isinstance(row.gating, Gating) else None
+    kind = row.router if isinstance(row.router, RouterKind) else None
     layers = whole(section, "num_hidden_layers", 0)
     hidden, _ = _sizes(section)
     return MoeConfig(
@@ -125,9 +125,9 @@ def read_moe_config(section: Section, row: Architecture) -> MoeConfig:
         hidden=hidden,
         narrower=frozenset(_narrower(section)),
         inner=None if own else _integer(section.get("moe_intermediate_size")),
-        score=(section.get(gating.score_key) if gating and gating.score_key else None) or None,
-        logit_cap=_logit_cap(section, gating.cap_key) if gating and gating.cap_key else None,
-        choice_bias=not (gating and gating.bias_key and section.get(gating.bias_key) is False),
+        score=(section.get(kind.score_key) if kind and kind.score_key else None) or None,
+        logit_cap=_logit_cap(section, kind.cap_key) if kind and kind.cap_key else None,
+        choice_bias=not (kind and kind.bias_key and section.get(kind.bias_key) is False),
         has_scale=row.scale_key in section,
         tied=bool(section.get("tie_word_embeddings")),
         asks_to_renormalise=bool(section.get("norm_topk_prob")),
@@ -154,30 +154,33 @@ def total_experts(row: Architecture, section: Section) -> int:
     )
 
 
-def router_of(row: Architecture, section: Section) -> Router:
+def router_of(row: Architecture, section: Section) -> Normalisation:
     """How the weights of the chosen experts are normalised.
 
     Raises:
         UnsupportedError: in a way that the closed forms do not cover.
     """
-    weights = row.weights
-    if isinstance(weights, Flag):
-        if weights.only_if is not None and section.get(weights.only_if[0]) != weights.only_if[1]:
-            return Router(True)
-        keys = (weights.key, *weights.aliases)
+    normalised = row.normalised
+    if isinstance(normalised, Flag):
+        if (
+            normalised.only_if is not None
+            and section.get(normalised.only_if[0]) != normalised.only_if[1]
+        ):
+            return Normalisation(True)
+        keys = (normalised.key, *normalised.aliases)
         value = next((section[key] for key in keys if section.get(key) is not None), None)
-        return Router(weights.default if value is None else bool(value))
-    if isinstance(weights, SharedSum):
-        return Router(True, whole(section, weights.key, 0))
-    if isinstance(weights, PowerNorm):
-        power = section.get(weights.key, 1)
+        return Normalisation(normalised.default if value is None else bool(value))
+    if isinstance(normalised, SharedSum):
+        return Normalisation(True, whole(section, normalised.key, 0))
+    if isinstance(normalised, PowerNorm):
+        power = section.get(normalised.key, 1)
         if power not in (1, None):
             raise UnsupportedError(
-                f"{CONFIG}: {weights.key} is {power!r}: only 1 and null are known",
+                f"{CONFIG}: {normalised.key} is {power!r}: only 1 and null are known",
                 hint="Give the factor yourself (--factor).",
             )
-        return Router(power == 1)
-    return Router(weights)
+        return Normalisation(power == 1)
+    return Normalisation(normalised)
 
 
 def group_limit(groups: int, chosen: int) -> tuple[int, int] | None:
@@ -201,7 +204,7 @@ def _integer(value: Any) -> int | None:
     return value if type(value) is int else None
 
 
-def _router(row: Architecture, section: Section) -> Router | None:
+def _router(row: Architecture, section: Section) -> Normalisation | None:
     """None if the row is not of the table and the config does not tell either."""
     if row.model_type or "norm_topk_prob" in section:
         return router_of(row, section)

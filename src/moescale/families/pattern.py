@@ -41,9 +41,9 @@ def find_by_pattern(tensors: Iterable[Tensor], pattern: str) -> list[Projection]
             module, _ = split_name(name)
             found.setdefault(module, _by_spans(name, module, *_spans(match)))
     for name, tensor in by_name.items():  # a bias or a scale belongs to it, matched or not
-        module, leaf = split_name(name)
+        module, suffix = split_name(name)
         if module in found:
-            found[module].leaves[leaf] = tensor
+            found[module].by_suffix[suffix] = tensor
     drop_single_stack(found.values())
     return in_order(found.values())
 

@@ -12,7 +12,7 @@ from moescale.checkpoint.edit import Layer as Layer
 from moescale.checkpoint.tensor import Tensor
 from moescale.errors import CheckpointError
 from moescale.families.architectures import ROWS, Architecture
-from moescale.families.formats import leaf_name
+from moescale.families.formats import plain_suffix
 from moescale.families.names import plain_name
 
 GENERIC: Final = frozenset(
@@ -35,7 +35,7 @@ class Projection:
     layer: Layer
     expert: int | None
     number_at: tuple[int, int]  # where the layer's number stands in the module's name
-    leaves: dict[str, Tensor] = field(default_factory=dict)
+    by_suffix: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def prefix(self) -> str:
@@ -82,14 +82,14 @@ def find_projections(
         projection = _projection(match)
         if projection.layer.stack not in stacks:
             continue
-        leaves = found.setdefault(projection.module, projection).leaves
-        leaf = leaf_name(match["leaf"])
-        if leaf in leaves:
+        by_suffix = found.setdefault(projection.module, projection).by_suffix
+        suffix = plain_suffix(match["suffix"])
+        if suffix in by_suffix:
             raise CheckpointError(
-                f"{projection.module}: has two tensors that are its {leaf},"
-                f" {leaves[leaf].name!r} and {tensor.name!r}"
+                f"{projection.module}: has two tensors that are its {suffix},"
+                f" {by_suffix[suffix].name!r} and {tensor.name!r}"
             )
-        leaves[leaf] = tensor
+        by_suffix[suffix] = tensor
     if architecture.part is None:
         drop_single_stack(found.values())
     return in_order(found.values())
@@ -143,13 +143,13 @@ def _either(words: Iterable[str]) -> str:
 
 @lru_cache(maxsize=16)
 def _name_pattern(templates: tuple[str, ...]) -> re.Pattern[str]:
-    """One expression for all layouts: groups for prefix, layer, expert and leaf."""
+    """One expression for all layouts: groups for prefix, layer, expert and suffix."""
     choices = []
     for i, template in enumerate(templates):
         escaped = re.escape(template).replace(r"\{L\}", rf"(?P<L{i}>{NUMBER})")
         choices.append(escaped.replace(r"\{E\}", rf"(?P<E{i}>{NUMBER})"))
     choices.insert(0, _any_layout())
-    expression = rf"(?P<prefix>(?:.*\.)?)(?:{'|'.join(choices)})(?P<leaf>(?:[._].*)?)"
+    expression = rf"(?P<prefix>(?:.*\.)?)(?:{'|'.join(choices)})(?P<suffix>(?:[._].*)?)"
     return re.compile(expression, re.DOTALL)  # a line end in a long name would be searched for long
 
 
@@ -158,7 +158,7 @@ def _projection(match: re.Match[str]) -> Projection:
     layer = next(key for key in groups if key[0] == "L")
     expert = next((value for key, value in groups.items() if key[0] in "EF"), None)
     stack = stack_of(match.string[: match.start(layer)])
-    module = match.string[: match.start("leaf")]
+    module = match.string[: match.start("suffix")]
     number = _same_layer(stack, int(groups[layer]))
     place = _same_place(*match.span(layer))
     return Projection(module, number, None if expert is None else int(expert), place)

@@ -66,10 +66,10 @@ def residual_writers(
             hint="Leave --fold out; the weights are scaled then.",
         )
     escaped = re.escape(WRITERS[model_type]).replace(r"\{L\}", r"(?P<layer>[0-9]{1,9})")
-    pattern = re.compile(rf"(?:model\.)?(?:{EMBEDDING}|{escaped})\.(?P<leaf>.+)")
+    pattern = re.compile(rf"(?:model\.)?(?:{EMBEDDING}|{escaped})\.(?P<suffix>.+)")
     found = [(match, t) for t in tensors if (match := pattern.fullmatch(plain_name(t.name)))]
-    _check_complete({m["layer"] for m, t in found if m["leaf"] == "weight"}, layers)
-    return [_divided(tensor, match["leaf"], match["layer"], factor) for match, tensor in found]
+    _check_complete({m["layer"] for m, t in found if m["suffix"] == "weight"}, layers)
+    return [_divided(tensor, match["suffix"], match["layer"], factor) for match, tensor in found]
 
 
 def _check_complete(found: set[str | None], layers: set[int]) -> None:
@@ -83,12 +83,12 @@ def _check_complete(found: set[str | None], layers: set[int]) -> None:
         raise CheckpointError(f"--fold residual: {what} writer into the residual stream")
 
 
-def _divided(tensor: Tensor, leaf: str, layer: str | None, factor: float) -> TensorEdit:
-    if leaf not in ("weight", "bias") or tensor.dtype not in SCALABLE:
+def _divided(tensor: Tensor, suffix: str, layer: str | None, factor: float) -> TensorEdit:
+    if suffix not in ("weight", "bias") or tensor.dtype not in SCALABLE:
         raise UnsupportedError(
             f"{tensor.name}: is {tensor.dtype}; --fold residual divides plain numbers only",
             hint="Leave --fold out; the weights are scaled then.",
         )
     place = Layer(EMBEDDING, 0) if layer is None else Layer("", int(layer))
-    role: Role = "weight" if leaf == "weight" else "bias"
+    role: Role = "weight" if suffix == "weight" else "bias"
     return TensorEdit(tensor, factor, role=role, layer=place)

@@ -16,7 +16,7 @@ from moescale.families.moe_config import MoeConfig
 from moescale.families.names import plain_name
 from moescale.families.projections import Layer, Projection
 from moescale.families.witness import CHOICE_BIASES, LOGIT_BIASES, PACKED, WEIGHTS
-from moescale.routers.kinds import LLAMA_NORM, Gating, Other
+from moescale.routers.kinds import LLAMA_NORM, OtherRouter, RouterKind
 
 RULE: Final = "--rule gates"
 SCALE: Final = "--gate-scale"
@@ -26,7 +26,9 @@ _INSTEAD: Final[Mapping[str, str]] = MappingProxyType(
 """What else can be done, by the option that needs the router."""
 
 
-def gating_of(architecture: Architecture, tensors: Sequence[Tensor], option: str) -> Gating:
+def router_kind_of(
+    architecture: Architecture, tensors: Sequence[Tensor], option: str
+) -> RouterKind:
     """The row of a model type.
 
     Args:
@@ -37,14 +39,14 @@ def gating_of(architecture: Architecture, tensors: Sequence[Tensor], option: str
     Raises:
         UnsupportedError: its router works otherwise.
     """
-    row = architecture.gating
+    row = architecture.router
     if (
-        isinstance(row, Gating)
+        isinstance(row, RouterKind)
         and row.not_if
         and any(t.name.endswith(row.not_if[0]) for t in tensors)
     ):
-        row = Other(row.not_if[1])
-    if isinstance(row, Other):
+        row = OtherRouter(row.not_if[1])
+    if isinstance(row, OtherRouter):
         raise UnsupportedError(
             f"{option} cannot be used with the router of"
             f" {architecture.model_type or 'an unknown type'!r}: {row.why}",
@@ -55,7 +57,7 @@ def gating_of(architecture: Architecture, tensors: Sequence[Tensor], option: str
 
 @dataclass(frozen=True, slots=True)
 class RouterTensors:
-    """The tensors of one layer's router; see `Gating`."""
+    """The tensors of one layer's router; see `RouterKind`."""
 
     layer: Layer
     weight: Tensor
@@ -70,7 +72,7 @@ class RouterTensors:
 
 
 def find_routers(
-    gating: Gating,
+    kind: RouterKind,
     config: MoeConfig,
     projections: Sequence[Projection],
     tensors: Sequence[Tensor],
@@ -79,7 +81,7 @@ def find_routers(
     """The routers of all layers that have routed experts, one a layer.
 
     Args:
-        gating: the row of the model type.
+        kind: the row of the model type.
         config: what the config says of this MoE.
         projections: the routed down-projections.
         tensors: the whole checkpoint.
@@ -89,14 +91,14 @@ def find_routers(
         CheckpointError: a layer lacks one of the tensors.
         UnsupportedError: a tensor is quantised.
     """
-    ends = (*gating.weight, *gating.norm, *gating.bias, *gating.logit_bias)
+    ends = (*kind.weight, *kind.norm, *kind.bias, *kind.logit_bias)
     ends = (*ends, *WEIGHTS, *CHOICE_BIASES, *LOGIT_BIASES, *PACKED, LLAMA_NORM)
     by_name = {plain_name(t.name): t for t in tensors if t.name.endswith(ends)}
     by_layer = {p.layer: p for p in projections}
     biased = config.choice_bias
-    if gating.bias_optional:
-        biased = any(name.endswith((*gating.bias, *CHOICE_BIASES)) for name in by_name)
-    normed = gating.norm and option == RULE
+    if kind.bias_optional:
+        biased = any(name.endswith((*kind.bias, *CHOICE_BIASES)) for name in by_name)
+    normed = kind.norm and option == RULE
 
     def one(beside: Projection, names: Sequence[str], known: Sequence[str]) -> Tensor:
         """By the names of the row, or by one of another layout in the block of the experts."""
@@ -110,7 +112,7 @@ def find_routers(
                 f" {_INSTEAD[option]}",
             )
         found = by_name[at]
-        if found.dtype not in SCALABLE or any(f"{at}.{leaf}" in by_name for leaf in PACKED):
+        if found.dtype not in SCALABLE or any(f"{at}.{suffix}" in by_name for suffix in PACKED):
             raise UnsupportedError(
                 f"{found.name}: is {found.dtype}; {option} needs a router of plain numbers",
                 hint=_INSTEAD[option],
@@ -120,10 +122,10 @@ def find_routers(
     return [
         RouterTensors(
             layer,
-            one(beside, gating.weight, WEIGHTS),
-            one(beside, (*gating.norm, LLAMA_NORM), ()) if normed else None,
-            one(beside, gating.bias, CHOICE_BIASES) if gating.bias and biased else None,
-            one(beside, gating.logit_bias, LOGIT_BIASES) if gating.logit_bias else None,
+            one(beside, kind.weight, WEIGHTS),
+            one(beside, (*kind.norm, LLAMA_NORM), ()) if normed else None,
+            one(beside, kind.bias, CHOICE_BIASES) if kind.bias and biased else None,
+            one(beside, kind.logit_bias, LOGIT_BIASES) if kind.logit_bias else None,
         )
         for layer, beside in sorted(by_layer.items())
     ]
@@ -165,8 +167,8 @@ def scaled_routers(
         UnsupportedError: the router works otherwise, or its logits are not its weight's alone.
         CheckpointError: a router is missing.
     """
-    gating = gating_of(architecture, tensors, SCALE)
-    found = find_routers(gating, config, projections, tensors, SCALE)
+    kind = router_kind_of(architecture, tensors, SCALE)
+    found = find_routers(kind, config, projections, tensors, SCALE)
     if config.logit_cap:
         raise UnsupportedError(
             f"{SCALE} cannot be used with the router of {architecture.model_type!r}: a tanh bounds"
@@ -177,7 +179,7 @@ def scaled_routers(
     moves = None
     if any(router.bias for router in found):
         moves = BIAS_MOVES
-    elif grouped and gating.group_best > 1:
+    elif grouped and kind.group_best > 1:
         moves = "groups of experts are chosen by sums of scores, whose order may change"
     edits = [
         TensorEdit(tensor, role="router", layer=router.layer)

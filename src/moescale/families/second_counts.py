@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from moescale.checkpoint.json_text import Path, parse_lenient, replace_spans, value_spans
 from moescale.families.architectures import ROWS, Architecture
-from moescale.families.config import CONFIG, Config, Spelling
+from moescale.families.config import CONFIG, Config, ConfigKey
 
 KEYS: Final = frozenset(
     key
@@ -41,19 +41,22 @@ _OTHERS: Final = re.compile(
 )
 
 
-def second_spellings(
-    config: Config, row: Architecture, places: Sequence[Spelling]
-) -> tuple[list[Spelling], list[str]]:
+def second_count_keys(
+    config: Config, row: Architecture, count_keys: Sequence[ConfigKey]
+) -> tuple[list[ConfigKey], list[str]]:
     """Other keys of the config that hold the count, and warnings of those that hold another.
 
     Args:
         config: the checkpoint's config.
         row: the row of its type.
-        places: where the count stands by that row; the first is what counts.
+        count_keys: where the count stands by that row; the first is what counts.
     """
-    if not places:
+    if not count_keys:
         return [], []
-    count, known = one_number(places[0].value), {(place.section, place.key) for place in places}
+    count, known = (
+        one_number(count_keys[0].value),
+        {(key.section, key.key) for key in count_keys},
+    )
     own_parts = {s for r in ROWS if r.model_type == row.model_type for s in r.sections}
     known |= {(s, key) for r in _other_parts(row) for s in r.sections for key in r.count}
     found, warnings = [], []
@@ -62,7 +65,9 @@ def second_spellings(
         if (section, key) in known or _LEFT_ALONE & set(path):
             continue
         if key in KEYS and _is_same(value, count) and section in row.sections:
-            found.append(Spelling(section, key, tuple(value) if isinstance(value, list) else value))
+            found.append(
+                ConfigKey(section, key, tuple(value) if isinstance(value, list) else value)
+            )
         elif section not in own_parts or section in row.sections:
             warnings.append(_left(CONFIG, path, value))
     return found, warnings

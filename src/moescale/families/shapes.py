@@ -72,20 +72,22 @@ def check_shapes(
 
 
 def _signature(projection: Projection) -> Signature:
-    return tuple((leaf, t.dtype, t.shape) for leaf, t in projection.leaves.items())
+    return tuple((suffix, t.dtype, t.shape) for suffix, t in projection.by_suffix.items())
 
 
 @lru_cache(maxsize=1024)  # the projections of a checkpoint are of very few kinds
 def _measured(signature: Signature) -> Measured:
-    return measured({leaf: Tensor(leaf, dtype, shape, 0, 0) for leaf, dtype, shape in signature})
+    return measured(
+        {suffix: Tensor(suffix, dtype, shape, 0, 0) for suffix, dtype, shape in signature}
+    )
 
 
 def _check_one(projection: Projection) -> None:
     found = _measured(_signature(projection))
-    _refuse_empty(projection.leaves, found)
+    _refuse_empty(projection.by_suffix, found)
     if found.misfit is not None:
-        tensor = projection.leaves[found.misfit]
-        codes = projection.leaves[found.codes]
+        tensor = projection.by_suffix[found.misfit]
+        codes = projection.by_suffix[found.codes]
         raise CheckpointError(
             f"{tensor.name}: its shape {list(tensor.shape)} does not fit {codes.name},"
             f" which is {list(codes.shape)}",
@@ -93,9 +95,9 @@ def _check_one(projection: Projection) -> None:
         )
 
 
-def _refuse_empty(leaves: Mapping[str, Tensor], found: Measured) -> None:
+def _refuse_empty(by_suffix: Mapping[str, Tensor], found: Measured) -> None:
     if found.empty is not None:
-        tensor = leaves[found.empty]
+        tensor = by_suffix[found.empty]
         raise CheckpointError(
             f"{tensor.name}: is empty, its shape is {list(tensor.shape)}", hint=GATHER
         )
@@ -121,7 +123,7 @@ def _check_alike(members: Sequence[Projection]) -> None:
     for i, one in enumerate(found):
         if one.size is not None:
             kinds["size"].append(i)
-        kinds[tuple((leaf, dtype) for leaf, dtype, _ in one.alike)].append(i)
+        kinds[tuple((suffix, dtype) for suffix, dtype, _ in one.alike)].append(i)
     for kind, places in kinds.items():
         what = [found[i].size if kind == "size" else found[i].alike for i in places]
         usual = Counter(what).most_common(1)[0][0]
@@ -132,12 +134,12 @@ def _check_alike(members: Sequence[Projection]) -> None:
 
 def _unlike(projection: Projection, wanted: Signature) -> CheckpointError:
     """Name the first tensor whose shape is not that of its siblings."""
-    shapes = {leaf: shape for leaf, _, shape in wanted}
-    leaf, found = next(
-        ((n, t) for n, t in projection.leaves.items() if shapes.get(n, t.shape) != t.shape),
-        next(iter(projection.leaves.items())),
+    shapes = {suffix: shape for suffix, _, shape in wanted}
+    suffix, found = next(
+        ((n, t) for n, t in projection.by_suffix.items() if shapes.get(n, t.shape) != t.shape),
+        next(iter(projection.by_suffix.items())),
     )
-    others = list(shapes.get(leaf, next(iter(shapes.values()))))
+    others = list(shapes.get(suffix, next(iter(shapes.values()))))
     return CheckpointError(
         f"{found.name}: its shape is {list(found.shape)}, that of the other experts of layer"
         f" {projection.layer} is {others}",
@@ -186,15 +188,15 @@ class _Before:
                     )
 
     def of(self, projection: Projection) -> dict[str, dict[str, Tensor]]:
-        """The leaves of each that is there, by its module."""
+        """The tensors of each that is there, by its module."""
         head, word, tail = _parts(projection.module)
         found: dict[str, dict[str, Tensor]] = {}
         for sibling in _SIBLINGS.get(word, ()):
             module = head + sibling + tail
-            for leaf, tensor in projection.leaves.items():
-                suffix = plain_name(tensor.name)[len(projection.module) :]
-                if (other := self._by_name.get(module + suffix)) is not None:
-                    found.setdefault(module, {})[leaf] = other
+            for suffix, tensor in projection.by_suffix.items():
+                rest = plain_name(tensor.name)[len(projection.module) :]
+                if (other := self._by_name.get(module + rest)) is not None:
+                    found.setdefault(module, {})[suffix] = other
         return found
 
     def biased(self, projection: Projection) -> str | None:
@@ -214,14 +216,14 @@ class _Before:
         """
         own = _measured(_signature(projection))
         paired = False
-        for module, leaves in self.of(projection).items():
-            other = _measured(tuple((leaf, t.dtype, t.shape) for leaf, t in leaves.items()))
-            _refuse_empty(leaves, other)
+        for module, by_suffix in self.of(projection).items():
+            other = _measured(tuple((suffix, t.dtype, t.shape) for suffix, t in by_suffix.items()))
+            _refuse_empty(by_suffix, other)
             if own.size is None or other.size is None:
                 continue
             joined = _MATRICES.get(_parts(module)[1], (1,))
             if not _is_transpose(own.size, other.size, joined, projection.expert is None):
-                raise _not_transposed(projection, own, leaves, other)
+                raise _not_transposed(projection, own, by_suffix, other)
             paired = True
         return paired
 
@@ -252,10 +254,10 @@ def _is_transpose(
 
 
 def _not_transposed(
-    projection: Projection, own: Measured, leaves: Mapping[str, Tensor], other: Measured
+    projection: Projection, own: Measured, by_suffix: Mapping[str, Tensor], other: Measured
 ) -> CheckpointError:
-    tensor = projection.leaves[own.codes]
-    beside = leaves[other.codes]
+    tensor = projection.by_suffix[own.codes]
+    beside = by_suffix[other.codes]
     return CheckpointError(
         f"{tensor.name}: its shape {list(tensor.shape)} is not the transpose of {beside.name},"
         f" which is {list(beside.shape)}",
@@ -296,7 +298,7 @@ def _is_turned(
 
 
 def _misfit(projection: Projection, hidden: int) -> CheckpointError:
-    tensor = projection.leaves[_measured(_signature(projection)).codes]
+    tensor = projection.by_suffix[_measured(_signature(projection)).codes]
     return CheckpointError(
         f"{tensor.name}: its shape is {list(tensor.shape)}, but the config says that hidden states"
         f" have {hidden} numbers",
@@ -307,7 +309,7 @@ def _misfit(projection: Projection, hidden: int) -> CheckpointError:
 def _check_inner(projection: Projection, size: tuple[int, ...], stated: int | None) -> None:
     """Where no gate and up are beside, only the config can tell a part of an expert."""
     if stated is not None and stated not in size:
-        tensor = projection.leaves[_measured(_signature(projection)).codes]
+        tensor = projection.by_suffix[_measured(_signature(projection)).codes]
         raise CheckpointError(
             f"{tensor.name}: its shape is {list(tensor.shape)}, but the config says that an expert"
             f" is {stated} wide (moe_intermediate_size)",
@@ -320,11 +322,13 @@ def _check_biases(projections: Sequence[Projection], before: _Before) -> None:
     with_bias: dict[Any, Projection] = {}
     without: dict[Any, Projection] = {}
     for p in projections:
-        leaves = frozenset((leaf, t.dtype) for leaf, t in p.leaves.items() if leaf != "bias")
-        (with_bias if "bias" in p.leaves else without).setdefault((p.layer.stack, leaves), p)
+        by_suffix = frozenset(
+            (suffix, t.dtype) for suffix, t in p.by_suffix.items() if suffix != "bias"
+        )
+        (with_bias if "bias" in p.by_suffix else without).setdefault((p.layer.stack, by_suffix), p)
     for kind, lacking in without.items():
         biased = with_bias.get(kind)
-        beside = biased.leaves["bias"].name if biased else before.biased(lacking)
+        beside = biased.by_suffix["bias"].name if biased else before.biased(lacking)
         if beside is not None:
             raise CheckpointError(
                 f"{lacking.module}: has no bias, unlike {beside}",

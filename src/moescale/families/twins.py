@@ -63,7 +63,7 @@ def like(names: Iterable[str], projections: Iterable[Projection]) -> set[str]:
     """Those of the names that are like the projections', but for numbers, or routed anyway."""
     if not (names := list(names)):
         return set()
-    forms = {_form(tensor.name) for p in projections for tensor in p.leaves.values()}
+    forms = {_form(tensor.name) for p in projections for tensor in p.by_suffix.values()}
     return {name for name in names if _form(name) in forms or held_layer(name) is not None}
 
 

@@ -19,7 +19,7 @@ from moescale.families.moe_config import MoeConfig
 from moescale.families.names import plain_name
 from moescale.families.projections import Projection
 from moescale.families.witness import CHOICE_BIASES, LOGIT_BIASES
-from moescale.routers.kinds import Gating
+from moescale.routers.kinds import RouterKind
 
 _PROJECTION: Final = re.compile(
     r"[0-9]*\.?(?:expert_[0-9]+\.)?(?:mlp\.)?(?:gate_up_projs?|(?:gate|up|down)_projs?|w[123]|w13|v1"
@@ -90,17 +90,22 @@ class _Known:
     """What a row knows of the tensors of its MoE layers."""
 
     def __init__(self, row: Architecture) -> None:
-        gating = row.gating if isinstance(row.gating, Gating) else None
-        self._any_router = gating is None
+        kind = row.router if isinstance(row.router, RouterKind) else None
+        self._any_router = kind is None
         self._own = set(row.beside)
-        if gating is None or gating.bias:
+        if kind is None or kind.bias:
             self._own |= set(CHOICE_BIASES)
-        if gating is None or gating.logit_bias:
+        if kind is None or kind.logit_bias:
             self._own |= set(LOGIT_BIASES)
-        if gating is not None:
-            names = {*gating.weight, *gating.norm, *gating.bias, *gating.logit_bias}
+        if kind is not None:
+            names = {
+                *kind.weight,
+                *kind.norm,
+                *kind.bias,
+                *kind.logit_bias,
+            }
             self._own |= names | {name.partition(".")[2] for name in names}
-            self._own |= {"gate.tid2eid"} if gating.not_if else set()
+            self._own |= {"gate.tid2eid"} if kind.not_if else set()
         self._joint_norm = row.partly is not None
         self._forms: dict[str, bool] = {}
 
@@ -122,5 +127,5 @@ class _Known:
             return True
         if self._any_router and _ROUTER.match(rest):
             return True
-        module, leaf = split_name(rest)
-        return _ROUTER.fullmatch(module) is not None and leaf not in ("bias", "scale")
+        module, suffix = split_name(rest)
+        return _ROUTER.fullmatch(module) is not None and suffix not in ("bias", "scale")

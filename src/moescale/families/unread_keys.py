@@ -12,8 +12,8 @@ from typing import Any, Final
 
 from moescale.families.architectures import Architecture, Flag, PowerNorm
 from moescale.families.config import whole
-from moescale.routers.kinds import Gating
-from moescale.routers.normalisation import Router
+from moescale.routers.kinds import RouterKind
+from moescale.routers.normalisation import Normalisation
 
 SCORES: Final = frozenset(
     (
@@ -56,7 +56,7 @@ _NORM: Final = re.compile(r".*(?:rout|moe|expert).*norm.*|.*norm.*(?:rout|moe|ex
 
 
 def unread_keys(
-    row: Architecture, section: Mapping[str, Any], router: Router | None
+    row: Architecture, section: Mapping[str, Any], router: Normalisation | None
 ) -> Iterator[tuple[str, Any]]:
     """Config keys that change the routing in some model types and that this row does not read.
 
@@ -65,13 +65,13 @@ def unread_keys(
         section: the section of the config that describes the MoE.
         router: how the row normalises the weights, where that is known.
     """
-    gating = row.gating if isinstance(row.gating, Gating) else None
-    read = _read_by(row, gating)
+    kind = row.router if isinstance(row.router, RouterKind) else None
+    read = _read_by(row, kind)
     groups, chosen = group_keys(section)
     limits = not row.groups and 0 < chosen < groups
     for key, value in section.items():
         limit = limits and key == "topk_group"
-        if limit or (key not in read and _is_unusual(key, value, gating, router)):
+        if limit or (key not in read and _is_unusual(key, value, kind, router)):
             yield key, value
 
 
@@ -81,33 +81,40 @@ def group_keys(section: Mapping[str, Any]) -> tuple[int, int]:
     return groups, whole(section, "topk_group", 0)
 
 
-def _read_by(row: Architecture, gating: Gating | None) -> set[str | None]:
+def _read_by(row: Architecture, kind: RouterKind | None) -> set[str | None]:
     keys: set[str | None] = {row.no_effect_if}
-    if isinstance(row.weights, Flag):
-        keys |= {row.weights.key, *row.weights.aliases}
-    if isinstance(row.weights, PowerNorm):
-        keys.add(row.weights.key)
+    if isinstance(row.normalised, Flag):
+        keys |= {row.normalised.key, *row.normalised.aliases}
+    if isinstance(row.normalised, PowerNorm):
+        keys.add(row.normalised.key)
     if row.model_type == "deepseek_v2":  # which has a warning of its own
         keys.add("norm_topk_prob")
-    if gating is not None:
-        keys |= {gating.score_key, gating.bias_key, gating.cap_key, gating.idle_key}
+    if kind is not None:
+        keys |= {
+            kind.score_key,
+            kind.bias_key,
+            kind.cap_key,
+            kind.idle_key,
+        }
     return keys
 
 
-def _is_unusual(key: str, value: Any, gating: Gating | None, router: Router | None) -> bool:
+def _is_unusual(
+    key: str, value: Any, kind: RouterKind | None, router: Normalisation | None
+) -> bool:
     """Whether a key changes the routing from what the row takes it for."""
     if key in SCORES:
-        return gating is not None and isinstance(value, str) and value != gating.score
+        return kind is not None and isinstance(value, str) and value != kind.score
     if _SCORING.fullmatch(key) and value in _SCORE_NAMES:
-        return gating is not None and value != gating.score
+        return kind is not None and value != kind.score
     if key in NORMALISED or (value is False and _NORMALISING.fullmatch(key)):
-        anyway = gating is not None and gating.late and gating.score == "softmax"
+        anyway = kind is not None and kind.late and kind.score == "softmax"
         contradicts = router is not None and value is not router.renormalised
         return isinstance(value, bool) and contradicts and not anyway
     if key in BIASED or (key, value) == ("topk_method", "noaux_tc"):
-        return bool(value) and gating is not None and not (gating.bias or gating.logit_bias)
+        return bool(value) and kind is not None and not (kind.bias or kind.logit_bias)
     if key == "zero_expert_num":
-        return type(value) is int and value > 0 and gating is not None
+        return type(value) is int and value > 0 and kind is not None
     if _BOUND.fullmatch(key):
         return type(value) in (int, float) and value not in (0, 1)
     return value is True and (key in ON_INPUT or _NORM.fullmatch(key) is not None)

@@ -50,7 +50,7 @@ class Witness:
             tensor = self._tensors.get(at + name)
             if tensor is None or tensor.dtype not in SCALABLE:
                 continue
-            if not any(f"{at}{name}.{leaf}" in self._tensors for leaf in PACKED):
+            if not any(f"{at}{name}.{suffix}" in self._tensors for suffix in PACKED):
                 return tensor
         return None
 

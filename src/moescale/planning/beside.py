@@ -152,7 +152,7 @@ class _Looker:
         self._moe = moe
         self._result = result
         self._layers = layers_by_name(moe.projections)
-        self._scaled = {t.name: t for p in moe.projections for t in p.leaves.values()}
+        self._scaled = {t.name: t for p in moe.projections for t in p.by_suffix.values()}
         self._least = sum(t.nbytes for t in self._scaled.values()) // _SMALLEST
 
     def decide_all(self, names: Iterable[str]) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 from moescale.checkpoint.gguf.names import is_gguf, part_name
 from moescale.errors import UnsupportedError
 from moescale.families.architectures import Architecture
-from moescale.families.config import Config, Spelling, keys_of
+from moescale.families.config import Config, ConfigKey, keys_of
 from moescale.families.engines import llama_cpp_name
 from moescale.families.scale_key import fold_factor
 from moescale.storage.base import SourceId
@@ -79,7 +79,7 @@ class Instead:
 def instead(
     config: Config,
     architecture: Architecture,
-    places: Sequence[Spelling],
+    count_keys: Sequence[ConfigKey],
     count: int | None,
     factors: Iterable[float],
 ) -> Instead | None:
@@ -88,7 +88,7 @@ def instead(
     Args:
         config: that of the source.
         architecture: the row of the model type.
-        places: where the experts per token stand.
+        count_keys: where the experts per token stand.
         count: the new number; None where it stays.
         factors: those of all layers.
     """
@@ -98,7 +98,7 @@ def instead(
     scales = list(new_scales(config, architecture, different.pop()) or [])
     if not scales and set(factors) != {1.0}:
         return None
-    counts = [] if count is None else list(_new_counts(places, count))
+    counts = [] if count is None else list(_new_counts(count_keys, count))
     if not counts and not scales:
         return None
     name = str(config.value.get("model_type", architecture.model_type))
@@ -123,8 +123,8 @@ def new_scales(
     return found
 
 
-def _new_counts(places: Sequence[Spelling], count: int) -> Iterator[NewValue]:
-    for place in places:
+def _new_counts(count_keys: Sequence[ConfigKey], count: int) -> Iterator[NewValue]:
+    for place in count_keys:
         after = [count] * len(place.value) if isinstance(place.value, tuple) else count
         if after != (list(place.value) if isinstance(place.value, tuple) else place.value):
             yield NewValue(place.path, place.value, after)

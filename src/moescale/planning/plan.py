@@ -22,7 +22,7 @@ from moescale.options import Options
 from moescale.planning.comparison import ByLayer, Comparison, compare
 from moescale.planning.files import CARD, PROVENANCE, PlannedFile
 from moescale.planning.instead import Instead, by_engine
-from moescale.routers.normalisation import Router
+from moescale.routers.normalisation import Normalisation
 from moescale.storage.base import SourceId
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Plan:
     model_type: str
     part: str | None
     experts: Experts
-    router: Router | None
+    router: Normalisation | None
     rule: str  # or factor, or factors
     why: str | None  # this rule, where none was asked for
     rho: float

@@ -151,7 +151,7 @@ def adjustable(moe: Moe, tensors: Sequence[Tensor]) -> Adjustable:
 def _takes_any_factor(moe: Moe) -> bool:
     """Whether every projection can be multiplied by more than powers of two."""
     kinds = {
-        tuple((leaf, tensor.dtype) for leaf, tensor in projection.leaves.items()): projection
+        tuple((suffix, tensor.dtype) for suffix, tensor in projection.by_suffix.items()): projection
         for projection in moe.projections
     }
-    return all(takes_any_factor(projection.leaves) for projection in kinds.values())
+    return all(takes_any_factor(projection.by_suffix) for projection in kinds.values())

@@ -17,8 +17,8 @@ from moescale.factors.samples import Sample
 from moescale.families.config import CONFIG
 from moescale.families.find import Moe
 from moescale.families.projections import Layer
-from moescale.families.router_tensors import RULE, RouterTensors, find_routers, gating_of
-from moescale.routers.kinds import Gating
+from moescale.families.router_tensors import RULE, RouterTensors, find_routers, router_kind_of
+from moescale.routers.kinds import RouterKind
 from moescale.routers.weights import Array, Gate, RouterWeights, Score, sample_layer
 from moescale.storage.base import SMALL_FILE_BYTES, Source
 
@@ -26,12 +26,12 @@ HUB_READS = 4
 """Layers that are read at once from the Hub; one at a time from a disk."""
 
 
-def gate_of(moe: Moe, gating: Gating, biased: bool) -> Gate:
+def gate_of(moe: Moe, kind: RouterKind, biased: bool) -> Gate:
     """How the router of this checkpoint makes weights of its logits, as row and config say.
 
     Args:
         moe: the MoE.
-        gating: the row of its router.
+        kind: the row of its router.
         biased: a bias takes part in the choice of experts.
 
     Raises:
@@ -40,26 +40,26 @@ def gate_of(moe: Moe, gating: Gating, biased: bool) -> Gate:
     config, router = moe.config, moe.config.router
     assert router is not None, "a model type with a row of gating has one of architectures"
     return Gate(
-        score=_score(gating, config.score, biased),
-        late=gating.late,
+        score=_score(kind, config.score, biased),
+        late=kind.late,
         normalised=router.renormalised,
         groups=config.groups,
-        group_best=gating.group_best,
+        group_best=kind.group_best,
         shared=router.shared,
-        idle=config.experts_without_weights if gating.idle_key else 0,
-        grid=gating.grid,
+        idle=config.experts_without_weights if kind.idle_key else 0,
+        grid=kind.grid,
         cap=config.logit_cap,
     )
 
 
-def _score(gating: Gating, stated: Any, biased: bool) -> Score:
-    named = stated or (gating.biased_score if biased else None) or gating.score
+def _score(kind: RouterKind, stated: Any, biased: bool) -> Score:
+    named = stated or (kind.biased_score if biased else None) or kind.score
     for score in get_args(Score):
         if named == score:
             known: Score = score
             return known
     raise UnsupportedError(
-        f"{CONFIG}: {gating.score_key} is {named!r}, a score that --rule gates does not know",
+        f"{CONFIG}: {kind.score_key} is {named!r}, a score that --rule gates does not know",
         hint="--rule preserve needs no score.",
     )
 
@@ -123,17 +123,17 @@ def find_gates(moe: Moe, headers: Mapping[str, Header]) -> Routers:
         CheckpointError: a router is missing.
     """
     tensors = [t for header in headers.values() for t in header.tensors]
-    gating = gating_of(moe.architecture, tensors, RULE)
-    if gating.zero_centred and any(".switch_mlp." in p.module for p in moe.projections):
+    kind = router_kind_of(moe.architecture, tensors, RULE)
+    if kind.zero_centred and any(".switch_mlp." in p.module for p in moe.projections):
         raise UnsupportedError(
             f"--rule gates: mlx-lm may have added 1 to the norms of this {moe.model_type!r} model",
             hint="--rule preserve needs the config alone.",
         )
-    found = find_routers(gating, moe.config, moe.projections, tensors, RULE)
+    found = find_routers(kind, moe.config, moe.projections, tensors, RULE)
     names = {tensor.name for router in found for tensor in router.present}
     shards = {t.name: shard for shard, h in headers.items() for t in h.tensors if t.name in names}
-    gate = gate_of(moe, gating, any(router.bias for router in found))
-    return Routers(moe, gate, gating.zero_centred, found, shards)
+    gate = gate_of(moe, kind, any(router.bias for router in found))
+    return Routers(moe, gate, kind.zero_centred, found, shards)
 
 
 def read_gates(source: Source, routers: Routers) -> Iterator[tuple[RouterTensors, RouterWeights]]:

@@ -52,7 +52,7 @@ def scaled_weights(
     return [
         edit
         for p in moe.projections
-        for edit in scaled_tensors(p.module, p.leaves, factors[p.layer], instead, p.layer)
+        for edit in scaled_tensors(p.module, p.by_suffix, factors[p.layer], instead, p.layer)
     ]
 
 

@@ -95,7 +95,7 @@ def _with_forgotten(
         raise CheckpointError(
             f"{first}: holds routed experts that no index lists: {error.message}", hint=error.hint
         ) from None
-    taken = {tensor.name for p in moe.projections for tensor in p.leaves.values()}
+    taken = {tensor.name for p in moe.projections for tensor in p.by_suffix.values()}
     for shard, header in joined.items():
         if taken.isdisjoint(tensor.name for tensor in header.tensors):
             raise CheckpointError(

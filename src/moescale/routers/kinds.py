@@ -18,7 +18,7 @@ from typing import Final
 
 
 @dataclass(frozen=True, slots=True)
-class Gating:
+class RouterKind:
     """How one kind of router works; names are what follows ``layers.{L}.``, the first there counts.
 
     Attributes:
@@ -59,7 +59,7 @@ class Gating:
 
 
 @dataclass(frozen=True, slots=True)
-class Other:
+class OtherRouter:
     """A router that works otherwise, and how."""
 
     why: str
@@ -70,7 +70,7 @@ LLAMA_NORM = "ffn_norm.weight"
 """What Meta's names call the norm before the router, for any type."""
 _BIAS = "e_score_correction_bias"
 
-SOFTMAX: Final = Gating(("mlp.gate.weight",), (_NORM,))
+SOFTMAX: Final = RouterKind(("mlp.gate.weight",), (_NORM,))
 """Qwen, OLMoE: the softmax of all logits, then the largest."""
 MIXTRAL: Final = replace(SOFTMAX, weight=("block_sparse_moe.gate.weight", "mlp.gate.weight"))
 CENTRED: Final = replace(SOFTMAX, zero_centred=True)
@@ -115,7 +115,7 @@ XLLM: Final = replace(
     bias=("mlp.gate.bias",),
     bias_optional=True,
 )
-V4: Final = Gating(
+V4: Final = RouterKind(
     ("ffn.gate.weight", "mlp.gate.weight"),
     ("ffn_norm.weight", _NORM),
     ("ffn.gate.bias", f"mlp.gate.{_BIAS}"),
@@ -200,20 +200,24 @@ COHERE2: Final = replace(LATE, norm=("input_layernorm.weight",), score_key="expe
 JETMOE: Final = replace(LATE, weight=("mlp.router.layer.weight",))
 ARIA: Final = replace(LATE, weight=("mlp.router.weight",))
 DOGE: Final = replace(LATE, weight=("mlp.router_gate.weight",), grid=True)
-SPARSEMIXER: Final = Other(
+SPARSEMIXER: Final = OtherRouter(
     "it masks logits far below the largest, and weighs its two experts apart"
 )
-ON_THE_INPUT: Final = Other("its weight multiplies the input of an expert, not the output")
-TWO_ROUTERS: Final = Other("a layer has two routers, for text and for images, but one factor")
-OF_SEVERAL_LAYERS: Final = Other("it serves several layers, each with a norm of its own before it")
-BIASED_NORM: Final = Other("the norm before it adds a bias")
-STREAMS: Final = Other("its input is a mix of several streams, which depends on what is in them")
-GATED_INPUT: Final = Other("its input is gated by a small network after the norm")
-STATEFUL: Final = Other("it is a network of its own, with a state from layer to layer")
-LIMITED: Final = Other("its experts take a limited number of tokens")
-OWN_NORM: Final = Other("it has a norm and scales of its own")
-NOT_COMPARED: Final = Other(
+ON_THE_INPUT: Final = OtherRouter("its weight multiplies the input of an expert, not the output")
+TWO_ROUTERS: Final = OtherRouter("a layer has two routers, for text and for images, but one factor")
+OF_SEVERAL_LAYERS: Final = OtherRouter(
+    "it serves several layers, each with a norm of its own before it"
+)
+BIASED_NORM: Final = OtherRouter("the norm before it adds a bias")
+STREAMS: Final = OtherRouter(
+    "its input is a mix of several streams, which depends on what is in them"
+)
+GATED_INPUT: Final = OtherRouter("its input is gated by a small network after the norm")
+STATEFUL: Final = OtherRouter("it is a network of its own, with a state from layer to layer")
+LIMITED: Final = OtherRouter("its experts take a limited number of tokens")
+OWN_NORM: Final = OtherRouter("it has a norm and scales of its own")
+NOT_COMPARED: Final = OtherRouter(
     "its code is not part of transformers, so that nothing could be compared"
 )
-UNKNOWN: Final = Other("it is not in the table of routers")
+UNKNOWN: Final = OtherRouter("it is not in the table of routers")
 """Of a model type that only a pattern describes."""

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 
 @dataclass(frozen=True, slots=True)
-class Router:
+class Normalisation:
     """What the closed forms need to know.
 
     Attributes:

@@ -90,13 +90,13 @@ class GgufCheckpoint:
         if fold == "residual":
             return self._residual(factors)
         return [
-            self._edit(tensor, leaf, factors[p.layer], p.layer)
+            self._edit(tensor, suffix, factors[p.layer], p.layer)
             for p in self.moe.projections
-            for leaf, tensor in sorted(p.leaves.items(), reverse=True)
-            if leaf.lstrip("._") in (("scale", "bias") if fold == "scale" else ("weight", "bias"))
+            for suffix, tensor in sorted(p.by_suffix.items(), reverse=True)
+            if suffix.lstrip("._") in (("scale", "bias") if fold == "scale" else ("weight", "bias"))
         ]
 
-    def _edit(self, tensor: Tensor, leaf: str, factor: float, layer: Layer) -> TensorEdit:
+    def _edit(self, tensor: Tensor, suffix: str, factor: float, layer: Layer) -> TensorEdit:
         kind = BY_NAME[tensor.dtype]
         if factor != 1.0 and kind.refused is not None:
             raise UnsupportedError(
@@ -108,7 +108,7 @@ class GgufCheckpoint:
                 " none",
                 hint=self._instead(factor),
             )
-        role: Role = "bias" if leaf.endswith("bias") else "weight"
+        role: Role = "bias" if suffix.endswith("bias") else "weight"
         return TensorEdit(tensor, factor, role=role, format=kind.name, layer=layer)
 
     def _instead(self, factor: float) -> str:
@@ -210,7 +210,7 @@ class GgufCheckpoint:
 
     @property
     def _count_key(self) -> str:
-        return self.moe.places[0].key
+        return self.moe.count_keys[0].key
 
     def output(
         self, edits: Sequence[TensorEdit], factors: Mapping[Layer, float], experts: Experts
@@ -282,7 +282,7 @@ class GgufCheckpoint:
         """The ``.scale`` tensors that the model does not have yet."""
         if self._options.fold != "scale":
             return []
-        without = [p for p in self.moe.projections if "scale" not in p.leaves]
+        without = [p for p in self.moe.projections if "scale" not in p.by_suffix]
         return [
             NewTensor(f"{p.module}.scale", (factors[p.layer],) * self.moe.held[p.layer])
             for p in sorted(without, key=lambda p: p.layer)

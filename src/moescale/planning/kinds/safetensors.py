@@ -92,7 +92,7 @@ class SafetensorsCheckpoint:
         if options.fold == "residual" or options.gate_scale is not None:
             return None
         values = factors.values()
-        return instead(self._config, moe.architecture, moe.places, options.experts, values)
+        return instead(self._config, moe.architecture, moe.count_keys, options.experts, values)
 
     def sealed(self, plan: Plan) -> Plan:
         """All is said."""
@@ -116,7 +116,7 @@ def _edited(config: Config, moe: Moe, factors: Mapping[Layer, float], options: O
     if options.fold == "config":
         config = fold_factor(config, moe.architecture, one_factor(factors, options))
     if options.experts is not None:
-        config = set_count(config, moe.places, options.experts)
+        config = set_count(config, moe.count_keys, options.experts)
     return config
 
 
