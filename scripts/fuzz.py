@@ -7,8 +7,8 @@
 
 `scripts/test.sh` makes `.venv-test`; elsewhere `--group` needs pip 25.1 or newer.
 
-What must hold is in ``tests/properties.py``, which the tests use too: only our own errors, in one
-line, what safetensors rejects is refused, and what is taken means what other readers take it for.
+What must hold is in ``tests/support/properties.py``, which the tests use too: only our own errors,
+in one line; what safetensors rejects is refused; what is taken means the same to other readers.
 More arguments go to libFuzzer. An input that takes 2 seconds is a finding, and so are 300 MiB.
 """
 
@@ -25,7 +25,7 @@ import atheris
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 with atheris.instrument_imports(include=["moescale"]):
-    import properties
+    from support import properties
 
     from moescale.families import architectures
 

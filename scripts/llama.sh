@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fetches the llama.cpp that tests/test_llama.py runs: 10.8 MB, into .llama-client/.
+# Fetches the llama.cpp that tests/gguf/test_llama.py runs: 10.8 MB, into .llama-client/.
 # npm is needed to fetch it; Node is not needed to run it.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -94,7 +94,7 @@ def types_row(row: ModelType) -> str:
 
 def llama_table() -> str:
     """Every architecture of llama.cpp: how it weighs, what can be done, and whether it was run."""
-    run = json.loads((ROOT / "tests" / "llama_models.json").read_text(encoding="utf-8"))
+    run = json.loads((ROOT / "tests" / "support" / "llama_models.json").read_text(encoding="utf-8"))
     lines = [
         "| architecture | weights of the chosen | what happens | `--rule gates` | `--fold config`"
         " | `--fold scale` | run |",

@@ -3,7 +3,7 @@
 #   --latest    with the newest version of everything, instead of those of the lock
 #   --no-torch  without torch and what needs it, for a Python or a machine that has no torch
 #   --coverage  with a report of the lines and branches that ran; takes twice as long
-# Other arguments go to pytest: ./scripts/test.sh tests/test_header.py
+# Other arguments go to pytest: ./scripts/test.sh tests/checkpoint/test_header.py
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
-import checkpoints
-import known_faults
 import pytest
 from hypothesis import settings
+from support import checkpoints, known_faults
+from support.command import Command, Done
 
 settings.register_profile("moescale", deadline=None)  # a busy machine is no failure
 settings.load_profile("moescale")
@@ -85,3 +87,34 @@ def folder(tmp_path: Path) -> Path:
     files = {"config.json": b"{}", "data.bin": checkpoints.DATA, "sub/a.txt": b"a"}
     checkpoints.write_files(root, files)
     return root
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here may reach for the Hub, or colour its output."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_VERBOSITY", "error")  # which the command sets otherwise
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+@pytest.fixture
+def moescale(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Runs the command in this process."""
+    from moescale.cli import main  # here: tests of the imports come first
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["moescale", *map(str, arguments)])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            main()
+            code: Any = 0
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        captured = capsys.readouterr()
+        return Done(code, captured.out, captured.err)
+
+    return run

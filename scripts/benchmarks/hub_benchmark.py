@@ -123,7 +123,7 @@ def hub(root: Path, model: Path, xet: bool | str) -> Iterator[Hub]:
 def serve(pipe: Connection, root: Path, model: Path, xet: bool | str) -> None:
     """Be the Hub until the other end of the pipe is closed."""
     sys.path.insert(0, str(TESTS))
-    import hub_server
+    from support import hub_server
 
     def digests() -> dict[str, str]:
         return {name: blob.sha256 for name, blob in hub.files(DST).items()}

@@ -5,8 +5,8 @@ is smaller everywhere by one factor gives the same outputs, and in it the expert
 were not touched, count for the factor more. This serves formats that hold no other factor than a
 power of two; it is exact up to the rounding of the divided weights and the epsilon of the norms.
 
-Proven for gpt-oss in tests/test_residual.py, in transformers. To add a model type: its blocks
-must be pre-norm, and a row has to name all that is added to the stream but the routed experts.
+Proven for gpt-oss in tests/families/test_residual.py, with transformers. A new model type needs
+pre-norm blocks and a row with everything else that is added to the stream.
 """
 
 from __future__ import annotations

@@ -1,0 +1,120 @@
+"""Several files at once: results, the first failure, and signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import wait
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import pytest
+from support.properties import MemorySource
+
+from moescale.conversion import executor as parallel
+from moescale.conversion.executor import Done, Monitor, Pool, each
+from moescale.errors import InterruptedRun
+from moescale.storage.base import Source
+
+_R = TypeVar("_R")
+
+
+@dataclass(frozen=True)
+class Call(Generic[_R]):
+    """A job that calls a function with its name."""
+
+    name: str
+    work: Callable[[str, Callable[[], None]], _R]
+    size: int = 0
+    source: Source = field(default_factory=lambda: MemorySource({}))
+
+    def __call__(self, monitor: Monitor) -> _R:
+        """Call it."""
+        return self.work(self.name, monitor.check)
+
+
+def call(
+    names: Sequence[str], work: Callable[[str, Callable[[], None]], _R], limit: int
+) -> dict[str, _R]:
+    """Call a function for every name, at most so many at once."""
+
+    def keep(name: str, done: Done[_R]) -> _R:
+        return done.result
+
+    return each([Call(name, work) for name in names], limit, keep, lambda *_: None, Pool())
+
+
+@pytest.fixture
+def _raising() -> Iterator[None]:
+    """Let SIGUSR1 do what Ctrl-C does, in the main thread's absence."""
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    yield
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+    signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.usefixtures("_raising")
+def test_a_signal_that_another_thread_took_ends_the_run() -> None:
+    """The system may give a signal to any thread; the one that waits hears of it all the same."""
+    stopped = threading.Event()
+
+    def work(name: str, check: Callable[[], None]) -> None:
+        time.sleep(0.2)  # until the main thread waits
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+        os.kill(os.getpid(), signal.SIGUSR1)
+        end = time.monotonic() + 120
+        while time.monotonic() < end:
+            time.sleep(0.01)
+            try:
+                check()
+            except InterruptedRun:
+                stopped.set()
+                raise
+
+    with pytest.raises(KeyboardInterrupt):
+        call(["a"], work, 1)
+    assert stopped.wait(120)
+
+
+def test_the_first_failure_stops_the_others() -> None:
+    """What runs ends at its next piece, what waits is not started; the failure is raised."""
+    started: list[str] = []
+    running = threading.Event()
+
+    def work(name: str, check: Callable[[], None]) -> str:
+        started.append(name)
+        if name == "bad":
+            running.wait(120)
+            raise ZeroDivisionError
+        running.set()
+        while True:
+            check()
+            time.sleep(0.01)
+
+    with pytest.raises(ZeroDivisionError):
+        call(["long", "bad", "never"], work, 2)
+    assert sorted(started) == ["bad", "long"]
+
+
+def test_a_thread_that_has_failed_begins_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It need not wait for the main thread to hear of it, which takes its time when busy."""
+    monkeypatch.setattr(parallel, "wait", lambda left, *_: wait(left))
+    started: list[str] = []
+
+    def work(name: str, check: Callable[[], None]) -> None:
+        started.append(name)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        call(["bad", "next", "last"], work, 1)
+    assert started == ["bad"]
+
+
+def test_results_are_by_name() -> None:
+    """Every name gets what its call returned."""
+    assert call(["a", "b", "c"], lambda name, _: name * 2, 2) == {"a": "aa", "b": "bb", "c": "cc"}
+    assert call([], lambda name, _: name, 2) == {}

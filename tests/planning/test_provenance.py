@@ -1,0 +1,170 @@
+"""``moescale.json``: enough to redo a run, and nothing that differs between two of the same job."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import checkpoints
+
+from moescale.options import Options, parse_factors
+from moescale.planning import provenance
+from moescale.planning.decide import make_plan
+from moescale.planning.plan import Plan
+from moescale.storage.base import Written
+from moescale.storage.local.source import LocalSource
+from moescale.version import __version__
+
+WRITTEN = {"b": Written(2, None), "a": Written(1, "0" * 64)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Mixtral."""
+    return checkpoints.mixtral(tmp_path_factory.mktemp("source") / "tiny-mixtral")
+
+
+def plan_of(folder: Path, destination: str | None = None, **options: Any) -> Plan:
+    """A plan, 2 to 3 experts unless options say otherwise."""
+    return make_plan(LocalSource(folder), Options(**{"experts": 3, **options}), destination)
+
+
+def test_it_says_what_was_done(folder: Path) -> None:
+    """Version, source, options, rule, factors and counts are there."""
+    plan = plan_of(folder, rho=0.25, trained_experts=1)
+    content = provenance.provenance(plan, WRITTEN)
+    assert content["moescale"] == __version__
+    assert content["source"] == {"kind": "local", "id": "tiny-mixtral", "revision": None}
+    assert content["options"] == {"experts": 3, "trained_experts": 1, "rho": 0.25}
+    assert (content["rule"], content["rho"]) == ("preserve", 0.25)
+    assert content["experts"] == {"trained": 1, "from": 2, "to": 3, "total": 4}
+    assert set(content["factors"]) == {"0", "1"}
+    assert content["counts"]["moe_layers"] == 2
+    assert content["counts"]["tensors"] == 8
+    assert content["counts"]["bytes_changed"] == 8 * 96
+
+
+def test_it_lists_every_file_with_size_and_digest(folder: Path) -> None:
+    """Files are sorted by name; a digest that is not known is null."""
+    content = provenance.provenance(plan_of(folder), WRITTEN)
+    assert content["files"] == [
+        {"name": "a", "size": 1, "sha256": "0" * 64},
+        {"name": "b", "size": 2, "sha256": None},
+    ]
+
+
+def test_it_holds_nothing_of_this_machine(folder: Path) -> None:
+    """No path, no destination, no time: the bytes are the same from anywhere."""
+    text = provenance.encode(provenance.provenance(plan_of(folder, "somewhere/out"), WRITTEN))
+    assert str(folder.parent).encode() not in text
+    assert b"somewhere" not in text
+    assert text == provenance.encode(provenance.provenance(plan_of(folder, None), WRITTEN))
+
+
+@pytest.mark.parametrize("way", [".", "./", "../tiny-mixtral", "../tiny-mixtral/."])
+def test_the_way_to_the_source_does_not_matter(
+    folder: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A source that is given as a relative path has the same name as by its full path."""
+    monkeypatch.chdir(folder)
+    here = provenance.provenance(plan_of(Path(way)), WRITTEN)
+    assert here == provenance.provenance(plan_of(folder), WRITTEN)
+
+
+def test_it_is_json_of_a_readable_layout(folder: Path) -> None:
+    """The file is text in UTF-8 that ends with a line end, and nothing in it is NaN."""
+    data = provenance.encode({"name": "caf\u00e9", "sub": {"x": 1}})
+    assert data.decode() == '{\n  "name": "caf\u00e9",\n  "sub": {\n    "x": 1\n  }\n}\n'
+    text = provenance.encode(provenance.provenance(plan_of(folder), WRITTEN)).decode()
+    json.loads(text, parse_constant=pytest.fail)
+
+
+def test_its_factors_can_be_used_again(folder: Path) -> None:
+    """The file of an earlier output is what --factors takes, to the last bit."""
+    plan = plan_of(folder)
+    text = provenance.encode(provenance.provenance(plan, WRITTEN)).decode()
+    again = plan_of(folder, experts=None, factors=parse_factors(text, "moescale.json"))
+    assert dict(again.factors) == dict(plan.factors)
+
+
+def test_factors_that_were_given_are_in_it(folder: Path) -> None:
+    """Options that were given as a mapping are written as one."""
+    plan = plan_of(folder, experts=None, factors={"0": 1.5, "1": 2.0})
+    content = json.loads(provenance.encode(provenance.provenance(plan, WRITTEN)))
+    assert content["options"]["factors"] == content["factors"] == {"0": 1.5, "1": 2.0}
+
+
+# The same job -------------------------------------------------------------------------------------
+
+
+def test_digests_do_not_make_another_job(folder: Path) -> None:
+    """A file that was written with digests is of the same job as one without."""
+    plan = plan_of(folder)
+    with_digest = provenance.provenance(plan, {"a": Written(1, "0" * 64)})
+    without = provenance.provenance(plan, {"a": Written(1, None)})
+    assert provenance.same_job(with_digest, without)
+    assert not provenance.same_job(provenance.provenance(plan, {"a": Written(2)}), without)
+
+
+@pytest.mark.parametrize("found", [None, [], "text", 1, {}, {"files": 3}])
+def test_something_else_is_another_job(folder: Path, found: Any) -> None:
+    """Whatever stands in a file of that name, it is compared and not trusted."""
+    assert not provenance.same_job(found, provenance.provenance(plan_of(folder), WRITTEN))
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"experts": 4}, "other options (experts=3)"),
+        ({"rule": "published"}, "other options (experts=3)"),
+        ({"rho": 0.5}, "other options (experts=3)"),
+        ({"factor": 1.5}, "other options (experts=3)"),
+    ],
+)
+def test_other_options_are_another_job(folder: Path, options: dict[str, Any], word: str) -> None:
+    """An unfinished run is continued only with the options that started it."""
+    one, other = provenance.job(plan_of(folder)), provenance.job(plan_of(folder, **options))
+    assert one != other
+    assert provenance.job_difference(one, other) == word
+
+
+def test_a_changed_source_is_another_job(tmp_path: Path) -> None:
+    """A file of the source that changed since makes the rest of it unusable."""
+    folder = checkpoints.mixtral(tmp_path / "m")
+    before = provenance.job(plan_of(folder))
+    (folder / "tokenizer.json").write_bytes(b"{}")
+    assert "changed" in provenance.job_difference(before, provenance.job(plan_of(folder)))
+
+
+def test_the_job_survives_a_journal(folder: Path) -> None:
+    """A job that was written as JSON and read again is the same job."""
+    job = provenance.job(plan_of(folder, experts=None, factors={"0": 1.1, "1": 0.1}))
+    assert json.loads(json.dumps(job)) == job
+
+
+def test_the_job_does_not_depend_on_places(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where source and destination are called otherwise, the run can still be continued."""
+    monkeypatch.chdir(folder.parent)
+    assert provenance.job(plan_of(Path(folder.name), "x")) == provenance.job(plan_of(folder, "y"))
+
+
+def test_another_version_is_another_job(folder: Path) -> None:
+    """What an older version began is not finished by a newer one."""
+    job = provenance.job(plan_of(folder))
+    assert provenance.job_difference({**job, "version": "0"}, job) == "another version"
+    assert provenance.job_difference("text", job) == "another program"
+    assert provenance.job_difference({**job, "plan": "0"}, job) == "other options (experts=3)"
+    assert provenance.job_difference({**job, "options": 1}, job) == "other options"
+
+
+# Names that are no text ---------------------------------------------------------------------------
+
+
+def test_a_source_name_that_is_no_text_is_no_crash(folder: Path) -> None:
+    """A directory whose name is no UTF-8 can be rescaled."""
+    plan = plan_of(folder)
+    plan = replace(plan, source=replace(plan.source, id="/x/caf\udce9"))
+    provenance.encode(provenance.provenance(plan, WRITTEN))

@@ -1,0 +1,145 @@
+"""The layers: imports point downwards, and the rooms below the plan know nothing of each other."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import moescale
+
+PACKAGE = Path(__file__).parents[2] / "src" / "moescale"
+
+BELOW = {"errors", "version", "checkpoint", "factors", "routers", "families", "storage"}
+"""What the plan and all that reads it stand on."""
+
+MAY_USE = {
+    "errors": set(),
+    "checkpoint": {"errors"},
+    "factors": {"errors"},
+    "routers": {"factors"},
+    "options": {"errors", "checkpoint"},
+    "families": {"errors", "checkpoint", "routers"},
+    "storage": {"errors", "checkpoint", "version"},
+    "planning": {*BELOW, "options"},
+    "results": {*BELOW, "planning"},
+    "calibrate": {*BELOW, "options", "planning"},
+    "conversion": {*BELOW, "options", "planning", "calibrate", "results"},
+    "report": {*BELOW, "planning", "results"},
+}
+"""What each room may import of the package besides itself."""
+
+COMMAND = {"__main__.py", "cli.py", "interrupts.py", "progress.py", "terminal.py"}
+"""What belongs to the command alone: streams, exit codes, signals, the environment."""
+
+
+def imports(path: Path) -> set[str]:
+    """The rooms and modules of the package that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "moescale":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moescale."):
+            found.add((node.module or "").split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("moescale.")}
+    return found
+
+
+def files_of(room: str) -> list[Path]:
+    """The modules of a room, or the one that has no room."""
+    file = PACKAGE / f"{room}.py"
+    return [file] if file.exists() else sorted((PACKAGE / room).rglob("*.py"))
+
+
+@pytest.mark.parametrize("room", MAY_USE)
+def test_a_room_knows_only_what_is_below(room: str) -> None:
+    """A room imports itself and what lies below it, nothing else of the package."""
+    files = files_of(room)
+    assert files
+    for path in files:
+        assert imports(path) <= MAY_USE[room] | {room}, path
+
+
+def test_only_what_opens_a_location_knows_what_is_there() -> None:
+    """Local and Hub storages are named by one module outside of their own."""
+    named = re.compile(r"moescale\.storage\.(?:local|hub)\b")
+    users = {p for p in PACKAGE.rglob("*.py") if named.search(p.read_text(encoding="utf-8"))}
+    others = {p for p in users if p.parent.name not in ("local", "hub")}
+    assert {path.relative_to(PACKAGE).as_posix() for path in others} == {"storage/opening.py"}
+
+
+@pytest.mark.parametrize(("own", "other"), [("hub", "local"), ("local", "hub")])
+def test_local_and_hub_storages_know_nothing_of_each_other(own: str, other: str) -> None:
+    """A module of one names none of the other, and no state that is on disk."""
+    files = sorted((PACKAGE / "storage" / own).glob("*.py"))
+    assert files
+    for path in files:
+        assert f"moescale.storage.{other}" not in path.read_text("utf-8"), path
+
+
+def test_nothing_imports_the_command() -> None:
+    """Only the start of the program knows the command line."""
+    users = {p.name for p in PACKAGE.rglob("*.py") if "cli" in imports(p)}
+    assert users == {"__main__.py"}
+
+
+def test_a_plan_needs_no_numpy() -> None:
+    """Numpy is 15 MB and half of the start-up time; only rules that sample, and runs, load it."""
+    code = "import sys; from moescale import api; sys.exit('numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    users = {p.name for p in PACKAGE.rglob("*.py") if "interrupts" in imports(p)}
+    assert users == {"__main__.py", "cli.py"}
+
+
+def test_the_command_uses_only_what_is_public() -> None:
+    """Whatever the command can do can be done from Python, too."""
+    own = {"interrupts", "options", "report", "version"}
+    assert imports(PACKAGE / "cli.py") - own <= {"api", *moescale.__all__}
+
+
+def touched(path: Path) -> set[str]:
+    """What a file does to the process: prints, exits, handles signals, sets variables."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            found.add(ast.unparse(node.func))
+        elif isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
+            found.add(ast.unparse(node.value))
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) in ("sys.stdout", "sys.stderr"):
+            found.add(ast.unparse(node))
+    return found & FOR_THE_COMMAND
+
+
+FOR_THE_COMMAND = {
+    *("print", "input", "exit", "sys.exit", "os._exit", "sys.stdout", "sys.stderr"),
+    *("signal.signal", "faulthandler.enable", "gc.set_threshold"),
+    *(f"os.environ.{call}" for call in ("setdefault", "update", "pop")),
+    *("os.environ", "os.putenv", "os.chdir", "locale.setlocale"),
+}
+
+
+def test_only_the_command_touches_the_process() -> None:
+    """No other module prints, exits, sets signal handlers or variables of the environment."""
+    found = {path.name: what for path in PACKAGE.rglob("*.py") if (what := touched(path))}
+    assert found.keys() <= COMMAND
+    assert {"print", "sys.exit", "os.environ.setdefault"} <= found["cli.py"]
+
+
+def test_the_config_is_read_once() -> None:
+    """The section that describes the MoE is passed to nothing but what makes a record of it."""
+    takers = {
+        path.name
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.arg) and node.arg == "section"
+    }
+    assert takers == {"config.py", "moe_config.py", "unread_keys.py"}
+    readers = {
+        p.name for p in PACKAGE.rglob("*.py") if '"per_layer_config"' in p.read_text("utf-8")
+    }
+    assert readers == {"moe_config.py"}
