@@ -44,7 +44,7 @@ PLACE, WORKING = f"hf://{DST}", "moescale-unfinished-main"
 TO_DISK, TO_HUB = 150, 400
 """Limits of memory in MiB."""
 
-SENT = re.compile(r"([\d.]+ \w?B) of weights sent, ([\d.]+ \w?B) were on the Hub already")
+SENT = re.compile(r"([\d.]+ \w?B) of weights sent, ([\d.]+ \w?B) were already on the Hub")
 HEADINGS = ("run", "seconds", "peak MiB", "limit", "received", "sent", "weights sent", "known")
 SUMMARY = "{:34} {:>5} {:>8} {:>7} {:>7} {:>9}"
 ROW = "{:34} {:>8} {:>9} {:>6} {:>14} {:>14} {:>14} {:>14}"

@@ -70,15 +70,15 @@ from moescale.storage.base import Destination, Phase, Progress, Source
 from moescale.storage.location import (
     Location,
     destination_location,
-    expanded,
+    expand_user,
     remarks_on,
     source_location,
 )
 from moescale.storage.opening import (
     check_apart,
-    check_file,
     check_links,
     check_not_source,
+    check_output_file,
     open_destination,
     open_source,
 )
@@ -373,7 +373,7 @@ def verify(
     _check_jobs(jobs)
     to = destination_location(destination)
     reader = open_source(source_location(source), options.get("revision"))
-    opened = open_destination(to, shelf=reader.shelf)
+    opened = open_destination(to, gguf_set=reader.gguf_set)
     with shown(progress) as (step, begin), _pool(options.get("dask")) as pool:
         with _loader(options) as loader:
             wanted, calibration = _asked(options, measuring, loader, opened)
@@ -440,7 +440,7 @@ def _source(source: Location, destination: Location | None, given: Mapping[str, 
     """
     local = destination is None or destination.path is not None
     reader = open_source(source, given.get("revision"), local or given.get("follow_links", False))
-    if reader.shelf is not None and given.get("evaluate") is not None:
+    if reader.gguf_set is not None and given.get("evaluate") is not None:
         raise UnsupportedError(
             "--evaluate runs the model in transformers, which a GGUF file is not for",
             hint="Evaluate it with llama-perplexity.",
@@ -460,7 +460,7 @@ def _destination(to: Location, given: PlanOptions, source: Source) -> Destinatio
         given.get("create_pr", False),
         given.get("commit_message"),
         given.get("overwrite", False),
-        source.shelf,
+        source.gguf_set,
     )
     check_links(source, destination)
     return destination
@@ -483,9 +483,9 @@ def _evaluated(
     return evaluated(
         source,
         plans,
-        Path(expanded(text)),
+        Path(expand_user(text)),
         loader,
-        calibrated=None if calibrated is None else Path(expanded(calibrated)),
+        calibrated=None if calibrated is None else Path(expand_user(calibrated)),
         output=output,
         progress=measuring,
     )
@@ -520,9 +520,9 @@ def _asked(
     if text is None and rule not in RUN:
         return options_of(given, None), None
     calibration = open_calibration(
-        None if text is None else Path(expanded(text)),
+        None if text is None else Path(expand_user(text)),
         loader,
-        None if keep is None else Path(expanded(keep)),
+        None if keep is None else Path(expand_user(keep)),
         measuring,
     )
     return options_of(given, calibration.sha256), calibration
@@ -562,7 +562,7 @@ def _check_asked(given: Rescaling) -> None:
 
 def _may_repair(plan: Plan, destination: Destination) -> bool:
     """Whether the destination holds an output that decides the same, perhaps damaged."""
-    if not destination.keeps_files or destination.unfinished() is not None:
+    if not destination.keeps_files or destination.unfinished_job() is not None:
         return False
     return same_decisions(earlier(destination), plan)
 
@@ -577,7 +577,7 @@ def _repair(
     pool: Pool | None,
 ) -> Status:
     """Write again exactly the files of a finished output that differ, and prove them."""
-    output, sizes = destination.output(), plan.large_sizes
+    output, sizes = destination.open_output(), plan.large_sizes
     phase("verifying", sizes)
     proof = proven(plan, source, output, jobs=jobs, progress=progress, pool=pool)
     if not proof.differences:
@@ -595,10 +595,10 @@ def _repair(
         progress=progress,
         pool=pool,
     )
-    again, only = destination.output(), sizes.keys() - keep.keys()
+    again, only = destination.open_output(), sizes.keys() - keep.keys()
     phase("verifying", {name: sizes[name] for name in only})
     mended = proven(plan, source, again, jobs=jobs, only=only, progress=progress, pool=pool)
-    mended.check()
+    mended.raise_if_different()
     fill_digests(destination, plan, {**mended.written, **keep}, again)
     return "repair"
 
@@ -625,10 +625,10 @@ def _check_files(
     """
     folders = [at.path for at in locations if at and at.path]
     if (report := options.get("report")) is not None:
-        check_file("--report", Path(expanded(report)), *folders)
+        check_output_file("--report", Path(expand_user(report)), *folders)
     if (text := options.get("calibrate_out")) is not None:
-        check_file("--calibrate-out", Path(expanded(text)), *folders)
-        check_kept(Path(expanded(text)))
+        check_output_file("--calibrate-out", Path(expand_user(text)), *folders)
+        check_kept(Path(expand_user(text)))
 
 
 def _drawn(plan: Plan, file: StrPath | None) -> Plan:
@@ -642,7 +642,7 @@ def _hindrances(found: Plan | Several, file: StrPath | None) -> list[str]:
         from moescale.report import page
 
         try:
-            page.write(found, Path(expanded(file)))
+            page.write(found, Path(expand_user(file)))
         except MoescaleError as error:
             return [error.message]
     return []
@@ -692,7 +692,7 @@ def _pool(dask: StrPath | None) -> Iterator[Workers | None]:
             f"--dask needs {error.name}, which is not installed",
             hint="Install it with pip install '.[dask]' in the clone, or: pip install distributed",
         ) from None
-    with connect(expanded(dask)) as workers:
+    with connect(expand_user(dask)) as workers:
         yield workers
 
 
@@ -729,10 +729,10 @@ def _with_room(plan: Plan, destination: Destination) -> Plan:
         DestinationError: the disk is too small, and nothing can be shared.
     """
     try:
-        if (room := destination.room()) is None:
+        if (room := destination.available_bytes()) is None:
             return plan
         missing = plan.bytes_written - room
-        may_share = missing <= 0 or destination.may_share(plan.source)
+        may_share = missing <= 0 or destination.may_share_blocks(plan.source)
     except OSError:  # a file system that does not tell, or a place that the run will refuse
         return plan
     if missing <= 0:
@@ -756,7 +756,7 @@ def _made(
     overwrite: bool | None = None,
 ) -> Plan:
     """The plan, with a view; see `moescale.conversion.measured.measured_plan`."""
-    said = None if to is None else to.said
+    said = None if to is None else to.text
     if calibration is None:
         made = make_plan(source, wanted, said, progress=measuring)
     else:
@@ -774,7 +774,7 @@ def verify_output(
     pool: Pool | None = None,
 ) -> None:
     """Verify a finished output, and note the digests in its provenance."""
-    output = destination.output()
+    output = destination.open_output()
     proof = proven(plan, source, output, jobs=jobs, progress=progress, pool=pool)
-    proof.check()
+    proof.raise_if_different()
     fill_digests(destination, plan, proof.written, output)

@@ -391,5 +391,5 @@ def test_a_cache_without_room_is_said_before_the_download(lab: Lab, model: Model
     hub.add_repo("lab/bytes", files)
     free = type("Usage", (), {"free": 7})
     lab.monkeypatch.setattr("moescale.storage.hub.source.shutil.disk_usage", lambda path: free)
-    with pytest.raises(SourceError, match=r"has to be downloaded .* 7 B are free .*\nFree some"):
+    with pytest.raises(SourceError, match=r"needs a download of .* 7 B are free .*\nFree some"):
         api.plan("lab/bytes", **model.options())

@@ -143,7 +143,7 @@ def test_a_destination_that_looks_like_a_repo_is_said_to_be_a_folder(
 ) -> None:
     """Before anything is written, with how the Hub is meant; not where there is such a folder."""
     monkeypatch.chdir(tmp_path)
-    said = "warning: me/out is a folder here, not a repo; to upload, say hf://me/out\n"
+    said = "warning: me/out is a local folder, not a repo; to upload, give hf://me/out\n"
     for more in (["--dry-run"], ["-q", "--dry-run"], ["--json", "--dry-run"], ["-q"]):
         assert moescale(source, "me/out", "-k", 3, *more).err == said
     assert "me/out (local directory)" in moescale(source, "me/out", "-k", 3, "--dry-run").out
@@ -815,7 +815,7 @@ def test_a_full_disk_says_which_file(
     def full(self: Any, name: str, data: bytes) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(LocalDestination, "put", full)
+    monkeypatch.setattr(LocalDestination, "write_small", full)
     done = moescale(source, out, "-k", 3, "-q")
     fails(done, 1, "README.md")
     assert "None" not in done.err

@@ -819,13 +819,13 @@ def test_a_full_disk_is_said_as_such(small: Path, tmp_path: Path, call: str) -> 
 
 def test_a_disk_that_is_full_at_the_end_is_said_as_such(small: Path, tmp_path: Path) -> None:
     """The small files at the end are written with the same care as the shards."""
-    put = LocalDestination.put
+    put = LocalDestination.write_small
 
     def full(self: LocalDestination, name: str, data: bytes) -> Any:
         return no_space() if name == "config.json" else put(self, name, data)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LocalDestination, "put", full)
+        patch.setattr(LocalDestination, "write_small", full)
         with pytest.raises(RewriteError, match=r"config\.json.*disk is full"):
             convert(small, tmp_path / "out", experts=3)
     assert convert(small, tmp_path / "out", experts=3).status == "resume"

@@ -29,7 +29,7 @@ from moescale.conversion.run import rewriting
 from moescale.errors import bytes_text
 from moescale.options import Options
 from moescale.planning.decide import make_plan
-from moescale.storage.base import Written
+from moescale.storage.base import FileRecord
 from moescale.storage.hub.client import Access
 from moescale.storage.hub.source import HubSource
 from moescale.storage.local.destination import LocalDestination
@@ -285,7 +285,7 @@ def test_a_worker_without_a_token_is_refused(lab: Lab) -> None:
     with cluster(1, {**hub.env(lab.root / "workers"), "HF_TOKEN": ""}) as running:
         outcome = lab.run(SRC, PLACE, "-k", "3", "-q", "--dask", running.scheduler_address)
     assert outcome.code == 3
-    assert "nobody is logged in to the Hub here (worker on" in outcome.failure
+    assert "not logged in to the Hub here (worker on" in outcome.failure
     assert "Set HF_TOKEN in the worker's environment" in outcome.failure
     assert not hub.has(DST)
 
@@ -293,11 +293,11 @@ def test_a_worker_without_a_token_is_refused(lab: Lab) -> None:
 def test_another_hub_is_refused(lab: Lab) -> None:
     """A worker whose HF_ENDPOINT is another one would read and write elsewhere."""
     lab.start()
-    part = HubSource(HubRef(SRC)).only([SHARDS[0]])
-    pickle.loads(pickle.dumps(part)).check()
+    part = HubSource(HubRef(SRC)).subset([SHARDS[0]])
+    pickle.loads(pickle.dumps(part)).check_reachable()
     here = Access.here()
-    with pytest.raises(errors.SourceError, match="names another Hub"):
-        Access("another", here.logged_in).check(SRC, errors.SourceError)
+    with pytest.raises(errors.SourceError, match="names a different Hub"):
+        Access("another", here.logged_in).check_here(SRC, errors.SourceError)
 
 
 # Programs of their own ----------------------------------------------------------------------
@@ -356,7 +356,7 @@ def test_a_destination_that_is_not_shared_is_refused(
     source: Path, tmp_path: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker that does not find this run's marker sees another folder; old content stays."""
-    share = LocalDestination.share
+    share = LocalDestination.share_writers
 
     def elsewhere(self: LocalDestination) -> None:
         share(self)
@@ -365,8 +365,8 @@ def test_a_destination_that_is_not_shared_is_refused(
 
     convert(source, tmp_path / "out", experts=2, factor=2.0)
     before = checkpoints.tree(tmp_path / "out")
-    monkeypatch.setattr(LocalDestination, "share", elsewhere)
-    with pytest.raises(errors.DestinationError, match=r"out: cannot be seen \(worker on \S+\)"):
+    monkeypatch.setattr(LocalDestination, "share_writers", elsewhere)
+    with pytest.raises(errors.DestinationError, match=r"out: cannot be reached \(worker on \S+\)"):
         convert(source, tmp_path / "out", experts=3, dask=workers.address, overwrite=True)
     assert checkpoints.tree(tmp_path / "out") == before
 
@@ -376,7 +376,7 @@ def test_a_source_that_is_not_shared_is_refused(
     source: Path, tmp_path: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     """Every worker must find each file with the same size and time."""
-    only = LocalSource.only
+    only = LocalSource.subset
 
     def elsewhere(self: LocalSource, names: Any) -> LocalSource:
         part = only(self, names)
@@ -386,8 +386,12 @@ def test_a_source_that_is_not_shared_is_refused(
             part._states[SHARDS[0]] = [1, 2]
         return part
 
-    monkeypatch.setattr(LocalSource, "only", elsewhere)
-    why = "cannot be seen: No such file" if change == "missing" else f"{SHARDS[0]}: is another file"
+    monkeypatch.setattr(LocalSource, "subset", elsewhere)
+    why = (
+        "cannot be reached: No such file"
+        if change == "missing"
+        else f"{SHARDS[0]}: is a different file"
+    )
     with pytest.raises(errors.SourceError, match=rf"{why}.*\(worker on \S+\)"):
         convert(source, tmp_path / "out", experts=3, dask=workers.address)
     assert not (tmp_path / "out" / STATE).exists()
@@ -486,21 +490,21 @@ def test_two_attempts_at_a_shard_do_not_meet(tmp_path: Path) -> None:
     """A worker that is believed dead and still writes has a file of its own, and no say."""
     destination = LocalDestination(tmp_path / "out")
     destination.begin({}, replace=False)
-    destination.share()
+    destination.share_writers()
     lost, again = (pickle.loads(pickle.dumps(destination.writers)) for _ in range(2))
     with lost.open("x.bin", 6) as zombie:
         zombie.write(memoryview(b"dea"))
         with again.open("x.bin", 6) as writer:
             writer.write(memoryview(b"living"))
             made = writer.finish()
-        assert destination.commit_file("x.bin", made) == Written(6)
+        assert destination.commit_file("x.bin", made) == FileRecord(6)
         zombie.write(memoryview(b"d!!"))
         zombie.finish()
     assert (destination.root / "x.bin").read_bytes() == b"living"
     destination.publish({"config.json": b"{}"}, frozenset({"x.bin", "config.json"}))
     destination.close()
     assert {path.name for path in destination.root.iterdir()} == {"x.bin", "config.json"}
-    with pytest.raises(errors.DestinationError, match="cannot be seen"), again.open("y", 1):
+    with pytest.raises(errors.DestinationError, match="cannot be reached"), again.open("y", 1):
         pass
 
 
@@ -511,8 +515,8 @@ def test_a_file_that_is_short_where_it_is_named_is_refused(tmp_path: Path) -> No
     with destination.writers.open("x.bin", 6) as writer:
         writer.write(memoryview(b"abcdef"))
         made = writer.finish()
-    os.truncate(destination.root / STATE / made.at, 3)
-    with pytest.raises(errors.RewriteError, match="another size"):
+    os.truncate(destination.root / STATE / made.handle, 3)
+    with pytest.raises(errors.RewriteError, match="size differs between"):
         destination.commit_file("x.bin", made)
     destination.close()
     assert destination.existing() == {}

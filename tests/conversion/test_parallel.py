@@ -33,7 +33,7 @@ class Call(Generic[_R]):
 
     def __call__(self, monitor: Monitor) -> _R:
         """Call it."""
-        return self.work(self.name, monitor.check)
+        return self.work(self.name, monitor.raise_if_cancelled)
 
 
 def call(

@@ -132,7 +132,7 @@ def test_a_destination_that_looks_like_a_repo_is_said_to_be_a_file(
     (source,) = write_model(tmp_path / "m.gguf")
     monkeypatch.chdir(tmp_path)
     plan = moescale.plan(source, "me/out.gguf", experts=3, rule="preserve")
-    said = "me/out.gguf is a file here, not a repo; to upload, say hf://me/out.gguf"
+    said = "me/out.gguf is a local file, not a repo; to upload, give hf://me/out.gguf"
     assert said in plan.warnings
 
 
@@ -233,7 +233,7 @@ def test_what_is_there_is_kept_without_overwrite(tmp_path: Path) -> None:
     assert out.read_bytes() == before
     assert convert(source, out, experts=4, overwrite=True).status == "replace"
     out.write_text("a letter")
-    with pytest.raises(DestinationError, match="is no GGUF file"):
+    with pytest.raises(DestinationError, match="is not a GGUF file"):
         convert(source, out, overwrite=True)
     assert out.read_text() == "a letter"
 
@@ -643,5 +643,5 @@ def test_rules_that_run_the_model_are_refused(tmp_path: Path) -> None:
 
 def test_a_gguf_name_is_no_destination_of_safetensors(folder: Path, tmp_path: Path) -> None:
     """Nothing here converts from one format to the other."""
-    with pytest.raises(UsageError, match=r"convert_hf_to_gguf|source is none"):
+    with pytest.raises(UsageError, match=r"convert_hf_to_gguf|source is not GGUF"):
         moescale.plan(folder, tmp_path / "out.gguf", experts=3)

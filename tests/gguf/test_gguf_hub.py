@@ -11,7 +11,7 @@ from support.hub_checkpoints import DST, Lab, laboratory
 
 import moescale
 from moescale.errors import UsageError
-from moescale.storage.location import HubRef, from_address, parse_ref
+from moescale.storage.location import HubRef, parse_ref, ref_from_url
 
 REPO = "lab/some-GGUF"
 K3 = ("-k", "3", "--rule", "preserve")
@@ -54,7 +54,7 @@ def test_a_name_of_nothing_is_refused() -> None:
         with pytest.raises(UsageError):
             parse_ref(text)
     address = "https://huggingface.co/org/name/blob/main/a/m.gguf"
-    assert from_address(address) == "hf://org/name@main/a/m.gguf"
+    assert ref_from_url(address) == "hf://org/name@main/a/m.gguf"
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def test_a_card_that_the_hub_refuses_ends_the_run_at_once(lab: Lab) -> None:
     hub.commit(SRC, {"README.md": CARD.replace(b"apache-2.0", b"No License!")})
     outcome = lab.run(SRC, PLACE, "-k", "3", "-q")
     assert outcome.code == 3
-    assert "the Hub refuses the metadata of README.md" in outcome.failure
+    assert "the Hub rejects the metadata of README.md" in outcome.failure
     assert "license" in outcome.failure
     assert not hub.has(DST)
     assert hub.traffic("^cdn")[1] <= len(SHARDS) * (32 << 10)
@@ -231,7 +231,7 @@ def test_only_new_bytes_are_sent(lab: Lab) -> None:
     outcome = lab.done(SRC, PLACE, "-k", "3")
     size = sum(len(lab.source[name]) for name in SHARDS)
     assert hub.traffic("^cas")[0] < size // 20
-    assert f"{bytes_text(size)} were on the Hub already" in outcome.err
+    assert f"{bytes_text(size)} were already on the Hub" in outcome.err
     assert f"http://127.0.0.1:{hub.endpoint.rpartition(':')[2]}/{DST}/commit/" in outcome.err
     assert "B received\n" in outcome.err
 
@@ -370,7 +370,7 @@ def test_a_pull_request_against_a_missing_branch_is_refused(lab: Lab) -> None:
     hub.add_repo(DST, {"old.txt": b"old"})
     outcome = lab.run(SRC, f"{PLACE}@k3", "-k", "3", "--create-pr", "-q")
     assert outcome.code == 3
-    assert "no such branch" in outcome.failure
+    assert "the branch does not exist" in outcome.failure
     assert hub.branches(DST).keys() == {"main"}
 
 
@@ -491,7 +491,7 @@ def test_a_destination_has_no_other_way_out(lab: Lab) -> None:
     hub = lab.start()
     hub.add_repo(DST, {"a.txt": b"1"})
     hub.commit(DST, {"moescale-journal.json": b"[]"}, branch=WORKING)
-    assert HubDestination(HubRef(DST)).unfinished() == "not a journal of moescale"
+    assert HubDestination(HubRef(DST)).unfinished_job() == "not a journal of moescale"
     with pytest.raises(DestinationError):
         HubDestination(HubRef(DST)).begin({"version": "1"}, replace=False)
     for journal in (b"no json", b"[" * 100_000, b'{"job":' * 9000 + b"1" + b"}" * 9000):

@@ -43,7 +43,7 @@ def hide(lab: Lab, module: str, kind: str, name: str) -> None:
 
     if module == "huggingface_hub":
         lab.monkeypatch.setattr(found, kind, Without(kind, (original,), {}))
-        lab.monkeypatch.setattr(hub_destination, "uploaded", None)
+        lab.monkeypatch.setattr(hub_destination, "add_uploaded", None)
     else:
         kept = {n: None for n in STREAM_NAMES[module][kind] if n != name}
         lab.monkeypatch.setattr(found, kind, SimpleNamespace(**kept))

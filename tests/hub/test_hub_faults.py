@@ -362,16 +362,16 @@ def test_waits_grow(lab: Lab) -> None:
         raise httpx2.ReadTimeout("slow")
 
     with pytest.raises(TemporaryError, match=r"x: the connection broke: slow"):
-        hub_module.retried(fail, "x")
+        hub_module.retry(fail, "x")
     for attempt in range(4, 7):
-        hub_module.pause(attempt)
+        hub_module.wait_before_retry(attempt)
     assert lab.waits == [0.5, 1, 2, 4, 8, 8, 8]
 
 
 def test_without_a_network_nothing_is_said_of_resuming(lab: Lab) -> None:
     """Where nobody answers at all, the line says so, and that the network is to be looked at."""
     lab.start()
-    lab.monkeypatch.setattr(hub_module.api(), "endpoint", "http://127.0.0.1:1")
+    lab.monkeypatch.setattr(hub_module.hf_api(), "endpoint", "http://127.0.0.1:1")
     outcome = lab.run(SRC, "-k", "3", "--dry-run")
     assert outcome.code == 5
     assert f"hf://{SRC}: cannot be reached: " in outcome.failure
@@ -385,7 +385,7 @@ def test_without_a_network_nothing_is_said_of_resuming(lab: Lab) -> None:
     ("error", "said"),
     [
         (httpx2.ConnectError("no route"), "x: the connection broke: no route"),
-        (httpx2.DecodingError("bad gzip"), "x: the Hub answered with something else: bad gzip"),
+        (httpx2.DecodingError("bad gzip"), "x: the Hub's answer is not readable: bad gzip"),
         (ValueError("not a name"), "x: not a name"),
         (PermissionError("no"), "x: not found, or the token is missing or expired (401)"),
         (OSError("Network error"), "the Hub's storage broke: Network error"),
@@ -398,7 +398,7 @@ def test_errors_of_the_client_are_said_in_our_words(lab: Lab, error: Exception, 
     lab.start()
     with (
         pytest.raises(Exception, match=r"^x: ") as caught,
-        hub_module.in_our_words("x"),
+        hub_module.translated_errors("x"),
     ):
         raise error
     assert said in str(caught.value)
@@ -407,9 +407,9 @@ def test_errors_of_the_client_are_said_in_our_words(lab: Lab, error: Exception, 
 def test_errors_of_the_system_stay_what_they_are(lab: Lab) -> None:
     """A full disk is no fault of the Hub."""
     lab.start()
-    with pytest.raises(OSError, match="No space left"), hub_module.in_our_words("x"):
+    with pytest.raises(OSError, match="No space left"), hub_module.translated_errors("x"):
         raise OSError(28, "No space left on device")
-    with pytest.raises(KeyError), hub_module.in_our_words("x"):
+    with pytest.raises(KeyError), hub_module.translated_errors("x"):
         raise KeyError("a bug")
 
 

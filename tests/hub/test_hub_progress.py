@@ -19,7 +19,7 @@ from moescale import convert
 from moescale.errors import DestinationError
 from moescale.report import progress as progress_module
 from moescale.report.progress import Progress
-from moescale.storage.hub.upload import CountedFile, HighWater
+from moescale.storage.hub.upload import CountedFile, MonotonicProgress
 
 
 @pytest.fixture
@@ -88,9 +88,9 @@ def test_a_file_tells_how_far_it_was_read() -> None:
     assert (file.seek(2), file.read()) == (2, b"23456789")
     assert (file.seek(0), file.read(None)) == (0, b"0123456789")
     assert steps == [4, 6]
-    mark = HighWater(steps.append)
+    mark = MonotonicProgress(steps.append)
     for position in (0, 3, 2, 5):
-        mark.reach(position)
+        mark.advance_to(position)
     assert steps[2:] == [3, 2]
 
 
@@ -111,7 +111,7 @@ def test_a_terminal_shows_the_bars_until_the_upload_is_done(lab: Lab) -> None:
     after = shown[shown.rindex(f"{PLACE} written: ") :]
     assert "\x1b[A" not in after  # no bar moves any more
     assert re.search(r"[\d.]+ [kM]?B received\r\n", after)
-    assert re.search(r"[\d.]+ [kM]?B of weights sent, \d+ B were on the Hub already\r\n", after)
+    assert re.search(r"[\d.]+ [kM]?B of weights sent, \d+ B were already on the Hub\r\n", after)
     assert f"{hub.endpoint}/{DST}/commit/" in after
 
 

@@ -19,7 +19,7 @@ from support.hub_store import Sparse
 from moescale.errors import RewriteError, SourceError, TemporaryError, UsageError
 from moescale.storage.hub import client as hub_module
 from moescale.storage.hub.source import HubSource
-from moescale.storage.location import HubRef, from_address, is_repo_id, parse_ref
+from moescale.storage.location import HubRef, is_repo_id, parse_ref, ref_from_url
 
 LARGE = r"^(cdn|api /lab/mix/resolve)"
 
@@ -80,7 +80,7 @@ def test_a_place_is_read(text: str, repo: str, revision: str | None) -> None:
 )
 def test_an_address_is_a_place(address: str, place: str | None) -> None:
     """What is pasted from a browser means the repo, and the revision and folder it shows."""
-    assert from_address(address) == place
+    assert ref_from_url(address) == place
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_an_address_is_a_place(address: str, place: str | None) -> None:
 def test_an_address_of_something_else_is_refused(address: str) -> None:
     """It is an error of usage, and never a folder."""
     with pytest.raises(UsageError, match="address"):
-        from_address(address)
+        ref_from_url(address)
 
 
 @pytest.mark.parametrize(
@@ -388,7 +388,7 @@ def test_offline_nothing_is_uploaded(lab: Lab) -> None:
     lab.monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     outcome = lab.run(str(lab.folder), PLACE, "-k", "3", "-q")
     assert outcome.code == 3
-    assert f"{PLACE}: cannot be written to, since HF_HUB_OFFLINE is set" in outcome.failure
+    assert f"{PLACE}: cannot be written to because HF_HUB_OFFLINE is set" in outcome.failure
     assert not hub.requests
 
 
@@ -478,7 +478,7 @@ def test_a_flipped_byte_in_a_small_file_is_noticed(lab: Lab, name: str) -> None:
     hub.fault(f"resolve/.*/{name}$", corrupt(3), times=None)
     outcome = lab.run(SRC, str(lab.root / "out"), "-k", "3", "-q")
     assert outcome.code == 5
-    assert f"{name}: what arrived is not what the Hub has" in outcome.failure
+    assert f"{name}: received other bytes than the Hub has" in outcome.failure
     hub.log.clear()
     lab.done(SRC, str(lab.root / "out"), "-k", "3", "-q")
 
@@ -596,7 +596,7 @@ def test_an_error_never_shows_the_token(lab: Lab) -> None:
     hub = lab.start()
     with (
         pytest.raises(SourceError) as caught,
-        hub_module.in_our_words("x", SourceError),
+        hub_module.translated_errors("x", SourceError),
     ):
         raise ValueError(f"bad header 'Bearer {hub.token}'")
     assert hub.token not in str(caught.value)

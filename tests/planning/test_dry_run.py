@@ -154,7 +154,7 @@ def test_what_an_unfinished_run_has_written_counts_as_room(
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     checkpoints.write_files(tmp_path / "out", {"a": bytes(10), ".moescale/b.tmp": bytes(written)})
-    assert destination.room() == 100 + 10 + written
+    assert destination.available_bytes() == 100 + 10 + written
 
 
 def test_a_disk_that_tells_nothing_is_taken_as_it_is(

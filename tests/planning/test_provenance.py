@@ -14,11 +14,11 @@ from moescale.options import Options, parse_factors
 from moescale.planning import provenance
 from moescale.planning.decide import make_plan
 from moescale.planning.plan import Plan
-from moescale.storage.base import Written
+from moescale.storage.base import FileRecord
 from moescale.storage.local.source import LocalSource
 from moescale.version import __version__
 
-WRITTEN = {"b": Written(2, None), "a": Written(1, "0" * 64)}
+WRITTEN = {"b": FileRecord(2, None), "a": FileRecord(1, "0" * 64)}
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +103,10 @@ def test_factors_that_were_given_are_in_it(folder: Path) -> None:
 def test_digests_do_not_make_another_job(folder: Path) -> None:
     """A file that was written with digests is of the same job as one without."""
     plan = plan_of(folder)
-    with_digest = provenance.provenance(plan, {"a": Written(1, "0" * 64)})
-    without = provenance.provenance(plan, {"a": Written(1, None)})
+    with_digest = provenance.provenance(plan, {"a": FileRecord(1, "0" * 64)})
+    without = provenance.provenance(plan, {"a": FileRecord(1, None)})
     assert provenance.same_job(with_digest, without)
-    assert not provenance.same_job(provenance.provenance(plan, {"a": Written(2)}), without)
+    assert not provenance.same_job(provenance.provenance(plan, {"a": FileRecord(2)}), without)
 
 
 @pytest.mark.parametrize("found", [None, [], "text", 1, {}, {"files": 3}])

@@ -26,7 +26,7 @@ from moescale.report.page import page, write
 from moescale.report.terminal import plan_text
 from moescale.storage.base import SourceId
 from moescale.storage.local.source import LocalSource
-from moescale.storage.opening import check_file
+from moescale.storage.opening import check_output_file
 
 HOSTILE = "</title></style></svg><script>alert('1')</script>&\"\x00\x1b[31m\udc80"
 LAYERS = [*map(str, range(3, 61)), "mtp.0", "mtp.1"]
@@ -237,11 +237,11 @@ def test_the_page_is_not_written_into_a_checkpoint(plan: Plan, tmp_path: Path) -
     folders = (Path(plan.source.id), tmp_path / "out")
     for path in (Path(plan.source.id) / "r.html", tmp_path / "out" / "r.html"):
         with pytest.raises(UsageError, match="lies in"):
-            check_file("--report", path, *folders)
+            check_output_file("--report", path, *folders)
         assert not path.exists()
     with pytest.raises(MoescaleError, match="No such file or directory"):
         write(plan, tmp_path / "missing" / "r.html")
-    check_file("--report", tmp_path / "r.html", *folders)
+    check_output_file("--report", tmp_path / "r.html", *folders)
     assert not (tmp_path / "r.html").exists()
     write(plan, tmp_path / "r.html")
     parsed((tmp_path / "r.html").read_text(encoding="utf-8"))

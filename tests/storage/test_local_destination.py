@@ -54,9 +54,9 @@ def destination(tmp_path: Path, begin: Begin) -> LocalDestination:
 
 def test_a_rerun_knows_what_is_finished(destination: LocalDestination, begin: Begin) -> None:
     """The journal lists finished files, and they are still as they were written."""
-    destination.put("a.bin", b"aa")
-    destination.put("sub/b.bin", b"b")
-    found = begin(destination.root).finished()
+    destination.write_small("a.bin", b"aa")
+    destination.write_small("sub/b.bin", b"b")
+    found = begin(destination.root).finished_files()
     assert {name: written.size for name, written in found.items()} == {"a.bin": 2, "sub/b.bin": 1}
 
 
@@ -83,15 +83,15 @@ def test_a_file_that_was_altered_is_done_again(
     destination: LocalDestination, begin: Begin, change: Any
 ) -> None:
     """A file that is not as the run left it is not trusted."""
-    destination.put("a.bin", b"aa")
-    destination.put("b.bin", b"b")
+    destination.write_small("a.bin", b"aa")
+    destination.write_small("b.bin", b"b")
     change(destination.root / "a.bin")
-    assert set(begin(destination.root).finished()) == {"b.bin"}
+    assert set(begin(destination.root).finished_files()) == {"b.bin"}
 
 
 def test_a_torn_line_is_not_counted(destination: LocalDestination, begin: Begin) -> None:
     """What a crash leaves at the end of the journal is cut off, and later lines are whole."""
-    destination.put("a.bin", b"a")
+    destination.write_small("a.bin", b"a")
     destination.close()
     path = destination.root / STATE / JOURNAL
     whole = path.read_bytes()
@@ -99,9 +99,9 @@ def test_a_torn_line_is_not_counted(destination: LocalDestination, begin: Begin)
         torn = b'{"file": "b.bin", "size": 1, "sha256": null, "stamp": [1]}'[:cut]
         path.write_bytes(whole + torn)
         found = begin(destination.root)
-        assert set(found.finished()) == {"a.bin"}
-        found.put("c.bin", b"c")
-        assert set(begin(destination.root).finished()) == {"a.bin", "c.bin"}
+        assert set(found.finished_files()) == {"a.bin"}
+        found.write_small("c.bin", b"c")
+        assert set(begin(destination.root).finished_files()) == {"a.bin", "c.bin"}
         (destination.root / "c.bin").unlink()
 
 
@@ -110,23 +110,23 @@ def test_a_strange_line_is_passed_over(
     destination: LocalDestination, begin: Begin, line: bytes
 ) -> None:
     """A line that says nothing finishes nothing, and does not end the run."""
-    destination.put("a.bin", b"a")
+    destination.write_small("a.bin", b"a")
     with open(destination.root / STATE / JOURNAL, "ab") as file:
         file.write(line + b"\n")
-    assert set(begin(destination.root).finished()) == {"a.bin"}
+    assert set(begin(destination.root).finished_files()) == {"a.bin"}
 
 
 def test_the_job_is_what_the_first_line_says(destination: LocalDestination) -> None:
     """An unfinished run tells which job it was; without one there is none."""
-    assert destination.unfinished() == JOB
-    assert LocalDestination(destination.root.parent / "elsewhere").unfinished() is None
+    assert destination.unfinished_job() == JOB
+    assert LocalDestination(destination.root.parent / "elsewhere").unfinished_job() is None
 
 
 def test_the_run_of_another_job_is_not_continued(
     destination: LocalDestination, begin: Begin
 ) -> None:
     """Finished files of one job are never taken for those of another."""
-    destination.put("a.bin", b"a")
+    destination.write_small("a.bin", b"a")
     with pytest.raises(DestinationError):
         begin(destination.root, {"job": "other"})
 
@@ -136,7 +136,7 @@ def test_a_foreign_journal_is_not_ours(tmp_path: Path, begin: Begin, content: by
     """A file of that name that we did not write is no run to continue."""
     (tmp_path / STATE).mkdir()
     (tmp_path / STATE / JOURNAL).write_bytes(content)
-    assert LocalDestination(tmp_path).unfinished() not in (None, JOB)
+    assert LocalDestination(tmp_path).unfinished_job() not in (None, JOB)
     with pytest.raises(DestinationError):
         begin(tmp_path)
     assert (tmp_path / STATE / JOURNAL).read_bytes() == content
@@ -145,13 +145,14 @@ def test_a_foreign_journal_is_not_ours(tmp_path: Path, begin: Begin, content: by
 def test_many_threads_note_their_files(destination: LocalDestination, begin: Begin) -> None:
     """Lines of shards that finish at once do not mix."""
     threads = [
-        threading.Thread(target=destination.put, args=(f"{i}.bin", bytes(i))) for i in range(12)
+        threading.Thread(target=destination.write_small, args=(f"{i}.bin", bytes(i)))
+        for i in range(12)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    found = begin(destination.root).finished()
+    found = begin(destination.root).finished_files()
     assert {name: written.size for name, written in found.items()} == {
         f"{i}.bin": i for i in range(12)
     }
@@ -183,7 +184,7 @@ def test_a_second_process_is_refused(tmp_path: Path, begin: Begin) -> None:
         for replace in (False, True):
             with pytest.raises(DestinationError, match="another run"):
                 begin(tmp_path / "out", replace=replace)
-        assert LocalDestination(tmp_path / "out").unfinished() == JOB
+        assert LocalDestination(tmp_path / "out").unfinished_job() == JOB
     finally:
         child.kill()
         child.communicate()
@@ -269,17 +270,17 @@ def test_a_replaced_model_stops_to_load_at_once(folder: Path, begin: Begin) -> N
 
 def test_replacing_a_run_forgets_its_files(destination: LocalDestination, begin: Begin) -> None:
     """Files of a run that is replaced count as old content."""
-    destination.put("a.bin", b"a")
+    destination.write_small("a.bin", b"a")
     new = begin(destination.root, {"job": "other"}, replace=True)
-    assert new.finished() == {}
-    assert new.unfinished() == {"job": "other"}
+    assert new.finished_files() == {}
+    assert new.unfinished_job() == {"job": "other"}
 
 
 def test_a_replaced_run_is_continued_as_such(folder: Path, begin: Begin) -> None:
     """An interrupted --overwrite goes on without the option, and the old content still goes."""
-    begin(folder, replace=True).put("data.bin", b"new")
+    begin(folder, replace=True).write_small("data.bin", b"new")
     destination = begin(folder)
-    assert set(destination.finished()) == {"data.bin"}
+    assert set(destination.finished_files()) == {"data.bin"}
     destination.publish({"config.json": b"{1}"}, keep=frozenset({"data.bin", "config.json"}))
     assert LocalDestination(folder).existing() == {"config.json": 3, "data.bin": 3}
 
@@ -313,7 +314,7 @@ def test_old_content_in_the_way_is_replaced(tmp_path: Path, begin: Begin, old: s
         (root / "x").symlink_to(outside, target_is_directory=True)
         new = "x/y"
     destination = begin(root, replace=True)
-    destination.put(new, b"new")
+    destination.write_small(new, b"new")
     destination.publish({"config.json": b"{}"}, keep=frozenset({new, "config.json"}))
     assert list(outside.iterdir()) == []
     assert LocalDestination(root).existing() == {"config.json": 2, new: 3}
@@ -322,7 +323,7 @@ def test_old_content_in_the_way_is_replaced(tmp_path: Path, begin: Begin, old: s
 def test_an_old_file_where_a_folder_is_needed_is_replaced(folder: Path, begin: Begin) -> None:
     """The other way round: an old file has the name of a new folder."""
     destination = begin(folder, replace=True)
-    destination.put("data.bin/new.txt", b"new")
+    destination.write_small("data.bin/new.txt", b"new")
     destination.publish({"config.json": b"{}"}, keep=frozenset({"data.bin/new.txt", "config.json"}))
     assert LocalDestination(folder).existing() == {"config.json": 2, "data.bin/new.txt": 3}
 
@@ -352,11 +353,11 @@ def test_nothing_loads_before_the_end(
 def test_a_finished_output_has_no_state(destination: LocalDestination) -> None:
     """Journal, lock and temporary files are gone, and so are empty folders of old content."""
     (destination.root / "old" / "deep").mkdir(parents=True)
-    destination.put("a.bin", b"a")
+    destination.write_small("a.bin", b"a")
     destination.publish({"config.json": b"{}"}, keep=frozenset({"a.bin", "config.json"}))
     assert sorted(path.name for path in destination.root.iterdir()) == ["a.bin", "config.json"]
     assert LocalSource(destination.root).files().keys() == {"a.bin", "config.json"}
-    assert LocalDestination(destination.root).unfinished() is None
+    assert LocalDestination(destination.root).unfinished_job() is None
 
 
 def test_git_and_cache_of_the_destination_stay(folder: Path, begin: Begin) -> None:
@@ -374,9 +375,9 @@ def test_git_and_cache_of_the_destination_stay(folder: Path, begin: Begin) -> No
 def test_a_finished_file_can_be_amended(destination: LocalDestination) -> None:
     """The provenance gets its digests later, whole or not at all."""
     destination.publish({"moescale.json": b"old"}, keep=frozenset({"moescale.json"}))
-    destination.amend("moescale.json", b"new")
+    destination.replace_small("moescale.json", b"new")
     assert LocalDestination(destination.root).existing() == {"moescale.json": 3}
-    assert destination.read("moescale.json") == b"new"
+    assert destination.read_existing("moescale.json") == b"new"
 
 
 def test_an_amendment_that_fails_leaves_the_old_file(
@@ -390,9 +391,9 @@ def test_an_amendment_that_fails_leaves_the_old_file(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        destination.amend("moescale.json", b"new")
+        destination.replace_small("moescale.json", b"new")
     assert LocalDestination(destination.root).existing() == {"moescale.json": 3}
-    assert destination.read("moescale.json") == b"old"
+    assert destination.read_existing("moescale.json") == b"old"
 
 
 @pytest.mark.parametrize("left", [[], ["lock"], ["lock", "x.bin.tmp"]])
@@ -405,7 +406,7 @@ def test_what_a_kill_at_the_very_end_leaves_does_no_harm(
     for name in left:
         (destination.root / STATE / name).write_bytes(b"")
     assert set(LocalSource(destination.root).files()) == {"config.json"}
-    assert LocalDestination(destination.root).unfinished() is None
+    assert LocalDestination(destination.root).unfinished_job() is None
     assert LocalDestination(destination.root).existing() == {"config.json": 2}
 
 
@@ -422,7 +423,7 @@ def test_the_lock_is_released_when_the_journal_cannot_be_used(
 
 def test_the_journal_is_one_line_a_file(destination: LocalDestination) -> None:
     """Each line is JSON by itself, so that a torn one harms no other."""
-    destination.put("a.bin", b"a")
+    destination.write_small("a.bin", b"a")
     lines = (destination.root / STATE / JOURNAL).read_bytes().splitlines()
     assert json.loads(lines[0]) == {"job": JOB}
     assert json.loads(lines[1])["file"] == "a.bin"

@@ -216,7 +216,7 @@ def test_links_out_of_the_directory_are_followed(folder: Path, target: str) -> N
     outside.write_bytes(b"secret")
     (folder / "x").symlink_to(target.format(absolute=outside))
     source = LocalSource(folder)
-    assert (source.read("x"), source.linked) == (b"secret", {"x": outside})
+    assert (source.read("x"), source.links) == (b"secret", {"x": outside})
     with pytest.raises(CheckpointError, match="'x' is a link out") as caught:
         LocalSource(folder, follow_links=False).files()
     assert "--follow-links" in str(caught.value)

@@ -18,7 +18,7 @@ from support import checkpoints
 
 from moescale.checkpoint.rewrite import PIECE
 from moescale.errors import RewriteError
-from moescale.storage.base import Written
+from moescale.storage.base import FileRecord
 from moescale.storage.local import destination as local_destination
 from moescale.storage.local import filesystem as disk
 from moescale.storage.local import journal
@@ -35,7 +35,7 @@ kernel_copies = pytest.mark.skipif(
 @pytest.fixture
 def through_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Write as on a file system that has no disk of its own."""
-    monkeypatch.setattr(local_writer, "pass_cache", lambda fd, on: False)
+    monkeypatch.setattr(local_writer, "set_direct_io", lambda fd, on: False)
 
 
 @pytest.fixture
@@ -49,8 +49,8 @@ def sharing(monkeypatch: pytest.MonkeyPatch) -> None:
             return False
         return os.pwrite(target, os.pread(source, size, start), offset) == size
 
-    monkeypatch.setattr(local_writer, "pass_cache", lambda fd, on: on)
-    monkeypatch.setattr(local_writer, "share_blocks", share)
+    monkeypatch.setattr(local_writer, "set_direct_io", lambda fd, on: on)
+    monkeypatch.setattr(local_writer, "clone_blocks", share)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_a_file_has_its_name_only_when_it_is_complete(destination: LocalDestinat
         [temporary] = (destination.root / STATE).glob("*.tmp")
         made = writer.finish()
     assert not (destination.root / "sub").exists()
-    assert destination.commit_file("sub/x.bin", made) == Written(3)
+    assert destination.commit_file("sub/x.bin", made) == FileRecord(3)
     assert (destination.root / "sub" / "x.bin").read_bytes() == b"abc"
     assert not temporary.exists()
 
@@ -98,7 +98,7 @@ def test_a_file_is_synced_before_it_is_renamed(
         local_destination, "sync_directory", lambda path: steps.append(f"sync {Path(path).name}")
     )
     monkeypatch.setattr(journal.Journal, "add", lambda *a: (steps.append("note"), add(*a))[1])
-    destination.put("x.bin", b"abc")
+    destination.write_small("x.bin", b"abc")
     assert steps == ["sync", "rename", "sync out", "note", "sync"]
 
 
@@ -109,7 +109,7 @@ def test_new_folders_are_durable_too(
     synced: list[Path] = []
     for module in (disk, local_destination):
         monkeypatch.setattr(module, "sync_directory", lambda path: synced.append(Path(path)))
-    destination.put("a/b/x.bin", b"abc")
+    destination.write_small("a/b/x.bin", b"abc")
     assert {destination.root, destination.root / "a", destination.root / "a" / "b"} <= set(synced)
 
 
@@ -124,7 +124,7 @@ def test_a_file_of_another_size_than_planned_is_not_finished(destination: LocalD
 def test_long_paths_can_be_written(destination: LocalDestination) -> None:
     """A path that the file system allows is written, however long the temporary name gets."""
     name = "/".join(["folder" * 10] * 5 + ["x.bin"])
-    destination.put(name, b"abc")
+    destination.write_small(name, b"abc")
     assert (destination.root / name).read_bytes() == b"abc"
 
 
@@ -325,8 +325,8 @@ def test_a_file_asks_for_its_room_at_once(
         reserve(fd, offset, size)
         assert os.fstat(fd).st_size == 9004
 
-    monkeypatch.setattr(local_writer, "pass_cache", lambda fd, on: on)
-    monkeypatch.setattr(local_writer, "share_blocks", lambda *_: False)
+    monkeypatch.setattr(local_writer, "set_direct_io", lambda fd, on: on)
+    monkeypatch.setattr(local_writer, "clone_blocks", lambda *_: False)
     monkeypatch.setattr(os, "posix_fallocate", ask)
     assert copied(folder, destination, 0, 9000) == checkpoints.DATA[:9000]
     assert not asked, "the stretch does not begin where a block does"
@@ -354,7 +354,7 @@ def test_a_write_that_fails_before_a_copy(
             raise OSError(code, os.strerror(code))
         return write(fd, data)
 
-    monkeypatch.setattr(local_writer, "pass_cache", lambda fd, on: False)
+    monkeypatch.setattr(local_writer, "set_direct_io", lambda fd, on: False)
     monkeypatch.setattr(os, "write", refuse)
     with pytest.raises(OSError, match=os.strerror(code)):
         copied(folder, destination, 3, 20_000)
@@ -379,7 +379,7 @@ def test_a_disk_that_refuses_such_writes(
         return real(fd, data[:largest] if state["uncached"] else data)
 
     real = os.write
-    monkeypatch.setattr(local_writer, "pass_cache", switch)
+    monkeypatch.setattr(local_writer, "set_direct_io", switch)
     monkeypatch.setattr(os, "write", write)
     with destination.writers.open("x.bin", 2 * PIECE + 5) as writer:
         writer.write(memoryview(MIB + MIB + b"12345"))
@@ -414,4 +414,4 @@ def test_a_digest_is_that_of_all_bytes(destination: LocalDestination) -> None:
     with destination.writers.open("x.bin", 2 * PIECE + 3, digest=True) as writer:
         writer.write(memoryview(MIB + MIB + b"123"))
         made = writer.finish()
-    assert made.written.sha256 == hashlib.sha256(MIB + MIB + b"123").hexdigest()
+    assert made.record.sha256 == hashlib.sha256(MIB + MIB + b"123").hexdigest()

@@ -106,25 +106,31 @@ def test_a_source_streams(lab: Lab, source: Source) -> None:
 
 def test_a_source_has_a_state_for_the_journal(lab: Lab, source: Source) -> None:
     """The state of a file is JSON, and another look at the same source finds the same."""
-    states = {name: source.state(name) for name in source.files()}
+    states = {name: source.fingerprint(name) for name in source.files()}
     assert json.loads(json.dumps(states)) == states
-    assert source.newest_change() >= 0
+    assert source.last_changed() >= 0
     again: Source
     again = (
         LocalSource(lab.folder)
         if source.identity.kind == "local"
         else HubSource(HubRef(SRC, lab.commit))
     )
-    assert {name: again.state(name) for name in again.files()} == states
+    assert {name: again.fingerprint(name) for name in again.files()} == states
 
 
 def test_another_content_is_another_state(lab: Lab) -> None:
     """A file that changes in a directory or on a branch has another state."""
     hub = lab.start()
-    before = [LocalSource(lab.folder).state(SHARDS[0]), HubSource(HubRef(SRC)).state(SHARDS[0])]
+    before = [
+        LocalSource(lab.folder).fingerprint(SHARDS[0]),
+        HubSource(HubRef(SRC)).fingerprint(SHARDS[0]),
+    ]
     (lab.folder / SHARDS[0]).write_bytes(lab.source[SHARDS[1]])
     hub.commit(SRC, {SHARDS[0]: lab.source[SHARDS[1]]})
-    after = [LocalSource(lab.folder).state(SHARDS[0]), HubSource(HubRef(SRC)).state(SHARDS[0])]
+    after = [
+        LocalSource(lab.folder).fingerprint(SHARDS[0]),
+        HubSource(HubRef(SRC)).fingerprint(SHARDS[0]),
+    ]
     assert before[0] != after[0]
     assert before[1] != after[1]
 
@@ -173,7 +179,7 @@ def write(destination: Destination, name: str, data: bytes, finish: bool = True)
 def publish(destination: Destination, name: str = NAME, data: bytes = BIG) -> None:
     """Do a whole run: a large file, a small one, and the last ones."""
     write(destination, name, data)
-    destination.put("README.md", b"# x\n")
+    destination.write_small("README.md", b"# x\n")
     names = {name, "README.md", "config.json"}
     destination.publish({"config.json": b"{}"}, frozenset(names))
     destination.close()
@@ -183,7 +189,7 @@ def test_an_empty_destination_has_nothing(destinations: Callable[..., Destinatio
     """A destination that is not there yet is empty and has no unfinished run."""
     destination = destinations()
     assert destination.existing() == {}
-    assert destination.unfinished() is None
+    assert destination.unfinished_job() is None
 
 
 def test_a_destination_shows_a_whole_output(
@@ -196,11 +202,11 @@ def test_a_destination_shows_a_whole_output(
     want = {NAME: BIG, "README.md": b"# x\n", "config.json": b"{}"}
     assert contents(lab, destination) == want
     again = destinations()
-    assert again.unfinished() is None
+    assert again.unfinished_job() is None
     assert {n: s for n, s in again.existing().items() if n != ".gitattributes"} == {
         name: len(data) for name, data in want.items()
     }
-    assert again.read("config.json") == b"{}"
+    assert again.read_existing("config.json") == b"{}"
     assert again.changed_at("config.json") > 0
 
 
@@ -212,18 +218,18 @@ def test_an_unfinished_run_loads_nowhere_and_is_known(
     destination.begin(JOB, replace=False)
     write(destination, NAME, BIG)
     write(destination, "other.safetensors", BIG[:1000], finish=False)
-    destination.put("README.md", b"# x\n")
+    destination.write_small("README.md", b"# x\n")
     destination.close()
     assert "config.json" not in contents(lab, destination)
     assert "other.safetensors" not in contents(lab, destination)
     again = destinations()
-    assert again.unfinished() == JOB
+    assert again.unfinished_job() == JOB
     again.begin(JOB, replace=False)
-    assert {n: w.size for n, w in again.finished().items() if n.endswith("safetensors")} == {
+    assert {n: w.size for n, w in again.finished_files().items() if n.endswith("safetensors")} == {
         NAME: len(BIG)
     }
-    assert again.finished()[NAME].sha256 == hashlib.sha256(BIG).hexdigest()
-    again.put("README.md", b"# x\n")
+    assert again.finished_files()[NAME].sha256 == hashlib.sha256(BIG).hexdigest()
+    again.write_small("README.md", b"# x\n")
     again.publish({"config.json": b"{}"}, frozenset({NAME, "README.md", "config.json"}))
     again.close()
     assert contents(lab, again)[NAME] == BIG
@@ -240,7 +246,7 @@ def test_a_replaced_run_starts_from_nothing(
     again = destinations(overwrite=True)
     again.check_replaceable()
     again.begin({"version": "1"}, replace=True)
-    assert not again.finished()
+    assert not again.finished_files()
     publish(again)
     assert set(contents(lab, again)) == {NAME, "README.md", "config.json"}
 
@@ -268,7 +274,7 @@ def test_a_finished_output_can_be_amended(
     destination = destinations()
     destination.begin(JOB, replace=False)
     publish(destination)
-    destination.amend("config.json", b'{"a": 1}')
+    destination.replace_small("config.json", b'{"a": 1}')
     assert contents(lab, destination) == {
         NAME: BIG,
         "README.md": b"# x\n",
@@ -319,9 +325,9 @@ def test_a_destination_knows_whether_it_is_the_source(
         own = LocalSource(destination.root)
     else:
         own = HubSource(HubRef(DST, lab.hub.branches(DST)["main"]))
-    assert destinations().is_at(own.identity)
-    assert not destinations().is_at(LocalSource(lab.folder).identity)
-    assert not destinations().is_at(HubSource(HubRef(SRC)).identity)
+    assert destinations().is_same_as(own.identity)
+    assert not destinations().is_same_as(LocalSource(lab.folder).identity)
+    assert not destinations().is_same_as(HubSource(HubRef(SRC)).identity)
 
 
 def test_two_jobs_do_not_mix(destinations: Callable[..., Destination]) -> None:
@@ -329,7 +335,7 @@ def test_two_jobs_do_not_mix(destinations: Callable[..., Destination]) -> None:
     destination = destinations()
     destination.begin(JOB, replace=False)
     destination.close()
-    found = destinations().unfinished()
+    found = destinations().unfinished_job()
     assert found == JOB
     assert provenance.job_difference(found, {**JOB, "version": "9"}) == "another version"
 

@@ -517,7 +517,7 @@ def test_a_proof_waits_for_no_run_and_writes_into_none(source: Path, tmp_path: P
     destination.begin({"job": "another"}, replace=True)
     before = checkpoints.tree(out)
     with pytest.raises(DestinationError, match="another run"):
-        LocalDestination(out).amend("moescale.json", b"{}")
+        LocalDestination(out).replace_small("moescale.json", b"{}")
     assert checkpoints.tree(out) == before
     destination.close()
 
@@ -538,8 +538,8 @@ def test_the_end_of_a_run_leaves_the_next_one_alone(source: Path, tmp_path: Path
     first._lock.release = begin_at_once  # type: ignore[method-assign]
     first.publish({"config.json": b"{}"}, keep=frozenset({"config.json"}))
     if second._journal is not None:
-        assert LocalDestination(out).unfinished() == {"job": "two"}
-        second.put("a", b"a")
+        assert LocalDestination(out).unfinished_job() == {"job": "two"}
+        second.write_small("a", b"a")
         second.publish({"config.json": b"{}"}, keep=frozenset())
     assert not (out / STATE).exists()
 

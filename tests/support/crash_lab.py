@@ -89,7 +89,7 @@ class Scenario:
             if self.piece:
                 patch.setattr(local_writer, "PIECE", self.piece)
                 patch.setattr(local_writer, "_BLOCK", self.piece // 4)
-                patch.setattr(local_writer, "pass_cache", lambda fd, on: on)
+                patch.setattr(local_writer, "set_direct_io", lambda fd, on: on)
             return convert(source, output, jobs=1, **{"experts": 3, **self.options}).status
 
 

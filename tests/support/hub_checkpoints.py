@@ -201,7 +201,7 @@ def _reset_client() -> None:
 
     from moescale.storage.hub import client as hub
 
-    hub.api.cache_clear()
+    hub.hf_api.cache_clear()
     _http.set_client_factory(_http.default_client_factory)
 
 

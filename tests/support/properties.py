@@ -32,10 +32,10 @@ from moescale.planning.decide import make_plan
 from moescale.planning.plan import Plan
 from moescale.report import terminal
 from moescale.storage.base import FileInfo, SourceId
+from moescale.storage.gguf_set import GgufSet
 from moescale.storage.local.journal import Journal
 from moescale.storage.local.source import LocalSource
 from moescale.storage.reader import FileReader
-from moescale.storage.shelf import Shelf
 from moescale.version import __version__
 
 NAME = "model-00001-of-00002.safetensors"
@@ -152,9 +152,9 @@ class MemorySource:
         self._content = files
         self.received, self.remote, self.parallel_reads = 0, False, 1
         self.remarks: list[str] = []
-        self.shelf = None
+        self.gguf_set = None
         self.identity = SourceId("local", "source", folder="source")
-        self.shelf = Shelf("m", "m", None) if "m.gguf" in files else None
+        self.gguf_set = GgufSet("m", "m", None) if "m.gguf" in files else None
 
     def files(self) -> Mapping[str, FileInfo]:
         """All files with their sizes."""
@@ -168,11 +168,11 @@ class MemorySource:
         """Nothing is streamed here."""
         return nullcontext(FileReader(-1, name))
 
-    def newest_change(self) -> int:
+    def last_changed(self) -> int:
         """It never changes."""
         return 0
 
-    def state(self, name: str) -> Any:
+    def fingerprint(self, name: str) -> Any:
         """Nor does any file of it."""
         return None
 

@@ -52,7 +52,7 @@ def evaluated(
     moe, experts, biases = checkpoint.moe, plans[0].experts, None
     if any(plan.router_scales for plan in plans):
         biases = find_scaled_routers(moe, checkpoint.tensors).biases
-    folder = source.on_disk(needed_files(plans[0]))
+    folder = source.local_folder(needed_files(plans[0]))
     config = runner.read_config(folder)
     vocabulary = config.get_text_config().vocab_size
     text = read_text(file, folder, vocabulary, OPTION)

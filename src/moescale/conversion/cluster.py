@@ -162,13 +162,13 @@ class Workers(Pool):
         threads: dict[str, int] = self._client.nthreads()
         return max(1, sum(threads.values()))
 
-    def check(self, *places: Writers | Source) -> None:
+    def check_reachable(self, *storages: Writers | Source) -> None:
         """Let every worker look at the places.
 
         Raises:
             MoescaleError: what the first one says that cannot reach them.
         """
-        answers = self._client.run(look, places, on_error="return")
+        answers = self._client.run(check_storages, storages, on_error="return")
         for address, answer in answers.items():
             if isinstance(answer, MoescaleError):
                 raise answer
@@ -248,12 +248,12 @@ class Workers(Pool):
 # On a worker ----------------------------------------------------------------------------------
 
 
-async def look(places: tuple[Writers | Source, ...]) -> None:
+async def check_storages(storages: tuple[Writers | Source, ...]) -> None:
     """Look whether this machine can reach the places; in a thread, so that the worker lives on."""
 
     def check() -> None:
-        for place in places:
-            place.check()
+        for storage in storages:
+            storage.check_reachable()
 
     await asyncio.to_thread(_from_here, check)
 
@@ -313,7 +313,7 @@ class _OnWorker:
             said = self._said = self._position
         self._worker.log_event(self._topic, [self._name, said])
 
-    def check(self) -> None:
+    def raise_if_cancelled(self) -> None:
         """Stop when the job was cancelled, or whoever wanted it is gone."""
         if time.monotonic() - self._looked < LOOK_SECONDS:
             return

@@ -17,9 +17,9 @@ from moescale.storage.base import Destination, Source
 
 def earlier(destination: Destination) -> Any:
     """The job of an unfinished run, or the provenance of an output; None where there is neither."""
-    if (job := destination.unfinished()) is not None:
+    if (job := destination.unfinished_job()) is not None:
         return job
-    said = destination.recorded()
+    said = destination.read_provenance()
     return None if said is None else provenance.decode(said)
 
 

@@ -27,7 +27,7 @@ WAKE_SECONDS = 0.5
 class Monitor(Protocol):
     """What a job tells while it runs, and how it is stopped."""
 
-    def check(self) -> None:
+    def raise_if_cancelled(self) -> None:
         """Raise once the run is to stop; called between pieces."""
 
     def count(self, size: int) -> None:
@@ -76,7 +76,7 @@ class _Here:
     stop: threading.Event
     count: Callable[[int], None]
 
-    def check(self) -> None:
+    def raise_if_cancelled(self) -> None:
         if self.stop.is_set():
             raise InterruptedRun("stopped")
 
@@ -90,7 +90,7 @@ class Pool:
     def __init__(self) -> None:
         self._stop = threading.Event()
 
-    def check(self, *places: Writers | Source) -> None:
+    def check_reachable(self, *storages: Writers | Source) -> None:
         """Refuse places that not all can reach."""
 
     def executor(self, jobs: int) -> Executor:

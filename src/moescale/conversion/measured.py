@@ -35,10 +35,10 @@ def measured_before(destination: Destination, trial: Plan) -> Earlier | None:
     `trial` is a plan with any factors. Factors are measured to a few digits, but two machines may
     still differ in one; what a run has begun with it keeps.
     """
-    found, wanted = destination.unfinished(), provenance.job(trial)
+    found, wanted = destination.unfinished_job(), provenance.job(trial)
     if found is not None:
         alike = ("version", "source", "options")
-    elif (said := destination.recorded()) is not None:
+    elif (said := destination.read_provenance()) is not None:
         found, wanted = provenance.decode(said), provenance.provenance(trial, {})
         alike = ("moescale", "source", "options")
     if not isinstance(found, dict) or any(found.get(key) != wanted[key] for key in alike):
@@ -113,7 +113,7 @@ def measured_plan(
             hint="Give it with --calibrate FILE.",
         )
     check_installed(f"--rule {options.rule}")
-    calibration.folder = source.on_disk(needed_files(trial))
+    calibration.folder = source.local_folder(needed_files(trial))
     plan = make_plan(source, options, said, calibration)
     return replace(plan, calibration=calibration.facts)
 

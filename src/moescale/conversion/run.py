@@ -21,7 +21,15 @@ from moescale.planning import provenance
 from moescale.planning.files import CARD, PlannedFile
 from moescale.planning.plan import Plan
 from moescale.results import Status
-from moescale.storage.base import Destination, Made, Progress, Source, Writers, Written, io_errors
+from moescale.storage.base import (
+    Destination,
+    FileRecord,
+    PendingFile,
+    Progress,
+    Source,
+    Writers,
+    io_errors,
+)
 from moescale.version import __version__
 
 Small = Callable[[], Mapping[str, bytes]]
@@ -33,7 +41,7 @@ class Outcome:
     """What a run did: whether it had anything to do, and what stands in the output."""
 
     status: Status
-    written: Mapping[str, Written]
+    written: Mapping[str, FileRecord]
     rounding: Mapping[str, Rounding] = field(default_factory=dict)
 
 
@@ -43,7 +51,7 @@ def status_of(plan: Plan, source: Source, destination: Destination, overwrite: b
     Raises:
         DestinationError: it holds something else, and `overwrite` was not given.
     """
-    unfinished = destination.unfinished()
+    unfinished = destination.unfinished_job()
     if unfinished is not None:
         wanted = provenance.job(plan)
         if unfinished == wanted:
@@ -61,7 +69,7 @@ def status_of(plan: Plan, source: Source, destination: Destination, overwrite: b
             return "replace"
         if not (said and whole):
             return "changed"
-        return "done" if source.newest_change() <= destination.changed_at(plan.record) else "stale"
+        return "done" if source.last_changed() <= destination.changed_at(plan.record) else "stale"
     if not overwrite and _in_these_words(plan, destination):
         return "outdated"
     return _replace(destination, overwrite, _what_is_there(plan, destination, existing))
@@ -69,7 +77,7 @@ def status_of(plan: Plan, source: Source, destination: Destination, overwrite: b
 
 def _in_these_words(plan: Plan, destination: Destination) -> bool:
     """Whether the destination holds what the same words made of other files of this source."""
-    said = destination.recorded()
+    said = destination.read_provenance()
     found = None if said is None else provenance.decode(said)
     options = provenance.made_with(found)
     if found is None or options is None:
@@ -80,7 +88,7 @@ def _in_these_words(plan: Plan, destination: Destination) -> bool:
 
 
 def _what_is_there(plan: Plan, destination: Destination, existing: Mapping[str, int]) -> str:
-    if (said := destination.recorded()) is None:
+    if (said := destination.read_provenance()) is None:
         some = ", ".join(sorted(existing)[:3])
         return f"is not empty ({some}{', ...' if len(existing) > 3 else ''})"
     found = provenance.decode(said) or {}
@@ -109,7 +117,9 @@ def _replace(destination: Destination, overwrite: bool, why: str) -> Status:
     if overwrite:
         return "replace"
     proof = (
-        "; --verify without other options proves it" if destination.recorded() is not None else ""
+        "; --verify without other options proves it"
+        if destination.read_provenance() is not None
+        else ""
     )
     hint = f"Give another destination, or {what}{proof}."
     raise DestinationError(f"{destination.identity}: {why}", hint=hint)
@@ -117,9 +127,9 @@ def _replace(destination: Destination, overwrite: bool, why: str) -> Status:
 
 def _is_output(plan: Plan, destination: Destination, small: Small) -> bool:
     """Whether the destination says that it is the output of this very job."""
-    if (said := destination.recorded()) is None:
+    if (said := destination.read_provenance()) is None:
         return False
-    sizes = {f.name: Written(plan.output_size(f)) for f in plan.large_files}
+    sizes = {f.name: FileRecord(plan.output_size(f)) for f in plan.large_files}
     others = {name: _written(data) for name, data in small().items()}
     wanted = provenance.provenance(plan, {**sizes, **others})
     return provenance.same_job(provenance.decode(said), wanted)
@@ -133,7 +143,7 @@ def _is_whole(
         return False
     if any(existing.get(name) != len(data) for name, data in small().items()):
         return False
-    return all(destination.read(name) == data for name, data in small().items())
+    return all(destination.read_existing(name) == data for name, data in small().items())
 
 
 def run(
@@ -143,7 +153,7 @@ def run(
     *,
     jobs: int,
     overwrite: bool = False,
-    keep: Mapping[str, Written] = MappingProxyType({}),
+    keep: Mapping[str, FileRecord] = MappingProxyType({}),
     progress: Progress = lambda name, size: None,
     pool: Pool | None = None,
 ) -> Outcome:
@@ -174,16 +184,18 @@ def run(
         destination.check_card(made)
     try:
         if pool is not None:  # before anything old is removed
-            destination.share()
-            pool.check(source.only(f.name for f in plan.large_files), destination.writers)
+            destination.share_writers()
+            pool.check_reachable(
+                source.subset(f.name for f in plan.large_files), destination.writers
+            )
         destination.begin(provenance.job(plan), replace=status == "replace", keep=keep)
         written = _stream(plan, source, destination, jobs, progress, pool or Pool(), rounding)
         small = small_files(plan, source)  # only now, since an index may have many megabytes
         written |= {name: _written(data) for name, data in small.items()}
         if CARD in small:
             with io_errors(CARD):
-                destination.put(CARD, small.pop(CARD))
-        last = {} if plan.record in written else {plan.record: recorded(plan, written)}
+                destination.write_small(CARD, small.pop(CARD))
+        last = {} if plan.record in written else {plan.record: provenance_bytes(plan, written)}
         config = {CONFIG: small.pop(CONFIG)} if CONFIG in small else {}
         destination.publish({**last, **small, **config}, keep=frozenset(written) | {plan.record})
     finally:
@@ -224,8 +236,8 @@ def made_files(plan: Plan, source: Source) -> dict[str, bytes]:
     return {**result, **plan.edits, **({} if plan.config is None else {CONFIG: plan.config})}
 
 
-def _written(data: bytes) -> Written:
-    return Written(len(data), hashlib.sha256(data).hexdigest())
+def _written(data: bytes) -> FileRecord:
+    return FileRecord(len(data), hashlib.sha256(data).hexdigest())
 
 
 def _stream(
@@ -236,11 +248,14 @@ def _stream(
     progress: Progress,
     pool: Pool,
     rounding: dict[str, Rounding],
-) -> dict[str, Written]:
+) -> dict[str, FileRecord]:
     """Write every large file that an earlier run has not finished; `rounding` is filled."""
     files = source.files()
     copied = [files[f.name] for f in plan.large_files if f.action == "copy"]
-    finished = {**destination.finished(), **destination.copy(copied, source.identity)}
+    finished = {
+        **destination.finished_files(),
+        **destination.copy_on_server(copied, source.identity),
+    }
     done = {
         f.name: finished[f.name]
         for f in plan.large_files
@@ -250,7 +265,7 @@ def _stream(
     for name, written in done.items():
         progress(name, written.size)
 
-    def keep(name: str, done: Done[Made]) -> Written:
+    def keep(name: str, done: Done[PendingFile]) -> FileRecord:
         source.received += done.received
         rounding.update(done.result.rounding)
         with io_errors(name):
@@ -292,12 +307,12 @@ class Rewriting:
     writers: Writers
     digest: bool
 
-    def __call__(self, monitor: Monitor) -> Made:
+    def __call__(self, monitor: Monitor) -> PendingFile:
         """Write it."""
         name, count = self.name, _Counter(self.writers.steps, monitor.count)
 
         def advance(size: int) -> None:
-            monitor.check()
+            monitor.raise_if_cancelled()
             count(size)
 
         with io_errors(name), self.writers.open(name, self.size, self.digest, count) as writer:
@@ -311,19 +326,19 @@ def rewriting(file: PlannedFile, plan: Plan, source: Source, writers: Writers) -
     size, segments, part = (
         plan.output_size(file),
         tuple(plan.segments(file)),
-        source.only([file.name]),
+        source.subset([file.name]),
     )
     digest = source.remote  # then the bytes come through memory in any case
     return Rewriting(file.name, size, segments, part, writers, digest)
 
 
-def recorded(plan: Plan, written: Mapping[str, Written]) -> bytes:
+def provenance_bytes(plan: Plan, written: Mapping[str, FileRecord]) -> bytes:
     """The content of the file that has the provenance, where it is a file of its own."""
     return provenance.encode(provenance.provenance(plan, written))
 
 
 def fill_digests(
-    destination: Destination, plan: Plan, written: Mapping[str, Written], output: Source
+    destination: Destination, plan: Plan, written: Mapping[str, FileRecord], output: Source
 ) -> None:
     """Put the digests that a verification found into the output's provenance.
 
@@ -331,7 +346,7 @@ def fill_digests(
     """
     if plan.record in written:
         return
-    content = recorded(plan, written)
+    content = provenance_bytes(plan, written)
     if content != output.read(plan.record):
         with io_errors(plan.record):
-            destination.amend(plan.record, content)
+            destination.replace_small(plan.record, content)

@@ -17,7 +17,7 @@ from moescale.errors import CheckpointError, SourceError, VerificationError
 from moescale.planning import provenance
 from moescale.planning.files import PROVENANCE, PlannedFile
 from moescale.planning.plan import Plan
-from moescale.storage.base import Progress, Source, Written, io_errors
+from moescale.storage.base import FileRecord, Progress, Source, io_errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +37,10 @@ class Proof:
         differences: of all other files.
     """
 
-    written: Mapping[str, Written]
+    written: Mapping[str, FileRecord]
     differences: tuple[Difference, ...]
 
-    def check(self) -> None:
+    def raise_if_different(self) -> None:
         """Refuse an output that differs.
 
         Raises:
@@ -91,9 +91,9 @@ def verify(
     differences = list(_other_names({*files, *small, plan.record}, found))
     read = [n for n in files if n in found and (only is None or n in only or n not in large)]
     pool = pool or Pool()
-    pool.check(source.only(files), output.only(read))
+    pool.check_reachable(source.subset(files), output.subset(read))
 
-    def keep(name: str, done: Done[Written | str | int]) -> Written | str:
+    def keep(name: str, done: Done[FileRecord | str | int]) -> FileRecord | str:
         source.received += done.received
         if isinstance(done.result, int):
             return _differs(done.result, _place(files[name], plan, source, done.result))
@@ -107,7 +107,7 @@ def verify(
     results = each(comparisons, jobs, keep, shown, pool)
     results |= {n: _verify_small(data, output.read(n)) for n, data in small.items() if n in found}
     differences += [Difference(name, how) for name, how in results.items() if isinstance(how, str)]
-    written = {name: file for name, file in results.items() if isinstance(file, Written)}
+    written = {name: file for name, file in results.items() if isinstance(file, FileRecord)}
     if not differences and only is None and plan.record not in large:
         differences += _provenance_differences(plan, output.read(PROVENANCE), written)
     return Proof(written, tuple(differences))
@@ -133,14 +133,14 @@ def _other_names(wanted: Collection[str], found: Collection[str]) -> Iterator[Di
         yield Difference(name, "does not belong into the output")
 
 
-def _verify_small(wanted: bytes, found: bytes) -> Written | str:
+def _verify_small(wanted: bytes, found: bytes) -> FileRecord | str:
     if found != wanted:
         return _differs(_first_difference(found, wanted))
-    return Written(len(found), hashlib.sha256(found).hexdigest())
+    return FileRecord(len(found), hashlib.sha256(found).hexdigest())
 
 
 def _provenance_differences(
-    plan: Plan, data: bytes, written: Mapping[str, Written]
+    plan: Plan, data: bytes, written: Mapping[str, FileRecord]
 ) -> Iterator[Difference]:
     """Every byte is as it was made, but for digests, which may not be known yet."""
     noted = _noted_digests(provenance.decode(data))
@@ -151,7 +151,7 @@ def _provenance_differences(
     large = {file.name for file in plan.large_files}
 
     def wanted(digests: Collection[str]) -> bytes:
-        files = {n: w if n in digests else Written(w.size) for n, w in written.items()}
+        files = {n: w if n in digests else FileRecord(w.size) for n, w in written.items()}
         return provenance.encode(provenance.provenance(plan, files))
 
     if data != wanted({name for name, digest in noted.items() if digest is not None}):
@@ -175,7 +175,7 @@ class Comparison:
     source: Source
     output: Source
 
-    def __call__(self, monitor: Monitor) -> Written | str | int:
+    def __call__(self, monitor: Monitor) -> FileRecord | str | int:
         """What it is; the offset of the first difference; or what else is wrong with it."""
         name, position = self.name, 0
         if (found_size := self.output.files()[name].size) != self.size:
@@ -193,14 +193,14 @@ class Comparison:
                     return position + _first_difference(found, wanted)
                 digest.update(found)
                 position += len(wanted)
-                monitor.check()
+                monitor.raise_if_cancelled()
                 monitor.count(len(wanted))
-            return Written(self.size, digest.hexdigest())
+            return FileRecord(self.size, digest.hexdigest())
 
 
 def _comparison(file: PlannedFile, plan: Plan, source: Source, output: Source) -> Comparison:
     name, segments = file.name, tuple(plan.segments(file))
-    sources = source.only([name]), output.only([name])
+    sources = source.subset([name]), output.subset([name])
     return Comparison(name, plan.output_size(file), segments, *sources)
 
 

@@ -124,7 +124,7 @@ def make_plan(
         calibration=made_for.get("calibration", {}),
         factors_rule=made_for.get("factors_rule", made_for.get("rule")),
         warnings=(*warnings, *output.warnings),
-        states=MappingProxyType({name: source.state(name) for name in source.files()}),
+        states=MappingProxyType({name: source.fingerprint(name) for name in source.files()}),
         active=used,
         instead=None if scales else output.instead,
         fold_key=output.fold_key,

@@ -20,11 +20,11 @@ from moescale.checkpoint.json_text import parse_lenient
 from moescale.errors import UsageError
 from moescale.options import RUN, Options, factors_of, options_of
 from moescale.planning.plan import Plan
-from moescale.storage.base import Written
+from moescale.storage.base import FileRecord
 from moescale.version import __version__
 
 
-def provenance(plan: Plan, written: Mapping[str, Written]) -> dict[str, Any]:
+def provenance(plan: Plan, written: Mapping[str, FileRecord]) -> dict[str, Any]:
     """The content of ``moescale.json``; `written` has all other files of the output.
 
     Where it is inside a shard, it says nothing of that one, nor of what is made after it.

@@ -1,1 +1,1 @@
-"""Where a checkpoint is: sources are read, destinations written; neither knows of experts."""
+"""Where checkpoints are read and written; no knowledge of experts."""

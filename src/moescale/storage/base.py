@@ -1,4 +1,4 @@
-"""What a place to read from and a place to write to have to offer."""
+"""The interfaces of sources and destinations, and the records that they exchange."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 from moescale.checkpoint.rewrite import Reader, Writer
 from moescale.checkpoint.rounding import Rounding
 from moescale.errors import CheckpointError, RewriteError
-from moescale.storage.shelf import Shelf
+from moescale.storage.gguf_set import GgufSet
 
 SMALL_FILE_BYTES = 128 << 20
 """Configs, indexes and cards are read whole; a larger one is refused."""
@@ -23,110 +23,131 @@ _RESERVED = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]|^[A-Za-z]:")
 
 @dataclass(frozen=True, slots=True)
 class SourceId:
-    """Where a checkpoint comes from; `revision` is a commit, None for a directory."""
+    """Where a checkpoint comes from.
+
+    Attributes:
+        kind: a directory of this machine, or the Hub.
+        id: the path as the user gave it, or the repo with its folder.
+        revision: the commit; None for a directory outside the Hub's cache.
+        repo: the Hub repo, if known.
+        folder: the name of a directory, without its parents.
+    """
 
     kind: Literal["local", "hub"]
     id: str
     revision: str | None = None
-    repo: str | None = None  # the Hub repo, where it is known
-    folder: str | None = None  # the name of a directory, without the way to it
+    repo: str | None = None
+    folder: str | None = None
 
     @property
     def name(self) -> str:
-        """The name without the place on this machine."""
+        """The name, without any path of this machine."""
         name = self.id if self.kind == "hub" else self.repo or self.folder or self.id
         return name.encode(errors="backslashreplace").decode()
 
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
-    """A file of a repo: its name with forward slashes, its size in bytes."""
+    """A file of a source.
+
+    Attributes:
+        name: its path in the repo, with forward slashes.
+        size: in bytes.
+        sha256: the digest, if the repo states it.
+    """
 
     name: str
     size: int
-    sha256: str | None = None  # where the repo states it
+    sha256: str | None = None
 
 
 class Source(Protocol):
-    """A repo to read from. Never written to."""
+    """A checkpoint to read from. It is never written to."""
 
     received: int
-    """Bytes that have come over the network."""
+    """Bytes received over the network."""
     remarks: list[str]
-    """What the user should know of its files, once they are known."""
-    shelf: Shelf | None
-    """What its files are called, where they are one model of a folder that has others."""
+    """Notes on its files for the user; complete once `files` has run."""
+    gguf_set: GgufSet | None
+    """The names of its files, if they are one GGUF model in a folder with others."""
     remote: bool
-    """Whether its bytes come over a network, where each stretch is a request."""
+    """Whether every read is a request over the network."""
     parallel_reads: int
-    """Small reads that are worth doing at once."""
+    """How many small reads are worth doing in parallel."""
 
     @property
-    def linked(self) -> Mapping[str, Path]:
-        """Where those of its files lie that are links to somewhere else."""
+    def links(self) -> Mapping[str, Path]:
+        """The files that are links out of the source, with their targets."""
 
     @property
     def identity(self) -> SourceId:
-        """Where this is."""
+        """Where the checkpoint comes from."""
 
     def files(self) -> Mapping[str, FileInfo]:
         """All files that belong to the checkpoint, by name."""
 
     def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:
-        """A stretch of one file, the whole file by default; for small reads."""
+        """Part of a file, by default all of it; for small reads."""
 
     def open(self, name: str) -> AbstractContextManager[Reader]:
         """Open a large file for reading."""
 
-    def on_disk(self, names: Sequence[str]) -> Path:
-        """The folder that has these files, for programs that read a checkpoint by themselves."""
+    def local_folder(self, names: Sequence[str]) -> Path:
+        """A local folder with these files, for libraries that load a checkpoint themselves."""
 
-    def newest_change(self) -> int:
-        """When the youngest file was last changed, in nanoseconds; 0 for a commit."""
+    def last_changed(self) -> int:
+        """When the newest file was last changed, in nanoseconds; 0 for a commit."""
 
-    def state(self, name: str) -> Any:
-        """What changes when the file changes (JSON); compared between the runs of one job."""
+    def fingerprint(self, name: str) -> Any:
+        """A JSON value that changes when the file changes; a resumed run compares it."""
 
-    def only(self, names: Iterable[str]) -> Source:
-        """The same source with no more than these files; it can be sent to another machine."""
+    def subset(self, names: Iterable[str]) -> Source:
+        """The same source limited to these files; it can be sent to another machine."""
 
-    def check(self) -> None:
-        """Refuse to work where these files cannot be seen as they were when planned."""
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """A finished file of the output."""
-
-    size: int
-    sha256: str | None = None  # where it is known without a second read
-
-
-Arrived = Callable[[int], None]
-"""Called with the number of bytes that have arrived since the last call, from any thread."""
-
-
-def no_progress(count: int) -> None:
-    """Nobody wants to know how many bytes arrive."""
+    def check_reachable(self) -> None:
+        """Check that this machine sees the files as they were when planned."""
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
-    """A large file that is complete and durable, but has not got its name yet.
+class FileRecord:
+    """A finished file of the output.
 
-    `at` says where it lies, to the destination that gives it its name; `rounding`, what the
-    rounding of scales did to its tensors.
+    Attributes:
+        size: in bytes.
+        sha256: the digest, if it is known without reading the file again.
     """
 
-    written: Written
-    at: Any = None
+    size: int
+    sha256: str | None = None
+
+
+OnSent = Callable[[int], None]
+"""Called with the number of bytes sent since the last call, from any thread."""
+
+
+def no_progress(*_: object) -> None:
+    """Ignore progress; the default of every callback."""
+
+
+@dataclass(frozen=True, slots=True)
+class PendingFile:
+    """A large file that is complete and durable, but does not have its final name yet.
+
+    Attributes:
+        record: its size and digest.
+        handle: how its destination finds it.
+        rounding: the effect of rounding block scales, by tensor.
+    """
+
+    record: FileRecord
+    handle: Any = None
     rounding: Mapping[str, Rounding] = field(default_factory=dict)
 
 
 class ShardWriter(Writer, Protocol):
-    """A file without its name; the destination gives it in `commit_file`."""
+    """Writes a file without a name; `Destination.commit_file` names it."""
 
-    def finish(self) -> Made:
+    def finish(self) -> PendingFile:
         """Make the file complete and durable."""
 
 
@@ -135,128 +156,131 @@ class Writers(Protocol):
 
     @property
     def steps(self) -> int:
-        """Of a byte on its way: 1 if it is there once it is written, 2 if it is sent from there."""
+        """How often each byte is counted: 1 if written in place, 2 if written and then sent."""
 
-    def check(self) -> None:
-        """Refuse to work where the output cannot be reached."""
+    def check_reachable(self) -> None:
+        """Check that this machine can reach the output."""
 
     def open(
-        self, name: str, size: int, digest: bool, arrived: Arrived
+        self, name: str, size: int, digest: bool, on_sent: OnSent
     ) -> AbstractContextManager[ShardWriter]:
         """Start a large file of `size` bytes; leaving the context without `finish` discards it.
 
-        With `digest` its SHA-256 is wanted, although that keeps bytes from the kernel's copy.
-        `arrived` is told of the bytes that have been sent, where there are two steps.
+        `digest` asks for the SHA-256, which rules out copies inside the kernel. `on_sent` is
+        called only if there are two steps.
         """
 
 
 class Destination(Protocol):
-    """A repo to write to. Nothing under a final name is ever incomplete."""
+    """A checkpoint to write to. A file under its final name is always complete."""
 
     remarks: list[str]
-    """What the user should hear at the end."""
+    """Notes for the user at the end of the run."""
     url: str | None
-    """Where the output can be looked at, if it has an address."""
+    """The address of the output, if it has one."""
     keeps_files: bool
-    """Whether single files of a finished output can stay while others are written again."""
+    """Whether some files of a finished output can stay while others are rewritten."""
     remote: bool
-    """Whether each look at what is there is a request."""
+    """Whether every look at the existing files is a request over the network."""
     default_jobs: int
-    """Large files that are written at once, where there are as many cores."""
+    """How many large files are written in parallel, given enough cores."""
 
     @property
     def identity(self) -> str:
-        """How the user calls this place."""
+        """The destination as the user gave it."""
 
     @property
     def writers(self) -> Writers:
-        """What writes its large files."""
+        """The writers of its large files."""
 
-    def share(self) -> None:
-        """Let the writers be used on other machines, which then check that they see the same."""
+    def share_writers(self) -> None:
+        """Prepare the writers for other machines, so that each can check that it sees this one."""
 
-    def is_at(self, source: SourceId) -> bool:
-        """Whether this place is where the source is read from."""
+    def is_same_as(self, source: SourceId) -> bool:
+        """Whether the source is read from this very location."""
 
     def holds(self, file: Path) -> bool:
-        """Whether a file of this machine, which need not be there, is one of the output."""
+        """Whether a path of this machine, existing or not, belongs to the output."""
 
-    def room(self) -> int | None:
-        """Bytes that an output may have here; None where nobody knows."""
+    def available_bytes(self) -> int | None:
+        """Bytes that the output may take; None if unknown."""
 
-    def may_share(self, source: SourceId) -> bool:
-        """Whether the source may be on the same disk, so that a copy of blocks needs no room."""
+    def may_share_blocks(self, source: SourceId) -> bool:
+        """Whether the source may be on the same disk, where cloned blocks take no space."""
 
     def check_writable(self) -> None:
-        """Say beforehand what `begin` would find."""
+        """Refuse early what `begin` would refuse."""
 
     def existing(self) -> Mapping[str, int]:
-        """Name and size of what is there, without the state of an unfinished run."""
+        """Names and sizes of the existing files, without the state of an unfinished run."""
 
-    def read(self, name: str) -> bytes:
-        """A small file of what is there."""
+    def read_existing(self, name: str) -> bytes:
+        """The content of a small existing file."""
 
-    def recorded(self) -> bytes | None:
-        """What the output that is there says of itself; None where nothing does."""
+    def read_provenance(self) -> bytes | None:
+        """The provenance of the existing output; None if it has none."""
 
     def changed_at(self, name: str) -> int:
-        """When a file of what is there was written, in nanoseconds."""
+        """When an existing file was written, in nanoseconds."""
 
-    def unfinished(self) -> Any:
-        """The job of which an unfinished run is here; None if there is none."""
+    def unfinished_job(self) -> Any:
+        """The job of the unfinished run here; None if there is no such run."""
 
     def check_replaceable(self) -> None:
-        """Refuse to remove what is no model."""
+        """Refuse to remove files that are not a model."""
 
-    def begin(self, job: Any, replace: bool, keep: Mapping[str, Written] = ...) -> None:
-        """Start a run of `job`, or go on with the unfinished one; let nobody else in.
+    def begin(self, job: Any, replace: bool, keep: Mapping[str, FileRecord] = ...) -> None:
+        """Start a run of `job`, or continue the unfinished one, and lock out all other runs.
 
-        With `replace` the old content goes, but for the files of `keep` where `keeps_files` is set.
+        `replace` removes the old content, except the files of `keep` if `keeps_files` is set.
         """
 
-    def finished(self) -> Mapping[str, Written]:
+    def finished_files(self) -> Mapping[str, FileRecord]:
         """The large files that an earlier run of the same job has finished."""
 
     def check_card(self, card: bytes) -> None:
-        """Refuse a card that the place would not take."""
+        """Refuse a card that the destination would not accept."""
 
-    def copy(self, files: Iterable[FileInfo], source: SourceId) -> Mapping[str, Written]:
-        """Copy files of the source without moving their bytes; those that this place can."""
+    def copy_on_server(
+        self, files: Iterable[FileInfo], source: SourceId
+    ) -> Mapping[str, FileRecord]:
+        """Copy files of the source without moving their bytes; returns the copied ones."""
 
-    def commit_file(self, name: str, made: Made) -> Written:
-        """Give a large file its name, where a rerun finds it."""
+    def commit_file(self, name: str, made: PendingFile) -> FileRecord:
+        """Give a large file its name, and note it for a rerun."""
 
-    def put(self, name: str, data: bytes) -> Written:
-        """Write a small file whole."""
+    def write_small(self, name: str, data: bytes) -> FileRecord:
+        """Write a small file in one piece."""
 
     def publish(self, last: Mapping[str, bytes], keep: frozenset[str]) -> None:
-        """Write the files that make the output load, in order, and remove what is not in `keep`."""
+        """Write the files that make the output load, in order; remove all files not in `keep`."""
 
-    def amend(self, name: str, data: bytes) -> None:
+    def replace_small(self, name: str, data: bytes) -> None:
         """Replace a small file of a finished output."""
 
-    def output(self) -> Source:
-        """What was written, for reading."""
+    def open_output(self) -> Source:
+        """The output, for reading."""
 
     def cancel(self) -> None:
-        """Wake up the threads that wait for this place; the run ends."""
+        """Wake up threads that wait for the destination; the run ends."""
 
     def close(self) -> None:
-        """Let go of the place; an unfinished run can be continued."""
+        """Release the destination; an unfinished run can be continued."""
 
 
 Progress = Callable[[str, int], None]
 """Called with a file's name and the number of bytes done since the last call."""
 
 Phase = Callable[[str, Mapping[str, int]], None]
-"""Called with ``writing`` or ``verifying`` when that begins, and the size of each file in it."""
+"""Called at the start of ``writing`` and ``verifying``, with the size of each file in it."""
 
 
 def check_name(name: str, where: str) -> str:
     """Refuse a file name that could leave the repo or the destination.
 
     Raises:
-        CheckpointError: absolute, upwards, empty or with characters of another system's paths.
+        CheckpointError: the name is absolute, empty, has ``..`` or characters of other systems'
+            paths.
     """
     parts = name.split("/")
     if not name or _RESERVED.search(name) or any(part in ("", ".", "..") for part in parts):
@@ -269,10 +293,10 @@ def check_name(name: str, where: str) -> str:
 
 @contextmanager
 def io_errors(name: str) -> Iterator[None]:
-    """Turn what the operating system says about a file into an error that names the file.
+    """Turn an error of the operating system into one that names the file.
 
     Raises:
-        RewriteError: with what to do about it.
+        RewriteError: with a hint what to do.
     """
     try:
         yield
@@ -280,5 +304,5 @@ def io_errors(name: str) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             why, hint = "the disk is full", "Free some space and run the same command again"
         else:
-            why, hint = error.strerror or str(error), "Mend the cause and run the command again"
+            why, hint = error.strerror or str(error), "Fix the cause and run the command again"
         raise RewriteError(f"{name}: {why}", hint=f"{hint}; it resumes.") from error

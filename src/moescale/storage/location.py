@@ -1,4 +1,4 @@
-"""Where a checkpoint is and where the output goes, parsed once from what the user says."""
+"""Parses the location of a source or a destination, once: a local path or a Hub repo."""
 
 from __future__ import annotations
 
@@ -20,41 +20,50 @@ _REPO_ID = re.compile(r"[A-Za-z0-9](?:[\w.-]*\w)?/[A-Za-z0-9](?:[\w.-]*\w)?", re
 
 @dataclass(frozen=True, slots=True)
 class LocalPath:
-    """A path on this machine, which need not exist."""
+    """A path on this machine, which need not exist.
 
-    said: str
+    Attributes:
+        text: the path as the user wrote it.
+    """
+
+    text: str
 
     def __str__(self) -> str:
-        return self.said
+        return self.text
 
     @property
     def path(self) -> Path:
         """The path."""
-        return Path(self.said)
+        return Path(self.text)
 
 
 @dataclass(frozen=True, slots=True)
 class HubRef:
-    """A repo on the Hub, a revision of it, None for the default, and a folder or GGUF file in it.
+    """A repo on the Hub, or part of one.
 
-    `quant` names one of its GGUF models instead, by a part of the file's name; `said` is what the
-    user wrote.
+    Attributes:
+        repo: ``org/name``.
+        revision: branch, tag or commit; None for the default branch.
+        folder: a folder in the repo, or a GGUF file.
+        quant: a GGUF model of the repo, by part of its file name.
+        text: the reference as the user wrote it.
+        path: None; nothing of it is on this machine.
     """
 
     repo: str
     revision: str | None = None
     folder: str = ""
     quant: str = ""
-    said: str = field(default="", compare=False)
-    path: ClassVar[None] = None  # nothing of it is on this machine
+    text: str = field(default="", compare=False)
+    path: ClassVar[None] = None
 
     def __str__(self) -> str:
         revision = f"@{self.revision}" if self.revision else ""
         folder = f"/{self.folder}" if self.folder else ""
         return f"{PREFIX}{self.repo}{revision}{folder}" + (f":{self.quant}" if self.quant else "")
 
-    def readings(self) -> Iterator[HubRef]:
-        """What may be meant: of a revision with slashes, the end may be a folder."""
+    def interpretations(self) -> Iterator[HubRef]:
+        """All possible meanings: the end of a revision with slashes may be a folder."""
         yield self
         parts = [] if self.folder else (self.revision or "").split("/")
         for stop in range(len(parts) - 1, 0, -1):
@@ -64,12 +73,11 @@ class HubRef:
 def parse_ref(text: str) -> HubRef:
     """``hf://org/name[/folder]``, ``hf://org/name@revision[/folder]``, or these without ``hf://``.
 
-    A folder may be a GGUF file; ``:QUANT`` at the end names a GGUF model of the repo.
-
-    Where the revision ends and the folder begins, only the Hub knows; see `HubRef.readings`.
+    A folder may be a GGUF file; ``:QUANT`` at the end names a GGUF model of the repo. Only the Hub
+    knows where the revision ends and the folder begins; see `HubRef.interpretations`.
 
     Raises:
-        UsageError: it is none of these.
+        UsageError: the text has none of these forms.
     """
     path, colon, quant = text.removeprefix(PREFIX).partition(":")
     path, at, revision = path.partition("@")
@@ -79,8 +87,8 @@ def parse_ref(text: str) -> HubRef:
     named = _QUANT.fullmatch(quant) or not colon
     if not is_repo_id(f"{org}/{name}") or not plain or (at and not revision) or not named:
         raise UsageError(
-            f"{text!r} is not a Hub repo: hf://org/name, hf://org/name@revision, and /folder or"
-            " :QUANT behind"
+            f"{text!r} is not a Hub repo: hf://org/name or hf://org/name@revision, optionally"
+            " followed by /folder or :QUANT"
         )
     return HubRef(f"{org}/{name}", revision.rstrip("/") or None, folder, quant, text)
 
@@ -89,7 +97,7 @@ _QUANT = re.compile(r"[\w.-]+", re.ASCII)
 
 
 def is_ref(text: str) -> bool:
-    """Whether `text` is written as a place on the Hub."""
+    """Whether `text` has the form of a Hub repo."""
     try:
         parse_ref(text)
     except UsageError:
@@ -97,43 +105,43 @@ def is_ref(text: str) -> bool:
     return True
 
 
-def from_address(text: str) -> str | None:
-    """The place of a model that a web address shows; None for what is no web address.
+def ref_from_url(text: str) -> str | None:
+    """The reference to the model at a web address; None if the text is not a web address.
 
     Raises:
-        UsageError: it is the address of something else.
+        UsageError: the address does not lead to a model.
     """
-    match = _ADDRESS.fullmatch(text)
+    match = _URL.fullmatch(text)
     if match is None or not (match["scheme"] or match["host"].lower() in _HOSTS):
         return None
-    if match["host"].lower() not in _HOSTS | {_own_host()}:
+    if match["host"].lower() not in _HOSTS | {_endpoint_host()}:
         raise UsageError(
-            f"{text}: is no address of the Hub",
+            f"{text}: is not an address of the Hub",
             hint="Give a directory, or a repo on the Hub as org/name.",
         )
     parts = unquote(match["path"]).strip("/").split("/")
     (org, name, page), rest = [*parts, "", ""][:3], parts[3:]
-    place = f"{PREFIX}{org}/{name.removesuffix('.git')}"
-    if org in _NO_MODELS or not is_ref(place) or page not in _PAGES:
-        hint = "Give a model: org/name, or its address." if not is_ref(place) else f"Say {place}."
-        raise UsageError(f"{text}: is no address of a model or its files", hint=hint)
+    ref = f"{PREFIX}{org}/{name.removesuffix('.git')}"
+    if org in _NOT_MODELS or not is_ref(ref) or page not in _PAGES:
+        hint = f"Give {ref}." if is_ref(ref) else "Give a model: org/name, or its address."
+        raise UsageError(f"{text}: is not the address of a model or its files", hint=hint)
     file = page in _FILES and bool(rest) and is_gguf(rest[-1])
     revision = "/".join(rest if file else rest[: _PAGES[page]])
-    return place + (f"@{revision}" if revision else "")
+    return ref + (f"@{revision}" if revision else "")
 
 
-def _own_host() -> str:
+def _endpoint_host() -> str:
     from huggingface_hub import constants
 
     return urlsplit(constants.ENDPOINT).netloc.lower()
 
 
 _HOSTS = frozenset({"huggingface.co", "www.huggingface.co", "hf.co"})
-_ADDRESS = re.compile(
+_URL = re.compile(
     r"(?P<scheme>https?:/{1,2})?(?P<host>[\w.-]+(?::\d+)?)/(?P<path>[^?#]*)(?:[?#].*)?",
     re.ASCII | re.IGNORECASE,
 )
-_NO_MODELS = frozenset({"datasets", "spaces", "collections", "papers", "docs", "blog", "api"})
+_NOT_MODELS = frozenset({"datasets", "spaces", "collections", "papers", "docs", "blog", "api"})
 _FILES = ("blob", "resolve", "raw")
 _PAGES: Mapping[str, int | None] = {
     "": 0,
@@ -141,7 +149,7 @@ _PAGES: Mapping[str, int | None] = {
     "commit": 1,
     **dict.fromkeys(_FILES, -1),
 }
-"""Pages of a repo: how much of what follows in the address is a revision and a folder."""
+"""Pages of a repo: how many of the following parts of the address are revision and folder."""
 
 
 def is_repo_id(text: str) -> bool:
@@ -152,18 +160,18 @@ def is_repo_id(text: str) -> bool:
 Location = LocalPath | HubRef
 
 
-def source_location(said: str | os.PathLike[str]) -> Location:
-    """Where a source is: an existing path wins over a repo, and so does one in a folder that is.
+def source_location(given: str | os.PathLike[str]) -> Location:
+    """The location of a source: a path wins over a repo if it, or its first folder, exists.
 
     Raises:
-        UsageError: it is empty, or the address of something else.
+        UsageError: the text is empty, or the address does not lead to a model.
     """
-    text = _text(said, "SRC")
-    if _says_hub(text):
+    text = _nonempty_text(given, "SRC")
+    if _is_hub_uri(text):
         return parse_ref(text)
     if os.path.lexists(text):
         return LocalPath(text)
-    text = from_address(text) or text
+    text = ref_from_url(text) or text
     if not is_ref(text):
         return LocalPath(text)
     ref = parse_ref(text)
@@ -171,75 +179,75 @@ def source_location(said: str | os.PathLike[str]) -> Location:
 
 
 def _is_in_folder(ref: HubRef) -> bool:
-    return not _says_hub(ref.said) and is_directory(Path(ref.said.partition("/")[0]))
+    return not _is_hub_uri(ref.text) and is_directory(Path(ref.text.partition("/")[0]))
 
 
-def destination_location(said: str | os.PathLike[str]) -> Location:
-    """Where an output goes: to a path, since only ``hf://`` uploads.
+def destination_location(given: str | os.PathLike[str]) -> Location:
+    """The location of an output: a path, unless it starts with ``hf://``.
 
     Raises:
-        UsageError: it is empty, or an address.
+        UsageError: the text is empty, or a web address.
     """
-    text = _text(said, "DST")
-    if _says_hub(text):
+    text = _nonempty_text(given, "DST")
+    if _is_hub_uri(text):
         return parse_ref(text)
-    if not os.path.lexists(text) and (ref := from_address(text)):
-        raise UsageError(f"{text}: is an address", hint=f"To upload there say {ref}.")
+    if not os.path.lexists(text) and (ref := ref_from_url(text)):
+        raise UsageError(f"{text}: is an address", hint=f"To upload there, give {ref}.")
     return LocalPath(text)
 
 
-def _text(said: str | os.PathLike[str], name: str) -> str:
-    text = expanded(said)
+def _nonempty_text(given: str | os.PathLike[str], name: str) -> str:
+    text = expand_user(given)
     if not text.strip():
-        raise UsageError(f"{name} is empty", hint="For this directory say a dot.")
+        raise UsageError(f"{name} is empty", hint="A dot means the current directory.")
     return text
 
 
-def expanded(path: str | os.PathLike[str]) -> str:
+def expand_user(path: str | os.PathLike[str]) -> str:
     """A path with the user's home in place of ``~``, which not every shell expands."""
     return os.path.expanduser(os.fspath(path))
 
 
-def _says_hub(text: str) -> bool:
-    """Whether a text starts with ``hf://``; what only begins like it is a slip, no directory."""
+def _is_hub_uri(text: str) -> bool:
+    """Whether a text starts with ``hf://``; any other ``hf:`` is a typing error."""
     if text.startswith("hf:") and not text.startswith(PREFIX):
         raise UsageError(
-            f"{text!r}: a place on the Hub is {PREFIX}org/name",
-            hint="For a directory of this name put ./ before it.",
+            f"{text!r}: a repo on the Hub is {PREFIX}org/name",
+            hint="For a directory of this name, put ./ before it.",
         )
     return text.startswith(PREFIX)
 
 
 def remarks_on(destination: Location) -> tuple[str, ...]:
-    """What the user should know of a folder here that looks like a repo."""
+    """A remark on a local destination that looks like a repo."""
     text = str(destination)
     if destination.path is None or not is_ref(text) or parse_ref(text).folder:
         return ()
     if os.path.lexists(text.partition("/")[0]):
         return ()
     what = "file" if text.endswith(".gguf") else "folder"
-    return (f"{text} is a {what} here, not a repo; to upload, say {PREFIX}{text}",)
+    return (f"{text} is a local {what}, not a repo; to upload, give {PREFIX}{text}",)
 
 
 def is_file(path: Path) -> bool:
-    """Whether it is a file.
+    """Whether the path is a file.
 
     Raises:
-        SourceError: the system does not let us look.
+        SourceError: the system denies access.
     """
-    return _asked(path, Path.is_file)
+    return _query(path, Path.is_file)
 
 
 def is_directory(path: Path) -> bool:
-    """Whether it is a directory.
+    """Whether the path is a directory.
 
     Raises:
-        SourceError: the system does not let us look.
+        SourceError: the system denies access.
     """
-    return _asked(path, Path.is_dir)
+    return _query(path, Path.is_dir)
 
 
-def _asked(path: Path, question: Callable[[Path], bool]) -> bool:
+def _query(path: Path, question: Callable[[Path], bool]) -> bool:
     try:
         return question(path)
     except OSError as error:

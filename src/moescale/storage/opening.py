@@ -1,4 +1,4 @@
-"""Opens what is at a location: sources to read from, and destinations to write to."""
+"""Opens sources and destinations at their locations."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from moescale.checkpoint.gguf.names import is_beside, is_gguf, part_name, parts_
 from moescale.checkpoint.safetensors.index import SUFFIX as SAFETENSORS
 from moescale.errors import DestinationError, SourceError, TemporaryError, UsageError
 from moescale.storage.base import Destination, Source, SourceId
+from moescale.storage.gguf_set import GgufSet
 from moescale.storage.local.destination import LocalDestination
 from moescale.storage.local.source import LocalSource
 from moescale.storage.location import (
@@ -21,17 +22,16 @@ from moescale.storage.location import (
     is_directory,
     is_file,
 )
-from moescale.storage.shelf import Shelf
 
 
 def open_source(
     location: Location, revision: str | None = None, follow_links: bool = True
 ) -> Source:
-    """A checkpoint; see `LocalSource` for its links.
+    """Open a checkpoint; see `LocalSource` for `follow_links`.
 
     Raises:
-        UsageError: a revision is given twice, or for a directory.
-        SourceError: it is neither a directory nor a repo that can be read.
+        UsageError: the revision is given twice, or for a directory.
+        SourceError: the location is neither a readable directory nor a readable repo.
     """
     match location:
         case HubRef():
@@ -43,35 +43,37 @@ def open_source(
 def _local_source(location: LocalPath, revision: str | None, follow_links: bool) -> LocalSource:
     path = location.path
     if revision is not None:
-        raise UsageError(f"--revision goes with a repo on the Hub; {location} is a directory")
+        raise UsageError(f"--revision needs a repo on the Hub; {location} is a directory")
     if is_gguf(str(location)) and is_file(path):
         return _gguf_source(path, follow_links)
     _check_directory(str(location))
-    if (model := _only_gguf(path)) is not None:
+    if (model := _single_gguf(path)) is not None:
         return _gguf_source(model, follow_links)
     return LocalSource(path, follow_links=follow_links)
 
 
 def _hub_source(ref: HubRef, revision: str | None) -> Source:
     if revision is not None and ref.revision is not None:
-        raise UsageError(f"{ref.said} names a revision already; leave --revision out")
+        raise UsageError(f"{ref.text} already names a revision; leave --revision out")
     from moescale.storage.hub.source import HubSource
 
     try:
         repo = HubSource(HubRef(ref.repo, revision or ref.revision, ref.folder))
         return repo.gguf(ref.quant) if ref.quant or repo.is_gguf else repo
     except (SourceError, TemporaryError) as error:
-        first = Path(ref.said.partition("/")[0])
-        if ref.said.startswith(PREFIX) or not is_directory(first):
+        first = Path(ref.text.partition("/")[0])
+        if ref.text.startswith(PREFIX) or not is_directory(first):
             raise
-        raise SourceError(f"{_no_directory(ref.said)}; {error.message}", hint=_SAY) from None
+        raise SourceError(
+            f"{_why_missing(ref.text)}; {error.message}", hint=_SOURCE_FORMS
+        ) from None
 
 
-def _only_gguf(folder: Path) -> Path | None:
-    """The one GGUF model of a folder that holds no other weights; None where it is not so."""
+def _single_gguf(folder: Path) -> Path | None:
+    """The only GGUF model of a folder; None if there are several, or other weights."""
     try:
         names = os.listdir(folder)
-    except OSError:  # the source says what is wrong
+    except OSError:  # opening the source reports it
         return None
     if any(name.endswith(SAFETENSORS) for name in names):
         return None
@@ -81,10 +83,10 @@ def _only_gguf(folder: Path) -> Path | None:
 
 
 def _gguf_source(path: Path, follow_links: bool) -> LocalSource:
-    """A GGUF file; of a split set all files, whichever was given."""
+    """A GGUF file; if it is part of a split set, all files of the set."""
     part = part_name(path.name)
     folder = LocalSource(
-        path.parent, follow_links=follow_links, shelf=Shelf(part.stem, part.stem, part.count)
+        path.parent, follow_links=follow_links, gguf_set=GgufSet(part.stem, part.stem, part.count)
     )
     first = parts_of(path.name, folder.files())[0]
     known = folder.identity
@@ -92,44 +94,44 @@ def _gguf_source(path: Path, follow_links: bool) -> LocalSource:
     return folder
 
 
-_SAY = (
+_SOURCE_FORMS = (
     "Give the directory of a checkpoint, or a repo on the Hub: org/name, hf://org/name@rev,"
     " org/name/folder, or its address."
 )
 
 
 def _check_directory(text: str) -> None:
-    """Refuse a path that is no directory, and say what to give instead.
+    """Refuse a path that is not a directory, with a hint what to give instead.
 
     Raises:
-        SourceError: nothing is there, or a file is.
+        SourceError: the path does not exist, or is a file.
     """
     path = Path(text)
     try:
         if path.is_dir():
             return
         if not path.exists():
-            raise SourceError(_no_directory(text), hint=_SAY)
+            raise SourceError(_why_missing(text), hint=_SOURCE_FORMS)
         in_checkpoint = (path.parent / "config.json").is_file()
     except OSError as error:
         raise SourceError(f"{text}: cannot be read: {error.strerror}") from None
     if in_checkpoint:
         raise SourceError(
-            f"{text}: is not a directory, but a file of a checkpoint",
+            f"{text}: is a file of a checkpoint, not a directory",
             hint=f"Give its folder: moescale {path.parent} DST -k K",
         )
-    raise SourceError(f"{text}: is not a directory", hint=_SAY)
+    raise SourceError(f"{text}: is not a directory", hint=_SOURCE_FORMS)
 
 
-def _no_directory(text: str) -> str:
+def _why_missing(text: str) -> str:
     if os.path.islink(text):
         return f"{text}: is a link to {os.readlink(text)}, which does not exist"
-    near = _nearest(Path(text))
+    near = _similar_folder(Path(text))
     return f"{text}: does not exist" + (f" (did you mean {near}?)" if near else "")
 
 
-def _nearest(path: Path) -> Path | None:
-    """A folder beside the path, or beside the folder above it, whose name is much like it."""
+def _similar_folder(path: Path) -> Path | None:
+    """An existing folder with a similar name, next to the path or next to its parent."""
     for level in (path, path.parent):
         if not level.name or not level.parent.is_dir():
             continue
@@ -151,27 +153,28 @@ def open_destination(
     create_pr: bool = False,
     commit_message: str | None = None,
     overwrite: bool = False,
-    shelf: Shelf | None = None,
+    gguf_set: GgufSet | None = None,
 ) -> Destination:
-    """Where an output goes; of a source with a `shelf` also a file.
+    """Open a destination; for a source with a `gguf_set` it may be a file.
 
     Raises:
-        UsageError: an option of the Hub is given for a directory, or a file for a directory.
+        UsageError: an option for the Hub is given for a directory, or the destination is a file
+            and the source is not GGUF.
     """
     match location:
         case LocalPath():
-            _check_no_dangling_link(location.said)
+            _check_no_dangling_link(location.text)
             if private is not None or create_pr or commit_message is not None:
                 options = "--private, --create-pr and --commit-message"
                 raise UsageError(f"{options} need hf://, not {location}")
-            return _local_destination(location, shelf)
+            return _local_destination(location, gguf_set)
         case HubRef():
             from moescale.storage.hub.destination import HubDestination, HubOptions
 
             if location.folder or location.quant:
                 what = "folder" if location.folder else "part"
                 raise UsageError(
-                    f"{location.said}: is a {what} of a repo; the output is a repo of its own",
+                    f"{location.text}: is a {what} of a repo; the output needs a repo of its own",
                     hint="Give hf://org/name or hf://org/name@branch.",
                 )
             return HubDestination(
@@ -179,95 +182,95 @@ def open_destination(
             )
 
 
-def _local_destination(location: LocalPath, shelf: Shelf | None) -> LocalDestination:
+def _local_destination(location: LocalPath, gguf_set: GgufSet | None) -> LocalDestination:
     path = location.path
     named = is_gguf(path.name) and not is_directory(path)
-    if shelf is None:
+    if gguf_set is None:
         if named:
             raise UsageError(
-                f"{location}: is the name of a GGUF file, and the source is none",
-                hint="Give a directory; llama.cpp's convert_hf_to_gguf.py makes a GGUF of it.",
+                f"{location}: is the name of a GGUF file, but the source is not GGUF",
+                hint="Give a directory; llama.cpp's convert_hf_to_gguf.py converts it to GGUF.",
             )
         return LocalDestination(path)
     if named:
-        own = replace(shelf, stem=part_name(path.name).stem)
-        return LocalDestination(path.parent, own, location.said)
-    return LocalDestination(path, shelf, location.said)
+        own = replace(gguf_set, stem=part_name(path.name).stem)
+        return LocalDestination(path.parent, own, location.text)
+    return LocalDestination(path, gguf_set, location.text)
 
 
 def _check_no_dangling_link(text: str) -> None:
     if os.path.islink(text) and not os.path.exists(text):
-        raise DestinationError(_no_directory(text), hint="Make that folder, or remove the link.")
+        raise DestinationError(_why_missing(text), hint="Create that folder, or remove the link.")
 
 
 def check_apart(source: Location, destination: Location, revision: str | None) -> None:
-    """Refuse a destination that is the source, or inside it, or around it.
+    """Refuse a destination that is the source, contains it or lies inside it.
 
     Raises:
-        UsageError: writing there would change the source.
+        UsageError: writing to it would change the source.
     """
     match source, destination:
         case HubRef(), HubRef():
             branches = (destination.revision or "main", revision or source.revision or "main")
             if destination.repo == source.repo and branches[0] == branches[1]:
-                raise UsageError(f"{destination.said}: is the branch that the source is read from")
+                raise UsageError(f"{destination.text}: is the branch that the source is read from")
         case LocalPath(), LocalPath():
-            if is_gguf(source.said) and is_file(source.path):
-                return  # what it may not be is known with its parts
+            if is_gguf(source.text) and is_file(source.path):
+                return  # `check_links` compares the files of the set
             one, other = source.path.resolve(), destination.path.resolve()
             if one == other:
                 raise UsageError(f"{destination}: source and destination are the same directory")
             if other.is_relative_to(one) or one.is_relative_to(other):
-                raise UsageError(f"{destination}: source and destination lie inside one another")
+                raise UsageError(f"{destination}: one of source and destination contains the other")
 
 
 def check_not_source(source: Source, destination: Destination) -> None:
-    """Refuse to write onto the branch whose head is the commit that is read.
+    """Refuse to write to the branch whose head is the source's commit.
 
     Raises:
         UsageError: the source was given as a commit or a tag of that branch.
     """
-    if destination.is_at(source.identity):
+    if destination.is_same_as(source.identity):
         raise UsageError(f"{destination.identity}: is the branch that the source is read from")
 
 
 def check_links(source: Source, destination: Destination) -> None:
-    """Refuse a destination that holds the source's file, or what a link of the source leads to.
+    """Refuse a destination that holds a file of the source, or the target of one of its links.
 
     Raises:
-        UsageError: writing there would change the source.
+        UsageError: writing to it would change the source.
     """
     if destination.remote:
         return
-    if source.shelf and destination.is_at(source.identity):
+    if source.gguf_set and destination.is_same_as(source.identity):
         raise UsageError(
             f"{destination.identity}: source and destination are the same file",
             hint="Give another name, or another directory.",
         )
     source.files()
-    for name, target in source.linked.items():
+    for name, target in source.links.items():
         if destination.holds(target):
             raise UsageError(
-                f"{destination.identity}: holds the file that the source's {name} is a link to",
+                f"{destination.identity}: holds the target of {name}, a link in the source",
                 hint="Give another destination.",
             )
 
 
-def check_file(option: str, path: Path, *folders: Path) -> None:
-    """Refuse a file that cannot be written to, before hours are spent on what it gets.
+def check_output_file(option: str, path: Path, *folders: Path) -> None:
+    """Refuse a file that cannot be written, before hours are spent on its content.
 
     Raises:
-        UsageError: it cannot, or lies in one of the folders, which hold checkpoints only.
+        UsageError: it cannot be written, or lies in one of the folders, which are checkpoints.
     """
     for folder in folders:
         if path.resolve().is_relative_to(folder.resolve()):
-            raise UsageError(f"{option} {path}: lies in {folder}", hint="Give a place outside.")
+            raise UsageError(f"{option} {path}: lies in {folder}", hint="Give a path outside it.")
     try:
         there = path.exists()
-        if not path.is_fifo():  # whoever reads that would take it for the end
+        if not path.is_fifo():  # its reader would take the close for the end
             path.open("ab").close()
         if not there:
             path.resolve().unlink()
     except OSError as error:
-        hint = "Give a file, in a folder that is there and can be written to."
+        hint = "Give a file in an existing, writable folder."
         raise UsageError(f"{option} {path}: {error.strerror}", hint=hint) from None

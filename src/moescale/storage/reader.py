@@ -1,4 +1,4 @@
-"""Reads open files of this machine: of a directory, or of the Hub's cache."""
+"""Reads open files of this machine, in a directory or in the Hub's cache."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class FileReader:
         """Fill the whole buffer from `offset` on.
 
         Raises:
-            RewriteError: the file ends before.
+            RewriteError: the file ends too early.
         """
         done = 0
         while done < len(buffer):
             size = _read_at(self.fd, buffer[done:], offset + done)
             if size == 0:
-                raise self.ended(offset + done)
+                raise self.ended_early(offset + done)
             done += size
 
-    def ended(self, offset: int) -> RewriteError:
+    def ended_early(self, offset: int) -> RewriteError:
         """The error for a file that is shorter than its header says."""
         return RewriteError(f"{self._name}: the source file ended early, at byte {offset}")
 
@@ -37,7 +37,7 @@ if hasattr(os, "preadv"):
     def _read_at(fd: int, buffer: memoryview, offset: int) -> int:
         return os.preadv(fd, [buffer], offset)
 
-else:  # Windows, and macOS before 11; each reader is used by one thread only
+else:  # Windows, and macOS before 11; one thread uses a reader
 
     def _read_at(fd: int, buffer: memoryview, offset: int) -> int:
         os.lseek(fd, offset, os.SEEK_SET)

@@ -16,7 +16,7 @@ def open_checkpoint(source: Source, options: Options, destination: str | None) -
     Raises:
         SourceError: it is nothing that can be rescaled, is damaged, or cannot be read.
     """
-    if source.shelf is not None:
+    if source.gguf_set is not None:
         published = destination is not None and destination.startswith(PREFIX)
         return GgufCheckpoint(source, options, published)
     return SafetensorsCheckpoint(source, options)

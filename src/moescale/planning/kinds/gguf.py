@@ -30,7 +30,7 @@ from moescale.planning.files import CARD, Action, PlannedFile
 from moescale.planning.instead import Instead, NewValue
 from moescale.planning.kinds.base import Output
 from moescale.planning.plan import Experts, NewHeader, Plan
-from moescale.storage.base import Source, Written
+from moescale.storage.base import FileRecord, Source
 from moescale.version import __version__
 
 _OWN: Final = "moescale."
@@ -300,7 +300,7 @@ class GgufCheckpoint:
             if new
         }
         partly = replace(plan, new_headers=MappingProxyType(others))
-        sizes = {f.name: Written(partly.output_size(f)) for f in partly.large_files}
+        sizes = {f.name: FileRecord(partly.output_size(f)) for f in partly.large_files}
         said = provenance.provenance(partly, sizes)
         first = self._parts[0]
         own = {first: self._grown(first, self._first_edit(plan, said))}

@@ -1,7 +1,7 @@
-"""What source and destination on the Hub have in common: requests, and errors in our words.
+"""Requests to the Hub, with retries and with errors translated to ours.
 
-Everything goes through huggingface_hub, so tokens, endpoint, proxies and offline mode are its
-business. Nothing of it is imported before the Hub is used.
+Everything goes through huggingface_hub, which handles tokens, endpoint, proxies and offline mode.
+It is only imported once the Hub is used.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 5
 LONGEST_WAIT = 300.0
-"""Seconds; a server that asks for a longer wait ends the run, which can be continued."""
+"""Seconds; if the server asks for a longer wait, the run ends, and can be continued."""
 
 _CONFLICT = "another conflicting operation is in progress"
-"""What the Hub says when it makes another repo of the user; the client would ask without end."""
+"""The Hub's answer while it creates another repo of the user; the client would retry forever."""
 
 TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 RESUMES = "Run the same command again; it resumes."
@@ -39,13 +39,17 @@ UNREACHABLE = "Check the network, then run the same command again."
 _STORAGE_ANSWER = re.compile(
     r"HTTP status \w+ error \((?P<status>\d+)[^)]*\)(?P<token>, domain: \S+/xet-write-token/)?"
 )
-_ours: ContextVar[bool] = ContextVar("moescale_request", default=False)
+_own_request: ContextVar[bool] = ContextVar("moescale_request", default=False)
 _guarded: WeakSet[httpx2.Client] = WeakSet()
 _T = TypeVar("_T")
 
 
 class BusyError(TemporaryError):
-    """The Hub is out of order for now; `retry_after` is the wait in seconds that it asks for."""
+    """The Hub cannot answer for now.
+
+    Attributes:
+        retry_after: the wait in seconds that it asks for, if any.
+    """
 
     def __init__(self, message: str, *, hint: str = RESUMES, retry_after: float | None = None):
         super().__init__(message, hint=hint)
@@ -56,8 +60,8 @@ class BusyError(TemporaryError):
 
 
 @functools.cache
-def api() -> HfApi:
-    """The client; `session` is what its requests go through."""
+def hf_api() -> HfApi:
+    """The client of huggingface_hub; its requests go through `session`."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -67,7 +71,7 @@ def api() -> HfApi:
 
 
 def session() -> httpx2.Client:
-    """The client's own session, which a user may have made, with time limits on all requests."""
+    """The session of the client, or one that the user set, with time limits on all requests."""
     from huggingface_hub import get_session
 
     client = get_session()
@@ -78,11 +82,11 @@ def session() -> httpx2.Client:
 
 
 def _guard(client: httpx2.Client) -> None:
-    """Give the client time limits, and let our own requests fail at once with `BusyError`.
+    """Give the client time limits, and make our own requests fail at once with `BusyError`.
 
-    Some calls of huggingface_hub ask for no time limit at all; a stall would be for ever. Others
-    repeat a request by themselves, which would multiply with our attempts; it is only left to
-    them where they repeat a part of an upload.
+    Some calls of huggingface_hub have no time limit, and would stall forever. Others repeat a
+    request themselves, which would multiply with our attempts; only the parts of an upload are
+    left to them.
     """
     import httpx2
 
@@ -90,17 +94,19 @@ def _guard(client: httpx2.Client) -> None:
 
     def guarded(request: httpx2.Request, **more: Any) -> httpx2.Response:
         _limit_time(request)
-        if not _ours.get():
+        if not _own_request.get():
             return send(request, **more)
         part = request.method == "PUT"
         try:
             response = send(request, **more)
         except httpx2.TransportError as error:
-            if part:  # not as ConnectError, after which the client would take another session
+            if part:  # after a ConnectError the client would take another session
                 raise httpx2.NetworkError(str(error), request=request) from error
             if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
-                raise BusyError(f"cannot be reached: {_line(error)}", hint=UNREACHABLE) from None
-            raise BusyError(f"the connection broke: {_line(error)}") from None
+                raise BusyError(
+                    f"cannot be reached: {_first_line(error)}", hint=UNREACHABLE
+                ) from None
+            raise BusyError(f"the connection broke: {_first_line(error)}") from None
         asked = _retry_after(response.headers)
         if response.status_code in TRANSIENT_STATUS and (not part or (asked or 0) > LONGEST_WAIT):
             response.close()
@@ -139,29 +145,34 @@ def has_token() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What the machines of a run must have in common, without saying it: the Hub, and a login."""
+    """The access to the Hub that all machines of a run must have.
 
-    endpoint: str  # its digest, since an address may hold a password
+    Attributes:
+        endpoint: the SHA-256 of the Hub's address, which may contain a password.
+        logged_in: whether there is a token.
+    """
+
+    endpoint: str
     logged_in: bool
 
     @classmethod
     def here(cls) -> Access:
-        """That of this machine."""
-        return cls(hashlib.sha256(api().endpoint.encode()).hexdigest(), has_token())
+        """The access of this machine."""
+        return cls(hashlib.sha256(hf_api().endpoint.encode()).hexdigest(), has_token())
 
-    def check(self, what: str, refused: type[MoescaleError]) -> None:
-        """Compare it with that of this machine.
+    def check_here(self, what: str, permanent: type[MoescaleError]) -> None:
+        """Compare it with the access of this machine.
 
         Raises:
-            MoescaleError: as `refused`; it is another Hub, or nobody is logged in.
+            MoescaleError: an error of class `permanent`; the Hub differs, or there is no token.
         """
         here = Access.here()
         if here.endpoint != self.endpoint:
-            raise refused(f"{what}: HF_ENDPOINT names another Hub here")
+            raise permanent(f"{what}: HF_ENDPOINT names a different Hub here")
         if self.logged_in and not here.logged_in:
-            raise refused(
-                f"{what}: nobody is logged in to the Hub here",
-                hint="Set HF_TOKEN in the worker's environment; a token is never sent to it.",
+            raise permanent(
+                f"{what}: not logged in to the Hub here",
+                hint="Set HF_TOKEN in the worker's environment; moescale never sends a token.",
             )
 
 
@@ -169,27 +180,27 @@ class Access:
 
 
 @contextmanager
-def in_our_words(what: str, refused: type[MoescaleError] = SourceError) -> Iterator[None]:
-    """Turn what the client raises into our errors.
+def translated_errors(what: str, permanent: type[MoescaleError] = SourceError) -> Iterator[None]:
+    """Turn the client's exceptions into our errors.
 
     Args:
         what: the object of the request, for the message.
-        refused: the error for what will not go better the next time.
+        permanent: the class of an error that a retry does not help.
     """
-    token = _ours.set(True)
+    token = _own_request.set(True)
     try:
         session()
         yield
     except Exception as error:
-        translated = _translated(what, error, refused)
+        translated = _translated(what, error, permanent)
         if translated is error:
             raise
         raise translated from None
     finally:
-        _ours.reset(token)
+        _own_request.reset(token)
 
 
-def _translated(what: str, error: Exception, refused: type[MoescaleError]) -> Exception:
+def _translated(what: str, error: Exception, permanent: type[MoescaleError]) -> Exception:
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -199,54 +210,56 @@ def _translated(what: str, error: Exception, refused: type[MoescaleError]) -> Ex
             return BusyError(message, hint=error.hint or RESUMES, retry_after=error.retry_after)
         case MoescaleError():
             return error
-        case OfflineModeIsEnabled() if refused is DestinationError:
-            return refused(
-                f"{what}: cannot be written to, since HF_HUB_OFFLINE is set",
+        case OfflineModeIsEnabled() if permanent is DestinationError:
+            return permanent(
+                f"{what}: cannot be written to because HF_HUB_OFFLINE is set",
                 hint="Unset HF_HUB_OFFLINE, or give a directory as DST.",
             )
         case OfflineModeIsEnabled():
-            return refused(
+            return permanent(
                 f"{what}: is not in the Hub cache, and HF_HUB_OFFLINE is set",
                 hint="Unset HF_HUB_OFFLINE, or download the model first.",
             )
         case HfHubHTTPError():
             request, status = error.response.request, error.response.status_code
-            if page := gate(error.response):
-                return refused(f"{what}: the repo is gated ({status})", hint=accept(page))
+            if page := gated_page(error.response):
+                return permanent(
+                    f"{what}: the repo is gated ({status})", hint=accept_terms_hint(page)
+                )
             if request.method == "PUT" or request.url.path.endswith("/lfs/verify"):
-                # an upload did not arrive, because its address expired, say
+                # the upload failed, for example because its address expired
                 return BusyError(f"{what}: the Hub's storage answered {status}")
-            return _http_error(what, status, _line(error), refused)
+            return _http_error(what, status, _first_line(error), permanent)
         case httpx2.TransportError():
-            return BusyError(f"{what}: the connection broke: {_line(error)}")
+            return BusyError(f"{what}: the connection broke: {_first_line(error)}")
         case httpx2.HTTPError() | json.JSONDecodeError() | UnicodeDecodeError():
-            return BusyError(f"{what}: the Hub answered with something else: {_line(error)}")
-        case ValueError():  # what the client refuses to send
-            return refused(f"{what}: {_line(error)}")
+            return BusyError(f"{what}: the Hub's answer is not readable: {_first_line(error)}")
+        case ValueError():  # the client refuses to send it
+            return permanent(f"{what}: {_first_line(error)}")
         case RuntimeError(__cause__=Exception() as cause):
-            return _translated(what, cause, refused)
-    return _storage_error(what, error, refused)
+            return _translated(what, cause, permanent)
+    return _storage_error(what, error, permanent)
 
 
-def gate(response: Any) -> str | None:
-    """The page of a gated repo, where its terms are accepted; None if that is not the reason."""
+def gated_page(response: Any) -> str | None:
+    """The page on which to accept the terms of a gated repo; None if the repo is not gated."""
     if response.headers.get("X-Error-Code") != "GatedRepo":
         return None
     repo = re.match(r"(?:/api/models)?/([^/]+/[^/]+)", response.request.url.path)
-    return f"{api().endpoint}/{repo[1]}" if repo else None
+    return f"{hf_api().endpoint}/{repo[1]}" if repo else None
 
 
-def accept(page: str) -> str:
-    """What to do about a gated repo."""
+def accept_terms_hint(page: str) -> str:
+    """The hint for a gated repo."""
     login = "" if has_token() else ", log in with `hf auth login` or set HF_TOKEN"
     return f"Accept its terms at {page}{login}, then run the same command again."
 
 
-def _http_error(what: str, status: int, line: str, refused: type[MoescaleError]) -> MoescaleError:
+def _http_error(what: str, status: int, line: str, permanent: type[MoescaleError]) -> MoescaleError:
     if status in TRANSIENT_STATUS:
         return BusyError(f"{what}: the Hub answered {status}")
     why, hint = _REFUSALS.get(status, (f"the Hub answered {status}: {line}", None))
-    return refused(f"{what}: {why}", hint=hint)
+    return permanent(f"{what}: {why}", hint=hint)
 
 
 _REFUSALS = {
@@ -260,27 +273,27 @@ _REFUSALS = {
     ),
     404: ("not found (404)", "Check the name and the revision."),
     412: (
-        "somebody else has changed the branch meanwhile (412)",
-        "See what is there; the same command resumes, --overwrite replaces the new content.",
+        "the branch was changed by somebody else meanwhile (412)",
+        "Look at the branch; the same command resumes, --overwrite replaces the new content.",
     ),
 }
 
 
-def _storage_error(what: str, error: Exception, refused: type[MoescaleError]) -> Exception:
-    """What hf_xet raises: the system's error classes without the system's numbers."""
+def _storage_error(what: str, error: Exception, permanent: type[MoescaleError]) -> Exception:
+    """An error of hf_xet, which raises the system's exceptions without error numbers."""
     if not isinstance(error, OSError | RuntimeError) or getattr(error, "errno", None) is not None:
         return error
     if isinstance(error, PermissionError):
-        return _http_error(what, 401, "", refused)
+        return _http_error(what, 401, "", permanent)
     if answer := _STORAGE_ANSWER.search(str(error)):
         if answer["token"]:
-            return _http_error(what, int(answer["status"]), _line(error), refused)
+            return _http_error(what, int(answer["status"]), _first_line(error), permanent)
         return BusyError(f"{what}: the Hub's storage answered {answer['status']}")
-    return BusyError(f"{what}: the connection to the Hub's storage broke: {_line(error)}")
+    return BusyError(f"{what}: the connection to the Hub's storage broke: {_first_line(error)}")
 
 
-def _line(error: Exception) -> str:
-    """What an error says, in one line of moderate length and without the token."""
+def _first_line(error: Exception) -> str:
+    """The first line of an error's text, shortened and without the token."""
     from huggingface_hub import get_token
 
     lines = (line.strip() for line in str(error).splitlines())
@@ -292,24 +305,24 @@ def _line(error: Exception) -> str:
 # Attempts -----------------------------------------------------------------------------------
 
 
-def retried(call: Callable[[], _T], what: str, refused: type[MoescaleError] = SourceError) -> _T:
-    """The result of `call`, which is tried again while the Hub is out of order."""
+def retry(call: Callable[[], _T], what: str, permanent: type[MoescaleError] = SourceError) -> _T:
+    """The result of `call`, tried again while the Hub cannot answer."""
     for attempt in range(ATTEMPTS):
         try:
-            with in_our_words(what, refused):
+            with translated_errors(what, permanent):
                 return call()
         except TemporaryError as error:
             if attempt == ATTEMPTS - 1:
                 raise
-            pause(attempt, error)
+            wait_before_retry(attempt, error)
     raise AssertionError("unreachable")
 
 
-def pause(attempt: int, error: MoescaleError | None = None) -> None:
-    """Wait before the next attempt: as long as the server asks for, if it does.
+def wait_before_retry(attempt: int, error: MoescaleError | None = None) -> None:
+    """Wait before the next attempt, as long as the server asks for.
 
     Raises:
-        TemporaryError: the server asks for longer than anybody would wait.
+        TemporaryError: the server asks for more than `LONGEST_WAIT`.
     """
     asked = error.retry_after if isinstance(error, BusyError) else None
     if asked is not None and asked > LONGEST_WAIT:
@@ -321,12 +334,12 @@ def pause(attempt: int, error: MoescaleError | None = None) -> None:
 
 
 def sleep(seconds: float) -> None:
-    """Wait; one place, so that tests need not."""
+    """Wait; tests replace this function."""
     time.sleep(seconds)
 
 
 def _retry_after(answer: Mapping[str, str]) -> float | None:
-    """The seconds that an answer asks to wait, in either of the Hub's two ways."""
+    """The wait in seconds that an answer asks for, in either of the Hub's two forms."""
     from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
 
     value = answer.get("retry-after", "")

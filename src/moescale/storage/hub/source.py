@@ -1,4 +1,4 @@
-"""A repo on the Hub as a source: pinned to one commit, read by ranges, never stored."""
+"""A repo on the Hub as a source: one commit, read in ranges, never stored on disk."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from moescale.checkpoint.rewrite import Reader
 from moescale.checkpoint.safetensors.header import LENGTH_BYTES
 from moescale.errors import CheckpointError, RewriteError, SourceError, TemporaryError, bytes_text
 from moescale.storage.base import SMALL_FILE_BYTES, FileInfo, SourceId, check_name
+from moescale.storage.gguf_set import GgufSet
 from moescale.storage.hub import client
 from moescale.storage.hub.client import ATTEMPTS
 from moescale.storage.location import PREFIX, HubRef
 from moescale.storage.reader import FileReader
-from moescale.storage.shelf import Shelf
 
 if TYPE_CHECKING:
     import httpx2
 
 _HEAD = 32 << 10
-"""Bytes of a shard that are asked for first; most headers are in them."""
+"""How many bytes of a shard the first request asks for; most headers fit."""
 
 _SHA256, _GIT_DIGEST = 64, 40
-"""Digits of the digest that the Hub states: of a large file, and of one that is in git."""
+"""Lengths of the digests that the Hub states for large files, and for files in git."""
 
 _LOG_IN = "Log in with `hf auth login` or set HF_TOKEN; the same command resumes."
 _REFUSED = {
@@ -40,7 +40,7 @@ _REFUSED = {
         "the token does not allow it",
         "Ask for access on the repo's page, or use a token that has it.",
     ),
-    404: ("it is not there any more", None),
+    404: ("it no longer exists", None),
     416: ("it is shorter than it was", None),
 }
 
@@ -48,38 +48,38 @@ _REFUSED = {
 class HubSource:
     """One commit of a model repo.
 
-    A file that the Hub cache has at that commit is read from there; with ``HF_HUB_OFFLINE`` all
-    of them have to be there.
+    A file is read from the Hub cache if that has it at this commit; with ``HF_HUB_OFFLINE`` the
+    cache must have all files.
     """
 
     remote = True
     parallel_reads = 8
-    linked: Mapping[str, Path] = MappingProxyType({})
+    links: Mapping[str, Path] = MappingProxyType({})
 
-    def __init__(self, place: HubRef) -> None:
-        """Resolve the revision to a commit; everything is read at that commit.
+    def __init__(self, ref: HubRef) -> None:
+        """Resolve the revision to a commit; all reads use that commit.
 
         Raises:
-            SourceError: there is no such repo or revision, or no access to it.
+            SourceError: the repo or the revision does not exist or is not accessible.
             TemporaryError: the Hub cannot be reached.
         """
         from huggingface_hub import constants
 
         self._offline = constants.HF_HUB_OFFLINE
-        place, self._commit = _resolved(place, self._offline)
-        self._file, folder = (place.folder, "") if is_gguf(place.folder) else ("", place.folder)
-        self._repo, self._folder = place.repo, f"{folder}/" if folder else ""
-        self._name = str(HubRef(place.repo, folder=folder))
-        self.identity = SourceId("hub", self._name.removeprefix(PREFIX), self._commit, place.repo)
+        ref, self._commit = _resolve(ref, self._offline)
+        self._file, folder = (ref.folder, "") if is_gguf(ref.folder) else ("", ref.folder)
+        self._repo, self._folder = ref.repo, f"{folder}/" if folder else ""
+        self._name = str(HubRef(ref.repo, folder=folder))
+        self.identity = SourceId("hub", self._name.removeprefix(PREFIX), self._commit, ref.repo)
         self.received = 0
         self.remarks: list[str] = []
-        self.shelf: Shelf | None = None
+        self.gguf_set: GgufSet | None = None
         self._counting = threading.Lock()
         self._files: dict[str, FileInfo] | None = None
         self._stated: dict[str, str | None] = {}
         self._heads: dict[str, bytes] = {}
         self._planned: dict[str, tuple[int, bytes]] = {}
-        self._access: client.Access | None = None  # of the machine that sent this here
+        self._access: client.Access | None = None  # of the machine that runs the command
 
     def __getstate__(self) -> dict[str, Any]:
         access = self._access or client.Access.here()
@@ -96,7 +96,7 @@ class HubSource:
         """
         if self._files is None:
             self._files = {}
-            for path, size, sha256, oid in self._listed():
+            for path, size, sha256, oid in self._list_files():
                 name = path.removeprefix(self._folder)
                 if name.startswith((".cache/", ".git/")) or not path.startswith(self._folder):
                     continue
@@ -105,37 +105,39 @@ class HubSource:
                 self._stated[name] = sha256 or oid
             if self._folder and not self._files:
                 raise SourceError(
-                    f"{self._name}: the repo has no such folder, or nothing is in it",
-                    hint="See the names of the folders on the repo's page.",
+                    f"{self._name}: the repo has no such folder, or the folder is empty",
+                    hint="The repo's page lists its folders.",
                 )
         return self._files
 
-    def _listed(self) -> Iterable[tuple[str, int, str | None, str | None]]:
-        """Name, size, SHA-256 of a large file, git's digest of a small one."""
+    def _list_files(self) -> Iterable[tuple[str, int, str | None, str | None]]:
+        """Name, size, SHA-256 (large files), git's digest (small files)."""
         from huggingface_hub.hf_api import RepoFile
 
         if self._offline:
             return _cached_files(self._repo, self._folder, self._commit)
 
         def fetch() -> list[tuple[str, int, str | None, str | None]]:
-            entries = client.api().list_repo_tree(self._repo, recursive=True, revision=self._commit)
+            entries = client.hf_api().list_repo_tree(
+                self._repo, recursive=True, revision=self._commit
+            )
             return [
                 (e.path, e.size, e.lfs.sha256 if e.lfs else None, e.blob_id)
                 for e in entries
                 if isinstance(e, RepoFile)
             ]
 
-        return client.retried(fetch, self._name)
+        return client.retry(fetch, self._name)
 
-    def state(self, name: str) -> Any:
+    def fingerprint(self, name: str) -> Any:
         """Size and digest; a commit does not change."""
         return [self.files()[name].size, self._stated[name]]
 
-    def on_disk(self, names: Sequence[str]) -> Path:
-        """Download the files into the Hub's cache, from where they are read from then on.
+    def local_folder(self, names: Sequence[str]) -> Path:
+        """Download the files into the Hub's cache, where all later reads find them.
 
         Raises:
-            SourceError: the cache has no room for them.
+            SourceError: the disk of the cache is too small.
             TemporaryError: the Hub does not answer.
         """
         from huggingface_hub import constants
@@ -145,24 +147,24 @@ class HubSource:
         cache.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(cache).free) < missing:
             raise SourceError(
-                f"{self._name}: has to be downloaded to be measured: {bytes_text(missing)}, and"
+                f"{self._name}: measuring needs a download of {bytes_text(missing)}, but"
                 f" {bytes_text(free)} are free in {cache}",
                 hint="Free some space, or set HF_HOME to a folder on a larger disk.",
             )
 
         def fetch() -> Path:
-            patterns = [_literal(self._folder + name) for name in names]
-            root = client.api().snapshot_download(
+            patterns = [_escape_pattern(self._folder + name) for name in names]
+            root = client.hf_api().snapshot_download(
                 self._repo, revision=self._commit, allow_patterns=patterns
             )
             return Path(root) / self._folder
 
-        folder = client.retried(fetch, self._name)
+        folder = client.retry(fetch, self._name)
         self.received += missing
         return folder
 
-    def only(self, names: Iterable[str]) -> HubSource:
-        """The same commit with no more than these files, as they are now known."""
+    def subset(self, names: Iterable[str]) -> HubSource:
+        """The same commit limited to these files, with what is known of them."""
         part = copy(self)
         part._files = {name: self.files()[name] for name in names}
         part._stated = {name: self._stated[name] for name in part._files}
@@ -171,10 +173,10 @@ class HubSource:
         return part
 
     def gguf(self, quant: str) -> HubSource:
-        """The same commit with no more than one GGUF model: the file that was given, or `quant`.
+        """The same commit limited to one GGUF model: the file that was given, or `quant`.
 
         Raises:
-            SourceError: there is none such.
+            SourceError: the repo has no such model.
         """
         models = [name for name in self.files() if is_gguf(name) and not is_beside(name)]
         first = self._file or _by_quant(models, quant)
@@ -183,8 +185,8 @@ class HubSource:
             hint = f"It has {', '.join(names[:8])}." if names else "It has no GGUF model."
             raise SourceError(f"{self._name}: has no {self._file or quant}", hint=hint)
         names = parts_of(first, models)
-        part, model = part_name(names[0]), self.only(names)
-        model.shelf = Shelf(part.stem, part.stem.rpartition("/")[2], part.count)
+        part, model = part_name(names[0]), self.subset(names)
+        model.gguf_set = GgufSet(part.stem, part.stem.rpartition("/")[2], part.count)
         name = f"{self._repo}/{self._folder}{names[0]}"
         model.identity = SourceId("hub", name, self._commit, self._repo)
         return model
@@ -194,14 +196,14 @@ class HubSource:
         """Whether a GGUF file was given."""
         return bool(self._file)
 
-    def check(self) -> None:
-        """Look whether this machine can read the commit; offline, whether it has the files.
+    def check_reachable(self) -> None:
+        """Check that this machine can read the commit or, offline, that it has the files.
 
         Raises:
-            SourceError: it cannot.
+            SourceError: it cannot, or does not.
         """
         if self._access is not None:
-            self._access.check(self._name, SourceError)
+            self._access.check_here(self._name, SourceError)
         if not self._offline:
             _commit(HubRef(self._repo, self._commit))
         for name in self.files() if self._offline else ():
@@ -214,23 +216,23 @@ class HubSource:
             hint="Unset HF_HUB_OFFLINE, or download the model first.",
         )
 
-    def newest_change(self) -> int:
-        """A commit does not change."""
+    def last_changed(self) -> int:
+        """0, since a commit does not change."""
         return 0
 
     def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:
-        """A stretch of one file; the whole file, if it is a small one, by default.
+        """Part of a file, by default all of it; the whole of a large file is refused.
 
-        The first bytes of a shard, asked for to learn the length of its header, are kept for
-        the second call that asks for the header.
+        A first read, for the length of a header, fetches more and keeps it for the second read,
+        which wants the header.
         """
         total = self.files()[name].size
         if size is None:
             size = total - start
             if size > SMALL_FILE_BYTES:
-                raise CheckpointError(f"{name}: {size} bytes are too many for a file of this kind")
+                raise CheckpointError(f"{name}: {size} bytes are too many for this kind of file")
             return self._fetch(name, start, start + size)
-        if start > LENGTH_BYTES:  # a stretch of the data: no header begins there
+        if start > LENGTH_BYTES:  # not a header
             return self._fetch(name, start, start + size)
         head, stop = self._heads.pop(name, b""), start + size
         if start == 0 and stop < _HEAD < total:
@@ -246,18 +248,18 @@ class HubSource:
             if isinstance(reader, HubReader):
                 reader.read_into(memoryview(buffer), start, stop)
                 if stop - start == self.files()[name].size:
-                    reader.check()
+                    reader.check_digest()
             else:
                 reader.read_into(memoryview(buffer), start)
         return bytes(buffer)
 
     @contextmanager
     def open(self, name: str) -> Iterator[Reader]:
-        """Open a file as a stream; at its end the bytes are compared with the Hub's digest."""
+        """Open a file as a stream; at the end, compare its bytes with the Hub's digest."""
         with self._reader(name) as reader:
             yield reader
             if isinstance(reader, HubReader):
-                reader.check()
+                reader.check_digest()
 
     @contextmanager
     def _reader(self, name: str) -> Iterator[Reader]:
@@ -271,7 +273,10 @@ class HubSource:
         if self._offline:
             raise self._not_cached(name)
         url = hf_hub_url(
-            self._repo, self._folder + name, revision=self._commit, endpoint=client.api().endpoint
+            self._repo,
+            self._folder + name,
+            revision=self._commit,
+            endpoint=client.hf_api().endpoint,
         )
         info, planned = self.files()[name], self._planned.get(name, (0, b""))
         with closing(HubReader(url, info, self._stated[name], planned)) as reader:
@@ -280,51 +285,51 @@ class HubSource:
             self.received += reader.received
 
     def _cached(self, name: str) -> str | None:
-        """The file in the Hub cache at this commit, if it is there in its full size."""
+        """The path of the file in the Hub cache, if it is complete at this commit."""
         path = _cached_path(self._repo, self._folder + name, self._commit)
         return path if path and Path(path).stat().st_size == self.files()[name].size else None
 
 
 def _by_quant(names: Iterable[str], quant: str) -> str:
-    """The first file that ``llama-cli -hf org/name:QUANT`` would take; "" for none."""
+    """The first file that ``llama-cli -hf org/name:QUANT`` would take; "" if there is none."""
     wanted = re.compile(re.escape(quant) + "[.-]", re.IGNORECASE)
     firsts = (name for name in sorted(names) if part_name(name).number == 1)
     return next((name for name in firsts if wanted.search(name)), "")
 
 
-def _literal(name: str) -> str:
-    """A pattern that matches this name only."""
+def _escape_pattern(name: str) -> str:
+    """A pattern that only matches this name."""
     return re.sub(r"([*?[])", r"[\1]", name)
 
 
-def _resolved(place: HubRef, offline: bool) -> tuple[HubRef, str]:
-    """The first reading of a place that there is, and its commit.
+def _resolve(ref: HubRef, offline: bool) -> tuple[HubRef, str]:
+    """The first interpretation of a reference that exists, and its commit.
 
     Raises:
-        SourceError: there is none; as for the place itself.
+        SourceError: none exists; the error is that of the first.
     """
     error: SourceError | None = None
-    for reading in place.readings():
+    for reading in ref.interpretations():
         try:
             return reading, _cached_commit(reading) if offline else _commit(reading)
-        except SourceError as refused:
-            error = error or refused
+        except SourceError as failed:
+            error = error or failed
     assert error is not None
     raise error
 
 
-def _commit(place: HubRef) -> str:
+def _commit(ref: HubRef) -> str:
     """The commit of a revision.
 
     Raises:
-        SourceError: there is no such repo or revision, or no access to it.
+        SourceError: the repo or the revision does not exist or is not accessible.
     """
-    info = client.retried(
-        lambda: client.api().model_info(place.repo, revision=place.revision),
-        str(HubRef(place.repo, place.revision)),
+    info = client.retry(
+        lambda: client.hf_api().model_info(ref.repo, revision=ref.revision),
+        str(HubRef(ref.repo, ref.revision)),
     )
     if info.sha is None:
-        raise SourceError(f"{place}: the Hub does not say at which commit it is")
+        raise SourceError(f"{ref}: the Hub does not name its commit")
     return info.sha
 
 
@@ -334,23 +339,23 @@ def _commit(place: HubRef) -> str:
 def _cached_path(repo: str, name: str, revision: str | None) -> str | None:
     from huggingface_hub import try_to_load_from_cache
 
-    with client.in_our_words(repo):
+    with client.translated_errors(repo):
         path = try_to_load_from_cache(repo, name, revision=revision)
     return path if isinstance(path, str) else None
 
 
-def _cached_commit(place: HubRef) -> str:
-    """The commit that a revision was at when the cache was filled.
+def _cached_commit(ref: HubRef) -> str:
+    """The commit of a revision at the time when the cache was filled.
 
     Raises:
-        SourceError: nothing of this revision is in the cache.
+        SourceError: the cache has no file of this revision.
     """
-    config = f"{place.folder}/config.json".lstrip("/")
-    name = place.folder if is_gguf(place.folder) else config
-    path = _cached_path(place.repo, name, place.revision)
+    config = f"{ref.folder}/config.json".lstrip("/")
+    name = ref.folder if is_gguf(ref.folder) else config
+    path = _cached_path(ref.repo, name, ref.revision)
     if path is None:
         raise SourceError(
-            f"{place}: is not in the Hub cache, and HF_HUB_OFFLINE is set",
+            f"{ref}: is not in the Hub cache, and HF_HUB_OFFLINE is set",
             hint="Unset HF_HUB_OFFLINE, or download the model first.",
         )
     return Path(path).parents[name.count("/")].name
@@ -359,9 +364,9 @@ def _cached_commit(place: HubRef) -> str:
 def _cached_files(
     repo: str, folder_in_repo: str, commit: str
 ) -> Iterator[tuple[str, int, str | None, str | None]]:
-    """What the repo has, as far as the cache knows: its list of the repo, else its files.
+    """The files of the repo: from the cache's list of the repo, otherwise from its files.
 
-    A file of the cache is a link to one that has the digest as its name.
+    A file of the cache is a link to one that is named after its digest.
     """
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
@@ -380,7 +385,7 @@ def _cached_files(
 
 
 class HubReader:
-    """A file of the Hub, read forwards as one stream that is taken up again where it breaks."""
+    """Reads a file of the Hub forwards, as one stream that resumes where it breaks."""
 
     def __init__(
         self,
@@ -389,7 +394,14 @@ class HubReader:
         stated: str | None = None,
         planned: tuple[int, bytes] = (0, b""),
     ) -> None:
-        """`stated` is the Hub's digest; `planned` length and SHA-256 of what was read before."""
+        """Open no connection yet.
+
+        Args:
+            url: the address of the file.
+            info: its name and size.
+            stated: the digest that the Hub states.
+            planned: length and SHA-256 of its first bytes, if they were read while planning.
+        """
         self._url = url
         self._info = info
         self._stated = stated
@@ -406,11 +418,11 @@ class HubReader:
         self.received = 0
 
     def read_into(self, buffer: memoryview, offset: int, stop: int | None = None) -> None:
-        """Fill the whole buffer from `offset` on; `stop` is where the stream need not go on.
+        """Fill the whole buffer from `offset` on; the stream may end at `stop`.
 
         Raises:
-            SourceError: the file is gone, or may not be read any more.
-            TemporaryError: the Hub does not answer as it should, again and again.
+            SourceError: the file no longer exists, or is no longer accessible.
+            TemporaryError: the Hub fails again and again.
         """
         if offset != self._position:
             self.close()
@@ -426,19 +438,19 @@ class HubReader:
             self._position += size
             done += size
         if offset == self._digested:
-            self._update(buffer)
+            self._hash_and_check_header(buffer)
 
-    def _update(self, data: memoryview) -> None:
+    def _hash_and_check_header(self, data: memoryview) -> None:
         self._digest.update(data)
         length, wanted = self._planned
         if self._digested < length:
             self._header.update(data[: length - self._digested])
             if self._digested + len(data) >= length and self._header.digest() != wanted:
-                raise self._differs("its header is not the one that the plan was made from")
+                raise self._differs("its header differs from the planned one")
         self._digested += len(data)
 
     def _next_piece(self, stop: int | None) -> None:
-        """Get more bytes, on the stream that is open or on a new one."""
+        """Get more bytes, from the open stream or a new one."""
         import httpx2
 
         busy: client.BusyError | None = None
@@ -463,10 +475,10 @@ class HubReader:
                 f" {self._position}: {problem}",
                 hint=client.RESUMES,
             )
-        client.pause(self._failures - 1, busy)
+        client.wait_before_retry(self._failures - 1, busy)
 
     def _open(self, stop: int | None) -> str:
-        """Ask for the bytes from here on; returns what is wrong with the answer, if anything."""
+        """Request the remaining bytes; returns what is wrong with the answer, if anything."""
         from huggingface_hub import constants
 
         first, last = self._position, (stop or self._info.size) - 1
@@ -476,20 +488,22 @@ class HubReader:
             "range": f"bytes={first}-{last}",
         }
         timeout = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
-        with client.in_our_words(self._info.name):
+        with client.translated_errors(self._info.name):
             context = client.session().stream(
                 "GET", self._url, headers=request, timeout=timeout, follow_redirects=True
             )
             response = context.__enter__()
         self._context = context
-        self._pieces = response.iter_raw()  # as they arrive: what has arrived is not asked again
+        self._pieces = response.iter_raw()  # unbuffered: a retry asks only for missing bytes
         return self._problem(response, first, last)
 
     def _problem(self, response: httpx2.Response, first: int, last: int) -> str:
         status, found = response.status_code, response.headers
-        if status in _REFUSED and (page := client.gate(response)):
+        if status in _REFUSED and (page := client.gated_page(response)):
             name = self._info.name
-            raise SourceError(f"{name}: the repo is gated ({status})", hint=client.accept(page))
+            raise SourceError(
+                f"{name}: the repo is gated ({status})", hint=client.accept_terms_hint(page)
+            )
         if status in _REFUSED and not response.history:
             why, hint = _REFUSED[status]
             raise SourceError(f"{self._info.name}: {why} ({status})", hint=hint)
@@ -497,31 +511,31 @@ class HubReader:
             wanted = f"bytes {first}-{last}/{self._info.size}"
             range_ = found.get("content-range")
             return "" if range_ == wanted else f"asked for {wanted}, got {range_}"
-        if status != 200:  # after a redirect: an address of the storage that has expired, say
+        if status != 200:  # for example a redirect to a storage address that has expired
             return f"the Hub's storage answered {status}"
         if first or found.get("content-length") != str(self._info.size):
-            return "the server ignored the range, or sent something else"
+            return "the server ignored the range, or sent another length"
         return ""
 
-    def check(self) -> None:
-        """Compare what was read with the digest that the Hub states.
+    def check_digest(self) -> None:
+        """Compare the bytes with the digest that the Hub states.
 
         Raises:
-            TemporaryError: other bytes arrived.
+            TemporaryError: the digest differs.
         """
         if self._digested != self._info.size:
-            raise RewriteError(f"{self._info.name}: was not read to its end")
+            raise RewriteError(f"{self._info.name}: was not read to the end")
         if self._stated is not None and self._digest.hexdigest() != self._stated:
             raise self._differs("its digest differs")
 
     def _differs(self, why: str) -> TemporaryError:
         return TemporaryError(
-            f"{self._info.name}: what arrived is not what the Hub has: {why}",
-            hint="Run the same command again; the file is fetched anew.",
+            f"{self._info.name}: received other bytes than the Hub has: {why}",
+            hint="Run the same command again; it downloads the file again.",
         )
 
     def close(self) -> None:
-        """Let go of the stream."""
+        """Close the stream."""
         context, self._context = self._context, None
         self._rest, self._pieces = memoryview(b""), iter(())
         if context is not None:

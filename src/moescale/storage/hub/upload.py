@@ -1,4 +1,4 @@
-"""Uploads to the Hub's xet storage as a stream: chunked, deduplicated, never whole anywhere."""
+"""Uploads to the Hub's xet storage as a stream: in chunks, deduplicated, never stored whole."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from moescale.checkpoint.rewrite import Reader, pieces
 from moescale.errors import DestinationError, InterruptedRun
-from moescale.storage.base import Arrived, Made, no_progress
+from moescale.storage.base import OnSent, PendingFile, no_progress
 from moescale.storage.hub import client
 
 STREAM_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -38,38 +38,38 @@ STREAM_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
 }
-"""What a stream needs and no documentation promises: module, class, attributes. Where a client
-lacks one of them, shards go through a temporary file, by the public API alone."""
+"""Undocumented names that a stream needs, by module and class. If the client lacks one, shards go
+through a temporary file, with the public API alone."""
 
-LIMITS = {
+XET_SETTINGS = {
     "client.ac_max_upload_concurrency": 1,
     "client.ac_initial_upload_concurrency": 1,
     "data.session_xorb_metadata_flush_max_count": 1,
     "data.session_xorb_metadata_flush_interval": "5s",
 }
-"""One block of 64 MB on its way at a time and upload, and what has arrived is noted at once, so
-that a rerun does not send it again. A user's own ``HF_XET_*`` settings win."""
+"""Each upload sends one block of 64 MB at a time and registers it at once, so that a rerun does not
+send it again. The user's ``HF_XET_*`` settings take precedence."""
 
 BLOCK_BYTES = 2 << 20
-"""What hf_xet is given at once. It cuts a block into chunks of about 64 kB, keeps new ones as
-slices of the block, and copies the chunk that two blocks share: blocks of 256 kB were half as much
+"""The bytes of one call of hf_xet. It cuts a block into chunks of about 64 kB, keeps new ones as
+slices of the block, and copies a chunk that spans two blocks: blocks of 256 kB took half as much
 memory again."""
 
 POLL_SECONDS = 0.01
-PATIENCE_SECONDS = 20.0
-"""A block that has not moved for so long has failed, or waits; the next one tells which."""
+TRANSFER_WAIT_SECONDS = 20.0
+"""After this time without progress, a block has failed or waits; the next call shows which."""
 
 _M_TRIM_THRESHOLD = -1
 WATCH_SECONDS = 0.5
 STALL_SECONDS = 600.0
-"""An upload in which nothing has happened for so long is given up."""
+"""After this time without progress, an upload is given up."""
 
 
 def can_stream(repo: str, branch: str, what: str) -> bool:
-    """Whether xet is switched on here and on the server.
+    """Whether xet is available here and on the server.
 
     Raises:
-        DestinationError: the token may not write to the repo.
+        DestinationError: the token does not allow writing to the repo.
     """
     from huggingface_hub import hf_raise_for_status
 
@@ -83,18 +83,18 @@ def can_stream(repo: str, branch: str, what: str) -> bool:
         hf_raise_for_status(response)
         return True
 
-    return client.retried(ask, what, DestinationError)
+    return client.retry(ask, what, DestinationError)
 
 
 def has_xet() -> bool:
-    """Whether xet is installed and switched on here."""
+    """Whether xet is installed here and not disabled."""
     from huggingface_hub import constants
 
     return not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None
 
 
-def lacking(*modules: str) -> str | None:
-    """The first name that a stream needs and the client lacks, in these modules or all."""
+def missing_client_name(*modules: str) -> str | None:
+    """The first name of `STREAM_NAMES` that the client lacks, in these modules or in all."""
     for module in modules or STREAM_NAMES:
         found = import_module(module)
         for kind, names in STREAM_NAMES[module].items():
@@ -105,22 +105,22 @@ def lacking(*modules: str) -> str | None:
 
 
 def _token_url(repo: str, branch: str) -> str:
-    """Where the Hub's API gives out tokens for its xet storage."""
-    return f"{client.api().endpoint}/api/models/{repo}/xet-write-token/{quote(branch, safe='')}"
+    """The address at which the Hub issues tokens for its xet storage."""
+    return f"{client.hf_api().endpoint}/api/models/{repo}/xet-write-token/{quote(branch, safe='')}"
 
 
 def new_session() -> Any:
-    """A session for the uploads of one run; a failed upload may leave it of no more use."""
+    """A session for the uploads of one run; a failed upload may make it unusable."""
     import hf_xet
 
     _return_memory()
     config = hf_xet.XetConfig()
-    wanted = {key: value for key, value in LIMITS.items() if not _set_by_user(key)}
+    wanted = {key: value for key, value in XET_SETTINGS.items() if not _set_by_user(key)}
     return hf_xet.XetSession(config.with_config(wanted))
 
 
 def _return_memory() -> None:
-    """Let glibc give freed blocks back at once; kept, they were another 60 to 130 MiB."""
+    """Make glibc return freed memory at once; otherwise it kept another 60 to 130 MiB."""
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).mallopt(_M_TRIM_THRESHOLD, 1 << 20)
 
@@ -132,27 +132,32 @@ def _set_by_user(key: str) -> bool:
     return any(name in os.environ for name in names)
 
 
-class HighWater:
-    """Tells how far something has come, once, although it may start again."""
+class MonotonicProgress:
+    """Reports each byte of a transfer once, even if the transfer starts again."""
 
-    def __init__(self, arrived: Arrived) -> None:
-        self._arrived = arrived
+    def __init__(self, on_sent: OnSent) -> None:
+        self._on_sent = on_sent
         self._lock = threading.Lock()
         self._mark = 0
 
-    def reach(self, position: int) -> None:
-        """Tell what is new up to `position`."""
+    def advance_to(self, position: int) -> None:
+        """Report the new bytes up to `position`."""
         with self._lock:
             step, self._mark = position - self._mark, max(position, self._mark)
         if step > 0:
-            self._arrived(step)
+            self._on_sent(step)
 
 
 @dataclass(frozen=True, slots=True)
-class Sent:
-    """A file that has arrived: what it is, and how many of its bytes went over the line.
+class UploadedFile:
+    """A file whose content is on the Hub.
 
-    `operation` brings it to a branch; without one its digest does.
+    Attributes:
+        size: in bytes.
+        sha256: the digest.
+        transferred: bytes sent over the network.
+        deduplicated: bytes that the Hub already had.
+        operation: adds the file to a branch; None if the digest is enough for that.
     """
 
     size: int
@@ -163,12 +168,10 @@ class Sent:
 
 
 class StreamUpload:
-    """One file on its way; hf_xet splits it into chunks and sends those that are new."""
+    """The upload of one file; hf_xet splits it into chunks and sends the new ones."""
 
-    def __init__(
-        self, session: Any, repo: str, branch: str, arrived: Arrived = no_progress
-    ) -> None:
-        """`session` is of `new_session`; the file is for a branch of a repo."""
+    def __init__(self, session: Any, repo: str, branch: str, on_sent: OnSent = no_progress) -> None:
+        """Start an upload to a branch of a repo, in a session of `new_session`."""
         headers = client.headers()
         open_headers = {k: v for k, v in headers.items() if k.lower() != "authorization"}
         self._commit = session.new_upload_commit(
@@ -177,7 +180,7 @@ class StreamUpload:
             custom_headers=open_headers,
         )
         self._stream = self._commit.start_upload_stream(name="shard")
-        self._arrived = HighWater(arrived)
+        self._progress = MonotonicProgress(on_sent)
         self._pieces: list[bytes] = []
         self._gathered = 0
         self._calls = 0
@@ -186,46 +189,48 @@ class StreamUpload:
         threading.Thread(target=self._watch, name="moescale-watch", daemon=True).start()
 
     def write(self, data: bytes) -> None:
-        """Append bytes; waits while too many are on their way."""
+        """Append bytes; waits while too many are in flight."""
         self._pieces.append(data)
         self._gathered += len(data)
         if self._gathered >= BLOCK_BYTES:
-            self._hand_over()
+            self._send_block()
 
-    def _hand_over(self) -> None:
+    def _send_block(self) -> None:
         data = b"".join(self._pieces)
         self._pieces, self._gathered = [], 0
         with self._call():
-            self._settle()
+            self._wait_for_transfer()
             self._stream.write(data)
 
-    def _settle(self) -> None:
-        """Wait until the last block of 64 MB has arrived, as long as it moves.
+    def _wait_for_transfer(self) -> None:
+        """Wait until the last block of 64 MB has arrived, as long as it makes progress.
 
-        Otherwise hf_xet holds three of them: one that is sent, one that waits for that, compressed,
-        and one that grows.
+        Otherwise hf_xet holds three blocks: one being sent, one compressed and waiting, one filling
+        up.
         """
         before, since = 0, time.monotonic()
-        while left := self._on_its_way():
+        while left := self._bytes_in_flight():
             if left != before:
                 before, since = left, time.monotonic()
-            if time.monotonic() - since > PATIENCE_SECONDS or self._over.wait(POLL_SECONDS):
+            if time.monotonic() - since > TRANSFER_WAIT_SECONDS or self._over.wait(POLL_SECONDS):
                 return
 
-    def _on_its_way(self) -> int:
+    def _bytes_in_flight(self) -> int:
         report = self._commit.progress()
         return int(report.total_transfer_bytes - report.total_transfer_bytes_completed)
 
-    def finish(self) -> Sent:
+    def finish(self) -> UploadedFile:
         """Wait until everything has arrived."""
-        self._hand_over()
+        self._send_block()
         with self._call():
             info = self._stream.finish().xet_info
         with self._call():
             counts = self._commit.wait_to_finish().dedup_metrics
         self._over.set()
-        self._arrived.reach(info.file_size)
-        return Sent(info.file_size, info.sha256, counts.total_bytes_uploaded, counts.deduped_bytes)
+        self._progress.advance_to(info.file_size)
+        return UploadedFile(
+            info.file_size, info.sha256, counts.total_bytes_uploaded, counts.deduped_bytes
+        )
 
     @contextmanager
     def _call(self) -> Iterator[None]:
@@ -241,11 +246,11 @@ class StreamUpload:
         self._calls += 1
 
     def _watch(self) -> None:
-        """Say what has arrived; end a call in which nothing goes on, as hf_xet never would."""
+        """Report progress; end a stalled call, which hf_xet itself never ends."""
         before, since = (0, 0), time.monotonic()
         while not self._over.wait(WATCH_SECONDS):
             report = self._commit.progress()
-            self._arrived.reach(report.total_bytes_completed)
+            self._progress.advance_to(report.total_bytes_completed)
             now = (self._calls, report.total_transfer_bytes_completed)
             if now != before or self._calls % 2 == 0:
                 before, since = now, time.monotonic()
@@ -259,56 +264,58 @@ class StreamUpload:
         self.abort()
 
     def abort(self) -> None:
-        """Give up what is not finished."""
+        """Give up the upload unless it is finished."""
         if not self._over.is_set():
             self._over.set()
             self._commit.abort()
 
 
-def can_name_by_digest() -> bool:
-    """Whether the installed client lets us say that contents are already on the Hub."""
-    return lacking("huggingface_hub") is None
+def can_commit_by_digest() -> bool:
+    """Whether the installed client can commit content that is already on the Hub."""
+    return missing_client_name("huggingface_hub") is None
 
 
-def uploaded(name: str, size: int, sha256: str) -> Any:
-    """The operation that puts contents which are already on the Hub under a name."""
+def add_uploaded(name: str, size: int, sha256: str) -> Any:
+    """The operation that gives a name to content that is already on the Hub."""
     from huggingface_hub import CommitOperationAdd
 
     operation = CommitOperationAdd(name, b"")
     operation.upload_info.size = size
     operation.upload_info.sha256 = bytes.fromhex(sha256)
-    # The client has no public way to say so; these two fields are what its own upload sets.
+    # There is no public way; the client's own upload sets these two fields.
     operation._upload_mode = "lfs"
     operation._is_uploaded = True
     return operation
 
 
 class CountedFile(io.BufferedIOBase):
-    """A file that tells how far the client has read it, while it sends it."""
+    """A file that reports how far the client has read it while sending."""
 
-    def __init__(self, file: IO[bytes], arrived: Arrived) -> None:
+    def __init__(self, file: IO[bytes], on_sent: OnSent) -> None:
         self._file = file
-        self._arrived = HighWater(arrived)
+        self._progress = MonotonicProgress(on_sent)
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Read on."""
+        """Read from the current position."""
         data = self._file.read(-1 if size is None else size)
-        self._arrived.reach(self._file.tell())
+        self._progress.advance_to(self._file.tell())
         return data
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """Go elsewhere."""
+        """Change the position."""
         return self._file.seek(offset, whence)
 
     def tell(self) -> int:
-        """Where the file is."""
+        """The current position."""
         return self._file.tell()
 
 
 class HubWriter:
-    """A file on its way to the Hub."""
+    """Writes a file to the Hub."""
 
-    def __init__(self, write: Callable[[memoryview], object], finish: Callable[[], Made]) -> None:
+    def __init__(
+        self, write: Callable[[memoryview], object], finish: Callable[[], PendingFile]
+    ) -> None:
         self._write = write
         self._finish = finish
 
@@ -317,11 +324,11 @@ class HubWriter:
         self._write(data)
 
     def copy_from(self, reader: Reader, start: int, stop: int) -> Iterator[int]:
-        """Append a stretch of another file, through memory."""
+        """Append part of another file, through memory."""
         for piece in pieces(reader, start, stop):
             self._write(piece)
             yield len(piece)
 
-    def finish(self) -> Made:
+    def finish(self) -> PendingFile:
         """Wait until everything has arrived."""
         return self._finish()

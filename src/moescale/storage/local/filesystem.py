@@ -1,4 +1,4 @@
-"""Files and folders on disk: never through a link that somebody planted, and durable."""
+"""Durable files and folders that are never written through a planted link."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ if sys.platform == "linux":
     import fcntl
 
 BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-_PLAIN = BINARY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+_NO_FOLLOW = BINARY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
-_FICLONERANGE = 0x4020940D  # of linux/fs.h on x86 and ARM; elsewhere it is refused
+_FICLONERANGE = 0x4020940D  # from linux/fs.h on x86 and ARM; other systems refuse it
 
-NOT_PLAIN = frozenset({errno.EISDIR, errno.ELOOP, errno.ENXIO, None})
-"""Errors of `open_plain` that say what stands there, not that something is wrong with the disk."""
+NOT_REGULAR = frozenset({errno.EISDIR, errno.ELOOP, errno.ENXIO, None})
+"""Errors of `open_regular` for a path that is not a regular file; all others are of the disk."""
 
 
-def open_plain(path: Path, flags: int) -> int:
-    """Open a regular file that is no link; a pipe is not waited for.
+def open_regular(path: Path, flags: int) -> int:
+    """Open a regular file without following a link or waiting for a pipe.
 
     Raises:
-        OSError: it is something else, besides what opening raises.
+        OSError: the path is not a regular file, or cannot be opened.
     """
-    fd = os.open(path, flags | _PLAIN, 0o666)
+    fd = os.open(path, flags | _NO_FOLLOW, 0o666)
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise OSError(None, "is not a regular file", str(path))
@@ -39,8 +39,8 @@ def open_plain(path: Path, flags: int) -> int:
 
 
 def write_new(path: Path, data: bytes) -> None:
-    """Write a file that is not there yet, and sync it."""
-    fd = open_plain(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    """Write a new file and sync it."""
+    fd = open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
         write_all(fd, data)
         os.fsync(fd)
@@ -49,16 +49,16 @@ def write_new(path: Path, data: bytes) -> None:
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """Write the bytes, however few at a time the system takes."""
+    """Write all bytes, also if the system takes few at a time."""
     left = memoryview(data)
     while left:
         left = left[os.write(fd, left) :]
 
 
 def behind_link(root: Path, name: str) -> bool:
-    """Whether one of the folders between `root` and a file below it is a link.
+    """Whether a folder between `root` and a file below it is a link.
 
-    `root` may be one: it is what the user named.
+    `root` itself may be one, since the user named it.
     """
     between = PurePosixPath(name).parents[:-1]
     return any((root / folder).is_symlink() for folder in between)
@@ -67,12 +67,12 @@ def behind_link(root: Path, name: str) -> bool:
 if sys.platform == "win32":
 
     def sync_directory(path: Path) -> None:
-        """Directories cannot be synced on Windows."""
+        """Do nothing: Windows cannot sync directories."""
 
 else:
 
     def sync_directory(path: Path) -> None:
-        """Make the names in a directory durable."""
+        """Make the entries of a directory durable."""
         fd = os.open(path, os.O_RDONLY | BINARY)
         try:
             os.fsync(fd)
@@ -81,7 +81,7 @@ else:
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory and those above it, each with a durable entry in the one above."""
+    """Create a directory and its parents, with durable entries."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -90,11 +90,11 @@ def make_directory(path: Path) -> None:
 
 if sys.platform == "linux":
 
-    def pass_cache(fd: int, on: bool) -> bool:
-        """Write past the page cache from now on, or no longer; whether it is so then.
+    def set_direct_io(fd: int, on: bool) -> bool:
+        """Switch direct I/O (past the page cache) on or off; returns whether it is on.
 
-        Only on a file system with a block device of its own: those on a network, in memory or over
-        others (and btrfs, which has checksums to make) are best left to do it their way.
+        Only a file system on a block device of its own gets it. Network, memory and overlay file
+        systems, and btrfs with its checksums, are faster without.
         """
         try:
             if not os.major(os.fstat(fd).st_dev):
@@ -105,15 +105,15 @@ if sys.platform == "linux":
             return False
         return on
 
-    def reserve(fd: int, offset: int, size: int) -> None:
-        """Ask for room in one piece, where several files that grow at once would mix theirs."""
+    def preallocate(fd: int, offset: int, size: int) -> None:
+        """Reserve space in one piece; files that grow in parallel would interleave theirs."""
         with suppress(OSError):
             os.posix_fallocate(fd, offset, size)
 
-    def share_blocks(source: int, start: int, size: int, target: int, offset: int) -> bool:
-        """Let a stretch of one open file be a stretch of another too, in whole blocks; if it can.
+    def clone_blocks(source: int, start: int, size: int, target: int, offset: int) -> bool:
+        """Share whole blocks of one file with another (reflink); returns whether that worked.
 
-        Where it cannot, whatever the reason, reading and writing will do, or say why not.
+        The reason for a failure does not matter: reading and writing follow, and report it.
         """
         try:
             fcntl.ioctl(target, _FICLONERANGE, struct.pack("@qQQQ", source, start, size, offset))
@@ -123,13 +123,13 @@ if sys.platform == "linux":
 
 else:
 
-    def pass_cache(fd: int, on: bool) -> bool:
-        """Other systems write through their cache."""
+    def set_direct_io(fd: int, on: bool) -> bool:
+        """Do nothing: other systems write through their cache."""
         return False
 
-    def reserve(fd: int, offset: int, size: int) -> None:
-        """Other systems decide by themselves."""
+    def preallocate(fd: int, offset: int, size: int) -> None:
+        """Do nothing: other systems allocate by themselves."""
 
-    def share_blocks(source: int, start: int, size: int, target: int, offset: int) -> bool:
-        """Other systems are not asked."""
+    def clone_blocks(source: int, start: int, size: int, target: int, offset: int) -> bool:
+        """Do nothing: only Linux is supported."""
         return False

@@ -1,4 +1,4 @@
-"""The state of an unfinished run on disk: what is finished, and who may write."""
+"""The state of an unfinished run on disk: a journal of finished files, and a lock."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from moescale.errors import DestinationError
-from moescale.storage.base import Written
-from moescale.storage.entries import NOT_OURS, UNREADABLE, listed
+from moescale.storage.base import FileRecord
+from moescale.storage.journal_entry import NOT_A_JOURNAL, PARSE_ERRORS, parse_entry
 from moescale.storage.local.filesystem import (
-    NOT_PLAIN,
-    open_plain,
+    NOT_REGULAR,
+    open_regular,
     sync_directory,
     write_all,
     write_new,
@@ -27,16 +27,16 @@ STATE = ".moescale"
 
 JOURNAL = "journal.jsonl"
 
-NOT_CHECKPOINT = frozenset({".git", ".cache", STATE})
-"""Folders at the top of a directory that are no part of the checkpoint."""
+IGNORED_FOLDERS = frozenset({".git", ".cache", STATE})
+"""Folders at the top of a directory that do not belong to the checkpoint."""
 
 _HELD = {errno.EAGAIN, errno.EACCES, errno.EDEADLK}
 
 
 class Journal:
-    """What an unfinished run has finished: one line the job, then one line a file.
+    """The journal of a run: one line for the job, then one for each finished file.
 
-    A torn last line is what a crash leaves; it is not counted, so its file is done again.
+    A crash may leave a torn last line; it is ignored, so its file is written again.
     """
 
     def __init__(self, path: Path, job: Any) -> None:
@@ -52,7 +52,7 @@ class Journal:
             write_new(new, json.dumps({"job": job}).encode() + b"\n")
             os.replace(new, path)
             sync_directory(path.parent)
-        self._fd = open_plain(path, os.O_RDWR | os.O_APPEND)
+        self._fd = open_regular(path, os.O_RDWR | os.O_APPEND)
         try:
             self._read()
         except OSError:
@@ -61,33 +61,33 @@ class Journal:
 
     @staticmethod
     def job_of(path: Path) -> Any:
-        """The job of an existing journal, None where there is no journal, or a text if not ours."""
+        """The job of a journal; None without a journal, a text if it is not one of moescale."""
         try:
-            with open(open_plain(path, os.O_RDONLY), "rb") as file:
+            with open(open_regular(path, os.O_RDONLY), "rb") as file:
                 line = file.readline()
-            return json.loads(line)["job"] if line.endswith(b"\n") else NOT_OURS
+            return json.loads(line)["job"] if line.endswith(b"\n") else NOT_A_JOURNAL
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except UNREADABLE:
-            return NOT_OURS
+        except PARSE_ERRORS:
+            return NOT_A_JOURNAL
         except OSError as error:
-            if error.errno in NOT_PLAIN:
-                return NOT_OURS
+            if error.errno in NOT_REGULAR:
+                return NOT_A_JOURNAL
             raise
 
     def _read(self) -> None:
         with open(self._fd, "rb", closefd=False) as file:
             lines = file.read().split(b"\n")
-        complete = lines[:-1]  # what follows the last line end is torn
+        complete = lines[:-1]  # the rest, after the last line end, is torn
         for line in complete[1:]:
-            with contextlib.suppress(*UNREADABLE):
+            with contextlib.suppress(*PARSE_ERRORS):
                 name, entry = _entry(json.loads(line))
                 self.entries[name] = entry
         if lines[-1]:
             os.ftruncate(self._fd, sum(len(line) + 1 for line in complete))
 
-    def add(self, name: str, written: Written, stamp: list[int] | None) -> None:
-        entry = {"file": name, "size": written.size, "sha256": written.sha256, "stamp": stamp}
+    def add(self, name: str, record: FileRecord, stamp: list[int] | None) -> None:
+        entry = {"file": name, "size": record.size, "sha256": record.sha256, "stamp": stamp}
         with self._mutex:
             write_all(self._fd, json.dumps(entry).encode() + b"\n")
             os.fsync(self._fd)
@@ -101,29 +101,29 @@ class Journal:
 
 
 def _entry(line: Any) -> tuple[str, dict[str, Any]]:
-    """A file's name and the rest of its line; raises one of `UNREADABLE` if it is none of ours."""
+    """A file's name and entry; raises one of `PARSE_ERRORS` if moescale did not write it."""
     name, stamp = line["file"], line["stamp"]
-    written = listed(name, line)
-    if [type(value) for value in stamp] != [int] * 3 or stamp[0] != written.size:
+    record = parse_entry(name, line)
+    if [type(value) for value in stamp] != [int] * 3 or stamp[0] != record.size:
         raise ValueError
-    return name, {"size": written.size, "sha256": written.sha256, "stamp": stamp}
+    return name, {"size": record.size, "sha256": record.sha256, "stamp": stamp}
 
 
 class Lock:
-    """One run at a time; the operating system lets go of it when the process dies."""
+    """A lock for one run at a time; the operating system releases it when the process dies."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._fd = -1
 
     def acquire(self) -> None:
-        """Take it.
+        """Take the lock.
 
         Raises:
-            DestinationError: another run has it.
-            OSError: there can be no lock here.
+            DestinationError: another run holds it.
+            OSError: the file system has no locks.
         """
-        fd = open_plain(self._path, os.O_RDWR | os.O_CREAT)
+        fd = open_regular(self._path, os.O_RDWR | os.O_CREAT)
         try:
             _lock_file(fd)
             held = os.fstat(fd).st_ino == self._path.stat().st_ino
@@ -141,16 +141,16 @@ class Lock:
         self._fd = fd
 
     def release(self) -> None:
-        """Let go of it."""
+        """Release the lock."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             with contextlib.suppress(OSError):
                 os.close(fd)
 
     def remove(self) -> None:
-        """Let go of it and remove its file, before anybody else can hold it where that works."""
+        """Release the lock and remove its file, if possible before another run can take it."""
         try:
-            if sys.platform == "win32":  # which does not remove what is open
+            if sys.platform == "win32":  # cannot remove an open file
                 self.release()
             self._path.unlink()
         finally:

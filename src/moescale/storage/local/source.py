@@ -1,4 +1,4 @@
-"""A checkpoint in a directory: what is read must stay what it was when it was planned."""
+"""A checkpoint in a directory; its files must not change after planning."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from moescale.checkpoint.safetensors.header import LENGTH_BYTES, header_length, 
 from moescale.checkpoint.safetensors.index import SUFFIX
 from moescale.errors import CheckpointError, RewriteError, SourceError
 from moescale.storage.base import SMALL_FILE_BYTES, FileInfo, SourceId, check_name
+from moescale.storage.gguf_set import GgufSet
 from moescale.storage.local.filesystem import BINARY
-from moescale.storage.local.journal import JOURNAL, NOT_CHECKPOINT, STATE
+from moescale.storage.local.journal import IGNORED_FOLDERS, JOURNAL, STATE
 from moescale.storage.reader import FileReader
-from moescale.storage.shelf import Shelf
 
-SHARE_HINT = "Give a place that all machines share under the same path."
+SHARE_HINT = "Give a folder that all machines share under the same path."
 
 
 class LocalSource:
@@ -33,19 +33,23 @@ class LocalSource:
         root: Path,
         identity: SourceId | None = None,
         follow_links: bool = True,
-        links_of_shards: bool = True,
-        shelf: Shelf | None = None,
+        follow_shard_links: bool = True,
+        gguf_set: GgufSet | None = None,
     ) -> None:
-        """`root` is an existing directory; `identity` says what it is a copy of.
+        """Open an existing directory.
 
-        Without `follow_links` only shards may be links out of it, since what a link leads to is
-        published with the output; without `links_of_shards` not even those. With a `shelf` its
-        files are all that there is.
+        Args:
+            root: the directory.
+            identity: the origin of a copy; by default the directory itself.
+            follow_links: whether files may be links out of the directory; the output publishes
+                their targets.
+            follow_shard_links: whether shards may be such links even without `follow_links`.
+            gguf_set: the files to read, if the directory has others.
 
         Raises:
-            SourceError: it is not a directory, or an output that is not finished.
+            SourceError: the path is not a directory, or is an unfinished output.
         """
-        with _readable(root):
+        with _os_errors(root):
             if not root.is_dir():
                 raise SourceError(
                     f"{root}: {'is not a directory' if root.exists() else 'does not exist'}",
@@ -53,8 +57,8 @@ class LocalSource:
                     " a revision of it hf://org/name@rev, or org/name with --revision.",
                 )
             if not os.access(root, os.R_OK | os.X_OK):
-                raise SourceError(f"{root}: cannot be read", hint="Mend its permissions.")
-            state = shelf.state if shelf else STATE
+                raise SourceError(f"{root}: cannot be read", hint="Change its permissions.")
+            state = gguf_set.state if gguf_set else STATE
             unfinished = (root / state / JOURNAL).exists()
         if unfinished:
             raise SourceError(
@@ -64,10 +68,10 @@ class LocalSource:
         self.root = root.resolve()
         self.received = 0
         self.remarks: list[str] = []
-        self.linked: dict[str, Path] = {}
-        """Where the links out of the directory lead."""
-        self.shelf = shelf
-        self._follow, self._shards_too = follow_links, links_of_shards
+        self.links: dict[str, Path] = {}
+        """The targets of links out of the directory."""
+        self.gguf_set = gguf_set
+        self._follow_links, self._follow_shard_links = follow_links, follow_shard_links
         self._files: dict[str, FileInfo] | None = None
         self._states: dict[str, list[int]] = {}
         self._entry_times: dict[str, int] = {}
@@ -78,36 +82,38 @@ class LocalSource:
         """All regular files, by name relative to the root.
 
         Raises:
-            CheckpointError: a link that the model needs leads nowhere, one leads out of the repo
-                and may not be followed, or a file is no plain file.
-            SourceError: the system does not let us look.
+            CheckpointError: a link that the model needs is broken, a link leads out of the
+                directory and may not be followed, or an entry is not a regular file.
+            SourceError: the system denies access.
         """
         if self._files is None:
-            with _readable(self.root):
+            with _os_errors(self.root):
                 self._files = dict(sorted(self._walk(self.root, "", (self.root,))))
         return self._files
 
     def _walk(
         self, folder: Path, prefix: str, above: tuple[Path, ...]
     ) -> Iterator[tuple[str, FileInfo]]:
-        """The files of a folder; `above` are the real folders that it lies in, and its own."""
+        """The files of a folder; `above` has the resolved path of the folder and its parents."""
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            if entry.name in NOT_CHECKPOINT and not prefix:
+            if entry.name in IGNORED_FOLDERS and not prefix:
                 continue
-            planned = self.shelf.planned(entry.name) if self.shelf else prefix + entry.name
+            planned = (
+                self.gguf_set.name_in_plan(entry.name) if self.gguf_set else prefix + entry.name
+            )
             if planned is None:
                 continue
             name = check_name(planned, str(self.root))
             real = above[-1] / entry.name
             if entry.is_symlink():
-                target = _target(Path(entry.path))
+                target = _link_target(Path(entry.path))
                 if target is None or target in above:
-                    self._check_needless(name, target)
+                    self._skip_broken_link(name, target)
                     continue
                 self._check_link(name, target)
                 real = target
             self._check_readable(entry, name)
-            if entry.is_dir() and self.shelf is None:
+            if entry.is_dir() and self.gguf_set is None:
                 yield from self._walk(Path(entry.path), name + "/", (*above, real))
                 continue
             info = entry.stat()
@@ -118,48 +124,51 @@ class LocalSource:
             yield name, FileInfo(name, info.st_size)
 
     def _check_readable(self, entry: os.DirEntry[str], name: str) -> None:
-        """What cannot be read is found now, and not after the first hundred gigabytes."""
+        """Refuse an unreadable file now, rather than after the first hundred gigabytes."""
         mode = os.R_OK | os.X_OK if entry.is_dir() else os.R_OK
         if not os.access(entry.path, mode):
-            raise SourceError(f"{self.root}: {name!r} cannot be read", hint="Mend its permissions.")
+            hint = "Change its permissions."
+            raise SourceError(f"{self.root}: {name!r} cannot be read", hint=hint)
 
-    def _check_needless(self, name: str, target: Path | None) -> None:
-        """Pass by a link that leads nowhere, or round in a circle, where no loader reads it."""
-        where = "nowhere" if target is None else "round in a circle"
-        if self.shelf or _NEEDED.search(name.rpartition("/")[2]):
+    def _skip_broken_link(self, name: str, target: Path | None) -> None:
+        """Leave out a link that leads nowhere or in a circle, unless a loader may read it."""
+        where = "nowhere" if target is None else "in a circle"
+        if self.gguf_set or _LOADABLE.search(name.rpartition("/")[2]):
             raise CheckpointError(
                 f"{self.root}: {name!r} is a link that leads {where}",
-                hint="Put the file there, or remove the link if it is no part of the model.",
+                hint="Put the file there, or remove the link if the model does not need it.",
             )
-        self.remarks.append(f"{name}: is a link that leads {where}; it is left out")
+        self.remarks.append(f"{name}: left out, since it is a link that leads {where}")
 
     def _check_link(self, name: str, target: Path) -> None:
-        """Note where a link out of the directory leads, and refuse it where that is not wanted."""
+        """Note the target of a link out of the directory; refuse it if it may not be followed."""
         blobs = (self.root.parent.parent / "blobs").resolve()
         in_cache = self.root.parent.name == "snapshots" and target.is_relative_to(blobs)
         if in_cache or target.is_relative_to(self.root):
             return
-        self.linked[name] = target
-        if self._follow:
+        self.links[name] = target
+        if self._follow_links:
             return
-        if self._shards_too and (self.shelf or (name.endswith(SUFFIX) and _is_sound(target))):
+        if self._follow_shard_links and (
+            self.gguf_set or (name.endswith(SUFFIX) and _is_safetensors(target))
+        ):
             return
-        if not self._shards_too:
+        if not self._follow_shard_links:
             raise CheckpointError(f"{self.root}: {name!r} is a link out of the directory", hint="")
         raise CheckpointError(
-            f"{self.root}: {name!r} is a link out of the directory, and what it leads to would be"
+            f"{self.root}: {name!r} is a link out of the directory, and its target would be"
             " published",
-            hint="Put the file itself there, or say --follow-links.",
+            hint="Put the file itself there, or give --follow-links.",
         )
 
     def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:
-        """A stretch of one file; the whole file, if it is a small one, by default."""
+        """Part of a file, by default all of it; the whole of a large file is refused."""
         if size is None:
             size = self.files()[name].size - start
             if size > SMALL_FILE_BYTES:
-                raise CheckpointError(f"{name}: {size} bytes are too many for a file of this kind")
+                raise CheckpointError(f"{name}: {size} bytes are too many for this kind of file")
         try:
-            with open(self.at(name), "rb") as file:
+            with open(self.path_of(name), "rb") as file:
                 self._check_unchanged(file.fileno(), name)
                 file.seek(start)
                 data = file.read(size)
@@ -170,8 +179,8 @@ class LocalSource:
 
     @contextmanager
     def open(self, name: str) -> Iterator[FileReader]:
-        """Open a file, and check at the end that it is still what it was when planned."""
-        fd = os.open(self.at(name), os.O_RDONLY | BINARY)
+        """Open a file, and check at the end that it has not changed since planning."""
+        fd = os.open(self.path_of(name), os.O_RDONLY | BINARY)
         try:
             self._check_unchanged(fd, name)
             yield FileReader(fd, name)
@@ -179,16 +188,16 @@ class LocalSource:
         finally:
             os.close(fd)
 
-    def at(self, name: str) -> Path:
-        """Where a file is."""
-        return self.root / (self.shelf.there(name) if self.shelf else name)
+    def path_of(self, name: str) -> Path:
+        """The path of a file."""
+        return self.root / (self.gguf_set.name_in_folder(name) if self.gguf_set else name)
 
-    def on_disk(self, names: Sequence[str]) -> Path:
-        """They are there already."""
+    def local_folder(self, names: Sequence[str]) -> Path:
+        """The directory itself."""
         return self.root
 
-    def newest_change(self) -> int:
-        """When the youngest file was last changed, in nanoseconds."""
+    def last_changed(self) -> int:
+        """When the newest file was last changed, in nanoseconds."""
         self.files()
         return max(mtime for _, mtime in self._states.values())
 
@@ -198,61 +207,61 @@ class LocalSource:
         if [info.st_size, info.st_mtime_ns] != self._states[name]:
             raise RewriteError(
                 f"{name}: the source file changed while it was being read",
-                hint="Wait until nothing writes to the source, then run the command again; it needs"
-                " --overwrite if it had begun to write.",
+                hint="Wait until nothing writes to the source, then run the command again, with"
+                " --overwrite if it has already written files.",
             )
 
-    def state(self, name: str) -> list[int]:
-        """Size in bytes, times of the last change of the content and of the entry in nanoseconds.
+    def fingerprint(self, name: str) -> list[int]:
+        """Size in bytes, and when content and entry were last changed, in nanoseconds.
 
-        The last one tells of a file that was replaced between two runs and got its old time back.
+        The last one reveals a file that was replaced between two runs with its old time restored.
         """
         self.files()
         return [*self._states[name], self._entry_times[name]]
 
-    def only(self, names: Iterable[str]) -> LocalSource:
-        """The same directory with no more than these files, as they are now known."""
+    def subset(self, names: Iterable[str]) -> LocalSource:
+        """The same directory limited to these files, with their current state."""
         part = copy(self)
         part._files = {name: self.files()[name] for name in names}
         part._states = {name: self._states[name] for name in part._files}
         part._entry_times = {name: self._entry_times[name] for name in part._files}
         return part
 
-    def check(self) -> None:
-        """Look at every file again.
+    def check_reachable(self) -> None:
+        """Check that every file exists and has not changed.
 
         Raises:
-            SourceError: one is not there, or is another one.
+            SourceError: a file is missing, or is a different one.
         """
         for name in self.files():
-            path = self.at(name)
+            path = self.path_of(name)
             try:
                 info = path.stat()
             except OSError as error:
                 raise SourceError(
-                    f"{path}: cannot be seen: {error.strerror}", hint=SHARE_HINT
+                    f"{path}: cannot be reached: {error.strerror}", hint=SHARE_HINT
                 ) from None
             if [info.st_size, info.st_mtime_ns] != self._states[name]:
-                raise SourceError(f"{path}: is another file here", hint=SHARE_HINT)
+                raise SourceError(f"{path}: is a different file here", hint=SHARE_HINT)
 
 
-_NEEDED = re.compile(
+_LOADABLE = re.compile(
     r"^(?!\.).*\.(?:safetensors|json|model|py|jinja|tiktoken|bin|pt|pth)$|^(?:vocab|merges)\b"
 )
 """File names that a loader may read."""
 
 
-def _target(link: Path) -> Path | None:
-    """What a link leads to in the end; None for nothing."""
+def _link_target(link: Path) -> Path | None:
+    """The final target of a link; None if there is none."""
     try:
         return link.resolve(strict=True)
     except PermissionError:
         raise
-    except (OSError, RuntimeError):  # nothing is there, or it leads to itself
+    except (OSError, RuntimeError):  # the target is missing, or the link itself
         return None
 
 
-def _is_sound(shard: Path) -> bool:
+def _is_safetensors(shard: Path) -> bool:
     """Whether a file is a safetensors file."""
     size = shard.stat().st_size
     try:
@@ -265,8 +274,8 @@ def _is_sound(shard: Path) -> bool:
 
 
 @contextmanager
-def _readable(root: Path) -> Iterator[None]:
-    """Turn what the system says about a source into an error that names the place."""
+def _os_errors(root: Path) -> Iterator[None]:
+    """Turn an error of the operating system into one that names the path."""
     try:
         yield
     except OSError as error:
@@ -274,7 +283,7 @@ def _readable(root: Path) -> Iterator[None]:
 
 
 def _hub_cache_snapshot(root: Path) -> tuple[str | None, str | None]:
-    """Repo id and commit of a ``models--org--name/snapshots/<commit>`` folder of the Hub cache."""
+    """Repo and commit of a ``models--org--name/snapshots/<commit>`` folder of the Hub cache."""
     repo = root.parent.parent
     if root.parent.name != "snapshots" or not repo.name.startswith("models--"):
         return None, None
