@@ -25,9 +25,14 @@ from moescale.calibrate.devices import DEVICES, check_installed, running
 from moescale.calibrate.loading import Loader
 from moescale.calibrate.text import Text, check_kept
 from moescale.checkpoint.rounding import Rounding
-from moescale.conversion.earlier import check_same_job, earlier, in_first_words, options_there
 from moescale.conversion.executor import Pool
 from moescale.conversion.measured import measured_plan
+from moescale.conversion.previous import (
+    check_same_job,
+    previous_options,
+    previous_run,
+    with_original_options,
+)
 from moescale.conversion.record import read_record
 from moescale.conversion.run import fill_digests, run, status_of
 from moescale.conversion.verify import verify as proven
@@ -301,7 +306,7 @@ def convert(
         if plan.changes_nothing:
             return Result(plan, "nothing", False)
         jobs = jobs or _default_jobs(opened, pool)
-        worded = in_first_words(plan, reader, opened)
+        worded = with_original_options(plan, reader, opened)
         rounding: Mapping[str, Rounding] = {}
         if check and overwrite and _may_repair(worded, opened):
             status = _repair(worded, reader, opened, jobs, step, begin, pool)
@@ -379,7 +384,7 @@ def verify(
             wanted, calibration = _asked(options, measuring, loader, opened)
             plan = _made(reader, wanted, to, calibration, measuring, opened)
         check_same_job(plan, opened)
-        plan = in_first_words(plan, reader, opened)
+        plan = with_original_options(plan, reader, opened)
         begin("verifying", plan.large_sizes)
         verify_output(plan, reader, opened, jobs or _default_jobs(opened, pool), step, pool)
     return Result(plan, "done", True)
@@ -508,7 +513,7 @@ def _asked(
     rule, text, keep = given.get("rule"), given.get("calibrate"), given.get("calibrate_out")
     asked = any(given.get(name) is not None for name in Rescaling.__annotations__)
     if destination is not None and not asked:
-        if (there := options_there(destination)) is None:
+        if (there := previous_options(destination)) is None:
             raise UsageError(
                 f"--experts is missing, and {destination.identity} does not say what it was made"
                 " with",
@@ -564,7 +569,7 @@ def _may_repair(plan: Plan, destination: Destination) -> bool:
     """Whether the destination holds an output that decides the same, perhaps damaged."""
     if not destination.keeps_files or destination.unfinished_job() is not None:
         return False
-    return same_decisions(earlier(destination), plan)
+    return same_decisions(previous_run(destination), plan)
 
 
 def _repair(
@@ -665,7 +670,7 @@ def _trial(
         made = _made(source, wanted, to, calibration, measuring)
     try:
         if not destination.remote:
-            worded = in_first_words(made, source, destination)
+            worded = with_original_options(made, source, destination)
             _check_status(status_of(worded, source, destination, overwrite), to)
             destination.check_writable()
         return _with_room(made, destination)

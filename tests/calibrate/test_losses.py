@@ -124,7 +124,7 @@ def test_routers_and_experts_alone_differ_each_by_one_number_a_layer(
     assert written["router_scales"] == dict(plan.router_scales)
     assert written["calibration"]["guard"]["by"] == "loss"
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "The routers' weights are multiplied by a number, too." in card
+    assert "The routers' weights are multiplied by a number as well." in card
 
 
 def test_the_config_edit_is_kept_where_it_loses_least(

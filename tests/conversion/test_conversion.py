@@ -321,7 +321,7 @@ def test_a_destination_that_links_of_the_source_lead_to_is_refused(
     for name in before:
         if "/" not in name:
             (own / name).symlink_to(source / name)
-    with pytest.raises(UsageError, match=f"{source}: holds the file"):
+    with pytest.raises(UsageError, match=f"{source}: holds the target"):
         run(own, source, experts=3, overwrite=True)
     assert checkpoints.tree(source) == before
 
@@ -614,7 +614,7 @@ def test_the_options_of_an_output_are_taken_from_it(source: Path, tmp_path: Path
         VerificationError, match="was made with experts=3, rule=published"
     ) as caught:
         verify(source, out, experts=4)
-    assert "taken from there" in (caught.value.hint or "")
+    assert "its own are used" in (caught.value.hint or "")
     convert(source, tmp_path / "default", experts=3)
     with pytest.raises(VerificationError, match=r"made with experts=3 \(preserve, by default\)"):
         verify(source, tmp_path / "default", experts=3, rule="published")
@@ -844,7 +844,7 @@ def test_a_source_that_changes_during_the_run_is_noticed(
     with pytest.raises(RewriteError, match="changed") as caught:
         convert(small, tmp_path / "out", experts=3, planned=change)
     assert not (tmp_path / "out" / "config.json").exists()
-    assert "--overwrite if it had begun to write" in str(caught.value.hint)
+    assert "--overwrite if it has already written" in str(caught.value.hint)
     (small / name).write_bytes((small / name).read_bytes()[::-1])
     with pytest.raises(DestinationError, match="unfinished run of another source"):
         convert(small, tmp_path / "out", experts=3)

@@ -24,8 +24,8 @@ from support.hub_faults import stall
 from moescale import errors
 from moescale.api import convert, verify
 from moescale.conversion import cluster as on_cluster
-from moescale.conversion.executor import do
-from moescale.conversion.run import rewriting
+from moescale.conversion.executor import run_job
+from moescale.conversion.run import rewrite_job
 from moescale.errors import bytes_text
 from moescale.options import Options
 from moescale.planning.decide import make_plan
@@ -179,7 +179,7 @@ def test_a_shard_that_kills_its_workers_ends_the_run(
     with start(source, out, workers.address) as process:
         for victim in workers.writing(2):
             os.kill(victim, signal.SIGKILL)
-        assert "1 workers died while they had it" in end(process, 5)
+        assert "1 workers died while processing it" in end(process, 5)
     workers.go()
     assert not (out / "config.json").exists()
     assert convert(source, out, experts=3).status == "resume"
@@ -411,15 +411,15 @@ def test_a_run_does_not_wait_for_workers_for_ever(
     workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When none has been there for long, that is told, and a rerun resumes."""
-    monkeypatch.setattr(on_cluster, "ASK_SECONDS", 0.0)
+    monkeypatch.setattr(on_cluster, "WORKER_CHECK_SECONDS", 0.0)
     with on_cluster.connect(workers.address) as found:
         assert found.size() == 2
-        found.watch()
+        found.check_alive()
         monkeypatch.setattr(found._client, "nthreads", dict)
-        found.watch()
-        monkeypatch.setattr(on_cluster, "LONELY_SECONDS", 0.0)
+        found.check_alive()
+        monkeypatch.setattr(on_cluster, "NO_WORKER_SECONDS", 0.0)
         with pytest.raises(errors.TemporaryError, match="no worker is left"):
-            found.watch()
+            found.check_alive()
 
 
 @pytest.mark.parametrize(
@@ -454,8 +454,8 @@ def test_a_job_is_one_shard(source: Path, tmp_path: Path) -> None:
     plan = make_plan(reader, Options(experts=3))
     files = {file.name: file for file in plan.large_files}
     destination = LocalDestination(tmp_path / "out")
-    job = rewriting(files[SHARDS[0]], plan, reader, destination.writers)
-    sent = pickle.dumps((do, job, on_cluster._OnWorker("1", "t", job.name)))
+    job = rewrite_job(files[SHARDS[0]], plan, reader, destination.writers)
+    sent = pickle.dumps((run_job, job, on_cluster._WorkerMonitor("1", "t", job.name)))
     names = {t.shard: t.tensor.name.encode() for t in plan.changed_tensors}
     assert names[SHARDS[0]] in sent
     assert not any(names[other] in sent or other.encode() in sent for other in SHARDS[1:])

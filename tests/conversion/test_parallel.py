@@ -15,7 +15,7 @@ import pytest
 from support.properties import MemorySource
 
 from moescale.conversion import executor as parallel
-from moescale.conversion.executor import Done, Monitor, Pool, each
+from moescale.conversion.executor import JobResult, Monitor, Pool, run_jobs
 from moescale.errors import InterruptedRun
 from moescale.storage.base import Source
 
@@ -41,10 +41,10 @@ def call(
 ) -> dict[str, _R]:
     """Call a function for every name, at most so many at once."""
 
-    def keep(name: str, done: Done[_R]) -> _R:
+    def keep(name: str, done: JobResult[_R]) -> _R:
         return done.result
 
-    return each([Call(name, work) for name in names], limit, keep, lambda *_: None, Pool())
+    return run_jobs([Call(name, work) for name in names], limit, keep, lambda *_: None, Pool())
 
 
 @pytest.fixture

@@ -186,7 +186,7 @@ def test_any_byte_of_any_file(source: Path, output: Path, seed: int) -> None:
         offset = rng.randrange(len(data))
         flip(path, offset, 1 << rng.randrange(8))
         message = fails_with_four(source, output)
-        if name == "moescale.json" and "its SHA-256 is not the one noted" in message:
+        if name == "moescale.json" and "its SHA-256 is not the one recorded" in message:
             message = f"{name}: at byte {offset}"  # it names the file whose digest was changed
         assert message.startswith(f"{name}: "), message
         assert re.search(rf"at byte {offset}\b", message), message
@@ -246,7 +246,7 @@ def test_an_output_of_another_version(source: Path, output: Path) -> None:
     path = output / "moescale.json"
     path.write_bytes(path.read_bytes().replace(__version__.encode(), b"99.1"))
     (output / "README.md").write_bytes(b"Made by another version.")
-    with pytest.raises(DestinationError, match=f"moescale 99.1, and this is {__version__}"):
+    with pytest.raises(DestinationError, match=f"moescale 99.1; this is {__version__}"):
         convert(source, output, experts=3, verify=True)
 
 

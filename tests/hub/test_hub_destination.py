@@ -217,7 +217,7 @@ def test_room_for_the_file_is_checked_first(lab: Lab) -> None:
     lab.monkeypatch.setattr("moescale.storage.hub.writer.shutil.disk_usage", lambda _: usage)
     outcome = lab.run(SRC, PLACE, "-k", "3", "-q")
     assert outcome.code == 1
-    assert "has no room for" in outcome.failure
+    assert "of free space" in outcome.failure
     assert tempfile.gettempdir() in outcome.failure
     assert hub.traffic("^cdn")[1] <= len(SHARDS) * (32 << 10)
 
@@ -482,7 +482,7 @@ def test_what_the_hub_lists_is_compared_with_what_was_sent(lab: Lab) -> None:
     )
     outcome = lab.run(SRC, PLACE, "-k", "3", "-q")
     assert outcome.code == 1
-    assert f"{SHARDS[0]}: the Hub does not list what was sent" in outcome.failure
+    assert f"{SHARDS[0]}: the Hub does not list the content that was sent" in outcome.failure
     assert set(hub.files(DST)) == {".gitattributes"}
 
 

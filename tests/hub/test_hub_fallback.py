@@ -59,7 +59,7 @@ def test_a_client_without_a_name_sends_the_same_bytes(
     outcome = lab.done(SRC, PLACE, "-k", "3")
     output = lab.output()
     assert {shard: output[shard] for shard in SHARDS} == rescaled(lab.source)
-    assert f"the installed client has no {module}.{kind}.{name}:" in outcome.err
+    assert f"the installed client has no {module}.{kind}.{name};" in outcome.err
 
 
 def test_a_client_without_a_name_resumes(lab: Lab) -> None:

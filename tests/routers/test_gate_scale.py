@@ -179,7 +179,7 @@ def test_a_card_without_other_changes_says_so(tmp_path: Path) -> None:
     gated_mixtral(tmp_path / "in")
     api.convert(tmp_path / "in", tmp_path / "out", gate_scale=SCALE)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "the experts are as they were" in card
+    assert "the experts are unchanged" in card
     assert "down-projections" not in card
 
 

@@ -1,4 +1,4 @@
-"""The output's ``README.md``: the source's card, brought up to date."""
+"""The output's ``README.md``: the source's card, updated."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from moescale.planning.provenance import measured_on
 from moescale.version import __version__
 
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\n(?P<yaml>(?:.*?\n)??)---[ \t]*(?:\n|\Z)", re.DOTALL)
-"""As the Hub reads it: white space may stand before, and the block may be empty."""
+"""As the Hub reads it: white space may precede it, and the block may be empty."""
 
 _DROPPED = frozenset({"model-index"})
-"""Metadata that is no longer true: the evaluation results are those of the source."""
+"""Metadata that does not apply to the output: the evaluation results of the source."""
 
 _DEEPEST = 100
 _LONGEST_NUMBER = 1000
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _BROKEN = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError)
-"""What PyYAML raises for text that is no YAML, or for values that their tag does not allow."""
+"""The errors of PyYAML for text that is not YAML, and for values that their tag does not allow."""
 
 TAG = "moescale"
 
@@ -31,12 +31,12 @@ TAG = "moescale"
 def render(plan: Plan, source_card: bytes | None) -> bytes:
     """The card of the output.
 
-    Metadata stays as the source wrote it, but for the evaluation results, which are dropped, and
-    base model and tags, which are added. Metadata that is no YAML is left alone.
+    The metadata keeps the source's text, without its evaluation results and with base model and
+    tags added. Metadata that is not valid YAML stays unchanged.
 
     Args:
-        plan: what is done.
-        source_card: the source's card; None makes a new one.
+        plan: the plan.
+        source_card: the source's card; None if it has none.
     """
     text = "" if source_card is None else source_card.decode(errors="replace")
     windows = "\r\n" in text
@@ -60,17 +60,17 @@ def metadata_is_valid(source_card: bytes) -> bool:
 
 
 def _edit_metadata(text: str, repo: str | None) -> str | None:
-    """The metadata of the output; None if the source's are no YAML mapping.
+    """The metadata of the output; None if that of the source is not a YAML mapping.
 
-    Lines are taken out and new ones added at the end, so that all others stay as they are. Where
-    that is not possible (flow style, anchors), the whole block is written anew.
+    Lines are removed, and new ones added at the end, so that all others stay as they are. If that
+    is impossible (flow style, anchors), the whole block is rewritten.
     """
     lines = text.splitlines(keepends=True)
     spans = _top_level_lines(text)
     if spans is None:
         return None
     if "*" in text and _has_aliases(text):
-        return _written_anew(text, repo)
+        return _rewrite_metadata(text, repo)
     added = {"tags", "base_model"} if repo else {"tags"}
     kept = "".join(
         line
@@ -78,18 +78,18 @@ def _edit_metadata(text: str, repo: str | None) -> str | None:
         if not any(first <= number < last for first, last in _lines_of(spans, _DROPPED | added))
     )
     tags = "".join("".join(lines[first:last]) for first, last in _lines_of(spans, {"tags"}))
-    old, old_tags = _load(kept), _words(tags)
+    old, old_tags = _load(kept), _load_as_text(tags)
     if old is None or old_tags is None or _load(tags) is None:
-        return _written_anew(text, repo)
+        return _rewrite_metadata(text, repo)
     new = _new_metadata(old_tags.get("tags"), repo)
     if kept and not kept.endswith("\n"):
         kept += "\n"
     result = kept + yaml.safe_dump(new, sort_keys=False, allow_unicode=True)
-    return result if _load(result) == {**old, **new} else _written_anew(text, repo)
+    return result if _load(result) == {**old, **new} else _rewrite_metadata(text, repo)
 
 
-def _written_anew(text: str, repo: str | None) -> str | None:
-    content = _words(text)
+def _rewrite_metadata(text: str, repo: str | None) -> str | None:
+    content = _load_as_text(text)
     if content is None or _load(text) is None:
         return None
     new = _new_metadata(content.get("tags"), repo)
@@ -111,17 +111,17 @@ def _load(text: str, loader: Any = _LOADER) -> dict[Any, Any] | None:
     return {} if content is None else content if isinstance(content, dict) else None
 
 
-def _words(text: str) -> dict[str, Any] | None:
-    """Metadata with every value as the word that stands there: `no` is Norwegian, not false."""
+def _load_as_text(text: str) -> dict[str, Any] | None:
+    """The metadata with every value as text: `no` is Norwegian, not false."""
     return _load(text, yaml.BaseLoader)
 
 
 def _top_level_lines(text: str) -> dict[str, tuple[int, int]] | None:
-    """First and last line of each top-level key; None if this is no YAML, or made to cost much.
+    """First and last line of each top-level key; None if the text is not YAML, or too costly.
 
-    Only events are read, without building anything: evaluation results can be long, and PyYAML
-    follows nesting until the process dies, multiplies merged mappings (``<<``), and takes its time
-    for numbers of any length.
+    Only parser events are read and no objects built: evaluation results can be long, and PyYAML
+    follows nesting until the process dies, multiplies merged mappings (``<<``), and is slow for
+    long numbers.
     """
     starts: list[tuple[str, int]] = []
     depth, is_key = 0, True
@@ -153,7 +153,7 @@ def _is_costly(event: Any) -> bool:
 
 
 def _has_aliases(text: str) -> bool:
-    """Whether a value refers to another one, so that lines cannot be taken out one by one."""
+    """Whether a value refers to another one, so that lines cannot be removed separately."""
     return any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=_LOADER))
 
 
@@ -176,55 +176,55 @@ def _section(plan: Plan) -> str:
     lines = [
         "## Rescaled mixture of experts",
         "",
-        f"This is {_part(plan)}{link}{at}, {_count_change(experts.before, experts.after)} by"
-        f" moescale {__version__}.",
-        _what_changed(plan),
+        f"This is {_file_in_repo(plan)}{link}{at},"
+        f" {_count_change(experts.before, experts.after)} by moescale {__version__}.",
+        _changes(plan),
         "Nothing else was changed: every other tensor is the source's, bit for bit.",
         "",
         "| | |",
         "|---|---|",
         f"| routed experts per layer | {experts.total} |",
-        f"| experts per token: trained, before, now | {_numbers(experts.trained)},"
-        f" {_numbers(experts.before)}, {_numbers(experts.after)} |",
+        f"| experts per token: trained, before, now | {_count_text(experts.trained)},"
+        f" {_count_text(experts.before)}, {_count_text(experts.after)} |",
         f"| rule | `{plan.rule}`{made_by} |",
         *([f"| measured on | {measured_on(plan.calibration)} |"] if plan.calibration else []),
         f"| factor | {_factor_range(plan.factors)} |",
         *_gate_rows(plan),
         f"| tensors scaled | {len(plan.changed_tensors)} |",
         "",
-        f"The factors, options and files are listed in {_listed(plan)}. Keeping the expected norm"
-        " says nothing about quality: evaluate the model on your own task.",
-        *_of_keys(plan),
+        f"The factors, options and files are listed in {_provenance_location(plan)}. Keeping the"
+        " expected norm says nothing about quality: evaluate the model on your own task.",
+        *_override_note(plan),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _part(plan: Plan) -> str:
-    """The file or the folder of the source's repo that this was made of."""
+def _file_in_repo(plan: Plan) -> str:
+    """The file or folder of the source's repo, if the source is not the whole repo."""
     inside = plan.source.name.removeprefix(f"{plan.source.repo}/")
     return f"`{inside}` of " if plan.source.repo and inside != plan.source.name else ""
 
 
-def _listed(plan: Plan) -> str:
+def _provenance_location(plan: Plan) -> str:
     named = f"`{plan.record}`"
     return named if plan.record == PROVENANCE else f"the keys `moescale.*` of {named}"
 
 
-def _of_keys(plan: Plan) -> list[str]:
-    """What users of a file have to know whose number can be overridden at run time."""
+def _override_note(plan: Plan) -> list[str]:
+    """A warning for users who override the number of experts at run time."""
     if not plan.keys:
         return []
     return [
         "",
-        f"A start script that has `--override-kv {next(iter(plan.keys))}=...` wins over the file:"
-        " take it out, since the factors are made for the number in the file.",
+        f"Remove `--override-kv {next(iter(plan.keys))}=...` from any start script: it overrides"
+        " the number in the file, for which the factors are made.",
     ]
 
 
 def _count_change(before: int | tuple[int, ...], after: int | tuple[int, ...]) -> str:
     if before == after:
-        return f"with {_numbers(after)} experts per token as before, rescaled"
-    return f"set to **{_numbers(after)} experts per token** instead of {_numbers(before)}"
+        return f"with {_count_text(after)} experts per token as before, rescaled"
+    return f"set to **{_count_text(after)} experts per token** instead of {_count_text(before)}"
 
 
 def _gate_rows(plan: Plan) -> list[str]:
@@ -234,10 +234,10 @@ def _gate_rows(plan: Plan) -> list[str]:
 
 
 _AIMS = {
-    "preserve": ", so that their expected size stays",
-    "gates": ", so that their expected size stays",
-    "measured": ", so that the mean size that they have on a text stays",
-    "fitted": ", so that the mean size that they have on a text stays",
+    "preserve": ", which keeps their expected size",
+    "gates": ", which keeps their expected size",
+    "measured": ", which keeps their mean size on a text",
+    "fitted": ", which keeps their mean size on a text",
 }
 
 
@@ -245,30 +245,30 @@ def _aim(plan: Plan) -> str:
     return _AIMS.get(plan.rule, "")
 
 
-def _what_changed(plan: Plan) -> str:
+def _changes(plan: Plan) -> str:
     if plan.options.fold == "config":
         return (
-            "The config's constant that multiplies the routed experts' output was multiplied by a"
-            f" factor{_aim(plan)}; no weight was touched."
+            "The config's constant that scales the routed experts' output was multiplied by a"
+            f" factor{_aim(plan)}; no weight was changed."
         )
     roles = {t.role for t in plan.changed_tensors}
     routers = ""
     if "router" in roles and len(roles) > 1:
-        routers = " The routers' weights are multiplied by a number, too."
+        routers = " The routers' weights are multiplied by a number as well."
     if not roles:
         return "Only the config was edited; no weight was scaled."
     if roles == {"router"}:
-        return "The routers' weights are multiplied by a number; the experts are as they were."
+        return "The routers' weights are multiplied by a number; the experts are unchanged."
     if plan.options.fold == "residual":
         return (
             "The embedding and the attention outputs are divided by a factor, which the norms undo;"
-            " the routed experts' weights are as they were, and count for the factor more."
+            " the routed experts' weights are unchanged, and so weigh more by that factor."
         )
     experts = f"The down-projections of the routed experts are multiplied by a factor{_aim(plan)}."
     return experts + routers
 
 
-def _numbers(count: int | tuple[int, ...]) -> str:
+def _count_text(count: int | tuple[int, ...]) -> str:
     if isinstance(count, int):
         return str(count)
     return f"{min(count)} to {max(count)}" if min(count) != max(count) else str(count[0])

@@ -1,8 +1,8 @@
-"""Shards on the workers of a Dask cluster, through its `concurrent.futures` interface.
+"""Runs jobs on the workers of a Dask cluster, through its `concurrent.futures` interface.
 
-A worker gets the job of one file, with the places that it goes from and to, and gives back what it
-made. The machine that runs the command alone gives files their names. No token is ever sent: each
-worker uses its own. A file whose worker dies is done again elsewhere, by Dask.
+A worker gets the job of one file, with its source and its writers, and returns a pending file. Only
+the machine that runs the command gives files their names. No token is ever sent: each worker uses
+its own. If a worker dies, Dask gives its file to another one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from distributed import Client, KilledWorker, get_worker
 
-from moescale.conversion.executor import Done, Job, Monitor, Pool
+from moescale.conversion.executor import Job, JobResult, Monitor, Pool
 from moescale.errors import (
     InterruptedRun,
     MoescaleError,
@@ -37,16 +37,16 @@ from moescale.version import __version__
 _R = TypeVar("_R")
 
 CONNECT_SECONDS = 20.0
-"""How long the scheduler, and then a first worker, may take to appear."""
+"""How long to wait for the scheduler, and then for a first worker."""
 
-LONELY_SECONDS = 60.0
-"""How long a run waits for another worker when there is none left."""
+NO_WORKER_SECONDS = 60.0
+"""How long to wait for a new worker when none is left."""
 
-LOOK_SECONDS, ASK_SECONDS = 1.0, 5.0
-"""How often a worker looks whether its work is still wanted, and a run who is there."""
+CANCEL_CHECK_SECONDS, WORKER_CHECK_SECONDS = 1.0, 5.0
+"""How often a worker checks for cancellation, and a run for living workers."""
 
 REPORT_BYTES = 64 << 20
-"""How much a worker does before it says so: a terabyte is 16,000 messages."""
+"""How many bytes a worker does between two reports: 16,000 messages for a terabyte."""
 
 _RESUMES = "The same command resumes."
 
@@ -55,49 +55,49 @@ _RESUMES = "The same command resumes."
 
 
 @contextmanager
-def connect(place: str) -> Iterator[Workers]:
-    """The workers of a scheduler, all of which have this very version of moescale.
+def connect(scheduler: str) -> Iterator[Workers]:
+    """The workers of a scheduler, which must all have this version of moescale.
 
     Args:
-        place: an address like ``tcp://host:8786``, or the path of a scheduler file.
+        scheduler: an address like ``tcp://host:8786``, or the path of a scheduler file.
 
     Raises:
-        UsageError: it is neither, or a machine has another version.
-        TemporaryError: nobody answers.
+        UsageError: it is neither of these, or a machine has another version.
+        TemporaryError: the scheduler does not answer, or has no worker.
     """
-    address = _address(place)
+    address = _address(scheduler)
     with _quiet_client():
         try:
             client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False, name="moescale")
-        except OSError as error:  # a timeout is one, too
+        except OSError as error:  # includes timeouts
             raise TemporaryError(
-                f"--dask {place}: no scheduler answers: {_line(error)}",
+                f"--dask {scheduler}: no scheduler answers: {_first_line(error)}",
                 hint="Check the address, or start `dask scheduler` there.",
             ) from None
         except ValueError as error:
-            raise UsageError(f"--dask {place}: {_line(error)}") from None
+            raise UsageError(f"--dask {scheduler}: {_first_line(error)}") from None
         try:
-            _wait_for_worker(client, place)
+            _wait_for_worker(client, scheduler)
             _check_versions(client)
-            yield Workers(client, place)
+            yield Workers(client, scheduler)
         finally:
             client.close(timeout=2)
 
 
-def _address(place: str) -> str:
-    if "://" in place:
-        return place
+def _address(scheduler: str) -> str:
+    if "://" in scheduler:
+        return scheduler
     try:
-        return str(json.loads(Path(place).read_text())["address"])
+        return str(json.loads(Path(scheduler).read_text())["address"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UsageError(
-            f"--dask {place}: is neither an address like tcp://host:8786 nor a scheduler file"
+            f"--dask {scheduler}: is neither an address like tcp://host:8786 nor a scheduler file"
         ) from None
 
 
 @contextmanager
 def _quiet_client() -> Iterator[None]:
-    """Let a lost connection be one error of ours instead of pages of log."""
+    """Replace the client's log of a lost connection by one error of ours."""
     loggers = [logging.getLogger(f"distributed.{name}") for name in ("client", "comm", "core")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -109,17 +109,17 @@ def _quiet_client() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _wait_for_worker(client: Any, place: str) -> None:
+def _wait_for_worker(client: Any, scheduler: str) -> None:
     try:
         client.wait_for_workers(1, timeout=CONNECT_SECONDS)
     except TimeoutError:
         raise TemporaryError(
-            f"--dask {place}: the scheduler has no worker", hint="Start one with `dask worker`."
+            f"--dask {scheduler}: the scheduler has no worker", hint="Start one with `dask worker`."
         ) from None
 
 
 def _check_versions(client: Any) -> None:
-    """Ask everybody, through a function that is there without moescale, too."""
+    """Ask all machines, with a function that they have even without moescale."""
     ask, name = pkgutil.resolve_name, "moescale.version:__version__"
     found = client.run(ask, name, on_error="return")
     found = {f"worker {address}": version for address, version in found.items()}
@@ -131,67 +131,67 @@ def _check_versions(client: Any) -> None:
         if isinstance(version, ImportError):
             raise UsageError(f"--dask: {who} has no moescale; this is moescale {__version__}")
         if isinstance(version, Exception):
-            raise _silent(who, version)
+            raise _no_answer(who, version)
         if version != __version__:
             raise UsageError(f"--dask: {who} has moescale {version}; this is {__version__}")
 
 
-def _silent(who: str, error: Exception) -> TemporaryError:
-    return TemporaryError(f"--dask: {who} does not answer: {_line(error)}", hint=_RESUMES)
+def _no_answer(who: str, error: Exception) -> TemporaryError:
+    return TemporaryError(f"--dask: {who} does not answer: {_first_line(error)}", hint=_RESUMES)
 
 
-def _line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class Workers(Pool):
-    """A pool of other machines."""
+    """The pool of a cluster's workers."""
 
-    def __init__(self, client: Any, place: str) -> None:
-        """`client` is connected to the scheduler at `place`."""
+    def __init__(self, client: Any, scheduler: str) -> None:
+        """`client` is connected to `scheduler`."""
         self._client = client
-        self._place = place
+        self._scheduler = scheduler
         self._lock = threading.Lock()
         self._running: dict[str, tuple[Progress, Job[Any], int]] = {}
-        self._asked = self._seen = time.monotonic()  # a worker was seen
+        self._checked = self._seen = time.monotonic()  # the last check, and the last living worker
         self._topic = f"moescale-{secrets.token_hex(8)}"
-        client.subscribe_topic(self._topic, lambda event: self._arrived(*event[1]))
+        client.subscribe_topic(self._topic, lambda event: self._on_position(*event[1]))
 
     def size(self) -> int:
-        """Files that the workers can do at once."""
+        """How many files the workers can do in parallel."""
         threads: dict[str, int] = self._client.nthreads()
         return max(1, sum(threads.values()))
 
     def check_reachable(self, *storages: Writers | Source) -> None:
-        """Let every worker look at the places.
+        """Let every worker check the sources and writers.
 
         Raises:
-            MoescaleError: what the first one says that cannot reach them.
+            MoescaleError: the error of the first worker that does not reach them.
         """
         answers = self._client.run(check_storages, storages, on_error="return")
         for address, answer in answers.items():
             if isinstance(answer, MoescaleError):
                 raise answer
             if isinstance(answer, Exception):
-                raise _silent(f"worker {address}", answer)
+                raise _no_answer(f"worker {address}", answer)
 
     def executor(self, jobs: int) -> Executor:
-        """That of the client; it is given no more than `jobs` at once."""
+        """The executor of the client; `run_jobs` limits the number of jobs."""
         executor: Executor = self._client.get_executor(pure=False)
         return executor
 
     def monitor(self, job: Job[Any], progress: Progress) -> Monitor:
-        """What the worker says is heard under a topic of this run."""
+        """The monitor of a job; its worker reports under a topic of this run."""
         with self._lock:
             self._running[job.name] = progress, job, 0
-        return _OnWorker(__version__, self._topic, job.name)
+        return _WorkerMonitor(__version__, self._topic, job.name)
 
-    def result(self, job: Job[_R], future: Future[Done[_R]]) -> Done[_R]:
-        """What a worker gives back.
+    def result(self, job: Job[_R], future: Future[JobResult[_R]]) -> JobResult[_R]:
+        """The result of a job.
 
         Raises:
-            TemporaryError: the workers that had it died, or nobody is left.
-            MoescaleError: what the worker says.
+            TemporaryError: the workers that had the job died, or the scheduler is lost.
+            MoescaleError: the error of the job.
         """
         try:
             done = future.result()
@@ -199,39 +199,40 @@ class Workers(Pool):
             raise self._lost() from None
         except KilledWorker as error:
             raise TemporaryError(
-                f"{job.name}: {error.allowed_failures + 1} workers died while they had it, the"
-                f" last of them {error.last_worker.address}",
-                hint=f"Look into its log; has it enough memory? {_RESUMES}",
+                f"{job.name}: {error.allowed_failures + 1} workers died while processing it, last"
+                f" {error.last_worker.address}",
+                hint=f"Check its log and its memory. {_RESUMES}",
             ) from None
-        except ImportError as error:  # a worker that came later
-            raise UsageError(f"--dask: a worker has another moescale: {_line(error)}") from None
-        self._arrived(job.name, job.size)
+        except ImportError as error:  # a worker that joined after the version check
+            why = f"a worker has a different version of moescale: {_first_line(error)}"
+            raise UsageError(f"--dask: {why}") from None
+        self._on_position(job.name, job.size)
         with self._lock:
             del self._running[job.name]
         return done
 
-    def watch(self) -> None:
-        """Give up when the scheduler has left, or no worker has been there for long."""
+    def check_alive(self) -> None:
+        """Give up if the scheduler is lost, or if there has been no worker for a while."""
         if self._client.status in ("closing", "closed"):
             raise self._lost()
-        if time.monotonic() - self._asked < ASK_SECONDS:
+        if time.monotonic() - self._checked < WORKER_CHECK_SECONDS:
             return
-        self._asked = time.monotonic()
+        self._checked = time.monotonic()
         try:
             if self._client.nthreads():
-                self._seen = self._asked
-        except OSError:  # the client notices by itself, and tries to connect again
+                self._seen = self._checked
+        except OSError:  # the client reconnects by itself
             return
-        if self._asked - self._seen > LONELY_SECONDS:
+        if self._checked - self._seen > NO_WORKER_SECONDS:
             raise TemporaryError(
-                f"--dask {self._place}: no worker is left", hint=f"Start some. {_RESUMES}"
+                f"--dask {self._scheduler}: no worker is left", hint=f"Start some. {_RESUMES}"
             )
 
     def _lost(self) -> TemporaryError:
-        return TemporaryError(f"--dask {self._place}: the scheduler is lost", hint=_RESUMES)
+        return TemporaryError(f"--dask {self._scheduler}: the scheduler is lost", hint=_RESUMES)
 
-    def _arrived(self, name: str, position: int) -> None:
-        """Pass on how far a file is; a second attempt counts from where the first one was."""
+    def _on_position(self, name: str, position: int) -> None:
+        """Report the progress of a file; a second attempt counts beyond that of the first one."""
         with self._lock:
             if name not in self._running:
                 return
@@ -241,7 +242,7 @@ class Workers(Pool):
             progress(name, position - before)
 
     def stop(self, executor: Executor) -> None:
-        """Let the workers stop, and wait for nobody."""
+        """Let the workers stop, without waiting for them."""
         executor.shutdown(wait=False)
 
 
@@ -249,20 +250,20 @@ class Workers(Pool):
 
 
 async def check_storages(storages: tuple[Writers | Source, ...]) -> None:
-    """Look whether this machine can reach the places; in a thread, so that the worker lives on."""
+    """Check that this machine reaches the sources and writers; in a thread, to not block Dask."""
 
     def check() -> None:
         for storage in storages:
             storage.check_reachable()
 
-    await asyncio.to_thread(_from_here, check)
+    await asyncio.to_thread(_with_machine_name, check)
 
 
-def _from_here(call: Callable[[], _R]) -> _R:
-    """Call it, and let an error say on which machine it was.
+def _with_machine_name(call: Callable[[], _R]) -> _R:
+    """Call it; an error names this machine.
 
-    What is no error of ours is made one, without a trace of where it came from: with that, not
-    all errors can be sent, and the run would wait for ever.
+    Other exceptions become a `MoescaleError` without a cause: some cannot be pickled, and the run
+    would wait forever.
     """
     where = f"(worker on {socket.gethostname()})"
     try:
@@ -272,25 +273,26 @@ def _from_here(call: Callable[[], _R]) -> _R:
     except Exception as error:
         logging.getLogger(__name__).exception("a job failed")
         told = RewriteError(
-            f"{type(error).__name__}: {_line(error)} {where}", hint="The worker's log says more."
+            f"{type(error).__name__}: {_first_line(error)} {where}",
+            hint="The worker's log says more.",
         )
     raise told
 
 
-class _OnWorker:
-    """Says how far a worker is, and stops it when nobody waits for the result any more."""
+class _WorkerMonitor:
+    """Reports a worker's progress, and stops its job if the run no longer waits for the result."""
 
     def __init__(self, version: str, topic: str, name: str) -> None:
-        """It is made where the run is, and sent with the job."""
+        """Created by the machine that runs the command, and sent with the job."""
         self._version, self._topic, self._name = version, topic, name
         self._position = self._said = 0
         self._looked = 0.0
 
     def run(self, call: Callable[[], _R]) -> _R:
-        """Do a job on this worker.
+        """Run a job on this worker.
 
         Raises:
-            UsageError: the worker, which came after the others were asked, has another version.
+            UsageError: the worker joined after the version check, and has another version.
         """
         self._worker, self._lock = get_worker(), threading.Lock()
         self._key = self._worker.get_current_task()
@@ -302,10 +304,10 @@ class _OnWorker:
                 )
             return call()
 
-        return _from_here(checked)
+        return _with_machine_name(checked)
 
     def count(self, size: int) -> None:
-        """Say how far it is, now and then."""
+        """Add the bytes, and report now and then."""
         with self._lock:
             self._position += size
             if self._position - self._said < REPORT_BYTES:
@@ -314,8 +316,8 @@ class _OnWorker:
         self._worker.log_event(self._topic, [self._name, said])
 
     def raise_if_cancelled(self) -> None:
-        """Stop when the job was cancelled, or whoever wanted it is gone."""
-        if time.monotonic() - self._looked < LOOK_SECONDS:
+        """Stop if the job was cancelled, or its run has ended."""
+        if time.monotonic() - self._looked < CANCEL_CHECK_SECONDS:
             return
         self._looked = time.monotonic()
         state = self._worker.state.tasks.get(self._key)

@@ -1,7 +1,7 @@
-"""Work on large files: one picklable job a file, done by one executor.
+"""Runs one picklable job per large file, on one executor.
 
-The executor is one of threads here, or that of a Dask cluster. The first failure and Ctrl-C stop
-all that is being done.
+The executor has threads of this process, or is that of a Dask cluster. The first failure stops all
+jobs, and so does Ctrl-C.
 """
 
 from __future__ import annotations
@@ -25,53 +25,58 @@ WAKE_SECONDS = 0.5
 
 
 class Monitor(Protocol):
-    """What a job tells while it runs, and how it is stopped."""
+    """Takes a job's progress, and can stop it."""
 
     def raise_if_cancelled(self) -> None:
-        """Raise once the run is to stop; called between pieces."""
+        """Raise if the run has been stopped; called between pieces."""
 
     def count(self, size: int) -> None:
-        """Take the number of bytes done since the last call, from any thread."""
+        """Add the number of bytes done since the last call; called from any thread."""
 
     def run(self, call: Callable[[], _R]) -> _R:
-        """Call what does the job."""
+        """Run the job."""
 
 
 class Job(Protocol[_R_co]):
-    """All that is to be done to one large file; it can be sent to another machine."""
+    """The complete work on one large file; it can be sent to another machine."""
 
     @property
     def name(self) -> str:
-        """The file."""
+        """The name of the file."""
 
     @property
     def size(self) -> int:
-        """Its new size in bytes."""
+        """The size of the new file, in bytes."""
 
     @property
     def source(self) -> Source:
-        """Where this file, and no other, is read."""
+        """A source limited to this file."""
 
     def __call__(self, monitor: Monitor) -> _R_co:
-        """Do it."""
+        """Do the work."""
 
 
 @dataclass(frozen=True, slots=True)
-class Done(Generic[_R]):
-    """What came of a job; `received` are bytes that it read over the network."""
+class JobResult(Generic[_R]):
+    """The result of a job.
+
+    Attributes:
+        result: the return value of the job.
+        received: bytes that it received over the network.
+    """
 
     result: _R
     received: int
 
 
-def do(job: Job[_R], monitor: Monitor) -> Done[_R]:
-    """Do one job; what every executor calls, on whatever machine."""
-    return monitor.run(lambda: Done(job(monitor), job.source.received))
+def run_job(job: Job[_R], monitor: Monitor) -> JobResult[_R]:
+    """Do one job; every executor calls this, on any machine."""
+    return monitor.run(lambda: JobResult(job(monitor), job.source.received))
 
 
 @dataclass(frozen=True, slots=True)
-class _Here:
-    """The monitor of a thread of this process."""
+class _ThreadMonitor:
+    """The monitor of a job in a thread of this process."""
 
     stop: threading.Event
     count: Callable[[int], None]
@@ -85,55 +90,56 @@ class _Here:
 
 
 class Pool:
-    """Threads of this process; a cluster is another pool."""
+    """A pool of threads of this process; a cluster is another kind of pool."""
 
     def __init__(self) -> None:
         self._stop = threading.Event()
 
     def check_reachable(self, *storages: Writers | Source) -> None:
-        """Refuse places that not all can reach."""
+        """Check that every worker reaches the sources and writers; threads always do."""
 
     def executor(self, jobs: int) -> Executor:
-        """What does at most `jobs` jobs at once."""
+        """An executor for at most `jobs` jobs in parallel."""
         return ThreadPoolExecutor(jobs, "moescale")
 
     def monitor(self, job: Job[Any], progress: Progress) -> Monitor:
-        """The monitor that goes with a job."""
-        return _Here(self._stop, partial(progress, job.name))
+        """The monitor of a job."""
+        return _ThreadMonitor(self._stop, partial(progress, job.name))
 
-    def result(self, job: Job[_R], future: Future[Done[_R]]) -> Done[_R]:
-        """What came of a job, or an error of ours that says what went wrong."""
+    def result(self, job: Job[_R], future: Future[JobResult[_R]]) -> JobResult[_R]:
+        """The result of a job; raises a `MoescaleError` if it failed."""
         return future.result()
 
-    def watch(self) -> None:
-        """Raise when nobody is left who could do a job; called now and then."""
+    def check_alive(self) -> None:
+        """Raise if no worker is left; called periodically."""
 
     def stop(self, executor: Executor) -> None:
-        """Stop what is being done, and wait until nothing is."""
+        """Stop the running jobs, and wait for their end."""
         self._stop.set()
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-def each(
+def run_jobs(
     jobs: Iterable[Job[_R]],
     limit: int,
-    keep: Callable[[str, Done[_R]], _K],
+    keep: Callable[[str, JobResult[_R]], _K],
     progress: Progress,
     pool: Pool,
     cancel: Callable[[], None] = lambda: None,
 ) -> dict[str, _K]:
-    """Do every job, and keep what came of it, one after the other.
+    """Run all jobs in parallel, and process their results one after the other.
 
     Args:
-        jobs: what is to be done; each is taken when its turn comes.
-        limit: jobs that are done at once.
-        keep: gets a file's name and what came of its job; its results are returned by name.
-        progress: is told of every piece.
-        pool: who does the jobs.
-        cancel: wakes up threads that wait for something outside.
+        jobs: the jobs; each is taken from the iterable when its turn comes.
+        limit: how many run in parallel.
+        keep: processes the name of a file and the result of its job; its return values are
+            returned by name.
+        progress: called for every piece.
+        pool: runs the jobs.
+        cancel: wakes up threads that wait for a storage.
 
     Raises:
-        Exception: the first one, of a job or of `keep`. What was done by then is kept.
+        Exception: the first one of a job or of `keep`, after the results so far were processed.
     """
     waiting, results = iter(jobs), dict[str, _K]()
     running: dict[Future[Any], Job[_R]] = {}
@@ -142,11 +148,11 @@ def each(
         try:
             while True:
                 for job in islice(waiting, limit - len(running)):
-                    running[executor.submit(do, job, pool.monitor(job, progress))] = job
+                    running[executor.submit(run_job, job, pool.monitor(job, progress))] = job
                 if not running and not keeping:
                     return results
-                # It wakes up now and then: a signal that the system hands to another thread is
-                # noted there, but Python runs its handler in this one, and does not wake it up.
+                # The timeout is for signals: if the system delivers one to another thread, Python
+                # runs its handler in this thread, but does not wake it up.
                 done, _ = wait({*running, *keeping}, WAKE_SECONDS, FIRST_COMPLETED)
                 for future in [future for future in running if _succeeded(future)]:
                     job = running.pop(future)
@@ -156,8 +162,8 @@ def each(
                     pool.result(running.pop(failed), failed)
                 for kept in done & keeping.keys():
                     results[keeping.pop(kept)] = kept.result()
-                pool.watch()
-        except BaseException:  # Ctrl-C, too: what runs stops at its next piece
+                pool.check_alive()
+        except BaseException:  # also Ctrl-C; running jobs stop at their next piece
             cancel()
             pool.stop(executor)
             for future, job in running.items():

@@ -1,4 +1,4 @@
-"""Plans by rules that run the model: what an earlier run has noted is used again."""
+"""Plans by rules that run the model; measurements of an earlier run are reused."""
 
 from __future__ import annotations
 
@@ -22,18 +22,23 @@ from moescale.storage.base import Destination, Source
 
 
 @dataclass(frozen=True, slots=True)
-class Earlier:
-    """What an earlier run of the same job has measured, and on which text."""
+class PreviousMeasurement:
+    """The measurement of an earlier run of the same job.
+
+    Attributes:
+        known: the factors, and router scales if any.
+        calibration: the text, and how much of it was used.
+    """
 
     known: KnownFactors
     calibration: Mapping[str, Any]
 
 
-def measured_before(destination: Destination, trial: Plan) -> Earlier | None:
-    """What an unfinished or finished run of this job at the destination has found.
+def previous_measurement(destination: Destination, trial: Plan) -> PreviousMeasurement | None:
+    """The measurement of a run of this job at the destination, unfinished or finished.
 
-    `trial` is a plan with any factors. Factors are measured to a few digits, but two machines may
-    still differ in one; what a run has begun with it keeps.
+    `trial` is a plan with arbitrary factors. Two machines may differ in a digit of a measured
+    factor, so a run keeps the factors with which it began.
     """
     found, wanted = destination.unfinished_job(), provenance.job(trial)
     if found is not None:
@@ -52,11 +57,11 @@ def measured_before(destination: Destination, trial: Plan) -> Earlier | None:
         return None
     wanted_text, own = trial.options.calibrate, calibration.get("own") is True
     same = own if wanted_text is None else calibration["text_sha256"] == wanted_text
-    return Earlier(KnownFactors(factors, scales), calibration) if same else None
+    return PreviousMeasurement(KnownFactors(factors, scales), calibration) if same else None
 
 
 def _are_of_layers(values: Any, plan: Plan) -> bool:
-    """Whether they are factors, one for each MoE layer."""
+    """Whether the values are factors, one for each MoE layer."""
     if not isinstance(values, dict) or values.keys() != plan.factors.keys():
         return False
     return all(_is_factor(value) for value in values.values())
@@ -66,10 +71,10 @@ def _is_factor(value: Any) -> bool:
     return isinstance(value, float | int) and not isinstance(value, bool) and 0 < value < 1e30
 
 
-def _unmeasured(moe: Moe, experts: Experts, _: Adjustable | None) -> Findings:
-    """Samples to plan with before anything is measured.
+def _placeholder_factors(moe: Moe, experts: Experts, _: Adjustable | None) -> Findings:
+    """Samples for a plan before the measurement.
 
-    The factor is a common one, so that a format that takes powers of two only is refused already.
+    Their factor is not a power of two, so that formats which need one are refused now.
     """
     some = Sample(Moments(1, 1.0, 1.0, norm=5.0), Moments(1, 1.0, 1.0, norm=4.0))
     return Findings(dict.fromkeys(moe.layers, some))
@@ -83,22 +88,22 @@ def measured_plan(
     destination: Destination | None = None,
     overwrite: bool | None = None,
 ) -> Plan:
-    """A plan with measured factors, or with those that the destination has of the same job.
+    """A plan with measured factors, or with those of the same job at the destination.
 
     Args:
         source: the checkpoint; one on the Hub is downloaded into the Hub's cache.
-        options: what the user asked for.
-        said: the destination, as the user calls it.
+        options: the user's options.
+        said: the destination as the user gave it.
         calibration: the text.
-        destination: where an earlier run may have left what it measured.
-        overwrite: of a run that is to follow: one that would be refused is refused before anything
-            is measured, and one that starts anew measures anew. None: no run follows.
+        destination: may have the measurement of an earlier run.
+        overwrite: that of the run to follow: if that would be refused, it is refused before the
+            measurement; if it starts again, the measurement does too. None: no run follows.
 
     Raises:
         MoescaleError: see `make_plan`, `status_of` and `moescale.calibrate.measure`.
     """
-    plan = trial = make_plan(source, options, said, _unmeasured)
-    found = measured_before(destination, trial) if destination is not None else None
+    plan = trial = make_plan(source, options, said, _placeholder_factors)
+    found = previous_measurement(destination, trial) if destination is not None else None
     if found is not None:
         plan = make_plan(source, options, said, known=found.known)
         plan = replace(plan, calibration=found.calibration)
@@ -106,10 +111,10 @@ def measured_plan(
     if destination is not None and overwrite is not None:
         status = status_of(plan, source, destination, overwrite)
     if found is not None and status not in ("new", "replace"):
-        return _not_kept(plan) if calibration.keep is not None else plan
+        return _with_unwritten_text(plan) if calibration.keep is not None else plan
     if options.calibrate is not None and calibration.text is None:
         raise UsageError(
-            f"the text that --rule {options.rule} ran the model on is needed again",
+            f"--rule {options.rule} needs the text of the earlier run again",
             hint="Give it with --calibrate FILE.",
         )
     check_installed(f"--rule {options.rule}")
@@ -118,6 +123,6 @@ def measured_plan(
     return replace(plan, calibration=calibration.facts)
 
 
-def _not_kept(plan: Plan) -> Plan:
-    why = "--calibrate-out: not written, since the factors are those of the earlier run"
+def _with_unwritten_text(plan: Plan) -> Plan:
+    why = "--calibrate-out: not written, because the factors come from the earlier run"
     return replace(plan, warnings=(*plan.warnings, why))

@@ -1,4 +1,4 @@
-"""What a finished output says of itself, and whether its files are as it says."""
+"""Reads the provenance of a finished output, and compares its files with it."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from moescale.results import Record
 from moescale.storage.base import FileInfo, Source, io_errors
 
 SMALL_BYTES = 32 << 20
-"""Files up to this size are read in any case."""
+"""Files up to this size are always read."""
 
 
 def read_record(output: Source, check: bool) -> Record | None:
-    """The record of an output; None where the place has none.
+    """The record of an output; None if it has no provenance.
 
     Args:
-        output: the place.
-        check: read every file of which the SHA-256 is noted, however large.
+        output: the output.
+        check: read every file with a recorded SHA-256, whatever its size.
     """
     files = output.files()
     data = recorded({name: file.size for name, file in files.items()}, output.read)
     content = provenance.decode(data) if data is not None else None
     if content is None or "moescale" not in content:
         return None
-    noted = dict(_listed(content))
+    noted = dict(_recorded_files(content))
     names = names_here(noted, files)
     listed = {names[name]: value for name, value in noted.items()}
     wanted = {n: sum_ for n, (_, sum_) in listed.items() if sum_ and n in files}
@@ -39,8 +39,8 @@ def read_record(output: Source, check: bool) -> Record | None:
     return Record(output.identity.id, content, words, differences, len(read), sized)
 
 
-def _listed(content: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Size and SHA-256 of every file, as far as they make sense; anybody may have written them."""
+def _recorded_files(content: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """Name, size and SHA-256 of every file, without malformed entries."""
     files = content.get("files")
     for file in files if isinstance(files, list) else []:
         if isinstance(file, dict) and isinstance(file.get("name"), str):
@@ -58,14 +58,14 @@ def _differences(
             yield name, "is missing"
         elif files[name].size != size:
             yield name, f"has {files[name].size} bytes instead of {size}"
-        elif name in read and _digest(output, files[name]) != digest:
-            yield name, "is not what was written"
-    if PROVENANCE in files:  # a GGUF file has it in itself, and may lie among others
+        elif name in read and _sha256(output, files[name]) != digest:
+            yield name, "has changed since it was written"
+    if PROVENANCE in files:  # a GGUF file contains its own, and may have other files beside it
         for name in sorted(files.keys() - listed.keys() - {PROVENANCE, ".gitattributes"}):
             yield name, "was not written by that run"
 
 
-def _digest(output: Source, file: FileInfo) -> str:
+def _sha256(output: Source, file: FileInfo) -> str:
     """The SHA-256 of a file, read piece by piece."""
     digest, buffer, position = hashlib.sha256(), memoryview(bytearray(PIECE)), 0
     with io_errors(file.name), output.open(file.name) as reader:

@@ -1,4 +1,4 @@
-"""Runs a plan: source to rewriting to destination, shard by shard, resumable."""
+"""Carries out a plan: reads, rewrites and writes shard by shard, and resumes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moescale.checkpoint.edit import TensorEdit
 from moescale.checkpoint.rewrite import Segment, check_scales, rewrite
 from moescale.checkpoint.rounding import Rounding
 from moescale.conversion import card
-from moescale.conversion.executor import Done, Monitor, Pool, each
+from moescale.conversion.executor import JobResult, Monitor, Pool, run_jobs
 from moescale.errors import DestinationError
 from moescale.families.config import CONFIG
 from moescale.planning import provenance
@@ -32,13 +32,19 @@ from moescale.storage.base import (
 )
 from moescale.version import __version__
 
-Small = Callable[[], Mapping[str, bytes]]
-"""Gives the small files of the output, as `small_files` does."""
+SmallFiles = Callable[[], Mapping[str, bytes]]
+"""Returns the small files of the output, as `small_files` does."""
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a run did: whether it had anything to do, and what stands in the output."""
+class RunOutcome:
+    """The result of a run.
+
+    Attributes:
+        status: see `moescale.results.Status`.
+        written: size and digest of every file of the output; empty if nothing was written.
+        rounding: the effect of rounding block scales, by tensor.
+    """
 
     status: Status
     written: Mapping[str, FileRecord]
@@ -46,10 +52,10 @@ class Outcome:
 
 
 def status_of(plan: Plan, source: Source, destination: Destination, overwrite: bool) -> Status:
-    """Whether the destination is empty, ours and unfinished, ours and done, or in the way.
+    """What the run finds at the destination, and will do.
 
     Raises:
-        DestinationError: it holds something else, and `overwrite` was not given.
+        DestinationError: the destination has other content, and `overwrite` is false.
     """
     unfinished = destination.unfinished_job()
     if unfinished is not None:
@@ -57,26 +63,30 @@ def status_of(plan: Plan, source: Source, destination: Destination, overwrite: b
         if unfinished == wanted:
             return "resume"
         difference = provenance.job_difference(unfinished, wanted)
-        return _replace(destination, overwrite, f"holds an unfinished run of {difference}")
+        return _status_if_replaceable(
+            destination, overwrite, f"holds an unfinished run of {difference}"
+        )
     existing = destination.existing()
     if not existing:
         return "new"
-    small = cache(partial(small_files, plan, source))  # read once, and only where it is needed
+    small = cache(partial(small_files, plan, source))  # read at most once
     said = _is_output(plan, destination, small)
-    whole = _is_whole(plan, destination, existing, small) and bool(said or small())
+    whole = _is_complete(plan, destination, existing, small) and bool(said or small())
     if said or whole:
         if overwrite:
             return "replace"
         if not (said and whole):
             return "changed"
         return "done" if source.last_changed() <= destination.changed_at(plan.record) else "stale"
-    if not overwrite and _in_these_words(plan, destination):
+    if not overwrite and _has_same_options(plan, destination):
         return "outdated"
-    return _replace(destination, overwrite, _what_is_there(plan, destination, existing))
+    return _status_if_replaceable(
+        destination, overwrite, _describe_existing(plan, destination, existing)
+    )
 
 
-def _in_these_words(plan: Plan, destination: Destination) -> bool:
-    """Whether the destination holds what the same words made of other files of this source."""
+def _has_same_options(plan: Plan, destination: Destination) -> bool:
+    """Whether the destination was made with the same options from other files of this source."""
     said = destination.read_provenance()
     found = None if said is None else provenance.decode(said)
     options = provenance.made_with(found)
@@ -87,14 +97,14 @@ def _in_these_words(plan: Plan, destination: Destination) -> bool:
     return same and provenance.options_given(options) == now["options"]
 
 
-def _what_is_there(plan: Plan, destination: Destination, existing: Mapping[str, int]) -> str:
+def _describe_existing(plan: Plan, destination: Destination, existing: Mapping[str, int]) -> str:
     if (said := destination.read_provenance()) is None:
         some = ", ".join(sorted(existing)[:3])
         return f"is not empty ({some}{', ...' if len(existing) > 3 else ''})"
     found = provenance.decode(said) or {}
     version, options = found.get("moescale"), provenance.made_with(found)
     if isinstance(version, str) and version != __version__:
-        return f"holds an output of moescale {version[:20]}, and this is {__version__}"
+        return f"holds an output of moescale {version[:20]}; this is {__version__}"
     source = found.get("source")
     name = source.get("id") if isinstance(source, dict) else None
     if not isinstance(name, str) or options is None:
@@ -106,7 +116,7 @@ def _what_is_there(plan: Plan, destination: Destination, existing: Mapping[str, 
     return f"holds {name} with {theirs}; this run is {this}"
 
 
-def _replace(destination: Destination, overwrite: bool, why: str) -> Status:
+def _status_if_replaceable(destination: Destination, overwrite: bool, why: str) -> Status:
     what = "--overwrite to replace what is there"
     try:
         destination.check_replaceable()
@@ -125,20 +135,20 @@ def _replace(destination: Destination, overwrite: bool, why: str) -> Status:
     raise DestinationError(f"{destination.identity}: {why}", hint=hint)
 
 
-def _is_output(plan: Plan, destination: Destination, small: Small) -> bool:
-    """Whether the destination says that it is the output of this very job."""
+def _is_output(plan: Plan, destination: Destination, small: SmallFiles) -> bool:
+    """Whether the destination's provenance is that of this job."""
     if (said := destination.read_provenance()) is None:
         return False
     sizes = {f.name: FileRecord(plan.output_size(f)) for f in plan.large_files}
-    others = {name: _written(data) for name, data in small().items()}
+    others = {name: _record_of(data) for name, data in small().items()}
     wanted = provenance.provenance(plan, {**sizes, **others})
     return provenance.same_job(provenance.decode(said), wanted)
 
 
-def _is_whole(
-    plan: Plan, destination: Destination, existing: Mapping[str, int], small: Small
+def _is_complete(
+    plan: Plan, destination: Destination, existing: Mapping[str, int], small: SmallFiles
 ) -> bool:
-    """Whether all its files are there, the large ones in their sizes, the small ones as written."""
+    """Whether all files exist: large ones with the right size, small ones with the right bytes."""
     if any(existing.get(f.name) != plan.output_size(f) for f in plan.large_files):
         return False
     if any(existing.get(name) != len(data) for name, data in small().items()):
@@ -156,42 +166,44 @@ def run(
     keep: Mapping[str, FileRecord] = MappingProxyType({}),
     progress: Progress = lambda name, size: None,
     pool: Pool | None = None,
-) -> Outcome:
-    """Do what the plan says; does nothing where it is done.
+) -> RunOutcome:
+    """Carry out a plan, unless its output is already done.
 
     Args:
-        plan: what to do.
-        source: where the checkpoint is read.
+        plan: the plan.
+        source: the checkpoint.
         destination: where the output goes.
-        jobs: shards that are rewritten at once.
-        overwrite: write again what is there, whatever it is.
-        keep: large files of a finished output that are right and stay, where it is overwritten.
-        progress: is told of every piece, from several threads.
-        pool: who rewrites the shards; by default threads here.
+        jobs: how many shards are rewritten in parallel.
+        overwrite: replace any existing content.
+        keep: correct large files of a finished output, which are not written again.
+        progress: called for every piece, from several threads.
+        pool: rewrites the shards; by default threads of this process.
 
     Raises:
-        DestinationError: the destination holds something else, or a worker cannot reach it.
+        DestinationError: the destination has other content, or a worker cannot reach it.
         RewriteError: a file could not be written, or a value would overflow.
-        InterruptedRun: the user stopped it; the same call resumes.
+        InterruptedRun: a part of the run was stopped; the same call resumes.
     """
     status = status_of(plan, source, destination, overwrite)
     if status in ("done", "stale", "changed", "outdated"):
         destination.close()
-        return Outcome(status, {})
-    _rehearse_scales(plan, source)
+        return RunOutcome(status, {})
+    _dry_run_scales(plan, source)
     rounding: dict[str, Rounding] = {}
-    if (made := made_files(plan, source).get(CARD)) is not None:
+    if (made := generated_files(plan, source).get(CARD)) is not None:
         destination.check_card(made)
     try:
-        if pool is not None:  # before anything old is removed
+        if pool is not None:  # before any old content is removed
             destination.share_writers()
             pool.check_reachable(
                 source.subset(f.name for f in plan.large_files), destination.writers
             )
         destination.begin(provenance.job(plan), replace=status == "replace", keep=keep)
-        written = _stream(plan, source, destination, jobs, progress, pool or Pool(), rounding)
-        small = small_files(plan, source)  # only now, since an index may have many megabytes
-        written |= {name: _written(data) for name, data in small.items()}
+        written = _write_large_files(
+            plan, source, destination, jobs, progress, pool or Pool(), rounding
+        )
+        small = small_files(plan, source)  # late, since an index may have many megabytes
+        written |= {name: _record_of(data) for name, data in small.items()}
         if CARD in small:
             with io_errors(CARD):
                 destination.write_small(CARD, small.pop(CARD))
@@ -200,13 +212,13 @@ def run(
         destination.publish({**last, **small, **config}, keep=frozenset(written) | {plan.record})
     finally:
         destination.close()
-    return Outcome("repair" if keep else status, written, rounding)
+    return RunOutcome("repair" if keep else status, written, rounding)
 
 
-def _rehearse_scales(plan: Plan, source: Source) -> None:
-    """Find the scales that are no numbers or would leave their range, before a shard is written.
+def _dry_run_scales(plan: Plan, source: Source) -> None:
+    """Refuse scales that are not finite or would leave their range, before a shard is written.
 
-    Only on a disk: from the Hub each of them would be a request.
+    For local sources only: on the Hub each scale would be a request.
     """
     if source.remote:
         return
@@ -220,14 +232,14 @@ def _rehearse_scales(plan: Plan, source: Source) -> None:
 
 
 def small_files(plan: Plan, source: Source) -> dict[str, bytes]:
-    """The files that are made or edited, and the index: card, index, config."""
+    """The generated and edited files, and the index."""
     index, made = plan.index or ("", b"")
     first = {} if made is not None else {index: source.read(index)}
-    return {**first, **made_files(plan, source)}
+    return {**first, **generated_files(plan, source)}
 
 
-def made_files(plan: Plan, source: Source) -> dict[str, bytes]:
-    """The files that are made or edited: card, config, and an index where there was none."""
+def generated_files(plan: Plan, source: Source) -> dict[str, bytes]:
+    """The generated and edited files: card, config, and an index if the source has none."""
     result = {}
     if (row := next((f for f in plan.files if f.name == CARD), None)) is not None:
         result[CARD] = card.render(plan, source.read(CARD) if row.action == "edit" else None)
@@ -236,11 +248,11 @@ def made_files(plan: Plan, source: Source) -> dict[str, bytes]:
     return {**result, **plan.edits, **({} if plan.config is None else {CONFIG: plan.config})}
 
 
-def _written(data: bytes) -> FileRecord:
+def _record_of(data: bytes) -> FileRecord:
     return FileRecord(len(data), hashlib.sha256(data).hexdigest())
 
 
-def _stream(
+def _write_large_files(
     plan: Plan,
     source: Source,
     destination: Destination,
@@ -249,7 +261,7 @@ def _stream(
     pool: Pool,
     rounding: dict[str, Rounding],
 ) -> dict[str, FileRecord]:
-    """Write every large file that an earlier run has not finished; `rounding` is filled."""
+    """Write every large file that no earlier run has finished; fills `rounding`."""
     files = source.files()
     copied = [files[f.name] for f in plan.large_files if f.action == "copy"]
     finished = {
@@ -265,20 +277,20 @@ def _stream(
     for name, written in done.items():
         progress(name, written.size)
 
-    def keep(name: str, done: Done[PendingFile]) -> FileRecord:
+    def keep(name: str, done: JobResult[PendingFile]) -> FileRecord:
         source.received += done.received
         rounding.update(done.result.rounding)
         with io_errors(name):
             return destination.commit_file(name, done.result)
 
     for group in ([n for n in left if n != plan.opens], [n for n in left if n == plan.opens]):
-        work = (rewriting(left[name], plan, source, destination.writers) for name in group)
-        done |= each(work, jobs, keep, progress, pool, destination.cancel)
+        work = (rewrite_job(left[name], plan, source, destination.writers) for name in group)
+        done |= run_jobs(work, jobs, keep, progress, pool, destination.cancel)
     return done
 
 
-class _Counter:
-    """Counts a byte for a part of one at each of its steps: written, and arrived where it goes."""
+class _StepCounter:
+    """Counts a byte once after all its steps, such as written and sent."""
 
     def __init__(self, steps: int, count: Callable[[int], None]) -> None:
         self._steps = steps
@@ -294,10 +306,16 @@ class _Counter:
 
 
 @dataclass(frozen=True, slots=True)
-class Rewriting:
-    """The job that writes one large file; this is all that is done to it, on whatever machine.
+class RewriteJob:
+    """The job that writes one large file, on any machine.
 
-    With `digest` its SHA-256 is wanted.
+    Attributes:
+        name: the file.
+        size: its new size in bytes.
+        segments: its new content.
+        source: limited to this file.
+        writers: open the writer for it.
+        digest: whether to compute its SHA-256.
     """
 
     name: str
@@ -308,8 +326,8 @@ class Rewriting:
     digest: bool
 
     def __call__(self, monitor: Monitor) -> PendingFile:
-        """Write it."""
-        name, count = self.name, _Counter(self.writers.steps, monitor.count)
+        """Write the file."""
+        name, count = self.name, _StepCounter(self.writers.steps, monitor.count)
 
         def advance(size: int) -> None:
             monitor.raise_if_cancelled()
@@ -321,28 +339,28 @@ class Rewriting:
             return replace(writer.finish(), rounding=rounding)
 
 
-def rewriting(file: PlannedFile, plan: Plan, source: Source, writers: Writers) -> Rewriting:
-    """What is to be done to one large file."""
+def rewrite_job(file: PlannedFile, plan: Plan, source: Source, writers: Writers) -> RewriteJob:
+    """The job for one large file."""
     size, segments, part = (
         plan.output_size(file),
         tuple(plan.segments(file)),
         source.subset([file.name]),
     )
-    digest = source.remote  # then the bytes come through memory in any case
-    return Rewriting(file.name, size, segments, part, writers, digest)
+    digest = source.remote  # its bytes go through memory anyway
+    return RewriteJob(file.name, size, segments, part, writers, digest)
 
 
 def provenance_bytes(plan: Plan, written: Mapping[str, FileRecord]) -> bytes:
-    """The content of the file that has the provenance, where it is a file of its own."""
+    """The content of the provenance file."""
     return provenance.encode(provenance.provenance(plan, written))
 
 
 def fill_digests(
     destination: Destination, plan: Plan, written: Mapping[str, FileRecord], output: Source
 ) -> None:
-    """Put the digests that a verification found into the output's provenance.
+    """Add the digests found by a verification to the output's provenance.
 
-    Where that is inside a shard, it has none: no file can say its own.
+    Provenance inside a shard has no digests: no file can contain its own.
     """
     if plan.record in written:
         return

@@ -1,4 +1,4 @@
-"""Proves an output: reads source and output again and compares them with the plan."""
+"""Verifies an output: reads source and output again and compares them with the plan."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from moescale.checkpoint.rewrite import PIECE, Segment, expected
 from moescale.checkpoint.safetensors.header import LENGTH_BYTES, header_length, parse_header
 from moescale.checkpoint.safetensors.index import SUFFIX
-from moescale.conversion.executor import Done, Monitor, Pool, each
-from moescale.conversion.run import made_files
+from moescale.conversion.executor import JobResult, Monitor, Pool, run_jobs
+from moescale.conversion.run import generated_files
 from moescale.errors import CheckpointError, SourceError, VerificationError
 from moescale.planning import provenance
 from moescale.planning.files import PROVENANCE, PlannedFile
@@ -22,7 +22,12 @@ from moescale.storage.base import FileRecord, Progress, Source, io_errors
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A file of an output that is not what the plan says, and how it differs, in words."""
+    """A file of an output that differs from the plan.
+
+    Attributes:
+        name: the file.
+        how: how it differs, for the error message.
+    """
 
     name: str
     how: str
@@ -30,27 +35,27 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What a verification found.
+    """The result of a verification.
 
     Attributes:
-        written: size and SHA-256 of every file that is right, but the provenance.
-        differences: of all other files.
+        written: size and SHA-256 of every correct file except the provenance.
+        differences: all other files.
     """
 
     written: Mapping[str, FileRecord]
     differences: tuple[Difference, ...]
 
     def raise_if_different(self) -> None:
-        """Refuse an output that differs.
+        """Raise if a file differs.
 
         Raises:
-            VerificationError: with every file, and how the first one differs.
+            VerificationError: names all files that differ, and the difference in the first.
         """
         if not self.differences:
             return
         first, *others = self.differences
         rest = [difference.name for difference in others]
-        also = f"; {_listed(rest)} differ too" if rest else ""
+        also = f"; {_joined(rest)} differ too" if rest else ""
         names = (first.name, *rest)
         raise VerificationError(f"{first.name}: {first.how}{also}", files=names)
 
@@ -58,7 +63,7 @@ class Proof:
 _SHOWN = 8
 
 
-def _listed(names: list[str]) -> str:
+def _joined(names: list[str]) -> str:
     shown = names[:_SHOWN]
     return ", ".join(shown) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
@@ -73,38 +78,38 @@ def verify(
     progress: Progress = lambda name, size: None,
     pool: Pool | None = None,
 ) -> Proof:
-    """Compare every byte of the output with what the plan says.
+    """Compare every byte of the output with the plan.
 
     Args:
-        plan: what the output must be.
-        source: where the checkpoint is read.
-        output: what is proved.
-        jobs: files that are read at once.
-        only: large files that are read; None for all.
-        progress: is told of every piece, from several threads.
-        pool: who reads the large files; by default threads here.
+        plan: the plan.
+        source: the checkpoint.
+        output: the output.
+        jobs: how many files are read in parallel.
+        only: the large files to read; None for all.
+        progress: called for every piece, from several threads.
+        pool: reads the large files; by default threads of this process.
     """
-    small = made_files(plan, source)
+    small = generated_files(plan, source)
     large = {file.name for file in plan.large_files}
     files = {f.name: f for f in plan.files if f.name in large or _is_copied_index(f, plan)}
     found = _found_names(output)
-    differences = list(_other_names({*files, *small, plan.record}, found))
+    differences = list(_name_differences({*files, *small, plan.record}, found))
     read = [n for n in files if n in found and (only is None or n in only or n not in large)]
     pool = pool or Pool()
     pool.check_reachable(source.subset(files), output.subset(read))
 
-    def keep(name: str, done: Done[FileRecord | str | int]) -> FileRecord | str:
+    def keep(name: str, done: JobResult[FileRecord | str | int]) -> FileRecord | str:
         source.received += done.received
         if isinstance(done.result, int):
-            return _differs(done.result, _place(files[name], plan, source, done.result))
+            return _differs(done.result, _describe_offset(files[name], plan, source, done.result))
         return done.result
 
     def shown(name: str, size: int) -> None:
         if name in large:
             progress(name, size)
 
-    comparisons = (_comparison(files[name], plan, source, output) for name in read)
-    results = each(comparisons, jobs, keep, shown, pool)
+    comparisons = (_compare_job(files[name], plan, source, output) for name in read)
+    results = run_jobs(comparisons, jobs, keep, shown, pool)
     results |= {n: _verify_small(data, output.read(n)) for n, data in small.items() if n in found}
     differences += [Difference(name, how) for name, how in results.items() if isinstance(how, str)]
     written = {name: file for name, file in results.items() if isinstance(file, FileRecord)}
@@ -114,7 +119,7 @@ def verify(
 
 
 def _is_copied_index(file: PlannedFile, plan: Plan) -> bool:
-    """An index is verified like a shard, since it may have many megabytes."""
+    """Whether the file is a copied index; these can be large, so they are read like shards."""
     return plan.index == (file.name, None)
 
 
@@ -125,12 +130,12 @@ def _found_names(output: Source) -> Collection[str]:
         raise VerificationError(f"the output cannot be read: {error.message}") from None
 
 
-def _other_names(wanted: Collection[str], found: Collection[str]) -> Iterator[Difference]:
-    """Names that are missing, and those that should not be there."""
+def _name_differences(wanted: Collection[str], found: Collection[str]) -> Iterator[Difference]:
+    """Missing files, and files that do not belong to the output."""
     for name in sorted(set(wanted) - set(found)):
         yield Difference(name, "is missing from the output")
-    for name in sorted(set(found) - set(wanted) - {".gitattributes"}):  # the Hub makes one
-        yield Difference(name, "does not belong into the output")
+    for name in sorted(set(found) - set(wanted) - {".gitattributes"}):  # created by the Hub
+        yield Difference(name, "does not belong to the output")
 
 
 def _verify_small(wanted: bytes, found: bytes) -> FileRecord | str:
@@ -142,11 +147,11 @@ def _verify_small(wanted: bytes, found: bytes) -> FileRecord | str:
 def _provenance_differences(
     plan: Plan, data: bytes, written: Mapping[str, FileRecord]
 ) -> Iterator[Difference]:
-    """Every byte is as it was made, but for digests, which may not be known yet."""
-    noted = _noted_digests(provenance.decode(data))
+    """Compare every byte, except digests that may not be recorded yet."""
+    noted = _recorded_digests(provenance.decode(data))
     for name, digest in noted.items():
         if name in written and digest not in (None, written[name].sha256):
-            yield Difference(name, f"its SHA-256 is not the one noted in {PROVENANCE}")
+            yield Difference(name, f"its SHA-256 is not the one recorded in {PROVENANCE}")
             return
     large = {file.name for file in plan.large_files}
 
@@ -159,15 +164,23 @@ def _provenance_differences(
         yield Difference(PROVENANCE, _differs(max(_first_difference(data, one) for one in usual)))
 
 
-def _noted_digests(found: Any) -> dict[str, Any]:
+def _recorded_digests(found: Any) -> dict[str, Any]:
     files = found.get("files") if isinstance(found, dict) else None
     entries = [file for file in files if isinstance(file, dict)] if isinstance(files, list) else []
     return {f["name"]: f.get("sha256") for f in entries if isinstance(f.get("name"), str)}
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
-    """The job that compares one large file with what it has to be."""
+class CompareJob:
+    """The job that compares one large file with the plan.
+
+    Attributes:
+        name: the file.
+        size: its size according to the plan.
+        segments: its content according to the plan.
+        source: limited to this file.
+        output: limited to this file.
+    """
 
     name: str
     size: int
@@ -176,7 +189,7 @@ class Comparison:
     output: Source
 
     def __call__(self, monitor: Monitor) -> FileRecord | str | int:
-        """What it is; the offset of the first difference; or what else is wrong with it."""
+        """Its size and digest; or the offset of the first difference; or another difference."""
         name, position = self.name, 0
         if (found_size := self.output.files()[name].size) != self.size:
             return f"has {found_size} bytes instead of {self.size}"
@@ -198,14 +211,14 @@ class Comparison:
             return FileRecord(self.size, digest.hexdigest())
 
 
-def _comparison(file: PlannedFile, plan: Plan, source: Source, output: Source) -> Comparison:
+def _compare_job(file: PlannedFile, plan: Plan, source: Source, output: Source) -> CompareJob:
     name, segments = file.name, tuple(plan.segments(file))
     sources = source.subset([name]), output.subset([name])
-    return Comparison(name, plan.output_size(file), segments, *sources)
+    return CompareJob(name, plan.output_size(file), segments, *sources)
 
 
 class _Digest:
-    """SHA-256 in a thread of its own, while the next piece is read and compared."""
+    """Computes SHA-256 in a thread of its own, while the next piece is read and compared."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
@@ -220,14 +233,14 @@ class _Digest:
         self._thread.shutdown()
 
     def buffer(self, size: int) -> memoryview:
-        """Room for a piece, other than that of the piece before."""
+        """A buffer for a piece, not the one of the previous piece."""
         self._buffers.reverse()
         if len(self._buffers[0]) < size:
             self._buffers[0] = memoryview(bytearray(max(size, PIECE)))
         return self._buffers[0][:size]
 
     def update(self, piece: memoryview) -> None:
-        """Take a piece; the one before is through afterwards, so that its buffer is free."""
+        """Start on a piece; the previous one is finished on return, so its buffer is free."""
         self._wait()
         self._busy = self._thread.submit(self._digest.update, piece)
 
@@ -241,14 +254,14 @@ class _Digest:
         return self._digest.hexdigest()
 
 
-def _place(file: PlannedFile, plan: Plan, source: Source, offset: int) -> str:
-    """What stands at an offset of a shard of the output: the header, or a tensor by name."""
+def _describe_offset(file: PlannedFile, plan: Plan, source: Source, offset: int) -> str:
+    """The part of the output at an offset: the header, or a tensor by name."""
     if not file.name.endswith(SUFFIX):
-        return _in_segments(plan.segments(file), offset)
+        return _describe_in_segments(plan.segments(file), offset)
     try:
         first = _first_bytes(file, plan, source)
         header = parse_header(first[LENGTH_BYTES:], plan.output_size(file), file.name)
-    except CheckpointError:  # a file of that name that is no shard
+    except CheckpointError:  # it has the name of a shard, but is not one
         return ""
     if offset < header.data_start:
         return ", in the header"
@@ -257,8 +270,8 @@ def _place(file: PlannedFile, plan: Plan, source: Source, offset: int) -> str:
     return f", in tensor {name!r}, which is {'scaled' if planned else 'copied'}"
 
 
-def _in_segments(parts: Sequence[Segment], offset: int) -> str:
-    """What stands at an offset of a file of which not all is copied."""
+def _describe_in_segments(parts: Sequence[Segment], offset: int) -> str:
+    """The part at an offset of a file, unless all of the file is copied."""
     position = 0
     for part in parts if len(parts) > 1 else ():
         size = part.stop - part.start if part.data is None else len(part.data)
@@ -284,7 +297,7 @@ def _differs(offset: int, where: str = "") -> str:
 
 
 def _equal(one: memoryview, other: memoryview) -> bool:
-    """Compare in numpy, which is 15 times as fast as memoryviews are, and lets threads run."""
+    """Compare in numpy, 15 times as fast as with memoryviews, and without holding the GIL."""
     import numpy as np
 
     return bool(np.array_equal(np.frombuffer(one, np.uint8), np.frombuffer(other, np.uint8)))

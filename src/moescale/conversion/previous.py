@@ -1,4 +1,4 @@
-"""What a destination says of itself: the options of its output, or of its unfinished run."""
+"""What a destination records about its previous run, finished or not."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from moescale.planning.provenance import options_given
 from moescale.storage.base import Destination, Source
 
 
-def earlier(destination: Destination) -> Any:
-    """The job of an unfinished run, or the provenance of an output; None where there is neither."""
+def previous_run(destination: Destination) -> Any:
+    """The job of an unfinished run, or the provenance of an output; None if there is neither."""
     if (job := destination.unfinished_job()) is not None:
         return job
     said = destination.read_provenance()
     return None if said is None else provenance.decode(said)
 
 
-def options_there(destination: Destination) -> Options | None:
-    """The options that the destination was made with, where it says so."""
-    return provenance.made_with(earlier(destination))
+def previous_options(destination: Destination) -> Options | None:
+    """The options that the destination was made with, if it records them."""
+    return provenance.made_with(previous_run(destination))
 
 
-def in_first_words(plan: Plan, source: Source, destination: Destination) -> Plan:
-    """The plan as it was asked for at first, where the destination holds the same in other words.
+def with_original_options(plan: Plan, source: Source, destination: Destination) -> Plan:
+    """The plan with the options of the previous run, if the destination holds an equal plan.
 
-    Two runs are the same job when they decide the same. Card and provenance hold the words of the
-    options too, and keep those of the first run.
+    Two runs with the same decisions are the same job, even if their options differ. Card and
+    provenance state the options; this keeps those of the first run.
     """
-    found = earlier(destination)
+    found = previous_run(destination)
     if not provenance.same_decisions(found, plan):
         return plan
     options = provenance.made_with(found)
@@ -50,7 +50,7 @@ def in_first_words(plan: Plan, source: Source, destination: Destination) -> Plan
             plan.destination,
             known=KnownFactors(plan.factors, plan.router_scales) if sampled else None,
         )
-    except MoescaleError:  # words that anybody may have written
+    except MoescaleError:  # anybody may have edited the recorded options
         return plan
     if sampled:
         again = replace(again, calibration=found["calibration"])
@@ -59,23 +59,23 @@ def in_first_words(plan: Plan, source: Source, destination: Destination) -> Plan
 
 
 def check_same_job(plan: Plan, destination: Destination) -> None:
-    """Refuse to prove an output against a plan that it was not made with.
+    """Refuse to verify an output against options that it was not made with.
 
     Raises:
-        VerificationError: with what it was made with.
+        VerificationError: names the options that it was made with.
     """
-    found = earlier(destination)
+    found = previous_run(destination)
     words = provenance.in_words(found)
     if words is None or provenance.same_decisions(found, plan):
         return
     now = provenance.provenance(plan, {})
     if any(found.get(key) != now[key] for key in ("moescale", "source")):
-        return  # another version or source: the bytes tell
+        return  # another version or source: comparing the bytes decides
     if found.get("options") == now["options"]:
-        return  # the source has other files than it had: the bytes tell
+        return  # other files in the source: comparing the bytes decides
     rule = found.get("rule")
     by_default = "" if "rule=" in words or not isinstance(rule, str) else f" ({rule}, by default)"
     raise VerificationError(
         f"{destination.identity}: was made with {words}{by_default}",
-        hint="Verify it with these options, or with none: they are taken from there.",
+        hint="Verify it with these options, or with none: then its own are used.",
     )
