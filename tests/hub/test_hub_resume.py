@@ -257,7 +257,8 @@ def leave_unfinished(lab: Lab, place: str = PLACE, *arguments: str) -> set[str]:
     """Leave a run with one finished shard, as an expired token does."""
     fault = lab.hub.fault(WORK, status(403), nth=3, times=None)
     outcome = lab.run(SRC, place, "-k", "3", "-q", "-j", "1", *arguments)
-    assert (outcome.code, fault.fired) == (3, 1)
+    assert outcome.code == 3
+    assert fault.fired  # a shard that was done by then is tried too
     lab.hub.log.clear()
     return finished(lab)
 
