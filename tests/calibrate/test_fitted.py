@@ -24,7 +24,7 @@ from moescale.factors.samples import Sample
 from moescale.families.find import Moe
 from moescale.options import Options
 from moescale.planning.decide import make_plan
-from moescale.planning.plan import Experts
+from moescale.planning.experts import Experts
 from moescale.storage.local.source import LocalSource
 
 LENGTH = 32

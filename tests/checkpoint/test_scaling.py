@@ -14,8 +14,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support import rounding
 
+from moescale.checkpoint.arithmetic import table_16bit
 from moescale.checkpoint.edit import TensorEdit
-from moescale.checkpoint.scaling import scaler, table_16bit
+from moescale.checkpoint.scaling import scaler
 from moescale.checkpoint.tensor import Tensor
 
 ALL_CODES = np.arange(1 << 16, dtype="<u2")

@@ -143,3 +143,22 @@ def test_the_config_is_read_once() -> None:
         p.name for p in PACKAGE.rglob("*.py") if '"per_layer_config"' in p.read_text("utf-8")
     }
     assert readers == {"moe_config.py"}
+
+
+def test_files_import_one_another_in_no_circle() -> None:
+    """What a file imports, wherever in it, imports that file by no way."""
+    below = {path: modules_of(path) for path in PACKAGE.rglob("*.py")}
+    while below:
+        free = {path for path, modules in below.items() if not modules & below.keys() - {path}}
+        assert free, sorted(str(path.relative_to(PACKAGE)) for path in below)
+        below = {path: modules for path, modules in below.items() if path not in free}
+
+
+def modules_of(path: Path) -> set[Path]:
+    """The files of the package that a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
+    files = (PACKAGE.parent / Path(*name.split(".")).with_suffix(".py") for name in names)
+    return {file for file in files if file.exists()}

@@ -16,8 +16,9 @@ from moescale.factors.fitted import Guard
 from moescale.factors.samples import Sample
 from moescale.families.find import Moe
 from moescale.families.projections import Layer
+from moescale.planning.experts import Experts
 from moescale.planning.factors import Findings
-from moescale.planning.plan import Experts, Plan
+from moescale.planning.plan import Plan
 from moescale.planning.rule import Adjustable
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from moescale.factors.fitted import Guard, Trial
 from moescale.factors.samples import Sample
 from moescale.families.find import Moe
 from moescale.families.projections import Layer
-from moescale.planning.plan import Experts
+from moescale.planning.experts import Experts
 
 
 def candidates(samples: Mapping[Layer, Sample], scalable: bool) -> dict[str, Setting]:

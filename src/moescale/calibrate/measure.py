@@ -27,7 +27,7 @@ from moescale.factors.samples import Sample
 from moescale.families import architectures
 from moescale.families.find import Moe
 from moescale.families.projections import Layer
-from moescale.planning.plan import Experts
+from moescale.planning.experts import Experts
 
 SEQUENCE, AT_ONCE = 256, 1_024
 """Tokens of a sequence that ``fitted`` is fitted on or whose loss is taken, as many as the model

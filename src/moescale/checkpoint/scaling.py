@@ -9,26 +9,25 @@ as fast as arithmetic, and exact by construction.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import lru_cache
-from math import frexp
 from typing import Any
 
 import numpy as np
 
+from moescale.checkpoint.arithmetic import (
+    INFINITY_16,
+    Bytes,
+    Scale,
+    exponent,
+    float_16bit,
+    table_16bit,
+)
 from moescale.checkpoint.edit import Operation, TensorEdit
+from moescale.checkpoint.gguf.scaling import block_scaler
 from moescale.checkpoint.gguf.types import BLOCKS
 from moescale.checkpoint.json_text import parse_strict, replace_spans, value_spans
 from moescale.checkpoint.rounding import Rounding
 from moescale.errors import RewriteError
-
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-Scale = Callable[[Bytes, Bytes], int]
-"""Reads the first array, fills the second, returns how many values have no usable result: none that
-is finite or, for a scale, none that is a normal number. Both are whole elements of their dtypes,
-little-endian."""
-
-_INFINITY_16 = {"F16": 0x7C00, "BF16": 0x7F80}
 
 
 def scaler(edit: TensorEdit, seen: Rounding | None = None) -> Scale:
@@ -36,8 +35,6 @@ def scaler(edit: TensorEdit, seen: Rounding | None = None) -> Scale:
     if edit.operation == "nested_offset":
         return _nested_offset_scaler(edit.tensor.name, edit.factor)
     if (kind := BLOCKS.get(edit.tensor.dtype)) is not None:
-        from moescale.checkpoint.gguf.scaling import block_scaler  # which uses what is here
-
         return block_scaler(kind, edit.factor, seen or Rounding())
     scale = edit.role == "scale"
     return _scaler(edit.tensor.dtype, edit.factor, edit.operation, edit.promote, scale)
@@ -51,42 +48,10 @@ def _scaler(
         return _shift_scaler(exponent(factor))
     if promote is not None:
         return _promoting_scaler(dtype, factor, scale)
-    if dtype in _INFINITY_16:
+    if dtype in INFINITY_16:
         table = table_16bit(dtype, factor)
-        return (_scale_table_scaler if scale else _table_scaler)(table, _INFINITY_16[dtype])
+        return (_scale_table_scaler if scale else _table_scaler)(table, INFINITY_16[dtype])
     return _direct_scaler(np.dtype("<f4" if dtype == "F32" else "<f8"), factor, operation, scale)
-
-
-def exponent(factor: float) -> int:
-    """The k of a factor that is 2**k.
-
-    Raises:
-        ValueError: it is no power of two.
-    """
-    mantissa, k = frexp(factor)
-    if mantissa != 0.5:
-        raise ValueError(f"{factor!r} is not a power of two")
-    return k - 1
-
-
-def table_16bit(dtype: str, factor: float) -> np.ndarray[Any, np.dtype[np.uint16]]:
-    """All 65,536 results for F16 or BF16: index and value are the bits of an element."""
-    codes = np.arange(1 << 16, dtype=np.uint16)
-    values = codes.view(_float_16bit(dtype))
-    with np.errstate(all="ignore"):
-        scaled = values.astype(np.float32) * np.float32(factor)
-        results = scaled.astype(values.dtype).view(np.uint16)
-    is_nan = (codes & 0x7FFF) > _INFINITY_16[dtype]
-    return np.where(is_nan, codes, results)
-
-
-def _float_16bit(dtype: str) -> np.dtype[Any]:
-    if dtype == "F16":
-        return np.dtype(np.float16)
-    import ml_dtypes  # here, since only BF16 needs it and it costs start-up time
-
-    bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
-    return bfloat16
 
 
 def _table_scaler(table: np.ndarray[Any, np.dtype[np.uint16]], infinity: int) -> Scale:
@@ -139,7 +104,7 @@ def _direct_scaler(
 
 def _promoting_scaler(dtype: str, factor: float, scales: bool) -> Scale:
     """16-bit values to F32: the product is exact but for one rounding to float32."""
-    narrow = _float_16bit(dtype)
+    narrow = float_16bit(dtype)
 
     def scale(source: Bytes, result: Bytes) -> int:
         values, scaled = source.view(narrow).astype(np.float32), result.view("<f4")
@@ -155,8 +120,8 @@ def holds_no_number(edit: TensorEdit, data: memoryview) -> bool:
     dtype = edit.tensor.dtype
     if edit.operation == "shift":
         return bool((np.frombuffer(data, np.uint8) == 255).any())
-    if dtype in _INFINITY_16:
-        return bool(((np.frombuffer(data, "<u2") & 0x7FFF) >= _INFINITY_16[dtype]).any())
+    if dtype in INFINITY_16:
+        return bool(((np.frombuffer(data, "<u2") & 0x7FFF) >= INFINITY_16[dtype]).any())
     return dtype == "F32" and not np.isfinite(np.frombuffer(data, "<f4")).all()
 
 

@@ -15,8 +15,9 @@ from moescale.families.find import Moe
 from moescale.options import Options, is_calibration
 from moescale.planning import provenance
 from moescale.planning.decide import make_plan
+from moescale.planning.experts import Experts
 from moescale.planning.factors import Findings, KnownFactors
-from moescale.planning.plan import Experts, Plan
+from moescale.planning.plan import Plan
 from moescale.planning.rule import Adjustable
 from moescale.storage.base import Destination, Source
 

@@ -12,7 +12,7 @@ from moescale.checkpoint.dtypes import SCALABLE
 from moescale.checkpoint.tensor import Tensor
 from moescale.families.names import plain_name
 from moescale.families.projections import Layer, Projection
-from moescale.planning.plan import Experts
+from moescale.planning.experts import Experts
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from moescale.families.projections import Layer
 from moescale.options import Options
 from moescale.planning.active import active
 from moescale.planning.comparison import collapse_equal
+from moescale.planning.experts import Experts
 from moescale.planning.factors import (
     Findings,
     KnownFactors,
@@ -24,7 +25,7 @@ from moescale.planning.factors import (
     of_one_layer,
 )
 from moescale.planning.kinds import open_checkpoint
-from moescale.planning.plan import Experts, Plan
+from moescale.planning.plan import Plan
 from moescale.planning.rule import (
     Adjustable,
     Choice,

@@ -12,7 +12,7 @@ from moescale.factors.samples import Sample, geometric_mean, rounded
 from moescale.families.find import Moe
 from moescale.families.projections import Layer
 from moescale.options import Options
-from moescale.planning.plan import Experts
+from moescale.planning.experts import Experts
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,9 @@ from moescale.factors.evaluation import Evaluation
 from moescale.factors.fitted import Guard
 from moescale.factors.samples import Sample
 from moescale.families.config import CONFIG
-from moescale.families.projections import Layer
 from moescale.options import Options
 from moescale.planning.comparison import ByLayer, Comparison, compare
+from moescale.planning.experts import Experts
 from moescale.planning.files import CARD, PROVENANCE, PlannedFile
 from moescale.planning.instead import Instead, by_engine
 from moescale.routers.normalisation import Normalisation
@@ -31,20 +31,6 @@ if TYPE_CHECKING:
 _OUR_WORDS = frozenset({CARD, PROVENANCE})
 _MAKES = frozenset({"rewrite", "edit", "create"})
 _SHOWN_WARNINGS = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Experts:
-    """Experts per token that the weights were trained for, before, after; and in total."""
-
-    trained: int | tuple[int, ...]
-    before: int | tuple[int, ...]
-    after: int | tuple[int, ...]
-    total: int
-
-    def at(self, layer: Layer) -> tuple[int, int, int]:
-        """The first three, of one layer."""
-        return _at(self.trained, layer), _at(self.before, layer), _at(self.after, layer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,10 +268,3 @@ class Plan:
             **({"router_scales": dict(self.router_scales)} if self.router_scales else {}),
             "alternatives": dict(self.alternatives),
         }
-
-
-def _at(count: int | tuple[int, ...], layer: Layer) -> int:
-    """The count of one layer; a layer after the last of a list is an MTP block."""
-    if isinstance(count, int):
-        return count
-    return count[min(layer.number, len(count) - 1)]

@@ -13,7 +13,7 @@ from moescale.families.find import Moe
 from moescale.families.formats import takes_any_factor
 from moescale.families.router_tensors import ScaledRouters
 from moescale.options import Options
-from moescale.planning.plan import Experts
+from moescale.planning.experts import Experts
 from moescale.planning.tensors import find_scaled_routers
 
 if TYPE_CHECKING:

@@ -12,11 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from moescale.checkpoint.arithmetic import Bytes, Scale, exponent, table_16bit
 from moescale.checkpoint.gguf.types import GgmlType
 from moescale.checkpoint.rounding import Rounding as Rounding
-from moescale.checkpoint.scaling import Scale, exponent, table_16bit
-
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def scale_blocks(

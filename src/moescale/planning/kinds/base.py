@@ -12,9 +12,10 @@ from moescale.checkpoint.tensor import Tensor
 from moescale.families.config import CONFIG
 from moescale.families.find import Moe
 from moescale.families.projections import Layer
+from moescale.planning.experts import Experts
 from moescale.planning.files import PROVENANCE, PlannedFile
 from moescale.planning.instead import Instead
-from moescale.planning.plan import Experts, NewHeader, Plan
+from moescale.planning.plan import NewHeader, Plan
 
 
 @dataclass(frozen=True, slots=True)

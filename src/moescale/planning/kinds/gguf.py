@@ -25,11 +25,12 @@ from moescale.families.llama_graph import GRAPHS, most_experts
 from moescale.families.projections import Layer
 from moescale.options import Options
 from moescale.planning import provenance
+from moescale.planning.experts import Experts
 from moescale.planning.factors import one_factor
 from moescale.planning.files import CARD, Action, PlannedFile
 from moescale.planning.instead import Instead, NewValue
 from moescale.planning.kinds.base import Output
-from moescale.planning.plan import Experts, NewHeader, Plan
+from moescale.planning.plan import NewHeader, Plan
 from moescale.storage.base import FileRecord, Source
 from moescale.version import __version__
 

@@ -14,12 +14,13 @@ from moescale.families.projections import Layer
 from moescale.families.scale_key import fold_factor
 from moescale.families.second_counts import candidates, one_number, with_count
 from moescale.options import Options
+from moescale.planning.experts import Experts
 from moescale.planning.factors import one_factor
 from moescale.planning.files import PROVENANCE, left_out_warnings, plan_files
 from moescale.planning.instead import Instead, instead
 from moescale.planning.kinds.base import Output
 from moescale.planning.other import refuse_other
-from moescale.planning.plan import Experts, Plan
+from moescale.planning.plan import Plan
 from moescale.planning.shards import output_index
 from moescale.planning.tensors import alternative, new_headers, scaled_weights
 from moescale.planning.weights import find_weights

@@ -1,0 +1,50 @@
+"""What the arithmetic of safetensors and of GGUF has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import frexp
+from typing import Any
+
+import numpy as np
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Scale = Callable[[Bytes, Bytes], int]
+"""Reads the first array, fills the second, returns how many values have no usable result: none that
+is finite or, for a scale, none that is a normal number. Both are whole elements of their dtypes,
+little-endian."""
+
+INFINITY_16 = {"F16": 0x7C00, "BF16": 0x7F80}
+
+
+def exponent(factor: float) -> int:
+    """The k of a factor that is 2**k.
+
+    Raises:
+        ValueError: it is no power of two.
+    """
+    mantissa, k = frexp(factor)
+    if mantissa != 0.5:
+        raise ValueError(f"{factor!r} is not a power of two")
+    return k - 1
+
+
+def table_16bit(dtype: str, factor: float) -> np.ndarray[Any, np.dtype[np.uint16]]:
+    """All 65,536 results for F16 or BF16: index and value are the bits of an element."""
+    codes = np.arange(1 << 16, dtype=np.uint16)
+    values = codes.view(float_16bit(dtype))
+    with np.errstate(all="ignore"):
+        scaled = values.astype(np.float32) * np.float32(factor)
+        results = scaled.astype(values.dtype).view(np.uint16)
+    is_nan = (codes & 0x7FFF) > INFINITY_16[dtype]
+    return np.where(is_nan, codes, results)
+
+
+def float_16bit(dtype: str) -> np.dtype[Any]:
+    """The numpy dtype of F16 or BF16."""
+    if dtype == "F16":
+        return np.dtype(np.float16)
+    import ml_dtypes  # here, since only BF16 needs it and it costs start-up time
+
+    bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return bfloat16
