@@ -761,11 +761,10 @@ def _made(
     overwrite: bool | None = None,
 ) -> Plan:
     """The plan, with a view; see `moescale.conversion.measured.measured_plan`."""
-    said = None if to is None else to.text
     if calibration is None:
-        made = make_plan(source, wanted, said, progress=measuring)
+        made = make_plan(source, wanted, to, progress=measuring)
     else:
-        made = measured_plan(source, wanted, said, calibration, destination, overwrite)
+        made = measured_plan(source, wanted, to, calibration, destination, overwrite)
     remarks = () if to is None else remarks_on(to)
     return replace(made, view=REPORT, warnings=(*made.warnings, *remarks))
 

@@ -16,6 +16,7 @@ from moescale.planning.decide import make_plan
 from moescale.planning.plan import Plan
 from moescale.storage.base import FileRecord
 from moescale.storage.local.source import LocalSource
+from moescale.storage.location import LocalPath
 from moescale.version import __version__
 
 WRITTEN = {"b": FileRecord(2, None), "a": FileRecord(1, "0" * 64)}
@@ -27,9 +28,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.mixtral(tmp_path_factory.mktemp("source") / "tiny-mixtral")
 
 
-def plan_of(folder: Path, destination: str | None = None, **options: Any) -> Plan:
+def plan_of(folder: Path, location: LocalPath | None = None, **options: Any) -> Plan:
     """A plan, 2 to 3 experts unless options say otherwise."""
-    return make_plan(LocalSource(folder), Options(**{"experts": 3, **options}), destination)
+    return make_plan(LocalSource(folder), Options(**{"experts": 3, **options}), location)
 
 
 def test_it_says_what_was_done(folder: Path) -> None:
@@ -58,7 +59,9 @@ def test_it_lists_every_file_with_size_and_digest(folder: Path) -> None:
 
 def test_it_holds_nothing_of_this_machine(folder: Path) -> None:
     """No path, no destination, no time: the bytes are the same from anywhere."""
-    text = provenance.encode(provenance.provenance(plan_of(folder, "somewhere/out"), WRITTEN))
+    text = provenance.encode(
+        provenance.provenance(plan_of(folder, LocalPath("somewhere/out")), WRITTEN)
+    )
     assert str(folder.parent).encode() not in text
     assert b"somewhere" not in text
     assert text == provenance.encode(provenance.provenance(plan_of(folder, None), WRITTEN))
@@ -148,7 +151,9 @@ def test_the_job_survives_a_journal(folder: Path) -> None:
 def test_the_job_does_not_depend_on_places(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where source and destination are called otherwise, the run can still be continued."""
     monkeypatch.chdir(folder.parent)
-    assert provenance.job(plan_of(Path(folder.name), "x")) == provenance.job(plan_of(folder, "y"))
+    assert provenance.job(plan_of(Path(folder.name), LocalPath("x"))) == provenance.job(
+        plan_of(folder, LocalPath("y"))
+    )
 
 
 def test_another_version_is_another_job(folder: Path) -> None:

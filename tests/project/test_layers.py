@@ -162,3 +162,10 @@ def modules_of(path: Path) -> set[Path]:
             names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
     files = (PACKAGE.parent / Path(*name.split(".")).with_suffix(".py") for name in names)
     return {file for file in files if file.exists()}
+
+
+def test_a_location_is_parsed_once() -> None:
+    """Only its module knows how a reference to the Hub is written; the rest takes the record."""
+    asks = re.compile(r"startswith\([^)]*(?:hf://|PREFIX)|removeprefix\([^)]*(?:hf://|PREFIX)")
+    users = {p.name for p in PACKAGE.rglob("*.py") if asks.search(p.read_text(encoding="utf-8"))}
+    assert users == {"location.py"}

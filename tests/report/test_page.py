@@ -26,6 +26,7 @@ from moescale.report.page import page, write
 from moescale.report.terminal import plan_text
 from moescale.storage.base import SourceId
 from moescale.storage.local.source import LocalSource
+from moescale.storage.location import LocalPath
 from moescale.storage.opening import check_output_file
 
 HOSTILE = "</title></style></svg><script>alert('1')</script>&\"\x00\x1b[31m\udc80"
@@ -68,7 +69,7 @@ def plans(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pla
         "hostile": replace(
             plan,
             source=SourceId("local", HOSTILE, None, None, HOSTILE),
-            destination=HOSTILE,
+            location=LocalPath(HOSTILE),
             files=(replace(plan.files[0], name=HOSTILE), *plan.files[1:]),
             warnings=(HOSTILE,),
         ),

@@ -20,6 +20,7 @@ from moescale.report import colour
 from moescale.report.terminal import ASCII, BLOCKS, blocks_for, plan_text, summary
 from moescale.results import Result, Status
 from moescale.storage.local.source import LocalSource
+from moescale.storage.location import LocalPath
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def test_a_chart_goes_to_a_terminal_that_can_only_show_ascii(plan: Plan, tmp_pat
 
 def test_the_summary_steers_no_terminal(plan: Plan) -> None:
     """Where the output went is shown on one line, whatever its name holds."""
-    went = replace(plan, destination="out\x1b[2J\nput")
+    went = replace(plan, location=LocalPath("out\x1b[2J\nput"))
     statuses: tuple[Status, ...] = ("new", "resume", "done")
     for status in statuses:
         text = summary(Result(went, status, False), {"writing": 1.0})
@@ -187,7 +188,7 @@ def test_colour_is_for_terminals_that_want_it(
 
 def test_writing_and_proving_are_told_apart(plan: Plan) -> None:
     """Each has its own time and rate; what an earlier run wrote is no part of the rate."""
-    done = Result(replace(plan, destination="out"), "new", True)
+    done = Result(replace(plan, location=LocalPath("out")), "new", True)
     seconds = {"writing": 2.0, "verifying": 4.0}
     first, last = summary(done, seconds).splitlines()
     total = plan.bytes_written

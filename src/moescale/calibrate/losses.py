@@ -49,7 +49,7 @@ def evaluated(
         UnsupportedError: transformers cannot run the model.
     """
     sha256 = digest(file, OPTION)
-    checkpoint = open_checkpoint(source, plans[0].options, plans[0].destination)
+    checkpoint = open_checkpoint(source, plans[0].options, plans[0].location)
     moe, experts, biases = checkpoint.moe, plans[0].experts, None
     if any(plan.router_scales for plan in plans):
         biases = find_scaled_routers(moe, checkpoint.tensors).biases

@@ -20,6 +20,7 @@ from moescale.planning.factors import Findings, KnownFactors
 from moescale.planning.plan import Plan
 from moescale.planning.rule import Adjustable
 from moescale.storage.base import Destination, Source
+from moescale.storage.location import Location
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ def _placeholder_factors(moe: Moe, experts: Experts, _: Adjustable | None) -> Fi
 def measured_plan(
     source: Source,
     options: Options,
-    said: str | None,
+    location: Location | None,
     calibration: Calibration,
     destination: Destination | None = None,
     overwrite: bool | None = None,
@@ -94,7 +95,7 @@ def measured_plan(
     Args:
         source: the checkpoint; one on the Hub is downloaded into the Hub's cache.
         options: the user's options.
-        said: the destination as the user gave it.
+        location: of the output.
         calibration: the text.
         destination: may have the measurement of an earlier run.
         overwrite: that of the run to follow: if that would be refused, it is refused before the
@@ -103,10 +104,10 @@ def measured_plan(
     Raises:
         MoescaleError: see `make_plan`, `status_of` and `moescale.calibrate.measure`.
     """
-    plan = trial = make_plan(source, options, said, _placeholder_factors)
+    plan = trial = make_plan(source, options, location, _placeholder_factors)
     found = previous_measurement(destination, trial) if destination is not None else None
     if found is not None:
-        plan = make_plan(source, options, said, known=found.known)
+        plan = make_plan(source, options, location, known=found.known)
         plan = replace(plan, calibration=found.calibration)
     status = ""
     if destination is not None and overwrite is not None:
@@ -120,7 +121,7 @@ def measured_plan(
         )
     check_installed(f"--rule {options.rule}")
     calibration.folder = source.local_folder(needed_files(trial))
-    plan = make_plan(source, options, said, calibration)
+    plan = make_plan(source, options, location, calibration)
     return replace(plan, calibration=calibration.facts)
 
 

@@ -47,7 +47,7 @@ def with_original_options(plan: Plan, source: Source, destination: Destination) 
         again = make_plan(
             source,
             options,
-            plan.destination,
+            plan.location,
             known=KnownFactors(plan.factors, plan.router_scales) if sampled else None,
         )
     except MoescaleError:  # anybody may have edited the recorded options

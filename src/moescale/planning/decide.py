@@ -35,6 +35,7 @@ from moescale.planning.rule import (
 )
 from moescale.planning.tensors import find_scaled_routers, in_shards
 from moescale.storage.base import Source
+from moescale.storage.location import Location
 
 Sampler = Callable[[Moe, Experts, Adjustable | None], Findings]
 """Finds out what a rule wants to know of every MoE layer; ``fitted``, what can be adjusted."""
@@ -43,7 +44,7 @@ Sampler = Callable[[Moe, Experts, Adjustable | None], Findings]
 def make_plan(
     source: Source,
     options: Options,
-    destination: str | None = None,
+    location: Location | None = None,
     sampler: Sampler | None = None,
     known: KnownFactors | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -53,7 +54,7 @@ def make_plan(
     Args:
         source: where the checkpoint is; its config, index and shard headers are read.
         options: what the user asked for.
-        destination: what the user calls the place of the output, for the record.
+        location: of the output.
         sampler: runs the model for ``measured`` and ``fitted``; other rules need none.
         known: what that found, where an earlier run of the same job has it.
         progress: that of `sample_gates`.
@@ -62,7 +63,7 @@ def make_plan(
         SourceError: the checkpoint is malformed, incomplete or cannot be rescaled so.
         UsageError: the factors do not cover the checkpoint's MoE layers.
     """
-    checkpoint = open_checkpoint(source, options, destination)
+    checkpoint = open_checkpoint(source, options, location)
     moe, tensors, headers = checkpoint.moe, checkpoint.tensors, checkpoint.headers
     warnings = [*source.remarks, *checkpoint.warnings]
     experts = _experts(moe, options)
@@ -98,7 +99,7 @@ def make_plan(
     output = checkpoint.output(placed, factors, experts)
     plan = Plan(
         source=source.identity,
-        destination=destination,
+        location=location,
         options=options,
         model_type=moe.model_type,
         part=moe.architecture.part,

@@ -30,6 +30,7 @@ from moescale.families.config import Config, ConfigKey, keys_of
 from moescale.families.engines import llama_cpp_name
 from moescale.families.scale_key import fold_factor
 from moescale.storage.base import SourceId
+from moescale.storage.location import Location
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,10 +180,9 @@ def _keys(instead: Instead) -> Iterator[tuple[str, Any]]:
         yield "expert_weights_scale", float(instead.scales[0].after)
 
 
-def to_run(place: str, loader: str) -> Mapping[str, str]:
+def to_run(location: Location, loader: str) -> Mapping[str, str]:
     """How each engine is given a finished output."""
-    on_hub = place.startswith("hf://")
-    name, _, branch = place.removeprefix("hf://").partition("@") if on_hub else (place, "", "")
+    name, branch = location.model_id, location.revision
     revision = f" --revision {shlex.quote(branch)}" if branch else ""
     more = f", revision={branch!r}" if branch else ""
     path = shlex.quote(name)
@@ -193,17 +193,19 @@ def to_run(place: str, loader: str) -> Mapping[str, str]:
     }
 
 
-def gguf_to_run(place: str, first: str, parts: int) -> Mapping[str, str]:
+def gguf_to_run(location: Location, first: str, parts: int) -> Mapping[str, str]:
     """How llama.cpp is given a finished output, of which `first` is the first of its files."""
-    if place.startswith("hf://"):
-        return {"llama.cpp": f"llama-server -hf {shlex.quote(place.removeprefix('hf://'))}"}
-    if not is_gguf(place):
-        place = f"{place.rstrip('/')}/{first}"
-    return {"llama.cpp": f"llama-server -m {shlex.quote(first_place(place, parts))}"}
+    if location.on_hub:
+        return {"llama.cpp": f"llama-server -hf {shlex.quote(location.model_id)}"}
+    path = first_file(location, parts)
+    if not is_gguf(path):
+        path = f"{path.rstrip('/')}/{first}"
+    return {"llama.cpp": f"llama-server -m {shlex.quote(path)}"}
 
 
-def first_place(place: str, parts: int) -> str:
-    """The first file of a GGUF output that was given a name; any other place as it is."""
-    if parts < 2 or place.startswith("hf://") or not is_gguf(place):
-        return place
-    return f"{part_name(place).stem}-00001-of-{parts:05d}.gguf"
+def first_file(location: Location, parts: int) -> str:
+    """The first file of a split GGUF output that was given a file name; else the location."""
+    text = location.text
+    if parts < 2 or location.on_hub or not is_gguf(text):
+        return text
+    return f"{part_name(text).stem}-00001-of-{parts:05d}.gguf"

@@ -24,6 +24,7 @@ from moescale.planning.files import CARD, PROVENANCE, PlannedFile
 from moescale.planning.instead import Instead, by_engine
 from moescale.routers.normalisation import Normalisation
 from moescale.storage.base import SourceId
+from moescale.storage.location import Location
 
 if TYPE_CHECKING:
     from moescale.planning.active import Active
@@ -59,7 +60,7 @@ class Plan:
     """
 
     source: SourceId
-    destination: str | None
+    location: Location | None  # of the output
     options: Options
     model_type: str
     part: str | None
@@ -90,6 +91,11 @@ class Plan:
     instead: Instead | None = None  # what does the same without rewriting
     fold_key: str | None = None  # of the config, which takes one factor for all layers
     view: View | None = field(default=None, compare=False)
+
+    @property
+    def destination(self) -> str | None:
+        """The output's location as the user gave it."""
+        return None if self.location is None else self.location.text
 
     def __repr__(self) -> str:
         """What goes where, in a few lines, however many layers and tensors there are."""

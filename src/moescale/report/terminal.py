@@ -14,7 +14,7 @@ from moescale.families.config import parse_config
 from moescale.families.listing import ModelType
 from moescale.planning.comparison import BASES
 from moescale.planning.files import Action, PlannedFile
-from moescale.planning.instead import first_place, gguf_to_run, loader_of, to_run
+from moescale.planning.instead import first_file, gguf_to_run, loader_of, to_run
 from moescale.planning.plan import Plan
 from moescale.planning.provenance import measured_on
 from moescale.report import losses
@@ -23,6 +23,7 @@ from moescale.report.table import count_text, span, table
 if TYPE_CHECKING:
     from moescale.planning.active import Active
     from moescale.results import Record, Result
+    from moescale.storage.location import Location
 
 LAYER_HEADER = ("layers", "tensors", "of", "dtype", "factor")
 
@@ -125,8 +126,8 @@ def facts(plan: Plan) -> Iterator[tuple[str, str]]:
         "local directory" if plan.source.kind == "local" else f"Hub, commit {plan.source.revision}"
     )
     yield "source", f"{plan.source.id} ({where})"
-    place = "Hub" if (plan.destination or "").startswith("hf://") else "local directory"
-    yield "destination", f"{plan.destination} ({place})" if plan.destination else "none given"
+    to = plan.location
+    yield "destination", "none given" if to is None else f"{to.text} ({to.kind})"
     part = f", part {plan.part}" if plan.part else ""
     yield "model", f"{plan.model_type}{part}: {layers_text(plan)}"
     if plan.router is not None:
@@ -194,25 +195,25 @@ def next_text(plan: Plan, written: bool) -> str:
     parts = []
     if plan.overrides and not written:
         parts.append("The same without rewriting:\n" + _engines(plan.overrides))
-    if plan.destination is not None and not plan.changes_nothing:
-        parts.append("To run it:\n" + _engines(_to_run(plan, plan.destination)))
+    if plan.location is not None and not plan.changes_nothing:
+        parts.append("To run it:\n" + _engines(_to_run(plan, plan.location)))
     return "\n\n".join(parts)
 
 
 def finished_place(plan: Plan) -> str:
     """Where the output is, for a script: a set of GGUF files by name is opened by its first."""
-    place = str(plan.destination)
-    return place if plan.config is not None else first_place(place, _parts(plan))
+    assert plan.location is not None, "a plan without a destination has no output"
+    return first_file(plan.location, 1 if plan.config is not None else _parts(plan))
 
 
 def _parts(plan: Plan) -> int:
     return sum(file.name.endswith(".gguf") for file in plan.files)
 
 
-def _to_run(plan: Plan, place: str) -> Mapping[str, str]:
+def _to_run(plan: Plan, location: Location) -> Mapping[str, str]:
     if plan.config is None:
-        return gguf_to_run(place, plan.opens, _parts(plan))
-    return to_run(place, loader_of(parse_config(plan.config).value))
+        return gguf_to_run(location, plan.opens, _parts(plan))
+    return to_run(location, loader_of(parse_config(plan.config).value))
 
 
 def _engines(lines: Mapping[str, str]) -> str:

@@ -24,9 +24,15 @@ class LocalPath:
 
     Attributes:
         text: the path as the user wrote it.
+        kind: what it is, in words.
+        on_hub: whether it is a repo.
+        revision: None; a directory has none.
     """
 
     text: str
+    kind: ClassVar[str] = "local directory"
+    on_hub: ClassVar[bool] = False
+    revision: ClassVar[None] = None
 
     def __str__(self) -> str:
         return self.text
@@ -35,6 +41,11 @@ class LocalPath:
     def path(self) -> Path:
         """The path."""
         return Path(self.text)
+
+    @property
+    def model_id(self) -> str:
+        """What ``from_pretrained`` and engines take: the path."""
+        return self.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +59,8 @@ class HubRef:
         quant: a GGUF model of the repo, by part of its file name.
         text: the reference as the user wrote it.
         path: None; nothing of it is on this machine.
+        kind: what it is, in words.
+        on_hub: whether it is a repo.
     """
 
     repo: str
@@ -56,11 +69,23 @@ class HubRef:
     quant: str = ""
     text: str = field(default="", compare=False)
     path: ClassVar[None] = None
+    kind: ClassVar[str] = "Hub"
+    on_hub: ClassVar[bool] = True
+
+    @property
+    def explicit(self) -> bool:
+        """Whether the user wrote ``hf://``, so that no directory is meant."""
+        return self.text.startswith(PREFIX)
 
     def __str__(self) -> str:
         revision = f"@{self.revision}" if self.revision else ""
         folder = f"/{self.folder}" if self.folder else ""
         return f"{PREFIX}{self.repo}{revision}{folder}" + (f":{self.quant}" if self.quant else "")
+
+    @property
+    def model_id(self) -> str:
+        """What ``from_pretrained`` and engines take, beside a revision."""
+        return f"{self.repo}/{self.folder}" if self.folder else self.repo
 
     def interpretations(self) -> Iterator[HubRef]:
         """All possible meanings: the end of a revision with slashes may be a folder."""

@@ -15,7 +15,6 @@ from moescale.storage.gguf_set import GgufSet
 from moescale.storage.local.destination import LocalDestination
 from moescale.storage.local.source import LocalSource
 from moescale.storage.location import (
-    PREFIX,
     HubRef,
     LocalPath,
     Location,
@@ -62,7 +61,7 @@ def _hub_source(ref: HubRef, revision: str | None) -> Source:
         return repo.gguf(ref.quant) if ref.quant or repo.is_gguf else repo
     except (SourceError, TemporaryError) as error:
         first = Path(ref.text.partition("/")[0])
-        if ref.text.startswith(PREFIX) or not is_directory(first):
+        if ref.explicit or not is_directory(first):
             raise
         raise SourceError(
             f"{_why_missing(ref.text)}; {error.message}", hint=_SOURCE_FORMS

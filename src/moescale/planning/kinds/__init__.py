@@ -7,16 +7,16 @@ from moescale.planning.kinds.base import Checkpoint
 from moescale.planning.kinds.gguf import GgufCheckpoint
 from moescale.planning.kinds.safetensors import SafetensorsCheckpoint
 from moescale.storage.base import Source
-from moescale.storage.location import PREFIX
+from moescale.storage.location import Location
 
 
-def open_checkpoint(source: Source, options: Options, destination: str | None) -> Checkpoint:
+def open_checkpoint(source: Source, options: Options, location: Location | None) -> Checkpoint:
     """What the source holds.
 
     Raises:
         SourceError: it is nothing that can be rescaled, is damaged, or cannot be read.
     """
     if source.gguf_set is not None:
-        published = destination is not None and destination.startswith(PREFIX)
+        published = location is not None and location.on_hub
         return GgufCheckpoint(source, options, published)
     return SafetensorsCheckpoint(source, options)

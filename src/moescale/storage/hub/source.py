@@ -21,7 +21,7 @@ from moescale.storage.base import SMALL_FILE_BYTES, FileInfo, SourceId, check_na
 from moescale.storage.gguf_set import GgufSet
 from moescale.storage.hub import client
 from moescale.storage.hub.client import ATTEMPTS
-from moescale.storage.location import PREFIX, HubRef
+from moescale.storage.location import HubRef
 from moescale.storage.reader import FileReader
 
 if TYPE_CHECKING:
@@ -69,8 +69,9 @@ class HubSource:
         ref, self._commit = _resolve(ref, self._offline)
         self._file, folder = (ref.folder, "") if is_gguf(ref.folder) else ("", ref.folder)
         self._repo, self._folder = ref.repo, f"{folder}/" if folder else ""
-        self._name = str(HubRef(ref.repo, folder=folder))
-        self.identity = SourceId("hub", self._name.removeprefix(PREFIX), self._commit, ref.repo)
+        named = HubRef(ref.repo, folder=folder)
+        self._name = str(named)
+        self.identity = SourceId("hub", named.model_id, self._commit, ref.repo)
         self.received = 0
         self.remarks: list[str] = []
         self.gguf_set: GgufSet | None = None
