@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import re
 import signal
-import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import settings
 from support import checkpoints, known_faults
-from support.command import Command, Done
+from support.command import Command, Done, exit_code
 
 settings.register_profile("moescale", deadline=None)  # a busy machine is no failure
 settings.load_profile("moescale")
@@ -101,19 +99,9 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def moescale(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
     """Runs the command in this process."""
-    from moescale.cli import main  # here: tests of the imports come first
 
     def run(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["moescale", *map(str, arguments)])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            main()
-            code: Any = 0
-        except SystemExit as exit_:
-            code = exit_.code or 0
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        code = exit_code(monkeypatch, *arguments)
         captured = capsys.readouterr()
         return Done(code, captured.out, captured.err)
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.gguf_models import finish
 
 from moescale.checkpoint.gguf import types
 from moescale.checkpoint.gguf.header import GgufHeader, parse_header
@@ -29,10 +30,7 @@ def written(path: Path, fill: Callable[[gguf.GGUFWriter], None]) -> bytes:
     """What PyPI's gguf writes for the architecture ``llama``."""
     writer = gguf.GGUFWriter(path, "llama")
     fill(writer)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path.read_bytes()
 
 

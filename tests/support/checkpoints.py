@@ -211,14 +211,23 @@ def _frame(blocks: Mapping[str, Raw], layers: int, dtype: str) -> dict[str, Raw]
     return tensors
 
 
-def mixtral_tensors(layers: int = 2, experts: int = 4, dtype: str = "BF16") -> dict[str, Raw]:
-    """The tensors of a small Mixtral, in the layout of the Hub."""
+def _projections(at: str) -> list[str]:
+    return [f"{at}{p}_proj.weight" for p in ("gate", "up", "down")]
+
+
+def mixtral_names(layers: int, experts: int) -> list[str]:
+    """The routers and experts of a Mixtral, in the layout of the Hub."""
     names = []
     for layer in range(layers):
         at = f"model.layers.{layer}.block_sparse_moe."
         names.append(at + "gate.weight")
         names += [at + f"experts.{e}.w{w}.weight" for e in range(experts) for w in (1, 2, 3)]
-    return _frame(_matrices(names, dtype, experts), layers, dtype)
+    return names
+
+
+def mixtral_tensors(layers: int = 2, experts: int = 4, dtype: str = "BF16") -> dict[str, Raw]:
+    """The tensors of a small Mixtral, in the layout of the Hub."""
+    return _frame(_matrices(mixtral_names(layers, experts), dtype, experts), layers, dtype)
 
 
 def fused_mixtral_tensors(layers: int = 2, experts: int = 4, dtype: str = "BF16") -> dict[str, Raw]:
@@ -234,31 +243,25 @@ def fused_mixtral_tensors(layers: int = 2, experts: int = 4, dtype: str = "BF16"
 
 def qwen2_tensors(layers: int = 3, experts: int = 4, dtype: str = "BF16") -> dict[str, Raw]:
     """A small Qwen2-MoE: layer 0 is dense, the others have a shared expert with a gate."""
-    names = [f"model.layers.0.mlp.{p}_proj.weight" for p in ("gate", "up", "down")]
+    names = _projections("model.layers.0.mlp.")
     for layer in range(1, layers):
         at = f"model.layers.{layer}.mlp."
         names += [at + "gate.weight", at + "shared_expert_gate.weight"]
-        names += [at + f"shared_expert.{p}_proj.weight" for p in ("gate", "up", "down")]
-        names += [
-            at + f"experts.{e}.{p}_proj.weight"
-            for e in range(experts)
-            for p in ("gate", "up", "down")
-        ]
+        names += _projections(at + "shared_expert.")
+        for expert in range(experts):
+            names += _projections(f"{at}experts.{expert}.")
     return _frame(_matrices(names, dtype, experts), layers, dtype)
 
 
 def deepseek_tensors(layers: int = 3, experts: int = 4, dtype: str = "BF16") -> dict[str, Raw]:
     """A small DeepSeek-V3: layer 0 is dense, the layer after the last is the MTP block."""
-    names = [f"model.layers.0.mlp.{p}_proj.weight" for p in ("gate", "up", "down")]
+    names = _projections("model.layers.0.mlp.")
     for layer in range(1, layers + 1):
         at = f"model.layers.{layer}.mlp."
         names += [at + "gate.weight", at + "gate.e_score_correction_bias"]
-        names += [at + f"shared_experts.{p}_proj.weight" for p in ("gate", "up", "down")]
-        names += [
-            at + f"experts.{e}.{p}_proj.weight"
-            for e in range(experts)
-            for p in ("gate", "up", "down")
-        ]
+        names += _projections(at + "shared_experts.")
+        for expert in range(experts):
+            names += _projections(f"{at}experts.{expert}.")
     return _frame(_matrices(names, dtype, experts), layers, dtype)
 
 

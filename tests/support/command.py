@@ -1,9 +1,13 @@
-"""The command as tests run it in their own process: the fixture ``moescale`` in conftest.py."""
+"""The command as tests run it in their own process: the fixture ``moescale``, and on a Hub."""
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import pytest
 
 
 @dataclass(frozen=True)
@@ -16,3 +20,19 @@ class Done:
 
 
 Command = Callable[..., Done]
+
+
+def exit_code(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Run the command in this process, whose signals are handled afterwards as before."""
+    from moescale import cli  # here: tests of the imports come first
+
+    monkeypatch.setattr(sys, "argv", ["moescale", *map(str, arguments)])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return 0

@@ -70,6 +70,23 @@ SCALES_AT: Mapping[str, tuple[int, ...]] = {
 IQ1_M the bytes that hold a nibble. It lacks Q1_0 and Q2_0: as ``ggml-common.h`` has them."""
 
 
+def add_key(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    """Add a key of the type that its value has."""
+    if isinstance(value, list):
+        writer.add_array(key, value)
+        return
+    kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+    kinds[type(value)](key, value)
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    """Write all that was added."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def write_model(
     path: Path,
     arch: str = "llama",
@@ -105,13 +122,8 @@ def write_model(
     writer.add_block_count(layers)
     writer.add_embedding_length(HIDDEN)
     writer.add_expert_count(EXPERTS)
-    if isinstance(used, list):
-        writer.add_array(f"{arch}.expert_used_count", used)
-    else:
-        writer.add_uint32(f"{arch}.expert_used_count", used)
-    for name, value in (keys or {}).items():
-        kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
-        kinds[type(value)](f"{arch}.{name}", value)
+    for name, value in {"expert_used_count": used, **(keys or {})}.items():
+        add_key(writer, f"{arch}.{name}", value)
     if words:
         writer.add_array("tokenizer.ggml.tokens", [f"word{i}" for i in range(words)])
     down = gguf.GGMLQuantizationType[kind]
@@ -129,10 +141,7 @@ def write_model(
     for name, values in found.items():
         if name not in without:
             writer.add_tensor(name, values, raw_dtype=down if name in raw else None)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     stem = path.name.removesuffix(".gguf")
     return sorted(path.parent.glob(f"{stem}-0*.gguf")) if split else [path]
 

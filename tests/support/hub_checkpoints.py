@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import numpy as np
 import pytest
 
 from support import checkpoints
+from support.command import Done, exit_code
 from support.hub_client import connected
 from support.hub_server import Content, Hub
 
@@ -43,11 +42,7 @@ KEPT = [*(name for name in checkpoints.EXTRAS if name != "README.md"), "config.j
 
 def tensors(seed: int = 0, layers: int = 2, experts: int = 4) -> dict[str, checkpoints.Raw]:
     """The tensors of a small Mixtral, each of about 50 kB."""
-    names = ["model.embed_tokens.weight"]
-    for layer in range(layers):
-        at = f"model.layers.{layer}.block_sparse_moe."
-        names.append(at + "gate.weight")
-        names += [at + f"experts.{e}.w{w}.weight" for e in range(experts) for w in (1, 2, 3)]
+    names = ["model.embed_tokens.weight", *checkpoints.mixtral_names(layers, experts)]
 
     def shape(name: str) -> tuple[int, int]:
         if name.endswith("gate.weight"):
@@ -78,13 +73,8 @@ def rescaled(files: Mapping[str, bytes], factor: float = FACTOR) -> dict[str, by
     }
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(Done):
     """What a run of the command did."""
-
-    code: int
-    out: str
-    err: str
 
     @property
     def failure(self) -> str:
@@ -129,19 +119,9 @@ class Lab:
 
     def run(self, *arguments: str) -> Outcome:
         """Run the command in this process."""
-        from moescale import cli
-
-        out, err, code = io.StringIO(), io.StringIO(), 0
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.monkeypatch.setattr(sys, "argv", ["moescale", *arguments])
+        out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                cli.main()
-            except SystemExit as stop:
-                code = int(stop.code or 0)
-            finally:
-                for number, handler in before.items():
-                    signal.signal(number, handler)
+            code = exit_code(self.monkeypatch, *arguments)
         assert self.hub.token not in out.getvalue() + err.getvalue()
         return Outcome(code, out.getvalue(), err.getvalue())
 

@@ -14,6 +14,7 @@ import gguf
 import numpy as np
 import pytest
 
+from support.gguf_models import add_key, finish
 from support.llama_client import Client, MissingError
 
 RECIPES: Mapping[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text())
@@ -84,7 +85,7 @@ def write_runnable(
     writer.add_tokenizer_model("no_vocab")
     found = {**KEYS, **recipe["keys"], "block_count": blocks, **(keys or {})}
     for name, value in found.items():
-        _add(writer, f"{arch}.{name}", value)
+        add_key(writer, f"{arch}.{name}", value)
     shapes = {"token_embd.weight": [WORDS, HIDDEN], "output_norm.weight": [HIDDEN]}
     shapes |= recipe["tensors"]
     for i in range(blocks):
@@ -97,21 +98,10 @@ def write_runnable(
         writer.add_tensor(name, np.ascontiguousarray(change(name, values), np.float32))
     for name, values in (more or {}).items():
         writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     if not split:
         return path
     return min(path.parent.glob(f"{path.stem}-00001-of-*.gguf"))
-
-
-def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    if isinstance(value, list):
-        writer.add_array(key, value)
-        return
-    kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
-    kinds[type(value)](key, value)
 
 
 def _values(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> Array:

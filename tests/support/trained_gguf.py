@@ -15,6 +15,8 @@ import gguf
 import numpy as np
 from safetensors import safe_open
 
+from support.gguf_models import finish
+
 ROW = 256
 """Weights of a block of the k-quants."""
 
@@ -47,10 +49,7 @@ def write(source: Path, path: Path) -> str:
     _add_keys(writer, config)
     for name, values in _tensors(config, tensors, names).items():
         writer.add_tensor(name, np.ascontiguousarray(values, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return names.arch
 
 
