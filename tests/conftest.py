@@ -12,6 +12,7 @@ import pytest
 from hypothesis import settings
 from support import checkpoints, known_faults
 from support.command import Command, Done, exit_code
+from support.hub_checkpoints import Lab, laboratory
 
 settings.register_profile("moescale", deadline=None)  # a busy machine is no failure
 settings.load_profile("moescale")
@@ -106,3 +107,10 @@ def moescale(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
         return Done(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
+    """A laboratory without a Hub yet."""
+    with laboratory(tmp_path, monkeypatch) as lab:
+        yield lab

@@ -18,7 +18,7 @@ from distributed import LocalCluster
 from distributed.cfexecutor import ClientExecutor
 from support import checkpoints, hub_checkpoints
 from support.dask_cluster import Wiretap, Workers, cluster, program, until
-from support.hub_checkpoints import DST, PLACE, SHARDS, SRC, STREAM, Lab, laboratory
+from support.hub_checkpoints import DST, PLACE, SHARDS, SRC, STREAM, Lab
 from support.hub_faults import stall
 
 from moescale import errors
@@ -231,13 +231,6 @@ def test_an_error_of_a_worker_is_that_of_one_machine(
 
 
 # Hub to Hub ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
-    """A laboratory without a Hub yet."""
-    with laboratory(tmp_path, monkeypatch) as lab:
-        yield lab
 
 
 def test_from_hub_to_hub_a_killed_worker_costs_nothing(lab: Lab) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -19,7 +18,6 @@ from support.hub_checkpoints import (
     SRC,
     STREAM,
     Lab,
-    laboratory,
     rescaled,
 )
 from support.hub_faults import run, status
@@ -29,13 +27,6 @@ from moescale.storage.hub.destination import HubDestination
 from moescale.storage.location import HubRef
 
 WORKING = "moescale-unfinished-main"
-
-
-@pytest.fixture
-def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
-    """A laboratory without a Hub yet."""
-    with laboratory(tmp_path, monkeypatch) as lab:
-        yield lab
 
 
 # What is published ----------------------------------------------------------------------------

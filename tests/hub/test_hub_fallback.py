@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.hub_checkpoints import DST, PLACE, SHARDS, SRC, Lab, laboratory, rescaled
+from support.hub_checkpoints import DST, PLACE, SHARDS, SRC, Lab, rescaled
 from support.hub_faults import status
 
 from moescale.storage.hub import destination as hub_destination
@@ -21,13 +19,6 @@ NAMES = [
     for kind, names in kinds.items()
     for name in names
 ]
-
-
-@pytest.fixture
-def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
-    """A laboratory without a Hub yet."""
-    with laboratory(tmp_path, monkeypatch) as lab:
-        yield lab
 
 
 def hide(lab: Lab, module: str, kind: str, name: str) -> None:

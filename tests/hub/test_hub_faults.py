@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import httpx2
 import pytest
 from huggingface_hub import constants, get_session, set_client_factory
-from support.hub_checkpoints import DST, PLACE, SHARDS, SRC, Lab, laboratory, rescaled
+from support.hub_checkpoints import DST, PLACE, SHARDS, SRC, Lab, rescaled
 from support.hub_faults import (
     Action,
     Match,
@@ -31,13 +30,6 @@ WORK = ("POST", "/commit/moescale-unfinished-main")
 LAST = ("POST", "/commit/main")
 CREATE = ("POST", "repos/create")
 DATA = r"^cdn /\w{64}"
-
-
-@pytest.fixture
-def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
-    """A laboratory without a Hub yet."""
-    with laboratory(tmp_path, monkeypatch) as lab:
-        yield lab
 
 
 def complete(lab: Lab) -> None:

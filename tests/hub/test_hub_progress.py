@@ -8,11 +8,9 @@ import pty
 import re
 import termios
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from support.hub_checkpoints import DST, PLACE, SHARDS, SRC, Lab, laboratory
+from support.hub_checkpoints import DST, PLACE, SHARDS, SRC, Lab
 from support.hub_faults import reset_upload, run, status, throttle
 
 from moescale import convert
@@ -20,13 +18,6 @@ from moescale.errors import DestinationError
 from moescale.report import progress as progress_module
 from moescale.report.progress import Progress
 from moescale.storage.hub.upload import CountedFile, MonotonicProgress
-
-
-@pytest.fixture
-def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
-    """A laboratory without a Hub yet."""
-    with laboratory(tmp_path, monkeypatch) as lab:
-        yield lab
 
 
 class Counts:

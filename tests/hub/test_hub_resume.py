@@ -7,13 +7,11 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from support import checkpoints
-from support.hub_checkpoints import DST, PLACE, SHARDS, SRC, STREAM, Lab, laboratory, rescaled
+from support.hub_checkpoints import DST, PLACE, SHARDS, SRC, STREAM, Lab, rescaled
 from support.hub_faults import Action, Fault, Match, Request, lost, reset, run, stall, status
 
 WORKING = "moescale-unfinished-main"
@@ -24,13 +22,6 @@ INTERRUPTED = "moescale: interrupted; the same command resumes from what was fin
 
 PATIENT = {"HF_HUB_DOWNLOAD_TIMEOUT": "600", "HF_XET_CLIENT_READ_TIMEOUT": "600s"}
 """With these, a request that hangs does not end by itself while a test waits."""
-
-
-@pytest.fixture
-def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
-    """A laboratory without a Hub yet."""
-    with laboratory(tmp_path, monkeypatch) as lab:
-        yield lab
 
 
 def finished(lab: Lab) -> set[str]:

@@ -6,13 +6,12 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 from support import checkpoints
-from support.hub_checkpoints import DST, PLACE, SHARDS, SRC, Lab, laboratory, rescaled
+from support.hub_checkpoints import DST, PLACE, SHARDS, SRC, Lab, rescaled
 from support.hub_faults import corrupt, run, status, truncate
 from support.hub_store import Sparse
 
@@ -22,13 +21,6 @@ from moescale.storage.hub.source import HubSource
 from moescale.storage.location import HubRef, is_repo_id, parse_ref, ref_from_url
 
 LARGE = r"^(cdn|api /lab/mix/resolve)"
-
-
-@pytest.fixture
-def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
-    """A laboratory without a Hub yet."""
-    with laboratory(tmp_path, monkeypatch) as lab:
-        yield lab
 
 
 def everything(folder: Path) -> set[str]:

@@ -6,14 +6,13 @@ import json
 import random
 import re
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import hf_xet
 import pytest
 from support import checkpoints, quantised_checkpoints
-from support.hub_checkpoints import DST, PLACE, SHARDS, SRC, Lab, laboratory, large_shard, rescaled
+from support.hub_checkpoints import DST, PLACE, SHARDS, SRC, Lab, large_shard, rescaled
 from support.hub_faults import status
 
 from moescale import convert
@@ -21,13 +20,6 @@ from moescale.errors import bytes_text
 from moescale.storage.hub.upload import new_session
 
 COMMIT = ("POST", r"^api /api/models/me/out/commit/")
-
-
-@pytest.fixture
-def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
-    """A laboratory without a Hub yet."""
-    with laboratory(tmp_path, monkeypatch) as lab:
-        yield lab
 
 
 KEYS = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from support import checkpoints, tiny_models
 from support.checkpoints import HIDDEN, Raw, values, write_shards
 from support.gated_checkpoints import EXPERTS, GATE, NORM, gated_mixtral, gated_tensors
-from support.hub_checkpoints import Lab, laboratory
+from support.hub_checkpoints import Lab
 
 from moescale import api
 from moescale.errors import CheckpointError, SourceError, UnsupportedError
@@ -234,13 +233,6 @@ def test_norms_that_mlx_may_have_changed_are_refused(tmp_path: Path) -> None:
 
 
 # From the Hub -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
-    """A laboratory without a Hub yet."""
-    with laboratory(tmp_path, monkeypatch) as lab:
-        yield lab
 
 
 def test_the_hub_gives_the_same_factors(lab: Lab) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 from huggingface_hub import constants
 from support import checkpoints
-from support.hub_checkpoints import DST, PLACE, SHARDS, SRC, Lab, laboratory, rescaled
+from support.hub_checkpoints import DST, PLACE, SHARDS, SRC, Lab, rescaled
 
 from moescale.errors import CheckpointError, DestinationError
 from moescale.planning import provenance
@@ -26,13 +25,6 @@ DESTINATIONS = ("directory", "Hub, xet", "Hub, no xet")
 JOB = {"version": "0", "plan": "p"}
 BIG = bytes(range(256)) * 5000
 NAME = "model.safetensors"
-
-
-@pytest.fixture
-def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
-    """A laboratory without a Hub yet."""
-    with laboratory(tmp_path, monkeypatch) as lab:
-        yield lab
 
 
 # Sources ------------------------------------------------------------------------------------
