@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the tables of options, model types and formats into the README and docs/, from the code.
+"""Writes what README and docs/ say of options, model types, formats and files, from the code.
 
 python scripts/tables.py          # writes
 python scripts/tables.py --check  # only says whether they are up to date
@@ -7,6 +7,7 @@ python scripts/tables.py --check  # only says whether they are up to date
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from moescale.families.listing import ModelType, model_types
 from moescale.options import ConvertOptions, option_rows
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "moescale"
 START, END = "<!-- {}: made by scripts/tables.py -->\n", "<!-- end of {} -->\n"
 
 
@@ -137,10 +139,39 @@ def kind(row: formats.Format) -> str:
     return "the scale, in its own dtype; every code stays bit-identical"
 
 
+PACKAGES = (
+    *("", "report", "conversion", "calibrate", "planning", "planning/kinds", "families"),
+    *("routers", "factors", "storage", "storage/local", "storage/hub", "checkpoint"),
+    *("checkpoint/safetensors", "checkpoint/gguf"),
+)
+"""The packages, from the top layer to the lowest."""
+
+
+def files_map() -> str:
+    """Every module, and what it says it is."""
+    blocks = []
+    for name in PACKAGES:
+        folder = PACKAGE / name
+        modules = sorted(path for path in folder.glob("*.py") if path.name != "__init__.py")
+        title = f"moescale/{name}".rstrip("/")
+        blocks.append(
+            f"### {title}\n\n{summary(folder / '__init__.py')}\n\n| file | |\n|---|---|\n"
+            + "".join(f"| `{path.name}` | {summary(path)} |\n" for path in modules)
+        )
+    return "\n".join(blocks)
+
+
+def summary(path: Path) -> str:
+    """The first paragraph of a module's docstring, for Markdown."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return " ".join(text.partition("\n\n")[0].split()).replace("``", "`")
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"counts": counts},
     "docs/models.md": {"types": types_table, "formats": formats_table},
     "docs/options.md": {"options": options_table},
+    "docs/architecture.md": {"files": files_map},
     "docs/gguf.md": {"architectures": llama_table},
 }
 

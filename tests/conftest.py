@@ -20,6 +20,9 @@ settings.load_profile("moescale")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as behind & or nohup
     signal.signal(signal.SIGINT, signal.default_int_handler)  # or children would ignore it, too
 
+TORCH = ("torch", "transformers", "bitsandbytes")
+"""What an environment without torch lacks."""
+
 SET_BY_THE_COMMAND = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_VERBOSITY", "OPENBLAS_NUM_THREADS")
 
 
@@ -34,7 +37,7 @@ def pytest_make_collect_report(
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
     """A file that cannot be imported for want of torch is skipped where that was asked for."""
     report = yield
-    if re.search(r"No module named '(torch|bitsandbytes)'", str(report.longrepr)):
+    if re.search(rf"No module named '({'|'.join(TORCH)})'", str(report.longrepr)):
         _leave_out(collector, report)
     return report
 
@@ -45,7 +48,7 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """So is a test that wants it later."""
     report = yield
-    if call.excinfo and getattr(call.excinfo.value, "name", "") == "torch":
+    if call.excinfo and getattr(call.excinfo.value, "name", "") in TORCH:
         _leave_out(item, report)
     return report
 

@@ -28,7 +28,7 @@ def main() -> None:
     """Train what is missing, try every rule, show what came of it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--quick", action="store_true", help="a smoke test of about a minute")
+    parser.add_argument("--quick", action="store_true", help="a smoke test of some minutes")
     parser.add_argument("--docs", type=Path, help="where study.md and study.svg go, if elsewhere")
     arguments = parser.parse_args()
     quick = arguments.quick
@@ -40,7 +40,7 @@ def main() -> None:
     for name, study in STUDIES.items():
         if not (folder / name).exists():
             train(name, study, text.train, steps, folder / name)
-        counts = study.tried[-1:] if quick else study.tried
+        counts = (study.tried[0], study.tried[-1]) if quick else study.tried
         everything.append(try_rules(name, counts, text, folder))
     tables = page(everything, steps, pieces)
     print(tables)

@@ -169,3 +169,24 @@ def test_a_location_is_parsed_once() -> None:
     asks = re.compile(r"startswith\([^)]*(?:hf://|PREFIX)|removeprefix\([^)]*(?:hf://|PREFIX)")
     users = {p.name for p in PACKAGE.rglob("*.py") if asks.search(p.read_text(encoding="utf-8"))}
     assert users == {"location.py"}
+
+
+DRAWN = Path(__file__).parents[2] / "docs" / "architecture.md"
+
+
+def drawn_arrows() -> set[tuple[str, str]]:
+    """The arrows of the picture, each from a package to one that it may import."""
+    lines = re.findall(r"^ +(\w[\w &]*) --> (\w[\w &]*)$", DRAWN.read_text("utf-8"), re.MULTILINE)
+    return {(a, b) for left, right in lines for a in left.split(" & ") for b in right.split(" & ")}
+
+
+def test_the_layers_are_as_drawn() -> None:
+    """A package may import only what its arrows reach, and whatever they point to."""
+    arrows = drawn_arrows()
+    for room, allowed in MAY_USE.items():
+        reached, new = set(), {room}
+        while new:
+            reached |= new
+            new = {b for a, b in arrows if a in new} - reached
+        assert allowed - {"version"} <= reached, room
+        assert {b for a, b in arrows if a == room} <= allowed, room

@@ -167,8 +167,8 @@ class Guard:
 
     @property
     def taken(self) -> str:
-        """The rule with the lowest loss or divergence; of equals, the first."""
-        return min(self.trials, key=lambda trial: getattr(trial, self.by)).rule
+        """The rule with the lowest loss or divergence as it is written; of equals, the first."""
+        return min(self.trials, key=lambda trial: rounded(getattr(trial, self.by))).rule
 
     @classmethod
     def from_json(cls, content: Any) -> Guard | None:
