@@ -1,1 +1,1 @@
-"""The format: safetensors headers, dtypes, and the rewriting of a byte stream."""
+"""Checkpoint formats: arithmetic, edits, and the rewriting of a byte stream."""

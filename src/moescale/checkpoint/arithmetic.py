@@ -1,4 +1,4 @@
-"""What the arithmetic of safetensors and of GGUF has in common."""
+"""Arithmetic that safetensors and GGUF share."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import numpy as np
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Scale = Callable[[Bytes, Bytes], int]
-"""Reads the first array, fills the second, returns how many values have no usable result: none that
-is finite or, for a scale, none that is a normal number. Both are whole elements of their dtypes,
-little-endian."""
+"""Reads the first array, fills the second, and returns how many values have no usable result: it is
+not finite or, for a scale, not a normal number. Both arrays hold whole little-endian elements."""
 
 INFINITY_16 = {"F16": 0x7C00, "BF16": 0x7F80}
 
@@ -21,7 +20,7 @@ def exponent(factor: float) -> int:
     """The k of a factor that is 2**k.
 
     Raises:
-        ValueError: it is no power of two.
+        ValueError: the factor is not a power of two.
     """
     mantissa, k = frexp(factor)
     if mantissa != 0.5:

@@ -1,4 +1,4 @@
-"""What happens to one tensor. A plan needs no more; numpy comes with the arithmetic (`scaling`)."""
+"""The edit of one tensor. A plan needs nothing else; the arithmetic (`scaling`) brings numpy."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ FIRST = Layer("", 0)
 
 
 class TensorEdit(Mapping[str, Any]):
-    """What happens to one tensor; as a mapping, it is the row of ``--dry-run --json``.
+    """The edit of one tensor; as a mapping, it is the row of ``--dry-run --json``.
 
     So ``pandas.DataFrame(plan.tensors)`` has a column for each of name, shard, dtype, shape, role,
-    layer and factor. It is no dataclass, since pandas would look into that.
+    layer and factor. It is not a dataclass: pandas would take one apart.
 
     Attributes:
-        tensor: what it is in the source.
-        factor: what it is multiplied by.
-        operation: how.
-        promote: the dtype that it is stored in from then on, where that is another.
-        role: what it is in its module. Scales below the normal numbers would lose bits, and with
-            them every weight that they belong to.
-        format: the name of the format that says so.
-        layer: the layer that it belongs to.
-        shard: the file that it is in; "" where that is not looked up yet.
+        tensor: the tensor in the source.
+        factor: the number to multiply by.
+        operation: how the factor is applied.
+        promote: the dtype of the result, if it differs from the source's.
+        role: the tensor's purpose in its module. A scale must stay a normal number: a subnormal one
+            loses bits, and so does every weight that it belongs to.
+        format: the name of the tensor format.
+        layer: the layer of its module.
+        shard: the file that holds it; "" until that is looked up.
     """
 
     __slots__ = ("factor", "format", "layer", "operation", "promote", "role", "shard", "tensor")
@@ -64,12 +64,12 @@ class TensorEdit(Mapping[str, Any]):
         layer: Layer = FIRST,
         shard: str = "",
     ) -> None:
-        """Nothing of it is changed later; see `with_`."""
+        """Attributes never change afterwards; see `with_`."""
         self.tensor, self.factor, self.operation, self.promote = tensor, factor, operation, promote
         self.role, self.format, self.layer, self.shard = role, format, layer, shard
 
     def with_(self, **changes: Any) -> TensorEdit:
-        """The same with other attributes."""
+        """A copy with other attributes."""
         return TensorEdit(**{name: getattr(self, name) for name in self.__slots__} | changes)
 
     @property
@@ -79,7 +79,7 @@ class TensorEdit(Mapping[str, Any]):
 
     @property
     def unit(self) -> int:
-        """Bytes that have to be together: those of a block of a quantised GGUF tensor."""
+        """Bytes that must be edited together: one block of a quantised GGUF tensor, else one."""
         kind = BLOCKS.get(self.tensor.dtype)
         return 1 if kind is None else kind.size
 
@@ -103,7 +103,7 @@ class TensorEdit(Mapping[str, Any]):
         return f"<{name}, {tensor.dtype} {list(tensor.shape)} x {self.factor:.6g}>"
 
     def as_json(self) -> dict[str, Any]:
-        """The tensor as ``--dry-run --json`` prints it; `operation` only where it is another."""
+        """The tensor as in ``--dry-run --json``; `operation` only if it is not "multiply"."""
         tensor = self.tensor
         return {
             "name": tensor.name,

@@ -1,4 +1,4 @@
-"""What weights in other forms say of themselves in their first bytes; nothing is unpickled."""
+"""Recognises weights in other formats by their first bytes; nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ TORCH = (".bin", ".pt", ".pth", ".ckpt")
 """Suffixes of files that torch saves."""
 
 TORCH_HEAD = 4 << 20
-"""Bytes of a torch file that are looked at: the names of 24,000 tensors, before any data."""
+"""Bytes of a torch file to read: room for the names of 24,000 tensors, which precede the data."""
 
 GGUF_HEAD = 64 << 10
-"""Bytes of a GGUF file that are looked at: its hyperparameters, before its vocabulary."""
+"""Bytes of a GGUF file to read: its hyperparameters, which precede its vocabulary."""
 
 HEAD = 16
-"""Bytes that tell one kind of weights from another."""
+"""Bytes that distinguish the kinds of weights."""
 
 _TEXT = re.compile(rb"X(?P<long>.[\x00-\x03]\x00\x00)|\x8c(?P<short>.)", re.DOTALL)
 """The opcodes BINUNICODE and SHORT_BINUNICODE, each with the length of the text that follows."""
 
 
 def weights_suffix(head: bytes) -> str:
-    """The suffix of weights that begin so, whatever their file is called; "" for others."""
+    """The usual suffix of weights that begin like this, whatever the file's name; "" if unknown."""
     kinds = {b"PK\x03\x04": ".pt", b"\x80": ".pt", b"GGUF": ".gguf"}
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
         return ".safetensors"
@@ -29,7 +29,7 @@ def weights_suffix(head: bytes) -> str:
 
 
 def torch_names(head: bytes) -> set[str] | None:
-    """All texts in the pickle of a torch file, the tensors' names among them; None if it is none.
+    """All strings in the pickle of a torch file, including tensor names; None for another file.
 
     Args:
         head: the first `TORCH_HEAD` bytes: a zip that starts with ``data.pkl``, as `torch.save`
@@ -48,7 +48,7 @@ def torch_names(head: bytes) -> set[str] | None:
 
 
 def gguf_has_experts(head: bytes) -> bool | None:
-    """Whether a GGUF file is a MoE model, as its hyperparameters say; None if it is no GGUF file.
+    """Whether the hyperparameters describe a MoE model; None if the file is not GGUF.
 
     Source: `{arch}.expert_count`, which llama.cpp's converter writes before the tokenizer.
     """

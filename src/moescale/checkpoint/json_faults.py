@@ -1,4 +1,4 @@
-"""What is wrong with a text that should be JSON: the place, the cause, and how to mend it."""
+"""Faults in JSON text: where, why, and how to fix them."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import re
 from moescale.errors import CheckpointError
 
 SAVE = "Save it as UTF-8 (without BOM)."
-_MEND = "Mend that place in a text editor; loaders cannot read the file either."
+_MEND = "Fix it in a text editor; loaders cannot read the file either."
 _CUT = "The file is cut off; fetch it again."
 
 _CAUSES = (
     (r"\{?.?(//|/\*|#)", "a comment, which JSON does not have"),
     (r".,[}\]]|,[}\]]", "a comma before the closing bracket"),
-    (r"..?'", "a text in single quotes; JSON has double ones"),
+    (r"..?'", "a string in single quotes; JSON uses double quotes"),
     (r":[,}]", "a value is missing"),
     (r"..?(True|False|None)\b", "JSON writes true, false and null"),
     (r"[^,{\[:]\"", "a comma is missing before it"),
 )
-"""By the last sign before the fault and what follows it, both without spaces."""
+"""Causes by the last character before the fault and the text after it, both without spaces."""
 
 
 class JsonError(ValueError):
-    """One line that says what is wrong, and one that says how to mend it."""
+    """One line with the fault, and one with the remedy."""
 
     def __init__(self, message: str, hint: str = _MEND) -> None:
         super().__init__(message)
@@ -60,7 +60,7 @@ _NO_FILES = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the file itself", "Run git lfs pull."),
     (b"<", "is a web page, not the file itself", "Fetch it again; see if it is gated."),
 )
-"""How what stands in place of a file begins, what it is, and what to do."""
+"""First bytes of substitutes for a file, their description, and the remedy."""
 
 _MARKS = (
     (codecs.BOM_UTF8, "UTF-8"),
@@ -71,13 +71,13 @@ _MARKS = (
 
 
 def fault_in(text: str, error: json.JSONDecodeError) -> JsonError:
-    """What the parser of Python found, in words that name the usual cause."""
+    """The fault that Python's parser found, in words that name the usual cause."""
     if not text.strip():
         return JsonError("it is empty", _CUT)
     where = f"line {error.lineno}, column {error.colno}"
     rest = text[error.pos : error.pos + 200].lstrip()
     if not rest or error.msg.startswith("Unterminated"):
-        return JsonError(f"{where}: the text ends in the middle", _CUT)
+        return JsonError(f"{where}: the text ends early", _CUT)
     before = text[max(0, error.pos - 200) : error.pos].rstrip()[-1:]
     near = before + rest[0] + rest[1:].lstrip() if before else f" {rest}"
     cause = next((cause for pattern, cause in _CAUSES if re.match(pattern, near)), None)

@@ -1,8 +1,8 @@
-"""JSON as text: strict parsing, and the places of values, so that one number can be replaced.
+"""JSON as text: strict parsing, and the positions of values, so that one number can be replaced.
 
 Python's `json` accepts more than the readers of a checkpoint do (NaN, ``-0``, lone surrogates)
-and forgets where a value stood. Both matter here: what safetensors rejects is rejected, and of
-an edited ``config.json`` every byte outside the edited number stays as it was.
+and does not keep the position of a value. Both matter: input that safetensors rejects is rejected,
+and every byte of a ``config.json`` outside the edited number stays as it was.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def parse_strict(text: str) -> Any:
     """Parse JSON as serde_json does: no duplicate keys, no NaN, no lone surrogates, no ``-0``.
 
     Raises:
-        ValueError: with one line that says what is wrong.
+        ValueError: one line names the fault.
     """
     return _parse(
         text,
@@ -38,17 +38,17 @@ def parse_strict(text: str) -> Any:
 
 
 DEEPEST = 200
-"""Levels of nesting that a config may have; what walks through one needs a stack for each."""
+"""The deepest nesting of a config; a walk through it needs one stack frame a level."""
 
 MOST_DIGITS = 640
-"""Of a whole number; so many Python always takes."""
+"""Digits of an integer; Python always accepts this many."""
 
 
 def parse_lenient(text: str) -> Any:
     """Parse JSON as `json.loads` does (a ``config.json`` may hold ``Infinity``).
 
     Raises:
-        ValueError: with one line that says what is wrong.
+        ValueError: one line names the fault.
     """
     value = _parse(text, parse_int=_whole)
     level, depth = [value], 0
@@ -60,7 +60,7 @@ def parse_lenient(text: str) -> Any:
 
 
 def _parts(value: Any) -> Iterable[Any]:
-    """The objects and arrays right inside a value."""
+    """The objects and arrays directly inside a value."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return (part for part in inner if isinstance(part, (dict, list)))
 
@@ -87,7 +87,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        raise ValueError(f"the key {twice!r} occurs twice in one object")
     return result
 
 
@@ -108,9 +108,9 @@ def _whole(digits: str) -> int:
 
 
 def value_spans(text: str, wanted: Callable[[Path], bool]) -> Iterator[tuple[Path, Span]]:
-    """Yield the path and the character span of every value for which `wanted` says yes.
+    """Yield the path and the character span of every value for which `wanted` is true.
 
-    `text` must be valid JSON (parse it first). A key that stands twice is yielded twice.
+    `text` must be valid JSON (parse it first). A key that occurs twice is yielded twice.
     """
     stack: list[tuple[Path, str, int]] = []  # path, "{" or "[", items so far
     path: Path = ()

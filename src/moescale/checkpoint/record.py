@@ -1,4 +1,4 @@
-"""Where an output says what it is: in a file of its own, or in the header of a GGUF file."""
+"""Where an output keeps its provenance: a file of its own, or the header of a GGUF file."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from moescale.errors import CheckpointError
 
 PROVENANCE = "moescale.json"
 KEY = "moescale.provenance"
-"""The key of a GGUF file that holds the same."""
+"""The key of a GGUF file that holds the provenance."""
 
 Read = Callable[[str, int, int], bytes]
-"""Gives a stretch of a file: its name, from where, and how many bytes at most."""
+"""Reads part of a file: its name, the offset, and the largest number of bytes."""
 
 
 def recorded(files: Mapping[str, int], read: Read) -> bytes | None:
-    """The provenance of an output, as its text; None where there is none.
+    """The text of an output's provenance; None if it has none.
 
     Args:
         files: name and size of all its files.
@@ -40,7 +40,7 @@ def recorded(files: Mapping[str, int], read: Read) -> bytes | None:
 
 
 def names_here(noted: Iterable[str], files: Iterable[str]) -> dict[str, str]:
-    """What the files that an output notes are called where it is: a GGUF set may be renamed."""
+    """Present names of the files that the provenance lists: a GGUF set may have been renamed."""
     here = {part_name(name): name for name in files if is_gguf(name)}
     stems = {part.stem for part in here}
     if len(stems) != 1:

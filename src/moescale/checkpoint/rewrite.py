@@ -1,4 +1,4 @@
-"""The rewriting of one shard as a stream: scaled where planned, copied everywhere else."""
+"""Rewrites one shard as a stream: planned tensors are scaled, everything else is copied."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from moescale.checkpoint.safetensors.header import LENGTH_BYTES
 from moescale.errors import CheckpointError, RewriteError
 
 PIECE = 1 << 20
-"""Bytes that are read and written at once, for each shard that is being rewritten."""
+"""Bytes read and written at a time, for each shard in progress."""
 
 EDIT_PIECE = 1 << 18
-"""Bytes that are edited at once: source, result and a table then stay in the second-level cache."""
+"""Bytes edited at a time: source, result and table then fit into the second-level cache."""
 
 
 class Reader(Protocol):
@@ -50,12 +50,12 @@ class Segment:
 def segments(
     edits: Sequence[TensorEdit], file_size: int, patches: Sequence[Segment] = ()
 ) -> list[Segment]:
-    """Cut a shard into stretches to copy, to replace and to edit; together they are the file.
+    """Split a shard into segments to copy, to replace and to edit; together they are the file.
 
     Args:
-        edits: what happens to which tensor of the shard, in any order.
+        edits: the edits of tensors of the shard, in any order.
         file_size: size of the shard in bytes.
-        patches: what replaces which bytes of the header, or comes between two, in order.
+        patches: replacements of bytes of the header, or insertions, in order.
     """
     result, position = [], 0
     changed = [
@@ -74,8 +74,8 @@ def segments(
 def relaid_header(data: bytes, promoted: Mapping[str, str]) -> bytes:
     """The first bytes of a shard in which some tensors are stored in another dtype.
 
-    Everything keeps its order; dtypes and offsets are new, and the text is padded with spaces to
-    a multiple of eight bytes as safetensors does.
+    The order stays; dtypes and offsets change, and spaces pad the text to a multiple of eight
+    bytes, as in safetensors.
 
     Args:
         data: the old header's JSON.
@@ -104,10 +104,10 @@ def rewrite(
 ) -> dict[str, Rounding]:
     """Send every segment from `reader` to `writer`, in pieces.
 
-    `advance` is called with the size of each piece; what it raises ends the run.
+    `advance` is called with the size of each piece; an exception from it ends the run.
 
     Returns:
-        What there is to know of scales, by tensor.
+        The rounding of scales, by tensor.
 
     Raises:
         RewriteError: a value has no finite result.
@@ -136,7 +136,7 @@ def rewrite(
 
 
 def check_scales(reader: Reader, edits: Iterable[TensorEdit], where: str) -> None:
-    """Edit tensors without writing them, to find beforehand what has no result.
+    """Edit tensors without writing them, to find values without a finite result beforehand.
 
     Raises:
         RewriteError: a value has no finite result.
@@ -161,13 +161,13 @@ def expected(reader: Reader, parts: Iterable[Segment]) -> Iterator[tuple[Segment
 
 
 def _read_replaced(reader: Reader, part: Segment) -> None:
-    """Read what is replaced all the same: a source may digest what it sends."""
+    """Read replaced bytes, too: a source may hash everything that it sends."""
     for _ in pieces(reader, part.start, part.stop):
         pass
 
 
 def pieces(reader: Reader, start: int, stop: int) -> Iterator[memoryview]:
-    """The bytes of a stretch, in pieces of at most 1 MiB; each is valid until the next."""
+    """The bytes from `start` to `stop` in pieces of at most 1 MiB; each is valid until the next."""
     buffer = memoryview(bytearray(min(PIECE, stop - start)))
     while start < stop:
         piece = buffer[: stop - start]
@@ -181,9 +181,9 @@ def edited(
 ) -> Iterator[tuple[memoryview, int]]:
     """The edited bytes of a tensor in pieces; with each, how many values have no finite result.
 
-    `seen` is told what the rounding of block scales does, and whether all scales are 0.
+    `seen` collects the rounding of block scales, and whether all scales are 0.
     """
-    import numpy as np  # here, since a plan needs none: 15 MB and half of the start-up time
+    import numpy as np  # here: a plan does not need its 15 MB and half of the start-up time
 
     from moescale.checkpoint.scaling import holds_no_number, scaler
 
@@ -197,8 +197,8 @@ def edited(
         reader.read_into(source[:size], start)
         if edit.role == "scale" and holds_no_number(edit, source[:size]):
             raise CheckpointError(
-                f"tensor {tensor.name!r}: holds a scale that is no number (NaN or infinite), and so"
-                " is every weight that it belongs to",
+                f"tensor {tensor.name!r}: holds a scale that is NaN or infinite, and so is every"
+                " weight that it belongs to",
                 hint="The tensor is damaged; quantise it again, or fetch it again.",
             )
         empty = empty and not np.frombuffer(source[:size], np.uint8).any()

@@ -1,4 +1,4 @@
-"""What the rounding of scales does to the weights that they belong to."""
+"""The effect of rounding scales on the weights that they belong to."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Rounding:
-    """What the rounding of a tensor's scales did to its weights, relative to exact products.
+    """The effect of rounding a tensor's scales, relative to exact products.
 
     Attributes:
         blocks: blocks seen.
         squares: sum over scales of their squared relative error.
-        counted: how many scales that were not zero are in it.
+        counted: the number of nonzero scales in `squares`.
         worst: the largest relative error of a scale.
         zeroed: scales that became zero.
-        lost: finite scales that have no finite result.
-        empty: the tensor is one of scales, and all of them are 0.
+        lost: finite scales without a finite result.
+        empty: the tensor holds scales, and all of them are 0.
     """
 
     blocks: int = 0
@@ -33,5 +33,5 @@ class Rounding:
         return float((self.squares / self.counted) ** 0.5) if self.counted else 0.0
 
     def as_json(self) -> dict[str, float]:
-        """The numbers for programs."""
+        """The numbers as JSON."""
         return {"rms": self.rms, "worst": self.worst, "zeroed": self.zeroed}

@@ -31,7 +31,7 @@ from moescale.errors import RewriteError
 
 
 def scaler(edit: TensorEdit, seen: Rounding | None = None) -> Scale:
-    """The function that carries out an edit, piece by piece; `seen` is told of blocks alone."""
+    """The function that carries out an edit, piece by piece; `seen` collects blocks only."""
     if edit.operation == "nested_offset":
         return _nested_offset_scaler(edit.tensor.name, edit.factor)
     if (kind := BLOCKS.get(edit.tensor.dtype)) is not None:
@@ -73,7 +73,7 @@ def _table_scaler(table: np.ndarray[Any, np.dtype[np.uint16]], infinity: int) ->
 
 
 def _scale_table_scaler(table: np.ndarray[Any, np.dtype[np.uint16]], infinity: int) -> Scale:
-    """As `_table_scaler`, for scales: what was normal or not zero has to stay so."""
+    """As `_table_scaler`, for scales: normal numbers must stay normal, nonzero ones nonzero."""
     table = table.astype("<u2")
     before, after = np.arange(1 << 16) & 0x7FFF, table & 0x7FFF
     sunk = (after < (infinity & -infinity)) & (before >= (infinity & -infinity))
@@ -103,7 +103,7 @@ def _direct_scaler(
 
 
 def _promoting_scaler(dtype: str, factor: float, scales: bool) -> Scale:
-    """16-bit values to F32: the product is exact but for one rounding to float32."""
+    """16-bit values to F32: the product is rounded once, to float32."""
     narrow = float_16bit(dtype)
 
     def scale(source: Bytes, result: Bytes) -> int:
@@ -126,7 +126,7 @@ def holds_no_number(edit: TensorEdit, data: memoryview) -> bool:
 
 
 def _mend(values: np.ndarray[Any, Any], scaled: np.ndarray[Any, Any]) -> int:
-    """Give NaNs the bits they had, whatever the processor made of them; count new infinities."""
+    """Restore the bits of NaNs, which the processor may have changed; count new infinities."""
     if np.isfinite(scaled).all():
         return 0
     np.copyto(scaled, values, where=np.isnan(values))
@@ -134,7 +134,7 @@ def _mend(values: np.ndarray[Any, Any], scaled: np.ndarray[Any, Any]) -> int:
 
 
 def _underflowed(values: np.ndarray[Any, Any], scaled: np.ndarray[Any, Any]) -> int:
-    """How many numbers that were normal no longer are, or became zero."""
+    """How many normal numbers are no longer normal, or became zero."""
     smallest = np.finfo(scaled.dtype).smallest_normal
     below = np.abs(scaled) < smallest
     if not below.any():
@@ -166,7 +166,9 @@ def _nested_offset_scaler(name: str, factor: float) -> Scale:
             old = parse_strict(text)["nested_offset"] + 0.0
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             why = f"{type(error).__name__}: {error}"
-            raise RewriteError(f"{name}: is no quantisation state of bitsandbytes: {why}") from None
+            raise RewriteError(
+                f"{name}: is not a quantisation state of bitsandbytes: {why}"
+            ) from None
         with np.errstate(all="ignore"):
             before = np.array([old]).astype(np.float32)
             new = before * np.float32(factor)
@@ -174,7 +176,7 @@ def _nested_offset_scaler(name: str, factor: float) -> Scale:
             return 1
         data = _with_offset(text, new[0])
         if len(data) > len(result):
-            raise RewriteError(f"{name}: its new nested_offset {new[0]} does not fit into it")
+            raise RewriteError(f"{name}: has no room for its new nested_offset {new[0]}")
         result[:] = np.frombuffer(data.ljust(len(result)), np.uint8)
         return 0
 
@@ -182,7 +184,7 @@ def _nested_offset_scaler(name: str, factor: float) -> Scale:
 
 
 def _with_offset(text: str, offset: np.float32) -> bytes:
-    """The text with another ``nested_offset``, without spaces where it would become longer.
+    """The text with another ``nested_offset``, without spaces if it would become longer.
 
     bitsandbytes writes the offset as a double with up to 17 digits, and spaces after every comma
     and colon; the shortest decimal of a float32 has 9 digits at most, so it fits.

@@ -1,4 +1,4 @@
-"""The header codec: bytes to names, dtypes, shapes and places, as strict as safetensors.
+"""The header codec: bytes to names, dtypes, shapes and offsets, as strict as safetensors.
 
 Layout of a file: 8 bytes with the length N of the header (unsigned, little-endian), N bytes of
 JSON, then the tensors without holes. Source: the format's description and the checks of
@@ -23,7 +23,7 @@ MAX_HEADER_BYTES = 100_000_000
 
 _U64 = 1 << 64
 _LFS = b"version "
-"""How the small files begin that Git leaves in place of large ones."""
+"""First bytes of the small files that Git leaves in place of large ones."""
 _OTHERS = (
     (b"PK\x03\x04", "a zip file, as torch saves weights"),
     (b"GGUF", "a GGUF file"),
@@ -31,15 +31,21 @@ _OTHERS = (
     (b"\x28\xb5\x2f\xfd", "a zstd file"),
     (b"\x89HDF", "an HDF5 file"),
 )
-"""How files of other kinds begin, which may carry the name of a shard."""
+"""First bytes of other kinds of files that may have the name of a shard."""
 _CUT = "The file is incomplete or has something appended; fetch it again."
-_WRONG = "safetensors refuses such a file, too; the program that wrote it has to write it again."
+_WRONG = "safetensors refuses this file, too; write it again with the program that made it."
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What the header of one shard says; `tensors` is in the order of the data."""
+    """The header of one shard.
+
+    Attributes:
+        tensors: in the order of their data.
+        data_start: offset of the first tensor in the file.
+        file_size: size of the whole file in bytes.
+    """
 
     tensors: tuple[Tensor, ...]
     data_start: int
@@ -47,7 +53,7 @@ class Header:
 
     @property
     def by_name(self) -> dict[str, Tensor]:
-        """The tensors by name, made anew."""
+        """A new mapping from name to tensor."""
         return {tensor.name: tensor for tensor in self.tensors}
 
 
@@ -55,7 +61,7 @@ def header_length(first: bytes, file_size: int, where: str) -> int:
     """The number of header bytes that follow the first eight, checked before they are read.
 
     Raises:
-        CheckpointError: the file is too short, or the length cannot be true.
+        CheckpointError: the file is too short, or the length is impossible.
     """
     if file_size < LENGTH_BYTES or len(first) < LENGTH_BYTES:
         raise _bad(where, f"{file_size} bytes are too few for a safetensors file", _CUT)
@@ -76,7 +82,7 @@ def header_length(first: bytes, file_size: int, where: str) -> int:
             where,
             f"the header claims {length:,} bytes, more than the {MAX_HEADER_BYTES:,} that"
             " safetensors reads",
-            "No reader of the format takes the file: write the model in more shards.",
+            "No reader of the format accepts the file: save the model in more shards.",
         )
     return length
 
@@ -90,8 +96,8 @@ def parse_header(data: bytes, file_size: int, where: str) -> Header:
         where: the file's name, for errors.
 
     Raises:
-        CheckpointError: whenever safetensors would reject the file, and for duplicate names
-            and unknown fields, which it lets pass.
+        CheckpointError: safetensors would reject the file; or a name is duplicate or a field
+            unknown, which safetensors accepts.
     """
     entries = _decode(data, where)
     metadata = entries.pop("__metadata__", None)
@@ -157,7 +163,7 @@ def _tensor(name: str, entry: Any, data_start: int, where: str) -> Tensor:
 
 @functools.lru_cache(maxsize=1024)
 def _same_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """One object for equal shapes: a checkpoint has many tensors and few shapes."""
+    """One object for all equal shapes: a checkpoint has many tensors and few shapes."""
     return shape
 
 
@@ -166,7 +172,7 @@ def _is_sizes(value: Any) -> bool:
 
 
 def _check_places(tensors: list[Tensor], data_start: int, file_size: int, where: str) -> None:
-    """Refuse tensors that do not fill the file: where one ends is where the next starts."""
+    """Refuse tensors that do not fill the file: each must start where the previous one ends."""
     position = data_start
     for tensor in tensors:
         if tensor.start != position:

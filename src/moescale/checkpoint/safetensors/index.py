@@ -1,4 +1,4 @@
-"""Which files of a repo are the shards of the checkpoint, with an index or without."""
+"""Finds the shards of a repo, with an index or without."""
 
 from __future__ import annotations
 
@@ -22,24 +22,29 @@ _PART = re.compile(
     r"(?![0-9])",
     re.IGNORECASE,
 )
-"""Which part of how many a file is, however that is spelled."""
-_ANEW = "Write the index anew, or remove it; the output gets one."
+"""The number of a part and of all parts in a file name, in any spelling."""
+_ANEW = "Write a new index, or remove it; the output gets one."
 _OTHER_WEIGHTS = re.compile(r"(consolidated|adapter_)")
 
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """The shards in the order of their names, and the index that lists them, if there is one."""
+    """The shards of a checkpoint.
+
+    Attributes:
+        names: in order.
+        index: the index that lists them; None without one.
+    """
 
     names: tuple[str, ...]
     index: str | None = None
 
 
 def index_name(files: Iterable[str]) -> str | None:
-    """The index that loaders read: ``model.safetensors.index.json``, or else the only one.
+    """The index that loaders read: ``model.safetensors.index.json``, else the only index.
 
     Raises:
-        CheckpointError: there are several, and none has the usual name.
+        CheckpointError: there are several indexes, none with the usual name.
     """
     found = [name for name in files if name.endswith(INDEX_SUFFIX) and "/" not in name]
     found = [name for name in found if not _OTHER_WEIGHTS.match(name)]
@@ -57,7 +62,7 @@ def parse_index(data: bytes, where: str) -> Mapping[str, str]:
     """The map from tensor to shard of an index.
 
     Raises:
-        CheckpointError: it is not such a map.
+        CheckpointError: the file does not hold such a map.
     """
     try:
         content = parse_strict(decoded(data))
@@ -77,11 +82,11 @@ def parse_index(data: bytes, where: str) -> Mapping[str, str]:
 def shards_without_index(files: Iterable[str]) -> Shards:
     """The shards of a repo that has no index.
 
-    ``model.safetensors`` alone is what loaders take; else all safetensors files of the top
-    folder, which must be complete sets where their names count them.
+    Loaders take ``model.safetensors`` alone if it exists, else all safetensors files of the top
+    folder, which must be complete sets if their names count them.
 
     Raises:
-        CheckpointError: there is none, or a part of a set is missing.
+        CheckpointError: there are no shards, or a part of a set is missing.
     """
     names = sorted(
         name
@@ -100,15 +105,15 @@ def shards_without_index(files: Iterable[str]) -> Shards:
 
 
 def set_of(name: str) -> str:
-    """The name of the set that a file is part of, as its own name counts it; else its own name."""
+    """The name of the set that a numbered file is part of; else the file's own name."""
     return _PART.sub(lambda part: f"#{part['of']}{part['total']}", name)
 
 
 def check_parts(names: Iterable[str]) -> None:
-    """Refuse a set of files that lacks a part; the first may have the number 1 or 0.
+    """Refuse a set of files that lacks a part; numbers start at 1 or 0.
 
     Raises:
-        CheckpointError: with the name of the first file that is missing.
+        CheckpointError: names the first missing file.
     """
     sets: dict[tuple[str, str, str], dict[int, tuple[str, int, str]]] = {}
     for name in names:
@@ -146,7 +151,7 @@ class Absent:
 
 @dataclass(frozen=True, slots=True)
 class Doubled:
-    """A tensor in two shards; the index lists the one in `kept`, or else that is the last."""
+    """A tensor in two shards; `kept` is the one that the index lists, else the last."""
 
     name: str
     kept: str
@@ -155,7 +160,7 @@ class Doubled:
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """Where index and headers differ, and which tensors the index does not list."""
+    """Differences between index and headers, and tensors that the index does not list."""
 
     index: str | None
     absent: tuple[Absent, ...] = ()
@@ -164,14 +169,14 @@ class Faults:
 
     @property
     def names(self) -> list[str]:
-        """The tensors that are not where they should be."""
+        """Names of misplaced and doubled tensors."""
         return [*(absent.name for absent in self.absent), *(two.name for two in self.doubled)]
 
     def check(self, scaled: Collection[str]) -> list[str]:
-        """What the user should know of them.
+        """Warnings for the user.
 
         Raises:
-            CheckpointError: one of the tensors is in `scaled`; loaders may take another one.
+            CheckpointError: one of the tensors is in `scaled`; loaders may read another copy.
         """
         for absent in self.absent:
             if absent.name in scaled:
@@ -199,7 +204,7 @@ class Faults:
             first = self.absent[0]
             yield (
                 f"{self.index} lists {first.name!r} in {first.shard}, which does not hold it"
-                f"{_more(self.absent)}; it is not one to be scaled"
+                f"{_more(self.absent)}; it would not be scaled"
             )
         if self.doubled:
             kept = self.doubled[0]
@@ -218,16 +223,16 @@ def _more(found: Sized) -> str:
 def check_against_headers(
     shards: Shards, listed: dict[str, list[str]] | None, headers: Iterable[tuple[str, Header]]
 ) -> tuple[dict[str, Header], Faults]:
-    """Find every tensor that is not in one shard only, and where the index says.
+    """Find every tensor that is in several shards, or not where the index lists it.
 
     Args:
         shards: the shards and the name of their index.
-        listed: what the index lists, by shard. It is used up, shard by shard: with 100,000
-            tensors both sides are large, and never in memory as a whole together.
-        headers: the header of each shard, read as they are asked for.
+        listed: the tensors that the index lists, by shard. It is consumed shard by shard: with
+            100,000 tensors both sides are large, and never in memory together.
+        headers: the header of each shard, read lazily.
 
     Returns:
-        All headers by shard, of two copies of a tensor only the one that counts; and the faults.
+        All headers by shard, without copies that do not count; and the faults.
     """
     taken: dict[str, Header] = {}
     absent: list[Absent] = []
@@ -253,7 +258,7 @@ def check_against_headers(
 def _doubled(
     headers: Mapping[str, Header], unlisted: Mapping[str, Collection[str]] | None
 ) -> Iterator[Doubled]:
-    """Tensors in two shards; a copy that is listed counts, else the last one, as for loaders."""
+    """Tensors in two shards; a listed copy counts, else the last one, as for loaders."""
     home: dict[str, str] = {}
     copies: dict[str, list[str]] = {}
     for shard, header in headers.items():
