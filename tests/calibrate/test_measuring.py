@@ -293,7 +293,7 @@ LINE = json.dumps({"text": "a" * FEWEST, "tokens": 17})
     ("bad", "why"),
     [
         ("[" * 100_000, "line 4 is not valid JSON"),
-        ('{"text": "a \\ud800"}', "the text of line 4 has half a surrogate pair"),
+        ('{"text": "a \\ud800"}', "the text of line 4 has half of a surrogate pair"),
         ('{"tokens": [1]}', "line 4 has no field text"),
     ],
 )

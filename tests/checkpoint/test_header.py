@@ -201,7 +201,7 @@ def test_refuses_a_deeply_nested_dtype() -> None:
 def test_refuses_duplicate_names() -> None:
     """A tensor that is described twice is refused, since readers differ in which one they take."""
     one = json.dumps(entry(shape=[0], data_offsets=[0, 0]))
-    assert "'a' stands twice" in refused(with_header(f'{{"a":{one},"a":{one}}}'))
+    assert "'a' occurs twice" in refused(with_header(f'{{"a":{one},"a":{one}}}'))
 
 
 def test_refuses_unknown_fields() -> None:

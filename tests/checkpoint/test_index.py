@@ -107,7 +107,7 @@ def test_the_map_of_the_outermost_object_counts(text: str, found: dict[str, str]
     [
         (b"", "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
-        (b'{"weight_map": {"a": "s", "a": "t"}}', "stands twice"),
+        (b'{"weight_map": {"a": "s", "a": "t"}}', "occurs twice"),
         (b"[" * 100_000, "nested"),
         (b"[]", "no weight_map"),
         (b"{}", "no weight_map"),

@@ -182,8 +182,8 @@ def test_strict_parsing_means_the_same(text: str) -> None:
 
 
 STRICT_FAULTS = {
-    '{"a": 1, "a": 2}': "'a' stands twice",
-    '{"x": {"a": 1, "b": 0, "a": 2}}': "'a' stands twice",
+    '{"a": 1, "a": 2}': "'a' occurs twice",
+    '{"x": {"a": 1, "b": 0, "a": 2}}': "'a' occurs twice",
     "[NaN]": "NaN",
     "[Infinity]": "Infinity",
     "[-Infinity]": "-Infinity",
@@ -192,7 +192,7 @@ STRICT_FAULTS = {
     '{"\\udfff": 1}': "surrogate",
     '"\\ud800\\u0041"': "surrogate",
     "[" * 100_000: "nested",
-    "[1": "ends in the middle",
+    "[1": "ends early",
     "": "empty",
     "[1] 2": "Extra data",
     "[01]": "Expecting",

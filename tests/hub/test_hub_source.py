@@ -390,7 +390,10 @@ def test_offline_nothing_is_uploaded(lab: Lab) -> None:
         ((), SRC),
         (("config.json",), "model"),
         (("config.json", "*.safetensors", "*.index.json"), "README.md"),
-        (("*.json", "*.md", "LICENSE", "*.txt", "*.safetensors", "*.py"), ".gitattributes"),
+        (
+            ("*.json", "*.md", "LICENSE", "*.txt", "*.safetensors", "*.py", "*.jinja"),
+            ".gitattributes",
+        ),
     ],
 )
 def test_offline_an_incomplete_cache_is_refused(

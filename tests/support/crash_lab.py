@@ -29,7 +29,7 @@ Tree = Mapping[str, bytes]
 DEADLY = frozenset({"before", "after", "cut", "names"})
 """Faults that a process does not survive; the others are tried in this one, which goes on."""
 
-SECONDS = 20
+SECONDS = 600
 """A run that takes longer than this hangs."""
 
 

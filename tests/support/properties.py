@@ -39,7 +39,7 @@ from moescale.storage.reader import FileReader
 from moescale.version import __version__
 
 NAME = "model-00001-of-00002.safetensors"
-STRICTER = ("stands twice", "needs exactly", "too large", "-0 is not an integer")
+STRICTER = ("occurs twice", "needs exactly", "too large", "-0 is not an integer")
 """What we refuse and safetensors takes: loaders differ in what they make of it."""
 
 

@@ -162,7 +162,7 @@ def open_calibration(
     """A text to measure on, not read yet but for its digest.
 
     Raises:
-        UsageError: it cannot be read.
+        UsageError: the file cannot be read.
     """
     if text is None:
         return Calibration(None, None, loader, keep, progress)

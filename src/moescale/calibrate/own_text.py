@@ -1,4 +1,4 @@
-"""What a model writes by itself: a text to calibrate on where the user gives none."""
+"""Text that the model writes itself, to calibrate on if the user gives none."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SEQUENCES, GUARDED, LENGTH = 64, 16, 256
 
 SEED = 294
 AT_ONCE = 16
-"""Sequences that are written together."""
+"""Sequences written at a time."""
 
 
 def write_text(
@@ -34,12 +34,12 @@ def write_text(
 ) -> Text:
     """Let the model write, at temperature 1, from a fixed seed.
 
-    Sequences are `LENGTH` tokens long, or `context` where the model takes no more. One begins with
+    Sequences are `LENGTH` tokens long, or `context` if the model takes no more. One begins with
     the tokeniser's first token, or with any token where there is none, and goes on past the end of
     a document.
 
     Raises:
-        UnsupportedError: the model does not write.
+        UnsupportedError: the model does not generate text.
     """
     if not hasattr(model, "generate") or not model.can_generate() or _is_encoder_decoder(model):
         raise UnsupportedError(
@@ -89,12 +89,12 @@ def _write(model: Any, first: Tensor, length: int) -> Tensor:
 
 
 def digest_of(text: Text) -> str:
-    """SHA-256 of the token ids, as 32-bit numbers, the low byte first."""
+    """SHA-256 of the token ids as little-endian 32-bit numbers."""
     return hashlib.sha256(struct.pack(f"<{len(text.tokens)}i", *text.tokens)).hexdigest()
 
 
 def keep_text(text: Text, tokeniser: Any, file: Path) -> None:
-    """Write sequences as lines of JSON, each with its tokens; `read_text` takes them again."""
+    """Write sequences as lines of JSON, each with its tokens; `read_text` reads them."""
     assert text.length is not None
     lines = []
     for start in range(0, len(text.tokens), text.length):

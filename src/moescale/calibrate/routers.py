@@ -1,8 +1,8 @@
 """The routers of a running model: their logits multiplied, and their choices seen for many scales.
 
 A router's weight is multiplied exactly as a conversion writes it: by one number, rounded to the
-weight's own dtype. Weights that accelerate keeps on disk are there only inside the module's inner
-forward, so that is where they are exchanged.
+weight's own dtype. Weights that accelerate keeps on disk exist only inside the module's inner
+forward, so they are replaced there.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 class RouterScale:
     """A router whose weight, and whose logit bias if it has one, are multiplied by `scale`.
 
-    With a scale of 1 it is as it was.
+    A scale of 1 changes nothing.
     """
 
     def __init__(self, module: nn.Module, parameters: Sequence[str]) -> None:
-        """`parameters` are the names of the module's own that make its logits."""
+        """`parameters` are the names of the module's parameters that make its logits."""
         self.module = module
         self.scale = 1.0
         self._parameters = parameters
@@ -31,7 +31,7 @@ class RouterScale:
         setattr(module, self._inner, self._run)
 
     def remove(self) -> None:
-        """Leave the module as it was found."""
+        """Restore the module."""
         setattr(self.module, self._inner, self._forward)
 
     def _run(self, *args: Any, **named: Any) -> Any:
@@ -58,14 +58,14 @@ def find_router(
 ) -> tuple[nn.Module, list[str]] | None:
     """The module of a block that makes the logits, and its parameters that do.
 
-    It owns a matrix with one row an expert, and lies outside the experts. None where there is not
-    exactly one.
+    The module has a matrix with one row for each expert, and is not part of the experts. None
+    unless there is exactly one.
 
     Args:
         block: the MoE block.
         experts: its experts.
         total: routed experts.
-        biases: what a bias of the logits is called, where the router has one.
+        biases: names of biases of the logits.
     """
     inside = set(map(id, experts.modules()))
     found = [
@@ -83,7 +83,7 @@ def find_router(
 
 
 class _Chosen(BaseException):
-    """Ends the run of a block where its experts would begin."""
+    """Ends the run of a block before its experts."""
 
     def __init__(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
         self.hidden, self.index, self.weights = hidden, index, weights
@@ -105,15 +105,15 @@ def choices(
     router: RouterScale | None,
     scales: Sequence[float],
 ) -> list[tuple[Tensor, Tensor, Tensor]] | None:
-    """What a block would give its experts, with the router's logits times each scale.
+    """The inputs that a block gives its experts, with the router's logits times each scale.
 
-    Nothing of the experts is computed, and what comes before them (a shared expert) only once.
+    The experts are not computed, and everything before them (a shared expert) only once.
 
     Args:
         block: the MoE block.
         run: runs the block on the inputs in question.
-        experts: the module that gets the choice.
-        router: None where the logits cannot be multiplied: every scale gives the same then.
+        experts: the module that receives the choice.
+        router: None if the logits cannot be multiplied: every scale then gives the same.
         scales: of the router's weight.
 
     Returns:
@@ -149,7 +149,7 @@ def choices(
 
 @contextmanager
 def _once(block: nn.Module, experts: nn.Module, router: nn.Module | None) -> Iterator[None]:
-    """Within this, the block's other parts give again what they gave for the same inputs."""
+    """In this context the block's other parts return their first outputs again."""
     others = [
         child
         for child in block.children()

@@ -1,4 +1,4 @@
-"""Loads a checkpoint with transformers, in the memory that there is, and runs it over a text."""
+"""Loads a checkpoint with transformers, in the available memory, and runs it over a text."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LONGEST = 2_048
 """Tokens of a sequence at most; a shorter context of the model is kept."""
 
 AT_ONCE = 4_096
-"""Tokens that go through the model at once, which bounds the memory of activations."""
+"""Tokens that go through the model at a time, which bounds the memory of activations."""
 
 INSTEAD = "--rule gates needs the router alone, --rule preserve nothing."
 
@@ -48,7 +48,7 @@ def read_config(folder: Path) -> Any:
     """The model's config.
 
     Raises:
-        UnsupportedError: transformers does not know the type, or only by remote code.
+        UnsupportedError: transformers does not know the type, or knows it only by remote code.
     """
     with _quiet():
         raw, _ = transformers.PretrainedConfig.get_config_dict(folder, local_files_only=True)
@@ -63,15 +63,13 @@ def read_config(folder: Path) -> Any:
 
 @contextmanager
 def loaded(folder: Path, config: Any, how: Running) -> Iterator[tuple[PreTrainedModel, list[str]]]:
-    """The model in the dtype that it is stored in.
+    """The model in its stored dtype, and the names of the tensors that it does not use.
 
-    With it come the names of the tensors that it has no use for.
-
-    What exceeds the main memory that it may have lies in a temporary folder, which is removed.
+    Weights that exceed the allowed main memory lie in a temporary folder, which is removed.
 
     Raises:
         UnsupportedError: transformers cannot load it here.
-        SourceError: there is no room for what exceeds the memory.
+        SourceError: the disk has no room for weights that exceed the memory.
     """
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     with _quiet(), tempfile.TemporaryDirectory(prefix="moescale-offload-") as offload:
@@ -114,7 +112,7 @@ def _device_map(how: Running) -> Any:
 
 
 def _memory(how: Running) -> dict[int | str, int] | None:
-    """How much may lie on each device; of the graphics cards what accelerate finds free."""
+    """Memory allowed on each device; on graphics cards, as much as accelerate finds free."""
     if how.max_memory is None:
         return None
     from accelerate.utils import get_max_memory
@@ -134,7 +132,7 @@ def _check_room(folder: Path, size: int) -> None:
 
 
 def _model_class(config: Any) -> Any:
-    """The class that the checkpoint names, else the one that transformers takes for its config."""
+    """The class that the checkpoint names, else the one that transformers chooses."""
     for name in getattr(config, "architectures", None) or ():
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
@@ -144,7 +142,7 @@ def _model_class(config: Any) -> Any:
 
 
 def _check_whole(report: Mapping[str, Iterable[Any]]) -> None:
-    """Refuse a model of which a part was filled with random values."""
+    """Refuse a model with missing weights, which transformers fills with random values."""
     for what in ("missing_keys", "mismatched_keys", "error_msgs", "conversion_errors"):
         if names := sorted(map(str, report.get(what) or ())):
             raise CheckpointError(
@@ -155,7 +153,7 @@ def _check_whole(report: Mapping[str, Iterable[Any]]) -> None:
 
 
 def text_model(model: PreTrainedModel, paths: Iterable[str]) -> nn.Module:
-    """The smallest model inside that holds all these modules: no output layer, no other towers."""
+    """The smallest submodel with all these modules: without output layer and other towers."""
     levels = zip(*(path.split(".") for path in paths), strict=False)
     shared = [level[0] for level in itertools.takewhile(lambda level: len({*level}) == 1, levels)]
     for length in range(len(shared), 0, -1):
@@ -190,7 +188,7 @@ def forward(model: Any, ids: Tensor) -> Any:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the token ids go: to the embedding, or to the first card if that lies on disk."""
+    """The device for token ids: that of the embedding, or the first card if that is on disk."""
     weight = next(iter(model.parameters()))
     if weight.device.type != "meta":
         return weight.device
@@ -199,14 +197,14 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextmanager
 def quiet_run(what: str) -> Iterator[None]:
-    """Run code of transformers: no bars, no warnings, no gradients, and errors of one line."""
+    """Run code of transformers without bars, warnings and gradients; errors become one line."""
     with _quiet(), _in_one_line(what), torch.no_grad():
         yield
 
 
 @contextmanager
 def _in_one_line(what: str) -> Iterator[None]:
-    """Turn whatever the library raises into an error of one line."""
+    """Turn any exception of the library into an error of one line."""
     try:
         yield
     except MoescaleError:

@@ -1,7 +1,7 @@
 """The loss of a running model: as trained, and with other numbers of experts, factors and scales.
 
 Nothing is written: hooks multiply the routed outputs and the routers' weights, which gives what a
-conversion would, but for the rounding of the down-projections.
+conversion would, except for the rounding of the down-projections.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moescale.calibrate.runner import forward
 from moescale.families.projections import Layer
 
 LOGITS = 1 << 24
-"""Logits of a piece that are turned into float32 at once."""
+"""Logits converted to float32 at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +34,11 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What a setting loses, by sequence, in nats a token.
+    """The loss of a setting by sequence, in nats a token.
 
     Attributes:
         losses: cross entropy of the next token, one number a sequence.
-        divergences: KL divergence from the first setting, likewise.
+        divergences: KL divergence from the first setting, one number a sequence.
         tokens: predicted tokens of each sequence.
     """
 
@@ -76,10 +76,10 @@ class Block:
     """A MoE block that a setting acts on.
 
     Attributes:
-        layer: which MoE layer it is.
+        layer: the MoE layer.
         experts: the module that returns the routed sum.
-        router: what multiplies its router; None where that cannot be done.
-        count_attributes: where it keeps the number of experts per token.
+        router: multiplies its router; None if that is impossible.
+        count_attributes: objects and attributes that hold the number of experts per token.
     """
 
     layer: Layer
@@ -90,7 +90,7 @@ class Block:
 
 @contextmanager
 def applied(blocks: Iterable[Block], setting: Setting) -> Iterator[None]:
-    """Run the model so, within this."""
+    """Run the model with this setting in the context."""
     with ExitStack() as stack:
         for block in blocks:
             stack.enter_context(_applied(block, setting))
@@ -130,7 +130,7 @@ def score(
 ) -> list[Score]:
     """Score settings on token ids, in batches of [sequences, length].
 
-    The divergences are from the first setting, the model as it was trained.
+    Divergences are from the first setting, the model as trained.
     """
     losses: list[list[float]] = [[] for _ in settings]
     divergences: list[list[float]] = [[] for _ in settings]

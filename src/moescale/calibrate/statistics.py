@@ -1,4 +1,4 @@
-"""Streaming statistics of one MoE layer: what is kept does not grow with the text."""
+"""Streaming statistics of one MoE layer; their size does not grow with the text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from moescale.factors.samples import Moments
 
 WEIGHTS_KEPT = 4_096
-"""Tokens of a text of whose gate weights the percentiles are taken."""
+"""Tokens of a text whose gate weights the percentiles are taken of."""
 
 _PERCENTILES = (0.1, 0.5, 0.9)
 
@@ -21,8 +21,8 @@ class RunningStatistics:
 
     Attributes:
         experts: experts per token, k.
-        every: of so many tokens, one has its gate weights kept.
-        gain: what the block multiplies the routed sum by afterwards.
+        every: the gate weights of one token in so many are kept.
+        gain: the factor that the block itself applies to the routed sum.
     """
 
     experts: int
@@ -74,5 +74,5 @@ class Cosines:
         self._tokens += len(outputs)
 
     def mean(self) -> float | None:
-        """None where there was none, or one expert per token only."""
+        """The mean; None without tokens, or with one expert per token."""
         return self._sum / self._tokens if self._tokens else None

@@ -1,4 +1,4 @@
-"""The calibration text: what it is, and its tokens."""
+"""The calibration text and its tokens."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from typing import Any
 from moescale.errors import UnsupportedError, UsageError
 
 FEWEST, MOST = 2_048, 65_536
-"""Tokens of a text: fewer are refused, of more the first are taken."""
+"""Limits of a text in tokens: a shorter one is refused, a longer one cut."""
 
 _MOST_BYTES = 32 * MOST
-"""As much of the file is tokenised at most; no tokeniser takes 32 bytes a token on average."""
+"""Bytes of a file to tokenise; no tokeniser needs 32 bytes a token on average."""
 
 _BYTE_VOCABULARY = range(256, 385)
-"""Sizes of a vocabulary of bytes: 256, and as many more tokens as a model may add to them."""
+"""Sizes of a vocabulary of bytes: 256, and the tokens that a model may add."""
 
 _ROWS = range(2, 257)
-"""Lengths of sequences that a model may have written; others are cut as any text is."""
+"""Lengths of sequences that a model may have written; others are cut like any text."""
 
 _HALF_A_PAIR = re.compile(r"[\ud800-\udfff]")
-"""What JSON may spell and UTF-8 may not."""
+"""Halves of surrogate pairs, which JSON can spell and UTF-8 cannot."""
 
 _TOKENISERS = ("tokenizer*", "vocab.*", "spiece.model", "sentencepiece*.model", "*.tiktoken")
 
@@ -39,8 +39,8 @@ class Text:
         tokens: the token ids, at least `FEWEST` and at most `MOST`.
         start: the ids that the tokeniser puts at the beginning of every sequence.
         unit: ``tokens`` of the model's tokeniser, or ``bytes``.
-        cut: the file has more.
-        length: of its sequences, where it is made of some; they begin with `start` already.
+        cut: whether the file has more.
+        length: of its sequences, if it consists of sequences; they begin with `start` already.
     """
 
     tokens: tuple[int, ...]
@@ -50,7 +50,7 @@ class Text:
     length: int | None = None
 
     def split(self, length: int, part: float) -> tuple[Text, Text]:
-        """Two texts; the first is of whole sequences, the second has at least `part`, if it can."""
+        """Split it: whole sequences first, then at least `part` tokens if possible."""
         size = self.length or max(1, length - len(self.start))
         at = max(1, int(len(self.tokens) * (1 - part)) // size) * size
         return replace(self, tokens=self.tokens[:at]), replace(self, tokens=self.tokens[at:])
@@ -60,7 +60,7 @@ def digest(path: Path, option: str = "--calibrate") -> str:
     """SHA-256 of a file.
 
     Raises:
-        UsageError: it cannot be read.
+        UsageError: the file cannot be read.
     """
     if path.exists() and not path.is_file():
         raise UsageError(f"{option} {path}: must be a regular file (it is read twice)")
@@ -72,10 +72,10 @@ def digest(path: Path, option: str = "--calibrate") -> str:
 
 
 def check_kept(path: Path) -> None:
-    """Refuse to write what the model writes over a file that holds anything else.
+    """Refuse to replace a file that holds anything but text that a model wrote.
 
     Raises:
-        UsageError: it does.
+        UsageError: the file holds something else.
     """
     if not path.is_file():
         return
@@ -83,8 +83,8 @@ def check_kept(path: Path) -> None:
         first = file.read(1 << 20).partition(b"\n")[0]
     if first and not (first.startswith(b'{"text": ') and b', "tokens": [' in first):
         raise UsageError(
-            f"--calibrate-out {path}: is there already, and is not what a model wrote",
-            hint="Give another file; what an earlier run has kept there is replaced.",
+            f"--calibrate-out {path}: exists, and is not text that a model wrote",
+            hint="Give another file; only the text of an earlier run is replaced.",
         )
 
 
@@ -93,14 +93,14 @@ def read_text(path: Path, folder: Path, vocabulary: int, option: str = "--calibr
 
     Args:
         path: UTF-8 text; lines of JSON (``.jsonl``) with a field ``text``, or with the ``tokens``
-            that `moescale.calibrate.own_text.keep_text` writes; or anything at all for a model of
+            that `moescale.calibrate.own_text.keep_text` writes; or any file for a model of
             bytes.
-        folder: the checkpoint, which has the tokeniser.
+        folder: the checkpoint with the tokeniser.
         vocabulary: number of the model's token ids.
         option: for errors.
 
     Raises:
-        UsageError: the text is no text, or too short.
+        UsageError: the file is not text, or too short.
         UnsupportedError: the model's tokeniser cannot be used.
     """
     with open(path, "rb") as file:
@@ -129,7 +129,7 @@ def _read(data: bytes, where: str, is_json: bool, folder: Path, vocabulary: int)
 
 
 def _json_lines(text: str, where: str, whole: bool) -> list[dict[str, Any]]:
-    """The objects of lines of JSON; the last line may be cut where the file has more."""
+    """The objects of lines of JSON; the last line may be cut if the file has more."""
     lines = text.split("\n")  # alone: a string may hold every other character that ends a line
     found: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
@@ -145,8 +145,9 @@ def _json_lines(text: str, where: str, whole: bool) -> list[dict[str, Any]]:
             raise UsageError(f"{where}: line {number} has no field text")
         if _HALF_A_PAIR.search(value["text"]):
             raise UsageError(
-                f"{where}: the text of line {number} has half a surrogate pair, which is no letter",
-                hint="Write the text anew as UTF-8, or leave the line out.",
+                f"{where}: the text of line {number} has half of a surrogate pair, which is not a"
+                " character",
+                hint="Save the text as UTF-8 again, or leave the line out.",
             )
         found.append(value)
     return found
@@ -157,7 +158,7 @@ def _given_tokens(rows: Sequence[Any], where: str, vocabulary: int) -> Text:
         good = isinstance(row, list) and all(type(t) is int and 0 <= t < vocabulary for t in row)
         if not good or len(row) != len(rows[0]):
             raise UsageError(
-                f"{where}: the tokens of line {number} are none of this model, or of another length"
+                f"{where}: line {number} has tokens of another model, or another number of them"
             )
     tokens = tuple(token for row in rows for token in row)[:MOST]
     length = len(rows[0])
@@ -165,10 +166,10 @@ def _given_tokens(rows: Sequence[Any], where: str, vocabulary: int) -> Text:
 
 
 def tokeniser_of(folder: Path, vocabulary: int) -> Any:
-    """The model's tokeniser; None where its tokens are bytes.
+    """The model's tokeniser; None if its tokens are bytes.
 
     Raises:
-        UnsupportedError: there is none, or it cannot be loaded.
+        UnsupportedError: the tokeniser is missing or cannot be loaded.
     """
     names = [entry.name for entry in folder.iterdir()]
     if any(fnmatch.filter(names, pattern) for pattern in _TOKENISERS):
@@ -182,7 +183,7 @@ def tokeniser_of(folder: Path, vocabulary: int) -> Any:
 
 
 def _tokenised(words: str, tokeniser: Any) -> Text:
-    # Not verbose, since it would warn of a long text.
+    # Not verbose: it would warn of a long text.
     tokens = tokeniser(words, add_special_tokens=False, verbose=False)["input_ids"]
     both: list[int] = tokeniser("a")["input_ids"]
     bare: list[int] = tokeniser("a", add_special_tokens=False)["input_ids"]
@@ -191,20 +192,20 @@ def _tokenised(words: str, tokeniser: Any) -> Text:
 
 
 def overlap(one: Text, other: Text) -> bool:
-    """Whether a passage of 32 tokens, or of 64 bytes, stands in both."""
+    """Whether both share a passage of 32 tokens, or of 64 bytes."""
     window = 64 if one.unit == "bytes" else 32
     found = {one.tokens[i : i + window] for i in range(len(one.tokens) - window + 1)}
     return any(other.tokens[i : i + window] in found for i in range(len(other.tokens) - window + 1))
 
 
 def _find(part: list[int], whole: list[int]) -> int:
-    """Where a list begins in another one; 0 where it does not."""
+    """The start of one list in another; 0 if it is not there."""
     places = range(len(whole) - len(part) + 1)
     return next((i for i in places if whole[i : i + len(part)] == part), 0)
 
 
 def _decoded(data: bytes, where: str) -> str:
-    """The text, without a letter that the end of what was read cuts in two."""
+    """The text, without a character that the end of the read part cuts in two."""
     whole = len(data) < _MOST_BYTES
     try:
         return data.decode("utf-8-sig")
@@ -213,7 +214,7 @@ def _decoded(data: bytes, where: str) -> str:
             return data[: error.start].decode("utf-8-sig")
         raise UsageError(
             f"{where}: is not UTF-8 text (byte {error.start:,})",
-            hint="Only a model of bytes without a tokeniser takes other files.",
+            hint="Other files are only for models of bytes without a tokeniser.",
         ) from None
 
 
@@ -230,6 +231,6 @@ def _tokeniser(folder: Path) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """What a library says, cut to a line."""
+    """An exception's message, cut to a line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:199] + "…"

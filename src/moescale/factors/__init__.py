@@ -1,1 +1,1 @@
-"""How much: pure functions from router facts or samples to factors."""
+"""Pure functions from facts about routers, or samples of them, to factors."""

@@ -1,10 +1,10 @@
-"""The factor from a formula: what keeps the expected norm of the routed output.
+"""The factor from a formula that keeps the expected norm of the routed output.
 
 ``S_k`` is the sum of ``g_i v_i`` over the top ``k`` experts, with expert outputs ``v_i`` of norm
 ``r`` and pairwise correlation ``rho``. Then ``E|S_k|^2 = r^2 [(1-rho) A_k + rho B_k]`` with
 ``A_k = E[sum g_i^2]`` and ``B_k = E[(sum g_i)^2]``. A balanced gate gives all k experts the same
-weight g, so ``A_k = k g^2`` and ``B_k = (k g)^2``. All of it is computed in fractions and rounded
-once, so that what is exact on paper (a factor of 2, of 1) is exact here.
+weight g, so ``A_k = k g^2`` and ``B_k = (k g)^2``. Everything is computed in fractions and rounded
+once: a factor that is exact on paper (2, or 1) is exact here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from fractions import Fraction
 
 Weight = Callable[[int], Fraction]
-"""From the number of experts per token to the weight of each, up to a constant."""
+"""Gives the weight of each expert for a number of experts per token, up to a constant."""
 
 
 def expected_square(k: int, weight: Weight, rho: float) -> Fraction:

@@ -1,4 +1,4 @@
-"""What a number of experts and a rule cost: the loss on a text of the user's."""
+"""The loss of numbers of experts and rules on the user's text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Run:
         loss: cross entropy, in nats a token.
         difference: its loss minus that of the config edit with the same number.
         standard_error: of that difference, over the sequences of the text, which both saw.
-        written: it is a finished output that was loaded; else nothing was written.
+        written: the loss is of a finished output that was loaded; else nothing was written.
     """
 
     experts: int | tuple[int, ...]
@@ -38,17 +38,17 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The loss on one text of the model as trained, with the config edit, and with rules.
+    """Losses on one text: the model as trained, with the config edit, and with rules.
 
     Attributes:
-        text: what the user calls the file.
+        text: the file's name as the user gave it.
         sha256: its digest.
         tokens: predicted tokens.
-        cut: the file has more than was used.
+        cut: whether the file is longer than the part that was used.
         experts: per token, of the model as trained.
         loss: of the model as trained, in nats a token.
-        runs: everything else; for each number of experts the config edit first.
-        warnings: what the user should know.
+        runs: all other runs; for each number of experts the config edit first.
+        warnings: for the user.
     """
 
     text: str

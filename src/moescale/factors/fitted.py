@@ -1,14 +1,14 @@
 """The rule ``fitted``: one router scale and one factor a layer, in closed form.
 
-Where a model runs with other experts than it was trained with, one factor repairs the size of the
-routed output, and a scale of the router's logits its direction. With ``y_n`` the routed output as
-trained and ``y_m(t)`` that with ``m`` experts and logits times ``t``, over tokens:
+If a model runs with another number of experts than it was trained with, a factor restores the size
+of the routed output, and a scale of the router's logits its direction. Let ``y_n`` be the routed
+output as trained and ``y_m(t)`` the one with ``m`` experts and logits times ``t``; over tokens:
 
-    e(t) = 1 - <y_n, y_m(t)>^2 / (|y_n|^2 |y_m(t)|^2)        what the best factor cannot repair
+    e(t) = 1 - <y_n, y_m(t)>^2 / (|y_n|^2 |y_m(t)|^2)        the part that no factor can restore
     t    = argmin e(t)
     f    = mean |y_n| / mean |y_m(t)|                        keeps the mean norm
 
-The sums behind ``e`` and ``f`` stream: they have one number for each scale of `GRID`.
+The sums behind ``e`` and ``f`` are streamed: one number for each scale of `GRID`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GRID: tuple[float, ...] = tuple(
 """24 scales from 0.4 to 6, evenly spaced in their logarithm, with 1 among them."""
 
 WORTH = 0.01
-"""The scale stays 1 unless the error falls by more than this part of it."""
+"""The scale stays 1 unless the error falls by more than this fraction."""
 
 
 @dataclass(slots=True)
@@ -75,9 +75,9 @@ def fit(sums: FitSums, *, scalable: bool = True) -> Fit:
 
 
 def _vertex(errors: Sequence[float], best: int) -> tuple[float, float]:
-    """Where the parabola through the best point and its neighbours is lowest: position, value.
+    """Position and value of the minimum of the parabola through the best point and its neighbours.
 
-    Positions are those of the grid, in between by the logarithm of the scale.
+    Positions are indices of the grid; between them the logarithm of the scale is interpolated.
     """
     if not 0 < best < len(errors) - 1:
         return float(best), errors[best]
@@ -116,7 +116,7 @@ def _interpolated(values: Sequence[float], position: float) -> float:
 
 
 def factor(sample: Sample) -> float:
-    """The factor of one layer; that of ``measured`` where its experts get no choice to scale."""
+    """The factor of one layer; the one of ``measured`` if the router cannot be scaled."""
     return sample.fit.factor if sample.fit else measured.factor(sample)
 
 
@@ -127,14 +127,14 @@ def scale(sample: Sample) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What one rule loses on text that it was not fitted on, in nats a token.
+    """The loss of one rule on text that it was not fitted on, in nats a token.
 
     Attributes:
         rule: ``none``, ``measured`` or ``fitted``.
         loss: cross entropy.
         difference: its loss minus that of the config edit, on the same sequences.
         standard_error: of that difference.
-        divergence: KL divergence from the model as it was trained.
+        divergence: KL divergence from the model as trained.
         divergence_difference: its divergence minus that of the config edit.
         divergence_error: the standard error of that.
     """
@@ -150,13 +150,13 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """The rules tried on a text that none of them was fitted on, and the one that is taken.
+    """The rules tried on a text that none of them was fitted on, and the one chosen.
 
     Attributes:
-        trained: cross entropy of the model as it was trained, in nats a token.
+        trained: cross entropy of the model as trained, in nats a token.
         tokens: of the text.
-        by: ``loss`` on a text of the user's; ``divergence`` on what the model wrote itself, which
-            says how near a rule is to the trained model, and nothing of its loss.
+        by: ``loss`` on the user's text; ``divergence`` on text that the model wrote itself, which
+            tells how close a rule is to the trained model, but not its loss.
         trials: one for each rule.
     """
 
@@ -167,12 +167,12 @@ class Guard:
 
     @property
     def taken(self) -> str:
-        """The rule with the lowest loss or divergence as it is written; of equals, the first."""
+        """The rule with the lowest loss or divergence, as written; the first of equal ones."""
         return min(self.trials, key=lambda trial: rounded(getattr(trial, self.by))).rule
 
     @classmethod
     def from_json(cls, content: Any) -> Guard | None:
-        """What `as_json` gave; None for anything else, since anybody may have written it."""
+        """The inverse of `as_json`; None for any other value, since anybody may have written it."""
         try:
             trials = tuple(Trial(**run) for run in content["runs"])
             guard = cls(content["trained_loss"], content["tokens"], content["by"], trials)

@@ -1,7 +1,7 @@
 """The factor from the model's own gate weights, with independent or equally correlated experts.
 
-As in `closed_form`, but ``A_k`` and ``B_k`` are those of the model's own router, on inputs that are
-drawn; `routing` finds them.
+As in `closed_form`, but with ``A_k`` and ``B_k`` of the model's own router on random inputs, which
+`moescale.routers.weights` computes.
 """
 
 from __future__ import annotations

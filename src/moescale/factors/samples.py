@@ -1,4 +1,4 @@
-"""What was found out about the routers and the experts of a model, layer by layer.
+"""Samples of the routers and the experts of a model, layer by layer.
 
 Samples come from the model's own router (rule ``gates``) or from running the model over a text
 (rule ``measured``); the rules turn them into factors, the report draws them.
@@ -11,8 +11,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 DIGITS = 6
-"""Significant digits of a factor that was sampled. Matrix products differ in their last bits from
-one machine to the next; the factor, and with it every byte of the output, shall not."""
+"""Significant digits of a sampled factor. The last bits of matrix products differ between machines;
+the factor, and with it every byte of the output, must not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Moments:
         ranks: for each of the k chosen experts, the largest weight first, the 10th, 50th and 90th
             percentile of its gate weight.
         norm: mean Euclidean norm of the routed experts' output, in the units of the hidden state;
-            None where no expert was run.
+            None if no expert was run.
     """
 
     experts: int
@@ -42,16 +42,16 @@ class Moments:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One MoE layer as it was trained and as it will be run.
+    """One MoE layer, as trained and as it will be run.
 
     Attributes:
-        before: with the number of experts that it was trained with.
+        before: with the number of experts of training.
         after: with the new number, weights unchanged.
-        correlation: mean pairwise cosine of the chosen experts' outputs before; None where no
+        correlation: mean pairwise cosine of the chosen experts' outputs, as trained; None if no
             expert was run.
-        fit: router scale and factor of the rule ``fitted``, where that was asked for.
-        error: standard error of the factor of ``gates``, as a part of it, for inputs that were
-            drawn; None where they were not.
+        fit: router scale and factor of the rule ``fitted``; None for other rules.
+        error: relative standard error of the factor of ``gates`` on random inputs; None for other
+            rules.
     """
 
     before: Moments
@@ -63,7 +63,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What one layer's router weight and down-projections are multiplied by.
+    """The multipliers of one layer's router and down-projections.
 
     Attributes:
         scale: of the router's weight and logit bias.
@@ -79,7 +79,7 @@ class Fit:
 
 
 def geometric_mean(values: Collection[float]) -> float:
-    """Of numbers above 0."""
+    """The geometric mean of positive numbers."""
     return math.exp(sum(map(math.log, values)) / len(values))
 
 

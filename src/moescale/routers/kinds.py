@@ -1,13 +1,12 @@
-"""The kinds of routers: how their weights are formed, and where their tensors are.
+"""The kinds of routers: how they form weights, and the names of their tensors.
 
-The rule ``gates`` draws inputs for the router of each layer, and ``--gate-scale`` multiplies its
-weight; both need more of a router than how its weights are normalised. Facts are those of
-transformers 5.24, whose own router modules the tests compare with; types that only remote code
-knows are of these kinds where that code is one of these routers. `architectures` says which model
-type has which.
+The rule ``gates`` draws random inputs for the router of each layer, and ``--gate-scale`` multiplies
+its weight; both need to know more of a router than its normalisation. The facts are those of
+transformers 5.24, and the tests compare with its router modules. A model type with remote code has
+one of these kinds if its code has such a router. `architectures` assigns kinds to model types.
 
-A kind that is new has the names of its tensors after the layer's number, and says how scores are
-made and experts chosen; one that cannot be described so has the reason.
+A new kind needs the names of its tensors after the layer's number, how it makes scores and how it
+chooses experts; a router that does not fit this description needs the reason.
 """
 
 from __future__ import annotations
@@ -19,25 +18,28 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class RouterKind:
-    """How one kind of router works; names are what follows ``layers.{L}.``, the first there counts.
+    """How one kind of router works.
+
+    Names follow ``layers.{L}.``; of several the first that exists counts.
 
     Attributes:
         weight: names of the matrix that makes the logits.
         norm: names of the weight of the norm before the router.
-        bias: names of what is added to the scores for the choice alone; () for nothing.
-        logit_bias: names of what is added to the logits; () for nothing.
+        bias: names of the bias added to the scores for the choice only; () for none.
+        logit_bias: names of the bias added to the logits; () for none.
         score: ``softmax``, ``sigmoid`` or ``sqrtsoftplus``.
         score_key: config key that may name another score.
-        biased_score: the score where there is a `bias` and no key names one.
-        late: experts are chosen by their logits; scores are made of the chosen ones alone.
-        group_best: how many of its best scores a group is chosen by, where the router has groups.
+        biased_score: the score if there is a `bias` and no key names a score.
+        late: experts are chosen by logits, and only their scores are computed.
+        group_best: a group is chosen by the sum of this many of its best scores.
         zero_centred: the norm multiplies by 1 + weight.
-        bias_key: config key that says, by false, that there is no `bias`.
-        bias_optional: models of the type have `bias` or not; the tensors tell.
-        idle_key: config key that counts the experts without weights, which come last.
+        bias_key: config key whose value false means: no `bias`.
+        bias_optional: some models of the type have no `bias`; the tensors tell.
+        idle_key: config key of the number of experts without weights, which come last.
         cap_key: config key of the bound that a tanh squeezes the logits into; 0 for none.
-        grid: the logits are two halves, and each expert has the sum of one of each.
-        not_if: the end of a tensor's name that tells another router, and why it is refused.
+        grid: the logits are two halves; an expert's logit is the sum of one from each.
+        not_if: the end of a tensor's name that marks a router of another kind, and why that is
+            refused.
     """
 
     weight: Sequence[str]
@@ -60,14 +62,14 @@ class RouterKind:
 
 @dataclass(frozen=True, slots=True)
 class OtherRouter:
-    """A router that works otherwise, and how."""
+    """A router that `RouterKind` cannot describe, and why."""
 
     why: str
 
 
 _NORM = "post_attention_layernorm.weight"
 LLAMA_NORM = "ffn_norm.weight"
-"""What Meta's names call the norm before the router, for any type."""
+"""The norm before the router in Meta's naming, for any type."""
 _BIAS = "e_score_correction_bias"
 
 SOFTMAX: Final = RouterKind(("mlp.gate.weight",), (_NORM,))
@@ -79,7 +81,7 @@ SIGMOID: Final = replace(
     score="sigmoid",
     bias=(f"mlp.gate.{_BIAS}", f"mlp.{_BIAS}", "mlp.gate.expert_bias", "mlp.expert_bias"),
 )
-"""DeepSeek-V3: sigmoids; a bias takes part in the choice of groups and experts alone."""
+"""DeepSeek-V3: sigmoids; a bias takes part only in the choice of groups and experts."""
 NEMOTRON: Final = replace(
     SIGMOID,
     weight=("mixer.gate.weight",),
@@ -107,7 +109,7 @@ LING: Final = replace(
     biased_score="sigmoid",
     bias_optional=True,
 )
-"""Bailing: sigmoids where there is a bias, unless a key says otherwise."""
+"""Bailing: sigmoids if there is a bias, unless a key says otherwise."""
 XLLM: Final = replace(
     SOFTMAX,
     score="sigmoid",
@@ -220,4 +222,4 @@ NOT_COMPARED: Final = OtherRouter(
     "its code is not part of transformers, so that nothing could be compared"
 )
 UNKNOWN: Final = OtherRouter("it is not in the table of routers")
-"""Of a model type that only a pattern describes."""
+"""For a model type that only ``--pattern`` describes."""

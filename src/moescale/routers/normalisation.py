@@ -8,7 +8,7 @@ from fractions import Fraction
 
 @dataclass(frozen=True, slots=True)
 class Normalisation:
-    """What the closed forms need to know.
+    """How the weights of the chosen experts are normalised.
 
     Attributes:
         renormalised: the weights of the chosen experts sum to a constant.
@@ -21,7 +21,6 @@ class Normalisation:
     def balanced_weight(self, k: int) -> Fraction:
         """The weight of each of `k` chosen experts at a balanced gate, up to a constant.
 
-        1/k where the weights are renormalised, constant (1/E, of which only ratios matter)
-        where they are not.
+        1/k if the weights are renormalised; else constant (1/E, but only ratios matter).
         """
         return Fraction(1, k + self.shared) if self.renormalised else Fraction(1)

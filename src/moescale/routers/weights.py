@@ -1,4 +1,4 @@
-"""What a router does to inputs that are drawn, for the rule ``gates``.
+"""The weights that a router gives to random inputs, for the rule ``gates``.
 
 The inputs are normal, brought to a root mean square of 1, times the weight of the norm before the
 router. Everything is float64 from bits that never change, so that machines agree in far more digits
@@ -25,7 +25,7 @@ DRAWS: Final = 4096
 """Inputs of a layer."""
 
 _PIECE = 1 << 17
-"""Numbers that are drawn at once: 2 MiB of them, and a few times that in between."""
+"""Numbers drawn at a time: 2 MiB, and temporarily a few times that."""
 
 _FEW, _COLUMNS = 64, 1024
 """An input with so few numbers more than logits is drawn itself; columns of a router at once."""
@@ -33,20 +33,20 @@ _FEW, _COLUMNS = 64, 1024
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """How a router makes the weights of the chosen experts out of its logits.
+    """How a router turns logits into the weights of the chosen experts.
 
     Constants that multiply all weights are left out: they cancel.
 
     Attributes:
-        score: what makes scores of logits.
-        late: experts are chosen by their logits, and scores are made of the chosen ones alone.
+        score: the function from logits to scores.
+        late: experts are chosen by logits, and only their scores are computed.
         normalised: the weights of the chosen experts are divided by their sum.
         groups: groups of experts, and how many of them a token may choose from; None for no limit.
-        group_best: how many of its best scores a group is chosen by, added up.
-        shared: the last logits are those of so many shared experts, which take part in the sum.
-        idle: the last experts without weights; what they were given counts as 0.
-        grid: the logits are two halves, and each expert has the sum of one of each.
-        cap: logits are squeezed into -cap to cap by a tanh; None to leave them.
+        group_best: a group is chosen by the sum of this many of its best scores.
+        shared: number of shared experts, which have the last logits and take part in the sum.
+        idle: number of experts without weights, which come last; their weights count as 0.
+        grid: the logits are two halves; an expert's logit is the sum of one from each.
+        cap: a tanh squeezes logits into -cap to cap; None for no bound.
     """
 
     score: Score = "softmax"
@@ -119,7 +119,7 @@ def _prepared(logits: Array, gate: Gate) -> Array:
 
 
 def _best(scores: Array, k: int) -> np.ndarray[Any, np.dtype[np.intp]]:
-    """The places of the `k` best of each row, in any order; of equals, any."""
+    """Indices of the `k` largest of each row, in any order; ties are broken arbitrarily."""
     if k >= scores.shape[1]:
         return np.broadcast_to(np.arange(scores.shape[1]), scores.shape)
     return np.argpartition(-scores, k - 1, axis=1)[:, :k]
