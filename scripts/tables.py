@@ -15,7 +15,7 @@ from pathlib import Path
 
 import typer
 
-from moescale.cli import Showing, app
+from moescale.cli import OutputOptions, app
 from moescale.families import architectures, formats, llama_cpp
 from moescale.families.listing import ModelType, model_types
 from moescale.options import ConvertOptions, option_rows
@@ -61,7 +61,7 @@ def counts() -> str:
 def options_table() -> str:
     """Every option of the command, with its help text."""
     command = typer.main.get_command(app)
-    rows = option_rows(Showing) | option_rows(ConvertOptions)
+    rows = option_rows(OutputOptions) | option_rows(ConvertOptions)
     lines = ["| option | meaning |", "|---|---|"]
     for parameter in command.params:
         if parameter.param_type_name == "option":

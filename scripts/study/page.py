@@ -212,7 +212,7 @@ def panel(results: Results) -> str:
     series = [
         chart.Series(
             ", ".join(dict.fromkeys(RULES[rule] for rule in rules)),
-            chart.LOOKS[rules[0]],
+            chart.LINE_STYLES[rules[0]],
             list(enumerate(line)),
         )
         for line, rules in names.items()

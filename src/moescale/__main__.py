@@ -7,11 +7,11 @@ from moescale import interrupts
 
 def main() -> None:
     """Run the command; Ctrl-C is one line from the first moment on, while imports go on too."""
-    interrupts.listen()
+    interrupts.install_handlers()
     try:
         from moescale import cli
     except KeyboardInterrupt:
-        interrupts.leave()
+        interrupts.exit_now()
     cli.main()
 
 

@@ -35,7 +35,7 @@ from moescale.conversion.previous import (
 )
 from moescale.conversion.record import read_record
 from moescale.conversion.run import fill_digests, run, status_of
-from moescale.conversion.verify import verify as proven
+from moescale.conversion.verify import verify_files
 from moescale.errors import (
     DestinationError,
     MoescaleError,
@@ -49,7 +49,7 @@ from moescale.families.architectures import ROWS, known_types
 from moescale.families.listing import ModelType
 from moescale.options import (
     RULES,
-    RUN,
+    RUN_RULES,
     CompareOptions,
     ConvertOptions,
     Fold,
@@ -59,19 +59,19 @@ from moescale.options import (
     Rule,
     StrPath,
     VerifyOptions,
-    documented,
-    no_place,
+    not_a_path,
     options_of,
+    signature_and_doc,
     wrong_keyword,
 )
 from moescale.planning.decide import make_plan
 from moescale.planning.plan import Plan
 from moescale.planning.provenance import same_decisions
 from moescale.planning.several import Several
-from moescale.report.progress import shown
-from moescale.report.view import REPORT
+from moescale.report.progress import progress_callbacks
+from moescale.report.view import PLAN_VIEW
 from moescale.results import Record, Result, Status
-from moescale.storage.base import Destination, Phase, Progress, Source
+from moescale.storage.base import Destination, Phase, Progress, Source, no_progress
 from moescale.storage.location import (
     Location,
     destination_location,
@@ -98,15 +98,11 @@ Measuring = Callable[[int, int], None]
 """Called with tokens that a model ran over, or layers that ``gates`` sampled: done, and in all."""
 
 
-def _silent(*_: object) -> None:
-    """Default callback: ignore."""
-
-
 def _with_options(keywords: type) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Show the options of a verb in its signature and docstring, and refuse other keywords."""
 
     def decorate(verb: Callable[_P, _R]) -> Callable[_P, _R]:
-        signature, rows = documented(verb, keywords)
+        signature, rows = signature_and_doc(verb, keywords)
 
         @wraps(verb)
         def checked(*args: _P.args, **given: _P.kwargs) -> _R:
@@ -114,7 +110,7 @@ def _with_options(keywords: type) -> Callable[[Callable[_P, _R]], Callable[_P, _
                 raise TypeError(wrong_keyword(verb.__name__, unknown, [*signature.parameters]))
             places = (*args, given.get("source"), given.get("destination"))
             if wrong := [p for p in places if not isinstance(p, str | os.PathLike | None)]:
-                raise TypeError(no_place(verb.__name__, wrong[0]))
+                raise TypeError(not_a_path(verb.__name__, wrong[0]))
             return verb(*args, **given)
 
         setattr(checked, "__signature__", signature)  # noqa: B010 - mypy knows no such attribute
@@ -129,7 +125,7 @@ def plan(
     source: StrPath,
     destination: StrPath | None = None,
     *,
-    measuring: Measuring = _silent,
+    measuring: Measuring = no_progress,
     **options: Unpack[PlanOptions],
 ) -> Plan:
     """Decide what a conversion would do; reads the config, the index and the shard headers.
@@ -162,10 +158,10 @@ def plan(
     to = None if destination is None else destination_location(destination)
     _check_files(options, at, to)
     with _loader(options) as loader:
-        wanted, calibration = _asked(options, measuring, loader)
+        wanted, calibration = _parsed_options(options, measuring, loader)
         if to is None:
             reader = _source(at, None, options)
-            made = _made(reader, wanted, None, calibration, measuring)
+            made = _make_plan(reader, wanted, None, calibration, measuring)
         else:
             check_apart(at, to, revision)
             overwrite = options.get("overwrite", False)
@@ -173,13 +169,13 @@ def plan(
             try:
                 opened = _destination(to, options, reader)
             except DestinationError as error:
-                made = _refused(_made(reader, wanted, to, calibration, measuring), error)
+                made = _with_refusal(_make_plan(reader, wanted, to, calibration, measuring), error)
             else:
-                made = _trial(reader, opened, to, wanted, calibration, measuring, overwrite)
+                made = _dry_run(reader, opened, to, wanted, calibration, measuring, overwrite)
         if options.get("evaluate") is not None:
-            losses = _evaluated([made], reader, options, measuring, loader)
+            losses = _evaluate([made], reader, options, measuring, loader)
             made = replace(made, evaluation=losses)
-    return _drawn(made, report)
+    return _with_report(made, report)
 
 
 @_with_options(CompareOptions)
@@ -188,7 +184,7 @@ def compare(
     *,
     experts: Sequence[int],
     rules: Sequence[Rule | None] = (None,),
-    measuring: Measuring = _silent,
+    measuring: Measuring = no_progress,
     **options: Unpack[CompareOptions],
 ) -> Several:
     """Plan every number of experts with every rule, side by side; writes nothing.
@@ -212,23 +208,23 @@ def compare(
     own: Text | None = None
     with _loader(options) as loader:
         for count, rule in product(dict.fromkeys(experts), dict.fromkeys(rules)):
-            kept = {k: v for k, v in options.items() if rule in RUN or k not in _FOR_RUNS}
+            kept = {k: v for k, v in options.items() if rule in RUN_RULES or k not in _RUN_OPTIONS}
             given: Any = {**kept, "experts": count, "rule": rule}
-            wanted, calibration = _asked(given, measuring, loader)
+            wanted, calibration = _parsed_options(given, measuring, loader)
             reader = reader or _source(at, None, options)
             if calibration is not None:
                 calibration.use(own)
-            made.append(_made(reader, wanted, None, calibration, measuring))
+            made.append(_make_plan(reader, wanted, None, calibration, measuring))
             own = calibration.own if calibration is not None else own
         if not made or reader is None:
             raise UsageError("--experts is missing: how many experts a token shall be sent to")
         if options.get("evaluate") is not None:
-            losses = _evaluated(made, reader, options, measuring, loader)
+            losses = _evaluate(made, reader, options, measuring, loader)
     table = Several(tuple(made), losses)
-    return replace(table, remarks=tuple(_hindrances(table, options.get("report"))))
+    return replace(table, remarks=tuple(_report_warnings(table, options.get("report"))))
 
 
-_FOR_RUNS = frozenset({"calibrate", "calibrate_out", "max_memory", "device", "evaluate"})
+_RUN_OPTIONS = frozenset({"calibrate", "calibrate_out", "max_memory", "device", "evaluate"})
 """Options of runs of the model."""
 
 
@@ -238,9 +234,9 @@ def convert(
     destination: StrPath,
     *,
     progress: Progress | bool | None = None,
-    phase: Phase = _silent,
-    planned: Callable[[Plan], None] = _silent,
-    measuring: Measuring = _silent,
+    phase: Phase = no_progress,
+    planned: Callable[[Plan], None] = no_progress,
+    measuring: Measuring = no_progress,
     **options: Unpack[ConvertOptions],
 ) -> Result:
     """Rescale a checkpoint; continues an interrupted run of the same job.
@@ -290,48 +286,48 @@ def convert(
             hint="--dry-run --evaluate shows the loss before anything is written.",
         )
     if not check and not evaluate:
-        _check_asked(options)
+        _check_values(options)
     _check_jobs(jobs)
     check_apart(at, to, revision)
     reader = _source(at, to, options)
     opened = _destination(to, options, reader)
-    with shown(progress, phase) as (step, begin), _pool(options.get("dask")) as pool:
+    with progress_callbacks(progress, phase) as (step, begin), _pool(options.get("dask")) as pool:
         with _loader(options) as loader:
             there = opened if check or evaluate else None
-            wanted, calibration = _asked(options, measuring, loader, there)
+            wanted, calibration = _parsed_options(options, measuring, loader, there)
             check_not_source(reader, opened)
-            made = _made(reader, wanted, to, calibration, measuring, opened, overwrite)
-        plan = _drawn(_with_room(made, opened), report)
+            made = _make_plan(reader, wanted, to, calibration, measuring, opened, overwrite)
+        plan = _with_report(_with_space_warning(made, opened), report)
         planned(plan)
         if plan.changes_nothing:
             return Result(plan, "nothing", False)
         jobs = jobs or _default_jobs(opened, pool)
-        worded = with_original_options(plan, reader, opened)
+        original = with_original_options(plan, reader, opened)
         rounding: Mapping[str, Rounding] = {}
-        if check and overwrite and _may_repair(worded, opened):
-            status = _repair(worded, reader, opened, jobs, step, begin, pool)
+        if check and overwrite and _may_repair(original, opened):
+            status = _repair(original, reader, opened, jobs, step, begin, pool)
         else:
             begin("writing", plan.large_sizes)
             outcome = run(
-                worded, reader, opened, jobs=jobs, overwrite=overwrite, progress=step, pool=pool
+                original, reader, opened, jobs=jobs, overwrite=overwrite, progress=step, pool=pool
             )
             status, rounding = outcome.status, outcome.rounding
             if check:
                 begin("verifying", plan.large_sizes)
-                verify_output(worded, reader, opened, jobs, step, pool)
+                _verify_output(original, reader, opened, jobs, step, pool)
             else:
                 _check_status(status, to)
         if evaluate:
             with _loader(options) as loader:
-                losses = _evaluated([plan], reader, options, measuring, loader, to.path)
+                losses = _evaluate([plan], reader, options, measuring, loader, to.path)
             plan = replace(plan, evaluation=losses)
     received = [f"{bytes_text(reader.received)} received"] if reader.received else []
     rounded = {name: seen for name, seen in rounding.items() if seen.blocks}
-    found = tuple(_of_scales(rounding))
+    found = tuple(_scale_warnings(rounding))
     return Result(plan, status, check, opened.url, (*received, *opened.remarks), rounded, found)
 
 
-def _of_scales(seen: Mapping[str, Rounding]) -> Iterator[str]:
+def _scale_warnings(seen: Mapping[str, Rounding]) -> Iterator[str]:
     """What the user should know of scales that were written."""
     if empty := sorted(name for name, one in seen.items() if one.empty):
         yield (
@@ -346,7 +342,7 @@ def verify(
     destination: StrPath,
     *,
     progress: Progress | bool | None = None,
-    measuring: Measuring = _silent,
+    measuring: Measuring = no_progress,
     **options: Unpack[VerifyOptions],
 ) -> Result:
     """Prove that `destination` is what `convert` with the same options makes of `source`.
@@ -379,14 +375,14 @@ def verify(
     to = destination_location(destination)
     reader = open_source(source_location(source), options.get("revision"))
     opened = open_destination(to, gguf_set=reader.gguf_set)
-    with shown(progress) as (step, begin), _pool(options.get("dask")) as pool:
+    with progress_callbacks(progress) as (step, begin), _pool(options.get("dask")) as pool:
         with _loader(options) as loader:
-            wanted, calibration = _asked(options, measuring, loader, opened)
-            plan = _made(reader, wanted, to, calibration, measuring, opened)
+            wanted, calibration = _parsed_options(options, measuring, loader, opened)
+            plan = _make_plan(reader, wanted, to, calibration, measuring, opened)
         check_same_job(plan, opened)
         plan = with_original_options(plan, reader, opened)
         begin("verifying", plan.large_sizes)
-        verify_output(plan, reader, opened, jobs or _default_jobs(opened, pool), step, pool)
+        _verify_output(plan, reader, opened, jobs or _default_jobs(opened, pool), step, pool)
     return Result(plan, "done", True)
 
 
@@ -471,7 +467,7 @@ def _destination(to: Location, given: PlanOptions, source: Source) -> Destinatio
     return destination
 
 
-def _evaluated(
+def _evaluate(
     plans: Sequence[Plan],
     source: Source,
     given: PlanOptions | CompareOptions,
@@ -496,7 +492,7 @@ def _evaluated(
     )
 
 
-def _asked(
+def _parsed_options(
     given: PlanOptions | VerifyOptions,
     measuring: Measuring,
     loader: Loader,
@@ -509,7 +505,7 @@ def _asked(
     Raises:
         UsageError: an option is wrong by itself.
     """
-    _check_running(given)
+    _check_run_options(given)
     rule, text, keep = given.get("rule"), given.get("calibrate"), given.get("calibrate_out")
     asked = any(given.get(name) is not None for name in Rescaling.__annotations__)
     if destination is not None and not asked:
@@ -519,10 +515,10 @@ def _asked(
                 " with",
                 hint="Alone it takes the options from the moescale.json of a finished output.",
             )
-        if there.rule not in RUN:
+        if there.rule not in RUN_RULES:
             return there, None
         return there, open_calibration(None, loader, progress=measuring)
-    if text is None and rule not in RUN:
+    if text is None and rule not in RUN_RULES:
         return options_of(given, None), None
     calibration = open_calibration(
         None if text is None else Path(expand_user(text)),
@@ -542,9 +538,9 @@ def _loader(given: PlanOptions | CompareOptions | VerifyOptions) -> Loader:
     return Loader(running(given.get("max_memory"), given.get("device")))
 
 
-def _check_running(given: PlanOptions | VerifyOptions) -> None:
+def _check_run_options(given: PlanOptions | VerifyOptions) -> None:
     """Refuse options of a run of the model where there is none."""
-    text, fits = given.get("calibrate"), given.get("rule") in RUN
+    text, fits = given.get("calibrate"), given.get("rule") in RUN_RULES
     runs = fits or given.get("evaluate") is not None
     for name, goes in {"max_memory": runs, "device": runs, "calibrate_out": fits}.items():
         if given.get(name) is not None and not goes:
@@ -559,7 +555,7 @@ def _check_running(given: PlanOptions | VerifyOptions) -> None:
         )
 
 
-def _check_asked(given: Rescaling) -> None:
+def _check_values(given: Rescaling) -> None:
     """Refuse wrong values before anything else is looked at; a text is a file here, not read."""
     text = given.get("calibrate")
     options_of(given, None if text is None else os.fspath(text))
@@ -584,7 +580,7 @@ def _repair(
     """Write again exactly the files of a finished output that differ, and prove them."""
     output, sizes = destination.open_output(), plan.large_sizes
     phase("verifying", sizes)
-    proof = proven(plan, source, output, jobs=jobs, progress=progress, pool=pool)
+    proof = verify_files(plan, source, output, jobs=jobs, progress=progress, pool=pool)
     if not proof.differences:
         fill_digests(destination, plan, proof.written, output)
         return "done"
@@ -602,7 +598,7 @@ def _repair(
     )
     again, only = destination.open_output(), sizes.keys() - keep.keys()
     phase("verifying", {name: sizes[name] for name in only})
-    mended = proven(plan, source, again, jobs=jobs, only=only, progress=progress, pool=pool)
+    mended = verify_files(plan, source, again, jobs=jobs, only=only, progress=progress, pool=pool)
     mended.raise_if_different()
     fill_digests(destination, plan, {**mended.written, **keep}, again)
     return "repair"
@@ -636,12 +632,12 @@ def _check_files(
         check_kept(Path(expand_user(text)))
 
 
-def _drawn(plan: Plan, file: StrPath | None) -> Plan:
+def _with_report(plan: Plan, file: StrPath | None) -> Plan:
     """The plan, with a warning of what hinders its page."""
-    return replace(plan, warnings=(*plan.warnings, *_hindrances(plan, file)))
+    return replace(plan, warnings=(*plan.warnings, *_report_warnings(plan, file)))
 
 
-def _hindrances(found: Plan | Several, file: StrPath | None) -> list[str]:
+def _report_warnings(found: Plan | Several, file: StrPath | None) -> list[str]:
     """Draw a page; what hinders that is no error, since what it shows may have taken hours."""
     if file is not None:
         from moescale.report import page
@@ -653,7 +649,7 @@ def _hindrances(found: Plan | Several, file: StrPath | None) -> list[str]:
     return []
 
 
-def _trial(
+def _dry_run(
     source: Source,
     destination: Destination,
     to: Location,
@@ -665,20 +661,20 @@ def _trial(
     """A plan that no run follows: what a run would be refused for is a warning."""
     try:
         beside = None if destination.remote else destination
-        made = _made(source, wanted, to, calibration, measuring, beside, overwrite)
+        made = _make_plan(source, wanted, to, calibration, measuring, beside, overwrite)
     except DestinationError:  # a run would be refused, but a dry run shows what it would do
-        made = _made(source, wanted, to, calibration, measuring)
+        made = _make_plan(source, wanted, to, calibration, measuring)
     try:
         if not destination.remote:
-            worded = with_original_options(made, source, destination)
-            _check_status(status_of(worded, source, destination, overwrite), to)
+            original = with_original_options(made, source, destination)
+            _check_status(status_of(original, source, destination, overwrite), to)
             destination.check_writable()
-        return _with_room(made, destination)
+        return _with_space_warning(made, destination)
     except DestinationError as error:
-        return _refused(made, error)
+        return _with_refusal(made, error)
 
 
-def _refused(plan: Plan, error: DestinationError) -> Plan:
+def _with_refusal(plan: Plan, error: DestinationError) -> Plan:
     """The plan, with a warning of what a run would be refused for."""
     refusal = f"a run would be refused: {error}".replace("\n", ". ")
     return replace(plan, warnings=(*plan.warnings, refusal))
@@ -725,7 +721,7 @@ def _check_status(status: Status, destination: Location) -> None:
         )
 
 
-def _with_room(plan: Plan, destination: Destination) -> Plan:
+def _with_space_warning(plan: Plan, destination: Destination) -> Plan:
     """The plan, with a warning where the disk has less room than the output needs.
 
     Where blocks may be shared with the source, it is no refusal: a copy of them needs no room.
@@ -751,7 +747,7 @@ def _with_room(plan: Plan, destination: Destination) -> Plan:
     return replace(plan, warnings=(*plan.warnings, warning))
 
 
-def _made(
+def _make_plan(
     source: Source,
     wanted: Options,
     to: Location | None,
@@ -766,19 +762,19 @@ def _made(
     else:
         made = measured_plan(source, wanted, to, calibration, destination, overwrite)
     remarks = () if to is None else remarks_on(to)
-    return replace(made, view=REPORT, warnings=(*made.warnings, *remarks))
+    return replace(made, view=PLAN_VIEW, warnings=(*made.warnings, *remarks))
 
 
-def verify_output(
+def _verify_output(
     plan: Plan,
     source: Source,
     destination: Destination,
     jobs: int,
-    progress: Progress = _silent,
+    progress: Progress = no_progress,
     pool: Pool | None = None,
 ) -> None:
     """Verify a finished output, and note the digests in its provenance."""
     output = destination.open_output()
-    proof = proven(plan, source, output, jobs=jobs, progress=progress, pool=pool)
+    proof = verify_files(plan, source, output, jobs=jobs, progress=progress, pool=pool)
     proof.raise_if_different()
     fill_digests(destination, plan, proof.written, output)

@@ -127,7 +127,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-class Showing(TypedDict, total=False):
+class OutputOptions(TypedDict, total=False):
     """What only the command has: whether it runs, and what it prints."""
 
     dry_run: Annotated[
@@ -165,7 +165,7 @@ class Showing(TypedDict, total=False):
 
 def _parameters() -> list[inspect.Parameter]:
     """The parameters of the command, as Typer reads them from a signature."""
-    rows = option_rows(Rescaling) | option_rows(Showing) | option_rows(ConvertOptions)
+    rows = option_rows(Rescaling) | option_rows(OutputOptions) | option_rows(ConvertOptions)
     source, destination = typer.Argument(metavar="SRC"), typer.Argument(metavar="DST")
     version = typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     return [
@@ -185,7 +185,7 @@ _rank = _PANELS.index
 def _option(name: str, row: Option) -> inspect.Parameter:
     option = typer.Option(
         *row.spellings(name),
-        parser=_counts if name == "experts" else None,
+        parser=_parse_counts if name == "experts" else None,
         metavar=row.metavar or None,
         help=row.help,
         rich_help_panel=row.panel,
@@ -198,7 +198,7 @@ def _option(name: str, row: Option) -> inspect.Parameter:
     return _parameter(name, Annotated[kind, option], False if yes_or_no else None)
 
 
-def _counts(text: str) -> list[int]:
+def _parse_counts(text: str) -> list[int]:
     """One number of experts, or several with commas."""
     return [int(number) for number in text.split(",")]
 
@@ -209,7 +209,7 @@ def _parameter(name: str, kind: Any, default: Any) -> inspect.Parameter:
 
 
 def _command(source: str | None, destination: str | None, version: bool, **given: Any) -> None:
-    shown = {name: given.pop(name) for name in Showing.__annotations__}
+    shown = {name: given.pop(name) for name in OutputOptions.__annotations__}
     as_json, quiet, verbose = shown["json"], shown["quiet"], shown["verbose"]
     # before numpy starts threads, which wait for each other on a busy machine
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -218,12 +218,16 @@ def _command(source: str | None, destination: str | None, version: bool, **given
     try:
         if shown["list_types"]:
             _list_types(as_json)
-        elif source is None or (source in _VERBS and not os.path.lexists(source)):
-            raise _no_verb(source) if source else errors.UsageError("SRC is missing", hint=_USUAL)
+        elif source is None or (source in _SUBCOMMANDS and not os.path.lexists(source)):
+            raise (
+                _no_subcommand(source)
+                if source
+                else errors.UsageError("SRC is missing", hint=_USAGE_HINT)
+            )
         elif len(counts := given.pop("experts") or []) > 1 or "," in (given["rule"] or ""):
-            _check_alone(shown, destination)
+            _check_table_only(shown, destination)
             _compare(source, counts, given, as_json)
-        elif shown["dry_run"] and destination is None and not _asks(given, counts):
+        elif shown["dry_run"] and destination is None and not _has_job(given, counts):
             _show_record(source, given["revision"], given["verify"], as_json, quiet)
         elif shown["dry_run"]:
             wanted = {name: given[name] for name in option_rows(PlanOptions) if name in given}
@@ -238,9 +242,9 @@ def _command(source: str | None, destination: str | None, version: bool, **given
         raise errors.InterruptedRun(interrupts.MESSAGE) from None
 
 
-_USUAL = f"Try: moescale {USAGE.removesuffix(' [OPTIONS]')}, or moescale --help."
+_USAGE_HINT = f"Try: moescale {USAGE.removesuffix(' [OPTIONS]')}, or moescale --help."
 
-_VERBS: Mapping[str, tuple[str, ...]] = {
+_SUBCOMMANDS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("convert", "rescale", "run", "scale"), ()),
     **dict.fromkeys(("plan", "inspect", "show", "info"), ("--dry-run",)),
     "verify": ("--verify",),
@@ -250,18 +254,18 @@ _VERBS: Mapping[str, tuple[str, ...]] = {
 }
 """Subcommands that people try, and the options that do the same."""
 
-_ALONE = ("--version", "--help", "--list-types")
+_STANDALONE = ("--version", "--help", "--list-types")
 """Options that need nothing else."""
 
 
-def _no_verb(verb: str) -> errors.UsageError:
+def _no_subcommand(verb: str) -> errors.UsageError:
     """What somebody who tried a subcommand is told: the line that does it."""
     rest = sys.argv[1:]
     rest.remove(verb)
-    options = [option for option in _VERBS[verb] if option not in rest]
-    line = shlex.join(["moescale", *(() if set(options) & {*_ALONE} else rest), *options])
+    options = [option for option in _SUBCOMMANDS[verb] if option not in rest]
+    line = shlex.join(["moescale", *(() if set(options) & {*_STANDALONE} else rest), *options])
     if not rest and not options:
-        return errors.UsageError(f"{verb}: there are no subcommands", hint=_USUAL)
+        return errors.UsageError(f"{verb}: there are no subcommands", hint=_USAGE_HINT)
     return errors.UsageError(f"{verb}: there are no subcommands", hint=f"Try: {line}")
 
 
@@ -276,7 +280,7 @@ def _list_types(as_json: bool) -> None:
         print(terminal.types_text(types))
 
 
-def _asks(given: dict[str, Any], counts: list[int]) -> bool:
+def _has_job(given: dict[str, Any], counts: list[int]) -> bool:
     """Whether the options say what shall be made of a model."""
     ways = ("factor", "factors", "gate_scale", "rule", "evaluate")
     return bool(counts) or any(given[name] is not None for name in ways)
@@ -301,7 +305,7 @@ def _show_record(place: str, revision: str | None, check: bool, as_json: bool, q
         print(terminal.record_text(record))
 
 
-def _check_alone(shown: Mapping[str, Any], destination: str | None) -> None:
+def _check_table_only(shown: Mapping[str, Any], destination: str | None) -> None:
     """Several plans are for looking at.
 
     Raises:
@@ -323,7 +327,7 @@ def _compare(source: str, counts: list[int], given: dict[str, Any], as_json: boo
 
     wanted = {name: given[name] for name in option_rows(CompareOptions)}
     rules = given["rule"].split(",") if given["rule"] else [None]
-    measuring = progress.measuring(None if as_json else sys.stderr)
+    measuring = progress.measuring_printer(None if as_json else sys.stderr)
     table = api.compare(source, experts=counts, rules=rules, measuring=measuring, **wanted)
     for warning in table.warnings:
         _print_warning(warning)
@@ -334,7 +338,7 @@ def _compare(source: str, counts: list[int], given: dict[str, Any], as_json: boo
 
 
 def _no_destination(source: str, given: dict[str, Any], counts: list[int]) -> errors.UsageError:
-    if not _asks(given, counts) and not given["verify"]:
+    if not _has_job(given, counts) and not given["verify"]:
         hint = f"moescale {source} DST -k M; only --dry-run does without DST."
         return errors.UsageError("DST and --experts are missing", hint=hint)
     return errors.UsageError("DST is missing", hint="Only --dry-run does without it.")
@@ -360,7 +364,7 @@ def _show_plan(
     from moescale import api
     from moescale.report import progress, terminal
 
-    measuring = progress.measuring(None if quiet or as_json else sys.stderr)
+    measuring = progress.measuring_printer(None if quiet or as_json else sys.stderr)
     plan = api.plan(source, destination, measuring=measuring, **options)
     _warn(plan)
     if as_json:
@@ -368,10 +372,10 @@ def _show_plan(
     elif not quiet:
         text = terminal.plan_text(plan, verbose, terminal.blocks_for(sys.stdout))
         print(colour.plan_painted(text, sys.stdout))
-        if more := terminal.next_text(plan, written=False):
+        if more := terminal.run_commands_text(plan, written=False):
             print(f"\n{more}")
     elif plan.destination is not None:
-        print(terminal.finished_place(plan))
+        print(terminal.output_location(plan))
 
 
 def _print_json(content: dict[str, Any]) -> None:
@@ -401,7 +405,7 @@ def _convert(
 ) -> None:
     from moescale import api
     from moescale.report import losses, terminal
-    from moescale.report.progress import Progress, measuring
+    from moescale.report.progress import Progress, measuring_printer
 
     shows_text = not (quiet or as_json)
     stream = sys.stderr if shows_text else None
@@ -420,11 +424,13 @@ def _convert(
                 progress=progress.step,
                 phase=progress.begin,
                 planned=planned,
-                measuring=measuring(stream),
+                measuring=measuring_printer(stream),
                 **options,
             )
         except KeyboardInterrupt:
-            raise errors.InterruptedRun(interrupts.MESSAGE, hint=progress.lost()) from None
+            raise errors.InterruptedRun(
+                interrupts.MESSAGE, hint=progress.unfinished_text()
+            ) from None
     for warning in result.warnings:
         _print_warning(warning)
     if as_json:
@@ -445,14 +451,14 @@ def _convert(
     if shows_text and found:
         print(losses.evaluation_text(found), end="\n\n", file=sys.stderr)
     if shows_text:
-        if more := terminal.next_text(result.plan, written=True):
+        if more := terminal.run_commands_text(result.plan, written=True):
             print(more, end="\n\n", file=sys.stderr)
-        text = terminal.summary(result, progress.seconds, progress.there)
+        text = terminal.summary(result, progress.seconds, progress.resumed)
         print(colour.summary_painted(text, sys.stderr), file=sys.stderr)
     elif options["create_pr"] and result.url is not None:
         print(result.url, file=sys.stderr)
     if result.status != "nothing":
-        print(terminal.finished_place(result.plan))
+        print(terminal.output_location(result.plan))
 
 
 def _warn(plan: Plan) -> None:
@@ -470,7 +476,7 @@ def main() -> None:
     """The entry point: runs the command and turns errors into text and exit codes."""
     _open_streams()
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what goes wrong is said by us
-    interrupts.listen()
+    interrupts.install_handlers()
     gc.set_threshold(100_000, 50, 100)  # a plan is many objects and no cycles; looking costs time
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path may have letters that a terminal has not
@@ -506,9 +512,9 @@ def _run() -> NoReturn:
         sys.exit(code)
     except _UsageError as error:
         if isinstance(error, typer.BadParameter) or sys.argv[1:]:
-            if sys.argv[1:2] and sys.argv[1] in _VERBS:
-                _fail(_no_verb(sys.argv[1]))
-            _fail(errors.UsageError(_in_our_words(error), hint="Try 'moescale --help' for help."))
+            if sys.argv[1:2] and sys.argv[1] in _SUBCOMMANDS:
+                _fail(_no_subcommand(sys.argv[1]))
+            _fail(errors.UsageError(_parser_message(error), hint="Try 'moescale --help' for help."))
         error.show()  # without arguments, the error is the help
         sys.exit(2)
     except errors.MoescaleError as error:
@@ -522,7 +528,7 @@ def _run() -> NoReturn:
 _NUMBERS: dict[type, str] = {int: "a whole number, such as 3", float: "a number, such as 1.2"}
 
 
-def _in_our_words(error: Any) -> str:
+def _parser_message(error: Any) -> str:
     """What the parser found: a value that is no number is shown, far-fetched options are not."""
     option = getattr(error, "param", None)
     row = option_rows(ConvertOptions).get(getattr(option, "name", None) or "")

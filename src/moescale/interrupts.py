@@ -21,11 +21,11 @@ GRACE_SECONDS = 2.0
 """How long an interrupted run may take to end by itself."""
 
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
-_leaving = threading.Lock()
+_exiting = threading.Lock()
 _silenced = threading.Event()
 
 
-def listen() -> None:
+def install_handlers() -> None:
     """Turn the signals into `KeyboardInterrupt`; where SIGINT is ignored (nohup), it stays so."""
     _silenced.clear()
     signal.signal(signal.SIGTERM, _interrupt)
@@ -37,21 +37,21 @@ def _interrupt(*_: object) -> NoReturn:
     """End the run; a thread that hangs in a request holds it up for a moment only."""
     for number in _NUMBERS:
         if signal.getsignal(number) is _interrupt:
-            signal.signal(number, leave)
+            signal.signal(number, exit_now)
     # Not by `threading`: the signal may have come while its lock for new threads was held.
-    _thread.start_new_thread(_leave_later, ())
+    _thread.start_new_thread(_exit_later, ())
     raise KeyboardInterrupt
 
 
-def _leave_later() -> NoReturn:
+def _exit_later() -> NoReturn:
     time.sleep(GRACE_SECONDS)
-    leave()
+    exit_now()
 
 
-def leave(*_: object) -> NoReturn:
+def exit_now(*_: object) -> NoReturn:
     """Say so, unless it is being said, and end the process."""
     _ignore()
-    _leaving.acquire()  # for ever, where another thread is leaving already
+    _exiting.acquire()  # for ever, where another thread is leaving already
     if not _silenced.is_set():
         with contextlib.suppress(OSError):  # past Python's buffers, which may be in use just now
             os.write(2, f"moescale: {MESSAGE}\n".encode())

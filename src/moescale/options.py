@@ -24,7 +24,7 @@ Fold = Literal["weights", "config", "scale", "residual"]
 
 RULES: tuple[Rule, ...] = ("preserve", "published", "gates", "measured", "fitted", "none")
 
-RUN: tuple[Rule, ...] = ("measured", "fitted")
+RUN_RULES: tuple[Rule, ...] = ("measured", "fitted")
 """Rules that run the model."""
 
 StrPath = str | os.PathLike[str]
@@ -76,7 +76,7 @@ FACTOR, HUB, MODEL, OUTPUT = (
 """Headings of the options but the first ones."""
 
 
-class Choosing(TypedDict, total=False):
+class ChoiceOptions(TypedDict, total=False):
     """What several plans may differ in."""
 
     experts: Annotated[
@@ -102,7 +102,7 @@ class Choosing(TypedDict, total=False):
     ]
 
 
-class Settings(TypedDict, total=False):
+class FactorOptions(TypedDict, total=False):
     """What else decides the factors, and where they go."""
 
     trained_experts: Annotated[
@@ -217,20 +217,20 @@ class Settings(TypedDict, total=False):
     ]
 
 
-class Rescaling(Choosing, Settings, total=False):
+class Rescaling(ChoiceOptions, FactorOptions, total=False):
     """Keywords of `moescale.plan`, `convert` and `verify`: what shall be rescaled, and how.
 
     `help(moescale.plan)` says what each means. None means: not given.
     """
 
 
-class Reading(TypedDict, total=False):
+class SourceOptions(TypedDict, total=False):
     """How the source is read."""
 
     revision: Annotated[str | None, Option("Branch, tag or commit of an org/name.", "REV", HUB)]
 
 
-class Writing(TypedDict, total=False):
+class DestinationOptions(TypedDict, total=False):
     """How the destination is written."""
 
     overwrite: Annotated[
@@ -266,7 +266,7 @@ class Writing(TypedDict, total=False):
     ]
 
 
-class Drawing(TypedDict, total=False):
+class ReportOptions(TypedDict, total=False):
     """The plan as a page."""
 
     report: Annotated[
@@ -275,7 +275,7 @@ class Drawing(TypedDict, total=False):
     ]
 
 
-class Evaluating(TypedDict, total=False):
+class EvaluateOptions(TypedDict, total=False):
     """What the result costs."""
 
     evaluate: Annotated[
@@ -291,7 +291,7 @@ class Evaluating(TypedDict, total=False):
     ]
 
 
-class Proving(TypedDict, total=False):
+class VerificationOptions(TypedDict, total=False):
     """Whether the output is proved."""
 
     verify: Annotated[
@@ -304,7 +304,7 @@ class Proving(TypedDict, total=False):
     ]
 
 
-class Running(TypedDict, total=False):
+class ExecutionOptions(TypedDict, total=False):
     """How many shards at once, and where."""
 
     jobs: Annotated[
@@ -330,21 +330,30 @@ class Running(TypedDict, total=False):
     ]
 
 
-class PlanOptions(Rescaling, Reading, Evaluating, Writing, Drawing, total=False):
+class PlanOptions(
+    Rescaling, SourceOptions, EvaluateOptions, DestinationOptions, ReportOptions, total=False
+):
     """Keywords of `moescale.plan`."""
 
 
-class CompareOptions(Settings, Reading, Evaluating, Drawing, total=False):
+class CompareOptions(FactorOptions, SourceOptions, EvaluateOptions, ReportOptions, total=False):
     """Keywords of `moescale.compare`."""
 
 
 class ConvertOptions(
-    Rescaling, Reading, Proving, Evaluating, Writing, Drawing, Running, total=False
+    Rescaling,
+    SourceOptions,
+    VerificationOptions,
+    EvaluateOptions,
+    DestinationOptions,
+    ReportOptions,
+    ExecutionOptions,
+    total=False,
 ):
     """Keywords of `moescale.convert`."""
 
 
-class VerifyOptions(Rescaling, Reading, Running, total=False):
+class VerifyOptions(Rescaling, SourceOptions, ExecutionOptions, total=False):
     """Keywords of `moescale.verify`."""
 
 
@@ -354,7 +363,7 @@ def option_rows(keywords: type) -> dict[str, Option]:
     return {name: hint.__metadata__[0] for name, hint in hints.items()}
 
 
-def documented(verb: Callable[..., Any], keywords: type) -> tuple[inspect.Signature, str]:
+def signature_and_doc(verb: Callable[..., Any], keywords: type) -> tuple[inspect.Signature, str]:
     """The signature of a verb with all its options, and its docstring with a line for each."""
     signature, hints = inspect.signature(verb), get_type_hints(keywords)
     named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -377,19 +386,19 @@ def wrong_keyword(verb: str, name: str, known: Sequence[str]) -> str:
     if name in rows:
         return f"{said}; convert() has"
     short = (key for key, row in rows.items() if f"-{name}" in row.flags)
-    meant = _OTHERWISE.get(name.lower()) or next(short, None)
+    meant = _SYNONYMS.get(name.lower()) or next(short, None)
     if meant is None or (meant in rows and meant not in known):
         meant = next(iter(difflib.get_close_matches(name, known, 1)), None)
     return said + (f"; {meant}?" if meant else "")
 
 
-def no_place(verb: str, given: object) -> str:
+def not_a_path(verb: str, given: object) -> str:
     """What to say of something that was given in place of a path."""
     meant = f"; experts={given}?" if type(given) is int else ""
     return f"{verb}() takes a path or a repo as source and destination, not {given!r}{meant}"
 
 
-_OTHERWISE: Mapping[str, str] = {
+_SYNONYMS: Mapping[str, str] = {
     "dry_run": "moescale.plan",
     "check": "verify",
     "force": "overwrite",
@@ -445,7 +454,7 @@ class Options:
         given = [self.rule is not None, self.factor is not None, self.factors is not None]
         if sum(given) > 1:
             raise UsageError("--rule, --factor and --factors exclude each other")
-        if self.calibrate is not None and self.rule not in RUN:
+        if self.calibrate is not None and self.rule not in RUN_RULES:
             raise UsageError(
                 "--calibrate goes with --rule fitted or measured: add it, or leave the text out"
             )
@@ -506,7 +515,7 @@ class Options:
                 f"{what} changes the routers, --fold config leaves every weight as it is",
                 hint="Leave one of them out.",
             )
-        if self.rule in RUN and self.gate_scale is not None:
+        if self.rule in RUN_RULES and self.gate_scale is not None:
             raise UsageError(
                 f"--gate-scale does not go with --rule {self.rule}, which runs the model as it is",
                 hint="Use --rule gates, or measure the output of a run with --gate-scale.",

@@ -334,11 +334,11 @@ def test_the_page_shows_what_was_tried_and_what_it_costs(
     assert plan.guard and plan.evaluation
     shown = page.read_text()
     for title, loss in (
-        ("What was tried", plan.guard.trained),
-        ("What it costs", plan.evaluation.loss),
+        ("Rules tried", plan.guard.trained),
+        ("Loss", plan.evaluation.loss),
     ):
         assert f"<h2>{title}</h2>" in shown
-        assert f"<td>{loss:.4f}</td>" in shown.partition(title)[2]
+        assert f"<td>{loss:.4f}</td>" in shown.partition(f"<h2>{title}</h2>")[2]
     assert '<title id="loss-title">Loss by number of experts</title>' in shown
 
 

@@ -379,7 +379,7 @@ def test_an_output_is_shown_by_a_dry_run(moescale: Command, source: Path, out: P
     assert moescale(source, out, "-k", 3).code == 0
     done = moescale(out, "--dry-run")
     assert (done.code, done.err) == (0, "")
-    assert "2 -> 3" in done.out and "as they were written" in done.out
+    assert "2 -> 3" in done.out and "unchanged since they were written" in done.out
     (out / "LICENSE").unlink()
     done = moescale(out, "--dry-run", "--json")
     assert done.err == "warning: LICENSE: is missing\n"
@@ -883,7 +883,7 @@ def test_an_interrupted_run(source: Path, tmp_path: Path, number: int) -> None:
     child.send_signal(number)
     output, errors = child.communicate(timeout=120)
     done = Done(child.returncode, output, errors)
-    fails(done, 130, "resumes", "of shards that were begun will be done again.")
+    fails(done, 130, "resumes", "of unfinished shards will be written again.")
     assert not (out / "config.json").exists()
     assert shell(source, out, "-k", 3, "-q") == Done(0, f"{out}\n", "")
     assert shell(source, tmp_path / "whole", "-k", 3, "-q").code == 0

@@ -151,7 +151,7 @@ from support import signals
 from support.faulty_calls import CHANGING, Calls, Fault
 from moescale import interrupts
 told = signals.told()
-interrupts.listen()
+interrupts.install_handlers()
 at, marker, folder = int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
 def stand():
     marker.touch()
@@ -238,7 +238,7 @@ def test_an_interrupt_while_a_thread_is_being_started() -> None:
     code = (
         "import os, signal, threading, time\n"
         "from moescale import interrupts\n"
-        "interrupts.listen()\n"
+        "interrupts.install_handlers()\n"
         "try:\n"
         "    with threading._active_limbo_lock:\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"

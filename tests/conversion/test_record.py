@@ -42,7 +42,7 @@ def test_an_output_says_what_was_done(out: Path) -> None:
         "options            experts=3, trained_experts=2",
         "rule               preserve, factor 1.22474 in 2 layers",
         "experts per token  2 -> 3",
-        f"as they were written; compared {record.read} by their SHA-256, 0 by",
+        f"unchanged since they were written; {record.read} compared by SHA-256, 0 by",
         f"moescale SRC {out} --verify",
     ):
         assert words in text
@@ -68,7 +68,7 @@ def test_every_change_is_named(out: Path) -> None:
         "tokenizer.json": f"has {size} bytes instead of {size - 1}",
         "notes.txt": "was not written by that run",
     }
-    assert "4 are not as they were written" in record_text(found(out))
+    assert "4 changed since they were written" in record_text(found(out))
 
 
 def test_large_files_are_read_when_asked(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +80,7 @@ def test_large_files_are_read_when_asked(out: Path, monkeypatch: pytest.MonkeyPa
     shard.write_bytes(data)
     quick = found(out)
     assert quick.differences == {} and quick.sized >= 3
-    assert f"{quick.sized} by their size alone" in record_text(quick)
+    assert f"{quick.sized} by size only" in record_text(quick)
     assert found(out, check=True).differences == {shard.name: "has changed since it was written"}
 
 
@@ -91,7 +91,7 @@ def test_a_gguf_file_says_it_in_its_header(tmp_path: Path) -> None:
     record = found(tmp_path / "out.gguf")
     assert record.differences == {}
     assert "experts per token  2 -> 3" in record_text(record)
-    assert "say nothing of themselves" in record_text(record)
+    assert "no sizes or digests recorded" in record_text(record)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"[]", b"{}", b'{"a": 1}'])

@@ -395,9 +395,9 @@ def test_a_resumed_run_says_so(lab: Lab) -> None:
     """The end of a continued run tells that it was one, and the rate is that of the rest."""
     lab.start()
     leave_unfinished(lab)
-    last = lab.done(SRC, PLACE, "-k", "3").err.partition(f"{PLACE} continued and finished: ")[2]
+    last = lab.done(SRC, PLACE, "-k", "3").err.partition(f"{PLACE} resumed and finished: ")[2]
     assert re.match(
-        r"1\.2 MB in all, [\d.]+ kB were there, the rest in [\d.]+ s \([\d.]+ [kM]B/s\),"
+        r"1\.2 MB in all, [\d.]+ kB existed, the rest in [\d.]+ s \([\d.]+ [kM]B/s\),"
         r" 8 tensors scaled\.\n",
         last,
     )

@@ -82,11 +82,11 @@ def test_counts_by_layer(tmp_path: Path) -> None:
         (Active(3_300, 5_300, 30_500, "parameters"), "3.3 -> 5.3 of 30.5 thousand parameters"),
         (
             Active(13_000_000_000, 18_000_000_000, 46_700_000_000, "parameters"),
-            "13 -> 18 of 46.7 billion parameters a token: x 1.4 the time",
+            "13 -> 18 of 46.7 billion parameters per token: x 1.4 the time",
         ),
         (
             Active(2_000_000_000, 1_000_000_000, 9_000_000_000, "bytes"),
-            "2 -> 1 of 9 GB of weights a token: x 0.5 the time",
+            "2 -> 1 of 9 GB of weights per token: x 0.5 the time",
         ),
         (Active(0, 0, 0, "parameters"), "0 of 0 parameters"),
         (Active(5_000_000, 5_000_000, 9_000_000, "bytes"), "5 of 9 MB of weights"),

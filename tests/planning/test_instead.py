@@ -18,7 +18,7 @@ from moescale.families import architectures
 from moescale.families.config import Config, find_count_keys, parse_config, set_count
 from moescale.families.second_counts import second_count_keys
 from moescale.planning.instead import Instead, by_engine, instead
-from moescale.report.terminal import next_text, plan_text
+from moescale.report.terminal import plan_text, run_commands_text
 from moescale.storage.base import SourceId
 
 HERE = SourceId("local", "some/model")
@@ -193,27 +193,29 @@ def test_a_gguf_output_is_for_llama_cpp(tmp_path: Path) -> None:
         (path, "out", "out/m.gguf"),
         (first, "out", f"out/{first.name}"),
     ):
-        text = next_text(moescale.plan(source, place, experts=3, rule="preserve"), written=True)
+        text = run_commands_text(
+            moescale.plan(source, place, experts=3, rule="preserve"), written=True
+        )
         assert text == f"To run it:\n  llama.cpp  llama-server -m {opened}"
     plan = moescale.plan(first, "out.gguf", experts=3, rule="preserve")
     parts = sum(file.name.endswith(".gguf") for file in plan.files)
-    assert next_text(plan, written=True).endswith(f"-m out-00001-of-{parts:05d}.gguf")
+    assert run_commands_text(plan, written=True).endswith(f"-m out-00001-of-{parts:05d}.gguf")
 
 
 def test_the_text_says_what_to_run(tmp_path: Path) -> None:
     """Before a run the source with other values and the output; after it the output."""
     source = checkpoints.deepseek(tmp_path / "in", routed_scaling_factor=2.5)
     plan = moescale.plan(source, "my out", experts=3, rule="preserve")
-    before, after = next_text(plan, written=False), next_text(plan, written=True)
+    before, after = run_commands_text(plan, written=False), run_commands_text(plan, written=True)
     assert "The same without rewriting:\n  vLLM " in before and "--override-kv" in before
     for text in (before, after):
         assert "vllm serve 'my out'" in text
         assert "AutoModelForCausalLM.from_pretrained('my out')" in text
     assert "without rewriting" not in after
     hub = moescale.plan(source, "hf://me/out@try", experts=3, rule="preserve")
-    assert "vllm serve me/out --revision try\n" in next_text(hub, written=True)
-    assert "from_pretrained('me/out', revision='try')" in next_text(hub, written=True)
-    assert next_text(moescale.plan(source, experts=2), written=False) == ""
+    assert "vllm serve me/out --revision try\n" in run_commands_text(hub, written=True)
+    assert "from_pretrained('me/out', revision='try')" in run_commands_text(hub, written=True)
+    assert run_commands_text(moescale.plan(source, experts=2), written=False) == ""
 
 
 def test_the_plan_shows_and_suggests_the_key(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moescale.report.chart import LOOKS, Axis, Series, chart, name_axis, number_axis
+from moescale.report.chart import LINE_STYLES, Axis, Series, chart, name_axis, number_axis
 
 POSITIVE = st.floats(1e-30, 1e30)
 
@@ -63,7 +63,7 @@ def test_a_gap_breaks_the_line() -> None:
     """Points that are no neighbours, as in two stacks of layers, are not joined."""
     points = [(0, 1.0), (1, 2.0), (3, 1.0), (4, 2.0)]
     x, y = name_axis("layer", [(i, str(i)) for i, _ in points]), number_axis("", [1, 2])
-    root = drawn([Series("one", LOOKS["gates"], points)], x, y)
+    root = drawn([Series("one", LINE_STYLES["gates"], points)], x, y)
     (line,) = [p.get("d") or "" for p in root.findall("g[@clip-path]/g/path") if not p.get("class")]
     assert re.sub(r"[^ML]", "", line) == "MLML"
 
@@ -72,7 +72,8 @@ def test_the_taken_series_is_drawn_on_top_and_named_in_bold() -> None:
     """What will be done is not hidden by the other lines."""
     names = ("measured", "none", "preserve")
     series = [
-        Series(name, LOOKS[name], [(0, 1.0), (1, 1.0)], taken=name == "none") for name in names
+        Series(name, LINE_STYLES[name], [(0, 1.0), (1, 1.0)], taken=name == "none")
+        for name in names
     ]
     x, y = name_axis("layer", [(0, "0"), (1, "1")]), number_axis("", [1])
     root = drawn(series, x, y)

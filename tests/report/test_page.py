@@ -21,7 +21,7 @@ from moescale.errors import MoescaleError, UsageError
 from moescale.options import Options
 from moescale.planning.decide import make_plan
 from moescale.planning.plan import Plan
-from moescale.report.chart import LOOKS
+from moescale.report.chart import LINE_STYLES
 from moescale.report.page import page, write
 from moescale.report.terminal import plan_text
 from moescale.storage.base import SourceId
@@ -149,8 +149,8 @@ def test_rules_that_agree_share_a_line(plans: dict[str, Plan]) -> None:
 
 def test_lines_differ_by_more_than_their_colour() -> None:
     """No two rules have the same marker, or the same colour."""
-    markers = [look.marker for look in LOOKS.values()]
-    colours = [look.colour for look in LOOKS.values()]
+    markers = [style.marker for style in LINE_STYLES.values()]
+    colours = [style.colour for style in LINE_STYLES.values()]
     assert len(set(markers)) == len(markers)
     assert len(set(colours)) == len(colours)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from moescale.report import progress as progress_module
-from moescale.report.progress import CellProgress, Progress, measuring
+from moescale.report.progress import CellProgress, Progress, measuring_printer
 
 SIZES = {"model-1.safetensors": 4_000_000, "model-2.safetensors": 3_000_000, "tiny.json": 100}
 
@@ -151,7 +151,7 @@ def test_a_dumb_terminal_has_lines(monkeypatch: pytest.MonkeyPatch) -> None:
         progress.begin("verifying", SIZES)
         progress.step("model-1.safetensors", 1_000_000)
     assert stream.getvalue().startswith("verifying: 1.0 MB of 7.0 MB, ")
-    tell = measuring(stream)
+    tell = measuring_printer(stream)
     tell(1, 2)
     assert "\r" not in stream.getvalue()
 
@@ -188,15 +188,18 @@ def test_what_an_interruption_costs_is_said() -> None:
     """What is finished, and what of the files that were begun has to be done again."""
     with Progress(None) as progress:
         progress.begin("writing", SIZES)
-        assert progress.lost() is None
+        assert progress.unfinished_text() is None
         progress.step("model-1.safetensors", 4_000_000)
         progress.step("model-2.safetensors", 1_000_000)
-        assert progress.lost() == (
-            "4.0 MB of 7.0 MB are finished; 1.0 MB of shards that were begun will be done again."
+        assert progress.unfinished_text() == (
+            "4.0 MB of 7.0 MB are finished; 1.0 MB of unfinished shards will be written again."
         )
         progress.begin("verifying", SIZES)
         progress.step("model-1.safetensors", 1_000_000)
-        assert progress.lost() == "All is written; only the proof has to be done again."
+        assert (
+            progress.unfinished_text()
+            == "All files are written; only the verification has to be repeated."
+        )
 
 
 @pytest.mark.parametrize(
@@ -222,9 +225,9 @@ def test_a_rule_that_samples_routers_is_told_of_when_it_takes_long(
     stream = Terminal()
     with monkeypatch.context() as patch:
         patch.setattr(progress_module, "BAR_DELAY", 60)
-        measuring(stream)(1, 58)
+        measuring_printer(stream)(1, 58)
     assert stream.getvalue() == ""
-    tell = measuring(stream)
+    tell = measuring_printer(stream)
     tell(3, 58)
     tell(58, 58)
-    assert stream.getvalue() == "measuring: 3 of 58 layers\rmeasuring: 58 of 58 layers\n"
+    assert stream.getvalue() == "measuring_printer: 3 of 58 layers\rmeasuring: 58 of 58 layers\n"

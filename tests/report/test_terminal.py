@@ -193,11 +193,9 @@ def test_writing_and_proving_are_told_apart(plan: Plan) -> None:
     first, last = summary(done, seconds).splitlines()
     total = plan.bytes_written
     assert f" in 2.0 s ({bytes_text(total / 2)}/s), 8 tensors scaled." in first
-    assert (
-        last == f"Verified in 4.0 s ({bytes_text(total / 4)}/s): every byte is what the plan says."
-    )
+    assert last == f"Verified in 4.0 s ({bytes_text(total / 4)}/s): every byte matches the plan."
     first = summary(replace(done, status="resume"), seconds, 1000).splitlines()[0]
-    assert f"1.0 kB were there, the rest in 2.0 s ({bytes_text((total - 1000) / 2)}/s)" in first
+    assert f"1.0 kB existed, the rest in 2.0 s ({bytes_text((total - 1000) / 2)}/s)" in first
 
 
 def rules(plan: Plan) -> list[list[str]]:
@@ -236,5 +234,5 @@ def test_own_factors_have_a_norm_by_layer(plan: Plan) -> None:
 def test_an_assumption_is_pointed_out_where_it_is_strong(plan: Plan, tmp_path: Path) -> None:
     """Where weights are not renormalised, the plan says what `preserve` assumes."""
     qwen2 = make_plan(LocalSource(checkpoints.qwen2(tmp_path / "qwen2")), Options(experts=3))
-    assert "if the gate is balanced; --rule gates looks at it" in plan_text(qwen2)
+    assert "if the gate is balanced; --rule gates samples it" in plan_text(qwen2)
     assert "balanced" not in plan_text(plan)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from moescale.errors import MoescaleError, VerificationError
-from moescale.options import RUN, Options, is_calibration
+from moescale.options import RUN_RULES, Options, is_calibration
 from moescale.planning import provenance
 from moescale.planning.decide import make_plan
 from moescale.planning.factors import KnownFactors
@@ -40,7 +40,7 @@ def with_original_options(plan: Plan, source: Source, destination: Destination) 
     options = provenance.made_with(found)
     if options is None or options_given(options) == options_given(plan.options):
         return plan
-    sampled = options.rule in RUN
+    sampled = options.rule in RUN_RULES
     if sampled and not is_calibration(found.get("calibration")):
         return plan
     try:

@@ -29,6 +29,7 @@ from moescale.storage.base import (
     Source,
     Writers,
     io_errors,
+    no_progress,
 )
 from moescale.version import __version__
 
@@ -164,7 +165,7 @@ def run(
     jobs: int,
     overwrite: bool = False,
     keep: Mapping[str, FileRecord] = MappingProxyType({}),
-    progress: Progress = lambda name, size: None,
+    progress: Progress = no_progress,
     pool: Pool | None = None,
 ) -> RunOutcome:
     """Carry out a plan, unless its output is already done.

@@ -17,7 +17,7 @@ from moescale.errors import CheckpointError, SourceError, VerificationError
 from moescale.planning import provenance
 from moescale.planning.files import PROVENANCE, PlannedFile
 from moescale.planning.plan import Plan
-from moescale.storage.base import FileRecord, Progress, Source, io_errors
+from moescale.storage.base import FileRecord, Progress, Source, io_errors, no_progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +68,14 @@ def _joined(names: list[str]) -> str:
     return ", ".join(shown) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
-def verify(
+def verify_files(
     plan: Plan,
     source: Source,
     output: Source,
     *,
     jobs: int,
     only: Collection[str] | None = None,
-    progress: Progress = lambda name, size: None,
+    progress: Progress = no_progress,
     pool: Pool | None = None,
 ) -> Proof:
     """Compare every byte of the output with the plan.

@@ -18,7 +18,7 @@ from typing import Any
 from moescale.checkpoint.edit import TensorEdit
 from moescale.checkpoint.json_text import parse_lenient
 from moescale.errors import UsageError
-from moescale.options import RUN, Options, factors_of, options_of
+from moescale.options import RUN_RULES, Options, factors_of, options_of
 from moescale.planning.plan import Plan
 from moescale.storage.base import FileRecord
 from moescale.version import __version__
@@ -179,7 +179,7 @@ def described(options: Options, rule: str) -> str:
     said = {"experts", "rule", "factors", "calibrate"}
     others = {k: v for k, v in options_given(options).items() if k not in said}
     text = []
-    if options.rule in RUN:
+    if options.rule in RUN_RULES:
         text = [f"on text {options.calibrate[:12]}…" if options.calibrate else "on its own text"]
     words = [rule, *text, *(f"{name}={value}" for name, value in others.items())]
     return f"{what} ({', '.join(words)})"
@@ -187,7 +187,7 @@ def described(options: Options, rule: str) -> str:
 
 def _measured(plan: Plan) -> dict[str, Any]:
     """What a run that goes on takes from here, since measuring again may give another digit."""
-    if plan.rule not in RUN:
+    if plan.rule not in RUN_RULES:
         return {}
     return {
         "factors": dict(plan.factors),

@@ -1,7 +1,7 @@
 """Charts as SVG text: axes, lines and ranges, without a plotting library, script or network.
 
-Every series has a colour, a dash and a marker of its own, so that colour is never alone. Colours
-are CSS variables of the page that a chart stands in, which may turn dark.
+Every series has its own dash and marker, so that colour is never the only distinction. Colours are
+CSS variables, and the page that contains the chart may switch to dark ones.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH = 400
-"""Of a chart in its own units; it grows and shrinks with the page."""
+"""The width of a chart in its own units; it scales with the page."""
 
 _LEFT, _RIGHT, _TOP, _PLOT, _BOTTOM, _ROW = 56, 14, 30, 190, 42, 20
 _FORBIDDEN = re.compile(r"[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _SAME, _DIGITS = 1e-6, 5
 _MARKS, _RANGE_MARKS = 12, 40
-"""At most so many points get a marker: of a line, and of ranges."""
+"""How many points of a line, and of a series of ranges, get a marker at most."""
 
 LIGHT: Mapping[str, str] = {
     "paper": "#ffffff",
@@ -61,22 +61,28 @@ STYLE = """
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """How a series is told from the others: a colour of the palette, a dash, a marker."""
+class LineStyle:
+    """How a series is drawn.
+
+    Attributes:
+        colour: a name of the palette.
+        dash: an SVG dash pattern; empty for a solid line.
+        marker: the shape at the points.
+    """
 
     colour: str
     dash: str
     marker: str
 
 
-LOOKS: Mapping[str, Look] = {
-    "none": Look("grey", "2 4", "cross"),
-    "preserve": Look("blue", "", "circle"),
-    "published": Look("orange", "7 4", "square"),
-    "gates": Look("green", "11 4 2 4", "up"),
-    "measured": Look("purple", "", "diamond"),
-    "fitted": Look("teal", "1 3", "plus"),
-    "own": Look("red", "4 3", "down"),
+LINE_STYLES: Mapping[str, LineStyle] = {
+    "none": LineStyle("grey", "2 4", "cross"),
+    "preserve": LineStyle("blue", "", "circle"),
+    "published": LineStyle("orange", "7 4", "square"),
+    "gates": LineStyle("green", "11 4 2 4", "up"),
+    "measured": LineStyle("purple", "", "diamond"),
+    "fitted": LineStyle("teal", "1 3", "plus"),
+    "own": LineStyle("red", "4 3", "down"),
 }
 """By rule; ``own`` is a factor that the user gave."""
 
@@ -94,18 +100,18 @@ _MARKERS: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One line, or the ranges around its points.
+    """One line, or a series of ranges.
 
     Attributes:
-        name: in the legend.
-        look: colour, dash and marker.
+        name: the name in the legend.
+        style: colour, dash and marker.
         points: x and y; a step of more than 1 in x breaks the line.
-        ranges: of each point, the lower and the upper end; then there is no line.
-        taken: it is what will be done, and stands out.
+        ranges: lower and upper end for each point; with ranges there is no line.
+        taken: whether this is the plan's own series, which is emphasised.
     """
 
     name: str
-    look: Look
+    style: LineStyle
     points: Sequence[tuple[float, float]]
     ranges: Sequence[tuple[float, float]] = ()
     taken: bool = False
@@ -113,7 +119,14 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """What one direction shows: from `low` to `high`, with text at some places."""
+    """One axis of a chart.
+
+    Attributes:
+        label: its title.
+        low: the lower end.
+        high: the upper end.
+        ticks: positions with their text.
+    """
 
     label: str
     low: float
@@ -122,35 +135,35 @@ class Axis:
 
 
 def number_axis(label: str, values: Iterable[float], margin: float = 0.06) -> Axis:
-    """An axis that holds all values, with about five round numbers on it."""
+    """An axis that covers all values, with about five round numbers."""
     known = list(values)
     low, high = min(known), max(known)
     alike = high - low <= _SAME * max(abs(high), abs(low))
     room = (abs(high) * 0.1 or 1.0) if alike else (high - low) * margin
     low, high = (0.0 if low == 0 else low - room), high + room
     step = _round_step((high - low) / 5)
-    places = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
-    return Axis(label, low, high, [(place, _number(place, step)) for place in places])
+    positions = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return Axis(label, low, high, [(position, _number(position, step)) for position in positions])
 
 
-def _number(place: float, step: float) -> str:
-    """A multiple of a round step, with no more digits than that has."""
+def _number(position: float, step: float) -> str:
+    """A multiple of a round step, with as many digits as the step has."""
     digits = max(0, 1 - math.floor(math.log10(step) + 1e-9))
-    if digits > _DIGITS or abs(place) >= 10**_DIGITS:
-        return f"{place:.1e}"
+    if digits > _DIGITS or abs(position) >= 10**_DIGITS:
+        return f"{position:.1e}"
     if digits and f"{step:.{digits}f}".endswith("0"):
         digits -= 1
-    return f"{place + 0.0:.{digits}f}"
+    return f"{position + 0.0:.{digits}f}"
 
 
 def _round_step(least: float) -> float:
-    """The smallest of 1, 2, 2.5, 5 times a power of ten that is not below `least`."""
+    """The smallest of 1, 2, 2.5 and 5 times a power of ten that is at least `least`."""
     power = 10.0 ** math.floor(math.log10(least))
     return next(f * power for f in (1, 2, 2.5, 5, 10) if f * power >= least * (1 - 1e-9))
 
 
 def name_axis(label: str, names: Sequence[tuple[float, str]], most: int = 7) -> Axis:
-    """An axis with a name at every, every second, or so, place, and at the last; at most `most`."""
+    """An axis with at most `most` names, at regular positions and at the last one."""
     last = len(names) - 1
     step = max(1, math.ceil(last / (most - 1)))
     shown = [*names[: last - step + 1 : step], names[last]]
@@ -164,13 +177,13 @@ def chart(
 
     Args:
         key: an id that is unique in the page.
-        title: what it shows; also read out.
-        description: what is to be seen in it, for those who cannot.
-        x: across.
-        y: upwards; what lies outside is cut off.
+        title: the title, for screen readers.
+        description: the content, for screen readers.
+        x: the horizontal axis.
+        y: the vertical axis; points outside are clipped.
         series: drawn in this order, the taken one last.
     """
-    across, up = _place(x, _LEFT, WIDTH - _RIGHT), _place(y, _TOP + _PLOT, _TOP)
+    across, up = _scale(x, _LEFT, WIDTH - _RIGHT), _scale(y, _TOP + _PLOT, _TOP)
     drawn = sorted(series, key=lambda one: one.taken)
     rows = list(_legend(series))
     height = _TOP + _PLOT + _BOTTOM + _ROW * (rows[-1][1] + 1 if rows else 0)
@@ -191,7 +204,7 @@ def chart(
     )
 
 
-def _place(axis: Axis, first: float, last: float) -> Callable[[float], float]:
+def _scale(axis: Axis, first: float, last: float) -> Callable[[float], float]:
     scale = (last - first) / (axis.high - axis.low)
     return lambda value: first + (value - axis.low) * scale
 
@@ -225,21 +238,21 @@ def _series(one: Series, across: Callable[[float], float], up: Callable[[float],
         )
     parts.append(f'<path d="{d}"{_dash(one)}/>')
     step = math.ceil(len(points) / (_RANGE_MARKS if one.ranges else _MARKS))
-    parts += [_mark(one.look, px, py) for px, py in points[::step]]
+    parts += [_mark(one.style, px, py) for px, py in points[::step]]
     return "".join([*parts, "</g>"])
 
 
 def _dash(one: Series) -> str:
-    return f' stroke-dasharray="{one.look.dash}"' if one.look.dash and not one.ranges else ""
+    return f' stroke-dasharray="{one.style.dash}"' if one.style.dash and not one.ranges else ""
 
 
-def _mark(look: Look, x: float, y: float) -> str:
-    shape = _MARKERS[look.marker]
+def _mark(style: LineStyle, x: float, y: float) -> str:
+    shape = _MARKERS[style.marker]
     return f'<path class="mark" transform="translate({x:.1f} {y:.1f})" d="{shape}"/>'
 
 
 def _legend(series: Sequence[Series]) -> Iterator[tuple[Series, int, int]]:
-    """Each series with its row and column: two columns where all names are short."""
+    """Each series with its row and column in the legend; two columns if all names are short."""
     columns = 2 if all(len(one.name) <= 22 for one in series) else 1
     for i, one in enumerate(series):
         yield one, i // columns, i % columns
@@ -248,13 +261,13 @@ def _legend(series: Sequence[Series]) -> Iterator[tuple[Series, int, int]]:
 def _entry(one: Series, column: int, row: int) -> str:
     x, y = 4 + column * 196, _TOP + _PLOT + _BOTTOM + _ROW * row + 12
     line = f"M{x + 15} {y - 8}V{y + 8}" if one.ranges else f"M{x} {y}H{x + 30}"
-    sample = f'{_group(one)}<path d="{line}"{_dash(one)}/>{_mark(one.look, x + 15, y)}</g>'
+    sample = f'{_group(one)}<path d="{line}"{_dash(one)}/>{_mark(one.style, x + 15, y)}</g>'
     return sample + _text(x + 38, y + 4, one.name, "heavy" if one.taken else "")
 
 
 def _group(one: Series) -> str:
     kind = ' class="taken"' if one.taken else ""
-    return f'<g{kind} style="stroke:var(--{one.look.colour})">'
+    return f'<g{kind} style="stroke:var(--{one.style.colour})">'
 
 
 def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "") -> str:
@@ -264,7 +277,7 @@ def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "") -> st
 
 
 def escaped(text: str) -> str:
-    """Text for XML and HTML: markup is escaped, what neither may hold is replaced."""
+    """Text for XML and HTML, with markup escaped and forbidden characters replaced."""
     return escape(_FORBIDDEN.sub("\ufffd", text))
 
 

@@ -1,4 +1,4 @@
-"""Bold and colour, where a terminal shows them and nobody asked for plain text."""
+"""Bold and colour, if the terminal shows them and the user does not disable them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from typing import TextIO
 
 BOLD, RED, GREEN, YELLOW = "1", "1;31", "1;32", "1;33"
-"""Parameters of the escape sequence that starts each."""
+"""Parameters of the escape sequences."""
 
 _CHOSEN = re.compile(r"^->  .*$", re.MULTILINE)
 _PROVED = re.compile(r"^Verified", re.MULTILINE)
@@ -15,7 +15,7 @@ _COUNT = re.compile(r"^experts per token .*$", re.MULTILINE)
 
 
 def shows_colour(stream: TextIO | None) -> bool:
-    """Whether the stream is a terminal with colours; see https://no-color.org."""
+    """Whether the stream is a terminal with colours; honours https://no-color.org."""
     if stream is None or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return False
     if os.name == "nt" and not os.environ.keys() & {"WT_SESSION", "ANSICON", "TERM"}:
@@ -24,12 +24,12 @@ def shows_colour(stream: TextIO | None) -> bool:
 
 
 def painted(text: str, colour: str, stream: TextIO | None) -> str:
-    """The text in a colour, as it is where the stream shows none."""
+    """The text in a colour; unchanged if the stream shows no colours."""
     return f"\x1b[{colour}m{text}\x1b[0m" if shows_colour(stream) else text
 
 
 def plan_painted(text: str, stream: TextIO | None) -> str:
-    """The text of a plan, in which the numbers of experts and the rule that is taken stand out."""
+    """The text of a plan, with the numbers of experts and the taken rule emphasised."""
     if not shows_colour(stream):
         return text
     text = _COUNT.sub(lambda line: painted(line[0], BOLD, stream), text)
@@ -37,5 +37,5 @@ def plan_painted(text: str, stream: TextIO | None) -> str:
 
 
 def summary_painted(text: str, stream: TextIO | None) -> str:
-    """What was done, in which a proof stands out."""
+    """The summary of a run, with its verification emphasised."""
     return _PROVED.sub(lambda word: painted(word[0], GREEN, stream), text)

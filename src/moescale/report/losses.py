@@ -1,4 +1,4 @@
-"""What rules cost, as text: the trials of a guard, losses on a text, and plans side by side."""
+"""Losses as text: the trials of a guard, losses on a text, and plans side by side."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GUARD_HEADER = ("", "tried", "loss", "more than the edit", "KL", "more than the 
 
 
 def guard_rows(guard: Guard) -> Iterator[tuple[str, ...]]:
-    """A row for each rule that was tried on text that it was not fitted on."""
+    """A row for each rule, tried on held-out text."""
     yield "", "as trained", f"{guard.trained:.4f}", "", "", ""
     for trial in guard.trials:
         more, nearer = (
@@ -31,18 +31,18 @@ def guard_rows(guard: Guard) -> Iterator[tuple[str, ...]]:
 
 
 def rule_name(rule: str) -> str:
-    """What people call a rule that is compared with others."""
+    """The name of a rule in a comparison."""
     return "config edit alone" if rule == "none" else rule
 
 
 def guard_note(guard: Guard) -> str:
-    """What the numbers are, and which of them decides."""
+    """A note on the unit of the numbers, and on the deciding one."""
     decides = {"loss": "loss", "divergence": "KL to the model as trained, not the loss,"}[guard.by]
-    return f"nats a token, on {guard.tokens:,} tokens held back; the lowest {decides} is taken"
+    return f"nats per token, on {guard.tokens:,} held-out tokens; the lowest {decides} is taken"
 
 
 def guard_text(guard: Guard | None) -> str:
-    """The trials as a table; nothing of none."""
+    """The trials as a table; empty without a guard."""
     if guard is None:
         return ""
     return f"{table(guard_rows(guard), header=GUARD_HEADER)}\n{guard_note(guard)}"
@@ -52,7 +52,7 @@ EVALUATION_HEADER = ("experts", "rule", "loss", "perplexity", "more than the edi
 
 
 def evaluation_rows(evaluation: Evaluation) -> Iterator[tuple[str, ...]]:
-    """The model as trained, and every run."""
+    """A row for the model as trained, and one for every run."""
     loss = evaluation.loss
     yield count_text(evaluation.experts), "as trained", f"{loss:.4f}", f"{math.exp(loss):.3f}", ""
     for run in evaluation.runs:
@@ -62,13 +62,13 @@ def evaluation_rows(evaluation: Evaluation) -> Iterator[tuple[str, ...]]:
 
 
 def evaluation_note(evaluation: Evaluation) -> str:
-    """What the numbers are, and of which text."""
+    """A note on the unit of the numbers, and on the text."""
     first = "the first " if evaluation.cut else ""
-    return f"nats a token, on {first}{evaluation.tokens:,} tokens of {printable(evaluation.text)}"
+    return f"nats per token, on {first}{evaluation.tokens:,} tokens of {printable(evaluation.text)}"
 
 
 def evaluation_text(evaluation: Evaluation | None) -> str:
-    """The losses as a table; nothing of none."""
+    """The losses as a table; empty without an evaluation."""
     if evaluation is None:
         return ""
     rows = evaluation_rows(evaluation)
@@ -94,13 +94,13 @@ def several_rows(several: Several) -> Iterator[tuple[str, ...]]:
 
 
 SEVERAL_NOTE = (
-    "norm of the routed output against that of the model as trained; active: weights that a token"
+    "norm: of the routed output, relative to the model as trained; active: weights that a token"
     " uses"
 )
 
 
 def several_lead(several: Several) -> str:
-    """Which model the plans are of."""
+    """The model of the plans, in one line."""
     first = several.plans[0]
     return (
         f"{printable(first.source.id)}: {first.model_type}, {len(first.factors)} MoE layers of"
@@ -109,7 +109,7 @@ def several_lead(several: Several) -> str:
 
 
 def several_text(several: Several) -> str:
-    """Plans side by side, and what they cost where that was asked for."""
+    """Plans side by side, with their losses if evaluated."""
     parts = [
         several_lead(several),
         table(several_rows(several), header=SEVERAL_HEADER),

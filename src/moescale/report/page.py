@@ -1,7 +1,7 @@
 """The plan as one self-contained page: charts, tables, provenance; no script, no network.
 
-It is written as XML, so that a test can read it, and every text that comes from outside (names,
-paths, warnings) is escaped.
+The page is also valid XML, so that a test can read it. All foreign text (names, paths, warnings) is
+escaped.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from moescale.planning.plan import Plan
 from moescale.planning.provenance import options_given
 from moescale.planning.several import Several
 from moescale.report import chart, losses, terminal
-from moescale.report.chart import LOOKS, Look, Series
+from moescale.report.chart import LINE_STYLES, LineStyle, Series
 from moescale.report.table import count_text, span
 from moescale.version import __version__
 
 _BASIS: Mapping[Basis, str] = {
     "measured": "Measured on the calibration text: the mean norm of the sum over the chosen"
-    " experts, with the new number and with the trained one, on the same inputs. Scaling moves it"
-    " by the factor exactly. The rule gates takes the gate weights of the same text here.",
-    "noted": "Measured on the calibration text in an earlier run of this job, which noted the"
-    " factors: one over the factor is the norm with the new number alone. No more of it was kept.",
+    " experts, with the new number and with the trained one, on the same inputs. Scaling changes it"
+    " by exactly the factor. The rule gates uses the gate weights of the same text here.",
+    "noted": "Measured on the calibration text in an earlier run of this job, which only recorded"
+    " the factors: one over the factor is the norm with the new number alone.",
     "sampled": "Predicted from the model's own gate weights, sampled layer by layer, for expert"
     " outputs of equal size and correlation rho.",
     "balanced": "Predicted by the closed form: a balanced gate, which gives all chosen experts the"
-    " same weight, and expert outputs of equal size and correlation rho. Real gates are peaked:"
-    " for factors that a user gave, such as measured ones, it may be far off.",
-    "unknown": "How this router weighs the experts that it chose is not known, so that nothing can"
-    " be said of the norm.",
+    " same weight, and expert outputs of equal size and correlation rho. Real gates are peaked: for"
+    " factors from the user, such as measured ones, the prediction may be far off.",
+    "unknown": "The norm cannot be predicted, because it is unknown how this router weighs the"
+    " chosen experts.",
 }
 
 Count = int | tuple[int, ...]
-"""Experts per token, of all layers or of each."""
+"""Experts per token: one number for all layers, or one per layer."""
 
 _FEW_ROWS = 14
-"""A longer table is folded away."""
+"""A longer table is collapsed."""
 
 _SHOWN_LAYERS = 4
 
@@ -94,7 +94,7 @@ _MEDIA = """
 _STYLE = _COLOURS.format(":root") + _BODY + _PARTS + _MEDIA
 
 _CELL = "moescale"
-"""The class of what stands in a cell of a notebook; its style leaves the rest of it alone."""
+"""The CSS class of the output in a notebook cell; its style does not affect the notebook."""
 
 _CELL_STYLE = (
     _COLOURS.format(f".{_CELL}")
@@ -108,10 +108,10 @@ _CELL_STYLE = (
 
 
 def write(shown: Plan | Several, path: Path) -> None:
-    """Write the page of a plan, or of several, to a path that was checked.
+    """Write the page of a plan, or of several, to a path that was checked before.
 
     Raises:
-        MoescaleError: it cannot be written any more.
+        MoescaleError: the file cannot be written after all.
     """
     try:
         text = page(shown) if isinstance(shown, Plan) else several_page(shown)
@@ -121,7 +121,7 @@ def write(shown: Plan | Several, path: Path) -> None:
 
 
 def page(plan: Plan) -> str:
-    """The page, as text of well-formed XML that is HTML too."""
+    """The page of a plan, as HTML that is also well-formed XML."""
     title = f"{plan.source.repo or plan.source.name}, {_change(plan)}"
     compared = plan.comparison
     parts = [
@@ -135,7 +135,7 @@ def page(plan: Plan) -> str:
 
 
 def several_page(several: Several) -> str:
-    """The page of plans side by side, and of what they cost."""
+    """The page of plans side by side, with their losses if evaluated."""
     first = several.plans[0]
     counts = list(dict.fromkeys(count_text(plan.experts.after) for plan in several.plans))
     title = f"{first.source.repo or first.source.name}, {', '.join(counts)} experts per token"
@@ -145,12 +145,12 @@ def several_page(several: Several) -> str:
         f'<p class="note">{_text(losses.SEVERAL_NOTE)}</p>',
     ]
     if several.evaluation:
-        parts += ["<h2>What they cost</h2>", *_evaluation(several.evaluation)]
+        parts += ["<h2>Losses</h2>", *_evaluation(several.evaluation)]
     return _whole(first, title, losses.several_lead(several), several.warnings, parts)
 
 
 def _whole(plan: Plan, title: str, lead: str, warnings: Iterable[str], parts: Iterable[str]) -> str:
-    """A page about the source of a plan."""
+    """A whole page, with a heading about the source of the plan."""
     body = [
         f"<h1>{_text(plan.source.repo or plan.source.name)}</h1>",
         f'<p class="lead">{_text(lead)}</p>',
@@ -169,7 +169,7 @@ def _whole(plan: Plan, title: str, lead: str, warnings: Iterable[str], parts: It
 
 
 def cell(plan: Plan) -> str:
-    """The rules with their factors and norms, and the charts, for a cell of a notebook."""
+    """Rules with factors and norms, and charts, for a notebook cell."""
     compared = plan.comparison
     key = hashlib.sha256(repr((plan.decisions(), plan.destination)).encode()).hexdigest()[:8]
     parts = [
@@ -185,7 +185,7 @@ def cell(plan: Plan) -> str:
 
 
 def _change(plan: Plan) -> str:
-    counts = dict(terminal.facts(plan))["experts per token"]
+    counts = dict(terminal.fact_rows(plan))["experts per token"]
     return f"{counts} experts per token".replace("->", "to")
 
 
@@ -200,55 +200,59 @@ def _lead(plan: Plan, compared: Comparison) -> str:
 
 
 def _norms_and_factors(compared: Comparison, key: str = "") -> Iterator[str]:
-    """The charts and their numbers; `key` stands in front of their ids."""
+    """The charts and their numbers; `key` is a prefix for their ids."""
     yield "<h2>What each rule does, layer by layer</h2>"
     yield '<div class="charts">'
-    places = _places(compared.layers)
+    positions = _positions(compared.layers)
     if compared.norms:
-        trained = Series("as trained", Look("ink", "1 3", "none"), _ends(places))
+        trained = Series("as trained", LineStyle("ink", "1 3", "none"), _ends(positions))
         drawn = [trained, *_by_rule(compared, compared.norms)]
         title, label = "Norm of the routed output", f"relative to trained, {BASES[compared.basis]}"
         described = _described(compared, compared.norms, "norm")
-        yield _figure(f"{key}norm", title, label, drawn, described, places, _BASIS[compared.basis])
+        yield _figure(
+            f"{key}norm", title, label, drawn, described, positions, _BASIS[compared.basis]
+        )
     described = _described(compared, compared.factors, "factor")
     note = "" if compared.norms else _BASIS["unknown"]
     lines = _by_rule(compared, compared.factors)
-    yield _figure(f"{key}factor", "Factors", "factor", lines, described, places, note)
+    yield _figure(f"{key}factor", "Factors", "factor", lines, described, positions, note)
     yield "</div>"
     yield _folded("Factors and norms as numbers", _numbers(compared), _number_header(compared))
 
 
-def _places(layers: Sequence[str]) -> list[tuple[float, str]]:
-    """Where each layer stands on an axis, with a gap between stacks."""
-    places: list[tuple[float, str]] = []
+def _positions(layers: Sequence[str]) -> list[tuple[float, str]]:
+    """The position of each layer on an axis, with a gap between prefixes."""
+    positions: list[tuple[float, str]] = []
     for _, group in groupby(layers, key=lambda layer: layer.rpartition(".")[0]):
-        start = places[-1][0] + 2 if places else 0
-        places += [(start + i, layer) for i, layer in enumerate(group)]
-    return places
+        start = positions[-1][0] + 2 if positions else 0
+        positions += [(start + i, layer) for i, layer in enumerate(group)]
+    return positions
 
 
-def _ends(places: Sequence[tuple[float, str]]) -> list[tuple[float, float]]:
-    return [(x, 1.0) for x in range(-1, int(places[-1][0]) + 2)]
+def _ends(positions: Sequence[tuple[float, str]]) -> list[tuple[float, float]]:
+    return [(x, 1.0) for x in range(-1, int(positions[-1][0]) + 2)]
 
 
 def _by_rule(compared: Comparison, values: Mapping[str, Sequence[float]]) -> list[Series]:
-    """A line for each rule; those that coincide share one."""
+    """A line for each rule; equal rules share one."""
     lines: dict[tuple[str, ...], list[str]] = {}
     for name, numbers in values.items():
         lines.setdefault(tuple(f"{number:.5g}" for number in numbers), []).append(name)
-    places = _places(compared.layers)
+    positions = _positions(compared.layers)
     result = []
     for names in lines.values():
         taken = compared.taken in names
-        look = LOOKS[compared.taken if taken else names[0]]
-        points = [(x, y) for (x, _), y in zip(places, values[names[0]], strict=True)]
+        style = LINE_STYLES[compared.taken if taken else names[0]]
+        points = [(x, y) for (x, _), y in zip(positions, values[names[0]], strict=True)]
         shown = ", ".join(compared.name(name) for name in names)
-        result.append(Series(f"{shown} (this plan)" if taken else shown, look, points, taken=taken))
+        result.append(
+            Series(f"{shown} (this plan)" if taken else shown, style, points, taken=taken)
+        )
     return result
 
 
 def _described(compared: Comparison, values: Mapping[str, Sequence[float]], what: str) -> str:
-    """A sentence a rule, for those who cannot see the chart."""
+    """A sentence for each rule, for screen readers."""
     return " ".join(
         f"{compared.name(name)}: {what} {min(numbers):.3f} to {max(numbers):.3f}."
         for name, numbers in values.items()
@@ -261,11 +265,11 @@ def _figure(
     label: str,
     series: Sequence[Series],
     described: str,
-    places: Sequence[tuple[float, str]],
+    positions: Sequence[tuple[float, str]],
     note: str,
 ) -> str:
     heights = [y for one in series for _, y in one.points]
-    x, y = chart.name_axis("layer", places), chart.number_axis(label, heights)
+    x, y = chart.name_axis("layer", positions), chart.number_axis(label, heights)
     return _framed(title, chart.chart(key, title, described, x, y, series), note)
 
 
@@ -280,7 +284,7 @@ def _gates(samples: Mapping[str, Sample]) -> Iterator[str]:
         return
     yield "<h2>Weights of the chosen experts</h2>"
     yield (
-        "<p>By rank, the largest first: the median over tokens, and from the 10th to the 90th"
+        "<p>By rank, largest first: the median over tokens, and the range from the 10th to the 90th"
         " percentile. A balanced gate would be flat.</p>"
     )
     yield '<div class="charts">'
@@ -292,15 +296,15 @@ def _gates(samples: Mapping[str, Sample]) -> Iterator[str]:
 
 
 def _spread(layers: Sequence[str], count: int) -> list[str]:
-    """At most `count` layers, from the first to the last, evenly."""
+    """At most `count` layers, evenly spaced, with the first and the last."""
     if len(layers) <= count:
         return list(layers)
     return [layers[round(i * (len(layers) - 1) / (count - 1))] for i in range(count)]
 
 
 def _gate_figure(key: str, layer: str, sample: Sample) -> str:
-    before = _ranks(sample.before, "as trained", Look("blue", "", "circle"), -0.14)
-    after = _ranks(sample.after, "after", Look("orange", "", "square"), 0.14)
+    before = _ranks(sample.before, "as trained", LineStyle("blue", "", "circle"), -0.14)
+    after = _ranks(sample.after, "after", LineStyle("orange", "", "square"), 0.14)
     series = [before] if sample.before == sample.after else [before, after]
     most = max(len(one.points) for one in series)
     x = chart.name_axis("rank of the expert", [(i, str(i + 1)) for i in range(most)], 16)
@@ -314,27 +318,27 @@ def _gate_figure(key: str, layer: str, sample: Sample) -> str:
     )
 
 
-def _ranks(moments: Moments, when: str, look: Look, shift: float) -> Series:
+def _ranks(moments: Moments, when: str, style: LineStyle, shift: float) -> Series:
     points = [(rank + shift, middle) for rank, (_, middle, _) in enumerate(moments.ranks)]
     ranges = [(low, high) for low, _, high in moments.ranks]
-    return Series(f"{moments.experts} experts, {when}", look, points, ranges)
+    return Series(f"{moments.experts} experts, {when}", style, points, ranges)
 
 
 def _correlation(samples: Mapping[str, Sample]) -> Iterator[str]:
     known = {layer: s.correlation for layer, s in samples.items() if s.correlation is not None}
     if not known:
         return
-    places = _places(list(known))
-    points = [(x, known[layer]) for x, layer in places]
-    series = [Series("as trained", LOOKS["measured"], points, taken=True)]
+    positions = _positions(list(known))
+    points = [(x, known[layer]) for x, layer in positions]
+    series = [Series("as trained", LINE_STYLES["measured"], points, taken=True)]
     low, high = min(known.values()), max(known.values())
-    x = chart.name_axis("layer", places)
+    x = chart.name_axis("layer", positions)
     y = chart.number_axis("mean cosine", [0, *known.values()])
     title = "Correlation of the chosen experts' outputs"
     described = f"Mean pairwise cosine by layer, {low:.3f} to {high:.3f}."
     yield f"<h2>{title}</h2>"
     yield '<div class="charts">'
-    note = "The closed forms and the rule gates take one number for it, rho."
+    note = "The closed forms and the rule gates use a single number for it, rho."
     yield _framed("By layer", chart.chart("correlation", title, described, x, y, series), note)
     yield "</div>"
 
@@ -356,7 +360,7 @@ def _numbers(compared: Comparison) -> Iterator[tuple[str, ...]]:
 
 def _plan(plan: Plan, compared: Comparison) -> Iterator[str]:
     yield "<h2>The plan</h2>"
-    yield _facts(terminal.facts(plan))
+    yield _facts(terminal.fact_rows(plan))
     yield "<h2>Rules</h2>"
     yield _rules(compared)
     yield from _losses(plan)
@@ -375,18 +379,18 @@ def _plan(plan: Plan, compared: Comparison) -> Iterator[str]:
 
 
 def _losses(plan: Plan) -> Iterator[str]:
-    """What was tried before a rule was taken, and what the plan costs on a text."""
+    """The trials that led to the rule, and the loss on a text."""
     if guard := plan.guard:
-        yield "<h2>What was tried</h2>"
+        yield "<h2>Rules tried</h2>"
         yield _table(losses.guard_rows(guard), losses.GUARD_HEADER)
         yield f"<p>{_text(losses.guard_note(guard))}</p>"
     if evaluation := plan.evaluation:
-        yield "<h2>What it costs</h2>"
+        yield "<h2>Loss</h2>"
         yield from _evaluation(evaluation)
 
 
 def _evaluation(evaluation: Evaluation) -> Iterator[str]:
-    """The losses on a text: by number of experts, a line a rule, and as numbers."""
+    """The losses on a text: a chart with a line for each rule, and a table."""
     yield '<div class="charts">'
     yield _framed("Loss", _loss_chart(evaluation), losses.evaluation_note(evaluation))
     yield "</div>"
@@ -394,7 +398,7 @@ def _evaluation(evaluation: Evaluation) -> Iterator[str]:
 
 
 def _loss_chart(evaluation: Evaluation) -> str:
-    """With the number that the model was trained with, every rule leaves it as it is."""
+    """The losses by number of experts; at the trained number, all rules have the same loss."""
     trained = evaluation.experts, evaluation.loss
     found: dict[str, dict[Count, float]] = {}
     for run in evaluation.runs:
@@ -403,13 +407,13 @@ def _loss_chart(evaluation: Evaluation) -> str:
     series = [
         Series(
             losses.rule_name(rule),
-            LOOKS.get(rule, LOOKS["own"]),
+            LINE_STYLES.get(rule, LINE_STYLES["own"]),
             [(float(x), line[count]) for x, count in enumerate(counts) if count in line],
         )
         for rule, line in found.items()
     ]
     there = [(float(counts.index(trained[0])), trained[1])]
-    series.append(Series("as trained", Look("ink", "", "circle"), there, taken=True))
+    series.append(Series("as trained", LineStyle("ink", "", "circle"), there, taken=True))
     described = f"As trained, with {count_text(trained[0])} experts: {trained[1]:.4f}. " + " ".join(
         f"{losses.rule_name(run.rule)}, {count_text(run.experts)} experts: {run.loss:.4f}."
         for run in evaluation.runs
@@ -417,7 +421,7 @@ def _loss_chart(evaluation: Evaluation) -> str:
     title = "Loss by number of experts"
     names = [(float(x), count_text(count)) for x, count in enumerate(counts)]
     x = chart.name_axis("experts per token", names)
-    y = chart.number_axis("loss, nats a token", [y for one in series for _, y in one.points])
+    y = chart.number_axis("loss, nats per token", [y for one in series for _, y in one.points])
     return chart.chart("loss", title, described, x, y, series)
 
 
@@ -462,7 +466,7 @@ def _option(value: object) -> str:
 
 
 def _folded(title: str, rows: Iterable[tuple[str, ...]], header: Sequence[str]) -> str:
-    """A table, behind its title where it is long."""
+    """A table under its title, collapsed if it is long."""
     known = list(rows)
     opened = ' open="open"' if len(known) <= _FEW_ROWS else ""
     return f"<details{opened}><summary>{_text(title)}</summary>{_table(known, header)}</details>"
@@ -478,7 +482,7 @@ def _table(rows: Iterable[Sequence[str]], header: Sequence[str], taken: Iterable
 
 
 def _facts(rows: Iterable[tuple[str, str]]) -> str:
-    """A table of names and what they stand for."""
+    """A table of names and values."""
     body = "".join(
         f'<tr><th scope="row">{_text(name)}</th>{_cell(value)}</tr>\n' for name, value in rows
     )
@@ -486,7 +490,7 @@ def _facts(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def _scrolled(table: str) -> str:
-    """On a narrow screen the table moves, not the page; the keyboard reaches it too."""
+    """A table that scrolls on a narrow screen, also with the keyboard."""
     return f'<div class="scroll" role="region" aria-label="Table" tabindex="0">{table}</div>'
 
 

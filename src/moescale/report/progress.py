@@ -1,4 +1,4 @@
-"""Progress: bars on a terminal, one line in a notebook, a line of text now and then elsewhere."""
+"""Progress: bars on a terminal, one bar in a notebook, otherwise lines of text now and then."""
 
 from __future__ import annotations
 
@@ -14,53 +14,52 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from moescale.errors import bytes_text
-from moescale.storage.base import Phase
+from moescale.storage.base import Phase, no_progress
 from moescale.storage.base import Progress as ProgressCallback
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 LINE_SECONDS = 30.0
-"""Without a terminal, progress is one line this often."""
+"""How often to print a line of progress without a terminal."""
 
 BAR_DELAY = 0.5
-"""Seconds; what takes less time shows no bar."""
+"""Seconds before a bar appears."""
 
 NARROW = 60
-"""With fewer columns there is one bar, which says how long it will take, and little else."""
+"""With fewer columns there is a single bar, with little more than the remaining time."""
 
 _TRUE = frozenset({"1", "ON", "YES", "TRUE"})
 _NAME_LENGTH = 34
 _FIGURES = 50
-"""Columns that a bar takes beside the name."""
+"""Columns that a bar needs besides the name."""
 
 _SHORT = "{desc} {percentage:.0f}%, {remaining} left"
 _MANY = 1000
 
 
 class Progress:
-    """A bar for all and one a file on its way; without a terminal a line now and then.
+    """A bar for each phase of a run and for each file in it; without a terminal, lines of text.
 
-    Each shows bytes, rate and remaining time; nothing is shown for what takes less than half a
-    second. Each phase of a run has its own. What an earlier run has done counts as bytes, not for
-    the rate. `stream` None says nothing.
+    Bars show bytes, rate and remaining time, and only appear after `BAR_DELAY`. Files of an earlier
+    run count as bytes, but not for the rate. Without a `stream` nothing is shown.
 
     Attributes:
-        seconds: how long each phase took.
-        there: bytes that an earlier run had written.
+        seconds: the duration of each phase.
+        resumed: bytes that an earlier run had written.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
         self._columns = _columns(stream)
-        self._most = _most_bars(stream, self._columns)
+        self._bar_limit = _find_bar_limit(stream, self._columns)
         self._lock = threading.Lock()
         self._bar: tqdm[Any] | None = None
         self._bars: dict[str, tqdm[Any]] = {}
         self._sizes: Mapping[str, int] = {}
-        self._of: Counter[str] = Counter()
+        self._by_file: Counter[str] = Counter()
         self._phase = ""
-        self._total = self._done = self.there = 0
+        self._total = self._done = self.resumed = 0
         self._start = self._last = time.monotonic()
         self.seconds: dict[str, float] = {}
 
@@ -79,18 +78,18 @@ class Progress:
             self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + took
 
     def begin(self, phase: str, sizes: Mapping[str, int]) -> None:
-        """Start a phase, in which this many bytes of each file are gone through."""
+        """Start a phase, given the number of bytes of each file in it."""
         self._end()
-        self._phase, self._sizes, self._of = phase, sizes, Counter()
+        self._phase, self._sizes, self._by_file = phase, sizes, Counter()
         self._total, self._done = sum(sizes.values()), 0
         self._start = self._last = time.monotonic()
-        if self._most:
+        if self._bar_limit:
             self._bar = self._new_bar(phase, self._total, 0)
 
     def _new_bar(self, name: str, total: int, position: int) -> tqdm[Any]:
-        bar: tqdm[Any] = self._kind()(
+        bar: tqdm[Any] = self._bar_class()(
             total=total,
-            desc=_label(name, self._columns),
+            desc=_bar_label(name, self._columns),
             position=position,
             unit="B",
             unit_scale=True,
@@ -102,7 +101,7 @@ class Progress:
         )
         return bar
 
-    def _kind(self) -> Any:
+    def _bar_class(self) -> Any:
         from tqdm import tqdm
 
         return tqdm
@@ -110,15 +109,15 @@ class Progress:
     def step(self, name: str, count: int) -> None:
         """Count bytes of a file; called from several threads."""
         with self._lock:
-            # whole files before anything else has moved are those of an earlier run
-            first = self._phase == "writing" and self.there == self._done
-            there = first and count >= self._sizes.get(name, 0)
+            # Complete files that come first are those of an earlier run.
+            first = self._phase == "writing" and self.resumed == self._done
+            resumed = first and count >= self._sizes.get(name, 0)
             self._done += count
-            self._of[name] += count
-            self.there += count * there
+            self._by_file[name] += count
+            self.resumed += count * resumed
             if self._bar is not None:
-                self._move(self._bar, count, there)
-                if self._most > 1:
+                self._move(self._bar, count, resumed)
+                if self._bar_limit > 1:
                     self._step_file(name, count)
                 return
             now = time.monotonic()
@@ -127,8 +126,8 @@ class Progress:
                 print(self._line(now), file=self._stream, flush=True)
 
     @staticmethod
-    def _move(bar: tqdm[Any], count: int, there: bool) -> None:
-        if there:
+    def _move(bar: tqdm[Any], count: int, resumed: bool) -> None:
+        if resumed:
             bar.initial += count
             bar.last_print_n += count
             bar.n += count
@@ -139,7 +138,7 @@ class Progress:
         length = self._sizes.get(name, 0)
         bar = self._bars.pop(name, None)
         if bar is None:
-            if count >= length:  # it was there already, or came in one piece
+            if count >= length:  # of an earlier run, or done in one piece
                 return
             used = {-other.pos for other in self._bars.values()}
             free = next(number for number in itertools.count(1) if number not in used)
@@ -151,49 +150,49 @@ class Progress:
             self._bars[name] = bar
 
     def _line(self, now: float) -> str:
-        new = self._done - (self.there if self._phase == "writing" else 0)
+        new = self._done - (self.resumed if self._phase == "writing" else 0)
         rate = new / (now - self._start)
         left = _duration((self._total - self._done) / rate) if rate else "?"
         done = f"{bytes_text(self._done)} of {bytes_text(self._total)}"
         return f"{self._phase}: {done}, {bytes_text(rate)}/s, {left} left"
 
-    def lost(self) -> str | None:
-        """What has to be done again, were it interrupted now; None where nothing was begun."""
+    def unfinished_text(self) -> str | None:
+        """The work that an interruption now would lose; None if nothing was begun."""
         if not self._done:
             return None
         if self._phase != "writing":
-            return "All is written; only the proof has to be done again."
-        whole = sum(length for name, length in self._sizes.items() if self._of[name] >= length)
+            return "All files are written; only the verification has to be repeated."
+        whole = sum(length for name, length in self._sizes.items() if self._by_file[name] >= length)
         done, again = bytes_text(whole), bytes_text(self._done - whole)
         return (
-            f"{done} of {bytes_text(self._total)} are finished; {again} of shards that were begun"
-            " will be done again."
+            f"{done} of {bytes_text(self._total)} are finished; {again} of unfinished shards will"
+            " be written again."
         )
 
 
 class CellProgress(Progress):
-    """One bar, as tqdm draws it best: in a notebook a widget where there are any, else text."""
+    """One bar as `tqdm.auto` draws it: a widget in a notebook that supports it, otherwise text."""
 
     def __init__(self) -> None:
         super().__init__(None)
-        self._columns, self._most = 80, 0 if _switched_off() else 1
+        self._columns, self._bar_limit = 80, 0 if _switched_off() else 1
 
-    def _kind(self) -> Any:
+    def _bar_class(self) -> Any:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there are no widgets is no fault
+            warnings.simplefilter("ignore")  # about missing widgets
             from tqdm.auto import tqdm
         return tqdm
 
 
 @contextmanager
-def shown(
-    progress: ProgressCallback | bool | None, phase: Phase = lambda name, sizes: None
+def progress_callbacks(
+    progress: ProgressCallback | bool | None, phase: Phase = no_progress
 ) -> Iterator[tuple[ProgressCallback, Phase]]:
-    """Who is told of a run: the caller, or the bar that is shown for it.
+    """The callbacks of a run: those of the caller, or of a bar.
 
     Args:
-        progress: what the caller gave; True shows a bar, None shows one in a notebook.
-        phase: told of phases in any case.
+        progress: a callback; True shows a bar, None shows one in a notebook only.
+        phase: the caller's callback, called in any case.
     """
     if callable(progress):
         yield progress, phase
@@ -206,7 +205,7 @@ def shown(
 
             yield bar.step, begin
     else:
-        yield (lambda name, count: None), phase
+        yield no_progress, phase
 
 
 def in_notebook() -> bool:
@@ -215,8 +214,8 @@ def in_notebook() -> bool:
     return hasattr(ipython and ipython.get_ipython(), "kernel")
 
 
-def _most_bars(stream: TextIO | None, columns: int) -> int:
-    """How many bars can move: none where nothing does, one in a cell of a notebook."""
+def _find_bar_limit(stream: TextIO | None, columns: int) -> int:
+    """How many bars the stream can show: none without a terminal, one in a notebook."""
     if stream is None or not stream.isatty() or _switched_off() or os.environ.get("TERM") == "dumb":
         return 0
     cell = "JPY_PARENT_PID" in os.environ or "inline" in os.environ.get("MPLBACKEND", "")
@@ -234,14 +233,14 @@ def _columns(stream: TextIO | None) -> int:
         return 80
 
 
-def _label(name: str, columns: int) -> str:
-    """As much of a file's name as leaves room for the figures; its end tells shards apart."""
+def _bar_label(name: str, columns: int) -> str:
+    """The name of a file, shortened to its end, which distinguishes shards."""
     room = max(12, min(_NAME_LENGTH, columns - _FIGURES))
     return name if len(name) <= room else name.removesuffix(".safetensors")[-room:]
 
 
 def _duration(seconds: float) -> str:
-    """A time for people, in one unit or two."""
+    """A duration in one or two units."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -249,11 +248,11 @@ def _duration(seconds: float) -> str:
 
 
 _FEWEST_TOKENS = 2_048
-"""No text that a model is run on is shorter, and no model has so many layers."""
+"""The shortest text for a run of the model, and more than the layers of any model."""
 
 
-def measuring(stream: TextIO | None) -> Callable[[int, int], None]:
-    """What tells of a rule at work: on a terminal soon, else now and then."""
+def measuring_printer(stream: TextIO | None) -> Callable[[int, int], None]:
+    """A callback that prints the progress of a rule: continuously on a terminal, else rarely."""
     start = last = time.monotonic()
     moves = stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
 

@@ -1,4 +1,4 @@
-"""Columns of text."""
+"""Tables as plain text."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from moescale.errors import printable
 
 
 def table(rows: Iterable[tuple[str, ...]], header: tuple[str, ...] = ()) -> str:
-    """Rows in columns, under a header if there is one; nothing of none."""
-    shown = (tuple(map(printable, row)) for row in rows)  # names of tensors may hold anything
+    """Rows in aligned columns, under a header if given; empty without rows."""
+    shown = (tuple(map(printable, row)) for row in rows)  # tensor names may contain anything
     lines = [*([header] if header else []), *shown]
     if len(lines) <= bool(header):
         return ""
@@ -21,11 +21,11 @@ def table(rows: Iterable[tuple[str, ...]], header: tuple[str, ...] = ()) -> str:
 
 
 def span(numbers: Sequence[float], form: str) -> str:
-    """The smallest and the largest, or one where they look alike; nothing of none."""
+    """The smallest and the largest number, or one of them if they look the same."""
     ends = [f"{end:{form}}" for end in (min(numbers), max(numbers))] if numbers else []
     return " to ".join(dict.fromkeys(ends))
 
 
 def count_text(count: int | tuple[int, ...]) -> str:
-    """A number of experts, or those of each layer."""
+    """A number of experts, or one number per layer."""
     return str(count) if isinstance(count, int) else ",".join(map(str, count))

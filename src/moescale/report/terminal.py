@@ -1,4 +1,4 @@
-"""Output for people: the plan at a glance, and what was done."""
+"""Plans, records and results as text for the terminal."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ LAYER_HEADER = ("layers", "tensors", "of", "dtype", "factor")
 RULE_NOTES = {"published": "mergekit issue 294"}
 
 BLOCKS, ASCII = "▁▂▃▄▅▆▇█", "#"
-"""What the columns of a chart end in: eighths of a line, or whole lines."""
+"""Characters for the columns of a chart: in eighths of a line, or in whole lines."""
 
 _CHART_ROWS, _CHART_WIDTH = 4, 64
 _FEW_ROWS = 6
 
 
 def blocks_for(stream: TextIO) -> str:
-    """What charts are drawn with on this stream: block characters where it can show them."""
+    """The characters for charts on this stream: `BLOCKS` if it can show them, otherwise `ASCII`."""
     plain = "NO_COLOR" in os.environ or os.environ.get("TERM", "") == "dumb"
     try:
         BLOCKS.encode(stream.encoding or "ascii")
@@ -47,9 +47,9 @@ def blocks_for(stream: TextIO) -> str:
 
 
 def plan_text(plan: Plan, verbose: bool = False, blocks: str = ASCII) -> str:
-    """The plan as a page of text; its chart is drawn with `blocks`, `BLOCKS` or `ASCII`."""
+    """The plan as a page of text, with a chart of `blocks`: `BLOCKS` or `ASCII`."""
     parts = [
-        table(facts(plan)),
+        table(fact_rows(plan)),
         _rules(plan),
         losses.guard_text(plan.guard),
         _layers(plan.tensors, verbose),
@@ -79,7 +79,7 @@ def plan_text(plan: Plan, verbose: bool = False, blocks: str = ASCII) -> str:
 
 
 def types_text(types: Iterable[ModelType]) -> str:
-    """Every model type and what happens to it, in two columns."""
+    """Every model type and its treatment, in two columns."""
     kinds = {"gguf": "GGUF"}
     named = ((row, row.part or kinds.get(row.format)) for row in types)
     return table(
@@ -89,7 +89,7 @@ def types_text(types: Iterable[ModelType]) -> str:
 
 
 def record_text(record: Record) -> str:
-    """What was done to an output, and how its files are."""
+    """How an output was made, and the state of its files."""
     said = record.content
     source, experts, factors = (
         value if isinstance(value := said.get(key), dict) else {}
@@ -105,23 +105,23 @@ def record_text(record: Record) -> str:
         ("options", record.options or "not readable"),
         ("rule", f"{said.get('rule')}, factor {span(numbers, '.6g')} in {len(factors)} layers"),
         ("experts per token", f"{experts.get('from')} -> {experts.get('to')}"),
-        ("files", _state(record)),
+        ("files", _files_text(record)),
     ]
-    prove = "To prove every byte, with the source at hand: moescale SRC {0} --verify"
-    return f"{table(rows)}\n\n{prove.format(printable(record.place))}"
+    verify = "To verify every byte against the source: moescale SRC {0} --verify"
+    return f"{table(rows)}\n\n{verify.format(printable(record.place))}"
 
 
-def _state(record: Record) -> str:
+def _files_text(record: Record) -> str:
     if not record.read + record.sized:
-        return "say nothing of themselves that could be compared"
-    compared = f"{record.read} by their SHA-256, {record.sized} by their size alone"
+        return "no sizes or digests recorded"
+    compared = f"{record.read} compared by SHA-256, {record.sized} by size only"
     if record.differences:
-        return f"{len(record.differences)} are not as they were written; compared {compared}"
-    return f"as they were written; compared {compared}"
+        return f"{len(record.differences)} changed since they were written; {compared}"
+    return f"unchanged since they were written; {compared}"
 
 
-def facts(plan: Plan) -> Iterator[tuple[str, str]]:
-    """What goes where, and which model it is."""
+def fact_rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Names and values that describe the plan."""
     where = (
         "local directory" if plan.source.kind == "local" else f"Hub, commit {plan.source.revision}"
     )
@@ -138,18 +138,18 @@ def facts(plan: Plan) -> Iterator[tuple[str, str]]:
     elif plan.fold_key and plan.options.fold is None and plan.changed_tensors:
         yield "fold", f"--fold config multiplies {plan.fold_key} and leaves every weight as it is"
     elif plan.options.fold == "residual":
-        yield "fold", "what else writes into the residual stream is divided; the experts stay"
+        yield "fold", "everything else that writes into the residual stream is divided"
     if scales := tuple(plan.router_scales.values()):
         yield (
             "gate",
-            f"the routers' weights are multiplied by {span(scales, '.4g')}: {_way(scales)}",
+            f"the routers' weights are multiplied by {span(scales, '.4g')}: {_sharpness(scales)}",
         )
     if plan.calibration:
         yield "calibrated", f"on {measured_on(plan.calibration)}"
     if plan.why:
         yield "rule", f"{plan.rule} ({plan.why})"
     if (error := plan.factor_error) is not None:
-        yield "factors", f"from drawn inputs; standard error at most {error:.2%}"
+        yield "factors", f"from random inputs; standard error at most {error:.2%}"
     before, after = count_text(plan.experts.before), count_text(plan.experts.after)
     trained = (
         ""
@@ -178,20 +178,20 @@ _SCALES = {
 
 
 def active_text(active: Active) -> str:
-    """How much of the model a token uses, and so roughly how long it takes."""
+    """How much of the model a token uses, and roughly the change in time per token."""
     scales = _SCALES[active.unit]
     unit, each = next((scale for scale in scales if active.total >= scale[1]), scales[-1])
     ends = dict.fromkeys(f"{count / each:.3g}" for count in (active.before, active.after))
     text = f"{' -> '.join(ends)} of {active.total / each:.3g} {unit}"
-    return text if len(ends) == 1 else f"{text} a token: x {active.ratio:.2g} the time"
+    return text if len(ends) == 1 else f"{text} per token: x {active.ratio:.2g} the time"
 
 
 ENGINES = {"vllm": "vLLM", "sglang": "SGLang"}
-"""What people call an engine, where its key is another."""
+"""Names of engines that differ from their keys."""
 
 
-def next_text(plan: Plan, written: bool) -> str:
-    """What to run: the output, or, before one is written, the source with other values too."""
+def run_commands_text(plan: Plan, written: bool) -> str:
+    """The commands that run the output and, before it is written, the source with other values."""
     parts = []
     if plan.overrides and not written:
         parts.append("The same without rewriting:\n" + _engines(plan.overrides))
@@ -200,8 +200,8 @@ def next_text(plan: Plan, written: bool) -> str:
     return "\n\n".join(parts)
 
 
-def finished_place(plan: Plan) -> str:
-    """Where the output is, for a script: a set of GGUF files by name is opened by its first."""
+def output_location(plan: Plan) -> str:
+    """The location of the output, for scripts; for a split GGUF set, that of its first file."""
     assert plan.location is not None, "a plan without a destination has no output"
     return first_file(plan.location, 1 if plan.config is not None else _parts(plan))
 
@@ -222,7 +222,7 @@ def _engines(lines: Mapping[str, str]) -> str:
     return "\n".join(f"  {names[e]:{width}}  {printable(line)}" for e, line in lines.items())
 
 
-def _way(scales: Sequence[float]) -> str:
+def _sharpness(scales: Sequence[float]) -> str:
     low, high = min(scales), max(scales)
     if low == high == 1:
         return "as it was"
@@ -230,20 +230,20 @@ def _way(scales: Sequence[float]) -> str:
 
 
 def layers_text(plan: Plan) -> str:
-    """How many MoE layers there are, and experts in each."""
+    """The number of MoE layers, and of experts in each."""
     plural = "s" * (len(plan.factors) > 1)
     return f"{len(plan.factors)} MoE layer{plural} of {plan.experts.total} routed experts"
 
 
 def _rules(plan: Plan) -> str:
-    """Every rule that can be computed, and what it does to the norm of the routed output."""
+    """Every rule that can be computed, with its effect on the norm of the routed output."""
     compared = plan.comparison
     notes = {**RULE_NOTES, "none": compared.name("none")}
     head = f"norm, {BASES[compared.basis]}"
     if compared.basis == "balanced":
         head, notes["own"] = "expected norm", "norm if the gate is balanced"
         if plan.router is not None and not plan.router.renormalised:
-            notes["preserve"] = "if the gate is balanced; --rule gates looks at it"
+            notes["preserve"] = "if the gate is balanced; --rule gates samples it"
     rows = []
     for name, factors in compared.factors.items():
         mark = "->" if name == compared.taken else ""
@@ -255,7 +255,7 @@ def _rules(plan: Plan) -> str:
 
 
 def layer_rows(tensors: Iterable[TensorEdit]) -> Iterator[tuple[str, ...]]:
-    """One row for each run of layers that look alike."""
+    """One row for each sequence of equal layers."""
     layers: dict[tuple[str, int], Counter[tuple[str, str, float]]] = {}
     for t in tensors:
         kinds = layers.setdefault((t.layer.stack, t.layer.number), Counter())
@@ -275,9 +275,9 @@ def layer_rows(tensors: Iterable[TensorEdit]) -> Iterator[tuple[str, ...]]:
 
 
 def _layers(tensors: Sequence[TensorEdit], verbose: bool) -> str:
-    """What is scaled: by layer where these are few, or all are wanted; else each kind with a range.
+    """The scaled tensors: by layer if there are few rows or `verbose`, otherwise by kind.
 
-    So the rules stay on the first screen, and the chart shows the layers.
+    This keeps the rules on the first screen; the chart shows the layers.
     """
     rows = list(layer_rows(tensors))
     if verbose or len(rows) <= _FEW_ROWS:
@@ -302,7 +302,7 @@ def _kind_rows(tensors: Iterable[TensorEdit]) -> Iterator[tuple[str, ...]]:
 
 
 def _factor_chart(factors: Mapping[str, float], blocks: str) -> str:
-    """A column a layer, from the smallest factor to the largest; nothing where all are alike."""
+    """One column per layer, from the smallest to the largest factor; empty if all are equal."""
     columns, each = _columns(list(factors.values()))
     low, high = min(columns), max(columns)
     if f"{low:.4g}" == f"{high:.4g}":
@@ -321,25 +321,25 @@ def _factor_chart(factors: Mapping[str, float], blocks: str) -> str:
 
 
 def _columns(values: Sequence[float]) -> tuple[list[float], int]:
-    """At most `_CHART_WIDTH` means of neighbours, and of how many each."""
+    """At most `_CHART_WIDTH` means of neighbouring values, and the number of values in each."""
     each = -(-len(values) // _CHART_WIDTH)
     parts = [values[i : i + each] for i in range(0, len(values), each)]
     return [sum(part) / len(part) for part in parts], each
 
 
 def _cell(level: int, blocks: str) -> str:
-    """One line of a column that reaches `level` steps into it."""
+    """The character of one line of a column, filled to `level` steps."""
     return blocks[min(level, len(blocks)) - 1] if level > 0 else " "
 
 
 def byte_rows(plan: Plan) -> Iterator[tuple[str, str]]:
-    """How many files and bytes are read and written."""
+    """The numbers of files and bytes, read and written."""
     actions = Counter(f.action for f in plan.files)
     words: dict[Action, str] = {
         "rewrite": "rewritten",
         "edit": "edited",
         "copy": "copied",
-        "create": "made",
+        "create": "created",
         "skip": "left out",
     }
     yield "files", ", ".join(f"{actions[a]} {word}" for a, word in words.items() if actions[a])
@@ -356,40 +356,40 @@ def _left_out(files: Iterable[PlannedFile]) -> str:
     return table(("left out", f.name, f.why or "") for f in files if f.action == "skip")
 
 
-def summary(result: Result, seconds: Mapping[str, float], there: int = 0) -> str:
-    """What was done, in at most two lines, and what else there is to know.
+def summary(result: Result, seconds: Mapping[str, float], resumed: int = 0) -> str:
+    """A run in two lines, with its remarks between them.
 
     Args:
-        result: what came of the run.
-        seconds: how long its phases took.
-        there: bytes that an earlier run had done.
+        result: the result of the run.
+        seconds: the duration of each phase.
+        resumed: bytes that an earlier run had written.
     """
     if result.status == "nothing":
-        return "Nothing was written: the output would be the source again."
+        return "Nothing was written: the output would equal the source."
     url = [result.url] if result.url else []
     rounded = [_rounded(result)] if result.rounding else []
-    lines = [_first_line(result, seconds, there), *rounded, *result.remarks, *url]
+    lines = [_first_line(result, seconds, resumed), *rounded, *result.remarks, *url]
     return "\n".join(map(printable, [*lines, _proof(result, seconds)]))
 
 
-def _first_line(result: Result, seconds: Mapping[str, float], there: int) -> str:
+def _first_line(result: Result, seconds: Mapping[str, float], resumed: int) -> str:
     plan, total = result.plan, result.plan.bytes_written
     if result.status == "repair":
-        return f"{plan.destination} repaired: the files that differed were written again."
+        return f"{plan.destination} repaired: rewrote the files that differed."
     if result.status in ("done", "stale"):
         return f"{plan.destination} was already done; nothing was written."
     changed, took = len(plan.changed_tensors), seconds.get("writing", 0.0)
     scaled = f"{changed:,} tensors scaled." if changed else "no weight changed."
     if result.status == "resume":
-        old = bytes_text(there)
-        what = f"continued and finished: {bytes_text(total)} in all, {old} were there, the rest"
+        old = bytes_text(resumed)
+        what = f"resumed and finished: {bytes_text(total)} in all, {old} existed, the rest"
     else:
         what = f"written: {bytes_text(total)}"
-    return f"{plan.destination} {what} in {_took(total - there, took)}, {scaled}"
+    return f"{plan.destination} {what} in {_took(total - resumed, took)}, {scaled}"
 
 
 def rounding_json(result: Result) -> dict[str, dict[str, float]]:
-    """By tensor, what the rounding of block scales did, beside what the type itself does."""
+    """The effect of rounding block scales, by tensor, with that of the type itself."""
     dtypes = {t.tensor.name: t.tensor.dtype for t in result.plan.changed_tensors}
     return {
         name: {**seen.as_json(), "type_rms": NOISE[dtypes[name]]}
@@ -398,13 +398,13 @@ def rounding_json(result: Result) -> dict[str, dict[str, float]]:
 
 
 def _rounded(result: Result) -> str:
-    """What the rounding of block scales did to the weights, beside what the type itself does."""
+    """The effect of rounding block scales on the weights, compared with that of the type itself."""
     dtypes = {t.tensor.name: t.tensor.dtype for t in result.plan.changed_tensors}
     name, worst = max(result.rounding.items(), key=lambda item: item[1].worst)
     rms, kind = max((seen.rms, dtypes[n]) for n, seen in result.rounding.items())
     zeroed = sum(seen.zeroed for seen in result.rounding.values())
     return (
-        f"Rounding of block scales: {rms:.2%} of the weights (rms) where it is most, beside"
+        f"Rounding of block scales: at most {rms:.2%} of the weights (rms), compared with"
         f" {NOISE[kind]:.1%} of {kind} itself; the worst block {worst.worst:.1%}, in {name}"
         + (f"; {zeroed:,} scales became 0" if zeroed else "")
         + "."
@@ -413,11 +413,9 @@ def _rounded(result: Result) -> str:
 
 def _proof(result: Result, seconds: Mapping[str, float]) -> str:
     if not result.verified:
-        return "Run the same command with --verify to prove the output."
+        return "Run the same command with --verify to verify the output."
     took = seconds.get("verifying", 0.0)
-    return (
-        f"Verified in {_took(result.plan.bytes_written, took)}: every byte is what the plan says."
-    )
+    return f"Verified in {_took(result.plan.bytes_written, took)}: every byte matches the plan."
 
 
 def _took(count: int, seconds: float) -> str:

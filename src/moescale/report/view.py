@@ -1,12 +1,12 @@
-"""How a plan shows itself from Python: as text, and in a notebook."""
+"""How Python shows a plan: as text, and as HTML in a notebook."""
 
 from __future__ import annotations
 
 from moescale.planning.plan import Plan
 
 
-class _Report:
-    """The view that the API gives every plan; what draws is imported where it is wanted."""
+class _PlanView:
+    """The view that the API attaches to every plan; modules that draw are imported late."""
 
     def text(self, plan: Plan) -> str:
         """The plan as a page of text."""
@@ -15,10 +15,10 @@ class _Report:
         return terminal.plan_text(plan)
 
     def html(self, plan: Plan) -> str:
-        """The plan for a cell of a notebook."""
+        """The plan as HTML for a cell of a notebook."""
         from moescale.report import page
 
         return page.cell(plan)
 
 
-REPORT = _Report()
+PLAN_VIEW = _PlanView()
