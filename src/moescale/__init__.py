@@ -1,8 +1,8 @@
 """Run a mixture-of-experts checkpoint with another number of active experts.
 
 The public names are here: `plan`, `compare`, `convert`, `verify`, `record` and `model_types`, the
-types of what goes into them and comes out, and the exceptions in `moescale.errors`. They are
-imported on first use, so that ``import moescale`` costs nothing.
+types of their arguments and results, and the exceptions in `moescale.errors`. They are imported on
+first use, so that ``import moescale`` costs nothing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
     "verify",
 ]
 
-_HOMES = {
+_MODULES = {
     "Measuring": "moescale.api",
     "Options": "moescale.options",
     "Phase": "moescale.storage.base",
@@ -59,14 +59,14 @@ _HOMES = {
 }
 
 
-if not TYPE_CHECKING:  # a type checker would take any name for one of the package
+if not TYPE_CHECKING:  # a type checker would accept any name
 
     def __getattr__(name: str) -> Any:
-        if name not in _HOMES:
+        if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib import import_module
 
-        return getattr(import_module(_HOMES[name]), name)
+        return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""The entry point, also of ``python -m moescale``."""
+"""The entry point of the command, and of ``python -m moescale``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from moescale import interrupts
 
 
 def main() -> None:
-    """Run the command; Ctrl-C is one line from the first moment on, while imports go on too."""
+    """Run the command; Ctrl-C prints one line even during imports."""
     interrupts.install_handlers()
     try:
         from moescale import cli

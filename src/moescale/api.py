@@ -1,12 +1,12 @@
-"""The same as the command, from Python: `plan`, `convert`, `verify`.
+"""The Python API, with the functions of the command: `plan`, `convert`, `verify` and others.
 
-Nothing here prints, exits, changes the environment or touches signals: those are the command's.
-What goes wrong is an exception of `moescale.errors`. Ctrl-C is a `KeyboardInterrupt`, as
-everywhere; after it, as after any error, the call's threads have ended, and the same call resumes.
-An error's hint names the command's options, which have the same names here.
+Nothing here prints, exits, changes the environment or handles signals; only the command does. All
+failures are exceptions of `moescale.errors`. Ctrl-C is a `KeyboardInterrupt`, as usual; after it,
+as after any error, the threads of the call have ended, and the same call resumes. Hints of errors
+name the command's options, which have the same names here.
 
-Only a model that the rule ``measured`` has to download shows the Hub client's own bars, on a
-terminal; `huggingface_hub.utils.disable_progress_bars` turns them off.
+When a rule has to download a model to run it, the Hub client shows its own bars on a terminal;
+`huggingface_hub.utils.disable_progress_bars` turns them off.
 """
 
 from __future__ import annotations
@@ -95,11 +95,12 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 Measuring = Callable[[int, int], None]
-"""Called with tokens that a model ran over, or layers that ``gates`` sampled: done, and in all."""
+"""Called with the tokens that the model has processed, or the layers that ``gates`` has sampled, and
+their total number."""
 
 
 def _with_options(keywords: type) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Show the options of a verb in its signature and docstring, and refuse other keywords."""
+    """Show a verb's options in its signature and docstring, and refuse other keywords."""
 
     def decorate(verb: Callable[_P, _R]) -> Callable[_P, _R]:
         signature, rows = signature_and_doc(verb, keywords)
@@ -128,10 +129,10 @@ def plan(
     measuring: Measuring = no_progress,
     **options: Unpack[PlanOptions],
 ) -> Plan:
-    """Decide what a conversion would do; reads the config, the index and the shard headers.
+    """Plan a conversion without writing; reads the config, the index and the shard headers.
 
-    What `convert` would refuse at a local destination is a warning of the plan; a destination on
-    the Hub is not looked at.
+    If `convert` would refuse a local destination, the plan has a warning; a destination on the Hub
+    is not checked.
 
     >>> import moescale
     >>> plan = moescale.plan("Mixtral-8x7B", experts=3)
@@ -146,11 +147,11 @@ def plan(
         source: a directory, a GGUF file, ``org/name[/folder]``, ``org/name:QUANT`` for GGUF,
             ``hf://org/name[@revision][/folder]``, or the address of a model on the Hub.
         destination: a directory, for GGUF also a file, or ``hf://org/name[@branch]``.
-        measuring: told of the rule at work.
+        measuring: called with the progress of the rule.
 
     Raises:
         UsageError: an option is wrong by itself.
-        SourceError: the checkpoint cannot be read, or not be rescaled so.
+        SourceError: the checkpoint cannot be read, or not be rescaled this way.
         TemporaryError: the Hub does not answer.
     """
     report, revision = options.get("report"), options.get("revision")
@@ -187,7 +188,7 @@ def compare(
     measuring: Measuring = no_progress,
     **options: Unpack[CompareOptions],
 ) -> Several:
-    """Plan every number of experts with every rule, side by side; writes nothing.
+    """Plan every number of experts with every rule, side by side, without writing.
 
     >>> import moescale
     >>> table = moescale.compare("Mixtral-8x7B", experts=[3, 4], rules=["preserve", "none"])
@@ -195,10 +196,10 @@ def compare(
     [(3, 'preserve'), (3, 'none'), (4, 'preserve'), (4, 'none')]
 
     Args:
-        source: that of `plan`.
+        source: as for `plan`.
         experts: numbers of experts per token.
-        rules: None is the default rule.
-        measuring: told of the rule at work.
+        rules: None means the default rule.
+        measuring: called with the progress of the rules.
 
     Raises:
         MoescaleError: as for `plan`.
@@ -217,7 +218,7 @@ def compare(
             made.append(_make_plan(reader, wanted, None, calibration, measuring))
             own = calibration.own if calibration is not None else own
         if not made or reader is None:
-            raise UsageError("--experts is missing: how many experts a token shall be sent to")
+            raise UsageError("--experts is missing: the number of experts per token")
         if options.get("evaluate") is not None:
             losses = _evaluate(made, reader, options, measuring, loader)
     table = Several(tuple(made), losses)
@@ -225,7 +226,7 @@ def compare(
 
 
 _RUN_OPTIONS = frozenset({"calibrate", "calibrate_out", "max_memory", "device", "evaluate"})
-"""Options of runs of the model."""
+"""Options that only apply if the model is run."""
 
 
 @_with_options(ConvertOptions)
@@ -239,7 +240,7 @@ def convert(
     measuring: Measuring = no_progress,
     **options: Unpack[ConvertOptions],
 ) -> Result:
-    """Rescale a checkpoint; continues an interrupted run of the same job.
+    """Rescale a checkpoint, or continue an interrupted run of the same job.
 
     >>> import moescale
     >>> result = moescale.convert("Mixtral-8x7B", "Mixtral-8x7B-3", experts=3, verify=True)
@@ -255,22 +256,23 @@ def convert(
     Args:
         source: a directory, a GGUF file, ``org/name[/folder]``, ``org/name:QUANT`` for GGUF,
             ``hf://org/name[@revision][/folder]``, or the address of a model on the Hub.
-        destination: a directory, for GGUF also a file, or ``hf://org/name[@branch]``; nothing in
-            it loads before everything is there.
+        destination: a directory, for GGUF also a file, or ``hf://org/name[@branch]``; it does not
+            load before it is complete.
         progress: called with a file's name and the number of its bytes done since the last call,
-            from several threads, also at once. For each of `Plan.large_files` the numbers add up
-            to `Plan.output_size`; with `verify`, once more. Where nothing is left to do there are
-            no calls. What it raises ends the run. True shows one bar, False none; by default there
-            is one in a notebook.
-        phase: told when writing and verifying begin.
+            from several threads, possibly in parallel. For each of `Plan.large_files` the numbers
+            add up to `Plan.output_size`, and with `verify` once more. It is not called if nothing
+            is left to do. Its exceptions end the run. True shows one bar, False none; by default
+            there is one in a notebook.
+        phase: called when writing and verifying begin.
         planned: called with the plan, in the calling thread, before anything is written.
-        measuring: told of the rule at work. ``measured`` runs the model unless the destination has
-            the factors of this very job.
+        measuring: called with the progress of the rule. ``measured`` and ``fitted`` run the model
+            unless the destination has the factors of the same job.
 
     Raises:
         UsageError: an option is wrong by itself.
-        SourceError: the checkpoint cannot be read, or not be rescaled so; nothing was written.
-        DestinationError: the destination holds something else, or cannot take the output.
+        SourceError: the checkpoint cannot be read, or not be rescaled this way; nothing was
+            written.
+        DestinationError: the destination has other content, or cannot take the output.
         RewriteError: a shard could not be rewritten, or a value would overflow.
         VerificationError: `verify` found a difference.
         TemporaryError: the Hub or the cluster failed for now; the same call resumes.
@@ -283,7 +285,7 @@ def convert(
     if evaluate and to.path is None:
         raise UsageError(
             "--evaluate needs the output on this disk, and DST is on the Hub",
-            hint="--dry-run --evaluate shows the loss before anything is written.",
+            hint="--dry-run --evaluate shows the loss without writing anything.",
         )
     if not check and not evaluate:
         _check_values(options)
@@ -328,11 +330,11 @@ def convert(
 
 
 def _scale_warnings(seen: Mapping[str, Rounding]) -> Iterator[str]:
-    """What the user should know of scales that were written."""
+    """Warnings about the scales that were written."""
     if empty := sorted(name for name, one in seen.items() if one.empty):
         yield (
-            f"{empty[0]}: every scale in it is 0 ({len(empty)} such), so that what it belongs to"
-            " is 0, scaled or not; the tensor may be damaged"
+            f"{empty[0]}: every scale in it is 0 ({len(empty)} such), so its weights are 0, scaled or"
+            " not; the tensor may be damaged"
         )
 
 
@@ -345,13 +347,13 @@ def verify(
     measuring: Measuring = no_progress,
     **options: Unpack[VerifyOptions],
 ) -> Result:
-    """Prove that `destination` is what `convert` with the same options makes of `source`.
+    """Verify that `destination` is the output of `convert` from `source` with the same options.
 
     >>> import moescale
     >>> result = moescale.convert("Mixtral-8x7B", "Mixtral-8x7B-3", experts=3, rule="preserve")
     >>> moescale.verify("Mixtral-8x7B", "Mixtral-8x7B-3", experts=3, rule="preserve").verified
     True
-    >>> moescale.verify("Mixtral-8x7B", "Mixtral-8x7B-3").verified  # with the options noted there
+    >>> moescale.verify("Mixtral-8x7B", "Mixtral-8x7B-3").verified  # with the recorded options
     True
     >>> try:
     ...     moescale.verify("Mixtral-8x7B", "Mixtral-8x7B-3", experts=4)
@@ -359,15 +361,15 @@ def verify(
     ...     print(error.message)
     Mixtral-8x7B-3: was made with experts=3, rule=preserve
 
-    The arguments are those of `convert`; without any, the output is proved with the options that
-    its ``moescale.json`` says it was made with. SHA-256 sums that it lacks are noted there.
+    The arguments are those of `convert`. Without options, those recorded in the output's
+    ``moescale.json`` are used. Missing SHA-256 sums are added there.
 
     Raises:
-        VerificationError: with the files that differ, tensor and offset of the first difference;
-            or the output was made with other options.
+        VerificationError: files differ; names them, and tensor and offset of the first difference.
+            Or the output was made with other options.
         UsageError: an option is wrong by itself.
-        SourceError: the checkpoint cannot be read, or not be rescaled so.
-        DestinationError: the destination cannot be read, or its provenance not be completed.
+        SourceError: the checkpoint cannot be read, or not be rescaled this way.
+        DestinationError: the destination cannot be read, or its provenance cannot be completed.
         TemporaryError: the Hub or the cluster failed for now.
     """
     jobs = options.get("jobs")
@@ -387,9 +389,9 @@ def verify(
 
 
 def record(place: StrPath, *, revision: str | None = None, check: bool = False) -> Record | None:
-    """What was done to a finished output, and whether its files are as they were written.
+    """How a finished output was made, and whether its files have changed since.
 
-    None where the place is no output.
+    None if the location is not an output.
 
     >>> import moescale
     >>> result = moescale.convert("Mixtral-8x7B", "Mixtral-8x7B-3", experts=3)
@@ -397,22 +399,22 @@ def record(place: StrPath, *, revision: str | None = None, check: bool = False) 
     >>> record.content["source"]["id"], record.options, dict(record.differences)
     ('Mixtral-8x7B', 'experts=3', {})
 
-    Sizes are compared, and the SHA-256 of small files.
+    All sizes are compared, and the SHA-256 of small files.
 
     Args:
-        place: the output: a directory, or a repo as for `plan`.
-        revision: of a repo.
-        check: compare the SHA-256 of large files as well, where it is noted; they are read whole.
+        place: the location of the output: a directory, or a repo as for `plan`.
+        revision: a branch, tag or commit of the repo.
+        check: also read large files and compare their SHA-256, if it is recorded.
 
     Raises:
-        SourceError: the place cannot be read.
+        SourceError: the output cannot be read.
         TemporaryError: the Hub does not answer.
     """
     return read_record(open_source(source_location(place), revision), check)
 
 
 def model_types() -> tuple[ModelType, ...]:
-    """Every model type that the tables know, and what can be done with it.
+    """All known model types, with their treatment.
 
     >>> import moescale
     >>> [row.effect for row in moescale.model_types() if row.model_type == "mixtral"]
@@ -422,7 +424,7 @@ def model_types() -> tuple[ModelType, ...]:
 
 
 def values(option: str) -> list[str]:
-    """What an option takes: ``rule``, ``fold``, ``arch``, ``part`` or ``device``."""
+    """The values of an option: ``rule``, ``fold``, ``arch``, ``part`` or ``device``."""
     found = {
         "rule": RULES,
         "fold": get_args(Fold),
@@ -434,26 +436,26 @@ def values(option: str) -> list[str]:
 
 
 def _source(source: Location, destination: Location | None, given: Mapping[str, Any]) -> Source:
-    """The source; to the Hub, its links are followed only as far as the options say.
+    """Open the source; for uploads, `follow_links` decides about links out of it.
 
     Raises:
-        UnsupportedError: its loss is asked for, and it is no model that transformers runs.
+        UnsupportedError: `evaluate` is given, and the source is GGUF.
     """
     local = destination is None or destination.path is not None
     reader = open_source(source, given.get("revision"), local or given.get("follow_links", False))
     if reader.gguf_set is not None and given.get("evaluate") is not None:
         raise UnsupportedError(
-            "--evaluate runs the model in transformers, which a GGUF file is not for",
+            "--evaluate runs the model with transformers, which does not work for a GGUF file",
             hint="Evaluate it with llama-perplexity.",
         )
     return reader
 
 
 def _destination(to: Location, given: PlanOptions, source: Source) -> Destination:
-    """The destination, opened as the options say.
+    """Open the destination with the given options.
 
     Raises:
-        UsageError: the destination holds what a link leads to.
+        UsageError: the destination holds the target of a link of the source.
     """
     destination = open_destination(
         to,
@@ -475,7 +477,7 @@ def _evaluate(
     loader: Loader,
     output: Path | None = None,
 ) -> Evaluation:
-    """What plans cost on a text, or the output of the only one."""
+    """The losses of plans on a text, or that of a single plan's output."""
     check_installed("--evaluate")
     from moescale.calibrate.losses import evaluated
 
@@ -498,9 +500,9 @@ def _parsed_options(
     loader: Loader,
     destination: Destination | None = None,
 ) -> tuple[Options, Calibration | None]:
-    """What was asked for, and the text for the rule ``measured``.
+    """The parsed options, and the text for rules that run the model.
 
-    Where nothing was, the options are those that the output at `destination` says it was made with.
+    If none are given, they are those recorded in the output at `destination`.
 
     Raises:
         UsageError: an option is wrong by itself.
@@ -511,9 +513,8 @@ def _parsed_options(
     if destination is not None and not asked:
         if (there := previous_options(destination)) is None:
             raise UsageError(
-                f"--experts is missing, and {destination.identity} does not say what it was made"
-                " with",
-                hint="Alone it takes the options from the moescale.json of a finished output.",
+                f"--experts is missing, and {destination.identity} does not record its options",
+                hint="--experts is only optional for a finished output with a moescale.json.",
             )
         if there.rule not in RUN_RULES:
             return there, None
@@ -530,16 +531,16 @@ def _parsed_options(
 
 
 def _loader(given: PlanOptions | CompareOptions | VerifyOptions) -> Loader:
-    """What loads the model, as the options say.
+    """A loader for the model, with the given memory and device.
 
     Raises:
-        UsageError: one of them is wrong.
+        UsageError: one of these options is wrong.
     """
     return Loader(running(given.get("max_memory"), given.get("device")))
 
 
 def _check_run_options(given: PlanOptions | VerifyOptions) -> None:
-    """Refuse options of a run of the model where there is none."""
+    """Refuse options for running the model if it is not run."""
     text, fits = given.get("calibrate"), given.get("rule") in RUN_RULES
     runs = fits or given.get("evaluate") is not None
     for name, goes in {"max_memory": runs, "device": runs, "calibrate_out": fits}.items():
@@ -550,19 +551,18 @@ def _check_run_options(given: PlanOptions | VerifyOptions) -> None:
             )
     if text is not None and given.get("calibrate_out") is not None:
         raise UsageError(
-            "--calibrate-out keeps what the model writes by itself, which it does not with"
-            " --calibrate"
+            "--calibrate-out saves the model's own text, but --calibrate gives another text"
         )
 
 
 def _check_values(given: Rescaling) -> None:
-    """Refuse wrong values before anything else is looked at; a text is a file here, not read."""
+    """Refuse wrong values before anything is read; the path of a text stands for its digest."""
     text = given.get("calibrate")
     options_of(given, None if text is None else os.fspath(text))
 
 
 def _may_repair(plan: Plan, destination: Destination) -> bool:
-    """Whether the destination holds an output that decides the same, perhaps damaged."""
+    """Whether the destination holds an output of the same plan, perhaps damaged."""
     if not destination.keeps_files or destination.unfinished_job() is not None:
         return False
     return same_decisions(previous_run(destination), plan)
@@ -577,7 +577,7 @@ def _repair(
     phase: Phase,
     pool: Pool | None,
 ) -> Status:
-    """Write again exactly the files of a finished output that differ, and prove them."""
+    """Rewrite the files of a finished output that differ, and verify them."""
     output, sizes = destination.open_output(), plan.large_sizes
     phase("verifying", sizes)
     proof = verify_files(plan, source, output, jobs=jobs, progress=progress, pool=pool)
@@ -610,7 +610,7 @@ def _check_jobs(jobs: int | None) -> None:
 
 
 def _default_jobs(destination: Destination, pool: Workers | None) -> int:
-    """As many shards at once as there are cores, at most 8; to the Hub 2, for the memory."""
+    """The destination's default, at most the number of cores; or the number of workers."""
     if pool is not None:
         return pool.size()
     return min(destination.default_jobs, os.cpu_count() or 1)
@@ -619,10 +619,10 @@ def _default_jobs(destination: Destination, pool: Workers | None) -> int:
 def _check_files(
     options: PlanOptions | CompareOptions | ConvertOptions, *locations: Location | None
 ) -> None:
-    """Refuse files beside the output that cannot be written, or are no files of ours.
+    """Refuse additional output files that cannot be written, or belong to somebody else.
 
     Raises:
-        UsageError: with the option.
+        UsageError: names the option.
     """
     folders = [at.path for at in locations if at and at.path]
     if (report := options.get("report")) is not None:
@@ -633,12 +633,12 @@ def _check_files(
 
 
 def _with_report(plan: Plan, file: StrPath | None) -> Plan:
-    """The plan, with a warning of what hinders its page."""
+    """Write the page of a plan; a failure becomes a warning of the plan."""
     return replace(plan, warnings=(*plan.warnings, *_report_warnings(plan, file)))
 
 
 def _report_warnings(found: Plan | Several, file: StrPath | None) -> list[str]:
-    """Draw a page; what hinders that is no error, since what it shows may have taken hours."""
+    """Write a page; a failure is only a warning, since the plan may have taken hours."""
     if file is not None:
         from moescale.report import page
 
@@ -658,11 +658,11 @@ def _dry_run(
     measuring: Measuring,
     overwrite: bool,
 ) -> Plan:
-    """A plan that no run follows: what a run would be refused for is a warning."""
+    """A plan without a run; if a run would be refused, the plan has a warning."""
     try:
         beside = None if destination.remote else destination
         made = _make_plan(source, wanted, to, calibration, measuring, beside, overwrite)
-    except DestinationError:  # a run would be refused, but a dry run shows what it would do
+    except DestinationError:  # a run would be refused, but a dry run still shows the plan
         made = _make_plan(source, wanted, to, calibration, measuring)
     try:
         if not destination.remote:
@@ -675,14 +675,14 @@ def _dry_run(
 
 
 def _with_refusal(plan: Plan, error: DestinationError) -> Plan:
-    """The plan, with a warning of what a run would be refused for."""
+    """The plan, with a warning that a run would be refused."""
     refusal = f"a run would be refused: {error}".replace("\n", ". ")
     return replace(plan, warnings=(*plan.warnings, refusal))
 
 
 @contextmanager
 def _pool(dask: StrPath | None) -> Iterator[Workers | None]:
-    """The workers of a cluster, None for the threads of this process."""
+    """The workers of a cluster; None for threads of this process."""
     if dask is None:
         yield None
         return
@@ -691,59 +691,59 @@ def _pool(dask: StrPath | None) -> Iterator[Workers | None]:
     except ModuleNotFoundError as error:
         raise UsageError(
             f"--dask needs {error.name}, which is not installed",
-            hint="Install it with pip install '.[dask]' in the clone, or: pip install distributed",
+            hint="Run pip install '.[dask]' in the clone, or: pip install distributed",
         ) from None
     with connect(expand_user(dask)) as workers:
         yield workers
 
 
 def _check_status(status: Status, destination: Location) -> None:
-    """Refuse an output of this job that is no longer sure to be what it says.
+    """Refuse an output of this job if source or output may have changed since.
 
     Raises:
-        DestinationError: source or output were changed since.
+        DestinationError: names the change.
     """
     if status == "stale":
         raise DestinationError(
-            f"{destination}: is an output of this job, but the source is younger than it",
-            hint="--verify proves whether it is still right; --overwrite does it again.",
+            f"{destination}: is an output of this job, but the source is newer",
+            hint="--verify shows whether it is still correct; --overwrite writes it again.",
         )
     if status == "changed":
         raise DestinationError(
             f"{destination}: is an output of this job, but was changed since",
-            hint="--verify says where; --overwrite does it again.",
+            hint="--verify shows where; --overwrite writes it again.",
         )
     if status == "outdated":
         raise DestinationError(
-            f"{destination}: was made with the same options, of other files than the source has"
-            " now",
-            hint="--verify names those that differ; --overwrite does it again.",
+            f"{destination}: was made with the same options, but from other files than the source"
+            " has now",
+            hint="--verify names the files that differ; --overwrite writes it again.",
         )
 
 
 def _with_space_warning(plan: Plan, destination: Destination) -> Plan:
-    """The plan, with a warning where the disk has less room than the output needs.
+    """The plan, with a warning if the disk may be too small.
 
-    Where blocks may be shared with the source, it is no refusal: a copy of them needs no room.
+    It is only a warning if blocks can be shared with the source, since cloned blocks take no space.
 
     Raises:
-        DestinationError: the disk is too small, and nothing can be shared.
+        DestinationError: the disk is too small, and no blocks can be shared.
     """
     try:
         if (room := destination.available_bytes()) is None:
             return plan
         missing = plan.bytes_written - room
         may_share = missing <= 0 or destination.may_share_blocks(plan.source)
-    except OSError:  # a file system that does not tell, or a place that the run will refuse
+    except OSError:  # unknown free space, or a destination that the run will refuse
         return plan
     if missing <= 0:
         return plan
     free = plan.bytes_written - missing
     needed, there = bytes_text(plan.bytes_written), bytes_text(free)
-    less = f"{destination.identity}: the output needs {needed}, and {there} are free"
+    less = f"{destination.identity}: the output needs {needed}, but {there} are free"
     if not may_share:
         raise DestinationError(less, hint="Free some space, or give another destination.")
-    warning = f"{less}; that is enough only where it can share blocks with the source"
+    warning = f"{less}; that is only enough if it can share blocks with the source"
     return replace(plan, warnings=(*plan.warnings, warning))
 
 
@@ -756,7 +756,7 @@ def _make_plan(
     destination: Destination | None = None,
     overwrite: bool | None = None,
 ) -> Plan:
-    """The plan, with a view; see `moescale.conversion.measured.measured_plan`."""
+    """Make the plan, and attach its view; see `moescale.conversion.measured.measured_plan`."""
     if calibration is None:
         made = make_plan(source, wanted, to, progress=measuring)
     else:
@@ -773,7 +773,7 @@ def _verify_output(
     progress: Progress = no_progress,
     pool: Pool | None = None,
 ) -> None:
-    """Verify a finished output, and note the digests in its provenance."""
+    """Verify a finished output, and add the digests to its provenance."""
     output = destination.open_output()
     proof = verify_files(plan, source, output, jobs=jobs, progress=progress, pool=pool)
     proof.raise_if_different()

@@ -1,4 +1,4 @@
-"""The command: text, options and exit codes; no logic."""
+"""The command line: options, text and exit codes; no logic."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from moescale.version import __version__
 if TYPE_CHECKING:
     from moescale import Plan
 
-# Typer has its own copy of Click, and gives the base of its errors no name of its own.
+# Typer has its own copy of Click, and does not export the base class of its errors.
 _UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 EXIT_CODES: dict[type[errors.MoescaleError], int] = {
@@ -45,13 +45,13 @@ EXIT_CODES: dict[type[errors.MoescaleError], int] = {
     errors.TemporaryError: 5,
     errors.InterruptedRun: interrupts.EXIT_CODE,
 }
-"""By error; every other one is 1."""
+"""Exit codes by error; all others are 1."""
 
 OTHER = "Other"
 """The last heading of ``--help``."""
 
 HELP_COLUMN = 24
-"""Where the meaning of an option starts."""
+"""The column in which the help of an option starts."""
 
 USAGE = "SRC DST -k M [OPTIONS]"
 
@@ -68,21 +68,21 @@ Examples:
   moescale Qwen3-30B-A3B.Q4_K_M.gguf Qwen3-30B-A3B-16.Q4_K_M.gguf -k 16
 
 SRC is a directory, a GGUF file or a repo on the Hugging Face Hub (org/name, org/name@revision,
-org/name/folder, org/name:QUANT, or its address), and is never written to. DST is a directory, for
-GGUF also a file, or hf://org/name; nothing is uploaded unless hf:// says so. The same command
-continues an interrupted run.
+org/name/folder, org/name:QUANT, or its address); it is never written to. DST is a directory, for
+GGUF also a file, or hf://org/name; without hf:// nothing is uploaded. The same command continues
+an interrupted run.
 """
 
 
 class _Command(typer.core.TyperCommand):
-    """A command that shows its options under headings, and the way to complete them last."""
+    """A command that shows its options under headings, and those for completion last."""
 
     def format_usage(self, ctx: Any, formatter: Any) -> None:
-        """Write what is needed, and that there are options."""
+        """Write the required arguments and options."""
         formatter.write_usage(ctx.command_path, USAGE)
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """All parameters; those that Typer adds say what they do in fewer words."""
+        """All parameters, with shorter help for those that Typer adds."""
         found: list[Any] = super().get_params(ctx)
         for parameter in found:
             if short := _COMPLETION.get(parameter.name):
@@ -103,15 +103,15 @@ class _Command(typer.core.TyperCommand):
 
 
 _COMPLETION = {
-    "install_completion": "Let this shell complete options.",
-    "show_completion": "Print what would be installed for that.",
+    "install_completion": "Install completion for this shell.",
+    "show_completion": "Print the completion script.",
 }
 
 app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 def _values(option: str) -> Callable[[], list[str]]:
-    """What the shell completes; the tables are read only then."""
+    """The completions of an option; the tables are only read when the shell asks."""
 
     def values() -> list[str]:
         from moescale import api
@@ -128,20 +128,20 @@ def _version(wanted: bool) -> None:
 
 
 class OutputOptions(TypedDict, total=False):
-    """What only the command has: whether it runs, and what it prints."""
+    """Options of the command that the API does not have."""
 
     dry_run: Annotated[
         bool,
         Option(
             "Print the plan; write nothing.",
             kind=bool,
-            more="What a run would refuse is said, too. DST may be left out.",
+            more="Also reports what a run would refuse. DST is optional.",
         ),
     ]
     list_types: Annotated[
         bool,
         Option(
-            "List the model types that are known.",
+            "List the known model types.",
             panel=OTHER,
             kind=bool,
             more="With --json as data.",
@@ -150,7 +150,7 @@ class OutputOptions(TypedDict, total=False):
     json: Annotated[bool, Option("Print one JSON object on stdout.", panel=OUTPUT, kind=bool)]
     quiet: Annotated[
         bool,
-        Option("Print the destination only.", panel=OUTPUT, flags=("-q", "--quiet"), kind=bool),
+        Option("Only print the destination.", panel=OUTPUT, flags=("-q", "--quiet"), kind=bool),
     ]
     verbose: Annotated[
         bool,
@@ -164,7 +164,7 @@ class OutputOptions(TypedDict, total=False):
 
 
 def _parameters() -> list[inspect.Parameter]:
-    """The parameters of the command, as Typer reads them from a signature."""
+    """The parameters of the command, from which Typer reads its options."""
     rows = option_rows(Rescaling) | option_rows(OutputOptions) | option_rows(ConvertOptions)
     source, destination = typer.Argument(metavar="SRC"), typer.Argument(metavar="DST")
     version = typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
@@ -177,7 +177,7 @@ def _parameters() -> list[inspect.Parameter]:
 
 
 _PANELS = ("Options", FACTOR, HUB, MODEL, OUTPUT, OTHER)
-"""The headings of ``--help``, in order; within one, rows stand in the order of the table."""
+"""The headings of ``--help``, in order; under each, options are in table order."""
 
 _rank = _PANELS.index
 
@@ -199,7 +199,7 @@ def _option(name: str, row: Option) -> inspect.Parameter:
 
 
 def _parse_counts(text: str) -> list[int]:
-    """One number of experts, or several with commas."""
+    """One number of experts, or several separated by commas."""
     return [int(number) for number in text.split(",")]
 
 
@@ -211,9 +211,9 @@ def _parameter(name: str, kind: Any, default: Any) -> inspect.Parameter:
 def _command(source: str | None, destination: str | None, version: bool, **given: Any) -> None:
     shown = {name: given.pop(name) for name in OutputOptions.__annotations__}
     as_json, quiet, verbose = shown["json"], shown["quiet"], shown["verbose"]
-    # before numpy starts threads, which wait for each other on a busy machine
+    # Before numpy starts threads, which slow each other down on a busy machine.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    if quiet or as_json:  # a model that is measured is downloaded by the client, with its own bars
+    if quiet or as_json:  # the client shows its own bars when it downloads a model to measure
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         if shown["list_types"]:
@@ -252,14 +252,14 @@ _SUBCOMMANDS: Mapping[str, tuple[str, ...]] = {
     "help": ("--help",),
     **dict.fromkeys(("list", "types", "models"), ("--list-types",)),
 }
-"""Subcommands that people try, and the options that do the same."""
+"""Likely subcommands of other tools, and our options with the same effect."""
 
 _STANDALONE = ("--version", "--help", "--list-types")
-"""Options that need nothing else."""
+"""Options that are used alone."""
 
 
 def _no_subcommand(verb: str) -> errors.UsageError:
-    """What somebody who tried a subcommand is told: the line that does it."""
+    """The error for a subcommand, with the command line that has its effect."""
     rest = sys.argv[1:]
     rest.remove(verb)
     options = [option for option in _SUBCOMMANDS[verb] if option not in rest]
@@ -281,22 +281,20 @@ def _list_types(as_json: bool) -> None:
 
 
 def _has_job(given: dict[str, Any], counts: list[int]) -> bool:
-    """Whether the options say what shall be made of a model."""
+    """Whether the options describe a plan, rather than ask for an output's record."""
     ways = ("factor", "factors", "gate_scale", "rule", "evaluate")
     return bool(counts) or any(given[name] is not None for name in ways)
 
 
 def _show_record(place: str, revision: str | None, check: bool, as_json: bool, quiet: bool) -> None:
-    """What was done to an output; without -k, nothing else can be meant."""
+    """Show the record of an output, for a dry run without -k."""
     from moescale import api
     from moescale.report import terminal
 
     record = api.record(place, revision=revision, check=check)
     if record is None:
-        hint = f"moescale {place} -k M --dry-run; only an output of moescale is shown without."
-        raise errors.UsageError(
-            "--experts is missing: how many experts a token shall be sent to", hint=hint
-        )
+        hint = f"moescale {place} -k M --dry-run; -k is only optional for outputs of moescale."
+        raise errors.UsageError("--experts is missing: the number of experts per token", hint=hint)
     for name, how in record.differences.items():
         _print_warning(f"{name}: {how}")
     if as_json:
@@ -306,15 +304,15 @@ def _show_record(place: str, revision: str | None, check: bool, as_json: bool, q
 
 
 def _check_table_only(shown: Mapping[str, Any], destination: str | None) -> None:
-    """Several plans are for looking at.
+    """Refuse to run several plans.
 
     Raises:
-        UsageError: a run was asked for.
+        UsageError: --dry-run is missing, or a destination is given.
     """
     if not shown["dry_run"]:
         raise errors.UsageError(
-            "several numbers or rules make a table to choose from, not an output",
-            hint="Add --dry-run, or give one of them.",
+            "several numbers or rules make a table, not an output",
+            hint="Add --dry-run, or give only one of them.",
         )
     if destination is not None:
         raise errors.UsageError("a table of several numbers or rules has no DST")
@@ -339,9 +337,9 @@ def _compare(source: str, counts: list[int], given: dict[str, Any], as_json: boo
 
 def _no_destination(source: str, given: dict[str, Any], counts: list[int]) -> errors.UsageError:
     if not _has_job(given, counts) and not given["verify"]:
-        hint = f"moescale {source} DST -k M; only --dry-run does without DST."
+        hint = f"moescale {source} DST -k M; DST is only optional with --dry-run."
         return errors.UsageError("DST and --experts are missing", hint=hint)
-    return errors.UsageError("DST is missing", hint="Only --dry-run does without it.")
+    return errors.UsageError("DST is missing", hint="It is only optional with --dry-run.")
 
 
 setattr(_command, "__signature__", inspect.Signature(_parameters()))  # noqa: B010 - mypy
@@ -379,8 +377,8 @@ def _show_plan(
 
 
 def _print_json(content: dict[str, Any]) -> None:
-    """Print it piece by piece, a line for each tensor and file: there may be tens of thousands."""
-    encode = json.JSONEncoder().encode  # in C, which it is not where lines are indented
+    """Print JSON with one line per tensor and file, without building it whole: there may be many."""
+    encode = json.JSONEncoder().encode  # the fast one in C, which cannot indent
     before = "{"
     for key, value in content.items():
         sys.stdout.write(f"{before}\n  {encode(key)}: ")
@@ -473,13 +471,13 @@ def _print_warning(text: str) -> None:
 
 
 def main() -> None:
-    """The entry point: runs the command and turns errors into text and exit codes."""
+    """Run the command, and turn errors into text and exit codes."""
     _open_streams()
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what goes wrong is said by us
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # we report problems ourselves
     interrupts.install_handlers()
-    gc.set_threshold(100_000, 50, 100)  # a plan is many objects and no cycles; looking costs time
+    gc.set_threshold(100_000, 50, 100)  # a plan has many objects without cycles
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a path may have letters that a terminal has not
+        if isinstance(stream, io.TextIOWrapper):  # the terminal may lack characters of a path
             exact = stream is sys.stdout and stream.encoding.lower() == "utf-8"  # for scripts
             stream.reconfigure(errors="surrogateescape" if exact else "backslashreplace")
     try:
@@ -489,7 +487,7 @@ def main() -> None:
 
 
 def _open_streams() -> None:
-    """Where the caller has closed a stream, no file of ours may get its number."""
+    """Open streams that the caller has closed, so that no other file gets their numbers."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
@@ -497,7 +495,7 @@ def _open_streams() -> None:
 
 
 def _flush_output() -> None:
-    """Write what is left; a reader that went away is no reason to complain at the end."""
+    """Flush stdout, without complaining if its reader has gone away."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -507,7 +505,7 @@ def _flush_output() -> None:
 def _run() -> NoReturn:
     try:
         code = app(prog_name="moescale", standalone_mode=False)
-        if code == EXIT_CODES[errors.InterruptedRun]:  # Typer's own answer, without a word
+        if code == EXIT_CODES[errors.InterruptedRun]:  # Typer handled Ctrl-C without a message
             raise KeyboardInterrupt
         sys.exit(code)
     except _UsageError as error:
@@ -515,7 +513,7 @@ def _run() -> NoReturn:
             if sys.argv[1:2] and sys.argv[1] in _SUBCOMMANDS:
                 _fail(_no_subcommand(sys.argv[1]))
             _fail(errors.UsageError(_parser_message(error), hint="Try 'moescale --help' for help."))
-        error.show()  # without arguments, the error is the help
+        error.show()  # without arguments, the error shows the help
         sys.exit(2)
     except errors.MoescaleError as error:
         _fail(error)
@@ -529,7 +527,7 @@ _NUMBERS: dict[type, str] = {int: "a whole number, such as 3", float: "a number,
 
 
 def _parser_message(error: Any) -> str:
-    """What the parser found: a value that is no number is shown, far-fetched options are not."""
+    """The parser's message, with values that are not numbers, and without remote suggestions."""
     option = getattr(error, "param", None)
     row = option_rows(ConvertOptions).get(getattr(option, "name", None) or "")
     if option is not None and row is not None and row.kind in _NUMBERS:
@@ -547,7 +545,7 @@ def _parser_message(error: Any) -> str:
 
 
 def _value_of(spellings: list[str]) -> str | None:
-    """What the command line says for an option, which is known to be wrong."""
+    """The invalid value of an option on the command line."""
     words = sys.argv[1:]
     for word, value in zip(words, [*words[1:], None], strict=True):
         if word in spellings:

@@ -1,17 +1,17 @@
-"""Everything that moescale raises on purpose.
+"""All errors that moescale raises on purpose.
 
 ::
 
     MoescaleError                  something failed
-    ├── UsageError                 a value that is wrong by itself
-    ├── SourceError                the source cannot be used, nothing was written
-    │   ├── CheckpointError        a file of the checkpoint is not what it should be
-    │   └── UnsupportedError       the checkpoint is well formed, but cannot be rescaled so
-    ├── DestinationError           the destination holds something else or cannot take the output
+    ├── UsageError                 a value is wrong by itself
+    ├── SourceError                the source cannot be used; nothing was written
+    │   ├── CheckpointError        a file of the checkpoint is malformed
+    │   └── UnsupportedError       the checkpoint is well formed, but cannot be rescaled this way
+    ├── DestinationError           the destination has other content, or cannot take the output
     ├── RewriteError               a shard could not be rewritten
-    ├── VerificationError          the output is not what the plan says
+    ├── VerificationError          the output differs from the plan
     ├── TemporaryError             a rerun of the same command resumes
-    └── InterruptedRun             the user stopped the run; a rerun resumes
+    └── InterruptedRun             the run was stopped; a rerun resumes
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 LONGEST = 800
-"""Characters of a message; names and values in it come from files that anybody wrote."""
+"""Characters of a message; it may quote names and values from foreign files."""
 
 
 def printable(text: str, most: int = LONGEST) -> str:
-    """The text on one line, without what steers a terminal, its middle left out if it is long."""
+    """The text on one line, without control characters; the middle of a long text is left out."""
     if len(text) > most:
         text = f"{text[: most * 3 // 4]} ... {text[len(text) - most // 4 :]}"
     if text.isprintable():
@@ -35,7 +35,7 @@ _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def bytes_text(count: float) -> str:
-    """A number of bytes for people, in powers of 1,000 as the Hub shows them."""
+    """A number of bytes with a unit, in powers of 1,000 as on the Hub."""
     for unit in _UNITS:
         if count < 999.5 or unit == _UNITS[-1]:
             break
@@ -44,13 +44,18 @@ def bytes_text(count: float) -> str:
 
 
 class MoescaleError(Exception):
-    """A failure that a user can act on: what and why in one line, what to do in a second."""
+    """A failure that a user can act on.
+
+    Attributes:
+        message: one line: what failed, on which object and why.
+        hint: one line: what to do; None if there is nothing to add.
+        advice: the default hint of the class.
+    """
 
     advice: ClassVar[str | None] = None
-    """What to do where an error has no hint of its own."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        """`message` says what failed, on which object and why; `hint` what to do about it."""
+        """Make both lines printable."""
         message = printable(message)
         super().__init__(message)
         self.message = message
@@ -61,37 +66,37 @@ class MoescaleError(Exception):
 
 
 class UsageError(MoescaleError):
-    """A value is wrong by itself, whatever the source, or two do not go together.
+    """A value is wrong for any source, or two options exclude each other.
 
-    Raised before anything is read; but for factors that are not those of the source's layers.
+    Raised before anything is read, except for factors that do not fit the source's layers.
     """
 
 
 class SourceError(MoescaleError):
     """The source cannot be used; nothing was written.
 
-    Raised where it is not there, is not a checkpoint, or may not be read.
+    Raised if it does not exist, is not a checkpoint, or is not accessible.
     """
 
 
 class CheckpointError(SourceError):
-    """A file of the checkpoint is malformed or does not fit the others.
+    """A file of the checkpoint is malformed, or does not match the others.
 
-    Raised while a plan is made: for a config, an index, a header, a missing shard or expert.
+    Raised during planning: for a config, an index, a header, a missing shard or expert.
     """
 
 
 class UnsupportedError(SourceError):
-    """The checkpoint is well formed, but what was asked for cannot be done to it exactly.
+    """The checkpoint is well formed, but cannot be rescaled exactly as requested.
 
-    Raised while a plan is made: for a model type, a tensor format, a number of experts or a factor.
+    Raised during planning: for a model type, a tensor format, a number of experts or a factor.
     """
 
 
 class DestinationError(MoescaleError):
-    """The destination holds something else, or cannot take the output.
+    """The destination has other content, or cannot take the output.
 
-    Raised before the first shard; what was there is untouched. `moescale.plan` says it as a
+    Raised before the first shard; existing content is untouched. `moescale.plan` turns it into a
     warning.
     """
 
@@ -99,22 +104,22 @@ class DestinationError(MoescaleError):
 class RewriteError(MoescaleError):
     """A shard could not be rewritten as planned.
 
-    Raised in the middle of a run: the source changed, a value would overflow, the disk is full.
-    The output does not load; what is finished of it is used by the next run.
+    Raised during a run: the source changed, a value would overflow, the disk is full. The output
+    does not load; the next run continues with its finished files.
     """
 
 
 class VerificationError(MoescaleError):
-    """The output differs from what the plan says.
+    """The output differs from the plan.
 
     Raised by `moescale.verify`, and by `moescale.convert` with ``verify=True``.
 
     Attributes:
-        files: the names of all files that differ, are missing or do not belong there; empty where
-            the output was made with other options.
+        files: the names of all files that differ, are missing or do not belong there; empty if the
+            output was made with other options.
     """
 
-    advice = "--verify --overwrite writes the files that differ again, and proves the output."
+    advice = "--verify --overwrite rewrites the files that differ, and verifies the output."
 
     def __init__(
         self, message: str, *, hint: str | None = None, files: tuple[str, ...] = ()
@@ -125,15 +130,15 @@ class VerificationError(MoescaleError):
 
 
 class TemporaryError(MoescaleError):
-    """Something outside failed for now; the same command resumes.
+    """The Hub or a cluster failed for now; the same command resumes.
 
-    Raised where the Hub or a cluster does not answer after several attempts.
+    Raised if it does not answer after several attempts.
     """
 
 
-class InterruptedRun(MoescaleError):  # noqa: N818 - it is an answer to the user, not a fault
-    """The user stopped the run; the same command resumes.
+class InterruptedRun(MoescaleError):  # noqa: N818 - an answer to the user, not a fault
+    """The run was stopped; the same command resumes.
 
-    What the command makes of Ctrl-C. From Python that is a `KeyboardInterrupt`; this one comes out
-    of a call only where somebody else stopped a part of it, such as a task of a cluster.
+    The command raises it for Ctrl-C. In Python, Ctrl-C is a `KeyboardInterrupt`; a call raises this
+    error only if somebody else stopped a part of it, such as a task of a cluster.
     """

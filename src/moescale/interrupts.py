@@ -1,6 +1,6 @@
-"""Ctrl-C and SIGTERM: the first ends the run in order, the second at once; one line either way.
+"""Ctrl-C and SIGTERM: the first signal ends the run in order, the second one at once.
 
-Nothing is lost by leaving at once: whatever the moment, the same command resumes.
+Both print one line. An immediate exit is safe at any time, since the same command resumes.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import threading
 import time
 from typing import NoReturn
 
-MESSAGE = "interrupted; the same command resumes from what was finished"
+MESSAGE = "interrupted; the same command resumes"
 
 EXIT_CODE = 130
 
 GRACE_SECONDS = 2.0
-"""How long an interrupted run may take to end by itself."""
+"""How long an interrupted run may take to end in order."""
 
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 _exiting = threading.Lock()
@@ -26,7 +26,7 @@ _silenced = threading.Event()
 
 
 def install_handlers() -> None:
-    """Turn the signals into `KeyboardInterrupt`; where SIGINT is ignored (nohup), it stays so."""
+    """Turn the signals into `KeyboardInterrupt`; an ignored SIGINT (nohup) stays ignored."""
     _silenced.clear()
     signal.signal(signal.SIGTERM, _interrupt)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -34,11 +34,11 @@ def install_handlers() -> None:
 
 
 def _interrupt(*_: object) -> NoReturn:
-    """End the run; a thread that hangs in a request holds it up for a moment only."""
+    """End the run; a thread that hangs in a request delays it for `GRACE_SECONDS` at most."""
     for number in _NUMBERS:
         if signal.getsignal(number) is _interrupt:
             signal.signal(number, exit_now)
-    # Not by `threading`: the signal may have come while its lock for new threads was held.
+    # Not with `threading`: the signal may arrive while its lock for new threads is held.
     _thread.start_new_thread(_exit_later, ())
     raise KeyboardInterrupt
 
@@ -49,17 +49,17 @@ def _exit_later() -> NoReturn:
 
 
 def exit_now(*_: object) -> NoReturn:
-    """Say so, unless it is being said, and end the process."""
+    """Print the message, unless silenced, and end the process."""
     _ignore()
-    _exiting.acquire()  # for ever, where another thread is leaving already
+    _exiting.acquire()  # blocks forever if another thread already exits
     if not _silenced.is_set():
-        with contextlib.suppress(OSError):  # past Python's buffers, which may be in use just now
+        with contextlib.suppress(OSError):  # bypasses Python's buffers, which may be in use
             os.write(2, f"moescale: {MESSAGE}\n".encode())
     os._exit(EXIT_CODE)
 
 
 def silence() -> None:
-    """Leave the last word to the caller: further signals change nothing."""
+    """Ignore further signals; the caller prints the message."""
     _ignore()
     _silenced.set()
 

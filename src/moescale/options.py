@@ -1,4 +1,4 @@
-"""What the user asked for, as one frozen object that refuses what is wrong by itself."""
+"""The options of a run: one table row for each, and one frozen record of their checked values."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ Fold = Literal["weights", "config", "scale", "residual"]
 RULES: tuple[Rule, ...] = ("preserve", "published", "gates", "measured", "fitted", "none")
 
 RUN_RULES: tuple[Rule, ...] = ("measured", "fitted")
-"""Rules that run the model."""
+"""The rules that run the model."""
 
 StrPath = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """What an option means and how the command spells it.
+    """The table row of an option.
 
     The command, its completion, the signatures and docstrings of the API, and docs/options.md are
-    made from these rows.
+    generated from these rows.
 
     Attributes:
-        help: what it means, in one line of ``--help`` where that can be.
-        more: what docs/options.md and the API say besides.
-        metavar: what the command calls its value; empty for a switch.
-        panel: the heading that it stands under in ``--help``.
+        help: its meaning, if possible in one line of ``--help``.
+        metavar: the name of its value; empty for a switch.
+        panel: its heading in ``--help``.
         flags: its spellings; by default ``--`` and the name with dashes.
         kind: type of the value on the command line.
-        python: what the API says of it besides.
-        completes: the shell completes its values; see `moescale.api.values`.
+        more: further text for docs/options.md and the API.
+        python: further text for the API.
+        completes: whether the shell completes its values; see `moescale.api.values`.
     """
 
     help: str
@@ -59,11 +59,11 @@ class Option:
 
     @property
     def text(self) -> str:
-        """All that is to be known of it, whoever asks."""
+        """The full description, for the command and the API."""
         return f"{self.help} {self.more}".rstrip()
 
     def spellings(self, name: str) -> tuple[str, ...]:
-        """How the command spells the option `name`."""
+        """The spellings of the option `name` on the command line."""
         return self.flags or (f"--{name.replace('_', '-')}",)
 
 
@@ -73,11 +73,11 @@ FACTOR, HUB, MODEL, OUTPUT = (
     "Models that are not in the table, or have several MoEs",
     "Execution and output",
 )
-"""Headings of the options but the first ones."""
+"""Headings of all options except the first."""
 
 
 class ChoiceOptions(TypedDict, total=False):
-    """What several plans may differ in."""
+    """Options in which the plans of one table may differ."""
 
     experts: Annotated[
         int | None,
@@ -86,8 +86,8 @@ class ChoiceOptions(TypedDict, total=False):
             "M[,M...]",
             flags=("-k", "--experts"),
             kind=int,
-            more="It may be left out with --factor, --factors or --gate-scale, and where --verify"
-            " finds a finished output. The command makes a table of several with --dry-run.",
+            more="Optional with --factor, --factors or --gate-scale, and when --verify finds a"
+            " finished output. With --dry-run, several numbers make a table.",
         ),
     ]
     rule: Annotated[
@@ -96,51 +96,51 @@ class ChoiceOptions(TypedDict, total=False):
             "gates (default), preserve, published, measured, fitted, none.",
             "RULE",
             FACTOR,
-            more="Where the router cannot be formed the default is preserve.",
+            more="The default is preserve if the router cannot be computed.",
             completes=True,
         ),
     ]
 
 
 class FactorOptions(TypedDict, total=False):
-    """What else decides the factors, and where they go."""
+    """Options that decide the factors and where they are applied."""
 
     trained_experts: Annotated[
         int | None,
         Option(
-            "Experts per token in training; default: config's.",
+            "Experts per token in training; default: the config's.",
             "N",
             FACTOR,
             ("-n", "--trained-experts"),
             int,
-            more="1 restores a merge of dense models.",
+            more="Use 1 for a merge of dense models.",
         ),
     ]
     calibrate: Annotated[
         StrPath | None,
         Option(
-            "The text to run the model on; default: what it writes by itself.",
+            "Text to run the model on; default: its own output.",
             "FILE",
             FACTOR,
             kind=Path,
-            more="2,048 tokens or more, of which the first 65,536 are taken. Needs torch,"
-            " transformers and accelerate.",
+            more="At least 2,048 tokens; the first 65,536 are used. Needs torch, transformers and"
+            " accelerate.",
         ),
     ]
     calibrate_out: Annotated[
         StrPath | None,
         Option(
-            "Keep there what the model wrote by itself.",
+            "Save the model's own text here.",
             "FILE",
             FACTOR,
             kind=Path,
-            more="--calibrate takes it again.",
+            more="--calibrate can use it again.",
         ),
     ]
     device: Annotated[
         str | None,
         Option(
-            "Where models run: auto (default), cpu, cuda, mps.",
+            "Device for models: auto (default), cpu, cuda, mps.",
             "DEVICE",
             FACTOR,
             completes=True,
@@ -149,10 +149,10 @@ class FactorOptions(TypedDict, total=False):
     max_memory: Annotated[
         str | int | None,
         Option(
-            "Main memory for a model that is run, such as 8GiB.",
+            "Main memory for running the model, such as 8GiB.",
             "SIZE",
             FACTOR,
-            more="What exceeds it of the model lies on disk.",
+            more="The rest of the model is offloaded to disk.",
             python="A number means bytes.",
         ),
     ]
@@ -162,9 +162,9 @@ class FactorOptions(TypedDict, total=False):
             "Into weights (default), config, scale or residual.",
             "WHERE",
             FACTOR,
-            more="config: multiply the model's own routed scaling key and leave every weight as it"
-            " is; scale: the same with a .scale tensor in each layer (GGUF); residual: leave the"
-            " experts, divide the embedding and the attention outputs (gpt-oss).",
+            more="config: multiply the model's own routed scaling key and change no weight; scale:"
+            " the same with a .scale tensor in each layer (GGUF); residual: divide the embedding"
+            " and the attention outputs instead of scaling the experts (gpt-oss).",
             completes=True,
         ),
     ]
@@ -182,13 +182,13 @@ class FactorOptions(TypedDict, total=False):
             "FILE",
             FACTOR,
             kind=Path,
-            python='A mapping such as {0: 1.2} or {"mtp.0": 1.2} does as well.',
+            python='Also a mapping such as {0: 1.2} or {"mtp.0": 1.2}.',
         ),
     ]
     gate_scale: Annotated[
         float | None,
         Option(
-            "Multiply the routers; above 1 sharpens the gate.",
+            "Multiply the routers: above 1 sharpens the gate.",
             "F",
             FACTOR,
             kind=float,
@@ -197,7 +197,7 @@ class FactorOptions(TypedDict, total=False):
     ]
     part: Annotated[
         str | None,
-        Option("Which MoE of a checkpoint that has several.", "NAME", MODEL, completes=True),
+        Option("The MoE to rescale, if there are several.", "NAME", MODEL, completes=True),
     ]
     arch: Annotated[
         str | None, Option("Treat the model as this model type.", "TYPE", MODEL, completes=True)
@@ -208,34 +208,32 @@ class FactorOptions(TypedDict, total=False):
             "The names of the down-projections.",
             "REGEX",
             MODEL,
-            more="For an architecture that is not known; goes with --experts-key.",
+            more="For an unknown architecture, together with --experts-key.",
         ),
     ]
     experts_key: Annotated[
         str | None,
-        Option("Goes with --pattern: the key of the number.", "KEY", MODEL),
+        Option("Config key of experts per token, with --pattern.", "KEY", MODEL),
     ]
 
 
 class Rescaling(ChoiceOptions, FactorOptions, total=False):
-    """Keywords of `moescale.plan`, `convert` and `verify`: what shall be rescaled, and how.
+    """Keywords of `moescale.plan`, `convert` and `verify` that decide what is rescaled, and how.
 
-    `help(moescale.plan)` says what each means. None means: not given.
+    `help(moescale.plan)` describes each. None means: not given.
     """
 
 
 class SourceOptions(TypedDict, total=False):
-    """How the source is read."""
+    """Options for reading the source."""
 
     revision: Annotated[str | None, Option("Branch, tag or commit of an org/name.", "REV", HUB)]
 
 
 class DestinationOptions(TypedDict, total=False):
-    """How the destination is written."""
+    """Options for writing the destination."""
 
-    overwrite: Annotated[
-        bool, Option("Replace a destination that holds something else.", kind=bool)
-    ]
+    overwrite: Annotated[bool, Option("Replace a destination with other content.", kind=bool)]
     private: Annotated[
         bool | None,
         Option(
@@ -248,35 +246,35 @@ class DestinationOptions(TypedDict, total=False):
     create_pr: Annotated[
         bool,
         Option(
-            "Open a pull request instead.",
+            "Open a pull request instead of a commit.",
             panel=HUB,
             kind=bool,
-            more="It needs the right to write.",
+            more="Also needs write access.",
         ),
     ]
-    commit_message: Annotated[str | None, Option("Of the commit on the Hub.", "TEXT", HUB)]
+    commit_message: Annotated[str | None, Option("Message of the final commit.", "TEXT", HUB)]
     follow_links: Annotated[
         bool,
         Option(
-            "Publish what links of SRC lead to outside it.",
+            "Publish files that are links out of SRC.",
             panel=HUB,
             kind=bool,
-            more="Shards that are links are published in any case.",
+            more="Shards that are links are always published.",
         ),
     ]
 
 
 class ReportOptions(TypedDict, total=False):
-    """The plan as a page."""
+    """The option for a page."""
 
     report: Annotated[
         StrPath | None,
-        Option("Draw the plan into this HTML page too.", "FILE", OUTPUT, kind=Path),
+        Option("Also write the plan as an HTML page.", "FILE", OUTPUT, kind=Path),
     ]
 
 
 class EvaluateOptions(TypedDict, total=False):
-    """What the result costs."""
+    """The option for measuring losses."""
 
     evaluate: Annotated[
         StrPath | None,
@@ -284,48 +282,48 @@ class EvaluateOptions(TypedDict, total=False):
             "Show the loss on this text.",
             "FILE",
             kind=Path,
-            more="Of the model as trained, with the config edit alone, and with the plan, for which"
-            " nothing is written; after a run, of the output. Needs torch, transformers and"
-            " accelerate.",
+            more="Shown for the model as trained, with only the config edited, and with the plan,"
+            " for which nothing is written; after a run, for the output. Needs torch, transformers"
+            " and accelerate.",
         ),
     ]
 
 
 class VerificationOptions(TypedDict, total=False):
-    """Whether the output is proved."""
+    """The option for verifying the output."""
 
     verify: Annotated[
         bool,
         Option(
-            "Read everything again and prove the output.",
+            "Verify every byte of the output.",
             kind=bool,
-            more="Without other options a finished output is proved with its own.",
+            more="Without other options, a finished output is verified with its own.",
         ),
     ]
 
 
 class ExecutionOptions(TypedDict, total=False):
-    """How many shards at once, and where."""
+    """Options for parallel work."""
 
     jobs: Annotated[
         int | None,
         Option(
-            "Shards at once; default: cores, at most 8.",
+            "Shards in parallel; default: cores, at most 8.",
             "N",
             OUTPUT,
             ("-j", "--jobs"),
             int,
-            more="To the Hub the default is 2.",
+            more="The default is 2 when uploading.",
         ),
     ]
     dask: Annotated[
         StrPath | None,
         Option(
-            "Give the shards to the workers of a Dask cluster.",
+            "Process the shards on a Dask cluster.",
             "ADDRESS",
             OUTPUT,
-            more="Its scheduler's address, such as tcp://host:8786, or file.",
-            python="They need this version of moescale, and paths and addresses that they reach.",
+            more="The address of its scheduler, such as tcp://host:8786, or a scheduler file.",
+            python="The workers need this version of moescale and access to source and destination.",
         ),
     ]
 
@@ -358,13 +356,13 @@ class VerifyOptions(Rescaling, SourceOptions, ExecutionOptions, total=False):
 
 
 def option_rows(keywords: type) -> dict[str, Option]:
-    """The rows of a class of keywords, by name, in the order of its definition."""
+    """The rows of a class of keywords, by name, in order of definition."""
     hints = get_type_hints(keywords, include_extras=True)
     return {name: hint.__metadata__[0] for name, hint in hints.items()}
 
 
 def signature_and_doc(verb: Callable[..., Any], keywords: type) -> tuple[inspect.Signature, str]:
-    """The signature of a verb with all its options, and its docstring with a line for each."""
+    """The signature of a verb with all its options, and its docstring with a line for each one."""
     signature, hints = inspect.signature(verb), get_type_hints(keywords)
     named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     by_name, lines = inspect.Parameter.KEYWORD_ONLY, []
@@ -374,26 +372,26 @@ def signature_and_doc(verb: Callable[..., Any], keywords: type) -> tuple[inspect
         text = f"{name}: {row.text} {row.python}".rstrip()
         lines.append(textwrap.fill(text, 100, initial_indent=" " * 4, subsequent_indent=" " * 8))
     before, raises, after = (inspect.getdoc(verb) or "").partition("\nRaises:\n")
-    of_python = "    TypeError: a keyword is none of these, or a place is no path.\n"
+    of_python = "    TypeError: a keyword is unknown, or a location is not a path.\n"
     return signature.replace(parameters=named), "\n".join(
         [before.rstrip("\n"), *lines, raises + of_python + after]
     )
 
 
 def wrong_keyword(verb: str, name: str, known: Sequence[str]) -> str:
-    """What to say of a keyword that a verb does not have."""
-    said, rows = f"{verb}() has no option {name!r}", option_rows(ConvertOptions)
+    """The error message for a keyword that a verb does not have, with a suggestion."""
+    message, rows = f"{verb}() has no option {name!r}", option_rows(ConvertOptions)
     if name in rows:
-        return f"{said}; convert() has"
+        return f"{message}; convert() has"
     short = (key for key, row in rows.items() if f"-{name}" in row.flags)
     meant = _SYNONYMS.get(name.lower()) or next(short, None)
     if meant is None or (meant in rows and meant not in known):
         meant = next(iter(difflib.get_close_matches(name, known, 1)), None)
-    return said + (f"; {meant}?" if meant else "")
+    return message + (f"; {meant}?" if meant else "")
 
 
 def not_a_path(verb: str, given: object) -> str:
-    """What to say of something that was given in place of a path."""
+    """The error message for a location that is not a path."""
     meant = f"; experts={given}?" if type(given) is int else ""
     return f"{verb}() takes a path or a repo as source and destination, not {given!r}{meant}"
 
@@ -417,16 +415,27 @@ _SYNONYMS: Mapping[str, str] = {
     **dict.fromkeys(("architecture", "model_type"), "arch"),
     **dict.fromkeys(("callback", "progress_bar", "on_progress"), "progress"),
 }
-"""Words that people use for something that is called otherwise."""
+"""Other words for our options, in lower case."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the user asked for; a value that is wrong by itself is refused here.
+    """The options that decide a plan; a value that is wrong by itself is refused.
 
-    The fields are the keys of `Rescaling`, but for those that change no decision. `calibrate` is
-    the SHA-256 of the text; None stands for what the model writes by itself. `rule` is None where
-    `factor` or `factors` is given, and where the source decides.
+    Attributes:
+        experts: experts per token of the output.
+        trained_experts: experts per token in training; None for the config's.
+        rule: None with `factor` or `factors`, and for the default of the source.
+        rho: correlation of expert outputs; None for 0.
+        calibrate: the SHA-256 of the text; None for the model's own text.
+        factor: replaces a rule.
+        factors: by layer; they replace a rule.
+        fold: where the factor goes; None for the weights.
+        part: the MoE, if there are several.
+        arch: the model type; None for the config's.
+        gate_scale: multiplies the routers.
+        pattern: a regular expression for the names of the down-projections.
+        experts_key: the config key of the experts per token, with `pattern`.
     """
 
     experts: int | None = None
@@ -444,7 +453,7 @@ class Options:
     experts_key: str | None = None
 
     def __post_init__(self) -> None:
-        """Check each value by itself and against the others."""
+        """Check each value, also against the others."""
         for name, value in (
             ("--experts", self.experts),
             ("--trained-experts", self.trained_experts),
@@ -456,14 +465,14 @@ class Options:
             raise UsageError("--rule, --factor and --factors exclude each other")
         if self.calibrate is not None and self.rule not in RUN_RULES:
             raise UsageError(
-                "--calibrate goes with --rule fitted or measured: add it, or leave the text out"
+                "--calibrate goes with --rule fitted or measured; add one, or leave --calibrate out"
             )
         if self.rule is not None and self.rule not in RULES:
             raise UsageError(f"--rule is {self.rule!r}: it must be one of {', '.join(RULES)}")
         if (self.experts, self.factor, self.factors, self.gate_scale) == (None,) * 4:
             raise UsageError(
-                "--experts is missing: how many experts a token shall be sent to",
-                hint="It may be left out only with --factor, --factors or --gate-scale.",
+                "--experts is missing: the number of experts per token",
+                hint="It is optional only with --factor, --factors or --gate-scale.",
             )
         self._check_numbers()
 
@@ -472,14 +481,14 @@ class Options:
             raise UsageError(f"--rho is {self.rho:g}: it must be from 0 to 1")
         if self.rho is not None and self.method not in (None, "preserve", "gates"):
             raise UsageError(
-                f"--rho has no meaning for {self.method}; it goes with preserve and gates"
+                f"--rho has no meaning for {self.method}; it is for preserve and gates"
             )
         if self.fold not in (None, *get_args(Fold)):
             named = ", ".join(get_args(Fold))
             raise UsageError(f"--fold is {self.fold!r}: it must be one of {named}")
         if self.rule == "fitted" and self.fold in ("config", "residual"):
             raise UsageError(
-                f"--fold {self.fold} takes one factor for all layers, --rule fitted gives each"
+                f"--fold {self.fold} needs one factor for all layers; --rule fitted gives each layer"
                 " its own, and changes the routers"
             )
         if self.factor is not None:
@@ -493,8 +502,8 @@ class Options:
         self._check_gate_scale()
         if (self.pattern is None) != (self.experts_key is None):
             raise UsageError(
-                "--pattern and --experts-key go together: the down-projections' names, and the"
-                " config key of the experts per token"
+                "--pattern and --experts-key need each other: the names of the down-projections,"
+                " and the config key of the experts per token"
             )
 
     def _check_gate_scale(self) -> None:
@@ -512,25 +521,25 @@ class Options:
         if self.fold == "config" and (scales or self.gate_scale is not None):
             what = "--factors" if scales else "--gate-scale"
             raise UsageError(
-                f"{what} changes the routers, --fold config leaves every weight as it is",
+                f"{what} changes the routers, but --fold config changes no weight",
                 hint="Leave one of them out.",
             )
         if self.rule in RUN_RULES and self.gate_scale is not None:
             raise UsageError(
-                f"--gate-scale does not go with --rule {self.rule}, which runs the model as it is",
+                f"--gate-scale does not go with --rule {self.rule}, which runs the unchanged model",
                 hint="Use --rule gates, or measure the output of a run with --gate-scale.",
             )
 
     @property
     def method(self) -> str | None:
-        """The rule, or ``factor`` or ``factors`` where those replace it; None: by default."""
+        """The rule, or ``factor`` or ``factors`` if they replace it; None for the default."""
         if self.factor is not None:
             return "factor"
         return "factors" if self.factors is not None else self.rule
 
 
 def check_factor(factor: float, what: str = "the factor") -> None:
-    """Refuse a factor that cannot be multiplied by; `what` it is, for the error.
+    """Refuse an unusable factor; `what` names it in the error.
 
     Raises:
         UsageError: it is not a number above 0 that float32 can hold.
@@ -544,12 +553,12 @@ def check_factor(factor: float, what: str = "the factor") -> None:
 
 
 def options_of(given: Rescaling, calibrate: str | None) -> Options:
-    """What was asked for; `calibrate` is the digest of its text.
+    """The options from keywords; `calibrate` is the digest of the text.
 
-    Numbers may be of any kind, such as those of numpy; a file of factors is read.
+    Numbers of other libraries, such as numpy, are accepted; a file of factors is read.
 
     Raises:
-        UsageError: a value is wrong by itself, or no number.
+        UsageError: a value is wrong by itself, or not a number.
     """
     values: dict[str, Any] = {**given, "calibrate": calibrate}
     values = {name: values[name] for name in Options.__dataclass_fields__ if name in values}
@@ -578,13 +587,13 @@ def read_factors(path: StrPath) -> Factors:
     """Factors by layer from a file; see `parse_factors`.
 
     Raises:
-        UsageError: it cannot be read, or holds none.
+        UsageError: the file cannot be read, or has no factors.
     """
     try:
-        with open(os.path.expanduser(path), "rb") as file:  # a pipe or a device may have no end
+        with open(os.path.expanduser(path), "rb") as file:  # a pipe or a device may be endless
             data = file.read(FACTORS_BYTES + 1)
         if len(data) > FACTORS_BYTES:
-            raise UsageError(f"--factors {path}: is too long for a file of factors")
+            raise UsageError(f"--factors {path}: is too large for a file of factors")
         factors = parse_factors(data.decode("utf-8-sig"), str(path))
         factors.file = str(path)
         return factors
@@ -594,12 +603,12 @@ def read_factors(path: StrPath) -> Factors:
 
 
 class Factors(dict[str, float]):
-    """Factors by layer, and what is known of them besides.
+    """Factors by layer, with more from their file.
 
     Attributes:
-        file: where they come from, for errors.
-        router_scales: what the router of each layer is multiplied by; may be empty.
-        made_for: what their file says of the job that they are of.
+        file: its path, for errors; empty without a file.
+        router_scales: the scale of each layer's router; may be empty.
+        made_for: facts about the job for which they were made; may be empty.
     """
 
     file: str = ""
@@ -611,7 +620,7 @@ def parse_factors(text: str, where: str) -> Factors:
     """Factors by layer from JSON; see `factors_of`.
 
     Raises:
-        UsageError: the text is none.
+        UsageError: the text has no factors.
     """
     try:
         content: Any = parse_strict(text)
@@ -624,12 +633,12 @@ def factors_of(content: Any, where: str) -> Factors:
     """Factors by layer, and router scales if there are any.
 
     Args:
-        content: ``{"factors": {"0": 1.2}, "router_scales": {"0": 1.1}}``, the bare mapping of
-            factors, or what a ``moescale.json`` holds.
-        where: it comes from, for errors.
+        content: ``{"factors": {"0": 1.2}, "router_scales": {"0": 1.1}}``, only the mapping of
+            factors, or the content of a ``moescale.json``.
+        where: its origin, for errors.
 
     Raises:
-        UsageError: it is none of these.
+        UsageError: the content has none of these forms.
     """
     if isinstance(content, Factors):
         return content
@@ -643,26 +652,26 @@ def factors_of(content: Any, where: str) -> Factors:
 
 
 def made_for(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a file of factors says of the job that they are of, as far as it makes sense."""
+    """The well-formed facts in a file of factors about the job for which they were made."""
     return {key: content[key] for key, ok in _MADE_FOR.items() if ok(content.get(key))}
 
 
 def is_calibration(facts: Any) -> TypeGuard[Mapping[str, Any]]:
-    """Whether they name a text and how much of it was used."""
+    """Whether the facts name a text, and how much of it was used."""
     if not isinstance(facts, dict):
         return False
     amounts = [facts[unit] for unit in ("tokens", "bytes") if unit in facts]
     return type(facts.get("text_sha256")) is str and [type(amount) for amount in amounts] == [int]
 
 
-_FORM = 'It needs {"factors": {"0": 1.2}}, or is the moescale.json of an output.'
+_FORM = 'Give {"factors": {"0": 1.2}}, or the moescale.json of an output.'
 
 
 def _factors(content: Any, where: str, what: str) -> dict[str, float]:
     if not isinstance(content, Mapping) or not content:
-        raise UsageError(f"{where}: holds no {what}s", hint=_FORM)
+        raise UsageError(f"{where}: has no {what}s", hint=_FORM)
     if not any(str(layer)[-1:].isdigit() for layer in content):
-        raise UsageError(f"{where}: is no file of factors", hint=_FORM)
+        raise UsageError(f"{where}: is not a file of factors", hint=_FORM)
     for layer, factor in content.items():
         number = isinstance(factor, Real) and not isinstance(factor, bool)
         if not number or not -_LARGEST < factor < _LARGEST:
@@ -687,6 +696,6 @@ _MADE_FOR: Mapping[str, Callable[[Any], bool]] = {
 }
 
 FACTORS_BYTES = 8 << 20
-"""Much more than an earlier output's provenance has."""
+"""Much larger than the provenance of any output."""
 
 _LARGEST = 1e300

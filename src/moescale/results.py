@@ -1,4 +1,4 @@
-"""What `convert` and `record` give back."""
+"""The results of `convert`, `verify` and `record`."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ Status = Literal[
 ]
 """What a run finds and does.
 
-``new``: nothing was there. ``resume``: an unfinished run was continued. ``replace``: what was there
-was written over. ``repair``: files that differed were written again. ``done``: there was nothing
-left to do. ``nothing``: the output would be the source again, so nothing was written. ``stale``:
-done, but the source has changed since, or at least its times have. ``changed``: done, but a file of
-the output, perhaps the provenance, was changed or lost since. ``outdated``: made with the same
-options of other files than the source has now, which a proof names.
+``new``: the destination was empty. ``resume``: an unfinished run was continued. ``replace``:
+existing content was replaced. ``repair``: files that differed were rewritten. ``done``: nothing was
+left to do. ``nothing``: the output would equal the source, so nothing was written. ``stale``: done,
+but the source has changed since, or at least its modification times. ``changed``: done, but a file
+of the output, perhaps its provenance, was changed or lost since. ``outdated``: made with the same
+options, but from other files than the source has now; a verification names them.
 """
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Result:
-    """What came of a run.
+    """The result of a run.
 
     Attributes:
-        plan: what was to be done.
-        status: see `Status`; ``stale`` and ``changed`` only after a proof that all is right.
-        verified: the output was read again and compared.
-        url: where the output can be looked at, if it is on the Hub.
-        remarks: what else there is to know.
-        rounding: what the rounding of block scales did, by tensor, where this run wrote any (GGUF).
-        warnings: what was found in the weights while they were written.
+        plan: the plan.
+        status: see `Status`; ``stale`` and ``changed`` only after a successful verification.
+        verified: whether the output was read again and compared.
+        url: the page of the output, if it is on the Hub.
+        remarks: notes for the user.
+        rounding: the effect of rounding block scales, by tensor, if this run wrote any (GGUF).
+        warnings: problems found in the weights while writing.
     """
 
     plan: Plan
@@ -52,7 +52,7 @@ class Result:
         return f"<Result {self._outcome()}\n{self.plan!r}>"
 
     def _repr_html_(self) -> str | None:
-        """What a notebook shows."""
+        """The HTML for a notebook."""
         shown = self.plan._repr_html_()
         return shown and f"<p><b>{html.escape(self._outcome())}</b></p>\n{shown}"
 
@@ -63,15 +63,15 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What was done to an output, as its provenance has it.
+    """How an output was made, according to its provenance.
 
     Attributes:
-        place: where it is.
-        content: of its provenance.
-        options: in words, as the API takes them; None where they make no sense.
-        differences: names of files, and how each is other than it was written.
-        read: files that were read and compared with their SHA-256.
-        sized: files of which only the size was compared.
+        place: its location.
+        content: the content of its provenance.
+        options: its options, spelled as in the API; None if they are malformed.
+        differences: the files that have changed since they were written, and how.
+        read: how many files were compared by SHA-256.
+        sized: how many files were compared by size only.
     """
 
     place: str

@@ -347,7 +347,7 @@ def test_usage_errors(
     [
         (["-k", "x"], "--experts is 'x': it must be a whole number"),
         (["--experts=4,x"], "--experts is '4,x': it must be a whole number"),
-        (["--experts=4,6"], "Add --dry-run, or give one of them"),
+        (["--experts=4,6"], "Add --dry-run, or give only one of them"),
         (["--factor", "abc"], "--factor is 'abc': it must be a number, such as 1.2"),
         (["--lits"], "No such option: --lits"),
         (["--list"], "--list-types"),

@@ -64,7 +64,7 @@ def test_what_is_right_by_itself_is_taken(given_: dict[str, Any]) -> None:
         ({"factor": 2.0, "rho": 0.5}, "no meaning"),
         ({"gate_scale": math.nan}, "--gate-scale is nan"),
         ({"experts": 2, "gate_scale": 2.0, **MEASURED}, "--gate-scale does not go with"),
-        ({"experts": 2, "fold": "residual", **FITTED}, "--fold residual takes one factor"),
+        ({"experts": 2, "fold": "residual", **FITTED}, "--fold residual needs one factor"),
         ({"experts": 2, "gate_scale": 2.0, **FITTED}, "--gate-scale does not go with"),
         ({"experts": 2, "gate_scale": 2.0, "factors": BOTH}, "contradicts the router_scales"),
         ({"experts": 2, "fold": "config", "factors": BOTH}, "--factors changes the routers"),

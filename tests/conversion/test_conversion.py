@@ -710,7 +710,7 @@ def test_a_source_with_other_files_makes_the_output_outdated(
     name = {"a new file": "notes.txt", "another config": "config.json"}[change]
     config = (source / "config.json").read_bytes()
     (source / name).write_bytes(config.replace(b"1.0e-05", b"1.0e-06"))
-    with pytest.raises(DestinationError, match="of other files than the source has now"):
+    with pytest.raises(DestinationError, match="from other files than the source has now"):
         convert(source, out, experts=3)
     for prove in (partial(convert, verify=True), verify):
         with pytest.raises(VerificationError, match=name):
@@ -722,7 +722,7 @@ def test_a_source_with_other_files_makes_the_output_outdated(
 def test_a_proof_without_options_needs_an_output(source: Path, tmp_path: Path) -> None:
     """What nobody made says nothing of options; whoever asks is told so."""
     for prove in (partial(convert, verify=True), verify):
-        with pytest.raises(UsageError, match="does not say what it was made with"):
+        with pytest.raises(UsageError, match="does not record its options"):
             prove(source, tmp_path / "out")
 
 

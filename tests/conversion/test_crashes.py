@@ -25,7 +25,7 @@ from support.crash_lab import small_mixtral
 
 from moescale.api import convert
 
-RESUMES = "moescale: interrupted; the same command resumes from what was finished\n"
+RESUMES = "moescale: interrupted; the same command resumes\n"
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 

@@ -119,7 +119,7 @@ def test_an_error_in_a_file_of_factors_names_the_file(tmp_path: Path) -> None:
         '{"0": 1.2}': "mine.json has no factor for layer 1",
         '{"0": 1.2, "9": 1}': "mine.json has no factor for layer 1 .*has a factor for layer 9",
         '{"0": 1.2, "1": 1, "9": 1}': "mine.json has a factor for layer 9",
-        (source / "config.json").read_text(): "mine.json: is no file of factors",
+        (source / "config.json").read_text(): "mine.json: is not a file of factors",
     }
     for content, words in contents.items():
         file.write_text(content)

@@ -18,7 +18,7 @@ WORKING = "moescale-unfinished-main"
 WORK = ("POST", f"/commit/{WORKING}")
 LAST = ("POST", r"/commit/main")
 JOURNAL = "moescale-journal.json"
-INTERRUPTED = "moescale: interrupted; the same command resumes from what was finished"
+INTERRUPTED = "moescale: interrupted; the same command resumes"
 
 PATIENT = {"HF_HUB_DOWNLOAD_TIMEOUT": "600", "HF_XET_CLIENT_READ_TIMEOUT": "600s"}
 """With these, a request that hangs does not end by itself while a test waits."""

@@ -70,7 +70,7 @@ def test_an_earlier_output_is_looked_at(change: str, source: Path, tmp_path: Pat
     if change == "source":
         os.utime(source / "config.json", (4e9, 4e9))
     warnings = api.plan(source, tmp_path / "out", experts=3).warnings
-    said = {"none": [], "output": ["changed since"], "source": ["source is younger"]}[change]
+    said = {"none": [], "output": ["changed since"], "source": ["source is newer"]}[change]
     assert [word in warning for word, warning in zip(said, warnings, strict=True)] == [True] * len(
         said
     )

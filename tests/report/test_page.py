@@ -230,7 +230,7 @@ def test_an_unknown_router_has_factors_only(plans: dict[str, Plan]) -> None:
     compared = plans["unknown router"].comparison
     assert compared.basis == "unknown" and not compared.norms
     assert set(compared.factors) == {"none", "own"}
-    assert "is not known" in page(plans["unknown router"])
+    assert "cannot be predicted" in page(plans["unknown router"])
 
 
 def test_the_page_is_not_written_into_a_checkpoint(plan: Plan, tmp_path: Path) -> None:

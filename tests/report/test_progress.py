@@ -230,4 +230,4 @@ def test_a_rule_that_samples_routers_is_told_of_when_it_takes_long(
     tell = measuring_printer(stream)
     tell(3, 58)
     tell(58, 58)
-    assert stream.getvalue() == "measuring_printer: 3 of 58 layers\rmeasuring: 58 of 58 layers\n"
+    assert stream.getvalue() == "measuring: 3 of 58 layers\rmeasuring: 58 of 58 layers\n"
