@@ -95,7 +95,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 Measuring = Callable[[int, int], None]
-"""Called with the tokens that the model has processed, or the layers that ``gates`` has sampled, and
+"""Called with the tokens that the model processed, or the layers that ``gates`` sampled, and with
 their total number."""
 
 
@@ -109,8 +109,8 @@ def _with_options(keywords: type) -> Callable[[Callable[_P, _R]], Callable[_P, _
         def checked(*args: _P.args, **given: _P.kwargs) -> _R:
             if unknown := next((name for name in given if name not in signature.parameters), None):
                 raise TypeError(wrong_keyword(verb.__name__, unknown, [*signature.parameters]))
-            places = (*args, given.get("source"), given.get("destination"))
-            if wrong := [p for p in places if not isinstance(p, str | os.PathLike | None)]:
+            locations = (*args, given.get("source"), given.get("destination"))
+            if wrong := [p for p in locations if not isinstance(p, str | os.PathLike | None)]:
                 raise TypeError(not_a_path(verb.__name__, wrong[0]))
             return verb(*args, **given)
 
@@ -155,24 +155,26 @@ def plan(
         TemporaryError: the Hub does not answer.
     """
     report, revision = options.get("report"), options.get("revision")
-    at = source_location(source)
-    to = None if destination is None else destination_location(destination)
-    _check_files(options, at, to)
+    origin = source_location(source)
+    target = None if destination is None else destination_location(destination)
+    _check_files(options, origin, target)
     with _loader(options) as loader:
         wanted, calibration = _parsed_options(options, measuring, loader)
-        if to is None:
-            reader = _source(at, None, options)
+        if target is None:
+            reader = _source(origin, None, options)
             made = _make_plan(reader, wanted, None, calibration, measuring)
         else:
-            check_apart(at, to, revision)
+            check_apart(origin, target, revision)
             overwrite = options.get("overwrite", False)
-            reader = _source(at, to, options)
+            reader = _source(origin, target, options)
             try:
-                opened = _destination(to, options, reader)
+                opened = _destination(target, options, reader)
             except DestinationError as error:
-                made = _with_refusal(_make_plan(reader, wanted, to, calibration, measuring), error)
+                made = _with_refusal(
+                    _make_plan(reader, wanted, target, calibration, measuring), error
+                )
             else:
-                made = _dry_run(reader, opened, to, wanted, calibration, measuring, overwrite)
+                made = _dry_run(reader, opened, target, wanted, calibration, measuring, overwrite)
         if options.get("evaluate") is not None:
             losses = _evaluate([made], reader, options, measuring, loader)
             made = replace(made, evaluation=losses)
@@ -204,15 +206,15 @@ def compare(
     Raises:
         MoescaleError: as for `plan`.
     """
-    at, reader, made, losses = source_location(source), None, [], None
-    _check_files(options, at)
+    origin, reader, made, losses = source_location(source), None, [], None
+    _check_files(options, origin)
     own: Text | None = None
     with _loader(options) as loader:
         for count, rule in product(dict.fromkeys(experts), dict.fromkeys(rules)):
             kept = {k: v for k, v in options.items() if rule in RUN_RULES or k not in _RUN_OPTIONS}
             given: Any = {**kept, "experts": count, "rule": rule}
             wanted, calibration = _parsed_options(given, measuring, loader)
-            reader = reader or _source(at, None, options)
+            reader = reader or _source(origin, None, options)
             if calibration is not None:
                 calibration.use(own)
             made.append(_make_plan(reader, wanted, None, calibration, measuring))
@@ -251,7 +253,7 @@ def convert(
     >>> moescale.convert("Mixtral-8x7B", "Mixtral-8x7B-3", experts=4)
     Traceback (most recent call last):
     moescale.errors.DestinationError: Mixtral-8x7B-3: holds Mixtral-8x7B with 3 experts per token...
-    Give another destination, or --overwrite to replace what is there; --verify without other...
+    Give another destination, or --overwrite to replace its content; --verify without other...
 
     Args:
         source: a directory, a GGUF file, ``org/name[/folder]``, ``org/name:QUANT`` for GGUF,
@@ -280,9 +282,9 @@ def convert(
     report, revision = options.get("report"), options.get("revision")
     overwrite, jobs = options.get("overwrite", False), options.get("jobs")
     check, evaluate = options.get("verify", False), options.get("evaluate") is not None
-    at, to = source_location(source), destination_location(destination)
-    _check_files(options, at, to)
-    if evaluate and to.path is None:
+    origin, target = source_location(source), destination_location(destination)
+    _check_files(options, origin, target)
+    if evaluate and target.path is None:
         raise UsageError(
             "--evaluate needs the output on this disk, and DST is on the Hub",
             hint="--dry-run --evaluate shows the loss without writing anything.",
@@ -290,15 +292,15 @@ def convert(
     if not check and not evaluate:
         _check_values(options)
     _check_jobs(jobs)
-    check_apart(at, to, revision)
-    reader = _source(at, to, options)
-    opened = _destination(to, options, reader)
+    check_apart(origin, target, revision)
+    reader = _source(origin, target, options)
+    opened = _destination(target, options, reader)
     with progress_callbacks(progress, phase) as (step, begin), _pool(options.get("dask")) as pool:
         with _loader(options) as loader:
             there = opened if check or evaluate else None
             wanted, calibration = _parsed_options(options, measuring, loader, there)
             check_not_source(reader, opened)
-            made = _make_plan(reader, wanted, to, calibration, measuring, opened, overwrite)
+            made = _make_plan(reader, wanted, target, calibration, measuring, opened, overwrite)
         plan = _with_report(_with_space_warning(made, opened), report)
         planned(plan)
         if plan.changes_nothing:
@@ -318,10 +320,10 @@ def convert(
                 begin("verifying", plan.large_sizes)
                 _verify_output(original, reader, opened, jobs, step, pool)
             else:
-                _check_status(status, to)
+                _check_status(status, target)
         if evaluate:
             with _loader(options) as loader:
-                losses = _evaluate([plan], reader, options, measuring, loader, to.path)
+                losses = _evaluate([plan], reader, options, measuring, loader, target.path)
             plan = replace(plan, evaluation=losses)
     received = [f"{bytes_text(reader.received)} received"] if reader.received else []
     rounded = {name: seen for name, seen in rounding.items() if seen.blocks}
@@ -333,8 +335,8 @@ def _scale_warnings(seen: Mapping[str, Rounding]) -> Iterator[str]:
     """Warnings about the scales that were written."""
     if empty := sorted(name for name, one in seen.items() if one.empty):
         yield (
-            f"{empty[0]}: every scale in it is 0 ({len(empty)} such), so its weights are 0, scaled or"
-            " not; the tensor may be damaged"
+            f"{empty[0]}: every scale in it is 0 ({len(empty)} such), so its weights are 0, scaled"
+            " or not; the tensor may be damaged"
         )
 
 
@@ -374,13 +376,13 @@ def verify(
     """
     jobs = options.get("jobs")
     _check_jobs(jobs)
-    to = destination_location(destination)
+    target = destination_location(destination)
     reader = open_source(source_location(source), options.get("revision"))
-    opened = open_destination(to, gguf_set=reader.gguf_set)
+    opened = open_destination(target, gguf_set=reader.gguf_set)
     with progress_callbacks(progress) as (step, begin), _pool(options.get("dask")) as pool:
         with _loader(options) as loader:
             wanted, calibration = _parsed_options(options, measuring, loader, opened)
-            plan = _make_plan(reader, wanted, to, calibration, measuring, opened)
+            plan = _make_plan(reader, wanted, target, calibration, measuring, opened)
         check_same_job(plan, opened)
         plan = with_original_options(plan, reader, opened)
         begin("verifying", plan.large_sizes)
@@ -451,14 +453,14 @@ def _source(source: Location, destination: Location | None, given: Mapping[str, 
     return reader
 
 
-def _destination(to: Location, given: PlanOptions, source: Source) -> Destination:
+def _destination(target: Location, given: PlanOptions, source: Source) -> Destination:
     """Open the destination with the given options.
 
     Raises:
         UsageError: the destination holds the target of a link of the source.
     """
     destination = open_destination(
-        to,
+        target,
         given.get("private"),
         given.get("create_pr", False),
         given.get("commit_message"),
@@ -624,7 +626,7 @@ def _check_files(
     Raises:
         UsageError: names the option.
     """
-    folders = [at.path for at in locations if at and at.path]
+    folders = [location.path for location in locations if location and location.path]
     if (report := options.get("report")) is not None:
         check_output_file("--report", Path(expand_user(report)), *folders)
     if (text := options.get("calibrate_out")) is not None:
@@ -652,7 +654,7 @@ def _report_warnings(found: Plan | Several, file: StrPath | None) -> list[str]:
 def _dry_run(
     source: Source,
     destination: Destination,
-    to: Location,
+    target: Location,
     wanted: Options,
     calibration: Calibration | None,
     measuring: Measuring,
@@ -661,13 +663,13 @@ def _dry_run(
     """A plan without a run; if a run would be refused, the plan has a warning."""
     try:
         beside = None if destination.remote else destination
-        made = _make_plan(source, wanted, to, calibration, measuring, beside, overwrite)
+        made = _make_plan(source, wanted, target, calibration, measuring, beside, overwrite)
     except DestinationError:  # a run would be refused, but a dry run still shows the plan
-        made = _make_plan(source, wanted, to, calibration, measuring)
+        made = _make_plan(source, wanted, target, calibration, measuring)
     try:
         if not destination.remote:
             original = with_original_options(made, source, destination)
-            _check_status(status_of(original, source, destination, overwrite), to)
+            _check_status(status_of(original, source, destination, overwrite), target)
             destination.check_writable()
         return _with_space_warning(made, destination)
     except DestinationError as error:
@@ -750,7 +752,7 @@ def _with_space_warning(plan: Plan, destination: Destination) -> Plan:
 def _make_plan(
     source: Source,
     wanted: Options,
-    to: Location | None,
+    target: Location | None,
     calibration: Calibration | None,
     measuring: Measuring,
     destination: Destination | None = None,
@@ -758,10 +760,10 @@ def _make_plan(
 ) -> Plan:
     """Make the plan, and attach its view; see `moescale.conversion.measured.measured_plan`."""
     if calibration is None:
-        made = make_plan(source, wanted, to, progress=measuring)
+        made = make_plan(source, wanted, target, progress=measuring)
     else:
-        made = measured_plan(source, wanted, to, calibration, destination, overwrite)
-    remarks = () if to is None else remarks_on(to)
+        made = measured_plan(source, wanted, target, calibration, destination, overwrite)
+    remarks = () if target is None else remarks_on(target)
     return replace(made, view=PLAN_VIEW, warnings=(*made.warnings, *remarks))
 
 

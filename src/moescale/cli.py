@@ -286,14 +286,16 @@ def _has_job(given: dict[str, Any], counts: list[int]) -> bool:
     return bool(counts) or any(given[name] is not None for name in ways)
 
 
-def _show_record(place: str, revision: str | None, check: bool, as_json: bool, quiet: bool) -> None:
+def _show_record(
+    location: str, revision: str | None, check: bool, as_json: bool, quiet: bool
+) -> None:
     """Show the record of an output, for a dry run without -k."""
     from moescale import api
     from moescale.report import terminal
 
-    record = api.record(place, revision=revision, check=check)
+    record = api.record(location, revision=revision, check=check)
     if record is None:
-        hint = f"moescale {place} -k M --dry-run; -k is only optional for outputs of moescale."
+        hint = f"moescale {location} -k M --dry-run; -k is only optional for outputs of moescale."
         raise errors.UsageError("--experts is missing: the number of experts per token", hint=hint)
     for name, how in record.differences.items():
         _print_warning(f"{name}: {how}")
@@ -377,7 +379,7 @@ def _show_plan(
 
 
 def _print_json(content: dict[str, Any]) -> None:
-    """Print JSON with one line per tensor and file, without building it whole: there may be many."""
+    """Print JSON piece by piece, with one line per tensor and file: there may be many."""
     encode = json.JSONEncoder().encode  # the fast one in C, which cannot indent
     before = "{"
     for key, value in content.items():

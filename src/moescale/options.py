@@ -108,7 +108,7 @@ class FactorOptions(TypedDict, total=False):
     trained_experts: Annotated[
         int | None,
         Option(
-            "Experts per token in training; default: the config's.",
+            "Trained experts per token; default: the config's.",
             "N",
             FACTOR,
             ("-n", "--trained-experts"),
@@ -323,7 +323,7 @@ class ExecutionOptions(TypedDict, total=False):
             "ADDRESS",
             OUTPUT,
             more="The address of its scheduler, such as tcp://host:8786, or a scheduler file.",
-            python="The workers need this version of moescale and access to source and destination.",
+            python="The workers need this version of moescale and access to all locations.",
         ),
     ]
 
@@ -488,8 +488,8 @@ class Options:
             raise UsageError(f"--fold is {self.fold!r}: it must be one of {named}")
         if self.rule == "fitted" and self.fold in ("config", "residual"):
             raise UsageError(
-                f"--fold {self.fold} needs one factor for all layers; --rule fitted gives each layer"
-                " its own, and changes the routers"
+                f"--fold {self.fold} needs one factor for all layers; --rule fitted gives each"
+                " layer its own, and changes the routers"
             )
         if self.factor is not None:
             check_factor(self.factor, "--factor")
@@ -549,7 +549,7 @@ def check_factor(factor: float, what: str = "the factor") -> None:
     except OverflowError:
         single = math.inf
     if not 0 < single < math.inf:
-        raise UsageError(f"{what} is {factor!r}: it must be above 0, and float32 must hold it")
+        raise UsageError(f"{what} is {factor!r}: it must be above 0 and fit into float32")
 
 
 def options_of(given: Rescaling, calibrate: str | None) -> Options:

@@ -57,8 +57,8 @@ class Result:
         return shown and f"<p><b>{html.escape(self._outcome())}</b></p>\n{shown}"
 
     def _outcome(self) -> str:
-        said = (self.status, "verified" if self.verified else "not verified", self.url or "")
-        return printable(", ".join(filter(None, said)), 150)
+        words = (self.status, "verified" if self.verified else "not verified", self.url or "")
+        return printable(", ".join(filter(None, words)), 150)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +83,6 @@ class Record:
 
     def as_json(self) -> dict[str, Any]:
         """As ``--dry-run --json`` prints it for an output."""
-        said = {key: value for key, value in self.content.items() if key != "files"}
+        words = {key: value for key, value in self.content.items() if key != "files"}
         files = {"differ": dict(self.differences), "read": self.read, "sized": self.sized}
-        return {"output": self.place, "record": said, "files": files}
+        return {"output": self.place, "record": words, "files": files}

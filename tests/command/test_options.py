@@ -88,7 +88,7 @@ BAD_FACTORS = [0.0, -0.0, -1.0, math.nan, math.inf, -math.inf, 1e39, 1e-46, 5e-3
 @pytest.mark.parametrize("factor", BAD_FACTORS)
 def test_a_factor_that_cannot_be_multiplied_by_is_refused(factor: float) -> None:
     """Zero, negative, infinite or out of the range of float32: not a factor."""
-    with pytest.raises(UsageError, match="it must be above 0, and float32 must hold it"):
+    with pytest.raises(UsageError, match="it must be above 0 and fit into float32"):
         check_factor(factor)
     with pytest.raises(UsageError):
         Options(factor=factor)

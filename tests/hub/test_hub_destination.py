@@ -126,7 +126,7 @@ def test_what_the_hub_remarks_on_the_card_is_passed_on(lab: Lab) -> None:
     hub = lab.start()
     warning = status(200, {"errors": [], "warnings": [{"message": "odd licence"}]})
     hub.fault("validate-yaml", warning, times=None)
-    assert "the Hub remarks on README.md: odd licence" in lab.done(SRC, PLACE, "-k", "3").err
+    assert "the Hub warns about README.md: odd licence" in lab.done(SRC, PLACE, "-k", "3").err
 
 
 def test_a_name_that_the_hub_does_not_take_is_refused(lab: Lab) -> None:

@@ -1,1 +1,1 @@
-"""Carries out a plan: writes the output, says what it is, and proves it."""
+"""Carries out a plan: writes the output with card and provenance, and verifies it."""

@@ -312,8 +312,8 @@ class _WorkerMonitor:
             self._position += size
             if self._position - self._said < REPORT_BYTES:
                 return
-            said = self._said = self._position
-        self._worker.log_event(self._topic, [self._name, said])
+            reported = self._said = self._position
+        self._worker.log_event(self._topic, [self._name, reported])
 
     def raise_if_cancelled(self) -> None:
         """Stop if the job was cancelled, or its run has ended."""

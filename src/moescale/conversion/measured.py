@@ -45,8 +45,8 @@ def previous_measurement(destination: Destination, trial: Plan) -> PreviousMeasu
     found, wanted = destination.unfinished_job(), provenance.job(trial)
     if found is not None:
         alike = ("version", "source", "options")
-    elif (said := destination.read_provenance()) is not None:
-        found, wanted = provenance.decode(said), provenance.provenance(trial, {})
+    elif (destination_text := destination.read_provenance()) is not None:
+        found, wanted = provenance.decode(destination_text), provenance.provenance(trial, {})
         alike = ("moescale", "source", "options")
     if not isinstance(found, dict) or any(found.get(key) != wanted[key] for key in alike):
         return None
@@ -95,7 +95,7 @@ def measured_plan(
     Args:
         source: the checkpoint; one on the Hub is downloaded into the Hub's cache.
         options: the user's options.
-        location: of the output.
+        location: the location of the output.
         calibration: the text.
         destination: may have the measurement of an earlier run.
         overwrite: that of the run to follow: if that would be refused, it is refused before the

@@ -19,8 +19,8 @@ def previous_run(destination: Destination) -> Any:
     """The job of an unfinished run, or the provenance of an output; None if there is neither."""
     if (job := destination.unfinished_job()) is not None:
         return job
-    said = destination.read_provenance()
-    return None if said is None else provenance.decode(said)
+    recorded = destination.read_provenance()
+    return None if recorded is None else provenance.decode(recorded)
 
 
 def previous_options(destination: Destination) -> Options | None:

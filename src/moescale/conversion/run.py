@@ -71,12 +71,12 @@ def status_of(plan: Plan, source: Source, destination: Destination, overwrite: b
     if not existing:
         return "new"
     small = cache(partial(small_files, plan, source))  # read at most once
-    said = _is_output(plan, destination, small)
-    whole = _is_complete(plan, destination, existing, small) and bool(said or small())
-    if said or whole:
+    same_job = _is_output(plan, destination, small)
+    complete = _is_complete(plan, destination, existing, small) and bool(same_job or small())
+    if same_job or complete:
         if overwrite:
             return "replace"
-        if not (said and whole):
+        if not (same_job and complete):
             return "changed"
         return "done" if source.last_changed() <= destination.changed_at(plan.record) else "stale"
     if not overwrite and _has_same_options(plan, destination):
@@ -88,8 +88,8 @@ def status_of(plan: Plan, source: Source, destination: Destination, overwrite: b
 
 def _has_same_options(plan: Plan, destination: Destination) -> bool:
     """Whether the destination was made with the same options from other files of this source."""
-    said = destination.read_provenance()
-    found = None if said is None else provenance.decode(said)
+    recorded = destination.read_provenance()
+    found = None if recorded is None else provenance.decode(recorded)
     options = provenance.made_with(found)
     if found is None or options is None:
         return False
@@ -99,10 +99,10 @@ def _has_same_options(plan: Plan, destination: Destination) -> bool:
 
 
 def _describe_existing(plan: Plan, destination: Destination, existing: Mapping[str, int]) -> str:
-    if (said := destination.read_provenance()) is None:
+    if (recorded := destination.read_provenance()) is None:
         some = ", ".join(sorted(existing)[:3])
         return f"is not empty ({some}{', ...' if len(existing) > 3 else ''})"
-    found = provenance.decode(said) or {}
+    found = provenance.decode(recorded) or {}
     version, options = found.get("moescale"), provenance.made_with(found)
     if isinstance(version, str) and version != __version__:
         return f"holds an output of moescale {version[:20]}; this is {__version__}"
@@ -118,7 +118,7 @@ def _describe_existing(plan: Plan, destination: Destination, existing: Mapping[s
 
 
 def _status_if_replaceable(destination: Destination, overwrite: bool, why: str) -> Status:
-    what = "--overwrite to replace what is there"
+    what = "--overwrite to replace its content"
     try:
         destination.check_replaceable()
     except DestinationError:
@@ -127,23 +127,23 @@ def _status_if_replaceable(destination: Destination, overwrite: bool, why: str) 
         what = "empty this one"
     if overwrite:
         return "replace"
-    proof = (
-        "; --verify without other options proves it"
+    verify = (
+        "; --verify without other options verifies it"
         if destination.read_provenance() is not None
         else ""
     )
-    hint = f"Give another destination, or {what}{proof}."
+    hint = f"Give another destination, or {what}{verify}."
     raise DestinationError(f"{destination.identity}: {why}", hint=hint)
 
 
 def _is_output(plan: Plan, destination: Destination, small: SmallFiles) -> bool:
     """Whether the destination's provenance is that of this job."""
-    if (said := destination.read_provenance()) is None:
+    if (recorded := destination.read_provenance()) is None:
         return False
     sizes = {f.name: FileRecord(plan.output_size(f)) for f in plan.large_files}
     others = {name: _record_of(data) for name, data in small().items()}
     wanted = provenance.provenance(plan, {**sizes, **others})
-    return provenance.same_job(provenance.decode(said), wanted)
+    return provenance.same_job(provenance.decode(recorded), wanted)
 
 
 def _is_complete(

@@ -1,1 +1,1 @@
-"""What people see of a plan and of a run, in the terminal and as a page."""
+"""Shows plans and results: in the terminal, as a page and in a notebook."""

@@ -11,7 +11,7 @@ from moescale.factors.fitted import Guard
 from moescale.planning.several import Several
 from moescale.report.table import count_text, span, table
 
-GUARD_HEADER = ("", "tried", "loss", "more than the edit", "KL", "more than the edit")
+GUARD_HEADER = ("", "tried", "loss", "vs. config edit", "KL", "vs. config edit")
 
 
 def guard_rows(guard: Guard) -> Iterator[tuple[str, ...]]:
@@ -48,7 +48,7 @@ def guard_text(guard: Guard | None) -> str:
     return f"{table(guard_rows(guard), header=GUARD_HEADER)}\n{guard_note(guard)}"
 
 
-EVALUATION_HEADER = ("experts", "rule", "loss", "perplexity", "more than the edit")
+EVALUATION_HEADER = ("experts", "rule", "loss", "perplexity", "vs. config edit")
 
 
 def evaluation_rows(evaluation: Evaluation) -> Iterator[tuple[str, ...]]:

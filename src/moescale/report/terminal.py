@@ -90,20 +90,20 @@ def types_text(types: Iterable[ModelType]) -> str:
 
 def record_text(record: Record) -> str:
     """How an output was made, and the state of its files."""
-    said = record.content
+    content = record.content
     source, experts, factors = (
-        value if isinstance(value := said.get(key), dict) else {}
+        value if isinstance(value := content.get(key), dict) else {}
         for key in ("source", "experts", "factors")
     )
     commit = f", commit {source.get('revision')}" if source.get("revision") else ""
     numbers = [f for f in factors.values() if isinstance(f, int | float)]
     rows = [
         ("output", record.place),
-        ("made by", f"moescale {said.get('moescale')}"),
+        ("made by", f"moescale {content.get('moescale')}"),
         ("from", f"{source.get('id')}{commit}"),
-        ("model", str(said.get("model_type"))),
+        ("model", str(content.get("model_type"))),
         ("options", record.options or "not readable"),
-        ("rule", f"{said.get('rule')}, factor {span(numbers, '.6g')} in {len(factors)} layers"),
+        ("rule", f"{content.get('rule')}, factor {span(numbers, '.6g')} in {len(factors)} layers"),
         ("experts per token", f"{experts.get('from')} -> {experts.get('to')}"),
         ("files", _files_text(record)),
     ]
@@ -136,7 +136,7 @@ def fact_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.options.fold == "config":
         yield "fold", f"into the config: {_new_scales(plan)}; every weight is copied"
     elif plan.fold_key and plan.options.fold is None and plan.changed_tensors:
-        yield "fold", f"--fold config multiplies {plan.fold_key} and leaves every weight as it is"
+        yield "fold", f"--fold config multiplies {plan.fold_key} and changes no weight"
     elif plan.options.fold == "residual":
         yield "fold", "everything else that writes into the residual stream is divided"
     if scales := tuple(plan.router_scales.values()):

@@ -246,7 +246,7 @@ class Destination(Protocol):
     ) -> Mapping[str, FileRecord]:
         """Copy files of the source without moving their bytes; returns the copied ones."""
 
-    def commit_file(self, name: str, made: PendingFile) -> FileRecord:
+    def commit_file(self, name: str, pending: PendingFile) -> FileRecord:
         """Give a large file its name, and note it for a rerun."""
 
     def write_small(self, name: str, data: bytes) -> FileRecord:

@@ -265,10 +265,10 @@ def check_output_file(option: str, path: Path, *folders: Path) -> None:
         if path.resolve().is_relative_to(folder.resolve()):
             raise UsageError(f"{option} {path}: lies in {folder}", hint="Give a path outside it.")
     try:
-        there = path.exists()
+        existed = path.exists()
         if not path.is_fifo():  # its reader would take the close for the end
             path.open("ab").close()
-        if not there:
+        if not existed:
             path.resolve().unlink()
     except OSError as error:
         hint = "Give a file in an existing, writable folder."

@@ -1,1 +1,1 @@
-"""Repos on the Hub: sources, destinations and the client."""
+"""Repos on the Hub as sources and destinations."""

@@ -175,7 +175,7 @@ class HubDestination:
         Raises:
             DestinationError: the Hub rejects its metadata.
         """
-        self.remarks += [f"the Hub remarks on README.md: {m}" for m in self._repo.check_card(card)]
+        self.remarks += [f"the Hub warns about README.md: {m}" for m in self._repo.check_card(card)]
 
     # The start of a run ----------------------------------------------------------------------
 
@@ -299,17 +299,19 @@ class HubDestination:
         self._copied += sum(record.size for record in large.values())
         return large
 
-    def commit_file(self, name: str, made: PendingFile) -> FileRecord:
+    def commit_file(self, name: str, pending: PendingFile) -> FileRecord:
         """Commit an uploaded file; content in memory is kept for the last commit."""
-        if isinstance(made.handle, bytes):
-            return self.write_small(name, made.handle)
-        sent: UploadedFile = made.handle
+        if isinstance(pending.handle, bytes):
+            return self.write_small(name, pending.handle)
+        sent: UploadedFile = pending.handle
         operation = sent.operation or add_uploaded(name, sent.size, sent.sha256)
-        self._commit_to_work_branch([operation], name, {name: made.record}, can_wait=self._streams)
+        self._commit_to_work_branch(
+            [operation], name, {name: pending.record}, can_wait=self._streams
+        )
         with self._commits:
             self._sent += sent.transferred
             self._deduplicated += sent.deduplicated
-        return made.record
+        return pending.record
 
     def _commit_to_work_branch(
         self,
@@ -380,7 +382,7 @@ class HubDestination:
         self._small |= last
         large = {name: record for name, record in self._finished.items() if name in keep}
         self._check_listed(self._work_branch, large)
-        message = self._options.message or "Rescale the experts for another number of them"
+        message = self._options.message or "Rescale for another number of experts per token"
         if self._head is None:
             self._publish_branch(large, keep, message)
         else:

@@ -331,15 +331,15 @@ def unapplied(operations: Sequence[Any], tree: dict[str, RepoFile]) -> list[Any]
 def _is_applied(operation: Any, tree: dict[str, RepoFile]) -> bool:
     from huggingface_hub import CommitOperationDelete
 
-    there = tree.get(operation.path_in_repo)
-    if isinstance(operation, CommitOperationDelete) or there is None:
-        return isinstance(operation, CommitOperationDelete) and there is None
+    listed = tree.get(operation.path_in_repo)
+    if isinstance(operation, CommitOperationDelete) or listed is None:
+        return isinstance(operation, CommitOperationDelete) and listed is None
     if isinstance(operation, CopyOperation):
-        return is_listed(there, operation.record)
-    if there.lfs is not None:
-        return bool(there.lfs.sha256 == operation.upload_info.sha256.hex())
+        return is_listed(listed, operation.record)
+    if listed.lfs is not None:
+        return bool(listed.lfs.sha256 == operation.upload_info.sha256.hex())
     with operation.as_file() as file:
-        return bool(there.blob_id == _git_digest(file.read()))
+        return bool(listed.blob_id == _git_digest(file.read()))
 
 
 def _git_digest(content: bytes) -> str:
@@ -348,10 +348,10 @@ def _git_digest(content: bytes) -> str:
     return hashlib.sha1(blob, usedforsecurity=False).hexdigest()
 
 
-def is_listed(there: RepoFile | None, record: FileRecord) -> bool:
+def is_listed(listed: RepoFile | None, record: FileRecord) -> bool:
     """Whether the Hub lists a large file with this size and digest."""
     return (
-        there is not None
-        and there.lfs is not None
-        and (there.size, there.lfs.sha256) == (record.size, record.sha256)
+        listed is not None
+        and listed.lfs is not None
+        and (listed.size, listed.lfs.sha256) == (record.size, record.sha256)
     )

@@ -1,1 +1,1 @@
-"""Local directories: sources, destinations and what is on disk."""
+"""Local directories as sources and destinations."""

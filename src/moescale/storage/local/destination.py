@@ -332,8 +332,8 @@ class LocalDestination:
         """Write a small file in one piece, as durably as a large one."""
         with LocalWriters(self._state).open(name, len(data), digest=True) as writer:
             writer.write(memoryview(data))
-            made = writer.finish()
-        return self.commit_file(name, made)
+            pending = writer.finish()
+        return self.commit_file(name, pending)
 
     def publish(self, last: Mapping[str, bytes], keep: frozenset[str]) -> None:
         """Write the last files in order, then remove the state; `begin` removed old content."""
@@ -382,21 +382,21 @@ class LocalDestination:
             os.replace(new, self.path_of(name))
             sync_directory(self.root)
 
-    def commit_file(self, name: str, made: PendingFile) -> FileRecord:
+    def commit_file(self, name: str, pending: PendingFile) -> FileRecord:
         """Rename a synced temporary file to its final name, sync the directory, note the file.
 
         Raises:
             RewriteError: the size differs from that reported by its writer.
         """
         assert self._journal is not None
-        target, temporary = self.path_of(name), self._state / made.handle
+        target, temporary = self.path_of(name), self._state / pending.handle
         try:
             if behind_link(self.root, self._name(name)):
                 raise DestinationError(
                     f"{target.parent}: is behind a link, and moescale does not write through links",
                     hint="Remove the link and run the same command again; it resumes.",
                 )
-            if temporary.stat().st_size != made.record.size:
+            if temporary.stat().st_size != pending.record.size:
                 raise RewriteError(f"{name}: size differs between the worker and this machine")
             make_directory(target.parent)
             os.replace(temporary, target)
@@ -405,8 +405,8 @@ class LocalDestination:
                 with contextlib.suppress(OSError):
                     attempt.unlink()
         sync_directory(target.parent)
-        self._journal.add(name, made.record, _stamp(target))
-        return made.record
+        self._journal.add(name, pending.record, _stamp(target))
+        return pending.record
 
     def _temporary(self, name: str) -> Path:
         return self._state / f"{temporary_stem(name)}.tmp"
