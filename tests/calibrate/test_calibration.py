@@ -255,7 +255,7 @@ def test_without_the_extra_one_line_says_what_to_install(
     [
         (["--calibrate", "{text}"], "--calibrate goes with --rule fitted or measured"),
         (["--rule", "measured", "--calibrate", "nowhere"], "nowhere: No such file or directory"),
-        (["--rule=fitted", "--calibrate={text}", "--fold=config"], "takes one factor for all"),
+        (["--rule=fitted", "--calibrate={text}", "--fold=config"], "needs one factor for all"),
         (["--max-memory", "8GiB"], "--max-memory goes with --rule fitted or measured"),
         (["--rule=measured", "--calibrate={text}", "--max-memory=0"], "--max-memory is '0'"),
         (["--rule=measured", "--calibrate={text}", "--rho=1"], "--rho has no meaning"),

@@ -118,7 +118,7 @@ def test_a_disk_that_is_too_small_is_said_first(
         api.convert(source, tmp_path / "out", experts=3).plan,
     ):
         (warning,) = plan.warnings
-        assert f"needs {bytes_text(plan.bytes_written)}, and 100 B are free" in warning
+        assert f"needs {bytes_text(plan.bytes_written)}, but 100 B are free" in warning
     assert api.plan(source, tmp_path / "out", experts=3).warnings == ()  # it is there already
 
 
@@ -299,7 +299,7 @@ def test_a_byte_order_mark_is_no_fault(source: Path, tmp_path: Path) -> None:
     ("factors", "says"),
     [
         ('{"0": 1, "1": -1}', "the factor of layer 1 is -1.0"),
-        ('{"factors": [1, 2]}', "holds no factors"),
+        ('{"factors": [1, 2]}', "has no factors"),
         (
             '{"factors": {"0": 1, "1": 1}, "router_scales": {"0": 1, "1": 0}}',
             "f.json: the router scale of layer 1 is 0.0",
