@@ -222,7 +222,7 @@ def test_the_plan_shows_and_suggests_the_key(tmp_path: Path) -> None:
     """With --fold config its old and new value; without, that it would be possible."""
     source = checkpoints.deepseek(tmp_path / "in", routed_scaling_factor=2.5)
     plain = plan_text(moescale.plan(source, experts=3, rule="preserve"))
-    assert "--fold config multiplies routed_scaling_factor and leaves every weight" in plain
+    assert "--fold config multiplies routed_scaling_factor and changes no weight" in plain
     folded = plan_text(moescale.plan(source, experts=3, rule="preserve", fold="config"))
     assert "routed_scaling_factor 2.5 -> 3.06186; every weight is copied" in folded
     mixtral = checkpoints.mixtral(tmp_path / "mixtral")
