@@ -24,7 +24,7 @@ class LocalPath:
 
     Attributes:
         text: the path as the user wrote it.
-        kind: what it is, in words.
+        kind: the kind of location, for messages.
         on_hub: whether it is a repo.
         revision: None; a directory has none.
     """
@@ -44,7 +44,7 @@ class LocalPath:
 
     @property
     def model_id(self) -> str:
-        """What ``from_pretrained`` and engines take: the path."""
+        """The argument for ``from_pretrained`` and engines: the path."""
         return self.text
 
 
@@ -59,7 +59,7 @@ class HubRef:
         quant: a GGUF model of the repo, by part of its file name.
         text: the reference as the user wrote it.
         path: None; nothing of it is on this machine.
-        kind: what it is, in words.
+        kind: the kind of location, for messages.
         on_hub: whether it is a repo.
     """
 
@@ -74,7 +74,7 @@ class HubRef:
 
     @property
     def explicit(self) -> bool:
-        """Whether the user wrote ``hf://``, so that no directory is meant."""
+        """Whether the user wrote ``hf://``, which excludes a directory."""
         return self.text.startswith(PREFIX)
 
     def __str__(self) -> str:
@@ -84,7 +84,7 @@ class HubRef:
 
     @property
     def model_id(self) -> str:
-        """What ``from_pretrained`` and engines take, beside a revision."""
+        """The argument for ``from_pretrained`` and engines, without the revision."""
         return f"{self.repo}/{self.folder}" if self.folder else self.repo
 
     def interpretations(self) -> Iterator[HubRef]:
