@@ -397,4 +397,4 @@ def test_factors_without_end_are_refused() -> None:
     command = [sys.executable, "-m", "moescale", ".", "--factors", "/dev/zero", "--dry-run"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 2
-    assert "too long" in done.stderr
+    assert "too large" in done.stderr
