@@ -53,7 +53,7 @@ def counts() -> str:
     kinds = len({row.name for row in formats.ROWS})
     refused = len({row.name for row in formats.REFUSED})
     return (
-        f"[The tables](docs/models.md) know {types} model types and {kinds} tensor formats;"
+        f"[The tables](docs/models.md) list {types} model types and {kinds} tensor formats;"
         f" {refused} more formats are refused by name.\n"
     )
 

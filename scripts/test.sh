@@ -2,17 +2,22 @@
 # Sets up an environment of its own and runs every check and every test.
 #   --latest    with the newest version of everything, instead of those of the lock
 #   --no-torch  without torch and what needs it, for a Python or a machine that has no torch
+#   --fast      under a minute: no torch, and only the tests of what decides, multiplies and reports
 #   --coverage  with a report of the lines and branches that ran; takes twice as long
 # Other arguments go to pytest: ./scripts/test.sh tests/checkpoint/test_header.py
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 
-folder=.venv-test lock=$LOCK groups="--group test --group oracle" without= cover=
+FAST="tests/checkpoint tests/factors tests/families tests/routers tests/planning tests/report"
+FAST="$FAST tests/project --ignore tests/planning/test_growth.py"
+
+folder=.venv-test lock=$LOCK groups="--group test --group oracle" without= cover= only=
 while [ "$#" -gt 0 ]; do
   case $1 in
     --latest) folder=.venv-latest lock= ;;
     --no-torch) groups="--group test" without=$1 ;;
+    --fast) groups="--group test" without=--no-torch only=$FAST ;;
     --coverage) cover="--cov --cov-report term" ;;
     *) break ;;
   esac
@@ -29,6 +34,6 @@ if [ "$#" -eq 0 ]; then
   "$folder/bin/ruff" format --check .
   [ -n "$without" ] || "$folder/bin/mypy" # reads the types of torch
   # shellcheck disable=SC2086 - likewise
-  set -- --numprocesses auto --dist worksteal $cover
+  set -- --numprocesses auto --dist worksteal $cover $only
 fi
 exec "$folder/bin/python" -m pytest ${without:+"$without"} "$@"

@@ -23,34 +23,35 @@ def page(everything: Sequence[Results], steps: int, pieces: int) -> str:
     intro = f"""# What each rule does to a trained model
 
 Made by `scripts/study/study.py`.
-Four language models of {LAYERS} MoE layers, one for each kind of router, are trained for {steps}
-steps of {BATCH * CONTEXT:,} bytes on the sources of Python {version}'s standard library.
-Then moescale gives each another number of experts per token, by every rule, and transformers runs
-what it wrote.
+Four language models with {LAYERS} MoE layers, one for each kind of router, are trained for {steps}
+steps of {BATCH * CONTEXT:,} bytes on the source code of Python {version}'s standard library.
+Then moescale gives each of them other numbers of experts per token, by every rule, and
+transformers runs the output.
 
 {in_short(everything)}
-Four small models are no proof for a large one: `--evaluate` shows what yours loses, on your text.
+Four small models prove nothing about a large one: `--evaluate` shows what yours loses on your text.
 
-All figures are rises of the loss over that as trained, in nats a byte, on
-{pieces * CONTEXT:,} bytes of files that were held back; lower is better.
-No {WINDOW} bytes of them stand in what the models were trained on or a rule was calibrated on.
+All figures are the loss minus the loss as trained, in nats per byte, on {pieces * CONTEXT:,}
+bytes of files that were held back; lower is better.
+No sequence of {WINDOW} bytes in them is part of a text that a model was trained on or a rule
+was calibrated on.
 `measured` and `fitted` were calibrated on {CALIBRATED * CONTEXT:,} bytes of other files, which
-share no {WINDOW} bytes with what the models were trained on either.
+share no such sequence with the training text either.
 
-## All together
+## Summary
 
 {together(everything)}
-Better and worse than the config edit are by more than {EQUAL}.
+Differences up to {EQUAL} count as equal.
 
-![The same as a figure](study.svg)
+![Rise of the loss by number of experts, for each router and rule](study.svg)
 
-In the figure {outside(everything)}.
+In the figure, {outside(everything)}.
 
 ## Router by router
 
-What is at most {EQUAL} above the best is bold.
-In brackets is the norm of the routed experts' output relative to that as trained, on the same
-inputs, mean over layers.
+Values that are at most {EQUAL} above the best are bold.
+In brackets is the norm of the routed experts' output, relative to the norm as trained on the same
+inputs, as the mean over layers.
 """
     return "\n".join([intro, *map(table, everything), otherwise(everything)])
 
@@ -61,18 +62,17 @@ def in_short(everything: Sequence[Results]) -> str:
     fewer = [(r, m) for r in everything for m in r.trials if m < STUDIES[r.name].trained]
     won = [(r, m, rule) for r, m in more for rule in RULES if r.rise(rule, m) < -EQUAL]
     lines = [
-        f"- With more experts than trained ({len(more)} settings), `fitted` leaves"
-        f" {share(more):.0%} of what the config edit loses; with fewer ({len(fewer)}),"
+        f"- With more experts than trained ({len(more)} settings), the rise with `fitted` is"
+        f" {share(more):.0%} of that with the config edit; with fewer ({len(fewer)}),"
         f" {share(fewer):.0%}.",
-        f"- It loses more than the config edit, by more than {EQUAL}, at"
+        f"- `fitted` is worse than the config edit, by more than {EQUAL}, at"
         f" {sum(r.rise('fitted', m) > r.rise('none', m) + EQUAL for r, m in more + fewer)} of"
         f" {len(more) + len(fewer)} settings.",
     ]
     if not won:
         lines.append(
-            "- **At no setting with more experts than trained did any rule beat the trained"
-            " number.** Rescaling makes another number cost less; it does not make more experts"
-            " better."
+            "- **No rule beat the trained number at any setting with more experts.** Rescaling"
+            " makes another number cost less; it does not make more experts better."
         )
     else:
         places = ", ".join(f"{r.name} with {m} by {rule}" for r, m, rule in won)
@@ -90,9 +90,9 @@ def otherwise(everything: Sequence[Results]) -> str:
     lines = [
         "## Another text, or none",
         "",
-        "`fitted` calibrated on Python, on English (how installed packages describe themselves),"
-        " and on what the model writes by itself; in brackets the rule that its guard took, where"
-        " that is another.",
+        "Here `fitted` is calibrated on Python, on English (the descriptions of installed"
+        " packages), and on what the model writes itself. In brackets is the rule that its guard"
+        " took, if it is another one.",
         "",
         "| | k | config edit alone | Python | " + " | ".join(OTHERWISE.values()) + " |",
         "|---" * (4 + len(OTHERWISE)) + "|",
@@ -120,7 +120,7 @@ def outside(everything: Sequence[Results]) -> str:
         for r in everything
         if max(r.rise("published", m) for m in r.trials) > height(r).high
     ]
-    return f"`published` runs out of the frame for {' and '.join(names) or 'no router'}"
+    return f"`published` leaves the frame for {' and '.join(names) or 'no router'}"
 
 
 def table(results: Results) -> str:
@@ -147,8 +147,8 @@ def together(everything: Sequence[Results]) -> str:
     """How often each rule beats the config edit alone, and where it loses most against it."""
     cases = [(results, m) for results in everything for m in results.trials]
     lines = [
-        "| rule | mean rise, more experts | fewer | better than the config edit | worse | most lost"
-        " against it |",
+        "| rule | mean rise, more experts | fewer | better than the config edit | worse | largest"
+        " loss against it |",
         "|---|---|---|---|---|---|",
     ]
     for rule, heading in RULES.items():

@@ -96,6 +96,13 @@ def test_a_plan_needs_no_numpy() -> None:
     assert users == {"__main__.py", "cli.py"}
 
 
+def test_only_what_runs_models_imports_torch() -> None:
+    """Torch and what comes with it are an extra; everything else works without them."""
+    asks = re.compile(r"^\s*(?:import|from) (?:torch|transformers|accelerate)\b", re.MULTILINE)
+    users = {p for p in PACKAGE.rglob("*.py") if asks.search(p.read_text(encoding="utf-8"))}
+    assert {path.parent.name for path in users} == {"calibrate"}
+
+
 def test_the_command_uses_only_what_is_public() -> None:
     """Whatever the command can do can be done from Python, too."""
     own = {"interrupts", "options", "report", "version"}
@@ -171,18 +178,21 @@ def test_a_location_is_parsed_once() -> None:
     assert users == {"location.py"}
 
 
-DRAWN = Path(__file__).parents[2] / "docs" / "architecture.md"
+PAGES = ("CONTRIBUTING.md", "docs/architecture.md")
+"""Where the layers are drawn."""
 
 
-def drawn_arrows() -> set[tuple[str, str]]:
+def drawn_arrows(page: str) -> set[tuple[str, str]]:
     """The arrows of the picture, each from a package to one that it may import."""
-    lines = re.findall(r"^ +(\w[\w &]*) --> (\w[\w &]*)$", DRAWN.read_text("utf-8"), re.MULTILINE)
+    text = (PACKAGE.parents[1] / page).read_text("utf-8")
+    lines = re.findall(r"^ +(\w[\w &]*) --> (\w[\w &]*)$", text, re.MULTILINE)
     return {(a, b) for left, right in lines for a in left.split(" & ") for b in right.split(" & ")}
 
 
-def test_the_layers_are_as_drawn() -> None:
+@pytest.mark.parametrize("page", PAGES)
+def test_the_layers_are_as_drawn(page: str) -> None:
     """A package may import only what its arrows reach, and whatever they point to."""
-    arrows = drawn_arrows()
+    arrows = drawn_arrows(page)
     for room, allowed in MAY_USE.items():
         reached, new = set(), {room}
         while new:
