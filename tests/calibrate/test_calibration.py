@@ -375,7 +375,8 @@ def test_a_model_on_the_hub_is_downloaded_once(lab: Lab, model: Model) -> None:
     }
     assert not (snapshot / "pytorch_model.bin").exists()
     assert (
-        done.err == "warning: left out: pytorch_model.bin: weights in another form, not rescaled\n"
+        done.err
+        == "warning: left out: pytorch_model.bin: weights in another format, not rescaled\n"
     )
     headers = 32 << 10  # as much is asked for to find the header of a shard, or what a .bin holds
     sent = hub.traffic("^cdn|resolve")[1]

@@ -204,7 +204,7 @@ def test_a_missing_or_foreign_part_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=f"file 2 of {len(parts)} is missing"):
         moescale.plan(parts[0], experts=3)
     shutil.copy(parts[2], parts[1])
-    with pytest.raises(CheckpointError, match="says that it is file 2, from 0"):
+    with pytest.raises(CheckpointError, match="says that it is file 2, counted from 0"):
         moescale.plan(parts[0], experts=3)
 
 

@@ -151,9 +151,9 @@ WRONG: dict[str, tuple[dict[str, Raw | None], type[SourceError], str]] = {
     "logits beyond float64": (
         {GATE.format(1): ("F64", (EXPERTS, HIDDEN), np.full(EXPERTS * HIDDEN, 1e308).tobytes())},
         CheckpointError,
-        "no gate weights above 0",
+        "gate weights that are zero or not finite",
     ),
-    "not numbers": ({GATE.format(1): NAN}, CheckpointError, "values that are no numbers"),
+    "not numbers": ({GATE.format(1): NAN}, CheckpointError, "values that are not finite"),
 }
 
 

@@ -1,4 +1,4 @@
-"""How much of a model a token uses: its routed experts in part, everything else whole."""
+"""The part of a model that a token uses: some routed experts, and everything else."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from moescale.planning.experts import Experts
 
 @dataclass(frozen=True, slots=True)
 class Active:
-    """What a token uses before and after, and all there is.
+    """The weights that a token uses, before and after, and all weights.
 
     Attributes:
         before: with the number of experts that the config had.
         after: with the new one.
         total: of the whole checkpoint.
-        unit: ``parameters``; ``bytes`` where weights are quantised, in codes of any width.
+        unit: ``parameters``; ``bytes`` for quantised weights, whose codes may have any width.
     """
 
     before: int
@@ -33,11 +33,11 @@ class Active:
 
     @property
     def ratio(self) -> float:
-        """How much more is read for a token, and so roughly how much longer it takes."""
+        """The ratio of weights read for a token, which is roughly the ratio of times."""
         return self.after / self.before if self.before else 1.0
 
     def as_json(self) -> dict[str, Any]:
-        """As ``--dry-run --json`` prints it."""
+        """For ``--dry-run --json``."""
         return asdict(self)
 
 
@@ -47,13 +47,13 @@ def active(
     held: Mapping[Layer, int],
     experts: Experts,
 ) -> Active:
-    """Count; every tensor is used whole but those of routed experts.
+    """Count them; every tensor except those of routed experts is used in full.
 
     Args:
-        tensors: all of the checkpoint.
+        tensors: all tensors of the checkpoint.
         projections: the routed down-projections.
         held: routed experts of each layer.
-        experts: how many a token uses.
+        experts: experts per token.
     """
     homes = {_home(p.module): (p.layer, p.expert is None) for p in projections}
     plain = all(tensor.dtype in SCALABLE for tensor in tensors)
@@ -73,7 +73,7 @@ def active(
 
 
 def _home(module: str) -> str:
-    """What holds a down-projection and the projections beside it."""
+    """The name of the module that holds a down-projection and its siblings."""
     return module.rpartition(".")[0]
 
 

@@ -1,7 +1,7 @@
-"""What lies beside the shards: unscaled twins are left out, forgotten shards join, the rest stays.
+"""Files beside the shards: unscaled twins are left out, unlisted shards are scaled, others copied.
 
-A twin holds what the plan scales, under the same names or under those of another layout. That is
-found out from what is in a file, where it can be read, else from its name, place and size.
+A twin holds tensors that the plan scales, under the same names or those of another layout. The
+contents of a file decide if they can be read, else its name, folder and size.
 """
 
 from __future__ import annotations
@@ -35,55 +35,55 @@ from moescale.planning.shards import Found, read_header, same_weights, two_sets
 from moescale.storage.base import SMALL_FILE_BYTES, Source
 
 WHOLE = (".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".ot")
-"""Suffixes of weights of programs that take a whole model."""
+"""Suffixes of weights that hold a whole model."""
 WEIGHTS = (SUFFIX, *TORCH, *WHOLE)
 
 TWIN_FOLDERS = frozenset({"original", "metal", "onnx", "openvino", "gguf", "coreml"})
-"""Folders in which publishers put the same model in another form."""
+"""Folders in which publishers put the same model in another format."""
 
 _MODEL = re.compile(
     r"consolidated.*|ggml-.*|(?:pytorch_|tf_|flax_|rust_|openvino_)?model(?:[-.].*)?\.[a-z0-9]+"
     r"|(?:.*_)?model(?:[-_.].*)?\.onnx(?:_data)?"
 )
-"""File names of a whole model in another form; where it can be looked into, that counts more."""
+"""File names of a whole model in another format; readable contents count more."""
 _CONSOLIDATED = re.compile("consolidated.*")
 _NO_TWIN = re.compile(
     r"adapter_model\b|non_lora|mmproj|imatrix|training_args|optim|scheduler|rng_state|random_states"
     r"|scaler",
     re.IGNORECASE,
 )
-"""Adapters, projectors and what a training leaves behind."""
+"""Adapters, projectors and leftovers of a training run."""
 _STAYS = re.compile(r"\.(?:py|ipynb|sh|md)$|(?:^|/)(?:LICEN[CS]E|NOTICE)[^/]*$", re.IGNORECASE)
-"""Code and texts, which stay although the weights beside them do not."""
+"""Code and texts, which are kept even if the weights beside them are left out."""
 _RENAMED = re.compile(rf".*(?:{'|'.join(map(re.escape, WEIGHTS))})(?!\.index)[-.~_].*", re.DOTALL)
-"""Weights whose suffix is no longer the last: ``model.safetensors.bak``."""
+"""Weights with another suffix appended: ``model.safetensors.bak``."""
 _NO_WEIGHTS = re.compile(
     r"\.(?:jsonl?|txt|py|ipynb|sh|md|jinja|model|tiktoken|spm|csv|parquet|html|pdf|png|jpe?g|gif|svg"
     r"|webp|wav|mp[34])$",
     re.IGNORECASE,
 )
 _LARGE = 1 << 20
-"""Bytes from which a file of a suffix that says nothing may hold weights."""
+"""A file of this size may hold weights, whatever its suffix."""
 _INDEX = re.compile(r"(?P<stem>.+)\.(?P<suffix>[a-z0-9]+)\.index(?:\.[^.]+)?\.json")
 
-FORM = "weights in another form, not rescaled"
+FORM = "weights in another format, not rescaled"
 TWIN = "an unscaled twin: it holds the routed experts too"
 LAYOUT = "an unscaled twin: it holds the routed experts under other names"
 INDEX = "an index of files that are left out"
 EVALUATION = "evaluation results of the source model"
 _SMALLEST = 32
-"""A twin has at least the size of what is scaled, at half a bit for 16."""
+"""A twin is at least as large as the scaled tensors at half a bit for 16."""
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What is in a file: the layers whose routed experts it holds, under which names.
+    """The contents of a file.
 
     Attributes:
-        layers: by the names of the tensors; None where the file cannot be looked into.
-        same: whether it has tensors that are scaled, by name and shape.
-        other: whether it has such names with other shapes, so that it is another model.
-        header: that of a safetensors file with routed experts.
+        layers: the layers whose routed experts it holds, by tensor names; None if unreadable.
+        same: whether it has scaled tensors, by name and shape.
+        other: whether it has such names with other shapes: another model.
+        header: the header of a safetensors file with routed experts.
     """
 
     layers: frozenset[Layer] | None
@@ -94,12 +94,12 @@ class Look:
 
 @dataclass(slots=True)
 class Beside:
-    """What becomes of the files beside the shards.
+    """The decisions on the files beside the shards.
 
     Attributes:
         joined: headers of shards with routed experts that the index does not list.
-        left_out: files that do not belong into the output, each with the reason.
-        warnings: what the user should know of those that are copied.
+        left_out: files that do not belong in the output, each with the reason.
+        warnings: warnings of files that are copied.
     """
 
     joined: dict[str, Header] = field(default_factory=dict)
@@ -108,11 +108,11 @@ class Beside:
 
 
 def look_beside(source: Source, found: Found, moe: Moe) -> Beside:
-    """Decide what becomes of every file that is no shard.
+    """Decide about every file that is not a shard.
 
     Raises:
-        CheckpointError: a file holds routed experts of the model and can neither be scaled with
-            the others nor left out, or is a second set of weights.
+        CheckpointError: a file holds routed experts of the model but can neither be scaled with
+            the others nor left out; or it is a second set of weights.
     """
     ours = {*found.headers, *found.left_out, found.shards.index, CONFIG}
     names = [name for name in source.files() if name not in ours]
@@ -127,7 +127,7 @@ def look_beside(source: Source, found: Found, moe: Moe) -> Beside:
 
 
 def forgotten(source: Source, found: Found) -> str | None:
-    """A file at the top with routed experts that is no shard, for a model that lacks some."""
+    """A file in the top folder with routed experts that is not a shard of an incomplete model."""
     files = source.files()
     names = [n for n in files if n.endswith(SUFFIX) and "/" not in n and n not in found.headers]
     for name in names:
@@ -143,7 +143,7 @@ def forgotten(source: Source, found: Found) -> str | None:
 
 
 class _Looker:
-    """Looks into sets of files and notes in a result what becomes of them."""
+    """Inspects sets of files and adds the decisions to a result."""
 
     def __init__(self, source: Source, found: Found, moe: Moe, result: Beside) -> None:
         self._source = source
@@ -156,7 +156,7 @@ class _Looker:
         self._least = sum(t.nbytes for t in self._scaled.values()) // _SMALLEST
 
     def decide_all(self, names: Iterable[str]) -> None:
-        """Look at all files, many at once where each is a request; decide set by set."""
+        """Inspect all files, several at a time if each is a request; decide set by set."""
         sets: dict[str, list[str]] = defaultdict(list)
         for name in sorted(names):
             if not _is_no_twin(name):
@@ -177,7 +177,7 @@ class _Looker:
             self._routed(looks, layers)
 
     def _unread(self, names: Sequence[str]) -> None:
-        """What cannot be looked into is a twin by its name and place, or by its size."""
+        """An unreadable file is a twin by its name and folder, or by its size."""
         first, size = names[0], sum(self._files[name].size for name in names)
         if not first.endswith(WEIGHTS):
             if _RENAMED.fullmatch(first) and size >= self._least:
@@ -239,23 +239,23 @@ class _Looker:
         return Look(frozenset(layers), same, bool(pairs) and not same, joins)
 
     def _check_single(self, names: Sequence[str]) -> None:
-        """Refuse another complete set beside ``model.safetensors``: not all loaders take that one.
+        """Refuse another complete set beside ``model.safetensors``: loaders differ in their choice.
 
-        Where there is no index, some read every file.
+        Without an index, some read every file.
         """
         counted = _is_shard(names[0]) and set_of(names[0]) != names[0] and "/" not in names[0]
         if not counted or self._found.shards.names != (SINGLE,):
             return
         try:
             check_parts(names)
-        except CheckpointError:  # it is what was left behind of a set
+        except CheckpointError:  # a leftover of a set
             return
         headers = {name: read_header(self._source, self._files[name]) for name in names}
         if not same_weights(self._source, self._found.headers, headers):
             raise two_sets(self._source, f"{names[0]} and its set")
 
     def _join(self, looks: Mapping[str, Look]) -> None:
-        """Take forgotten shards, without the tensors that the others have."""
+        """Add unlisted shards, without tensors that other shards have."""
         names = {t.name for header in self._found.headers.values() for t in header.tensors}
         for shard, look in looks.items():
             if (header := look.header) is not None:
@@ -263,7 +263,7 @@ class _Looker:
                 self._result.joined[shard] = replace(header, tensors=own)
 
     def _is_other_model(self, name: str, alike: bool) -> bool:
-        """Whether the folder of a file has a config of its own, where alike, of another size."""
+        """Whether the folder of a file has its own config; if `alike`, with other sizes."""
         folder = name.rpartition("/")[0]
         at = f"{folder}/{CONFIG}"
         if not folder or at not in self._files or self._files[at].size > SMALL_FILE_BYTES:
@@ -284,7 +284,7 @@ class _Looker:
 
 
 def _may_be_weights(name: str, size: int) -> bool:
-    """Whether a file has to be looked at: by its suffix, a former one, or its size."""
+    """Whether a file must be inspected: by its suffix, an earlier suffix, or its size."""
     if name.endswith(WEIGHTS) or _RENAMED.fullmatch(name):
         return True
     return size >= _LARGE and not _NO_WEIGHTS.search(name)
@@ -299,12 +299,12 @@ def _is_no_twin(name: str) -> bool:
 
 
 def _is_placed(name: str) -> bool:
-    """Whether the file lies where publishers put the same model in another form."""
+    """Whether the file is in a folder in which publishers put the model in another format."""
     return "/" not in name or name.partition("/")[0] in TWIN_FOLDERS
 
 
 def _is_model(name: str) -> bool:
-    """Whether place and name are those of a whole model in another form."""
+    """Whether folder and name are those of a whole model in another format."""
     file = name.rpartition("/")[2]
     pattern = _CONSOLIDATED if _is_shard(name) else _MODEL
     if name.endswith(".gguf"):
@@ -313,14 +313,14 @@ def _is_model(name: str) -> bool:
 
 
 def _is_named(names: Sequence[str]) -> bool:
-    """Whether a set is a twin by name, so that nothing has to be read."""
+    """Whether a set is a twin by its names; nothing is read then."""
     first = names[0]
     known = _is_shard(first) or first.startswith("consolidated") or set_of(first) != first
     return _is_model(first) and known and first.endswith(WEIGHTS) and not first.endswith(".gguf")
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors may hold the same; codes of another format have other shapes."""
+    """Whether two tensors may hold the same values; codes of another format differ in shape."""
     return one.shape == other.shape or one.dtype != other.dtype
 
 
@@ -333,7 +333,7 @@ def _undecided(name: str, layers: Collection[Layer]) -> CheckpointError:
 
 
 def _leave_out_companions(names: Iterable[str], left_out: dict[str, str]) -> None:
-    """Leave out what goes with the files that are left out: their indexes, and their folders."""
+    """Leave out the companions of files that are left out: indexes and folders."""
     kept = [name for name in names if name not in left_out]
     twins = sorted(left_out)
     weights = [name for name in kept if name.endswith(WEIGHTS) and not _is_no_twin(name)]
@@ -346,7 +346,7 @@ def _leave_out_companions(names: Iterable[str], left_out: dict[str, str]) -> Non
 
 
 def _is_listed(index: re.Match[str], name: str) -> bool:
-    """Whether a file has the name that the files of an index have."""
+    """Whether a file is named like the files of an index."""
     return name.startswith(index["stem"]) and name.endswith("." + index["suffix"])
 
 

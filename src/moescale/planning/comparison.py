@@ -1,9 +1,8 @@
-"""What each rule does to each MoE layer, as far as a plan knows: text, page and JSON show this.
+"""The effect of each rule on each MoE layer, as far as a plan knows it; every report shows this.
 
-Factors of all rules that can be computed, and the norm of the routed output with each, relative
-to that of the model as it was trained. The norm is measured where experts were run, now or when
-the factors were noted, predicted from the model's own gate weights where those were sampled, and
-from the closed form elsewhere.
+It has the factors of all rules that can be computed, and the norm of the routed output with each,
+relative to the model as trained. The norm is measured if experts were run, now or for recorded
+factors; else predicted from sampled gate weights; else from the closed form.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from moescale.factors import gates, measured
 from moescale.factors.samples import Sample, geometric_mean
 
 ByLayer = float | dict[str, float]
-"""One number for all layers, or one for each where they differ."""
+"""One number for all layers, or one for each layer if they differ."""
 
 Basis = Literal["measured", "noted", "sampled", "balanced", "unknown"]
-"""Where the norms come from."""
+"""The origin of the norms."""
 
 BASES: Mapping[Basis, str] = {
     "measured": "measured",
@@ -37,11 +36,11 @@ class Comparison:
 
     Attributes:
         layers: names of the MoE layers.
-        taken: the rule of the plan; ``own`` where the user gave the factors.
-        factors: by rule, the factor of each layer; ``none`` is the config edit alone.
-        norms: by rule, the relative norm in each layer; empty where nothing is known of it.
-        basis: where the norms come from.
-        edit: what is done without any factor, in words.
+        taken: the rule of the plan; ``own`` if the user gave the factors.
+        factors: the factor of each layer, by rule; ``none`` is the config edit alone.
+        norms: the relative norm in each layer, by rule; empty if unknown.
+        basis: the origin of the norms.
+        edit: the change without any factor, in words.
     """
 
     layers: tuple[str, ...]
@@ -52,16 +51,16 @@ class Comparison:
     edit: str
 
     def name(self, rule: str) -> str:
-        """What people call a rule."""
+        """The usual name of a rule."""
         return {"none": self.edit, "own": "given"}.get(rule, rule)
 
     def norm(self, rule: str) -> ByLayer:
-        """The relative norm with a rule: one number, or one for each layer where they differ."""
+        """The relative norm with a rule: one number, or one for each layer if they differ."""
         return collapse_equal(dict(zip(self.layers, self.norms[rule], strict=True)))
 
     @property
     def harm(self) -> str | None:
-        """What to say where the rule that is taken does worse than none, by its own measure."""
+        """The warning if the chosen rule is worse than none by its own measure."""
         norms, none = self.norms.get(self.taken), self.norms.get("none")
         if norms is None or none is None or self.taken == "own" or _far(norms) <= _far(none):
             return None
@@ -73,7 +72,7 @@ class Comparison:
 
 
 def _far(norms: Sequence[float]) -> float:
-    """How far they are from 1, with room for rounding."""
+    """The distance from 1, up to rounding."""
     return round(sum(abs(math.log(norm)) for norm in norms) / len(norms), 9)
 
 
@@ -90,12 +89,12 @@ def compare(
 
     Args:
         taken: the rule of the plan, ``factor`` or ``factors``.
-        factors: what it multiplies each layer by.
+        factors: the factor of each layer.
         alternatives: the closed forms.
-        samples: what a rule found out about each layer; may be empty.
+        samples: the samples of each layer; may be empty.
         rho: correlation of expert outputs.
-        edit: what is done without any factor, in words.
-        scaled_routers: the routers of the plan are scaled, each by its own number.
+        edit: the change without any factor, in words.
+        scaled_routers: whether the plan scales each router by its own number.
     """
     layers = tuple(factors)
     taken = "own" if taken in ("factor", "factors") else taken
@@ -114,14 +113,14 @@ def compare(
         if edited
     }
     if scaled_routers and taken == "fitted":
-        norms[taken] = (1.0,) * len(layers)  # what its factor is made for
+        norms[taken] = (1.0,) * len(layers)  # the purpose of its factor
     elif scaled_routers:
         norms.pop(taken, None)
     return Comparison(layers, taken, found, norms, basis, edit)
 
 
 def collapse_equal(by_layer: Mapping[str, float]) -> ByLayer:
-    """The one value of all layers, where they have the same."""
+    """The value of all layers if they are equal."""
     values = set(by_layer.values())
     return values.pop() if len(values) == 1 else dict(by_layer)
 
@@ -133,7 +132,7 @@ def _by_layer(value: ByLayer, layers: tuple[str, ...]) -> tuple[float, ...]:
 def _edited(
     factors: Mapping[str, tuple[float, ...]], sampled: bool
 ) -> tuple[tuple[float, ...], Basis]:
-    """The relative norm of each layer with the config edit alone: what undoes it, inverted."""
+    """The relative norm of each layer with the config edit alone: the inverse of its remedy."""
     bases: tuple[tuple[str, Basis], ...] = (
         ("measured", "measured" if sampled else "noted"),
         ("gates", "sampled"),

@@ -38,7 +38,7 @@ from moescale.storage.base import Source
 from moescale.storage.location import Location
 
 Sampler = Callable[[Moe, Experts, Adjustable | None], Findings]
-"""Finds out what a rule wants to know of every MoE layer; ``fitted``, what can be adjusted."""
+"""Samples every MoE layer for a rule; for ``fitted``, given the adjustable tensors."""
 
 
 def make_plan(
@@ -52,12 +52,12 @@ def make_plan(
     """Decide everything.
 
     Args:
-        source: where the checkpoint is; its config, index and shard headers are read.
-        options: what the user asked for.
+        source: the checkpoint; its config, index and shard headers are read.
+        options: as the user gave them.
         location: of the output.
         sampler: runs the model for ``measured`` and ``fitted``; other rules need none.
-        known: what that found, where an earlier run of the same job has it.
-        progress: that of `sample_gates`.
+        known: factors that an earlier run of the same job found.
+        progress: called with the layers done and all layers while gates are sampled.
 
     Raises:
         SourceError: the checkpoint is malformed, incomplete or cannot be rescaled so.
@@ -201,10 +201,10 @@ def _sampled_gates(
     choice: Choice,
     progress: Callable[[int, int], None],
 ) -> Mapping[Layer, Sample]:
-    """What the rule ``gates`` wants to know; nothing for the others."""
+    """Samples for the rule ``gates``; nothing for other rules."""
     if choice.routers is None:
         return {}
-    from moescale.planning.sampling import sample_gates  # here, since the others need no numpy
+    from moescale.planning.sampling import sample_gates  # here: other rules need no numpy
 
     counts = {layer: (n, m) for layer in moe.layers for n, _, m in (experts.at(layer),)}
     sharpness, rho = options.gate_scale or 1.0, options.rho or 0.0

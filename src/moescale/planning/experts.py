@@ -9,7 +9,14 @@ from moescale.families.projections import Layer
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """Experts per token that the weights were trained for, before, after; and in total."""
+    """Numbers of experts; a tuple has one number for each layer.
+
+    Attributes:
+        trained: experts per token that the weights were trained for.
+        before: experts per token of the source.
+        after: experts per token of the output.
+        total: routed experts of a layer.
+    """
 
     trained: int | tuple[int, ...]
     before: int | tuple[int, ...]
@@ -17,12 +24,12 @@ class Experts:
     total: int
 
     def at(self, layer: Layer) -> tuple[int, int, int]:
-        """The first three, of one layer."""
+        """Trained, before and after, for one layer."""
         return _at(self.trained, layer), _at(self.before, layer), _at(self.after, layer)
 
 
 def _at(count: int | tuple[int, ...], layer: Layer) -> int:
-    """The count of one layer; a layer after the last of a list is an MTP block."""
+    """The count of one layer; a layer beyond the list is an MTP block."""
     if isinstance(count, int):
         return count
     return count[min(layer.number, len(count) - 1)]

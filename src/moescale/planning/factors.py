@@ -1,4 +1,4 @@
-"""How much: the factor of each MoE layer, by the rule or as the user gave it."""
+"""The factor of each MoE layer, by the rule or as the user gave it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from moescale.planning.experts import Experts
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What a rule found out about a model.
+    """The findings of a rule that sampled a model.
 
     Attributes:
         samples: one for each layer; may be empty.
-        taken: for ``fitted``, the rule that its guard took.
+        taken: the rule that the guard of ``fitted`` chose; None for other rules.
     """
 
     samples: Mapping[Layer, Sample]
@@ -30,7 +30,7 @@ class Findings:
 
 @dataclass(frozen=True, slots=True)
 class KnownFactors:
-    """What an earlier run of the same job has found: by name of a layer."""
+    """Factors and router scales of an earlier run of the same job, by layer name."""
 
     factors: Mapping[str, float]
     router_scales: Mapping[str, float]
@@ -44,11 +44,11 @@ def choose_factors(
     findings: Findings,
     known: KnownFactors | None,
 ) -> dict[Layer, float]:
-    """What each MoE layer is multiplied by; `known` takes the place of a measurement.
+    """The factor of each MoE layer; `known` replaces a measurement.
 
     Raises:
         UsageError: the factors that the user gave do not cover the layers.
-        UnsupportedError: the rule needs to know how the router weighs, and that is not known.
+        UnsupportedError: the rule needs the router's normalisation, which is unknown.
     """
     layers, samples = moe.layers, findings.samples
     if (given := options.factors if known is None else known.factors) is not None:
@@ -67,7 +67,7 @@ def choose_factors(
 def choose_scales(
     rule: str, moe: Moe, options: Options, findings: Findings, known: KnownFactors | None
 ) -> dict[Layer, float]:
-    """What the router of each MoE layer is multiplied by; nothing where all stay as they are.
+    """The scale of each MoE layer's router; empty if none is scaled.
 
     Raises:
         UsageError: the scales that the user gave do not cover the layers.
@@ -87,7 +87,7 @@ def choose_scales(
 def of_one_layer(
     factors: Mapping[Layer, float], rule: str, options: Options
 ) -> tuple[dict[Layer, float], list[str]]:
-    """The geometric mean of a rule's factors where there can be but one, with a remark."""
+    """The geometric mean of a rule's factors if only one is possible, with a remark."""
     ends = min(factors.values()), max(factors.values())
     if options.fold not in ("config", "residual") or rule not in BY_LAYER or ends[0] == ends[1]:
         return dict(factors), []
@@ -99,7 +99,7 @@ def of_one_layer(
 
 
 BY_LAYER = ("gates", "measured")
-"""Rules with a factor for each layer, of which a mean can be taken."""
+"""Rules with a factor for each layer, which can be averaged."""
 
 
 def _given(moe: Moe, given: Mapping[str, float], what: str, file: str) -> dict[Layer, float]:
@@ -142,7 +142,7 @@ def _factor(rule: str, moe: Moe, experts: Experts, options: Options, layer: Laye
 def of_another_job(
     made_for: Mapping[str, Any], moe: Moe, experts: Experts, options: Options
 ) -> Iterator[str]:
-    """What the file of the factors says that is not so in this job, or that this model lacks."""
+    """Warnings of differences between the file of factors and this job or model."""
     given = options.factors or {}
     scales = getattr(given, "router_scales", {})
     absent = sorted(n for n in {*map(str, given), *scales} if moe.elsewhere.get(n, n) is None)
@@ -168,16 +168,16 @@ def of_another_job(
 
 
 def one_factor(factors: Mapping[Layer, float], options: Options) -> float:
-    """The factor of all layers; a config and a residual stream have one for them."""
+    """The one factor of all layers, which a config or a residual stream needs."""
     if len(set(factors.values())) > 1:
         raise UsageError(
-            f"--fold {options.fold} takes one factor for all layers, these differ by layer"
+            f"--fold {options.fold} needs one factor for all layers; these differ by layer"
         )
     return next(iter(factors.values()))
 
 
 def closed_forms(moe: Moe, experts: Experts, options: Options) -> dict[str, dict[str, float]]:
-    """What each rule would multiply each layer by; nothing where the router is not known."""
+    """The factors of each closed form; empty if the router is unknown."""
     if moe.config.router is None:
         return {}
     weight, rho = moe.config.router.balanced_weight, options.rho or 0.0

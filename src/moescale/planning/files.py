@@ -1,4 +1,4 @@
-"""What happens to each file of the source: which are shards, which stay, which are left out."""
+"""The action for each file of the source: rewrite, edit, copy or leave out."""
 
 from __future__ import annotations
 
@@ -15,12 +15,19 @@ from moescale.storage.base import FileInfo
 Action = Literal["rewrite", "copy", "edit", "create", "skip"]
 
 CARD = "README.md"
-"""What the output says about itself, for people; for programs it is `PROVENANCE`."""
+"""The output's description for people; `PROVENANCE` is the one for programs."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedFile:
-    """What happens to one file; `size` is that of the source's file, None where it has none."""
+    """The action for one file.
+
+    Attributes:
+        name: path in the checkpoint.
+        size: bytes of the source's file; None if the source has none.
+        action: what a run does with it.
+        why: the reason to leave it out.
+    """
 
     name: str
     size: int | None
@@ -41,7 +48,7 @@ def plan_files(
     edited: Collection[str],
     left_out: Mapping[str, str],
 ) -> tuple[PlannedFile, ...]:
-    """One row for each file of the source and for each that is made.
+    """One row for each file of the source and each new file.
 
     Args:
         files: the source's files.
@@ -50,10 +57,10 @@ def plan_files(
         index: the name of the index of the output, None for a single shard.
         config_changes: whether the config's text changes.
         edited: other small files that change.
-        left_out: the files that do not belong into the output, each with the reason.
+        left_out: files that do not belong in the output, each with the reason.
 
     Raises:
-        CheckpointError: the source has a folder under the name of a file that is made.
+        CheckpointError: the source has a folder with the name of a new file.
     """
     actions: dict[str, Action] = dict.fromkeys(shards, "copy")
     actions |= dict.fromkeys(changed, "rewrite")
@@ -83,7 +90,7 @@ def _check_folders(names: Collection[str]) -> None:
 
 
 def left_out_warnings(files: Iterable[PlannedFile]) -> list[str]:
-    """What is left out, one line for each reason."""
+    """The files left out, one line for each reason."""
     names: dict[str, list[str]] = {}
     for file in files:
         if file.action == "skip":

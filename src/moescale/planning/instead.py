@@ -1,18 +1,19 @@
-"""What does the same without rewriting: values of the config, and how each engine is given them.
+"""Alternatives to rewriting: new values for the config, and how to give them to each engine.
 
-It is possible where nothing is scaled but the number of experts changes, and where the model's own
-routed scaling key takes the one factor of all layers.
+They exist if only the number of experts changes, or if the model's own routed scaling key can take
+the one factor of all layers.
 
 Each form was looked up in the engine's code:
 
 - vLLM: ``--hf-overrides`` is JSON, nested as the config is (`_apply_dict_overrides` in
   vllm/config/model.py).
-- SGLang: ``--json-model-override-args`` as well (`get_config` in
+- SGLang: ``--json-model-override-args``, likewise JSON (`get_config` in
   sglang/srt/utils/hf_transformers/config.py of 0.5.23, whose parser was given such lines; before
   2026 it replaced nested sections whole).
-- transformers: keywords of ``from_pretrained`` that the config has; a mapping updates a section.
+- transformers: keywords of ``from_pretrained`` that are keys of the config; a mapping updates a
+  section.
 - llama.cpp: ``--override-kv KEY=TYPE:VALUE,...`` (common/arg.cpp; since 2025 a repeated option
-  is deprecated, before it was the way to give several).
+  is deprecated; earlier it was the way to give several).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from moescale.storage.location import Location
 
 @dataclass(frozen=True, slots=True)
 class NewValue:
-    """A number of the config: its dotted path, what it is and what it will be."""
+    """A number of the config: its dotted path, its old and its new value."""
 
     path: str
     before: Any
@@ -47,9 +48,9 @@ class Instead:
     """The values that the config would get in place of a rewritten checkpoint.
 
     Attributes:
-        counts: the experts per token at every spelling; empty where they stay.
-        scales: the routed scaling key in every section; empty where nothing is scaled.
-        model_type: whose config it is.
+        counts: the experts per token at every key; empty if they stay.
+        scales: the routed scaling key in every section; empty if nothing is scaled.
+        model_type: the model type of the config.
         loader: the class of transformers that loads the model; None for a GGUF file, whose values
             have the names of its keys.
     """
@@ -61,12 +62,12 @@ class Instead:
 
     @property
     def depth(self) -> int:
-        """Of how many keys the longest path has; SGLang and transformers update one section."""
+        """Keys in the longest path; SGLang and transformers update one section."""
         return max(len(keys_of(value.path)) for value in (*self.counts, *self.scales))
 
     @property
     def values(self) -> dict[str, Any]:
-        """All of them, nested as in the config."""
+        """All new values, nested as in the config."""
         nested: dict[str, Any] = {}
         for value in (*self.counts, *self.scales):
             *sections, key = keys_of(value.path)
@@ -84,14 +85,14 @@ def instead(
     count: int | None,
     factors: Iterable[float],
 ) -> Instead | None:
-    """What the config needs; None where no config can do it, or nothing is to be done.
+    """The new values; None if a config cannot express the change, or nothing changes.
 
     Args:
-        config: that of the source.
+        config: the source's config.
         architecture: the row of the model type.
-        count_keys: where the experts per token stand.
-        count: the new number; None where it stays.
-        factors: those of all layers.
+        count_keys: the keys of the experts per token.
+        count: the new number; None if it stays.
+        factors: the factors of all layers.
     """
     different = set(factors)
     if len(different) != 1:
@@ -109,7 +110,7 @@ def instead(
 def new_scales(
     config: Config, architecture: Architecture, factor: float
 ) -> Sequence[NewValue] | None:
-    """The routed scaling key times `factor`, wherever it stands; None where there is none."""
+    """The routed scaling key times `factor` in every section; None if it is missing."""
     if factor == 1.0:
         return []
     try:
@@ -132,7 +133,7 @@ def _new_counts(count_keys: Sequence[ConfigKey], count: int) -> Iterator[NewValu
 
 
 def loader_of(config: Mapping[str, Any]) -> str:
-    """The auto class of transformers for the first class that a config names."""
+    """The auto class of transformers for the first architecture of a config."""
     architectures = config.get("architectures")
     name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     images = name.endswith("ForConditionalGeneration")
@@ -140,14 +141,14 @@ def loader_of(config: Mapping[str, Any]) -> str:
 
 
 def by_engine(instead: Instead, source: SourceId) -> dict[str, str]:
-    """The line for each engine that runs the source as it is, with the new values."""
+    """For each engine, the command that runs the unchanged source with the new values."""
     if instead.loader is None:
         file = source.id if source.kind == "local" and source.id.endswith(".gguf") else "MODEL.gguf"
         keys = [(value.path, value.after) for value in (*instead.counts, *instead.scales)]
         return {"llama.cpp": _llama_server(file, keys)}
     lines = {}
     place = source.repo if source.kind == "hub" and source.repo else source.id
-    if source.kind == "local" or place == source.id:  # they know no folders of repos
+    if source.kind == "local" or place == source.id:  # they do not know folders of repos
         values = json.dumps(instead.values)
         path = shlex.quote(place)
         lines["vllm"] = f"vllm serve {path} --hf-overrides {shlex.quote(values)}"
@@ -166,14 +167,14 @@ def by_engine(instead: Instead, source: SourceId) -> dict[str, str]:
 
 
 def _llama_server(file: str, keys: Iterable[tuple[str, Any]]) -> str:
-    """The keys of a GGUF file with other values, each of its own type."""
+    """The command of llama.cpp with new values for keys of a GGUF file."""
     kinds = {int: "int", float: "float"}
     given = ",".join(f"{key}={kinds[type(value)]}:{value}" for key, value in keys)
     return f"llama-server -m {shlex.quote(file)} --override-kv {given}"
 
 
 def _keys(instead: Instead) -> Iterator[tuple[str, Any]]:
-    """What llama.cpp calls the count and the routed scaling key."""
+    """The new values by llama.cpp's names of the keys."""
     if instead.counts:
         yield "expert_used_count", instead.counts[0].after
     if instead.scales:
@@ -181,7 +182,7 @@ def _keys(instead: Instead) -> Iterator[tuple[str, Any]]:
 
 
 def to_run(location: Location, loader: str) -> Mapping[str, str]:
-    """How each engine is given a finished output."""
+    """For each engine, the command that runs a finished output."""
     name, branch = location.model_id, location.revision
     revision = f" --revision {shlex.quote(branch)}" if branch else ""
     more = f", revision={branch!r}" if branch else ""
@@ -194,7 +195,7 @@ def to_run(location: Location, loader: str) -> Mapping[str, str]:
 
 
 def gguf_to_run(location: Location, first: str, parts: int) -> Mapping[str, str]:
-    """How llama.cpp is given a finished output, of which `first` is the first of its files."""
+    """The command of llama.cpp for a finished output, whose first file is `first`."""
     if location.on_hub:
         return {"llama.cpp": f"llama-server -hf {shlex.quote(location.model_id)}"}
     path = first_file(location, parts)

@@ -1,4 +1,4 @@
-"""What a folder or a repo is that holds no checkpoint of safetensors."""
+"""Identifies folders and repos that hold no safetensors checkpoint."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ _OTHER = (
         "Give the repo with the safetensors weights that it was made from.",
     ),
 )
-"""Weights of other programs: by suffix, what to say, and what to do."""
+"""Weights of other programs: suffix, description, and remedy."""
 
 
 def refuse_other(source: Source, files: Collection[str]) -> None:
-    """Say what a source is, where it is no checkpoint of safetensors.
+    """Refuse a source that holds no safetensors checkpoint but something else that is known.
 
     Raises:
-        SourceError: it is something else that people have.
+        SourceError: names it, and the remedy.
     """
     top = sorted(name for name in files if "/" not in name)
     weights = [n for n in top if n.endswith(SUFFIX) and not n.startswith("adapter_")]

@@ -36,14 +36,14 @@ _SHOWN_WARNINGS = 5
 
 @dataclass(frozen=True, slots=True)
 class NewHeader:
-    """What is written in place of some bytes of a shard's header, and the new size of the file."""
+    """Replacements of bytes of a shard's header, and the new size of the file."""
 
     patches: tuple[Segment, ...]
     file_size: int
 
 
 class View(Protocol):
-    """How people see a plan; who makes it need not know more."""
+    """Shows a plan to people; planning knows nothing else of reports."""
 
     def text(self, plan: Plan) -> str:
         """The plan as a page of text."""
@@ -57,39 +57,74 @@ class Plan:
     """Everything that a run will do, and why. Nothing is decided after it.
 
     A notebook shows it with its tables and charts; `summary` is the text that the command prints.
+    Mappings by layer have the layers' names as keys.
+
+    Attributes:
+        source: identity of the source.
+        location: location of the output; None for a plan without one.
+        options: as the user gave them.
+        model_type: the model type of the MoE.
+        part: name of the MoE in a model with several; None for a model with one.
+        experts: numbers of experts.
+        router: normalisation of the router's weights; None if unknown.
+        rule: name of the rule, or ``factor`` or ``factors``.
+        why: reason for the rule; None if the user asked for it.
+        rho: correlation of expert outputs.
+        factors: multiplier of the routed output, by layer.
+        router_scales: multiplier of the router's logits, by layer; empty if none changes.
+        alternatives: factors of the closed forms.
+        tensors: edits of tensors.
+        files: all files of source and output with their actions.
+        config: content of the new config; None for GGUF.
+        index: name of the index, and its content if it is new; None without an index.
+        new_headers: replacements in headers of shards, by file.
+        edits: new content of other small files, by file.
+        keys: values to set in the header of a shard, by key.
+        record: the file with the provenance.
+        opens: the file without which nothing loads; it is written last.
+        samples: gate and expert statistics, by layer; empty for rules without samples.
+        calibration: facts of the calibration text; empty without one.
+        factors_rule: the rule that made the factors in the user's file; None if unknown.
+        evaluation: losses on a text; None if not asked for.
+        warnings: warnings for the user.
+        states: fingerprint of each source file, to notice changes during a run.
+        active: weights that a token uses; None if unknown.
+        instead: the alternative without rewriting; None if there is none.
+        fold_key: the config key that ``--fold config`` multiplies; None if there is none.
+        view: shows the plan to people.
     """
 
     source: SourceId
-    location: Location | None  # of the output
+    location: Location | None
     options: Options
     model_type: str
     part: str | None
     experts: Experts
     router: Normalisation | None
-    rule: str  # or factor, or factors
-    why: str | None  # this rule, where none was asked for
+    rule: str
+    why: str | None
     rho: float
     factors: Mapping[str, float]
-    router_scales: Mapping[str, float]  # empty where the routers stay as they are
+    router_scales: Mapping[str, float]
     alternatives: Mapping[str, ByLayer]
     tensors: tuple[TensorEdit, ...]
     files: tuple[PlannedFile, ...]
-    config: bytes | None  # where it is a file of its own
-    index: tuple[str, bytes | None] | None  # its name; its content where it has to be made
-    new_headers: Mapping[str, NewHeader]  # of the shards in which tensors change their size
-    edits: Mapping[str, bytes] = field(default_factory=dict)  # other small files that change
-    keys: Mapping[str, Any] = field(default_factory=dict)  # what is set in the header of a shard
-    record: str = PROVENANCE  # the file that has the provenance
-    opens: str = CONFIG  # the file without which nothing loads; it is written last
-    samples: Mapping[str, Sample] = field(default_factory=dict)  # by layer, where a rule has any
-    calibration: Mapping[str, Any] = field(default_factory=dict)  # the text of measured factors
-    factors_rule: str | None = None  # the rule that made the factors of a file
-    evaluation: Evaluation | None = None  # what it costs, where that was asked for
+    config: bytes | None
+    index: tuple[str, bytes | None] | None
+    new_headers: Mapping[str, NewHeader]
+    edits: Mapping[str, bytes] = field(default_factory=dict)
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    record: str = PROVENANCE
+    opens: str = CONFIG
+    samples: Mapping[str, Sample] = field(default_factory=dict)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    factors_rule: str | None = None
+    evaluation: Evaluation | None = None
     warnings: tuple[str, ...] = ()
     states: Mapping[str, Any] = field(default_factory=dict)
-    active: Active | None = None  # how much of the model a token uses
-    instead: Instead | None = None  # what does the same without rewriting
-    fold_key: str | None = None  # of the config, which takes one factor for all layers
+    active: Active | None = None
+    instead: Instead | None = None
+    fold_key: str | None = None
     view: View | None = field(default=None, compare=False)
 
     @property
@@ -98,7 +133,7 @@ class Plan:
         return None if self.location is None else self.location.text
 
     def __repr__(self) -> str:
-        """What goes where, in a few lines, however many layers and tensors there are."""
+        """The plan in a few lines, whatever the number of layers and tensors."""
         counts = f"{self.experts.before} -> {self.experts.after}"
         written = bytes_text(self.bytes_written)
         factors = sorted({f"{f:.6g}": f for f in self.factors.values()}.values())
@@ -114,21 +149,21 @@ class Plan:
         return "\n".join(["<Plan", *(f"  {printable(line, 150)}" for line in lines)]) + ">"
 
     def _repr_html_(self) -> str | None:
-        """What a notebook shows."""
+        """The plan for a notebook."""
         return self.view.html(self) if self.view else None
 
     def summary(self) -> str:
-        """The page of text that the command prints."""
+        """The text that the command prints."""
         return self.view.text(self) if self.view else repr(self)
 
     @property
     def guard(self) -> Guard | None:
-        """The rules that were tried before ``fitted`` took one of them."""
+        """The trials of rules from which ``fitted`` chose one; None for other rules."""
         return Guard.from_json(self.calibration.get("guard"))
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether the output would be the source again, but for card and provenance."""
+        """Whether the output would equal the source, except for card and provenance."""
         made = any(f.action in _MAKES for f in self.files if f.name not in _OUR_WORDS)
         return not made and not self.changed_tensors
 
@@ -138,19 +173,19 @@ class Plan:
         return tuple(t for t in self.tensors if t.factor != 1.0)
 
     def segments(self, file: PlannedFile) -> list[Segment]:
-        """How a large file is written: what is copied, and what is edited."""
+        """The segments of a large file to copy and to edit."""
         edits = [t for t in self.tensors if t.shard == file.name and t.factor != 1.0]
         new = self.new_headers.get(file.name)
         return segments(edits, file.size or 0, new.patches if new else ())
 
     def output_size(self, file: PlannedFile) -> int:
-        """Size in bytes that a large file has in the output."""
+        """Size of a large file in the output, in bytes."""
         new = self.new_headers.get(file.name)
         return (file.size or 0) if new is None else new.file_size
 
     @property
     def large_files(self) -> tuple[PlannedFile, ...]:
-        """The files that are streamed: shards, and what is copied; config and index come last."""
+        """The streamed files: shards and copied files; config and index are written last."""
         last = {CONFIG, self.index[0] if self.index else CONFIG}
         return tuple(
             f for f in self.files if f.action in ("rewrite", "copy") and f.name not in last
@@ -158,7 +193,7 @@ class Plan:
 
     @property
     def large_sizes(self) -> dict[str, int]:
-        """The size in bytes that each of them has in the output."""
+        """The size in the output of each large file, in bytes."""
         return {f.name: self.output_size(f) for f in self.large_files}
 
     @property
@@ -178,7 +213,7 @@ class Plan:
 
     @property
     def bytes_written(self) -> int:
-        """Bytes of the output, without the card and the provenance, which are made at the end."""
+        """Bytes of the output, without card and provenance, which are written at the end."""
         name, made = self.index or ("", b"")
         sizes = {f.name: f.size or 0 for f in self.files}
         index = len(made) if made is not None else sizes[name]
@@ -201,22 +236,22 @@ class Plan:
 
     @property
     def overrides(self) -> dict[str, str]:
-        """By engine, the line that runs the source so without rewriting; empty where none can."""
+        """By engine, the command with the same effect without rewriting; empty if there is none."""
         return by_engine(self.instead, self.source) if self.instead else {}
 
     @property
     def predicted_norm(self) -> dict[str, ByLayer]:
         """By rule, the norm of the routed output relative to that of the trained model.
 
-        One number where all layers have the same, else one for each layer. What is given by
-        ``factor`` or ``factors`` has that name. Empty where nothing is known of the router.
+        One number if all layers are equal, else one for each layer. The name is ``factor`` or
+        ``factors`` if the user gave them. Empty if the router is unknown.
         """
         found = self.comparison
         named = {"own": self.rule}
         return {named.get(rule, rule): found.norm(rule) for rule in found.norms}
 
     def as_json(self) -> dict[str, Any]:
-        """The plan as ``--dry-run --json`` prints it."""
+        """The plan as in ``--dry-run --json``."""
         return {
             "source": self.source_json(),
             "destination": self.destination,
@@ -240,19 +275,19 @@ class Plan:
 
     @property
     def factor_error(self) -> float | None:
-        """The largest standard error of a layer's factor, as a part of it, where it was sampled."""
+        """The largest relative standard error of a sampled factor; None for other rules."""
         if self.rule != "gates":
             return None
         errors = [s.error for s in self.samples.values() if s.error is not None]
         return float(f"{max(errors):.2g}") if errors else None
 
     def source_json(self) -> dict[str, Any]:
-        """What the source is, as JSON."""
+        """The source as JSON."""
         source = self.source
         return {"kind": source.kind, "id": source.id, "revision": source.revision}
 
     def decisions(self) -> dict[str, Any]:
-        """What was decided, without places and files."""
+        """The decisions, without locations and files."""
         return {
             "model_type": self.model_type,
             **({"part": self.part} if self.part else {}),

@@ -1,8 +1,7 @@
-"""``moescale.json``: what was done to which files, enough to redo it or to use its factors again.
+"""``moescale.json``: a record of the job, enough to redo it or to reuse its factors.
 
-A GGUF file has it in its header.
-
-It holds nothing that differs between two runs of the same job: no time, host, path or thread.
+A GGUF file has it in its header. It holds nothing that differs between two runs of the same job: no
+time, host, path or thread.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from moescale.version import __version__
 def provenance(plan: Plan, written: Mapping[str, FileRecord]) -> dict[str, Any]:
     """The content of ``moescale.json``; `written` has all other files of the output.
 
-    Where it is inside a shard, it says nothing of that one, nor of what is made after it.
+    Inside a shard it does not list that shard, nor files that are written later.
     """
     shards = {file.name for file in plan.large_files}
     listed = written.keys() & (shards - {plan.record} if plan.record in shards else written)
@@ -59,7 +58,7 @@ def encode(content: Mapping[str, Any]) -> bytes:
 
 
 def decode(data: bytes) -> Any:
-    """What a ``moescale.json`` says; None if it is none."""
+    """The content of a ``moescale.json``; None if the bytes are not one."""
     try:
         content = parse_lenient(data.decode())
     except ValueError:
@@ -74,7 +73,7 @@ def options_given(options: Options) -> dict[str, Any]:
 
 
 def same_job(one: Any, other: Mapping[str, Any]) -> bool:
-    """Whether two provenances are of the same job; digests may be known in one of them only."""
+    """Whether two provenances are of the same job; only one may have digests."""
     return bool(_without_digests(one) == _without_digests(other))
 
 
@@ -87,9 +86,9 @@ def _without_digests(content: Any) -> Any:
 
 
 def decided(plan: Plan) -> str:
-    """SHA-256 of all that decides the bytes of the output, however it was asked for.
+    """SHA-256 of everything that decides the output's bytes, whatever the options' wording.
 
-    Card and provenance alone also hold the words of the options.
+    Only card and provenance also hold the options as given.
     """
     digest = hashlib.sha256(plan.config or b"")
     if plan.keys:
@@ -98,7 +97,7 @@ def decided(plan: Plan) -> str:
         digest.update(json.dumps([name, data.decode()]).encode())
     files = ([f.name, f.action] for f in plan.files)
     tensors = map(_as_applied, plan.changed_tensors)
-    for part in chain(files, tensors):  # piece by piece, since they are many
+    for part in chain(files, tensors):  # piece by piece: there may be many
         digest.update(json.dumps(part, sort_keys=True).encode())
     return digest.hexdigest()
 
@@ -114,7 +113,7 @@ _IN_F32 = frozenset({"BF16", "F16", "F32"})
 
 
 def job(plan: Plan) -> dict[str, Any]:
-    """What an unfinished run must have in common with this one to be continued."""
+    """The facts that an unfinished run must share with this one to be continued."""
     return {
         "version": __version__,
         "source": {
@@ -130,7 +129,7 @@ def job(plan: Plan) -> dict[str, Any]:
 
 
 def same_decisions(found: Any, plan: Plan) -> bool:
-    """Whether a provenance, or the job of an unfinished run, decides the same for this source."""
+    """Whether a provenance, or an unfinished job, has equal decisions for this source."""
     if not isinstance(found, dict):
         return False
     wanted = job(plan) if "version" in found else provenance(plan, {})
@@ -139,9 +138,9 @@ def same_decisions(found: Any, plan: Plan) -> bool:
 
 
 def made_with(found: Any) -> Options | None:
-    """The options that a provenance, or the job of an unfinished run, was asked with.
+    """The options in a provenance or in the job of an unfinished run.
 
-    None where they are none; anybody may have written the file.
+    None if they are invalid: anybody may have written the file.
     """
     given = found.get("options") if isinstance(found, dict) else None
     if not isinstance(given, dict) or not given.keys() <= {f.name for f in fields(Options)}:
@@ -161,7 +160,7 @@ _TEXTS = frozenset({"rule", "calibrate", "fold", "part", "arch", "pattern", "exp
 
 
 def in_words(found: Any) -> str | None:
-    """What a provenance or a job was asked for, in words; None where it does not say."""
+    """The options of a provenance or a job, in words; None if it has none."""
     options = made_with(found)
     if options is None:
         return None
@@ -173,7 +172,7 @@ def in_words(found: Any) -> str | None:
 
 
 def described(options: Options, rule: str) -> str:
-    """What a job makes: the number of experts, the rule, and what else was asked for."""
+    """A job in words: the number of experts, the rule, and other options."""
     count = options.experts
     what = f"{count} experts per token" if count is not None else "the config's experts per token"
     said = {"experts", "rule", "factors", "calibrate"}
@@ -186,7 +185,7 @@ def described(options: Options, rule: str) -> str:
 
 
 def _measured(plan: Plan) -> dict[str, Any]:
-    """What a run that goes on takes from here, since measuring again may give another digit."""
+    """The state that a resumed run reuses: measuring again might change a digit."""
     if plan.rule not in RUN_RULES:
         return {}
     return {
@@ -197,10 +196,10 @@ def _measured(plan: Plan) -> dict[str, Any]:
 
 
 def job_difference(one: Any, other: Mapping[str, Any]) -> str:
-    """Which part of two jobs differs, in words."""
+    """The difference between two jobs, in words."""
     if not isinstance(one, dict):
         return "another program"
-    names = {"version": "another version", "source": "another source, or it changed since"}
+    names = {"version": "another version", "source": "another source, or a changed one"}
     for key, name in names.items():
         if one.get(key) != other[key]:
             return name
@@ -209,10 +208,10 @@ def job_difference(one: Any, other: Mapping[str, Any]) -> str:
 
 
 def measured_on(calibration: Mapping[str, Any]) -> str:
-    """The text that a model was run on, in words."""
+    """The calibration text, in words."""
     unit = "tokens" if "tokens" in calibration else "bytes"
     first = "the first " if calibration.get("cut") else ""
-    what = "what the model wrote by itself" if calibration.get("own") else "text"
+    what = "text that the model wrote itself" if calibration.get("own") else "text"
     return (
         f"{first}{calibration[unit]:,} {unit} of {what}, SHA-256 {calibration['text_sha256'][:12]}…"
     )

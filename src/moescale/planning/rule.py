@@ -1,4 +1,4 @@
-"""Which rule: the one that was asked for, or ``gates`` where the router can be formed."""
+"""Chooses the rule: as asked for, else ``gates`` if the router can be formed."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ BY_DEFAULT = "default: it looks at the model's own routers"
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which rule.
+    """The chosen rule.
 
     Attributes:
         rule: its name, or ``factor`` or ``factors``.
-        why: it was taken, where none was asked for.
-        routers: that ``gates`` samples.
+        why: the reason, if no rule was asked for.
+        routers: the routers that ``gates`` samples.
     """
 
     rule: str
@@ -43,8 +43,8 @@ def choose_rule(
     """The rule that was asked for, else the default.
 
     Raises:
-        SourceError: ``gates`` was asked for, and the routers cannot be formed; or scaling does
-            nothing.
+        SourceError: ``gates`` was asked for, but the routers cannot be formed; or scaling has no
+            effect.
     """
     asked = options.method
     if asked is None and experts.trained == experts.after:
@@ -68,7 +68,7 @@ def choose_rule(
 
 
 def _check_effect(moe: Moe) -> None:
-    """Refuse to scale experts where that does nothing.
+    """Refuse to scale experts if that has no effect.
 
     Raises:
         UnsupportedError: something after the experts removes every factor.
@@ -81,10 +81,10 @@ def _check_effect(moe: Moe) -> None:
 
 
 def remarks(rule: str, moe: Moe, experts: Experts, options: Options) -> Iterator[str]:
-    """What the user should know of the rule, and of where the factor goes."""
+    """Warnings of the rule and of the place of the factor."""
     if options.fold == "residual":
         yield (
-            "--fold residual is the same as scaling the experts but for the rounding of the divided"
+            "--fold residual equals scaling the experts except for the rounding of the divided"
             " weights and the epsilon of the norms, which stays while the stream shrinks"
         )
     changes = experts.trained != experts.after
@@ -104,12 +104,12 @@ def remarks(rule: str, moe: Moe, experts: Experts, options: Options) -> Iterator
 
 @dataclass(frozen=True, slots=True)
 class Adjustable:
-    """What of a model the rule ``fitted`` can multiply.
+    """The parts of a model that the rule ``fitted`` can multiply.
 
     Attributes:
-        routers: of the routers' logits; None where they cannot be multiplied.
-        experts: whether a factor of the down-projections does anything, and can be any.
-        remarks: what the user should know of it.
+        routers: edits of the routers; None if their logits cannot be multiplied.
+        experts: whether the down-projections take any factor, with an effect.
+        remarks: remarks for the user.
     """
 
     routers: ScaledRouters | None
@@ -118,15 +118,15 @@ class Adjustable:
 
     @property
     def biases(self) -> frozenset[str] | None:
-        """What biases of the routers' logits are called; None where those cannot be multiplied."""
+        """Names of biases of the routers' logits; None if the logits cannot be multiplied."""
         return self.routers.biases if self.routers else None
 
 
 def adjustable(moe: Moe, tensors: Sequence[Tensor]) -> Adjustable:
-    """What can be multiplied.
+    """The parts that can be multiplied.
 
     Raises:
-        UnsupportedError: nothing.
+        UnsupportedError: nothing can.
     """
     routers, said = None, []
     try:

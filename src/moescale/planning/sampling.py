@@ -23,11 +23,11 @@ from moescale.routers.weights import Array, Gate, RouterWeights, Score, sample_l
 from moescale.storage.base import SMALL_FILE_BYTES, Source
 
 HUB_READS = 4
-"""Layers that are read at once from the Hub; one at a time from a disk."""
+"""Layers to read at a time from the Hub; from a disk it is one."""
 
 
 def gate_of(moe: Moe, kind: RouterKind, biased: bool) -> Gate:
-    """How the router of this checkpoint makes weights of its logits, as row and config say.
+    """How the router of this checkpoint turns logits into weights, by row and config.
 
     Args:
         moe: the MoE.
@@ -66,7 +66,7 @@ def _score(kind: RouterKind, stated: Any, biased: bool) -> Score:
 
 @dataclass(frozen=True, slots=True)
 class Routers:
-    """The routers of a checkpoint: what they are, and where their tensors are."""
+    """The routers of a checkpoint: their kind, and their tensors with shards."""
 
     moe: Moe
     gate: Gate
@@ -86,29 +86,28 @@ def sample_gates(
     """The gate's moments of every layer.
 
     Args:
-        source: where the checkpoint is; its routers and the norms before them are read.
-        routers: those of all layers.
+        source: the checkpoint; its routers and the norms before them are read.
+        routers: the routers of all layers.
         counts: experts per token before and after, by layer.
-        sharpness: what the logits are multiplied by after.
+        sharpness: multiplies the logits after.
         rho: correlation of the experts' outputs.
-        progress: is told of layers done and in all.
+        progress: called with the layers done and all layers.
 
     Raises:
-        CheckpointError: a router has another shape than the config says, or holds what is no
-            number.
+        CheckpointError: a router has another shape than the config says, or holds NaN.
     """
     result = {}
     for tensors, weights in read_gates(source, routers):
         layer = tensors.layer
         seed = (layer.number, *layer.stack.encode(errors="surrogatepass"))
-        with np.errstate(all="ignore"):  # what comes of numbers that are none is refused below
+        with np.errstate(all="ignore"):  # results of NaN and infinity are refused below
             sample = sample_layer(weights, routers.gate, counts[layer], seed, sharpness, rho)
         del weights  # before those of the next layer are read
         sizes = (sample.before.expected_norm(0), sample.after.expected_norm(0))
         if not all(math.isfinite(size) and size > 0 for size in sizes):
             raise CheckpointError(
-                f"{tensors.weight.name}: makes no gate weights above 0 that are numbers",
-                hint="The tensor is damaged, or is none of this model type.",
+                f"{tensors.weight.name}: gives gate weights that are zero or not finite",
+                hint="The tensor is damaged, or of another model type.",
             )
         result[layer] = sample
         progress(len(result), len(routers.tensors))
@@ -139,8 +138,8 @@ def find_gates(moe: Moe, headers: Mapping[str, Header]) -> Routers:
 def read_gates(source: Source, routers: Routers) -> Iterator[tuple[RouterTensors, RouterWeights]]:
     """Every layer's router.
 
-    From the Hub some are fetched at once, each read being a request; as float64 there is only one
-    at a time, since those of a large model together would not fit into the memory limit.
+    Several are fetched at a time from the Hub, where each read is a request; only one at a time is
+    float64, since all of a large model would exceed the memory limit.
     """
 
     def fetch(tensors: RouterTensors) -> list[bytes]:
@@ -159,7 +158,7 @@ def read_gates(source: Source, routers: Routers) -> Iterator[tuple[RouterTensors
 
 
 def _weights(routers: Routers, tensors: RouterTensors, data: list[bytes]) -> RouterWeights:
-    """The numbers of one layer's router, of the shapes that the config says."""
+    """The arrays of one layer's router, in the shapes that the config implies."""
     found = {t: decode(data.pop(0), t.dtype) for t in tensors.present}
 
     def values(tensor: Tensor, *shape: int) -> Array:
@@ -171,7 +170,7 @@ def _weights(routers: Routers, tensors: RouterTensors, data: list[bytes]) -> Rou
             )
         if not np.isfinite(found[tensor]).all():
             raise CheckpointError(
-                f"{tensor.name}: holds values that are no numbers", hint="The tensor is damaged."
+                f"{tensor.name}: holds values that are not finite", hint="The tensor is damaged."
             )
         return found[tensor].reshape(shape)
 
@@ -196,13 +195,13 @@ _PIECE = 1 << 16
 
 
 def decode(data: bytes, dtype: str) -> Array:
-    """Little-endian F16, BF16, F32 or F64 as float64, in pieces that need little room."""
+    """Little-endian F16, BF16, F32 or F64 as float64, in pieces to save memory."""
     codes = np.frombuffer(data, _NUMPY[dtype])
     numbers = np.empty(codes.size)
     for start in range(0, codes.size, _PIECE):
         piece: Any = codes[start : start + _PIECE]
         if dtype == "BF16":  # the upper half of a float32
             piece = (piece.astype("<u4") << 16).view("<f4")
-        with np.errstate(invalid="ignore"):  # of a NaN that signals
+        with np.errstate(invalid="ignore"):  # a signalling NaN
             numbers[start : start + _PIECE] = piece
     return numbers

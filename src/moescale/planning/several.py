@@ -11,12 +11,12 @@ from moescale.planning.plan import Plan
 
 @dataclass(frozen=True, slots=True)
 class Several:
-    """Plans to choose from; nothing is written.
+    """Plans to compare; nothing is written.
 
     Attributes:
         plans: at least one; each number of experts with each rule.
-        evaluation: what they cost on a text, where that was asked for.
-        remarks: what else the user should know.
+        evaluation: their losses on a text, if that was asked for.
+        remarks: remarks for the user.
     """
 
     plans: tuple[Plan, ...]
@@ -25,13 +25,13 @@ class Several:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Those of all plans, each once, and of the evaluation."""
+        """The warnings of all plans, each once, and of the evaluation."""
         found = [warning for plan in self.plans for warning in plan.warnings]
         cost = self.evaluation.warnings if self.evaluation else ()
         return tuple(dict.fromkeys([*found, *cost, *self.remarks]))
 
     def as_json(self) -> dict[str, Any]:
-        """As ``--dry-run --json`` prints it."""
+        """For ``--dry-run --json``."""
         first = self.plans[0]
         return {
             "source": first.source_json(),

@@ -25,12 +25,12 @@ from moescale.errors import CheckpointError
 from moescale.storage.base import FileInfo, Source, check_name
 
 PIECE = 1 << 20
-"""Bytes of two tensors that are compared at once."""
+"""Bytes of two tensors to compare at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The shards, their headers by name, what is wrong with the index, and what does not count."""
+    """The shards, their headers by name, faults of the index, and files to leave out."""
 
     shards: Shards
     headers: Mapping[str, Header]
@@ -39,10 +39,10 @@ class Found:
 
 
 def read_shards(source: Source, files: Mapping[str, FileInfo]) -> Found:
-    """The set of weights that loaders take.
+    """The set of weights that loaders read.
 
     Raises:
-        CheckpointError: a shard is damaged or missing, or loaders differ in what they take.
+        CheckpointError: a shard is damaged or missing, or loaders differ in their choice.
     """
     shards, listed, left_out = _find_shards(source, files)
     headers, faults = check_against_headers(
@@ -56,7 +56,7 @@ def read_shards(source: Source, files: Mapping[str, FileInfo]) -> Found:
 def _find_shards(
     source: Source, files: Mapping[str, FileInfo]
 ) -> tuple[Shards, dict[str, list[str]] | None, dict[str, str]]:
-    """The shards, what the index lists of each, and the index if it is left out."""
+    """The shards, the tensors that the index lists in each, and the index if it is left out."""
     index = index_name(files)
     if index is None:
         return shards_without_index(files), None, {}
@@ -77,20 +77,20 @@ def _absent(
     absent: str,
     listed: Mapping[str, Sequence[str]],
 ) -> CheckpointError:
-    """What to say of a shard that is not there: its tensors may be in files of another name."""
+    """The error for a missing shard: its tensors may be in files with other names."""
     wanted = {tensor for shard, names in listed.items() if shard not in files for tensor in names}
     others = [n for n in files if n.endswith(SUFFIX) and "/" not in n and n not in listed]
     there: dict[str, str] = {}
     try:
         for name, header in read_headers(source, files, others):
             there |= dict.fromkeys((t.name for t in header.tensors), name)
-    except CheckpointError:  # a file that is damaged says nothing
+    except CheckpointError:  # a damaged file proves nothing
         there = {}
     if wanted <= there.keys():
         return CheckpointError(
             f"{index}: lists {absent}, which is not there; its tensors are in other files, such as"
             f" {there[min(wanted)]}",
-            hint="The index is stale: remove it, or write it anew.",
+            hint="The index is stale: remove it, or write a new one.",
         )
     return CheckpointError(
         f"{index}: lists {absent}, which is not there",
@@ -101,10 +101,10 @@ def _absent(
 def _same_as_set(
     source: Source, files: Mapping[str, FileInfo], index: str, headers: Mapping[str, Header]
 ) -> str:
-    """Why the single file beside an indexed set is left out.
+    """The reason to leave out the single file beside an indexed set.
 
     Raises:
-        CheckpointError: it holds something else.
+        CheckpointError: the file holds something else.
     """
     one = {SINGLE: read_header(source, files[SINGLE])}
     if not same_weights(source, one, headers):
@@ -113,7 +113,7 @@ def _same_as_set(
 
 
 def two_sets(source: Source, other: str) -> CheckpointError:
-    """The error for two sets of weights of which loaders take one or the other."""
+    """The error for two sets of weights between which loaders differ."""
     why = ", or nobody has compared them" if source.remote else ""
     return CheckpointError(
         f"{SINGLE} and the shards of {other} are two sets of weights, and not the same{why}:"
@@ -155,7 +155,7 @@ def read_header(source: Source, file: FileInfo) -> Header:
     """The header of one file.
 
     Raises:
-        CheckpointError: it is no safetensors file, or a damaged one.
+        CheckpointError: the file is damaged, or not safetensors.
     """
     length = header_length(source.read(file.name, 0, LENGTH_BYTES), file.size, file.name)
     return parse_header(source.read(file.name, LENGTH_BYTES, length), file.size, file.name)
@@ -164,7 +164,7 @@ def read_header(source: Source, file: FileInfo) -> Header:
 def read_headers(
     source: Source, files: Mapping[str, FileInfo], names: Iterable[str]
 ) -> Iterator[tuple[str, Header]]:
-    """The headers of all shards; several at once where each is a request."""
+    """The headers of all shards; several at a time if each is a request."""
     names = list(names)
     if source.parallel_reads == 1:
         yield from ((name, read_header(source, files[name])) for name in names)
@@ -175,9 +175,9 @@ def read_headers(
 
 
 def output_index(found: Found) -> tuple[str, bytes | None] | None:
-    """The name of the output's index, and its content where it has to be made.
+    """The name of the output's index, and its content if it is new.
 
-    Only ``model.safetensors`` is found by loaders without one.
+    Without an index, loaders find only ``model.safetensors``.
     """
     if found.shards.index is not None:
         return found.shards.index, None

@@ -1,4 +1,4 @@
-"""Which tensors change, how, and what that makes of their shards' headers."""
+"""The edits of tensors, and the new headers of their shards."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from moescale.storage.base import Source
 
 
 def alternative(moe: Moe, factors: Mapping[Layer, float]) -> str | None:
-    """What else than scaling the weights can be done, as a sentence for the user."""
+    """An alternative to scaling the weights, as a sentence for the user."""
     row = moe.architecture
     if len(set(factors.values())) > 1:
         return None
     if row.folds and moe.config.has_scale:
         return f"--fold config multiplies {row.scale_key} by any factor, exactly."
     if row.model_type in WRITERS:
-        return "--fold residual takes any factor: it divides what else writes into the stream."
+        return "--fold residual takes any factor: it divides all other writers to the stream."
     return None
 
 
 def scaled_weights(
     moe: Moe, factors: Mapping[Layer, float], tensors: Sequence[Tensor], options: Options
 ) -> list[TensorEdit]:
-    """What happens to every tensor that is scaled for the factors."""
+    """The edit of every tensor that is scaled."""
     if options.fold == "config":
         return []
     if options.fold == "scale":
@@ -62,7 +62,7 @@ def find_scaled_routers(moe: Moe, tensors: Sequence[Tensor]) -> ScaledRouters:
 
 
 def in_shards(edits: Sequence[TensorEdit], headers: Mapping[str, Header]) -> tuple[TensorEdit, ...]:
-    """Each with the shard that it is in."""
+    """The edits with the shards that hold their tensors."""
     home = dict.fromkeys((edit.tensor.name for edit in edits), "")
     for shard, header in headers.items():
         home.update((t.name, shard) for t in header.tensors if t.name in home)
@@ -72,7 +72,7 @@ def in_shards(edits: Sequence[TensorEdit], headers: Mapping[str, Header]) -> tup
 def new_headers(
     source: Source, headers: Mapping[str, Header], edits: Sequence[TensorEdit]
 ) -> dict[str, NewHeader]:
-    """The new beginnings of the shards in which a scale is promoted to a wider dtype."""
+    """New headers of the shards in which a scale is promoted to a wider dtype."""
     promoted: dict[str, dict[str, str]] = defaultdict(dict)
     grown: dict[str, int] = defaultdict(int)
     for edit in edits:

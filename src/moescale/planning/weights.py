@@ -1,4 +1,4 @@
-"""The weights of a checkpoint: its shards, the MoE in them, and what lies beside."""
+"""The weights of a checkpoint: its shards, the MoE in them, and the files beside them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from moescale.storage.base import Source
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What was found.
+    """The weights of a checkpoint.
 
     Attributes:
-        found: the shards, forgotten ones among them, and their headers.
-        tensors: all of them.
+        found: the shards, unlisted ones included, and their headers.
+        tensors: all tensors.
         moe: the MoE that they hold.
-        left_out: files that do not belong into the output, each with the reason.
-        warnings: what the user should know.
+        left_out: files that do not belong in the output, each with the reason.
+        warnings: warnings for the user.
     """
 
     found: Found
@@ -37,7 +37,7 @@ class Weights:
 
 
 def find_weights(source: Source, config: Config, options: Options) -> Weights:
-    """Find the shards and the MoE, and decide what becomes of the files beside them.
+    """Find the shards and the MoE, and decide about the files beside them.
 
     Raises:
         UnsupportedError: the model type is not known.
@@ -70,7 +70,7 @@ def _find(config: Config, options: Options, headers: Mapping[str, Header]) -> Mo
 
 
 def _moe(source: Source, config: Config, options: Options, found: Found) -> Moe:
-    """The MoE; where it is not complete, the index may be the cause."""
+    """The MoE; if it is incomplete, the index may be the cause."""
     try:
         return _find(config, options, found.headers)
     except CheckpointError as error:
@@ -87,7 +87,7 @@ def _moe(source: Source, config: Config, options: Options, found: Found) -> Moe:
 def _with_forgotten(
     config: Config, options: Options, found: Found, joined: Mapping[str, Header]
 ) -> Moe:
-    """The MoE with forgotten shards, which all have a part in it."""
+    """The MoE with unlisted shards, each of which holds a part of it."""
     first = min(joined)
     try:
         moe = _find(config, options, found.headers)
@@ -100,7 +100,7 @@ def _with_forgotten(
         if taken.isdisjoint(tensor.name for tensor in header.tensors):
             raise CheckpointError(
                 f"{shard}: holds routed experts under names that the other shards do not have",
-                hint="Move it out of the folder if it is no part of the model.",
+                hint="Move it out of the folder if it is not part of the model.",
             )
     return moe
 

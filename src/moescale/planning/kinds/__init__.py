@@ -1,4 +1,4 @@
-"""The kinds of checkpoint that a plan can be made for, behind one interface: `Checkpoint`."""
+"""The kinds of checkpoints, behind one interface: `Checkpoint`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from moescale.storage.location import Location
 
 
 def open_checkpoint(source: Source, options: Options, location: Location | None) -> Checkpoint:
-    """What the source holds.
+    """The checkpoint of the source.
 
     Raises:
-        SourceError: it is nothing that can be rescaled, is damaged, or cannot be read.
+        SourceError: it cannot be rescaled, is damaged, or cannot be read.
     """
     if source.gguf_set is not None:
         published = location is not None and location.on_hub

@@ -1,4 +1,4 @@
-"""What a plan has to know of a checkpoint, whatever format it is in."""
+"""The interface between planning and a checkpoint of any format."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from moescale.planning.plan import NewHeader, Plan
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What becomes of the files, besides the tensors that are scaled.
+    """The files of the output, apart from scaled tensors.
 
     Attributes:
-        files: every file, and what is done with it.
-        config: the config of the output, where it is a file of its own.
-        index: the name of the index, and its content where it has to be made.
-        new_headers: what is written in place of the beginnings of shards.
-        edits: other small files that change.
-        keys: what is set in the header of a shard, by key.
-        record: the file that has the provenance.
+        files: every file and its action.
+        config: the config of the output; None if it is not a file of its own.
+        index: the name of the index, and its content if it is new; None without an index.
+        new_headers: replacements of the headers of shards.
+        edits: other small files that change, with their new content.
+        keys: values set in the header of a shard, by key.
+        record: the file with the provenance.
         opens: the file without which nothing loads; it is written last.
-        warnings: what the user should know.
-        instead: what does the same without rewriting, where anything does.
-        fold_key: the config key that ``--fold config`` multiplies, where there is one.
+        warnings: warnings for the user.
+        instead: the alternative without rewriting; None if there is none.
+        fold_key: the config key that ``--fold config`` multiplies; None if there is none.
     """
 
     files: tuple[PlannedFile, ...]
@@ -50,13 +50,13 @@ class Output:
 
 
 class Checkpoint(Protocol):
-    """A checkpoint that was read as far as a plan needs it: config and headers.
+    """A checkpoint of which config and headers were read.
 
     Attributes:
         moe: the MoE that it holds.
-        headers: of all shards, by name; places of tensors are offsets in the file.
-        tensors: all of them.
-        warnings: what the user should know of it.
+        headers: of all shards, by name; tensor positions are offsets in the file.
+        tensors: all tensors.
+        warnings: warnings for the user.
     """
 
     moe: Moe
@@ -65,25 +65,25 @@ class Checkpoint(Protocol):
     warnings: Sequence[str]
 
     def edits(self, factors: Mapping[Layer, float]) -> list[TensorEdit]:
-        """What happens to every tensor that is scaled for the factors."""
+        """The edit of every tensor that is scaled."""
 
     def remarks(
         self, edits: Sequence[TensorEdit], factors: Mapping[Layer, float], experts: Experts
     ) -> Iterable[str]:
-        """What the user should know of what is going to be done.
+        """Warnings about the planned changes.
 
         Raises:
-            UnsupportedError: it cannot be done so.
+            UnsupportedError: the format cannot hold them.
         """
 
     def output(
         self, edits: Sequence[TensorEdit], factors: Mapping[Layer, float], experts: Experts
     ) -> Output:
-        """What becomes of the files.
+        """The files of the output.
 
         Raises:
-            UnsupportedError: it cannot be done so.
+            UnsupportedError: the format cannot hold them.
         """
 
     def sealed(self, plan: Plan) -> Plan:
-        """The plan with what can only be said once all else is decided."""
+        """The plan, completed with facts that depend on everything else."""

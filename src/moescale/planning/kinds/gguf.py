@@ -35,7 +35,7 @@ from moescale.storage.base import FileRecord, Source
 from moescale.version import __version__
 
 _OWN: Final = "moescale."
-"""How the keys begin that say what was done."""
+"""The prefix of keys with provenance."""
 
 _SPLIT: Final = "split.tensors.count"
 
@@ -49,7 +49,7 @@ class GgufCheckpoint:
         """Read the headers; with `published` the output gets a card.
 
         Raises:
-            SourceError: the file is damaged, incomplete or no model.
+            SourceError: the file is damaged, incomplete or not a model.
         """
         _check_options(options)
         self._source, self._options, self._published = source, options, published
@@ -83,7 +83,7 @@ class GgufCheckpoint:
         """What happens to every tensor that is scaled for the factors.
 
         Raises:
-            UnsupportedError: one is of a type that cannot hold the product.
+            UnsupportedError: a tensor type cannot hold the product.
         """
         fold = self._options.fold
         if fold == "config":
@@ -113,21 +113,21 @@ class GgufCheckpoint:
         return TensorEdit(tensor, factor, role=role, format=kind.name, layer=layer)
 
     def _instead(self, factor: float) -> str:
-        """What else can be done in place of scaling such weights."""
+        """Alternatives to scaling such weights."""
         ways = []
         if self._row.scale_tensor:
             ways.append("--fold scale multiplies by any factor, in a tensor of its own.")
         if self._row.scale_key:
             ways.append("--fold config multiplies by any factor, in one key.")
         if self._row.name in _WRITERS:
-            ways.append("--fold residual divides what else writes into the stream.")
-        return " ".join(ways) or "--factor takes a power of two, such as 2 or 0.5, where it fits."
+            ways.append("--fold residual divides everything else that writes to the stream.")
+        return " ".join(ways) or "--factor takes a power of two, such as 2 or 0.5, if one fits."
 
     def _residual(self, factors: Mapping[Layer, float]) -> list[TensorEdit]:
-        """The tensors to divide: all that writes into the stream but the routed experts.
+        """The tensors to divide: all that write to the stream, except the routed experts.
 
         Raises:
-            UnsupportedError: they are not known, or one cannot be divided.
+            UnsupportedError: they are unknown, or one cannot be divided.
         """
         writers = _WRITERS.get(self._row.name)
         names = {tensor.name for tensor in self.tensors}
@@ -151,12 +151,12 @@ class GgufCheckpoint:
             for tensor, layer in found
         ]
 
-    # What to know of it ---------------------------------------------------------------------
+    # Warnings ---------------------------------------------------------------------
 
     def remarks(
         self, edits: Sequence[TensorEdit], factors: Mapping[Layer, float], experts: Experts
     ) -> Iterator[str]:
-        """What the user should know of what is going to be done."""
+        """Warnings about the planned changes."""
         self._check_folds(factors)
         rounded: dict[str, str] = {}
         for edit in edits:
@@ -207,7 +207,7 @@ class GgufCheckpoint:
                 f" {'ends' if counted else 'is likely to end'} with a failed GGML_ASSERT"
             )
 
-    # What becomes of the files --------------------------------------------------------------
+    # Files --------------------------------------------------------------
 
     @property
     def _count_key(self) -> str:
@@ -216,7 +216,7 @@ class GgufCheckpoint:
     def output(
         self, edits: Sequence[TensorEdit], factors: Mapping[Layer, float], experts: Experts
     ) -> Output:
-        """What becomes of the files."""
+        """The files of the output."""
         keys = self._keys(factors, experts)
         added = self._added(factors)
         changed = {edit.shard for edit in edits if edit.factor != 1.0}
@@ -244,7 +244,7 @@ class GgufCheckpoint:
         return f"{self.moe.model_type}.expert_weights_scale"
 
     def _in_keys(self, factors: Mapping[Layer, float], experts: Experts) -> Instead | None:
-        """What keys of the file could say in place of its tensors."""
+        """The alternative: new values for keys of the file instead of its tensors."""
         before, after = experts.before, experts.after
         factor, *others = set(factors.values())
         known = factor == 1.0 or self._row.scale_key
@@ -273,14 +273,14 @@ class GgufCheckpoint:
         return keys
 
     def _weights_scale(self, name: str) -> float:
-        """What the model multiplies the routed output by; 0 is taken for 1."""
+        """The model's multiplier of the routed output; 0 means 1."""
         value = self._first.get(name, 1.0)
         if type(value) is not float or not abs(value) < float("inf"):
             raise CheckpointError(f"key {name} is {value!r}, which cannot be multiplied")
         return value or 1.0
 
     def _added(self, factors: Mapping[Layer, float]) -> list[NewTensor]:
-        """The ``.scale`` tensors that the model does not have yet."""
+        """The ``.scale`` tensors to add."""
         if self._options.fold != "scale":
             return []
         without = [p for p in self.moe.projections if "scale" not in p.by_suffix]
@@ -291,7 +291,7 @@ class GgufCheckpoint:
         ]
 
     def sealed(self, plan: Plan) -> Plan:
-        """The plan with the new headers; that of the first part says what was done."""
+        """The plan with the new headers; the first part's has the provenance."""
         if plan.changes_nothing:
             return plan
         new = {t.name for t in self._added(_factors(plan))}
@@ -308,7 +308,7 @@ class GgufCheckpoint:
         return replace(plan, new_headers=MappingProxyType({**others, **own}))
 
     def _first_edit(self, plan: Plan, said: Mapping[str, Any]) -> HeaderEdit:
-        """What changes in the header of the first part."""
+        """The changes in the header of the first part."""
         added = self._added(_factors(plan))
         names = {tensor.name for tensor in added}
         keys = {name: value for name, value in plan.keys.items() if name not in names}
@@ -326,7 +326,7 @@ class GgufCheckpoint:
         return max(layer.number for layer in self.moe.held) + 1
 
     def _split(self, name: str, added: int) -> dict[str, int]:
-        """The number of tensors of the whole set, which every part has."""
+        """The number of tensors in the whole set, which every part states."""
         keys = self._gguf[name].keys
         return {_SPLIT: keys[_SPLIT].value + added} if added and _SPLIT in keys else {}
 
@@ -340,7 +340,7 @@ class GgufCheckpoint:
 _WRITERS: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
     {"gpt-oss": ("attn_output.weight", "attn_output.bias")}
 )
-"""What each layer adds to the stream besides the experts (``src/models/openai-moe.cpp``)."""
+"""Each layer's additions to the stream besides the experts (``src/models/openai-moe.cpp``)."""
 
 
 def _check_options(options: Options) -> None:
@@ -354,18 +354,18 @@ def _check_options(options: Options) -> None:
 
 
 def _check_set(headers: Mapping[str, GgufHeader]) -> None:
-    """All files are there, in their places, and none has a tensor of another.
+    """Refuse a set with missing or misnumbered files, or with a tensor in two of them.
 
     Raises:
-        SourceError: not so.
+        SourceError: names the file.
     """
     first, *_ = headers
     stated = headers[first].get("split.count", 0) or 1
     named = part_name(first).count or 1
     if stated != named:
         raise CheckpointError(
-            f"{first}: says that it is one of {stated} files, its name that it is one of {named}",
-            hint="Give the files the names that they were made with: NAME-00001-of-00003.gguf.",
+            f"{first}: its header says that the set has {stated} files, its name says {named}",
+            hint="Restore the original names of the files: NAME-00001-of-00003.gguf.",
         )
     if len(headers) != stated:
         numbers = {part_name(name).number for name in headers}
@@ -377,23 +377,25 @@ def _check_set(headers: Mapping[str, GgufHeader]) -> None:
     seen: dict[str, str] = {}
     for number, (name, header) in enumerate(headers.items()):
         if stated > 1 and header.get("split.no") != number:
-            raise CheckpointError(f"{name}: says that it is file {header.get('split.no')}, from 0")
+            raise CheckpointError(
+                f"{name}: its header says that it is file {header.get('split.no')}, counted from 0"
+            )
         for tensor in header.tensors:
             if tensor.name in seen:
                 raise CheckpointError(
-                    f"{name}: has the tensor {tensor.name!r}, as {seen[tensor.name]} has"
+                    f"{name}: has the tensor {tensor.name!r}, which {seen[tensor.name]} has, too"
                 )
             seen[tensor.name] = name
     total = headers[first].get(_SPLIT)
     if stated > 1 and total != len(seen):
         raise CheckpointError(
-            f"{first}: says that the set has {total} tensors, and the files have {len(seen)}",
-            hint="The files are of different models.",
+            f"{first}: its header says that the set has {total} tensors; there are {len(seen)}",
+            hint="The files belong to different models.",
         )
 
 
 def _plain(header: GgufHeader) -> Header:
-    """The tensors as other formats have them: shapes with the slowest dimension first."""
+    """The tensors with shapes as in other formats: the slowest dimension first."""
     tensors = tuple(
         Tensor(t.name, t.type.name, tuple(reversed(t.shape)), t.start, t.stop)
         for t in header.tensors
@@ -421,7 +423,7 @@ def _factors(plan: Plan) -> dict[Layer, float]:
 
 
 def _own_keys(plan: Plan, said: Mapping[str, Any], blocks: int) -> dict[str, tuple[int, Any]]:
-    """What the header says of what was done; an array has a number for each block."""
+    """The provenance in the header; an array has one number for each block."""
 
     def by_block(values: Mapping[str, float]) -> tuple[float, ...]:
         return tuple(values.get(str(number), 1.0) for number in range(blocks))

@@ -48,20 +48,20 @@ class SafetensorsCheckpoint:
         self.warnings: Sequence[str] = [*self._weights.warnings, *([again] * (PROVENANCE in files))]
 
     def edits(self, factors: Mapping[Layer, float]) -> list[TensorEdit]:
-        """What happens to every tensor that is scaled for the factors."""
+        """The edit of every tensor that is scaled."""
         return scaled_weights(self.moe, factors, self.tensors, self._options)
 
     def remarks(
         self, edits: Sequence[TensorEdit], factors: Mapping[Layer, float], experts: Experts
     ) -> Iterator[str]:
-        """What the user should know of what is going to be done."""
+        """Warnings about the planned changes."""
         yield from confirm(edits, self._config.value, alternative(self.moe, factors))
         yield from _of_arch(self._config, self.moe, experts, self._options)
 
     def output(
         self, edits: Sequence[TensorEdit], factors: Mapping[Layer, float], experts: Experts
     ) -> Output:
-        """What becomes of the files."""
+        """The files of the output."""
         source, left_out = self._source, self._weights.left_out
         config = _edited(self._config, self.moe, factors, self._options)
         index = output_index(self._weights.found)
@@ -88,7 +88,7 @@ class SafetensorsCheckpoint:
         )
 
     def _instead(self, factors: Mapping[Layer, float]) -> Instead | None:
-        """What the config could say in place of the weights."""
+        """The alternative: new values for the config instead of the weights."""
         options, moe = self._options, self.moe
         if options.fold == "residual" or options.gate_scale is not None:
             return None
@@ -96,7 +96,7 @@ class SafetensorsCheckpoint:
         return instead(self._config, moe.architecture, moe.count_keys, options.experts, values)
 
     def sealed(self, plan: Plan) -> Plan:
-        """All is said."""
+        """Nothing is missing."""
         return plan
 
 
@@ -130,7 +130,7 @@ def _fold_key(moe: Moe, options: Options) -> str | None:
 def _second_files(
     source: Source, moe: Moe, experts: Experts, others: Collection[str]
 ) -> tuple[dict[str, bytes], list[str]]:
-    """Other files that hold the count, as they will be; and what the user should know of them."""
+    """Other files that hold the count, with their new content; and warnings about them."""
     edits: dict[str, bytes] = {}
     warnings: list[str] = []
     before, after = one_number(experts.before), experts.after
@@ -146,7 +146,7 @@ def _second_files(
 
 
 def _of_arch(config: Config, moe: Moe, experts: Experts, options: Options) -> Iterator[str]:
-    """What --arch changes, where the config names a type that the table knows."""
+    """The warning if --arch contradicts a known type of the config."""
     own = own_router(config, moe) if options.arch is not None else None
     if own is None or moe.config.router is None:
         return
