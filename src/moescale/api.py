@@ -25,17 +25,16 @@ from moescale.calibrate.devices import DEVICES, check_installed, running
 from moescale.calibrate.loading import Loader
 from moescale.calibrate.text import Text, check_kept
 from moescale.checkpoint.rounding import Rounding
-from moescale.conversion.executor import Pool
 from moescale.conversion.measured import measured_plan
+from moescale.conversion.preflight import check_status, with_refusal, with_space_warning
 from moescale.conversion.previous import (
     check_same_job,
     previous_options,
-    previous_run,
     with_original_options,
 )
 from moescale.conversion.record import read_record
-from moescale.conversion.run import fill_digests, run, status_of
-from moescale.conversion.verify import verify_files
+from moescale.conversion.repair import may_repair, repair, verify_output
+from moescale.conversion.run import run, status_of
 from moescale.errors import (
     DestinationError,
     MoescaleError,
@@ -66,11 +65,10 @@ from moescale.options import (
 )
 from moescale.planning.decide import make_plan
 from moescale.planning.plan import Plan
-from moescale.planning.provenance import same_decisions
 from moescale.planning.several import Several
 from moescale.report.progress import progress_callbacks
 from moescale.report.view import PLAN_VIEW
-from moescale.results import Record, Result, Status
+from moescale.results import Record, Result
 from moescale.storage.base import Destination, Phase, Progress, Source, no_progress
 from moescale.storage.location import (
     Location,
@@ -170,7 +168,7 @@ def plan(
             try:
                 opened = _destination(target, options, reader)
             except DestinationError as error:
-                made = _with_refusal(
+                made = with_refusal(
                     _make_plan(reader, wanted, target, calibration, measuring), error
                 )
             else:
@@ -301,15 +299,15 @@ def convert(
             wanted, calibration = _parsed_options(options, measuring, loader, there)
             check_not_source(reader, opened)
             made = _make_plan(reader, wanted, target, calibration, measuring, opened, overwrite)
-        plan = _with_report(_with_space_warning(made, opened), report)
+        plan = _with_report(with_space_warning(made, opened), report)
         planned(plan)
         if plan.changes_nothing:
             return Result(plan, "nothing", False)
         jobs = jobs or _default_jobs(opened, pool)
         original = with_original_options(plan, reader, opened)
         rounding: Mapping[str, Rounding] = {}
-        if check and overwrite and _may_repair(original, opened):
-            status = _repair(original, reader, opened, jobs, step, begin, pool)
+        if check and overwrite and may_repair(original, opened):
+            status = repair(original, reader, opened, jobs, step, begin, pool)
         else:
             begin("writing", plan.large_sizes)
             outcome = run(
@@ -318,9 +316,9 @@ def convert(
             status, rounding = outcome.status, outcome.rounding
             if check:
                 begin("verifying", plan.large_sizes)
-                _verify_output(original, reader, opened, jobs, step, pool)
+                verify_output(original, reader, opened, jobs, step, pool)
             else:
-                _check_status(status, target)
+                check_status(status, target)
         if evaluate:
             with _loader(options) as loader:
                 losses = _evaluate([plan], reader, options, measuring, loader, target.path)
@@ -386,7 +384,7 @@ def verify(
         check_same_job(plan, opened)
         plan = with_original_options(plan, reader, opened)
         begin("verifying", plan.large_sizes)
-        _verify_output(plan, reader, opened, jobs or _default_jobs(opened, pool), step, pool)
+        verify_output(plan, reader, opened, jobs or _default_jobs(opened, pool), step, pool)
     return Result(plan, "done", True)
 
 
@@ -563,49 +561,6 @@ def _check_values(given: Rescaling) -> None:
     options_of(given, None if text is None else os.fspath(text))
 
 
-def _may_repair(plan: Plan, destination: Destination) -> bool:
-    """Whether the destination holds an output of the same plan, perhaps damaged."""
-    if not destination.keeps_files or destination.unfinished_job() is not None:
-        return False
-    return same_decisions(previous_run(destination), plan)
-
-
-def _repair(
-    plan: Plan,
-    source: Source,
-    destination: Destination,
-    jobs: int,
-    progress: Progress,
-    phase: Phase,
-    pool: Pool | None,
-) -> Status:
-    """Rewrite the files of a finished output that differ, and verify them."""
-    output, sizes = destination.open_output(), plan.large_sizes
-    phase("verifying", sizes)
-    proof = verify_files(plan, source, output, jobs=jobs, progress=progress, pool=pool)
-    if not proof.differences:
-        fill_digests(destination, plan, proof.written, output)
-        return "done"
-    keep = {name: file for name, file in proof.written.items() if name in sizes}
-    phase("writing", sizes)
-    run(
-        plan,
-        source,
-        destination,
-        jobs=jobs,
-        overwrite=True,
-        keep=keep,
-        progress=progress,
-        pool=pool,
-    )
-    again, only = destination.open_output(), sizes.keys() - keep.keys()
-    phase("verifying", {name: sizes[name] for name in only})
-    mended = verify_files(plan, source, again, jobs=jobs, only=only, progress=progress, pool=pool)
-    mended.raise_if_different()
-    fill_digests(destination, plan, {**mended.written, **keep}, again)
-    return "repair"
-
-
 def _check_jobs(jobs: int | None) -> None:
     if jobs is not None and jobs < 1:
         raise UsageError(f"--jobs is {jobs}: it must be 1 or more")
@@ -669,17 +624,11 @@ def _dry_run(
     try:
         if not destination.remote:
             original = with_original_options(made, source, destination)
-            _check_status(status_of(original, source, destination, overwrite), target)
+            check_status(status_of(original, source, destination, overwrite), target)
             destination.check_writable()
-        return _with_space_warning(made, destination)
+        return with_space_warning(made, destination)
     except DestinationError as error:
-        return _with_refusal(made, error)
-
-
-def _with_refusal(plan: Plan, error: DestinationError) -> Plan:
-    """The plan, with a warning that a run would be refused."""
-    refusal = f"a run would be refused: {error}".replace("\n", ". ")
-    return replace(plan, warnings=(*plan.warnings, refusal))
+        return with_refusal(made, error)
 
 
 @contextmanager
@@ -699,56 +648,6 @@ def _pool(dask: StrPath | None) -> Iterator[Workers | None]:
         yield workers
 
 
-def _check_status(status: Status, destination: Location) -> None:
-    """Refuse an output of this job if source or output may have changed since.
-
-    Raises:
-        DestinationError: names the change.
-    """
-    if status == "stale":
-        raise DestinationError(
-            f"{destination}: is an output of this job, but the source is newer",
-            hint="--verify shows whether it is still correct; --overwrite writes it again.",
-        )
-    if status == "changed":
-        raise DestinationError(
-            f"{destination}: is an output of this job, but was changed since",
-            hint="--verify shows where; --overwrite writes it again.",
-        )
-    if status == "outdated":
-        raise DestinationError(
-            f"{destination}: was made with the same options, but from other files than the source"
-            " has now",
-            hint="--verify names the files that differ; --overwrite writes it again.",
-        )
-
-
-def _with_space_warning(plan: Plan, destination: Destination) -> Plan:
-    """The plan, with a warning if the disk may be too small.
-
-    It is only a warning if blocks can be shared with the source, since cloned blocks take no space.
-
-    Raises:
-        DestinationError: the disk is too small, and no blocks can be shared.
-    """
-    try:
-        if (room := destination.available_bytes()) is None:
-            return plan
-        missing = plan.bytes_written - room
-        may_share = missing <= 0 or destination.may_share_blocks(plan.source)
-    except OSError:  # unknown free space, or a destination that the run will refuse
-        return plan
-    if missing <= 0:
-        return plan
-    free = plan.bytes_written - missing
-    needed, there = bytes_text(plan.bytes_written), bytes_text(free)
-    less = f"{destination.identity}: the output needs {needed}, but {there} are free"
-    if not may_share:
-        raise DestinationError(less, hint="Free some space, or give another destination.")
-    warning = f"{less}; that is only enough if it can share blocks with the source"
-    return replace(plan, warnings=(*plan.warnings, warning))
-
-
 def _make_plan(
     source: Source,
     wanted: Options,
@@ -765,18 +664,3 @@ def _make_plan(
         made = measured_plan(source, wanted, target, calibration, destination, overwrite)
     remarks = () if target is None else remarks_on(target)
     return replace(made, view=PLAN_VIEW, warnings=(*made.warnings, *remarks))
-
-
-def _verify_output(
-    plan: Plan,
-    source: Source,
-    destination: Destination,
-    jobs: int,
-    progress: Progress = no_progress,
-    pool: Pool | None = None,
-) -> None:
-    """Verify a finished output, and add the digests to its provenance."""
-    output = destination.open_output()
-    proof = verify_files(plan, source, output, jobs=jobs, progress=progress, pool=pool)
-    proof.raise_if_different()
-    fill_digests(destination, plan, proof.written, output)
