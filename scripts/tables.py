@@ -51,7 +51,7 @@ def counts() -> str:
     """How many model types and tensor formats the tables know."""
     types = len({row.model_type for row in architectures.ROWS})
     kinds = len({row.name for row in formats.ROWS})
-    refused = len({row.name for row in formats.REFUSED})
+    refused = len({row.name for row in formats.UNSUPPORTED})
     return (
         f"[The tables](docs/models.md) list {types} model types and {kinds} tensor formats;"
         f" {refused} more formats are refused by name.\n"
@@ -109,7 +109,7 @@ def llama_table() -> str:
 def llama_row(row: ModelType, run: bool) -> str:
     """One architecture."""
     weighs = {"always": "sum to 1", "never": "not renormalised", "key": "`expert_weights_norm`"}
-    own = weighs[llama_cpp.BY_NAME[row.model_type].weighs]
+    own = weighs[llama_cpp.BY_NAME[row.model_type].renormalises]
     effect = row.effect.replace("--rule none", "`--rule none`")
     yes = {True: "yes", False: "no"}
     cells = (effect, row.gates, yes[row.fold_config], yes[row.fold_scale], yes[run])
@@ -123,7 +123,7 @@ def formats_table() -> str:
         kinds.setdefault(kind(row), []).append(row.name)
     lines = ["| tensor formats | what happens |", "|---|---|"]
     lines += [f"| {', '.join(dict.fromkeys(names))} | {what} |" for what, names in kinds.items()]
-    refused = ", ".join(dict.fromkeys(row.name for row in formats.REFUSED))
+    refused = ", ".join(dict.fromkeys(row.name for row in formats.UNSUPPORTED))
     return "\n".join([*lines, f"| {refused} | refused by name, with the reason |"]) + "\n"
 
 

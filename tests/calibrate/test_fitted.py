@@ -147,7 +147,9 @@ def test_the_sums_are_those_of_the_blocks_run_at_each_scale(entry: str, tmp_path
         inputs, before = routed(model, TEXT, dict.fromkeys(fits, (1.0, 1.0)), counts.trained)
         for layer, found in fits.items():
             assert found is not None and found.error_after <= found.error_before + 1e-9
-            after = alone(model, layer, inputs[layer], found.scale, moe.held[layer], biases)
+            after = alone(
+                model, layer, inputs[layer], found.scale, moe.experts_by_layer[layer], biases
+            )
             norms = (before[layer].norm(dim=-1).mean(), found.factor * after.norm(dim=-1).mean())
             assert float(norms[1] / norms[0]) == pytest.approx(1, abs=0.02)
             cosine = (before[layer] * after).sum() / (before[layer].norm() * after.norm())

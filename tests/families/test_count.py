@@ -173,17 +173,17 @@ def test_only_the_numbers_change(value: dict[str, Any], indent: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "row", [r for r in architectures.ROWS if r.count], ids=lambda r: f"{r.model_type}/{r.part}"
+    "row", [r for r in architectures.ROWS if r.count_keys], ids=lambda r: f"{r.model_type}/{r.part}"
 )
 def test_every_row_of_the_table_can_be_set(row: architectures.Architecture) -> None:
     """Each spelling and section of each architecture is found, read and set."""
     for section in row.sections:
-        for key in row.count:
+        for key in row.count_keys:
             value: dict[str, Any] = {key: 2}
             for name in reversed(section.split(".") if section else []):
                 value = {name: value}
             config = parse_config(json.dumps(value).encode())
-            places = find_count_keys(config, row.sections, row.count)
+            places = find_count_keys(config, row.sections, row.count_keys)
             assert [(p.section, p.key, p.value) for p in places] == [(section, key, 2)]
             assert set_count(config, places, 5).text == json.dumps(value).replace("2}", "5}")
 

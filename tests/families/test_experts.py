@@ -14,7 +14,7 @@ from moescale.errors import CheckpointError, MoescaleError, UnsupportedError, Us
 from moescale.families import architectures
 from moescale.families.complete import check_complete
 from moescale.families.formats import scaled_tensors
-from moescale.families.hints import looks_routed
+from moescale.families.likely_experts import likely_down_projection
 from moescale.families.moe_config import read_moe_config
 from moescale.families.pattern import find_by_pattern
 from moescale.families.projections import (
@@ -85,7 +85,7 @@ def test_experts_by_layer_may_be_a_list() -> None:
     assert config.experts == 4
     vision = {"moe_num_experts": [64, 64]}  # as ERNIE-4.5-VL counts those of text and vision
     assert read_moe_config(vision, architectures.find("ernie4_5_vl_moe")).experts == 64
-    assert [config.experts_of(layer) for layer in range(4)] == [4, 2, 4, 4]
+    assert [config.experts_in(layer) for layer in range(4)] == [4, 2, 4, 4]
 
 
 # What is found ------------------------------------------------------------------------------------
@@ -404,8 +404,8 @@ def test_a_likely_name_is_shown_for_an_unknown_type() -> None:
     """A name that looks like a routed down-projection helps to write a pattern."""
     others = ["h.0.moe.shared_experts.down.weight", "h.0.attn.o.weight"]
     likely = [f"h.0.moe.experts.{i}.down.weight" for i in range(9)]
-    assert looks_routed([*others, *reversed(likely)]) == likely[0]
-    assert looks_routed(others) is None
+    assert likely_down_projection([*others, *reversed(likely)]) == likely[0]
+    assert likely_down_projection(others) is None
 
 
 def test_an_expert_with_a_number_is_likely_where_one_name_is_left() -> None:
@@ -414,7 +414,9 @@ def test_an_expert_with_a_number_is_likely_where_one_name_is_left() -> None:
     names = [f"{expert}.{suffix}" for expert in experts for suffix in ("gate.weight", "up.weight")]
     names += ["model.layers.0.attn.0.out.weight", "a.0.shared_experts.0.out.weight"]
     names += ["model.layers.0.moe.9.norm.weight", *(f"{expert}.out.bias" for expert in experts)]
-    assert looks_routed(names) is None
+    assert likely_down_projection(names) is None
     names += [f"{expert}.out.weight" for expert in experts]
-    assert looks_routed(names[::-1]) == "model.layers.0.moe.0.out.weight"
-    assert looks_routed([*names, *(f"{expert}.other.weight" for expert in experts)]) is None
+    assert likely_down_projection(names[::-1]) == "model.layers.0.moe.0.out.weight"
+    assert (
+        likely_down_projection([*names, *(f"{expert}.other.weight" for expert in experts)]) is None
+    )

@@ -22,10 +22,10 @@ from moescale.checkpoint.tensor import Tensor
 from moescale.errors import CheckpointError, SourceError, UnsupportedError
 from moescale.families import formats
 from moescale.families.formats import (
-    REFUSED,
     ROWS,
+    UNSUPPORTED,
     Format,
-    confirm,
+    check_quantisation_config,
     plain_suffix,
     scaled_tensors,
     split_name,
@@ -55,7 +55,7 @@ def leaves_of(case: Case) -> dict[str, Tensor]:
 def rows_of(by_suffix: Mapping[str, Tensor]) -> list[Format]:
     """The rows that fit."""
     dtypes = {suffix: tensor.dtype for suffix, tensor in by_suffix.items()}
-    return [row for row in ROWS if formats._takes(row, dtypes) and row.fits(by_suffix)]
+    return [row for row in ROWS if formats._takes(row, dtypes) and row.shapes_match(by_suffix)]
 
 
 # The table ----------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def test_a_row_is_whole(row: Format) -> None:
     """A row says where its facts are from, and what it scales it needs or may miss."""
     assert row.source
     assert row.scaled
-    assert not set(row.stays) & (row.dtypes.keys() | row.scaled.keys())
+    assert not set(row.unchanged) & (row.dtypes.keys() | row.scaled.keys())
     shifts = [part for part in row.scaled.values() if part.operation == "shift"]
     for part in row.scaled.values():
         assert part.operation != "shift" or not part.promote
@@ -168,7 +168,7 @@ def test_what_is_not_in_the_table_is_refused_by_name(name: str) -> None:
 
 def test_every_refused_format_has_a_test() -> None:
     """The list of refusals above is that of the table."""
-    names = {row.name for row in REFUSED}
+    names = {row.name for row in UNSUPPORTED}
     assert {n for n in names if not any(key in n or n in key for key in UNKNOWN)} == set()
 
 
@@ -306,22 +306,22 @@ def ue8m0(section: str = "") -> Mapping[str, Any]:
 @pytest.mark.parametrize("section", ["", "text_config"])
 def test_ue8m0_in_the_config_is_said_once(section: str) -> None:
     """Some engines round such scales again, so one remark points to the config factor."""
-    remarks = confirm([FP8] * 3, ue8m0(section), "--fold config is better.")
+    remarks = check_quantisation_config([FP8] * 3, ue8m0(section), "--fold config is better.")
     assert len(remarks) == 1
     assert "ue8m0" in remarks[0] and "--fold config is better." in remarks[0]
-    (without,) = confirm([FP8], ue8m0(section))
+    (without,) = check_quantisation_config([FP8], ue8m0(section))
     assert "--fold" not in without
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0, 0.125])
 def test_ue8m0_takes_powers_of_two_in_silence(factor: float) -> None:
     """A power of two keeps every scale a power of two."""
-    assert confirm([FP8.with_(factor=factor)], ue8m0()) == []
+    assert check_quantisation_config([FP8.with_(factor=factor)], ue8m0()) == []
 
 
 def test_no_ue8m0_no_remark() -> None:
     """Without that key in the config F32 scales are taken as they are."""
-    assert confirm([FP8], {"quantization_config": {"quant_method": "fp8"}}) == []
+    assert check_quantisation_config([FP8], {"quantization_config": {"quant_method": "fp8"}}) == []
 
 
 def test_the_remark_reaches_the_plan(tmp_path: Path) -> None:
@@ -338,7 +338,7 @@ def test_e5m3_scales_are_no_powers_of_two() -> None:
     """Bytes that the config calls E5M3 are not shifted, though they look like E8M0."""
     config = {"quantization_config": {"global_quant_config": {"weight": {"scale_format": "e5m3"}}}}
     with pytest.raises(UnsupportedError, match="E5M3"):
-        confirm([MXFP4], config)
+        check_quantisation_config([MXFP4], config)
 
 
 # Arithmetic that only quantised formats have ------------------------------------------------------

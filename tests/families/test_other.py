@@ -9,7 +9,7 @@ import pytest
 from support import checkpoints
 
 from moescale import errors, plan
-from moescale.families.hints import looks_routed
+from moescale.families.likely_experts import likely_down_projection
 
 ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
 CONFIG = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
@@ -106,8 +106,8 @@ def test_a_wrong_key_of_the_config_names_the_likely_one(tmp_path: Path) -> None:
 )
 def test_a_shared_expert_is_no_routed_one(word: str) -> None:
     """In no spelling, also where it has a number."""
-    assert looks_routed([f"model.layers.0.moe.{word}.down_proj.weight"]) is None
-    assert looks_routed([f"model.layers.0.moe.{word}.0.down_proj.weight"]) is None
+    assert likely_down_projection([f"model.layers.0.moe.{word}.down_proj.weight"]) is None
+    assert likely_down_projection([f"model.layers.0.moe.{word}.0.down_proj.weight"]) is None
 
 
 def test_an_error_in_a_file_of_factors_names_the_file(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ def renormalised(model_type: str, **section: Any) -> bool:
 def router(model_type: str, **section: Any) -> Normalisation:
     """The router of this model type, with these config keys."""
     row = architectures.find(model_type)
-    found = read_moe_config({row.total[0]: 8, **section}, row).router
+    found = read_moe_config({row.total_keys[0]: 8, **section}, row).normalisation
     assert found is not None
     return found
 
@@ -107,7 +107,7 @@ def test_another_norm_is_refused() -> None:
 def largest(model_type: str, total: int, **section: Any) -> int:
     """The largest count of this model type with these config keys."""
     row = architectures.find(model_type)
-    return read_moe_config({row.total[0]: total, **section}, row).largest_count(total)
+    return read_moe_config({row.total_keys[0]: total, **section}, row).max_count(total)
 
 
 @pytest.mark.parametrize(

@@ -297,11 +297,11 @@ def aliases(config: Any) -> dict[str, str]:
 def read(row: Any) -> set[str]:
     """The config keys that a row reads."""
     kind = row.router
-    keys = {*row.count, *row.total, *([row.scale_key] if row.folds else [])}
+    keys = {*row.count_keys, *row.total_keys, *([row.scale_key] if row.can_fold else [])}
     keys |= {"n_group", "num_expert_group", "topk_group", "num_hidden_layers", "hidden_size"}
     keys |= {"first_k_dense_replace", "moe_layer_freq", "decoder_sparse_step", "mlp_only_layers"}
-    if isinstance(row.normalised, Flag | PowerNorm | SharedSum):
-        keys |= {row.normalised.key, *getattr(row.normalised, "aliases", ())}
+    if isinstance(row.normalisation, Flag | PowerNorm | SharedSum):
+        keys |= {row.normalisation.key, *getattr(row.normalisation, "aliases", ())}
     if isinstance(kind, RouterKind):
         keys |= {
             kind.score_key,

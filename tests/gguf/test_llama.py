@@ -109,7 +109,7 @@ def test_the_row_says_what_the_client_does(client: Client, tmp_path: Path, arch:
     plan = moescale.plan(alike, experts=3, rule="none")
     assert plan.router is not None
     assert (rms(two, three) < 1e-5) == plan.router.renormalised
-    if row.weighs == "key":
+    if row.renormalises == "key":
         keys = {"expert_weights_norm": False}
         never = write_runnable(tmp_path / "never.gguf", arch, change=one_expert, keys=keys)
         two, three = (
@@ -220,7 +220,7 @@ def test_a_quantised_file_is_near_the_exact_fold(client: Client, tmp_path: Path,
 
 
 FORMED = [arch for arch in RECIPES if isinstance(BY_NAME[arch].router, RouterKind)]
-GROUPED = [arch for arch in FORMED if BY_NAME[arch].weighs == "key"]
+GROUPED = [arch for arch in FORMED if BY_NAME[arch].renormalises == "key"]
 
 
 @pytest.mark.parametrize(

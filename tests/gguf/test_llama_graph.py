@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moescale.families.llama_cpp import BY_NAME
-from moescale.families.llama_graph import GRAPHS, most_experts
+from moescale.families.llama_graph import GRAPHS, max_experts_per_token
 
 QWEN3 = (
     *("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "attn_q_norm", "attn_k_norm"),
@@ -22,25 +22,25 @@ def names(blocks: int, by_suffix: tuple[str, ...] = QWEN3) -> set[str]:
 def test_qwen3_30b_a3b_runs_with_24() -> None:
     """And ends with 25: both were run in the client, in the shape of that model."""
     assert len(names(48)) == 579
-    assert most_experts(BY_NAME["qwen3moe"], {}, names(48)) == 24
+    assert max_experts_per_token(BY_NAME["qwen3moe"], {}, names(48)) == 24
 
 
 def test_every_architecture_has_a_number() -> None:
     """Those that were not counted have a usual one; a model without routers has none."""
     assert set(GRAPHS) < set(BY_NAME)
     for row in BY_NAME.values():
-        most = most_experts(row, {}, names(48))
+        most = max_experts_per_token(row, {}, names(48))
         assert most is not None
         assert most >= 20 if row.nodes == 8 else most > 100
-    assert most_experts(BY_NAME["qwen3moe"], {}, ENDS) is None
+    assert max_experts_per_token(BY_NAME["qwen3moe"], {}, ENDS) is None
 
 
 def test_blocks_for_further_tokens_have_a_graph_of_their_own() -> None:
     """They add to the room, and take none."""
     more = {f"blk.48.{suffix}.weight" for suffix in (*QWEN3, "nextn.eh_proj")}
-    before = most_experts(BY_NAME["glm4moe"], {}, names(48))
+    before = max_experts_per_token(BY_NAME["glm4moe"], {}, names(48))
     assert before is not None
-    assert most_experts(BY_NAME["glm4moe"], {}, names(48) | more) == before + 1
+    assert max_experts_per_token(BY_NAME["glm4moe"], {}, names(48) | more) == before + 1
 
 
 @pytest.mark.parametrize(
@@ -54,8 +54,8 @@ def test_blocks_for_further_tokens_have_a_graph_of_their_own() -> None:
 def test_what_a_key_adds_takes_room(key: str, value: float, less: int) -> None:
     """14 tensors a block for groups, 5 for a sum, 1 for a factor; an expert takes two."""
     row, own = BY_NAME["deepseek2"], {"general.architecture": "deepseek2"}
-    before = most_experts(row, own, names(200))
-    after = most_experts(row, {**own, f"deepseek2.{key}": value}, names(200))
+    before = max_experts_per_token(row, own, names(200))
+    after = max_experts_per_token(row, {**own, f"deepseek2.{key}": value}, names(200))
     assert before is not None
     assert after is not None
     assert before - after in (less, less + 1)

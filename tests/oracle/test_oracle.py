@@ -20,7 +20,7 @@ MORE = 3  # experts per token that every tiny model of a free count can be given
 ROWS = {entry: find(*entry.split("/")) for entry in TINY}
 LINEAR = [e for e, row in ROWS.items() if not (row.fixed or row.no_effect)]
 NO_EFFECT = [e for e, row in ROWS.items() if row.no_effect]
-FOLDS = [e for e, row in ROWS.items() if row.folds]
+FOLDS = [e for e, row in ROWS.items() if row.can_fold]
 FIXED = [e for e, row in ROWS.items() if row.fixed]
 LAYOUTS = pytest.mark.parametrize("fused", [False, True], ids=["hub", "fused"])
 

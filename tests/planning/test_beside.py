@@ -18,8 +18,8 @@ from support import checkpoints
 import moescale
 from moescale.errors import CheckpointError
 from moescale.families.architectures import ROWS
+from moescale.families.foreign_names import layer_from_name
 from moescale.families.projections import Layer
-from moescale.families.twins import held_layer
 from moescale.planning.beside import EVALUATION, FORM, INDEX, LAYOUT, TWIN
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -484,7 +484,7 @@ def test_every_layout_of_the_table_is_recognised(template: str) -> None:
     name = template.replace("{L}", "7").replace("{E}", "3")
     for prefix in ("", "model.", "language_model.model."):
         for suffix in (".weight", ".weight_scale_inv", ".qweight", "_scales", ""):
-            found = held_layer(prefix + name + suffix)
+            found = layer_from_name(prefix + name + suffix)
             assert found is not None, prefix + name + suffix
             assert found.number == 7
 
@@ -510,7 +510,7 @@ def test_every_layout_of_the_table_is_recognised(template: str) -> None:
 )
 def test_other_names_are_told_apart(name: str, layer: Layer | None) -> None:
     """The second projection of a routed expert, not the others, the shared one or an adapter."""
-    assert held_layer(name) == layer
+    assert layer_from_name(name) == layer
 
 
 def test_a_zip_that_is_no_torch_file_is_not_looked_into(source: Path) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig
 import moescale
 from moescale.families import architectures
 from moescale.families.config import Config, find_count_keys, parse_config, set_count
-from moescale.families.second_counts import second_count_keys
+from moescale.families.duplicate_counts import duplicate_count_keys
 from moescale.planning.instead import Instead, by_engine, instead
 from moescale.report.terminal import plan_text, run_commands_text
 from moescale.storage.base import SourceId
@@ -55,8 +55,8 @@ def test_transformers_gets_the_config_of_the_output(kind: str, tmp_path: Path) -
     vLLM and SGLang update the same object section by section; they are not installed here.
     """
     config, row = tiny_config(TINY[kind]), architectures.find(kind)
-    places = find_count_keys(config, row.sections, row.count)
-    places += second_count_keys(config, row, places)[0]
+    places = find_count_keys(config, row.sections, row.count_keys)
+    places += duplicate_count_keys(config, row, places)[0]
     found = instead(config, row, places, 1, [1.0])
     assert found is not None
     wanted = loaded(set_count(config, places, 1).text, tmp_path).to_dict()
@@ -146,7 +146,7 @@ def test_deep_sections_are_for_vllm_alone() -> None:
     config = parse_config(json.dumps(deep).encode())
     row = architectures.find("mixtral")
     section = "thinker_config.text_config"
-    places = find_count_keys(config, [section], row.count)
+    places = find_count_keys(config, [section], row.count_keys)
     found = instead(config, row, places, 3, [1.0])
     assert isinstance(found, Instead)
     assert found.values == {"thinker_config": {"text_config": {"num_experts_per_tok": 3}}}
@@ -158,7 +158,7 @@ def test_a_folder_of_a_repo_is_for_nobody() -> None:
     """Engines load whole repos."""
     config = parse_config(b'{"num_experts_per_tok": 2}')
     row = architectures.find("mixtral")
-    found = instead(config, row, find_count_keys(config, row.sections, row.count), 3, [1.0])
+    found = instead(config, row, find_count_keys(config, row.sections, row.count_keys), 3, [1.0])
     assert found is not None
     folder = SourceId("hub", "org/name/sub", "c" * 40, "org/name")
     assert by_engine(found, folder).keys() == {"llama.cpp"}

@@ -232,7 +232,7 @@ def strange(rng: random.Random, depth: int = 0) -> Any:
 def changed_config(rng: random.Random, row: architectures.Architecture, data: bytes) -> bytes:
     """A config with one or two keys, in any of its sections, set to something strange."""
     config = json.loads(data)
-    own = [*row.count, *row.total, *([row.scale_key] if row.scale_key else [])]
+    own = [*row.count_keys, *row.total_keys, *([row.scale_key] if row.scale_key else [])]
     for _ in range(rng.randrange(1, 3)):
         section = config
         while inner := [value for value in section.values() if isinstance(value, dict)]:

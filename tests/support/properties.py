@@ -182,8 +182,8 @@ def small_config(row: Architecture) -> dict[str, Any]:
     section = {
         "num_hidden_layers": 2,
         "first_k_dense_replace": 0,
-        row.total[0]: 4,
-        **dict.fromkeys(row.count[:1], 2),
+        row.total_keys[0]: 4,
+        **dict.fromkeys(row.count_keys[:1], 2),
         **({row.scale_key: 2.5} if row.scale_key else {}),
     }
     config: dict[str, Any] = {"model_type": row.model_type}
@@ -203,7 +203,7 @@ def small_shard(row: Architecture) -> bytes:
     names = [
         f"{stack}{template.format(L=layer, E=expert)}.weight"
         for layer in range(2)
-        for expert in range(4 * row.moes if "{E}" in template else 1)
+        for expert in range(4 * row.moes_per_layer if "{E}" in template else 1)
     ]
     entries = {
         name: {"dtype": "BF16", "shape": shape, "data_offsets": [i * size, (i + 1) * size]}

@@ -28,7 +28,7 @@ from moescale.families import architectures
 from moescale.families.architectures import ROWS, Architecture
 from moescale.families.projections import Layer, find_projections
 
-COUNT_NAMES = frozenset({"top_k", "topk", "k", *(key for row in ROWS for key in row.count)})
+COUNT_NAMES = frozenset({"top_k", "topk", "k", *(key for row in ROWS for key in row.count_keys)})
 """What modules and configs call the number of experts per token."""
 
 _PROPORTIONAL, _SAME = 0.005, 0.02

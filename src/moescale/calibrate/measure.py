@@ -218,7 +218,7 @@ def _measured_layers(wanted: Sequence[Layer], found: Collection[Layer]) -> list[
 
 
 def _numbers(moe: Moe, experts: Experts, layer: Layer) -> Numbers:
-    return Numbers(*experts.at(layer), moe.held[layer])
+    return Numbers(*experts.at(layer), moe.experts_by_layer[layer])
 
 
 def _run(

@@ -148,25 +148,25 @@ class Architecture:
 
     model_type: str
     experts: Sequence[str]
-    normalised: NormalisationRule
-    count: Sequence[str] = ("num_experts_per_tok",)
+    normalisation: NormalisationRule
+    count_keys: Sequence[str] = ("num_experts_per_tok",)
     sections: Sequence[str] = TEXT_SECTIONS
     moe_layers: MoeLayers | None = None
     groups: bool = False
-    total: Sequence[str] = ("num_local_experts", "num_experts", "n_routed_experts")
+    total_keys: Sequence[str] = ("num_local_experts", "num_experts", "n_routed_experts")
     part: str | None = None
     stacks: frozenset[str] | None = None
-    moes: int = 1
+    moes_per_layer: int = 1
     fixed: str | None = None
     fixed_count: int | None = None
     no_effect: str | None = None
     no_effect_if: str | None = None
-    partly: str | None = None
-    partly_if: str | None = None
-    beside: Sequence[str] = ()
+    partial_effect: str | None = None
+    partial_effect_if: str | None = None
+    other_modules: Sequence[str] = ()
     scale_key: str | None = None
-    any_text: bool = False
-    folds: bool = False
+    any_text_model: bool = False
+    can_fold: bool = False
     router: RouterKind | OtherRouter = UNKNOWN
 
 
@@ -223,7 +223,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
             SPARSE_MOE,
             ALWAYS,
             scale_key=_SCALE,
-            folds=True,
+            can_fold=True,
             router=kinds.MINIMAX_M3,
         )
         for model_type in ("minimax_m3_vl", "minimax_m3_vl_text", "minimax_m3")
@@ -288,27 +288,27 @@ ROWS: Final[tuple[Architecture, ...]] = (
     _group_limited("deepseek_v2", NEVER, moe_layers=FirstDense(0), router=kinds.DEEPSEEK_V2),
     _group_limited("deepseek_ocr2", NEVER, router=kinds.DEEPSEEK_V2),
     _group_limited("unlimited_ocr", NEVER, router=kinds.DEEPSEEK_V2),
-    _group_limited("deepseek_v3", NORM_TRUE, moe_layers=FirstDense(3), folds=True),
-    _group_limited("deepseek_v32", NORM_TRUE, moe_layers=FirstDense(3), folds=True),
+    _group_limited("deepseek_v3", NORM_TRUE, moe_layers=FirstDense(3), can_fold=True),
+    _group_limited("deepseek_v32", NORM_TRUE, moe_layers=FirstDense(3), can_fold=True),
     _group_limited(
         "kimi_k25",
         NORM_TRUE,
         experts=(*MLP, "blocks.{L}.mlp.experts.{E}.down_proj"),
         moe_layers=FirstDense(3),
-        any_text=True,
-        folds=True,
+        any_text_model=True,
+        can_fold=True,
     ),
     # sglang 0.5.23 kimi_vl.py, dots_vlm.py: the text model is DeepseekV2ForCausalLM, for Kimi-VL in
     # text_config, for dots.vlm with its keys at the top; mlx-vlm 0.7.10 youtu_vl/language.py
-    _group_limited("kimi_vl", NORM_TRUE, any_text=True, folds=True),
-    _group_limited("dots_vlm", NORM_FALSE, folds=True, router=kinds.DOTS_VLM),
-    _group_limited("youtu_vl", NORM_TRUE, folds=True),
+    _group_limited("kimi_vl", NORM_TRUE, any_text_model=True, can_fold=True),
+    _group_limited("dots_vlm", NORM_FALSE, can_fold=True, router=kinds.DOTS_VLM),
+    _group_limited("youtu_vl", NORM_TRUE, can_fold=True),
     _group_limited(
         "kimi_linear",
         _MOE_RENORMALIZE,
         experts=SPARSE_MOE,
-        count=_PER_TOKEN,
-        folds=True,
+        count_keys=_PER_TOKEN,
+        can_fold=True,
         router=kinds.SPARSE_SIGMOID,
     ),
     # sglang 0.5.23 kimi_k3.py: routed_expert_norm follows the routed sum
@@ -316,44 +316,44 @@ ROWS: Final[tuple[Architecture, ...]] = (
         "kimi_k3",
         _MOE_RENORMALIZE,
         experts=SPARSE_MOE,
-        count=_PER_TOKEN,
-        beside=_LATENT,
+        count_keys=_PER_TOKEN,
+        other_modules=_LATENT,
         no_effect="a norm on the routed sum (routed_expert_norm) removes every factor",
         no_effect_if="latent_moe_use_norm",
         router=kinds.SPARSE_SIGMOID,
     ),
-    _group_limited("bailing_hybrid", _MOE_RENORMALIZE, count=_PER_TOKEN, folds=True),
+    _group_limited("bailing_hybrid", _MOE_RENORMALIZE, count_keys=_PER_TOKEN, can_fold=True),
     # Ling with eyes, sglang 0.5.23: bailing_mm_v3.py over bailing_moe_v3.py (text_config),
     # bailing_mm.py over bailing_moe.py (llm_config); a "MultiRouter" has gates for images and sound
     _group_limited(
         "bailing_moe_v3_vl",
         NORM_FALSE,
-        beside=_MULTI_ROUTER,
-        folds=True,
+        other_modules=_MULTI_ROUTER,
+        can_fold=True,
         router=kinds.LING_IMAGES,
     ),
     _group_limited(
         "bailingmm_moe_v2_lite",
         NORM_TRUE,
-        beside=_MULTI_ROUTER,
-        folds=True,
+        other_modules=_MULTI_ROUTER,
+        can_fold=True,
         router=kinds.LING_IMAGES,
     ),
     # sglang 0.5.23 gigachat35.py: DeepSeek-V3 with a norm after the MoE, by layernorm_type
     _group_limited(
         "gigachat3_5",
         NORM_TRUE,
-        partly=_JOINT_NORM,
-        partly_if="post_feedforward_layernorm.weight",
+        partial_effect=_JOINT_NORM,
+        partial_effect_if="post_feedforward_layernorm.weight",
         router=kinds.GATED_INPUT,
     ),
-    _group_limited("exaone_moe", NORM_TRUE, folds=True),
-    _group_limited("dots1", NORM_FALSE, folds=True),
-    _group_limited("glm4_moe", NORM_TRUE, moe_layers=FirstDense(1), folds=True),
-    _group_limited("glm4_moe_lite", NORM_TRUE, folds=True),
+    _group_limited("exaone_moe", NORM_TRUE, can_fold=True),
+    _group_limited("dots1", NORM_FALSE, can_fold=True),
+    _group_limited("glm4_moe", NORM_TRUE, moe_layers=FirstDense(1), can_fold=True),
+    _group_limited("glm4_moe_lite", NORM_TRUE, can_fold=True),
     _group_limited("glm4v_moe", NORM_TRUE, moe_layers=FirstDense(1)),
     _group_limited("glm4v_moe_text", NORM_TRUE, moe_layers=FirstDense(1)),
-    _group_limited("glm_moe_dsa", NORM_TRUE, folds=True),
+    _group_limited("glm_moe_dsa", NORM_TRUE, can_fold=True),
     _group_limited("glm5_next", NORM_TRUE),
     _group_limited("glm5_next_text", NORM_TRUE),
     *(
@@ -367,16 +367,18 @@ ROWS: Final[tuple[Architecture, ...]] = (
     _group_limited("solar_open", NORM_TRUE),
     _group_limited("sarvam_moe", NORM_TRUE, moe_layers=FirstDense(1)),
     _group_limited("sarvam_mla", NORM_TRUE, moe_layers=FirstDense(1)),
-    _group_limited("axk1", NORM_TRUE, partly=_JOINT_NORM),
+    _group_limited("axk1", NORM_TRUE, partial_effect=_JOINT_NORM),
     _group_limited("axk2", NORM_TRUE, router=kinds.GATED_INPUT),
     _group_limited("beam", NORM_TRUE, no_effect=_POST_NORM, router=kinds.BEAM),
-    _group_limited("nemotron_h", NORM_TRUE, experts=MIXER, folds=True, router=kinds.NEMOTRON),
+    _group_limited("nemotron_h", NORM_TRUE, experts=MIXER, can_fold=True, router=kinds.NEMOTRON),
     _group_limited(
-        "nemotron_h_omni", NORM_TRUE, experts=MIXER, any_text=True, router=kinds.NEMOTRON
+        "nemotron_h_omni", NORM_TRUE, experts=MIXER, any_text_model=True, router=kinds.NEMOTRON
     ),
-    _group_limited("nemo_speechlm", NORM_TRUE, experts=MIXER, any_text=True, router=kinds.NEMOTRON),
+    _group_limited(
+        "nemo_speechlm", NORM_TRUE, experts=MIXER, any_text_model=True, router=kinds.NEMOTRON
+    ),
     _group_limited("mistral4", NORM_TRUE, router=kinds.SOFTMAX),
-    _group_limited("mistral3", NORM_TRUE, any_text=True, router=kinds.SOFTMAX),
+    _group_limited("mistral3", NORM_TRUE, any_text_model=True, router=kinds.SOFTMAX),
     *(
         _group_limited(
             model_type,
@@ -394,7 +396,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         ALWAYS,
         part="vision",
         stacks=frozenset({"vision_encoder", "vision_tower"}),
-        count=("num_experts_per_tok", "capacity_factor"),
+        count_keys=("num_experts_per_tok", "capacity_factor"),
         sections=("vision_config",),
         scale_key="router_scaling_factor",
         router=kinds.DOTS_VISION,
@@ -408,7 +410,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
             moe_layers=All(),
             fixed=_HASHED,
             scale_key=_SCALE,
-            folds=True,
+            can_fold=True,
             router=kinds.V4,
         )
         for model_type in ("deepseek_v4", "deepseek_ref")
@@ -421,8 +423,8 @@ ROWS: Final[tuple[Architecture, ...]] = (
             NORM_TRUE,
             part=part,
             stacks=stacks,
-            count=(f"{key}num_experts_per_tok",),
-            total=(f"{key}n_routed_experts",),
+            count_keys=(f"{key}num_experts_per_tok",),
+            total_keys=(f"{key}n_routed_experts",),
             scale_key=_SCALE,
             router=kinds.NOT_COMPARED,
         )
@@ -442,16 +444,16 @@ ROWS: Final[tuple[Architecture, ...]] = (
         router=kinds.NO_NORM,
     ),
     Architecture("mellum", MLP, NORM_TRUE, router=kinds.SOFTMAX),
-    Architecture("hunyuan_v1_moe", MLP, ALWAYS, count=_MOE_TOPK, router=kinds.HUNYUAN),
+    Architecture("hunyuan_v1_moe", MLP, ALWAYS, count_keys=_MOE_TOPK, router=kinds.HUNYUAN),
     # Tencent's own name of hunyuan_v1_moe: mlx-lm 0.32.2 hunyuan.py, sglang 0.5.23 hunyuan.py
-    Architecture("hunyuan", MLP, ALWAYS, count=_MOE_TOPK, router=kinds.HUNYUAN),
+    Architecture("hunyuan", MLP, ALWAYS, count_keys=_MOE_TOPK, router=kinds.HUNYUAN),
     Architecture("jamba", FEED_FORWARD, NEVER, router=kinds.JAMBA),
     Architecture(
         "ernie4_5_moe",
         MLP,
         ALWAYS,
-        count=("num_experts_per_tok", "moe_k"),
-        total=_MOE_TOTAL,
+        count_keys=("num_experts_per_tok", "moe_k"),
+        total_keys=_MOE_TOTAL,
         router=kinds.ERNIE,
     ),
     # The second is Baidu's own name: sglang 0.5.23 ernie45_vl.py, mlx-vlm 0.7.10 ernie4_5_moe_vl
@@ -464,10 +466,10 @@ ROWS: Final[tuple[Architecture, ...]] = (
                 "layers.{L}.mlp.vision_moe.experts.down_proj",
             ),
             ALWAYS,
-            count=("num_experts_per_tok", "moe_k"),
-            total=_MOE_TOTAL,
-            moes=2,
-            beside=("moe_statics", "text_moe", "vision_moe"),
+            count_keys=("num_experts_per_tok", "moe_k"),
+            total_keys=_MOE_TOTAL,
+            moes_per_layer=2,
+            other_modules=("moe_statics", "text_moe", "vision_moe"),
             router=kinds.TWO_ROUTERS,
         )
         for model_type in ("ernie4_5_vl_moe", "ernie4_5_moe_vl")
@@ -481,9 +483,14 @@ ROWS: Final[tuple[Architecture, ...]] = (
         router=kinds.COHERE2,
     ),
     Architecture(
-        "afmoe", MLP, ALWAYS, partly=_JOINT_NORM, scale_key="route_scale", router=kinds.AFMOE
+        "afmoe",
+        MLP,
+        ALWAYS,
+        partial_effect=_JOINT_NORM,
+        scale_key="route_scale",
+        router=kinds.AFMOE,
     ),
-    Architecture("kolibri1", MLP, NORM_FALSE, partly=_JOINT_NORM, router=kinds.KOLIBRI),
+    Architecture("kolibri1", MLP, NORM_FALSE, partial_effect=_JOINT_NORM, router=kinds.KOLIBRI),
     Architecture("laguna", MLP, ALWAYS, scale_key="moe_routed_scaling_factor", router=kinds.LAGUNA),
     Architecture(
         "lfm2_moe",
@@ -501,8 +508,8 @@ ROWS: Final[tuple[Architecture, ...]] = (
             model_type,
             ("layers.{L}.moe.down_proj", "layers.{L}.mlp.experts.down_proj"),
             ALWAYS,
-            count=("moe_top_k", "num_experts_per_tok"),
-            total=("n_routed_experts", "moe_num_experts", "num_local_experts", "num_experts"),
+            count_keys=("moe_top_k", "num_experts_per_tok"),
+            total_keys=("n_routed_experts", "moe_num_experts", "num_local_experts", "num_experts"),
             scale_key="moe_router_scaling_factor",
             router=kinds.STEP,
         )
@@ -514,8 +521,8 @@ ROWS: Final[tuple[Architecture, ...]] = (
             model_type,
             ("layers.{L}.moe.down_proj", "layers.{L}.mlp.experts.down_proj"),
             Flag("norm_expert_weight", False),
-            count=("moe_top_k",),
-            total=("moe_num_experts",),
+            count_keys=("moe_top_k",),
+            total_keys=("moe_num_experts",),
             router=kinds.NOT_COMPARED,
         )
         for model_type in ("step3_vl", "step3_text")
@@ -528,35 +535,42 @@ ROWS: Final[tuple[Architecture, ...]] = (
         "gpt_oss",
         MLP,
         ALWAYS,
-        count=("num_experts_per_tok", "experts_per_token"),
+        count_keys=("num_experts_per_tok", "experts_per_token"),
         router=kinds.GPT_OSS,
     ),
     Architecture("openai_privacy_filter", MLP, ALWAYS, router=kinds.GPT_OSS),
-    Architecture("aria", ARIA, ALWAYS, count=("moe_topk",), total=_MOE_TOTAL, router=kinds.ARIA),
-    Architecture(
-        "aria_text", ARIA, ALWAYS, count=("moe_topk",), total=_MOE_TOTAL, router=kinds.ARIA
+    *(
+        Architecture(
+            model_type,
+            ARIA,
+            ALWAYS,
+            count_keys=("moe_topk",),
+            total_keys=_MOE_TOTAL,
+            router=kinds.ARIA,
+        )
+        for model_type in ("aria", "aria_text")
     ),
     Architecture(
         "dbrx",
         ("blocks.{L}.ffn.experts.mlp.w2",),
         PowerNorm("moe_normalize_expert_weights"),
-        count=("moe_top_k",),
+        count_keys=("moe_top_k",),
         sections=("ffn_config",),
-        total=_MOE_TOTAL,
+        total_keys=_MOE_TOTAL,
         router=kinds.DBRX,
     ),
     Architecture(
         "doge",
         ("layers.{L}.mlp.up_embed",),
         ALWAYS,
-        beside=("down_embed", "up_embed"),
+        other_modules=("down_embed", "up_embed"),
         router=kinds.DOGE,
     ),
     Architecture(
         "jetmoe",
         ("layers.{L}.mlp.output_linear",),
         ALWAYS,
-        beside=("bias",),
+        other_modules=("bias",),
         fixed="the same number also sets how many attention heads it has",
         router=kinds.JETMOE,
     ),
@@ -569,9 +583,9 @@ ROWS: Final[tuple[Architecture, ...]] = (
             model_type,
             MLP,
             NEVER,
-            count=_MOE_TOPK,
-            partly="its identity experts have no weights: the share of the tokens that chose one"
-            " stays as it was",
+            count_keys=_MOE_TOPK,
+            partial_effect="its identity experts have no weights: the share of the tokens that"
+            " chose one stays as it was",
             scale_key=_SCALE,
             router=kinds.LONGCAT,
         )
@@ -582,7 +596,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
             model_type,
             GEMMA,
             ALWAYS,
-            count=("top_k_experts",),
+            count_keys=("top_k_experts",),
             no_effect=_POST_NORM,
             router=kinds.OWN_NORM,
         )
@@ -604,8 +618,8 @@ ROWS: Final[tuple[Architecture, ...]] = (
             model_type,
             INKLING,
             SharedSum("n_shared_experts"),
-            partly="routed and shared experts share one normalisation: another number of routed"
-            " experts also changes the weight of the shared ones, which is not scaled",
+            partial_effect="routed and shared experts share one normalisation: another number of"
+            " routed experts also changes the weight of the shared ones, which is not scaled",
             scale_key="route_scale",
             router=kinds.INKLING,
         )
@@ -626,7 +640,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         "nllb-moe",
         ("layers.{L}.ffn.experts.expert_{E}.fc2",),
         ALWAYS,
-        count=(),
+        count_keys=(),
         fixed="its router always takes 2 experts",
         fixed_count=2,
         router=kinds.LIMITED,
@@ -638,32 +652,32 @@ ROWS: Final[tuple[Architecture, ...]] = (
             "block.{L}.layer.2.mlp.experts.expert_{E}.wo",
         ),
         NEVER,
-        count=(),
+        count_keys=(),
         fixed="its router always takes 1 expert",
         fixed_count=1,
         router=kinds.LIMITED,
     ),
     # Remote code: types that transformers does not know under this name
-    _group_limited("kimi_k2", NORM_TRUE, moe_layers=FirstDense(3), folds=True),
+    _group_limited("kimi_k2", NORM_TRUE, moe_layers=FirstDense(3), can_fold=True),
     _group_limited(
         "deepseek_vl_v2", NORM_FALSE, moe_layers=FirstDense(0), router=kinds.NOT_COMPARED
     ),
     Architecture("deepseek", MLP, NORM_FALSE, moe_layers=FirstDense(0), router=kinds.SOFTMAX),
     _group_limited(
-        "bailing_moe", NORM_TRUE, moe_layers=FirstDense(0), folds=True, router=kinds.LING
+        "bailing_moe", NORM_TRUE, moe_layers=FirstDense(0), can_fold=True, router=kinds.LING
     ),
-    _group_limited("bailing_moe_v2", NORM_TRUE, moe_layers=FirstDense(0), folds=True),
+    _group_limited("bailing_moe_v2", NORM_TRUE, moe_layers=FirstDense(0), can_fold=True),
     # sglang 0.5.23: sdar_moe.py, bailing_moe_linear.py, llada2.py
     Architecture("sdar_moe", MLP, NORM_TRUE, router=kinds.SOFTMAX),
     _group_limited(
         "bailing_moe_linear",
         NORM_TRUE,
         moe_layers=FirstDense(0),
-        folds=True,
+        can_fold=True,
         router=kinds.LING_SIGMOID,
     ),
     _group_limited("llada2_moe", NORM_TRUE, moe_layers=FirstDense(0), router=kinds.LING_SIGMOID),
-    _group_limited("joyai_llm_flash", NORM_TRUE, folds=True),  # mlx-lm 0.32.2: deepseek_v3
+    _group_limited("joyai_llm_flash", NORM_TRUE, can_fold=True),  # mlx-lm 0.32.2: deepseek_v3
     # sglang 0.5.23 xllm.py: router_scaling_factor is that of its attention's experts, too
     *(
         Architecture(
@@ -681,8 +695,9 @@ ROWS: Final[tuple[Architecture, ...]] = (
         "iquest_q1",
         ("layers.{L}.mlp.experts.proj", *MLP),
         ALWAYS,
-        partly="a norm follows the experts of layer 0 (ffn_out_norm) and removes its factor",
-        partly_if="ffn_out_norm.weight",
+        partial_effect="a norm follows the experts of layer 0 (ffn_out_norm) and removes its"
+        " factor",
+        partial_effect_if="ffn_out_norm.weight",
         router=kinds.IQUEST,
     ),
     # mlx-lm 0.32.2 Klear.py, whose name is the type, and mlx-vlm 0.7.10 klear: `coefficient`
@@ -693,7 +708,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
             MLP,
             NORM_TRUE,
             moe_layers=SparseStep(),
-            beside=("coefficient",),
+            other_modules=("coefficient",),
             router=kinds.SIGMOID,
         )
         for model_type in ("Klear", "klear")
@@ -706,7 +721,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         "xverse",
         MLP,
         ALWAYS,
-        count=("moe_top_k",),
+        count_keys=("moe_top_k",),
         moe_layers=All(),
         router=kinds.NOT_COMPARED,
     ),

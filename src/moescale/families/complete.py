@@ -14,10 +14,10 @@ from moescale.families.names import plain_name
 from moescale.families.projections import (
     Layer,
     Projection,
-    Stacks,
+    StackFilter,
     stack_of,
 )
-from moescale.families.witness import Witness
+from moescale.families.router_shapes import RouterShapes
 
 _INCOMPLETE = "The checkpoint is incomplete, or its config belongs to another one."
 
@@ -51,16 +51,16 @@ def check_complete(
     by_layer: dict[Layer, list[Projection]] = defaultdict(list)
     for projection in projections:
         by_layer[projection.layer].append(projection)
-    witness = Witness(tensors, architecture, config)
-    stated = {layer: config.experts_of(layer.number) for layer in by_layer}
+    routers = RouterShapes(tensors, architecture, config)
+    stated = {layer: config.experts_in(layer.number) for layer in by_layer}
     counts = {
-        layer: _count(layer, members, stated[layer], witness, architecture.moes)
+        layer: _count(layer, members, stated[layer], routers, architecture.moes_per_layer)
         for layer, members in by_layer.items()
     }
-    _check_not_of_another(counts, stated, architecture.moes)
+    _check_not_of_another(counts, stated, architecture.moes_per_layer)
     _check_layers(set(by_layer), config)
     names = [plain_name(tensor.name) for tensor in tensors]
-    _check_routers(projections, names, Stacks(architecture, others))
+    _check_routers(projections, names, StackFilter(architecture, others))
     return counts
 
 
@@ -68,14 +68,14 @@ def _check_not_of_another(
     counts: Mapping[Layer, int], stated: Mapping[Layer, int], moes: int
 ) -> None:
     """Pruning leaves some layer as it was, or the config with the new number."""
-    held, said = set(counts.values()), set(stated.values())
-    if len(held) == len(said) == 1 and held != said:
+    found, said = set(counts.values()), set(stated.values())
+    if len(found) == len(said) == 1 and found != said:
         layer, number = next(iter(counts.items()))
         raise _not_as_stated(layer, range(number * moes), stated[layer] * moes)
 
 
 def _count(
-    layer: Layer, members: Sequence[Projection], stated: int, witness: Witness, moes: int
+    layer: Layer, members: Sequence[Projection], stated: int, routers: RouterShapes, moes: int
 ) -> int:
     """Routed experts of one layer."""
     stacked = [p for p in members if p.expert is None]
@@ -86,12 +86,12 @@ def _count(
             f" ({one.module} and {stacked[0].module})"
         )
     if stacked:
-        return _count_stacked(layer, stacked, stated, witness, moes)
-    return _count_single(layer, members, stated, witness, moes)
+        return _count_stacked(layer, stacked, stated, routers, moes)
+    return _count_single(layer, members, stated, routers, moes)
 
 
 def _count_single(
-    layer: Layer, members: Sequence[Projection], stated: int, witness: Witness, moes: int
+    layer: Layer, members: Sequence[Projection], stated: int, routers: RouterShapes, moes: int
 ) -> int:
     by_number = {p.expert: p for p in members}
     if len(by_number) < len(members):
@@ -102,12 +102,12 @@ def _count_single(
             hint="Which of them the model uses cannot be seen; remove the other.",
         )
     numbers = sorted(number for number in by_number if number is not None)
-    held, odd = divmod(len(numbers), moes)
+    found, odd = divmod(len(numbers), moes)
     whole_ = numbers == list(range(len(numbers))) and not odd
-    if not whole_ or (held != stated and not witness.confirms(members[0], held)):
+    if not whole_ or (found != stated and not routers.matches(members[0], found)):
         raise _not_as_stated(layer, numbers, stated * moes)
-    witness.check(members[0], held)
-    return held
+    routers.check(members[0], found)
+    return found
 
 
 def _not_as_stated(layer: Layer, numbers: Collection[int], stated: int) -> CheckpointError:
@@ -129,22 +129,22 @@ def _not_as_stated(layer: Layer, numbers: Collection[int], stated: int) -> Check
 
 
 def _count_stacked(
-    layer: Layer, stacked: Sequence[Projection], stated: int, witness: Witness, moes: int
+    layer: Layer, stacked: Sequence[Projection], stated: int, routers: RouterShapes, moes: int
 ) -> int:
     if len(stacked) != moes:
         raise CheckpointError(
             f"layer {layer}: has {len(stacked)} tensors with all experts"
             f" ({stacked[0].module}, {stacked[-1].module})"
         )
-    held = _held(stacked[0])
-    if held is None or (held != stated and not witness.confirms(stacked[0], held)):
-        held = stated
+    found = _held(stacked[0])
+    if found is None or (found != stated and not routers.matches(stacked[0], found)):
+        found = stated
     for projection in stacked:
         for suffix, tensor in projection.by_suffix.items():
             if suffix in _ONE_EACH or len(tensor.shape) > 2:
-                _check_stacked(tensor, held)
-    witness.check(stacked[0], held)
-    return held
+                _check_stacked(tensor, found)
+    routers.check(stacked[0], found)
+    return found
 
 
 _ONE_EACH = frozenset({"weight", "bias", "blocks", "weight_packed", "qweight"})
@@ -193,11 +193,13 @@ def _main_stack(found: set[Layer]) -> str:
     return max(sorted(set(stacks)), key=stacks.count)
 
 
-def _check_routers(projections: Sequence[Projection], names: Iterable[str], stacks: Stacks) -> None:
+def _check_routers(
+    projections: Sequence[Projection], names: Iterable[str], stacks: StackFilter
+) -> None:
     """Every layer that has a router needs down-projections, whatever the config says."""
     layers: dict[tuple[str, str], set[str]] = defaultdict(set)
     for projection in projections:
-        start, stop = projection.number_at
+        start, stop = projection.number_span
         if projection.module[:start].endswith("."):
             layers[projection.module[:start], projection.block].add(projection.module[start:stop])
     if not layers:

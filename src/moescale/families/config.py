@@ -100,7 +100,7 @@ def _count(value: Any, path: str) -> int | tuple[int, ...]:
 
 def set_count(config: Config, count_keys: Sequence[ConfigKey], new: int) -> Config:
     """The config with `new` at all `count_keys`; every other byte stays."""
-    paths = {(*keys_of(key.section), key.key) for key in count_keys}
+    paths = {(*split_path(key.section), key.key) for key in count_keys}
 
     def wanted(path: Path) -> bool:
         return path in paths or path[:-1] in paths
@@ -113,12 +113,12 @@ def set_count(config: Config, count_keys: Sequence[ConfigKey], new: int) -> Conf
     return parse_config(replace_spans(config.text, edits).encode())
 
 
-def keys_of(dotted: str) -> tuple[str, ...]:
+def split_path(dotted: str) -> tuple[str, ...]:
     """The keys of a dotted path."""
     return tuple(dotted.split(".")) if dotted else ()
 
 
-def whole(section: Mapping[str, Any], key: str, default: int) -> int:
+def read_integer(section: Mapping[str, Any], key: str, default: int) -> int:
     """A whole number of the config, 0 or more; `default` where it is not there or null.
 
     Raises:
@@ -127,10 +127,10 @@ def whole(section: Mapping[str, Any], key: str, default: int) -> int:
     value = section.get(key)
     if value is None:
         return default
-    if type(value) is not int or not 0 <= value <= MOST:
+    if type(value) is not int or not 0 <= value <= MAX_NUMBER:
         raise CheckpointError(f"{CONFIG}: {key} is {repr(value)[:40]}, not a number of things")
     return value
 
 
-MOST = 100_000
+MAX_NUMBER = 100_000
 """More layers, experts or groups than this are no model."""

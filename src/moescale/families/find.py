@@ -14,9 +14,10 @@ from moescale.families import architectures
 from moescale.families.architectures import TEXT_SECTIONS, Architecture, Flag
 from moescale.families.complete import check_complete
 from moescale.families.config import CONFIG, Config, ConfigKey, find_count_keys
-from moescale.families.hints import looks_routed
-from moescale.families.moe_config import MoeConfig, read_moe_config, router_of
-from moescale.families.names import plain_name, refuse_unmerged
+from moescale.families.duplicate_counts import duplicate_count_keys
+from moescale.families.likely_experts import likely_down_projection
+from moescale.families.moe_config import MoeConfig, normalisation_of, read_moe_config
+from moescale.families.names import plain_name, refuse_unmerged_adapter
 from moescale.families.pattern import find_by_pattern
 from moescale.families.projections import (
     Layer,
@@ -24,10 +25,9 @@ from moescale.families.projections import (
     find_projections,
     in_part,
 )
-from moescale.families.second_counts import second_count_keys
+from moescale.families.router_shapes import RouterShapes
 from moescale.families.shapes import check_shapes, empty_weights
 from moescale.families.unknown import unknown_keys, unknown_tensors
-from moescale.families.witness import Witness
 from moescale.routers.normalisation import Normalisation
 
 
@@ -41,10 +41,10 @@ class Moe:
         config: what the config says of it.
         count_keys: the keys that hold the experts per token; the first is what counts.
         count: the experts per token, or those of each layer.
-        held: routed experts of each layer, as its tensors hold.
+        experts_by_layer: routed experts of each layer, as its tensors hold.
         projections: the routed down-projections, complete.
         warnings: what the user should know.
-        elsewhere: what the same model calls layers in another format; None for one that this
+        layer_aliases: what the same model calls layers in another format; None for one that this
             checkpoint lacks.
     """
 
@@ -53,10 +53,10 @@ class Moe:
     config: MoeConfig
     count_keys: Sequence[ConfigKey]
     count: int | tuple[int, ...]
-    held: Mapping[Layer, int]
+    experts_by_layer: Mapping[Layer, int]
     projections: Sequence[Projection]
     warnings: list[str]
-    elsewhere: Mapping[str, Layer | None] = field(default_factory=dict)
+    layer_aliases: Mapping[str, Layer | None] = field(default_factory=dict)
 
     @property
     def layers(self) -> list[Layer]:
@@ -94,15 +94,15 @@ def find_moe(
     if experts_key is not None:
         row = _with_key(row, experts_key)
     try:
-        count_keys = find_count_keys(config, row.sections, row.count)
+        count_keys = find_count_keys(config, row.sections, row.count_keys)
     except CheckpointError:
         if _is_dense(plain_name(tensor.name) for tensor in tensors):  # whose count is 0
             raise _dense(f"model type {model_type!r}") from None
         raise
     if not count_keys and row.fixed_count is None:
         raise _no_count(config, row, tensors, experts_key)
-    again, of_others = second_count_keys(config, row, count_keys)
-    adapted = refuse_unmerged(tensor.name for tensor in tensors)
+    again, of_others = duplicate_count_keys(config, row, count_keys)
+    adapted = refuse_unmerged_adapter(tensor.name for tensor in tensors)
     if pattern is not None:
         projections = find_by_pattern(tensors, pattern)
     else:
@@ -111,22 +111,22 @@ def find_moe(
         raise _none_found(model_type, row, tensors, pattern)
     read = read_moe_config(_section(config, count_keys, row), row)
     _check_lists(count_keys, read.layers)
-    held = check_complete(projections, tensors, row, read, _other_parts(row))
-    check_shapes(projections, tensors, read, held, Witness(tensors, row, read))
+    experts_by_layer = check_complete(projections, tensors, row, read, _other_parts(row))
+    check_shapes(projections, tensors, read, experts_by_layer, RouterShapes(tensors, row, read))
     return Moe(
         architecture=row,
         model_type=model_type,
         config=read,
         count_keys=[*count_keys, *again],
         count=count_keys[0].value if count_keys else row.fixed_count or 0,
-        held=held,
+        experts_by_layer=experts_by_layer,
         projections=projections,
         warnings=[
             *adapted,
             *_warnings(row, count_keys, read),
             *_of_reach(row, projections, tensors),
             *of_others,
-            *_of_counts(read, held),
+            *_expert_number_warnings(read, experts_by_layer),
             *(_other_type(config, row) if arch is None and pattern is None else ()),
             *empty_weights(tensors),
             *unknown_keys(row, read),
@@ -142,13 +142,15 @@ def _no_count(
     if _is_dense(plain_name(tensor.name) for tensor in tensors):
         own = next(iter(_model_types(config)), row.model_type)
         return _dense(f"model type {own!r}")
-    empty = any(key in (config.section(name) or {}) for name in row.sections for key in row.count)
+    empty = any(
+        key in (config.section(name) or {}) for name in row.sections for key in row.count_keys
+    )
     has = "has null at" if empty else "has no"
-    missing = f"{CONFIG}: {has} {' or '.join(row.count)}, the experts per token"
+    missing = f"{CONFIG}: {has} {' or '.join(row.count_keys)}, the experts per token"
     likely = _likely_key(config)
     if experts_key is not None and likely != "KEY":
-        section, _, key = likely.rpartition(".")
-        value = (config.section(section) or {}).get(key)
+        path, _, key = likely.rpartition(".")
+        value = (config.section(path) or {}).get(key)
         return UnsupportedError(missing, hint=f"A key that looks like it: {likely} = {value!r}.")
     return UnsupportedError(
         missing, hint="Add the key with the number that the model was trained with."
@@ -172,7 +174,7 @@ def _none_found(
             hint="The weights are those of a dense model, or a part of the checkpoint is missing.",
         )
     looked_for = repr(pattern) if pattern else f"{row.experts[0]} or of another known layout"
-    routed = pattern is None and looks_routed(names)
+    routed = pattern is None and likely_down_projection(names)
     return CheckpointError(
         f"no routed down-projections found for model type {model_type!r}: no tensor has a"
         f" name like {looked_for}",
@@ -185,22 +187,22 @@ def _is_dense(names: Iterable[str]) -> bool:
     return not any(re.search("expert|moe|router|switch_mlp", name) for name in names)
 
 
-def _of_counts(config: MoeConfig, held: Mapping[Layer, int]) -> Iterator[str]:
-    """What is unusual in the numbers of experts."""
-    fewest, most = min(held.values()), max(held.values())
-    stated = {layer: config.experts_of(layer.number) for layer in held}
+def _expert_number_warnings(config: MoeConfig, found: Mapping[Layer, int]) -> Iterator[str]:
+    """Unusual numbers of experts."""
+    fewest, most = min(found.values()), max(found.values())
+    stated = {layer: config.experts_in(layer.number) for layer in found}
     if fewest < most:
         yield f"the layers have {fewest} to {most} routed experts; the fewest limit the choice"
-    differing = [layer for layer, number in held.items() if number != stated[layer]]
+    differing = [layer for layer, number in found.items() if number != stated[layer]]
     if differing:
         layer = differing[0]
         yield (
-            f"{CONFIG} says {stated[layer]} routed experts, but layer {layer} has {held[layer]}"
-            f" ({len(differing)} of {len(held)} layers differ); that is what its router chooses"
+            f"{CONFIG} says {stated[layer]} routed experts, but layer {layer} has {found[layer]}"
+            f" ({len(differing)} of {len(found)} layers differ); that is what its router chooses"
             " from, so the tensors are believed"
         )
     limit = config.groups
-    odd = sorted({number for number in held.values() if limit and number % limit[0]})
+    odd = sorted({number for number in found.values() if limit and number % limit[0]})
     if limit and odd:
         yield (
             f"{odd[0]} experts cannot be divided into the {limit[0]} groups of {CONFIG} (n_group):"
@@ -208,14 +210,16 @@ def _of_counts(config: MoeConfig, held: Mapping[Layer, int]) -> Iterator[str]:
         )
 
 
-def own_router(config: Config, moe: Moe) -> tuple[str, Normalisation] | None:
+def configured_router(config: Config, moe: Moe) -> tuple[str, Normalisation] | None:
     """The type that the config names and its router, where the run was told another type."""
     for model_type in _model_types(config):
         if parts := architectures.parts(model_type):
             row = next((p for p in parts if p.part == moe.architecture.part), parts[0])
             if model_type == moe.model_type:
                 return None
-            return model_type, router_of(row, _section(config, moe.count_keys, moe.architecture))
+            return model_type, normalisation_of(
+                row, _section(config, moe.count_keys, moe.architecture)
+            )
     return None
 
 
@@ -231,7 +235,7 @@ def _row(
     known = [model_type for model_type in named if architectures.parts(model_type)]
     if known:
         row = architectures.find(known[0], part)
-        inner = architectures.find(known[-1]) if row.any_text else row
+        inner = architectures.find(known[-1]) if row.any_text_model else row
         return (known[-1], inner) if _routes_otherwise(inner, row) else (known[0], row)
     if named_by_user and arch is None:
         return (named or ["unknown"])[0], _UNKNOWN
@@ -242,7 +246,7 @@ def _routes_otherwise(one: Architecture, other: Architecture) -> bool:
     """Whether a factor is another, or has another effect, by one row than by the other."""
 
     def decisive(row: Architecture) -> tuple[object, ...]:
-        return row.normalised, row.no_effect, row.fixed, row.partly
+        return row.normalisation, row.no_effect, row.fixed, row.partial_effect
 
     return decisive(one) != decisive(other)
 
@@ -264,7 +268,7 @@ def _check_lists(count_keys: Sequence[ConfigKey], layers: int) -> None:
             )
 
 
-_UNKNOWN = Architecture("", experts=(), normalised=Flag("norm_topk_prob", False))
+_UNKNOWN = Architecture("", experts=(), normalisation=Flag("norm_topk_prob", False))
 """What is known of a model type that only --pattern describes."""
 
 
@@ -272,7 +276,7 @@ def _with_key(row: Architecture, dotted: str) -> Architecture:
     """The row with the user's config key of the experts per token."""
     section, _, key = dotted.rpartition(".")
     sections = (section,) if section else row.sections
-    return replace(row, count=(key,), sections=sections, moe_layers=None)
+    return replace(row, count_keys=(key,), sections=sections, moe_layers=None)
 
 
 def _other_type(config: Config, row: Architecture) -> Iterator[str]:
@@ -299,7 +303,7 @@ def _unknown(named: Sequence[str], tensors: Sequence[Tensor], config: Config) ->
     what = f"model type {named[0]!r}" if named else "a config without model_type"
     if tensors and _is_dense(plain_name(tensor.name) for tensor in tensors):
         return _dense(what)
-    routed = looks_routed([tensor.name for tensor in tensors])
+    routed = likely_down_projection([tensor.name for tensor in tensors])
     alike = _named_alike(plain_name(routed or ""), config)
     close = difflib.get_close_matches(
         named[0] if named else "", alike or architectures.known_types(), 3
@@ -340,7 +344,7 @@ def _fits(name: str, template: str) -> bool:
 def _counts(config: Config, row: Architecture) -> Iterator[Any]:
     """What a config has at the keys that a row reads as the experts per token."""
     sections = (config.section(section) or {} for section in row.sections)
-    return (section[key] for section in sections for key in row.count if key in section)
+    return (section[key] for section in sections for key in row.count_keys if key in section)
 
 
 def _likely_key(config: Config) -> str:
@@ -370,12 +374,12 @@ def _of_reach(
     row: Architecture, projections: Sequence[Projection], tensors: Sequence[Tensor]
 ) -> Iterator[str]:
     """What scaling does not reach, where that is so."""
-    if row.partly and row.partly_if is not None:
-        telling = {f"{plain_name(p.prefix)}.{row.partly_if}" for p in projections}
+    if row.partial_effect and row.partial_effect_if is not None:
+        telling = {f"{plain_name(p.prefix)}.{row.partial_effect_if}" for p in projections}
         if telling.isdisjoint(plain_name(tensor.name) for tensor in tensors):
             return
-    if row.partly:
-        yield f"model type {row.model_type!r}: {row.partly}"
+    if row.partial_effect:
+        yield f"model type {row.model_type!r}: {row.partial_effect}"
 
 
 def _warnings(row: Architecture, count_keys: Sequence[ConfigKey], config: MoeConfig) -> list[str]:
@@ -386,7 +390,7 @@ def _warnings(row: Architecture, count_keys: Sequence[ConfigKey], config: MoeCon
                 f"{CONFIG} says {key.value} at {key.path} and {first.value} at {first.path};"
                 f" {first.value} is taken"
             )
-    if row.model_type == "deepseek_v2" and config.asks_to_renormalise:
+    if row.model_type == "deepseek_v2" and config.norm_topk_prob:
         warnings.append(
             "norm_topk_prob is true: transformers ignores it for deepseek_v2, as this plan does;"
             " other engines renormalise"

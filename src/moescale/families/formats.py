@@ -55,7 +55,7 @@ class Format:
         stays: suffixes that may be there and do not change.
         fits: what the shapes must be, where the dtypes leave a doubt.
         size: the shape ``[..., out, in]`` of what is stored; None where the shapes do not tell.
-        misfit: the suffix whose shape cannot be beside the others, if any.
+        mismatch: the suffix whose shape cannot be beside the others, if any.
         free: tensors of one checkpoint differ in shape, as their numbers of bits do.
         source: where the facts can be read.
     """
@@ -63,16 +63,16 @@ class Format:
     name: str
     dtypes: Mapping[str, tuple[str, ...]]
     scaled: Mapping[str, ScaledTensor]
-    stays: tuple[str, ...] = ()
-    fits: Callable[[BySuffix], bool] = lambda tensors: True
-    size: Callable[[BySuffix], Shape | None] = lambda tensors: None
-    misfit: Callable[[BySuffix], str | None] = lambda tensors: None
-    free: bool = False
+    unchanged: tuple[str, ...] = ()
+    shapes_match: Callable[[BySuffix], bool] = lambda tensors: True
+    weight_shape: Callable[[BySuffix], Shape | None] = lambda tensors: None
+    mismatch: Callable[[BySuffix], str | None] = lambda tensors: None
+    mixed_bits: bool = False
     source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class UnsupportedFormat:
     """A format that is known by name and cannot be scaled; `dtypes` as in `Format`, () for any."""
 
     name: str
@@ -101,7 +101,7 @@ E8M0: Final = ("F8_E8M0", "U8")
 BYTES: Final = ("U8",)
 WORDS: Final = ("I32",)
 
-UNTOUCHED: Final = frozenset(
+INPUT_SUFFIXES: Final = frozenset(
     (
         *("input_scale", "input_scale_2", "input_global_scale", "input_zero_point"),
         *("input_scale_ub", "activation_scale", "act_scale", "qscale_act", "pre_quant_scale"),
@@ -127,11 +127,11 @@ def _groups(codes: str, scale: str, *sizes: int) -> Callable[[BySuffix], bool]:
 def _scale_per_row(scale: str, packed: int = 1) -> Callable[[BySuffix], bool]:
     """A row of scales for each output channel, of which the codes pack so many into a row."""
 
-    def fits(tensors: BySuffix) -> bool:
+    def shapes_match(tensors: BySuffix) -> bool:
         codes, scales = tensors["weight"].shape, tensors[scale].shape
         return len(codes) > 1 and len(scales) > 1 and scales[-2] == packed * codes[-2]
 
-    return fits
+    return shapes_match
 
 
 def _as_stored(tensors: BySuffix) -> Shape:
@@ -156,18 +156,18 @@ def _scaled_in_groups(scale: str, group: int) -> Callable[[BySuffix], Shape]:
 def _in_rows(*names: str) -> Callable[[BySuffix], str | None]:
     """Each has as many rows as the first; a single number is that of all rows."""
 
-    def misfit(tensors: BySuffix) -> str | None:
+    def mismatch(tensors: BySuffix) -> str | None:
         rows = tensors[names[0]].shape[:-1]
         others = (name for name in names[1:] if math.prod(tensors[name].shape) > 1)
         return next((name for name in others if tensors[name].shape[:-1] != rows), None)
 
-    return misfit
+    return mismatch
 
 
 def _in_blocks(scale: str) -> Callable[[BySuffix], str | None]:
     """A scale for the tensor, for each expert, each row or column, or each block of values."""
 
-    def misfit(tensors: BySuffix) -> str | None:
+    def mismatch(tensors: BySuffix) -> str | None:
         values, scales = tensors["weight"].shape, tensors[scale].shape
         count, experts = math.prod(scales), math.prod(values[:-2])
         if len(values) < 2 or count in (1, experts):
@@ -178,7 +178,7 @@ def _in_blocks(scale: str) -> Callable[[BySuffix], str | None]:
         fits = scales[:-2] == values[:-2] and all(_divides(*pair) for pair in ends)
         return None if fits else scale
 
-    return misfit
+    return mismatch
 
 
 def _divides(size: int, blocks: int) -> bool:
@@ -198,12 +198,12 @@ def _absmax(tensors: BySuffix) -> str | None:
 def _in_pairs(scale: str) -> Callable[[BySuffix], str | None]:
     """Two 4-bit codes a byte, and a scale for each 16 or 32 of them."""
 
-    def misfit(tensors: BySuffix) -> str | None:
+    def mismatch(tensors: BySuffix) -> str | None:
         codes, scales = tensors["weight"].shape, tensors[scale].shape
         groups = codes and scales and codes[-1] in (8 * scales[-1], 16 * scales[-1])
         return None if groups and codes[:-1] == scales[:-1] else scale
 
-    return misfit
+    return mismatch
 
 
 # The rows ---------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ ROWS: Final[tuple[Format, ...]] = (
         "plain",
         {"weight": SCALABLE},
         {"weight": ScaledTensor("weight")},
-        size=_as_stored,
+        weight_shape=_as_stored,
         source="the values themselves",
     ),
     # 8 bits
@@ -235,8 +235,8 @@ ROWS: Final[tuple[Format, ...]] = (
             {"weight": FP8, scale: FLOAT},
             {scale: WIDENED},
             ("weight_zero_point",),
-            size=_as_stored,
-            misfit=_in_blocks(scale),
+            weight_shape=_as_stored,
+            mismatch=_in_blocks(scale),
             source="DeepSeek-V3 README_WEIGHTS; transformers integrations/finegrained_fp8.py;"
             " compressed-tensors naive_quantized; modelopt quant_utils.py: W = weight * scale",
         )
@@ -247,8 +247,8 @@ ROWS: Final[tuple[Format, ...]] = (
             "MXFP8 or UE8M0 FP8",
             {"weight": FP8, scale: E8M0},
             {scale: EXPONENT},
-            size=_as_stored,
-            misfit=_in_blocks(scale),
+            weight_shape=_as_stored,
+            mismatch=_in_blocks(scale),
             source="compressed-tensors mxfp8, mx_utils.py; modelopt MXFP8;"
             " transformers integrations/finegrained_fp8.py: W = weight * 2**(scale - 127)",
         )
@@ -259,8 +259,8 @@ ROWS: Final[tuple[Format, ...]] = (
         {"weight": ("I8",), "weight_scale": FLOAT},
         {"weight_scale": WIDENED},
         ("weight_zero_point",),
-        size=_as_stored,
-        misfit=_in_blocks("weight_scale"),
+        weight_shape=_as_stored,
+        mismatch=_in_blocks("weight_scale"),
         source="compressed-tensors naive_quantized; modelopt quant_utils.py; Quark"
         " realquantizer.py: W = (weight - zero_point) * scale; vLLM and sglang allocate F32",
     ),
@@ -268,9 +268,9 @@ ROWS: Final[tuple[Format, ...]] = (
         "block INT8",
         {"weight": ("I8",), "weight_scale_inv": FLOAT},
         {"weight_scale_inv": WIDENED},
-        fits=lambda tensors: not _scale_per_row("weight_scale_inv")(tensors),
-        size=_as_stored,
-        misfit=_in_blocks("weight_scale_inv"),
+        shapes_match=lambda tensors: not _scale_per_row("weight_scale_inv")(tensors),
+        weight_shape=_as_stored,
+        mismatch=_in_blocks("weight_scale_inv"),
         source="sglang blockwise_int8.py: W = weight * scale",
     ),
     Format(
@@ -278,8 +278,8 @@ ROWS: Final[tuple[Format, ...]] = (
         {"weight": ("I8",), "SCB": F32},
         {"SCB": SCALE},
         ("weight_format",),
-        size=_as_stored,
-        misfit=_in_blocks("SCB"),
+        weight_shape=_as_stored,
+        mismatch=_in_blocks("SCB"),
         source="bitsandbytes functional.py int8_vectorwise_dequant: W = weight * SCB / 127",
     ),
     # 4 and 6 bits with floating codes
@@ -288,8 +288,8 @@ ROWS: Final[tuple[Format, ...]] = (
         {"weight": BYTES, "weight_scale": ("F8_E4M3",), "weight_scale_2": F32},
         {"weight_scale_2": SCALE, "svdquant_lora_b": ScaledTensor("weight")},
         ("svdquant_lora_a",),
-        size=_packed("weight", 2),
-        misfit=_in_pairs("weight_scale"),
+        weight_shape=_packed("weight", 2),
+        mismatch=_in_pairs("weight_scale"),
         source="modelopt unified_export_hf.py: W = fp4 * weight_scale * weight_scale_2;"
         " NVFP4_SVD adds (x lora_a^T) lora_b^T; Quark file2file_quantization.py",
     ),
@@ -310,8 +310,8 @@ ROWS: Final[tuple[Format, ...]] = (
         {"weight_packed": BYTES, "weight_scale": ("F8_E4M3",), "weight_global_scale": F32},
         {"weight_global_scale": DIVISOR},
         ("weight_zero_point", "weight_shape"),
-        size=_packed("weight_packed", 2),
-        misfit=_in_rows("weight_packed", "weight_scale"),
+        weight_shape=_packed("weight_packed", 2),
+        mismatch=_in_rows("weight_packed", "weight_scale"),
         source="compressed-tensors forward_helpers.py _dequantize:"
         " W = fp4 * weight_scale / weight_global_scale",
     ),
@@ -321,8 +321,8 @@ ROWS: Final[tuple[Format, ...]] = (
         {"weight_scale": EXPONENT},
         ("weight_shape",),
         _groups("weight_packed", "weight_scale", *_MX_GROUPS),
-        size=_scaled_in_groups("weight_scale", 32),
-        misfit=_in_rows("weight_packed", "weight_scale"),
+        weight_shape=_scaled_in_groups("weight_scale", 32),
+        mismatch=_in_rows("weight_packed", "weight_scale"),
         source="compressed-tensors mxfp4, mxfp6, mx_utils.py: W = fp * 2**(scale - 127)",
     ),
     Format(
@@ -331,8 +331,8 @@ ROWS: Final[tuple[Format, ...]] = (
         {"weight_scale": EXPONENT},
         (),
         _groups("weight", "weight_scale", *_MX_GROUPS),
-        size=_scaled_in_groups("weight_scale", 32),
-        misfit=_in_rows("weight", "weight_scale"),
+        weight_shape=_scaled_in_groups("weight_scale", 32),
+        mismatch=_in_rows("weight", "weight_scale"),
         source="Quark export/utils.py, scale_format e8m0; humming schema/quark.py:"
         " W = fp * 2**(scale - 127)",
     ),
@@ -342,7 +342,7 @@ ROWS: Final[tuple[Format, ...]] = (
         {"scales": EXPONENT},
         (),
         lambda tensors: tensors["blocks"].shape == (*tensors["scales"].shape, 16),
-        size=_scaled_in_groups("scales", 32),
+        weight_shape=_scaled_in_groups("scales", 32),
         source="transformers integrations/mxfp4.py: W = fp4 * 2**(scale - 127)",
     ),
     *(
@@ -350,8 +350,8 @@ ROWS: Final[tuple[Format, ...]] = (
             "FP4 (DeepSeek-V4)",
             {"weight": ("I8",), scale: ("F8_E8M0",)},
             {scale: EXPONENT},
-            size=_packed("weight", 2),
-            misfit=_in_pairs(scale),
+            weight_shape=_packed("weight", 2),
+            mismatch=_in_pairs(scale),
             source="transformers integrations/finegrained_fp8.py Fp8Dequantize:"
             " W = fp4 * 2**(scale - 127)",
         )
@@ -363,7 +363,7 @@ ROWS: Final[tuple[Format, ...]] = (
         {"qweight": WORDS, "qzeros": WORDS, "scales": FLOAT},
         {"scales": SCALE},
         ("g_idx",),
-        misfit=_in_rows("scales", "qzeros"),
+        mismatch=_in_rows("scales", "qzeros"),
         source="gptqmodel qlinear/__init__.py _dequantize_from_codes;"
         " autoawq packing_utils.py: W = (q - zero) * scale",
     ),
@@ -372,7 +372,7 @@ ROWS: Final[tuple[Format, ...]] = (
             "AWQ (gemv_fast, llm-awq)",
             {"qweight": ("I16",), "scales": FLOAT, zeros: FLOAT},
             {"scales": SCALE, zeros: OFFSET},
-            misfit=_in_rows("scales", zeros),
+            mismatch=_in_rows("scales", zeros),
             source="gptqmodel qlinear/gemv_fast_awq.py, mlx_packing.py:"
             " W = q * scale + zeros, zeros = -scale * zero",
         )
@@ -383,7 +383,7 @@ ROWS: Final[tuple[Format, ...]] = (
         {"weight_packed": WORDS, "weight_scale": FLOAT, "weight_shape": ("I32", "I64")},
         {"weight_scale": SCALE},
         ("weight_zero_point", "weight_g_idx"),
-        misfit=_in_rows("weight_packed", "weight_scale"),
+        mismatch=_in_rows("weight_packed", "weight_scale"),
         source="compressed-tensors pack_quantized: W = (q - zero_point) * scale",
     ),
     Format(
@@ -415,7 +415,7 @@ ROWS: Final[tuple[Format, ...]] = (
         {"weight_scale_inv": SCALE},
         (),
         _scale_per_row("weight_scale_inv"),
-        size=_packed("weight", 2),
+        weight_shape=_packed("weight", 2),
         source="sglang w4afp8.py: W = int4 * scale, which it casts to the model's dtype",
     ),
     *(
@@ -424,7 +424,7 @@ ROWS: Final[tuple[Format, ...]] = (
             {"weight": _BNB, "absmax": F32, f"quant_state.bitsandbytes__{kind}": BYTES},
             {"absmax": SCALE},
             ("quant_map",),
-            misfit=_absmax,
+            mismatch=_absmax,
             source="bitsandbytes functional.py QuantState: W = table[q] * absmax",
         )
         for kind in ("nf4", "fp4")
@@ -443,7 +443,7 @@ ROWS: Final[tuple[Format, ...]] = (
                 f"quant_state.bitsandbytes__{kind}": ScaledTensor("scale", "nested_offset"),
             },
             ("quant_map", "nested_quant_map"),
-            misfit=_absmax,
+            mismatch=_absmax,
             source="bitsandbytes functional.py QuantState:"
             " absmax = nested_quant_map[q] * nested_absmax + nested_offset",
         )
@@ -462,7 +462,7 @@ ROWS: Final[tuple[Format, ...]] = (
             f"{engine} affine",
             {"weight": ("U32",), "scales": FLOAT, offsets: FLOAT},
             {"scales": SCALE, offsets: OFFSET},
-            misfit=_in_rows("weight", "scales", offsets),
+            mismatch=_in_rows("weight", "scales", offsets),
             source="mlx core quantize; transformers integrations/metal_quantization.py:"
             " W = q * scale + bias",
         )
@@ -474,8 +474,8 @@ ROWS: Final[tuple[Format, ...]] = (
         {"scales": EXPONENT},
         (),
         _groups("weight", "scales", 4, 8),  # words of 32 codes of 4 or 8 bits
-        size=_scaled_in_groups("scales", 32),
-        misfit=_in_rows("weight", "scales"),
+        weight_shape=_scaled_in_groups("scales", 32),
+        mismatch=_in_rows("weight", "scales"),
         source="mlx core quantize; mlx-lm convert.py: groups of 32",
     ),
     Format(
@@ -484,8 +484,8 @@ ROWS: Final[tuple[Format, ...]] = (
         {"global_scale": SCALE},
         (),
         _groups("weight", "scales", 2),
-        size=_scaled_in_groups("scales", 16),
-        misfit=_in_rows("weight", "scales"),
+        weight_shape=_scaled_in_groups("scales", 16),
+        mismatch=_in_rows("weight", "scales"),
         source="mlx-lm models/switch_layers.py, muse_spark.py:"
         " global_scale = weight_scale_2 * constant",
     ),
@@ -494,7 +494,7 @@ ROWS: Final[tuple[Format, ...]] = (
         {"q_weight": WORDS, "q_scale": WORDS, "q_scale_max": ("F16",)},
         {"q_scale_max": SCALE},
         ("q_groups", "q_group_map", "q_perm", "q_invperm"),
-        free=True,
+        mixed_bits=True,
         source="exllamav2 ext.py, qdq_util.cuh dq_scale:"
         " W = q * (q_scale + 1)**2 * q_scale_max / 256",
     ),
@@ -503,47 +503,47 @@ ROWS: Final[tuple[Format, ...]] = (
         {"trellis": ("I16",), "svh": ("F16",)},
         {"svh": SCALE},
         ("suh", "su", "mcg", "mul1"),
-        free=True,
+        mixed_bits=True,
         source="exllamav3 modules/quant/exl3.py: svh multiplies the output channels",
     ),
 )
 
 _UNCONFIRMED = "which of its tensors carries the scale was not confirmed at a source"
 
-REFUSED: Final[tuple[Refused, ...]] = (
-    Refused("AQLM", {"codes": (), "codebooks": ()}, _UNCONFIRMED),
-    Refused("VPTQ", {"centroids": ()}, _UNCONFIRMED),
-    Refused("SpQR", {"dense_weights": ()}, _UNCONFIRMED),
-    Refused("Quanto", {"_data": ()}, _UNCONFIRMED),
-    Refused("torchao", {"weight_qdata": ()}, _UNCONFIRMED),
-    Refused("SINQ", {"W_q": (), "meta": ()}, _UNCONFIRMED),
-    Refused("FP-Quant", {"forward_hadamard_matrix": ()}, _UNCONFIRMED),
-    Refused("FP-Quant", {"dqweight": ()}, _UNCONFIRMED),
-    Refused("HIGGS", {"tables": ()}, _UNCONFIRMED),
-    Refused("EETQ", {"weight_scales": ()}, _UNCONFIRMED),
-    Refused("ParoQuant", {"theta": (), "pairs": ()}, _UNCONFIRMED),
-    Refused("Marlin", {"B": ()}, "its scales are laid out for one kernel"),
-    Refused("2:4 Marlin", {"scale_packed": ()}, "its scales are laid out for one kernel"),
-    Refused("GGUF or BitBLAS", {"qweight": ("U8", "I8")}, _UNCONFIRMED),
-    Refused(
+UNSUPPORTED: Final[tuple[UnsupportedFormat, ...]] = (
+    UnsupportedFormat("AQLM", {"codes": (), "codebooks": ()}, _UNCONFIRMED),
+    UnsupportedFormat("VPTQ", {"centroids": ()}, _UNCONFIRMED),
+    UnsupportedFormat("SpQR", {"dense_weights": ()}, _UNCONFIRMED),
+    UnsupportedFormat("Quanto", {"_data": ()}, _UNCONFIRMED),
+    UnsupportedFormat("torchao", {"weight_qdata": ()}, _UNCONFIRMED),
+    UnsupportedFormat("SINQ", {"W_q": (), "meta": ()}, _UNCONFIRMED),
+    UnsupportedFormat("FP-Quant", {"forward_hadamard_matrix": ()}, _UNCONFIRMED),
+    UnsupportedFormat("FP-Quant", {"dqweight": ()}, _UNCONFIRMED),
+    UnsupportedFormat("HIGGS", {"tables": ()}, _UNCONFIRMED),
+    UnsupportedFormat("EETQ", {"weight_scales": ()}, _UNCONFIRMED),
+    UnsupportedFormat("ParoQuant", {"theta": (), "pairs": ()}, _UNCONFIRMED),
+    UnsupportedFormat("Marlin", {"B": ()}, "its scales are laid out for one kernel"),
+    UnsupportedFormat("2:4 Marlin", {"scale_packed": ()}, "its scales are laid out for one kernel"),
+    UnsupportedFormat("GGUF or BitBLAS", {"qweight": ("U8", "I8")}, _UNCONFIRMED),
+    UnsupportedFormat(
         "EXL3 with packed signs", {"trellis": (), "sv": ()}, "its output side has signs, no scale"
     ),
-    Refused(
+    UnsupportedFormat(
         "W4A8 AWQ (ModelOpt)",
         {"weight": BYTES, "weight_scale": FLOAT, "weight_scale_2": ()},
         _UNCONFIRMED,
     ),
-    Refused(
+    UnsupportedFormat(
         "BitNet",
         {"weight": BYTES, "weight_scale": FLOAT},
         "its scale multiplies in some variants and divides in others",
     ),
-    Refused(
+    UnsupportedFormat(
         "MLX NVFP4 without a global scale",
         {"weight": ("U32",), "scales": BYTES},
         "its only scales have 3 bits of mantissa, so multiplying them rounds by up to 6 %",
     ),
-    Refused(
+    UnsupportedFormat(
         "quantised with a fixed output scale",
         {"output_scale": ()},
         "that scale would have to grow as well, and the next layer does not expect it",
@@ -580,25 +580,25 @@ def split_name(name: str) -> tuple[str, str]:
     ``m.weight.absmax`` and ``m.absmax`` are the same to bitsandbytes, ``m_bias`` and ``m.bias``
     to fused experts.
     """
-    match = _LEAF.fullmatch(name)
+    match = _SUFFIX.fullmatch(name)
     return (match["module"], match["suffix"]) if match else (name, "weight")
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class ShapeInfo:
     """What the shapes of a projection's tensors say; suffixes by name, None for none.
 
-    `alike` are suffix, dtype and shape of what has the same shape in all that are stored so.
+    `comparable` are suffix, dtype and shape of what has the same shape in all that are stored so.
     """
 
     codes: str
-    size: Shape | None = None
-    misfit: str | None = None
+    weight_shape: Shape | None = None
+    mismatch: str | None = None
     empty: str | None = None
-    alike: tuple[tuple[str, str, Shape], ...] = ()
+    comparable: tuple[tuple[str, str, Shape], ...] = ()
 
 
-def measured(tensors: BySuffix) -> Measured:
+def shape_info(tensors: BySuffix) -> ShapeInfo:
     """The sizes of a projection, by the row of its format; of what no row fits, what is empty."""
     row = _row_of(tensors)
     needed = {*row.dtypes, *row.scaled, "bias"} if row else tensors.keys()
@@ -606,14 +606,14 @@ def measured(tensors: BySuffix) -> Measured:
         (suffix for suffix, t in tensors.items() if 0 in t.shape and suffix in needed), None
     )
     if row is None or empty is not None:
-        return Measured(next(iter(tensors)), empty=empty)
-    codes, size = next(iter(row.dtypes)), row.size(tensors)
-    equal = () if row.free else (*row.dtypes, *row.scaled)
-    return Measured(
+        return ShapeInfo(next(iter(tensors)), empty=empty)
+    codes, size = next(iter(row.dtypes)), row.weight_shape(tensors)
+    equal = () if row.mixed_bits else (*row.dtypes, *row.scaled)
+    return ShapeInfo(
         codes,
         size,
-        row.misfit(tensors) or _misfit_bias(tensors, size),
-        alike=tuple(
+        row.mismatch(tensors) or _mismatched_bias(tensors, size),
+        comparable=tuple(
             (suffix, t.dtype, t.shape)
             for suffix, t in sorted(tensors.items())
             if suffix in equal and not suffix.startswith("quant_state")  # a text of any length
@@ -621,7 +621,7 @@ def measured(tensors: BySuffix) -> Measured:
     )
 
 
-def _misfit_bias(tensors: BySuffix, size: Shape | None) -> str | None:
+def _mismatched_bias(tensors: BySuffix, size: Shape | None) -> str | None:
     """A bias has a number for each output, which are columns where experts lie transposed."""
     if size is None or len(size) < 2 or "bias" not in tensors:
         return None
@@ -633,7 +633,7 @@ def _misfit_bias(tensors: BySuffix, size: Shape | None) -> str | None:
 def _row_of(tensors: BySuffix) -> Format | None:
     """The row that fits; an empty tensor fits none that has a doubt about shapes."""
     dtypes = frozenset((suffix, tensor.dtype) for suffix, tensor in tensors.items())
-    return next((row for row in _candidates(dtypes) if row.fits(tensors)), None)
+    return next((row for row in _candidates(dtypes) if row.shapes_match(tensors)), None)
 
 
 def takes_any_factor(tensors: BySuffix) -> bool:
@@ -692,12 +692,12 @@ def _takes(row: Format, found: Mapping[str, str]) -> bool:
 
 
 def _known(row: Format) -> set[str]:
-    return {*row.dtypes, *row.scaled, *row.stays, *UNTOUCHED, "bias"}
+    return {*row.dtypes, *row.scaled, *row.unchanged, *INPUT_SUFFIXES, "bias"}
 
 
-_LEAVES = sorted(set[str]().union(*(_known(row) for row in ROWS)), key=len, reverse=True)
-_LEAF = re.compile(
-    r"(?P<module>.+?)(?:(?:\.weight)?\.|_)(?P<suffix>" + "|".join(map(re.escape, _LEAVES)) + ")"
+_SUFFIXES = sorted(set[str]().union(*(_known(row) for row in ROWS)), key=len, reverse=True)
+_SUFFIX = re.compile(
+    r"(?P<module>.+?)(?:(?:\.weight)?\.|_)(?P<suffix>" + "|".join(map(re.escape, _SUFFIXES)) + ")"
 )
 """A name with a suffix that the table knows, the longest that there is."""
 
@@ -738,14 +738,14 @@ def _unmatched(module: str, tensors: BySuffix) -> UnsupportedError | CheckpointE
     if any("parametrizations" in suffix for suffix in tensors):
         hint = "Remove it first: torch.nn.utils.parametrize.remove_parametrizations(...)."
     found = ", ".join(f"{suffix} ({tensor.dtype})" for suffix, tensor in sorted(tensors.items()))
-    for refused in REFUSED:
+    for refused in UNSUPPORTED:
         if all(_has(tensors, suffix, dtypes) for suffix, dtypes in refused.dtypes.items()):
             return UnsupportedError(
                 f"{module}: is stored as {refused.name} ({found}), which cannot be scaled:"
                 f" {refused.why}",
                 hint=hint,
             )
-    alone = tensors.keys() <= {"weight", "bias", *UNTOUCHED}
+    alone = tensors.keys() <= {"weight", "bias", *INPUT_SUFFIXES}
     if alone and "weight" not in tensors:
         return CheckpointError(
             f"{module}: has no weight, although there is its {next(iter(sorted(tensors)))}",
@@ -803,7 +803,7 @@ def _nearest(tensors: BySuffix) -> Format | None:
 _SECTIONS = frozenset({"quantization_config", "compression_config", "quantization"})
 
 
-def confirm(
+def check_quantisation_config(
     edits: Iterable[TensorEdit], config: Mapping[str, Any], instead: str | None = None
 ) -> list[str]:
     """Look into the config for what tensors do not show, and say what is not exact.

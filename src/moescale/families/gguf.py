@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from moescale.checkpoint.tensor import Tensor
 from moescale.errors import CheckpointError, UnsupportedError
 from moescale.families.architectures import Architecture
-from moescale.families.config import MOST, ConfigKey
+from moescale.families.config import MAX_NUMBER, ConfigKey
 from moescale.families.find import Moe
 from moescale.families.llama_cpp import BY_NAME, SCORES, Row
 from moescale.families.moe_config import MoeConfig, group_limit
@@ -28,7 +28,7 @@ _ROUTED = re.compile(r"ffn_(?:gate_inp|(?:up|gate|gate_up|down)_exps)\.weight")
 _OLD = re.compile(r"blk\.\d+\.ffn_down\.\d+\.weight")
 
 
-class Keys(Protocol):
+class GgufKeys(Protocol):
     """The header of a file, as far as it is needed here."""
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -36,7 +36,7 @@ class Keys(Protocol):
 
 
 def find_gguf_moe(
-    keys: Keys,
+    keys: GgufKeys,
     tensors: Sequence[Tensor],
     arch: str | None,
     pattern: str | None,
@@ -55,68 +55,71 @@ def find_gguf_moe(
         UnsupportedError: the architecture is not known, or is left alone.
         CheckpointError: keys and tensors do not fit.
     """
-    own = keys.get("general.architecture")
-    if not isinstance(own, str):
+    file_arch = keys.get("general.architecture")
+    if not isinstance(file_arch, str):
         raise CheckpointError("the file has no general.architecture", hint=_NO_MODEL)
-    row = _row(own, tensors, arch, pattern)
+    row = _row(file_arch, tensors, arch, pattern)
     if row.refused:
         raise UnsupportedError(f"architecture {row.name!r}: {row.refused}")
-    place = ConfigKey("", experts_key or f"{own}.expert_used_count", 0)
-    count = _count(keys, place.path)
+    count_key = ConfigKey("", experts_key or f"{file_arch}.expert_used_count", 0)
+    count = _count(keys, count_key.path)
     projections = find_by_pattern(tensors, pattern) if pattern else list(_projections(row, tensors))
     if not projections:
-        raise _none_found(own, tensors)
-    total = _whole(keys, f"{own}.expert_count")
+        raise _none_found(file_arch, tensors)
+    total = _whole(keys, f"{file_arch}.expert_count")
     by_layer = _by_layer(tensors)
-    held = _held(projections, row, total)
+    experts_by_layer = _count_experts(projections, row, total)
     if pattern is None:
-        _check_complete(row, by_layer, held)
-    score = _score(row, own, keys, tensors)
-    architecture = _architecture(row, own, keys, by_layer, score)
+        _check_complete(row, by_layer, experts_by_layer)
+    score = _score(row, file_arch, keys, tensors)
+    renormalised = _renormalised(row, file_arch, keys, score)
+    architecture = _architecture(row, file_arch, by_layer, score, renormalised)
     read = MoeConfig(
         experts=total,
-        groups=_groups(keys, own),
-        router=Normalisation(_renormalised(row, own, keys, score)) if row.name else None,
-        effective=architecture.no_effect is None,
+        groups=_groups(keys, file_arch),
+        normalisation=Normalisation(renormalised) if row.name else None,
+        scaling_has_effect=architecture.no_effect is None,
     )
     return Moe(
         architecture=architecture,
-        model_type=own,
+        model_type=file_arch,
         config=read,
-        count_keys=(place,),
+        count_keys=(count_key,),
         count=count,
-        held=held,
+        experts_by_layer=experts_by_layer,
         projections=projections,
-        warnings=list(_warnings(row, own, arch, by_layer)),
-        elsewhere=_elsewhere(own, keys, held),
+        warnings=list(_warnings(row, file_arch, arch, by_layer)),
+        layer_aliases=_layer_aliases(file_arch, keys, experts_by_layer),
     )
 
 
-_MOST_FURTHER = 8
+_MAX_NEXTN = 8
 """Layers that predict further tokens; models have one to three."""
 
 
-def _elsewhere(own: str, keys: Keys, held: Mapping[Layer, int]) -> dict[str, Layer | None]:
+def _layer_aliases(
+    file_arch: str, keys: GgufKeys, experts_by_layer: Mapping[Layer, int]
+) -> dict[str, Layer | None]:
     """What a safetensors model calls the last blocks, which many files leave out."""
-    blocks, further = (keys.get(f"{own}.{name}", 0) for name in ("block_count", _FURTHER))
-    if type(blocks) is not int or type(further) is not int or blocks <= further:
+    blocks, nextn = (keys.get(f"{file_arch}.{name}", 0) for name in ("block_count", _NEXTN_LAYERS))
+    if type(blocks) is not int or type(nextn) is not int or blocks <= nextn:
         return {}
     found: dict[str, Layer | None] = {}
-    for i in range(_MOST_FURTHER):
-        layer = Layer("", blocks - further + i)
-        there = layer if layer in held else None
+    for i in range(_MAX_NEXTN):
+        layer = Layer("", blocks - nextn + i)
+        there = layer if layer in experts_by_layer else None
         found |= {f"mtp.{i}": there, str(layer.number): there}
     return found
 
 
-_FURTHER = "nextn_predict_layers"
+_NEXTN_LAYERS = "nextn_predict_layers"
 
 
 _NO_MODEL = "It holds no model: a projector, an adapter or an importance matrix, say."
 
 
-def _row(own: str, tensors: Sequence[Tensor], arch: str | None, pattern: str | None) -> Row:
-    name = arch or own
+def _row(file_arch: str, tensors: Sequence[Tensor], arch: str | None, pattern: str | None) -> Row:
+    name = arch or file_arch
     if name in BY_NAME:
         return BY_NAME[name]
     if pattern is not None and arch is None:
@@ -126,9 +129,10 @@ def _row(own: str, tensors: Sequence[Tensor], arch: str | None, pattern: str | N
             f"architecture {name!r}: is a dense model; it has no experts, so there is nothing to"
             " rescale"
         )
-    if own in BY_NAME:
+    if file_arch in BY_NAME:
         raise UnsupportedError(
-            f"architecture {name!r} is not known", hint=f"The file says {own!r}: leave --arch out."
+            f"architecture {name!r} is not known",
+            hint=f"The file says {file_arch!r}: leave --arch out.",
         )
     routed = next((t.name for t in tensors if "down_exps" in t.name), None)
     close = difflib.get_close_matches(name, BY_NAME, 3)
@@ -137,27 +141,27 @@ def _row(own: str, tensors: Sequence[Tensor], arch: str | None, pattern: str | N
         shown = re.sub(r"\d+", r"\\d+", routed, count=1).replace(".", r"\.")
         advice.append(
             f"{routed!r} looks like a routed down-projection: try --pattern '{shown}'"
-            f" --experts-key {own}.expert_used_count with --factor or --rule published."
+            f" --experts-key {file_arch}.expert_used_count with --factor or --rule published."
         )
     raise UnsupportedError(f"architecture {name!r} is not known", hint=" ".join(advice) or None)
 
 
-def _whole(keys: Keys, name: str) -> int:
+def _whole(keys: GgufKeys, name: str) -> int:
     value = keys.get(name)
-    if type(value) is not int or not 0 < value <= MOST:
+    if type(value) is not int or not 0 < value <= MAX_NUMBER:
         said = "is missing" if value is None else f"is {repr(value)[:40]}, not a number of experts"
         raise CheckpointError(f"key {name} {said}", hint="The header is not that of a MoE model.")
     return value
 
 
-def _groups(keys: Keys, own: str) -> tuple[int, int] | None:
+def _groups(keys: GgufKeys, file_arch: str) -> tuple[int, int] | None:
     """Groups of experts, and how many of them a token may choose from; None for no limit."""
-    names = (f"{own}.expert_group_count", f"{own}.expert_group_used_count")
+    names = (f"{file_arch}.expert_group_count", f"{file_arch}.expert_group_used_count")
     groups, chosen = (_whole(keys, name) if keys.get(name) else 0 for name in names)
     return group_limit(groups, chosen)
 
 
-def _count(keys: Keys, name: str) -> int | tuple[int, ...]:
+def _count(keys: GgufKeys, name: str) -> int | tuple[int, ...]:
     value = keys.get(name)
     if isinstance(value, tuple) and value and all(type(v) is int and v >= 0 for v in value):
         return value if any(value) else _whole(keys, name)
@@ -185,9 +189,9 @@ def _by_layer(tensors: Sequence[Tensor]) -> dict[int, set[str]]:
     return found
 
 
-def _held(projections: Sequence[Projection], row: Row, total: int) -> dict[Layer, int]:
+def _count_experts(projections: Sequence[Projection], row: Row, total: int) -> dict[Layer, int]:
     """Routed experts of each layer, as its tensors hold."""
-    held: dict[Layer, int] = {}
+    experts_by_layer: dict[Layer, int] = {}
     for projection in projections:
         weight = projection.by_suffix.get("weight")
         if weight is None or len(weight.shape) != 3:
@@ -203,20 +207,22 @@ def _held(projections: Sequence[Projection], row: Row, total: int) -> dict[Layer
                 f"{weight.name}: holds {experts} experts, the header says {total}",
                 hint="Header and tensors are of different models.",
             )
-        held[projection.layer] = experts
-    return held
+        experts_by_layer[projection.layer] = experts
+    return experts_by_layer
 
 
-def _check_complete(row: Row, by_layer: Mapping[int, set[str]], held: Mapping[Layer, int]) -> None:
+def _check_complete(
+    row: Row, by_layer: Mapping[int, set[str]], experts_by_layer: Mapping[Layer, int]
+) -> None:
     """Every block with a router or other parts of routed experts has down-projections."""
     for number, names in sorted(by_layer.items()):
         routed = sorted(name for name in names if _ROUTED.fullmatch(name))
-        if routed and Layer("", number) not in held:
+        if routed and Layer("", number) not in experts_by_layer:
             raise CheckpointError(
                 f"blk.{number}: has {routed[0]}, but no {row.experts[0]}.weight",
                 hint="A file of the set is missing, or of another model.",
             )
-        if Layer("", number) in held and "ffn_gate_inp.weight" not in names:
+        if Layer("", number) in experts_by_layer and "ffn_gate_inp.weight" not in names:
             raise CheckpointError(
                 f"blk.{number}: has routed experts, but no router (ffn_gate_inp.weight)",
                 hint="A file of the set is missing, or of another model.",
@@ -226,84 +232,86 @@ def _check_complete(row: Row, by_layer: Mapping[int, set[str]], held: Mapping[La
 _Score = tuple[str, bool] | None
 
 
-def _renormalised(row: Row, own: str, keys: Keys, score: _Score) -> bool:
+def _renormalised(row: Row, file_arch: str, keys: GgufKeys, score: _Score) -> bool:
     if score == ("softmax", True):
         return True
-    if row.weighs == "key":
-        return keys.get(f"{own}.expert_weights_norm") is True
-    return row.weighs == "always"
+    if row.renormalises == "key":
+        return keys.get(f"{file_arch}.expert_weights_norm") is True
+    return row.renormalises == "always"
 
 
-def _score(row: Row, own: str, keys: Keys, tensors: Sequence[Tensor]) -> _Score:
-    named = keys.get(f"{own}.expert_gating_func") if row.score_key else None
-    return SCORES.get(named or _unnamed(row, own, keys, tensors) or 0)
+def _score(row: Row, file_arch: str, keys: GgufKeys, tensors: Sequence[Tensor]) -> _Score:
+    named = keys.get(f"{file_arch}.expert_gating_func") if row.score_key else None
+    return SCORES.get(named or _unnamed(row, file_arch, keys, tensors) or 0)
 
 
-def _unnamed(row: Row, own: str, keys: Keys, tensors: Sequence[Tensor]) -> int | None:
+def _unnamed(row: Row, file_arch: str, keys: GgufKeys, tensors: Sequence[Tensor]) -> int | None:
     """The score where the file names none; GLM-4.7-Flash is told by its size, as in the client."""
     if row.name != "deepseek2":
         return row.score
-    blocks = keys.get(f"{own}.block_count", 0) - keys.get(f"{own}.{_FURTHER}", 0)
+    blocks = keys.get(f"{file_arch}.block_count", 0) - keys.get(f"{file_arch}.{_NEXTN_LAYERS}", 0)
     words = next((t.shape[0] for t in tensors if t.name == "token_embd.weight" and t.shape), 0)
     return 2 if blocks in (47, 48) and words == 154_880 else row.score
 
 
 def _architecture(
-    row: Row, own: str, keys: Keys, by_layer: Mapping[int, set[str]], score: _Score
+    row: Row,
+    file_arch: str,
+    by_layer: Mapping[int, set[str]],
+    score: _Score,
+    renormalised: bool,
 ) -> Architecture:
     """The row, and what the file says, in the words of the other tables."""
     there: set[str] = set().union(*by_layer.values())
     router = row.router
     if isinstance(router, RouterKind):
         if score is None:
-            router = OtherRouter(f"{own}.expert_gating_func names no function that is known")
+            router = OtherRouter(f"{file_arch}.expert_gating_func names no function that is known")
         else:
             kind, late = score
             router = replace(router, score=kind, late=late)
     removed = row.no_effect is not None
-    if row.if_tensor:
-        removed = row.if_tensor in there
-    if row.unless_tensor:
-        removed = row.unless_tensor not in there
+    if row.no_effect_if:
+        removed = row.no_effect_if in there
+    if row.no_effect_unless:
+        removed = row.no_effect_unless not in there
     fixed = None
-    if row.fixed_by in there:
-        fixed = f"its {row.fixed_by} has a column for each expert of a token"
+    if row.fixed_if in there:
+        fixed = f"its {row.fixed_if} has a column for each expert of a token"
     return Architecture(
-        own,
+        file_arch,
         experts=(),
-        normalised=_renormalised(row, own, keys, score),
-        count=(f"{own}.expert_used_count",),
+        normalisation=renormalised,
+        count_keys=(f"{file_arch}.expert_used_count",),
         groups=True,
         fixed=fixed,
         no_effect=row.no_effect if removed else None,
-        partly=None if removed else row.partly,
-        scale_key=f"{own}.expert_weights_scale" if row.scale_key else None,
-        folds=row.scale_key,
+        partial_effect=None if removed else row.partial_effect,
+        scale_key=f"{file_arch}.expert_weights_scale" if row.scale_key else None,
+        can_fold=row.scale_key,
         router=router,
     )
 
 
 def _warnings(
-    row: Row, own: str, arch: str | None, by_layer: Mapping[int, set[str]]
+    row: Row, file_arch: str, arch: str | None, by_layer: Mapping[int, set[str]]
 ) -> Iterator[str]:
-    if arch is not None and arch != own:
-        yield f"--arch {arch} contradicts the file, whose architecture is {own!r}"
-    if row.partly and not row.unless_tensor:
-        yield f"architecture {own!r}: {row.partly}"
-    if row.unless_tensor and row.partly and any(row.unless_tensor in n for n in by_layer.values()):
-        yield f"architecture {own!r}: {row.partly}"
-    names = {name for found in by_layer.values() for name in found}
+    if arch is not None and arch != file_arch:
+        yield f"--arch {arch} contradicts the file, whose architecture is {file_arch!r}"
+    names = set[str]().union(*by_layer.values())
+    if row.partial_effect and (row.no_effect_unless is None or row.no_effect_unless in names):
+        yield f"architecture {file_arch!r}: {row.partial_effect}"
     for name in sorted(n for n in names if "exps" in n and not _KNOWN.fullmatch(n)):
         yield f"blk.N.{name}: belongs to the routed experts, and is not known; it is copied"
 
 
-def _none_found(own: str, tensors: Sequence[Tensor]) -> CheckpointError | UnsupportedError:
+def _none_found(file_arch: str, tensors: Sequence[Tensor]) -> CheckpointError | UnsupportedError:
     if old := next((t.name for t in tensors if _OLD.fullmatch(t.name)), None):
         return UnsupportedError(
             f"{old!r}: has a tensor for each expert, as files had before April 2024",
             hint="llama.cpp no longer runs such a file; convert the model again.",
         )
     return UnsupportedError(
-        f"architecture {own!r}: this model is dense; it has no experts, so there is nothing to"
+        f"architecture {file_arch!r}: is a dense model; it has no experts, so there is nothing to"
         " rescale"
     )

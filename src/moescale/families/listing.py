@@ -8,7 +8,7 @@ from typing import Literal
 
 from moescale.families import architectures, llama_cpp
 from moescale.families.architectures import Architecture
-from moescale.families.router_tensors import BIAS_MOVES
+from moescale.families.router_tensors import BIAS_WARNING
 from moescale.routers.kinds import OtherRouter, RouterKind
 
 
@@ -62,13 +62,13 @@ def _llama_types() -> Iterator[ModelType]:
 
 
 def _llama_effect(row: llama_cpp.Row) -> str:
-    where = f" where it has {row.if_tensor}" if row.if_tensor else ""
-    where = f" where it has no {row.unless_tensor}" if row.unless_tensor else where
+    where = f" where it has {row.no_effect_if}" if row.no_effect_if else ""
+    where = f" where it has no {row.no_effect_unless}" if row.no_effect_unless else where
     said = (
         row.refused and f"refused: {row.refused}",
         row.no_effect and f"only --rule none{where}: {row.no_effect}",
-        row.fixed_by and f"the number of experts stays where it has {row.fixed_by}",
-        row.partly and f"with a warning: {row.partly}",
+        row.fixed_if and f"the number of experts stays where it has {row.fixed_if}",
+        row.partial_effect and f"with a warning: {row.partial_effect}",
     )
     found = [text for text in said if text]
     return "; ".join(found if row.refused or (row.no_effect and not where) else ["scaled", *found])
@@ -77,7 +77,7 @@ def _llama_effect(row: llama_cpp.Row) -> str:
 def _types(rows: list[Architecture]) -> Iterator[ModelType]:
     for row in rows:
         gates, scale = _router(row, row.router)
-        yield ModelType(row.model_type, row.part, _effect(row), row.folds, gates, scale)
+        yield ModelType(row.model_type, row.part, _effect(row), row.can_fold, gates, scale)
 
 
 def _effect(row: Architecture) -> str:
@@ -85,9 +85,9 @@ def _effect(row: Architecture) -> str:
         return f"scaled, but the number of experts stays: {row.fixed}"
     if row.no_effect:
         return f"only --rule none: {row.no_effect}"
-    if row.partly:
-        where = f" where a layer has {row.partly_if}" if row.partly_if else ""
-        return f"scaled, with a warning{where}: {row.partly}"
+    if row.partial_effect:
+        where = f" where a layer has {row.partial_effect_if}" if row.partial_effect_if else ""
+        return f"scaled, with a warning{where}: {row.partial_effect}"
     return "scaled"
 
 
@@ -99,7 +99,7 @@ def _router(row: Architecture, kind: RouterKind | OtherRouter) -> tuple[str, str
     if kind.cap_key:
         return gates, f"only where {kind.cap_key} is not set"
     if kind.bias and not (kind.bias_optional or kind.bias_key):
-        return gates, f"yes, with a warning: {BIAS_MOVES}"
+        return gates, f"yes, with a warning: {BIAS_WARNING}"
     if kind.bias:
         return gates, "yes, with a warning where there is a bias"
     if row.groups and kind.group_best > 1:

@@ -26,7 +26,7 @@ RELEASE: Final = "0.5.0"
 EXPERTS: Final = ("ffn_down_exps",)
 """What follows ``blk.N.`` in the names of the routed down-projections."""
 
-Weighs = Literal["always", "never", "key"]
+Renormalises = Literal["always", "never", "key"]
 """Whether the weights of the chosen experts are divided by their sum; ``key``: as
 ``ARCH.expert_weights_norm`` says, which is false where it is missing."""
 
@@ -49,7 +49,7 @@ class Row:
 
     Attributes:
         name: as ``general.architecture`` says.
-        weighs: how the weights of the chosen experts are normalised.
+        renormalises: how the weights of the chosen experts are normalised.
         router: its kind, or why it cannot be formed.
         score: the number of its gating function where no key names another; None where the key is
             needed.
@@ -58,15 +58,15 @@ class Row:
         scale_tensor: ``blk.N.ffn_down_exps.scale`` multiplies the routed output.
         experts: names of the routed down-projections.
         refused: why it is left alone.
-        no_effect: why scaling has no effect; with `if_tensor` only where there is such a tensor,
-            with `unless_tensor` only where there is none.
-        partly: what scaling does otherwise.
-        fixed_by: the tensor whose presence fixes the number of experts.
+        no_effect: why scaling has no effect; with `no_effect_if` only where there is such a tensor,
+            with `no_effect_unless` only where there is none.
+        partial_effect: what scaling does otherwise.
+        fixed_if: the tensor whose presence fixes the number of experts.
         nodes: nodes that a graph may have, for each tensor of the model.
     """
 
     name: str
-    weighs: Weighs
+    renormalises: Renormalises
     router: RouterKind | OtherRouter = _FFN
     score: int | None = 1
     score_key: bool = False
@@ -75,10 +75,10 @@ class Row:
     experts: Sequence[str] = EXPERTS
     refused: str | None = None
     no_effect: str | None = None
-    if_tensor: str | None = None
-    unless_tensor: str | None = None
-    partly: str | None = None
-    fixed_by: str | None = None
+    no_effect_if: str | None = None
+    no_effect_unless: str | None = None
+    partial_effect: str | None = None
+    fixed_if: str | None = None
     nodes: int = 8
 
 
@@ -99,8 +99,8 @@ ROWS: Final[tuple[Row, ...]] = (
         "grok",
         "always",
         no_effect="a norm on the output of the feed-forward block alone removes every factor",
-        unless_tensor="ffn_up.weight",
-        partly=_SHARE,
+        no_effect_unless="ffn_up.weight",
+        partial_effect=_SHARE,
     ),
     Row("dbrx", "always", replace(_FFN, norm=("attn_output_norm.weight",))),
     Row("arctic", "always", replace(_FFN, norm=("ffn_norm_exps.weight",))),
@@ -124,7 +124,7 @@ ROWS: Final[tuple[Row, ...]] = (
     _keyed("deepseek2", 1),
     _keyed("deepseek2-ocr", 1),
     _keyed("deepseek32", scale_tensor=True),
-    replace(_keyed("deepseek4"), router=_HYPER, fixed_by="ffn_gate_tid2eid.weight", nodes=32),
+    replace(_keyed("deepseek4"), router=_HYPER, fixed_if="ffn_gate_tid2eid.weight", nodes=32),
     _keyed("dots1"),
     _keyed("dots3note", scale_tensor=True),
     replace(_keyed("glm4moe", 2), router=replace(_BIASED, norm=_POST_ATTENTION.norm)),
@@ -138,7 +138,7 @@ ROWS: Final[tuple[Row, ...]] = (
     _keyed("hy_v3", 2, scale_tensor=True),
     replace(_keyed("hy_v4"), router=_HYPER, nodes=32),
     _keyed("exaone-moe"),
-    replace(_keyed("afmoe", 2), partly=_SHARE),
+    replace(_keyed("afmoe", 2), partial_effect=_SHARE),
     _keyed("laguna", 2),
     Row("lfm2moe", "always", _BIASED, None, True),
     Row(
@@ -159,7 +159,7 @@ ROWS: Final[tuple[Row, ...]] = (
         _keyed("kimi-k3"),
         router=OtherRouter("its input is formed of several layers"),
         no_effect=_ROUTED_NORM,
-        if_tensor="ffn_routed_norm.weight",
+        no_effect_if="ffn_routed_norm.weight",
         nodes=64,
     ),
     Row(
@@ -180,7 +180,12 @@ ROWS: Final[tuple[Row, ...]] = (
     ),
     Row("maple", "always"),
     Row("mellum", "always", scale_tensor=True),
-    Row("nomic-bert-moe", "never", OtherRouter("the norm before it has a bias"), partly=_SHARE),
+    Row(
+        "nomic-bert-moe",
+        "never",
+        OtherRouter("the norm before it has a bias"),
+        partial_effect=_SHARE,
+    ),
     Row(
         "dflash",
         "key",

@@ -4,7 +4,7 @@ A graph may hold so many tensors (``src/llama-context.cpp``, ``graph_max_nodes``
 keeps those, the weights and the caches in a table of as many places as a prime says
 (``ggml_hash_size``). Each chosen expert takes a view and an addition in every block
 (``src/llama-graph.cpp``, ``build_moe_ffn``); what a block takes besides was counted in the client,
-with its own settings, as the tensors in the context of its graph.
+with its arch settings, as the tensors in the context of its graph.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
-from moescale.families.gguf import Keys
+from moescale.families.gguf import GgufKeys
 from moescale.families.llama_cpp import Row
 
 
@@ -75,7 +75,7 @@ _FLOORS: Final[Mapping[int, int]] = {8: 1024, 32: 40 * _UBATCH, 64: 160 * _UBATC
 _PRIMES: Final = (1031, 2053, 4099, 8209, 16411, 32771, 65537, 131101, 262147)
 
 
-def most_experts(row: Row, keys: Keys, names: Collection[str]) -> int | None:
+def max_experts_per_token(row: Row, keys: GgufKeys, names: Collection[str]) -> int | None:
     """The most experts a token that the graph has room for; None where there are no blocks.
 
     Args:
@@ -99,7 +99,7 @@ def most_experts(row: Row, keys: Keys, names: Collection[str]) -> int | None:
 
 
 def _blocks(names: Iterable[str]) -> list[set[str]]:
-    """What each block holds; those that predict further tokens have a graph of their own."""
+    """What each block holds; those that predict further tokens have a graph of their arch."""
     found: dict[str, set[str]] = {}
     for name in names:
         if match := re.fullmatch(r"blk\.(\d+)\.(.+)", name):
@@ -118,13 +118,13 @@ def _weight(suffix: str) -> int:
     return 2 if "norm" in suffix else 1
 
 
-def _router(row: Row, keys: Keys) -> int:
+def _router(row: Row, keys: GgufKeys) -> int:
     """What a router takes beside one that divides by the sum."""
-    own = keys.get("general.architecture")
+    arch = keys.get("general.architecture")
     divides = {"always": True, "never": False}.get(
-        row.weighs, keys.get(f"{own}.expert_weights_norm") is True
+        row.renormalises, keys.get(f"{arch}.expert_weights_norm") is True
     )
-    scaled = row.scale_key and keys.get(f"{own}.expert_weights_scale", 0.0) not in (0.0, 1.0)
-    groups = keys.get(f"{own}.expert_group_count", 0)
+    scaled = row.scale_key and keys.get(f"{arch}.expert_weights_scale", 0.0) not in (0.0, 1.0)
+    groups = keys.get(f"{arch}.expert_group_count", 0)
     grouped = isinstance(groups, int) and groups > 1
     return scaled + _GROUPS * grouped - _SUM * (not divides)

@@ -19,7 +19,7 @@ from moescale.families.architectures import (
     SharedSum,
     SparseStep,
 )
-from moescale.families.config import CONFIG, MOST, Config, whole
+from moescale.families.config import CONFIG, MAX_NUMBER, Config, read_integer
 from moescale.families.unread_keys import group_keys, unread_keys
 from moescale.routers.kinds import RouterKind
 from moescale.routers.normalisation import Normalisation
@@ -41,20 +41,21 @@ class MoeConfig:
         experts_without_weights: experts that the router chooses too and that pass a token on as it
             is.
         groups: groups of experts, and how many of them a token may choose from; None for no limit.
-        router: how the weights of the chosen experts are normalised; None where that is not known.
-        effective: False if something after the experts removes every factor.
-        own_counts: single layers have their own number of experts per token.
-        hidden: numbers in a hidden state; None where the config does not say.
-        narrower: numbers in the states of narrower streams that experts may write to.
-        inner: numbers between the matrices of an expert; None where unknown or not one number.
+        normalisation: of the weights of the chosen experts; None if unknown.
+        scaling_has_effect: False if a norm after the experts removes every factor.
+        has_layer_counts: some layers have their own number of experts per token.
+        hidden_size: width of the hidden states; None if the config does not say.
+        narrow_sizes: widths of narrower streams that experts may write to.
+        intermediate_size: width between the matrices of an expert; None if unknown or if it
+            differs by layer.
         score: the score function that a key names; None where no key does.
         logit_cap: the bound that a tanh squeezes the logits into; None for no bound.
         choice_bias: False if a key says that no bias takes part in the choice of experts.
         has_scale: the row's `scale_key` is present.
-        tied: the embedding is also the head.
-        asks_to_renormalise: ``norm_topk_prob`` is true, whatever the model's code makes of it.
-        unread: keys that change the routing of some model types and that the row does not read,
-            with their values.
+        tied_embeddings: the embedding is also the head.
+        norm_topk_prob: the key of this name is true, whether or not the model's code reads it.
+        unread_keys: keys, with their values, that change the routing of some model types and that
+            the row does not read.
     """
 
     experts: int
@@ -63,25 +64,25 @@ class MoeConfig:
     moe_layers: frozenset[int] | None = None
     experts_without_weights: int = 0
     groups: tuple[int, int] | None = None
-    router: Normalisation | None = None
-    effective: bool = True
-    own_counts: bool = False
-    hidden: int | None = None
-    narrower: frozenset[int] = frozenset()
-    inner: int | None = None
+    normalisation: Normalisation | None = None
+    scaling_has_effect: bool = True
+    has_layer_counts: bool = False
+    hidden_size: int | None = None
+    narrow_sizes: frozenset[int] = frozenset()
+    intermediate_size: int | None = None
     score: Any = None
     logit_cap: float | None = None
     choice_bias: bool = True
     has_scale: bool = False
-    tied: bool = False
-    asks_to_renormalise: bool = False
-    unread: tuple[tuple[str, Any], ...] = ()
+    tied_embeddings: bool = False
+    norm_topk_prob: bool = False
+    unread_keys: tuple[tuple[str, Any], ...] = ()
 
-    def experts_of(self, layer: int) -> int:
+    def experts_in(self, layer: int) -> int:
         """Routed experts of the layer with that number."""
         return self.experts_by_layer.get(layer, self.experts)
 
-    def largest_count(self, experts: int) -> int:
+    def max_count(self, experts: int) -> int:
         """The largest number of experts per token that a router of so many experts can choose.
 
         A group-limited router masks all experts outside ``topk_group`` of ``n_group`` groups; asked
@@ -105,33 +106,33 @@ def read_moe_config(section: Section, row: Architecture) -> MoeConfig:
         CheckpointError: a number is not one.
         UnsupportedError: the number of experts is missing, or the normalisation is not known.
     """
-    own = _per_layer(section)
+    overrides = _layer_overrides(section)
     experts = total_experts(row, section)
-    router = _router(row, section)
-    count = row.count[0] if row.count else None
+    normalisation = _normalisation(row, section)
+    count = row.count_keys[0] if row.count_keys else None
     kind = row.router if isinstance(row.router, RouterKind) else None
-    layers = whole(section, "num_hidden_layers", 0)
-    hidden, _ = _sizes(section)
+    layers = read_integer(section, "num_hidden_layers", 0)
+    hidden_size, _ = _sizes(section)
     return MoeConfig(
         experts=experts,
-        experts_by_layer=_experts_by_layer(section, own, experts),
+        experts_by_layer=_experts_by_layer(section, overrides, experts),
         layers=layers,
         moe_layers=_moe_layers(layers, row.moe_layers, section),
-        experts_without_weights=whole(section, "zero_expert_num", 0),
+        experts_without_weights=read_integer(section, "zero_expert_num", 0),
         groups=group_limit(*group_keys(section)) if row.groups and _is_limited(section) else None,
-        router=router,
-        effective=not (row.no_effect and _is_on(row.no_effect_if, section)),
-        own_counts=any(count in layer for layer in own.values()),
-        hidden=hidden,
-        narrower=frozenset(_narrower(section)),
-        inner=None if own else _integer(section.get("moe_intermediate_size")),
+        normalisation=normalisation,
+        scaling_has_effect=not (row.no_effect and _is_on(row.no_effect_if, section)),
+        has_layer_counts=any(count in layer for layer in overrides.values()),
+        hidden_size=hidden_size,
+        narrow_sizes=frozenset(_narrow_sizes(section)),
+        intermediate_size=None if overrides else _integer(section.get("moe_intermediate_size")),
         score=(section.get(kind.score_key) if kind and kind.score_key else None) or None,
         logit_cap=_logit_cap(section, kind.cap_key) if kind and kind.cap_key else None,
         choice_bias=not (kind and kind.bias_key and section.get(kind.bias_key) is False),
         has_scale=row.scale_key in section,
-        tied=bool(section.get("tie_word_embeddings")),
-        asks_to_renormalise=bool(section.get("norm_topk_prob")),
-        unread=tuple(unread_keys(row, section, router)),
+        tied_embeddings=bool(section.get("tie_word_embeddings")),
+        norm_topk_prob=bool(section.get("norm_topk_prob")),
+        unread_keys=tuple(unread_keys(row, section, normalisation)),
     )
 
 
@@ -141,26 +142,26 @@ def total_experts(row: Architecture, section: Section) -> int:
     Raises:
         UnsupportedError: the config does not say.
     """
-    for key in row.total:
+    for key in row.total_keys:
         value = section.get(key)
         numbers = _by_layer(value) or ({"": value} if type(value) is int else {})
         most = max(numbers.values(), default=0)
-        if 0 < most <= MOST and min(numbers.values()) >= 0:
+        if 0 < most <= MAX_NUMBER and min(numbers.values()) >= 0:
             return most
-    keys = " or ".join(row.total)
+    keys = " or ".join(row.total_keys)
     raise UnsupportedError(
         f"{CONFIG}: does not say how many routed experts a layer has ({keys})",
         hint="Add the key with that number, beside the one of the experts per token.",
     )
 
 
-def router_of(row: Architecture, section: Section) -> Normalisation:
+def normalisation_of(row: Architecture, section: Section) -> Normalisation:
     """How the weights of the chosen experts are normalised.
 
     Raises:
         UnsupportedError: in a way that the closed forms do not cover.
     """
-    normalised = row.normalised
+    normalised = row.normalisation
     if isinstance(normalised, Flag):
         if (
             normalised.only_if is not None
@@ -171,7 +172,7 @@ def router_of(row: Architecture, section: Section) -> Normalisation:
         value = next((section[key] for key in keys if section.get(key) is not None), None)
         return Normalisation(normalised.default if value is None else bool(value))
     if isinstance(normalised, SharedSum):
-        return Normalisation(True, whole(section, normalised.key, 0))
+        return Normalisation(True, read_integer(section, normalised.key, 0))
     if isinstance(normalised, PowerNorm):
         power = section.get(normalised.key, 1)
         if power not in (1, None):
@@ -204,10 +205,10 @@ def _integer(value: Any) -> int | None:
     return value if type(value) is int else None
 
 
-def _router(row: Architecture, section: Section) -> Normalisation | None:
+def _normalisation(row: Architecture, section: Section) -> Normalisation | None:
     """None if the row is not of the table and the config does not tell either."""
     if row.model_type or "norm_topk_prob" in section:
-        return router_of(row, section)
+        return normalisation_of(row, section)
     return None
 
 
@@ -219,23 +220,26 @@ def _is_on(switch: str | None, section: Section) -> bool:
     return switch is None or bool(section.get(switch))
 
 
-def _per_layer(section: Section) -> dict[int, Section]:
-    """What ``per_layer_config`` says of single layers, by their numbers."""
-    own = section.get("per_layer_config")
-    items = own.items() if isinstance(own, dict) else ()
+def _layer_overrides(section: Section) -> dict[int, Section]:
+    """The entries of ``per_layer_config``, by layer number."""
+    overrides = section.get("per_layer_config")
+    items = overrides.items() if isinstance(overrides, dict) else ()
     return {int(key): value for key, value in items if key.isdecimal() and isinstance(value, dict)}
 
 
-def _experts_by_layer(section: Section, own: Mapping[int, Section], total: int) -> dict[int, int]:
-    """Routed experts of layers that have their own number, or stand in a list of numbers."""
-    listed = next((found for key in _LISTED if (found := _by_layer(section.get(key)))), {})
+def _experts_by_layer(
+    section: Section, overrides: Mapping[int, Section], total: int
+) -> dict[int, int]:
+    """Routed experts of layers for which a list or ``per_layer_config`` gives a number."""
+    listed = next((found for key in _LIST_KEYS if (found := _by_layer(section.get(key)))), {})
     numbers = {int(key): number for key, number in listed.items() if key.isdecimal()}
-    by_layer = {layer: n if 0 < n <= MOST else total for layer, n in numbers.items()}
-    overrides = {layer: whole(value, "num_local_experts", 0) for layer, value in own.items()}
-    return by_layer | {layer: number or total for layer, number in overrides.items()}
+    by_layer = {layer: n if 0 < n <= MAX_NUMBER else total for layer, n in numbers.items()}
+    for layer, override in overrides.items():
+        by_layer[layer] = read_integer(override, "num_local_experts", 0) or total
+    return by_layer
 
 
-_LISTED: Final = (
+_LIST_KEYS: Final = (
     *("num_experts_per_layer", "num_local_experts_per_layer", "n_routed_experts_per_layer"),
     *("moe_num_experts_per_layer", "pyramid_num_routed"),
     *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
@@ -263,13 +267,15 @@ def _moe_layers(count: int, rule: MoeLayers | None, section: Section) -> frozens
     if isinstance(rule, All):
         return frozenset(range(count))
     if isinstance(rule, SparseStep):
-        step = whole(section, "decoder_sparse_step", 1) or 1
+        step = read_integer(section, "decoder_sparse_step", 1) or 1
         dense = section.get("mlp_only_layers") or []
         if not isinstance(dense, list):
             raise CheckpointError(f"{CONFIG}: mlp_only_layers is {dense!r}, not a list")
         return frozenset(range(step - 1, count, step)) - {i for i in dense if isinstance(i, int)}
     assert isinstance(rule, FirstDense)
-    return _after_dense(count, whole(section, "first_k_dense_replace", rule.default), section)
+    return _after_dense(
+        count, read_integer(section, "first_k_dense_replace", rule.default), section
+    )
 
 
 def _after_dense(count: int, first: int, section: Section) -> frozenset[int]:
@@ -283,7 +289,7 @@ def _after_dense(count: int, first: int, section: Section) -> frozenset[int]:
     return named | {layer for layer in found if layer >= len(types)}
 
 
-def _narrower(section: Section) -> Iterator[int]:
+def _narrow_sizes(section: Section) -> Iterator[int]:
     words = ("latent", "rank", "expert_hidden", "moe_hidden")
     for key, value in section.items():
         if type(value) is int and any(word in key for word in words):

@@ -29,7 +29,7 @@ _ADAPTER: Final = re.compile(
 """What PEFT calls the tensors that it adds: peft 0.17, `adapter_layer_names` of its tuners."""
 
 
-def refuse_unmerged(names: Iterable[str]) -> list[str]:
+def refuse_unmerged_adapter(names: Iterable[str]) -> list[str]:
     """Say what an adapter inside the checkpoint means.
 
     Returns:

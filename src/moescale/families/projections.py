@@ -34,21 +34,21 @@ class Projection:
     module: str
     layer: Layer
     expert: int | None
-    number_at: tuple[int, int]  # where the layer's number stands in the module's name
+    number_span: tuple[int, int]  # where the layer's number stands in the module's name
     by_suffix: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def prefix(self) -> str:
         """The name up to the layer's number: ``model.layers.3``."""
-        return self.module[: self.number_at[1]]
+        return self.module[: self.number_span[1]]
 
     @property
     def block(self) -> str:
         """What holds router and experts, after the layer's number: ``.mlp.``."""
-        return block_of(self.module[self.number_at[1] :])
+        return block_of(self.module[self.number_span[1] :])
 
 
-class Stacks:
+class StackFilter:
     """The stacks that belong to one part of a model type: its own, or all that no other has."""
 
     def __init__(self, architecture: Architecture, others: Iterable[Architecture]) -> None:
@@ -73,7 +73,7 @@ def find_projections(
         others: the other parts of the same model type, whose stacks are left alone.
     """
     pattern = _name_pattern(tuple(architecture.experts))
-    stacks = Stacks(architecture, others)
+    stacks = StackFilter(architecture, others)
     found: dict[str, Projection] = {}
     for tensor in tensors:
         match = pattern.fullmatch(plain_name(tensor.name))
@@ -109,7 +109,7 @@ def drop_single_stack(projections: Collection[Projection]) -> None:
     """Call the layers by their numbers alone where there is one stack of them, however named."""
     if len({p.layer.stack for p in projections}) == 1:
         for projection in projections:
-            projection.layer = _same_layer("", projection.layer.number)
+            projection.layer = _interned_layer("", projection.layer.number)
 
 
 NUMBER: Final = "[0-9]{1,9}"
@@ -159,19 +159,19 @@ def _projection(match: re.Match[str]) -> Projection:
     expert = next((value for key, value in groups.items() if key[0] in "EF"), None)
     stack = stack_of(match.string[: match.start(layer)])
     module = match.string[: match.start("suffix")]
-    number = _same_layer(stack, int(groups[layer]))
-    place = _same_place(*match.span(layer))
+    number = _interned_layer(stack, int(groups[layer]))
+    place = _interned_span(*match.span(layer))
     return Projection(module, number, None if expert is None else int(expert), place)
 
 
 @lru_cache(maxsize=1024)
-def _same_layer(stack: str, number: int) -> Layer:
+def _interned_layer(stack: str, number: int) -> Layer:
     """One object for all experts of a layer."""
     return Layer(stack, number)
 
 
 @lru_cache(maxsize=1024)
-def _same_place(start: int, stop: int) -> tuple[int, int]:
+def _interned_span(start: int, stop: int) -> tuple[int, int]:
     """One object for all names that have the layer's number at the same place."""
     return start, stop
 
@@ -185,11 +185,11 @@ def block_of(rest: str) -> str:
     return re.split(r"(?<=\.)[0-9]+\.", rest.rpartition(".")[0] + ".")[0]
 
 
-def raw_layer(before: str, number: int) -> Layer:
+def layer_after(before: str, number: int) -> Layer:
     """The layer of that number, by what stands before it in the name of a tensor."""
-    return _same_layer(stack_of(before), number)
+    return _interned_layer(stack_of(before), number)
 
 
 def in_part(layer: Layer, architecture: Architecture, others: Iterable[Architecture]) -> bool:
-    """Whether a layer that `raw_layer` gives is of this part of a model type."""
-    return layer.stack in Stacks(architecture, others)
+    """Whether a layer that `layer_after` gives is of this part of a model type."""
+    return layer.stack in StackFilter(architecture, others)

@@ -15,7 +15,7 @@ from moescale.families.architectures import Architecture
 from moescale.families.moe_config import MoeConfig
 from moescale.families.names import plain_name
 from moescale.families.projections import Layer, Projection
-from moescale.families.witness import CHOICE_BIASES, LOGIT_BIASES, PACKED, WEIGHTS
+from moescale.families.router_shapes import CHOICE_BIASES, LOGIT_BIASES, PACKED, WEIGHTS
 from moescale.routers.kinds import LLAMA_NORM, OtherRouter, RouterKind
 
 RULE: Final = "--rule gates"
@@ -138,15 +138,15 @@ class ScaledRouters:
     Attributes:
         edits: of the tensors that make the logits, without a factor yet.
         biases: what the biases of the logits are called in their modules.
-        moves: why other experts may be chosen then; None where the choice stays.
+        choice_warning: why other experts may be chosen then; None where the choice stays.
     """
 
     edits: Sequence[TensorEdit]
     biases: frozenset[str]
-    moves: str | None
+    choice_warning: str | None
 
 
-BIAS_MOVES: Final = "a bias fitted to the scores as they are takes part in the choice of experts"
+BIAS_WARNING: Final = "a bias fitted to the scores as they are takes part in the choice of experts"
 
 
 def scaled_routers(
@@ -176,11 +176,11 @@ def scaled_routers(
             hint=_INSTEAD[SCALE],
         )
     grouped = config.groups is not None
-    moves = None
+    choice_warning = None
     if any(router.bias for router in found):
-        moves = BIAS_MOVES
+        choice_warning = BIAS_WARNING
     elif grouped and kind.group_best > 1:
-        moves = "groups of experts are chosen by sums of scores, whose order may change"
+        choice_warning = "groups of experts are chosen by sums of scores, whose order may change"
     edits = [
         TensorEdit(tensor, role="router", layer=router.layer)
         for router in found
@@ -188,4 +188,4 @@ def scaled_routers(
         if tensor is not None
     ]
     biases = {r.logit_bias.name.rpartition(".")[2] for r in found if r.logit_bias is not None}
-    return ScaledRouters(edits, frozenset(biases), moves)
+    return ScaledRouters(edits, frozenset(biases), choice_warning)

@@ -7,7 +7,7 @@ import math
 from moescale.checkpoint.json_text import Path, replace_spans, value_spans
 from moescale.errors import UnsupportedError
 from moescale.families.architectures import Architecture
-from moescale.families.config import CONFIG, Config, keys_of, parse_config
+from moescale.families.config import CONFIG, Config, parse_config, split_path
 
 
 def fold_factor(config: Config, architecture: Architecture, factor: float) -> Config:
@@ -17,7 +17,7 @@ def fold_factor(config: Config, architecture: Architecture, factor: float) -> Co
         UnsupportedError: this is not the same as scaling the weights, or the key is not there.
     """
     key = architecture.scale_key
-    if not architecture.folds or key is None:
+    if not architecture.can_fold or key is None:
         why = (
             "it has no config key that multiplies the routed output"
             if key is None
@@ -27,7 +27,7 @@ def fold_factor(config: Config, architecture: Architecture, factor: float) -> Co
             f"--fold config cannot be used with model type {architecture.model_type!r}: {why}",
             hint="Leave --fold out; the weights are scaled then.",
         )
-    paths = {(*keys_of(section), key) for section in architecture.sections}
+    paths = {(*split_path(section), key) for section in architecture.sections}
 
     def wanted(path: Path) -> bool:
         return path in paths

@@ -9,11 +9,11 @@ from typing import Any, Final
 
 from moescale.checkpoint.tensor import Tensor
 from moescale.errors import CheckpointError
-from moescale.families.formats import Measured, measured
+from moescale.families.formats import ShapeInfo, shape_info
 from moescale.families.moe_config import MoeConfig
 from moescale.families.names import plain_name
 from moescale.families.projections import Layer, Projection
-from moescale.families.witness import GATHER, Witness
+from moescale.families.router_shapes import ZERO3_HINT, RouterShapes
 
 _SIBLINGS: Final[Mapping[str, tuple[str, ...]]] = {
     "down_proj": ("gate_proj", "up_proj", "gate_up_proj"),
@@ -41,8 +41,8 @@ def check_shapes(
     projections: Sequence[Projection],
     tensors: Iterable[Tensor],
     config: MoeConfig,
-    held: Mapping[Layer, int],
-    witness: Witness,
+    experts_by_layer: Mapping[Layer, int],
+    routers: RouterShapes,
 ) -> None:
     """Refuse experts that cannot be those of one model.
 
@@ -55,16 +55,19 @@ def check_shapes(
     by_moe: dict[tuple[Layer, str, int], list[Projection]] = defaultdict(list)
     for projection in projections:
         _check_one(projection)
-        layer, which = projection.layer, (projection.expert or 0) // held[projection.layer]
+        layer, which = (
+            projection.layer,
+            (projection.expert or 0) // experts_by_layer[projection.layer],
+        )
         by_moe[layer, projection.block, which].append(projection)
     for members in by_moe.values():
         _check_alike(members)
     before = _Before(projections, tensors)
     before.check_present(projections)
-    witness.check_present(projections, held)
+    routers.check_present(projections, experts_by_layer)
     for members in by_moe.values():
         paired = [before.check(projection) for projection in members]
-        _check_width(members[0], config, all(paired), witness)
+        _check_width(members[0], config, all(paired), routers)
     _check_biases(projections, before)
 
 
@@ -76,17 +79,17 @@ def _signature(projection: Projection) -> Signature:
 
 
 @lru_cache(maxsize=1024)  # the projections of a checkpoint are of very few kinds
-def _measured(signature: Signature) -> Measured:
-    return measured(
+def _shape_info(signature: Signature) -> ShapeInfo:
+    return shape_info(
         {suffix: Tensor(suffix, dtype, shape, 0, 0) for suffix, dtype, shape in signature}
     )
 
 
 def _check_one(projection: Projection) -> None:
-    found = _measured(_signature(projection))
+    found = _shape_info(_signature(projection))
     _refuse_empty(projection.by_suffix, found)
-    if found.misfit is not None:
-        tensor = projection.by_suffix[found.misfit]
+    if found.mismatch is not None:
+        tensor = projection.by_suffix[found.mismatch]
         codes = projection.by_suffix[found.codes]
         raise CheckpointError(
             f"{tensor.name}: its shape {list(tensor.shape)} does not fit {codes.name},"
@@ -95,11 +98,11 @@ def _check_one(projection: Projection) -> None:
         )
 
 
-def _refuse_empty(by_suffix: Mapping[str, Tensor], found: Measured) -> None:
+def _refuse_empty(by_suffix: Mapping[str, Tensor], found: ShapeInfo) -> None:
     if found.empty is not None:
         tensor = by_suffix[found.empty]
         raise CheckpointError(
-            f"{tensor.name}: is empty, its shape is {list(tensor.shape)}", hint=GATHER
+            f"{tensor.name}: is empty, its shape is {list(tensor.shape)}", hint=ZERO3_HINT
         )
 
 
@@ -107,7 +110,7 @@ def empty_weights(tensors: Iterable[Tensor]) -> Iterator[str]:
     """What the user should know of empty tensors that are none of the experts'."""
     found = [t.name for t in tensors if t.shape == (0,) and t.name.endswith(".weight")]
     if found:
-        yield f"{found[0]} is empty, its shape is [0] ({len(found)} such). {GATHER}"
+        yield f"{found[0]} is empty, its shape is [0] ({len(found)} such). {ZERO3_HINT}"
 
 
 # The experts of a layer ---------------------------------------------------------------------------
@@ -118,14 +121,14 @@ def _check_alike(members: Sequence[Projection]) -> None:
     signatures = [_signature(projection) for projection in members]
     if len(set(signatures)) == 1:
         return
-    found = [_measured(signature) for signature in signatures]
+    found = [_shape_info(signature) for signature in signatures]
     kinds: dict[Any, list[int]] = defaultdict(list)
     for i, one in enumerate(found):
-        if one.size is not None:
+        if one.weight_shape is not None:
             kinds["size"].append(i)
-        kinds[tuple((suffix, dtype) for suffix, dtype, _ in one.alike)].append(i)
+        kinds[tuple((suffix, dtype) for suffix, dtype, _ in one.comparable)].append(i)
     for kind, places in kinds.items():
-        what = [found[i].size if kind == "size" else found[i].alike for i in places]
+        what = [found[i].weight_shape if kind == "size" else found[i].comparable for i in places]
         usual = Counter(what).most_common(1)[0][0]
         odd = next((i for i, one in zip(places, what, strict=True) if one != usual), None)
         if odd is not None:
@@ -214,15 +217,19 @@ class _Before:
         Raises:
             CheckpointError: one is another.
         """
-        own = _measured(_signature(projection))
+        own = _shape_info(_signature(projection))
         paired = False
         for module, by_suffix in self.of(projection).items():
-            other = _measured(tuple((suffix, t.dtype, t.shape) for suffix, t in by_suffix.items()))
+            other = _shape_info(
+                tuple((suffix, t.dtype, t.shape) for suffix, t in by_suffix.items())
+            )
             _refuse_empty(by_suffix, other)
-            if own.size is None or other.size is None:
+            if own.weight_shape is None or other.weight_shape is None:
                 continue
             joined = _MATRICES.get(_parts(module)[1], (1,))
-            if not _is_transpose(own.size, other.size, joined, projection.expert is None):
+            if not _is_transpose(
+                own.weight_shape, other.weight_shape, joined, projection.expert is None
+            ):
                 raise _not_transposed(projection, own, by_suffix, other)
             paired = True
         return paired
@@ -254,7 +261,7 @@ def _is_transpose(
 
 
 def _not_transposed(
-    projection: Projection, own: Measured, by_suffix: Mapping[str, Tensor], other: Measured
+    projection: Projection, own: ShapeInfo, by_suffix: Mapping[str, Tensor], other: ShapeInfo
 ) -> CheckpointError:
     tensor = projection.by_suffix[own.codes]
     beside = by_suffix[other.codes]
@@ -268,25 +275,27 @@ def _not_transposed(
 # Hidden size and biases ---------------------------------------------------------------------------
 
 
-def _check_width(projection: Projection, config: MoeConfig, paired: bool, witness: Witness) -> None:
+def _check_width(
+    projection: Projection, config: MoeConfig, paired: bool, routers: RouterShapes
+) -> None:
     """Experts write hidden states, or those of a narrower stream that the config may name."""
-    size = _measured(_signature(projection)).size
-    hidden = config.hidden
+    size = _shape_info(_signature(projection)).weight_shape
+    hidden = config.hidden_size
     if size is None or hidden is None:
         return
-    widths = {hidden, *config.narrower}
+    widths = {hidden, *config.narrow_sizes}
     one = projection.expert is not None
-    if paired and one and _is_turned(size, widths, witness.router(projection), hidden):
-        raise _misfit(projection, hidden)
+    if paired and one and _is_turned(size, widths, routers.weight(projection), hidden):
+        raise _wrong_width(projection, hidden)
     either = paired or not one
     if len(size) > 1 and not widths.isdisjoint(size[-2:] if either else size[-2:-1]):
         if not either:
-            _check_inner(projection, size, config.inner)
+            _check_inner(projection, size, config.intermediate_size)
         return
-    router = witness.router(projection)
+    router = routers.weight(projection)
     if paired and router is not None and hidden in router.shape:
         return  # the model has this size, so its experts are narrower by a key of another name
-    raise _misfit(projection, hidden)
+    raise _wrong_width(projection, hidden)
 
 
 def _is_turned(
@@ -297,8 +306,8 @@ def _is_turned(
     return turned and (router is None or router.shape[-1] == hidden)
 
 
-def _misfit(projection: Projection, hidden: int) -> CheckpointError:
-    tensor = projection.by_suffix[_measured(_signature(projection)).codes]
+def _wrong_width(projection: Projection, hidden: int) -> CheckpointError:
+    tensor = projection.by_suffix[_shape_info(_signature(projection)).codes]
     return CheckpointError(
         f"{tensor.name}: its shape is {list(tensor.shape)}, but the config says that hidden states"
         f" have {hidden} numbers",
@@ -309,7 +318,7 @@ def _misfit(projection: Projection, hidden: int) -> CheckpointError:
 def _check_inner(projection: Projection, size: tuple[int, ...], stated: int | None) -> None:
     """Where no gate and up are beside, only the config can tell a part of an expert."""
     if stated is not None and stated not in size:
-        tensor = projection.by_suffix[_measured(_signature(projection)).codes]
+        tensor = projection.by_suffix[_shape_info(_signature(projection)).codes]
         raise CheckpointError(
             f"{tensor.name}: its shape is {list(tensor.shape)}, but the config says that an expert"
             f" is {stated} wide (moe_intermediate_size)",

@@ -18,7 +18,7 @@ from moescale.families.formats import split_name
 from moescale.families.moe_config import MoeConfig
 from moescale.families.names import plain_name
 from moescale.families.projections import Projection
-from moescale.families.witness import CHOICE_BIASES, LOGIT_BIASES
+from moescale.families.router_shapes import CHOICE_BIASES, LOGIT_BIASES
 from moescale.routers.kinds import RouterKind
 
 _PROJECTION: Final = re.compile(
@@ -44,7 +44,7 @@ _BESIDE: Final = re.compile(
 
 def unknown_keys(row: Architecture, config: MoeConfig) -> Iterator[str]:
     """Config keys that change the routing and that the row does not read, one warning a key."""
-    for key, value in config.unread:
+    for key, value in config.unread_keys:
         yield (
             f"{CONFIG}: {key} is {value!r}, which the row of {row.model_type!r} does"
             " not read; where the model's code does, factors may be wrong"
@@ -58,7 +58,7 @@ def unknown_tensors(
     tensors: Iterable[Tensor],
 ) -> Iterator[str]:
     """Tensors of MoE layers that the row does not know, one warning a kind."""
-    if not row.model_type or not config.effective:
+    if not row.model_type or not config.scaling_has_effect:
         return
     blocks = {plain_name(p.prefix) + p.block for p in projections}
     layers = {plain_name(p.prefix) + "." for p in projections}
@@ -92,7 +92,7 @@ class _Known:
     def __init__(self, row: Architecture) -> None:
         kind = row.router if isinstance(row.router, RouterKind) else None
         self._any_router = kind is None
-        self._own = set(row.beside)
+        self._own = set(row.other_modules)
         if kind is None or kind.bias:
             self._own |= set(CHOICE_BIASES)
         if kind is None or kind.logit_bias:
@@ -106,7 +106,7 @@ class _Known:
             }
             self._own |= names | {name.partition(".")[2] for name in names}
             self._own |= {"gate.tid2eid"} if kind.not_if else set()
-        self._joint_norm = row.partly is not None
+        self._joint_norm = row.partial_effect is not None
         self._forms: dict[str, bool] = {}
 
     def in_experts(self, name: str) -> bool:

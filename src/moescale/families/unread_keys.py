@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from moescale.families.architectures import Architecture, Flag, PowerNorm
-from moescale.families.config import whole
+from moescale.families.config import read_integer
 from moescale.routers.kinds import RouterKind
 from moescale.routers.normalisation import Normalisation
 
@@ -77,16 +77,16 @@ def unread_keys(
 
 def group_keys(section: Mapping[str, Any]) -> tuple[int, int]:
     """How many groups of experts the config names, and how many of them a token may choose from."""
-    groups = whole(section, "n_group", whole(section, "num_expert_group", 0))
-    return groups, whole(section, "topk_group", 0)
+    groups = read_integer(section, "n_group", read_integer(section, "num_expert_group", 0))
+    return groups, read_integer(section, "topk_group", 0)
 
 
 def _read_by(row: Architecture, kind: RouterKind | None) -> set[str | None]:
     keys: set[str | None] = {row.no_effect_if}
-    if isinstance(row.normalised, Flag):
-        keys |= {row.normalised.key, *row.normalised.aliases}
-    if isinstance(row.normalised, PowerNorm):
-        keys.add(row.normalised.key)
+    if isinstance(row.normalisation, Flag):
+        keys |= {row.normalisation.key, *row.normalisation.aliases}
+    if isinstance(row.normalisation, PowerNorm):
+        keys.add(row.normalisation.key)
     if row.model_type == "deepseek_v2":  # which has a warning of its own
         keys.add("norm_topk_prob")
     if kind is not None:

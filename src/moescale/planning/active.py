@@ -44,7 +44,7 @@ class Active:
 def active(
     tensors: Sequence[Tensor],
     projections: Iterable[Projection],
-    held: Mapping[Layer, int],
+    experts_by_layer: Mapping[Layer, int],
     experts: Experts,
 ) -> Active:
     """Count them; every tensor except those of routed experts is used in full.
@@ -52,7 +52,7 @@ def active(
     Args:
         tensors: all tensors of the checkpoint.
         projections: the routed down-projections.
-        held: routed experts of each layer.
+        experts_by_layer: routed experts of each layer.
         experts: experts per token.
     """
     homes = {_home(p.module): (p.layer, p.expert is None) for p in projections}
@@ -62,10 +62,10 @@ def active(
     for tensor in tensors:
         amount = math.prod(tensor.shape) if plain else tensor.nbytes
         total += amount
-        if (layer := _layer_of(tensor, homes, held)) is not None:
+        if (layer := _layer_of(tensor, homes, experts_by_layer)) is not None:
             routed[layer] += amount
     rest = total - sum(routed.values())
-    shares = {layer: (*experts.at(layer), held[layer]) for layer in routed}
+    shares = {layer: (*experts.at(layer), experts_by_layer[layer]) for layer in routed}
     before = sum(routed[layer] * old / all_ for layer, (_, old, _, all_) in shares.items())
     after = sum(routed[layer] * new / all_ for layer, (_, _, new, all_) in shares.items())
     unit = "parameters" if plain else "bytes"
@@ -78,7 +78,7 @@ def _home(module: str) -> str:
 
 
 def _layer_of(
-    tensor: Tensor, homes: Mapping[str, tuple[Layer, bool]], held: Mapping[Layer, int]
+    tensor: Tensor, homes: Mapping[str, tuple[Layer, bool]], experts_by_layer: Mapping[Layer, int]
 ) -> Layer | None:
     """The layer whose routed experts a tensor belongs to."""
     at = plain_name(tensor.name)
@@ -87,6 +87,6 @@ def _layer_of(
         if at in homes:
             layer, fused = homes[at]
             apart = not fused or "expert" in at
-            stacked = len(tensor.shape) > 2 and tensor.shape[0] == held[layer]
+            stacked = len(tensor.shape) > 2 and tensor.shape[0] == experts_by_layer[layer]
             return layer if apart or stacked else None
     return None

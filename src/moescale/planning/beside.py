@@ -28,9 +28,9 @@ from moescale.checkpoint.tensor import Tensor
 from moescale.errors import CheckpointError, SourceError
 from moescale.families.config import CONFIG, Config
 from moescale.families.find import Moe
+from moescale.families.foreign_names import layers_from_names, layers_of
 from moescale.families.moe_config import sizes
 from moescale.families.projections import Layer
-from moescale.families.twins import held_layers, layers_by_name
 from moescale.planning.shards import Found, read_header, same_weights, two_sets
 from moescale.storage.base import SMALL_FILE_BYTES, Source
 
@@ -137,7 +137,7 @@ def forgotten(source: Source, found: Found) -> str | None:
             header = read_header(source, files[name])
         except CheckpointError:
             continue
-        if held_layers(t.name for t in header.tensors):
+        if layers_from_names(t.name for t in header.tensors):
             return name
     return None
 
@@ -151,7 +151,7 @@ class _Looker:
         self._found = found
         self._moe = moe
         self._result = result
-        self._layers = layers_by_name(moe.projections)
+        self._layers = layers_of(moe.projections)
         self._scaled = {t.name: t for p in moe.projections for t in p.by_suffix.values()}
         self._least = sum(t.nbytes for t in self._scaled.values()) // _SMALLEST
 
@@ -220,7 +220,7 @@ class _Looker:
                 texts = torch_names(self._head(name, TORCH_HEAD))
                 if texts is None:
                     return Look(None)
-                return Look(frozenset(held_layers(texts)), not texts.isdisjoint(self._scaled))
+                return Look(frozenset(layers_from_names(texts)), not texts.isdisjoint(self._scaled))
             experts = None
             if kind.endswith(".gguf"):
                 experts = gguf_has_experts(self._head(name, GGUF_HEAD))
@@ -232,7 +232,7 @@ class _Looker:
         return self._source.read(name, 0, min(size, self._files[name].size))
 
     def _look_at_header(self, header: Header) -> Look:
-        layers = held_layers(t.name for t in header.tensors)
+        layers = layers_from_names(t.name for t in header.tensors)
         pairs = [(t, self._scaled[t.name]) for t in header.tensors if t.name in self._scaled]
         same = any(_alike(t, mine) for t, mine in pairs)
         joins = header if layers - self._layers else None
@@ -275,7 +275,7 @@ class _Looker:
         except ValueError:
             return False
         own = Config("", value if isinstance(value, dict) else {})
-        mine = self._moe.config.hidden, self._moe.config.layers
+        mine = self._moe.config.hidden_size, self._moe.config.layers
         return any(
             other not in (None, size) and bool(size)
             for others in sizes(own)

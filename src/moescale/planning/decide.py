@@ -92,9 +92,11 @@ def make_plan(
     if scales:
         routers = (able and able.routers) or find_scaled_routers(moe, tensors)
         edits += [edit.with_(factor=scales[edit.layer]) for edit in routers.edits]
-        if routers.moves:
-            warnings.append(f"with scaled routers other experts may be chosen: {routers.moves}")
-    used = active(tensors, moe.projections, moe.held, experts)
+        if routers.choice_warning:
+            warnings.append(
+                f"with scaled routers other experts may be chosen: {routers.choice_warning}"
+            )
+    used = active(tensors, moe.projections, moe.experts_by_layer, experts)
     placed = in_shards(edits, headers)
     output = checkpoint.output(placed, factors, experts)
     plan = Plan(
@@ -104,7 +106,7 @@ def make_plan(
         model_type=moe.model_type,
         part=moe.architecture.part,
         experts=experts,
-        router=moe.config.router,
+        router=moe.config.normalisation,
         rule=rule,
         why=choice.why,
         rho=options.rho or 0.0,
@@ -157,9 +159,9 @@ def _experts(moe: Moe, options: Options) -> Experts:
             f"model type {moe.model_type!r} cannot run with {after} experts per token: {row.fixed}",
             hint="--factor scales the experts and leaves their number as it is.",
         )
-    if after != before and moe.config.own_counts:
+    if after != before and moe.config.has_layer_counts:
         raise UnsupportedError(
-            f"config.json: per_layer_config gives single layers their own {row.count[0]}",
+            f"config.json: per_layer_config gives single layers their own {row.count_keys[0]}",
             hint="Set those numbers yourself, then use --factors without --experts.",
         )
     _check_choice(moe, options, after, trained)
@@ -170,8 +172,8 @@ def _check_choice(
     moe: Moe, options: Options, after: int | tuple[int, ...], trained: int | tuple[int, ...]
 ) -> None:
     """Refuse more experts than the router of some layer can choose from."""
-    fewest = min(moe.held.values())
-    largest = moe.config.largest_count(fewest)
+    fewest = min(moe.experts_by_layer.values())
+    largest = moe.config.max_count(fewest)
     limit = f"a layer has {fewest} routed experts"
     if largest < fewest:
         limit += f", of which its group-limited router can choose {largest}"

@@ -105,7 +105,7 @@ BY_LAYER = ("gates", "measured")
 def _given(moe: Moe, given: Mapping[str, float], what: str, file: str) -> dict[Layer, float]:
     layers = moe.layers
     names = {str(layer) for layer in layers}
-    own = {name: moe.elsewhere.get(name, name) for name in given}
+    own = {name: moe.layer_aliases.get(name, name) for name in given}
     given = {str(own[name]): value for name, value in given.items() if own[name] is not None}
     where = f"--factors {file}".rstrip()
     surplus = sorted(given.keys() - names)
@@ -129,12 +129,14 @@ def _factor(rule: str, moe: Moe, experts: Experts, options: Options, layer: Laye
         case "published":
             return closed_form.published(n, m)
         case "preserve":
-            if moe.config.router is None:
+            if moe.config.normalisation is None:
                 raise UnsupportedError(
                     f"model type {moe.model_type!r}: how its router weighs experts is not known",
                     hint="Use --arch with a type that routes alike, --factor, or --rule published.",
                 )
-            return closed_form.preserve(n, m, moe.config.router.balanced_weight, options.rho or 0.0)
+            return closed_form.preserve(
+                n, m, moe.config.normalisation.balanced_weight, options.rho or 0.0
+            )
         case _:
             return 1.0
 
@@ -145,7 +147,7 @@ def of_another_job(
     """Warnings of differences between the file of factors and this job or model."""
     given = options.factors or {}
     scales = getattr(given, "router_scales", {})
-    absent = sorted(n for n in {*map(str, given), *scales} if moe.elsewhere.get(n, n) is None)
+    absent = sorted(n for n in {*map(str, given), *scales} if moe.layer_aliases.get(n, n) is None)
     if absent:
         yield (
             f"--factors has values for {', '.join(absent)}, layers for further tokens that this"
@@ -178,9 +180,9 @@ def one_factor(factors: Mapping[Layer, float], options: Options) -> float:
 
 def closed_forms(moe: Moe, experts: Experts, options: Options) -> dict[str, dict[str, float]]:
     """The factors of each closed form; empty if the router is unknown."""
-    if moe.config.router is None:
+    if moe.config.normalisation is None:
         return {}
-    weight, rho = moe.config.router.balanced_weight, options.rho or 0.0
+    weight, rho = moe.config.normalisation.balanced_weight, options.rho or 0.0
     counts = {str(layer): experts.at(layer) for layer in moe.layers}
     return {
         "none": dict.fromkeys(counts, 1.0),

@@ -27,8 +27,8 @@ from typing import Any
 from moescale.checkpoint.gguf.names import is_gguf, part_name
 from moescale.errors import UnsupportedError
 from moescale.families.architectures import Architecture
-from moescale.families.config import Config, ConfigKey, keys_of
-from moescale.families.engines import llama_cpp_name
+from moescale.families.config import Config, ConfigKey, split_path
+from moescale.families.llama_cpp_names import llama_cpp_name
 from moescale.families.scale_key import fold_factor
 from moescale.storage.base import SourceId
 from moescale.storage.location import Location
@@ -63,14 +63,14 @@ class Instead:
     @property
     def depth(self) -> int:
         """Keys in the longest path; SGLang and transformers update one section."""
-        return max(len(keys_of(value.path)) for value in (*self.counts, *self.scales))
+        return max(len(split_path(value.path)) for value in (*self.counts, *self.scales))
 
     @property
     def values(self) -> dict[str, Any]:
         """All new values, nested as in the config."""
         nested: dict[str, Any] = {}
         for value in (*self.counts, *self.scales):
-            *sections, key = keys_of(value.path)
+            *sections, key = split_path(value.path)
             inner = nested
             for section in sections:
                 inner = inner.setdefault(section, {})

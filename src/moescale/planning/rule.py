@@ -73,7 +73,7 @@ def _check_effect(moe: Moe) -> None:
     Raises:
         UnsupportedError: something after the experts removes every factor.
     """
-    if not moe.config.effective:
+    if not moe.config.scaling_has_effect:
         raise UnsupportedError(
             f"scaling has no effect on model type {moe.model_type!r}: {moe.architecture.no_effect}",
             hint="--rule none changes the number of experts alone.",
@@ -88,7 +88,7 @@ def remarks(rule: str, moe: Moe, experts: Experts, options: Options) -> Iterator
             " weights and the epsilon of the norms, which stays while the stream shrinks"
         )
     changes = experts.trained != experts.after
-    router = moe.config.router
+    router = moe.config.normalisation
     if options.rule == "preserve" and changes and router and not router.renormalised:
         yield (
             "--rule preserve assumes a balanced gate, and a router that does not renormalise is"
@@ -134,7 +134,7 @@ def adjustable(moe: Moe, tensors: Sequence[Tensor]) -> Adjustable:
     except (UnsupportedError, CheckpointError) as error:
         said.append(f"--rule fitted scales the experts alone: {error.message}")
     why = None
-    if not moe.config.effective:
+    if not moe.config.scaling_has_effect:
         why = moe.architecture.no_effect
     elif not _takes_any_factor(moe):
         why = "their format takes powers of two alone"

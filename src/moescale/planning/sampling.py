@@ -37,7 +37,7 @@ def gate_of(moe: Moe, kind: RouterKind, biased: bool) -> Gate:
     Raises:
         UnsupportedError: the config names a score that is not known.
     """
-    config, router = moe.config, moe.config.router
+    config, router = moe.config, moe.config.normalisation
     assert router is not None, "a model type with a row of gating has one of architectures"
     return Gate(
         score=_score(kind, config.score, biased),
@@ -176,7 +176,7 @@ def _weights(routers: Routers, tensors: RouterTensors, data: list[bytes]) -> Rou
 
     assert tensors.norm is not None, "a row without a norm has experts whose scaling does nothing"
     moe, gate = routers.moe, routers.gate
-    experts = moe.held[tensors.layer] + gate.idle
+    experts = moe.experts_by_layer[tensors.layer] + gate.idle
     logits = 2 * math.isqrt(experts) if gate.grid else experts + gate.shared
     hidden = math.prod(tensors.norm.shape)
     if gate.groups is not None and experts % gate.groups[0]:

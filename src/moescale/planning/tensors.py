@@ -26,7 +26,7 @@ def alternative(moe: Moe, factors: Mapping[Layer, float]) -> str | None:
     row = moe.architecture
     if len(set(factors.values())) > 1:
         return None
-    if row.folds and moe.config.has_scale:
+    if row.can_fold and moe.config.has_scale:
         return f"--fold config multiplies {row.scale_key} by any factor, exactly."
     if row.model_type in WRITERS:
         return "--fold residual takes any factor: it divides all other writers to the stream."
@@ -47,7 +47,9 @@ def scaled_weights(
         divisor = one_factor(factors, options)
         layers = {projection.layer.number for projection in moe.projections}
         model_type = moe.architecture.model_type
-        return residual_writers(model_type, moe.config.tied, tensors, layers, 1 / divisor)
+        return residual_writers(
+            model_type, moe.config.tied_embeddings, tensors, layers, 1 / divisor
+        )
     instead = alternative(moe, factors)
     return [
         edit

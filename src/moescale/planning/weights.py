@@ -10,7 +10,7 @@ from moescale.checkpoint.tensor import Tensor
 from moescale.errors import CheckpointError
 from moescale.families.config import Config
 from moescale.families.find import Moe, find_moe
-from moescale.families.twins import held_layer, like
+from moescale.families.foreign_names import expert_names, layer_from_name
 from moescale.options import Options
 from moescale.planning.beside import forgotten, look_beside
 from moescale.planning.shards import Found, read_shards
@@ -45,7 +45,7 @@ def find_weights(source: Source, config: Config, options: Options) -> Weights:
     """
     found = read_shards(source, source.files())
     moe = _moe(source, config, options, found)
-    warnings = found.faults.check(like(found.faults.names, moe.projections))
+    warnings = found.faults.check(expert_names(found.faults.names, moe.projections))
     beside = look_beside(source, found, moe)
     if beside.joined:
         found = replace(found, headers={**found.headers, **beside.joined})
@@ -74,7 +74,9 @@ def _moe(source: Source, config: Config, options: Options, found: Found) -> Moe:
     try:
         return _find(config, options, found.headers)
     except CheckpointError as error:
-        found.faults.check({name for name in found.faults.names if held_layer(name) is not None})
+        found.faults.check(
+            {name for name in found.faults.names if layer_from_name(name) is not None}
+        )
         if (name := forgotten(source, found)) is None:
             raise
         raise CheckpointError(

@@ -21,7 +21,7 @@ from moescale.errors import CheckpointError, SourceError, UnsupportedError
 from moescale.families import llama_cpp
 from moescale.families.gguf import find_gguf_moe
 from moescale.families.llama_cpp import Row
-from moescale.families.llama_graph import GRAPHS, most_experts
+from moescale.families.llama_graph import GRAPHS, max_experts_per_token
 from moescale.families.projections import Layer
 from moescale.options import Options
 from moescale.planning import provenance
@@ -197,7 +197,7 @@ class GgufCheckpoint:
         """Whether llama.cpp has room for so many experts in its graph."""
         added = {tensor.name for tensor in self._added(factors)}
         names = added.union(tensor.name for tensor in self.tensors)
-        most = most_experts(self._row, self._first, names)
+        most = max_experts_per_token(self._row, self._first, names)
         after = max(experts.after) if isinstance(experts.after, tuple) else experts.after
         if most is not None and after > most:
             counted = self._row.name in GRAPHS
@@ -285,7 +285,7 @@ class GgufCheckpoint:
             return []
         without = [p for p in self.moe.projections if "scale" not in p.by_suffix]
         return [
-            NewTensor(f"{p.module}.scale", (factors[p.layer],) * self.moe.held[p.layer])
+            NewTensor(f"{p.module}.scale", (factors[p.layer],) * self.moe.experts_by_layer[p.layer])
             for p in sorted(without, key=lambda p: p.layer)
             if factors[p.layer] != 1.0
         ]
@@ -323,7 +323,7 @@ class GgufCheckpoint:
         )
 
     def _blocks(self) -> int:
-        return max(layer.number for layer in self.moe.held) + 1
+        return max(layer.number for layer in self.moe.experts_by_layer) + 1
 
     def _split(self, name: str, added: int) -> dict[str, int]:
         """The number of tensors in the whole set, which every part states."""

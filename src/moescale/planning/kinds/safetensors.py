@@ -8,11 +8,11 @@ from moescale.checkpoint.edit import TensorEdit
 from moescale.errors import SourceError
 from moescale.factors import closed_form
 from moescale.families.config import CONFIG, Config, parse_config, set_count
-from moescale.families.find import Moe, own_router
-from moescale.families.formats import confirm
+from moescale.families.duplicate_counts import candidate_files, common_count, replace_count
+from moescale.families.find import Moe, configured_router
+from moescale.families.formats import check_quantisation_config
 from moescale.families.projections import Layer
 from moescale.families.scale_key import fold_factor
-from moescale.families.second_counts import candidates, one_number, with_count
 from moescale.options import Options
 from moescale.planning.experts import Experts
 from moescale.planning.factors import one_factor
@@ -55,7 +55,9 @@ class SafetensorsCheckpoint:
         self, edits: Sequence[TensorEdit], factors: Mapping[Layer, float], experts: Experts
     ) -> Iterator[str]:
         """Warnings about the planned changes."""
-        yield from confirm(edits, self._config.value, alternative(self.moe, factors))
+        yield from check_quantisation_config(
+            edits, self._config.value, alternative(self.moe, factors)
+        )
         yield from _of_arch(self._config, self.moe, experts, self._options)
 
     def output(
@@ -123,7 +125,7 @@ def _edited(config: Config, moe: Moe, factors: Mapping[Layer, float], options: O
 
 def _fold_key(moe: Moe, options: Options) -> str | None:
     """The config key that ``--fold config`` would multiply."""
-    key = moe.architecture.scale_key if moe.architecture.folds else None
+    key = moe.architecture.scale_key if moe.architecture.can_fold else None
     return key if moe.config.has_scale and options.gate_scale is None else None
 
 
@@ -133,12 +135,12 @@ def _second_files(
     """Other files that hold the count, with their new content; and warnings about them."""
     edits: dict[str, bytes] = {}
     warnings: list[str] = []
-    before, after = one_number(experts.before), experts.after
+    before, after = common_count(experts.before), experts.after
     if not isinstance(after, int):  # every layer keeps its own
         return edits, warnings
     sizes = {name: file.size for name, file in source.files().items() if name not in others}
-    for name in candidates(sizes):
-        changed, said = with_count(name, source.read(name), before, after, moe.config.experts)
+    for name in candidate_files(sizes):
+        changed, said = replace_count(name, source.read(name), before, after, moe.config.experts)
         warnings += said
         if changed is not None:
             edits[name] = changed
@@ -147,13 +149,13 @@ def _second_files(
 
 def _of_arch(config: Config, moe: Moe, experts: Experts, options: Options) -> Iterator[str]:
     """The warning if --arch contradicts a known type of the config."""
-    own = own_router(config, moe) if options.arch is not None else None
-    if own is None or moe.config.router is None:
+    own = configured_router(config, moe) if options.arch is not None else None
+    if own is None or moe.config.normalisation is None:
         return
     n, _, m = experts.at(moe.layers[0])
     asked, known = (
         closed_form.preserve(n, m, router.balanced_weight, options.rho or 0.0)
-        for router in (moe.config.router, own[1])
+        for router in (moe.config.normalisation, own[1])
     )
     yield (
         f"--arch {options.arch} contradicts {CONFIG}, whose model_type is {own[0]!r}: the router of"

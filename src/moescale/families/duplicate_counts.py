@@ -19,11 +19,11 @@ KEYS: Final = frozenset(
     key
     for row in ROWS
     if row.part is None
-    for key in (*row.count, "n_activated_experts")  # the last: inference/model.py of DeepSeek-V3
+    for key in (*row.count_keys, "n_activated_experts")  # DeepSeek-V3, inference/model.py
     if re.search("expert|moe", key)
 )
 """Config keys that some loader reads as the experts per token of a model."""
-_TOTALS: Final = frozenset(key for row in ROWS for key in row.total)
+_TOTALS: Final = frozenset(key for row in ROWS for key in row.total_keys)
 _LEFT_ALONE: Final = frozenset({"quantization_config", "compression_config"})
 """Sections that say how the model was made, not how it runs."""
 
@@ -33,7 +33,7 @@ _LIKELY: Final = re.compile(
 _UNLIKELY: Final = re.compile(r"group|limit|device|loss|coef|size|dim|shared|capacity|dspark|mova")
 """What a key that nobody knows is called, with the one around it, where it may be this number."""
 
-MOST_BYTES: Final = 1 << 20
+MAX_BYTES: Final = 1 << 20
 _CANDIDATE: Final = re.compile(r".*(?:params|config|args|settings|inference|model).*\.json")
 _OTHERS: Final = re.compile(
     r".*\.index(?:\.[^./]+)?\.json|(?:.*/)?(?:model_index\.json|added_tokens\.json|(?:generation|tokenizer|(?:\w+_)?preprocessor|processor|adapter|quanti[sz]e|"
@@ -41,7 +41,7 @@ _OTHERS: Final = re.compile(
 )
 
 
-def second_count_keys(
+def duplicate_count_keys(
     config: Config, row: Architecture, count_keys: Sequence[ConfigKey]
 ) -> tuple[list[ConfigKey], list[str]]:
     """Other keys of the config that hold the count, and warnings of those that hold another.
@@ -54,11 +54,11 @@ def second_count_keys(
     if not count_keys:
         return [], []
     count, known = (
-        one_number(count_keys[0].value),
+        common_count(count_keys[0].value),
         {(key.section, key.key) for key in count_keys},
     )
     own_parts = {s for r in ROWS if r.model_type == row.model_type for s in r.sections}
-    known |= {(s, key) for r in _other_parts(row) for s in r.sections for key in r.count}
+    known |= {(s, key) for r in _other_parts(row) for s in r.sections for key in r.count_keys}
     found, warnings = [], []
     for path, value in _counts(config.value, count, ()):
         section, key = ".".join(path[:-1]), path[-1]
@@ -77,7 +77,7 @@ def _other_parts(row: Architecture) -> Iterator[Architecture]:
     return (r for r in ROWS if r.model_type == row.model_type and r.part != row.part)
 
 
-def one_number(count: int | Sequence[int]) -> int | None:
+def common_count(count: int | Sequence[int]) -> int | None:
     """The experts per token of all layers, None where they differ."""
     numbers = {count} if isinstance(count, int) else set(count)
     return numbers.pop() if len(numbers) == 1 else None
@@ -117,7 +117,7 @@ def _looks_like_one(path: str) -> bool:
     return _LIKELY.fullmatch(path) is not None and _UNLIKELY.search(path) is None
 
 
-def candidates(sizes: Mapping[str, int]) -> list[str]:
+def candidate_files(sizes: Mapping[str, int]) -> list[str]:
     """Files that may hold the count: small configs that lie beside no weights of their own."""
     weights = {
         name.rpartition("/")[0]
@@ -127,12 +127,12 @@ def candidates(sizes: Mapping[str, int]) -> list[str]:
     return [
         name
         for name, size in sizes.items()
-        if name != CONFIG and size <= MOST_BYTES and name.rpartition("/")[0] not in weights
+        if name != CONFIG and size <= MAX_BYTES and name.rpartition("/")[0] not in weights
         if _CANDIDATE.fullmatch(name) and not _OTHERS.fullmatch(name)
     ]
 
 
-def with_count(
+def replace_count(
     name: str, data: bytes, before: int | None, after: int, total: int
 ) -> tuple[bytes | None, list[str]]:
     """A file with the new count, None where nothing in it changes; and what the user should know.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from moescale.families.formats import UNTOUCHED, split_name
-from moescale.families.projections import Layer, Projection, raw_layer
+from moescale.families.formats import INPUT_SUFFIXES, split_name
+from moescale.families.projections import Layer, Projection, layer_after
 
 _LAYER = re.compile(
     r"(?P<before>(?:.*?\.)??)(?:(?:layers?|blocks?|h|blk|meta_mlp)\.|(?<=mtp\.)|(?<=mtp_layers\.))"
@@ -36,35 +36,35 @@ _NUMBER = re.compile("(?<![a-z0-9])[0-9]+")
 """A number of its own: the 1 of ``w1`` is a part of a name."""
 
 
-def held_layer(name: str) -> Layer | None:
+def layer_from_name(name: str) -> Layer | None:
     """The layer whose routed down-projection, or a scale of it, a tensor of this name is."""
     match = _LAYER.fullmatch(name) if len(name) <= _LONGEST else None
     if match is None or not _ROUTED.search(match["rest"]) or _NOT_ROUTED.search(match["rest"]):
         return None
-    if split_name(name)[1] in UNTOUCHED:
+    if split_name(name)[1] in INPUT_SUFFIXES:
         return None
-    return raw_layer(match["before"], int(match["number"]))
+    return layer_after(match["before"], int(match["number"]))
 
 
-def held_layers(names: Iterable[str]) -> set[Layer]:
+def layers_from_names(names: Iterable[str]) -> set[Layer]:
     """The layers of which these tensors are routed down-projections."""
-    return {layer for name in names if (layer := held_layer(name)) is not None}
+    return {layer for name in names if (layer := layer_from_name(name)) is not None}
 
 
-def layers_by_name(projections: Iterable[Projection]) -> set[Layer]:
-    """The layers of the projections, as `held_layers` calls them."""
+def layers_of(projections: Iterable[Projection]) -> set[Layer]:
+    """The layers of the projections, as `layers_from_names` calls them."""
     return {
-        held_layer(p.module) or raw_layer(p.module[: p.number_at[0]], p.layer.number)
+        layer_from_name(p.module) or layer_after(p.module[: p.number_span[0]], p.layer.number)
         for p in projections
     }
 
 
-def like(names: Iterable[str], projections: Iterable[Projection]) -> set[str]:
-    """Those of the names that are like the projections', but for numbers, or routed anyway."""
+def expert_names(names: Iterable[str], projections: Iterable[Projection]) -> set[str]:
+    """The names that match the projections' names up to numbers, or that look like routed ones."""
     if not (names := list(names)):
         return set()
     forms = {_form(tensor.name) for p in projections for tensor in p.by_suffix.values()}
-    return {name for name in names if _form(name) in forms or held_layer(name) is not None}
+    return {name for name in names if _form(name) in forms or layer_from_name(name) is not None}
 
 
 def _form(name: str) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable
 
 
-def looks_routed(names: Collection[str]) -> str | None:
+def likely_down_projection(names: Collection[str]) -> str | None:
     """The first name that looks like a routed down-projection, for a type that is not known."""
     experts, down = re.compile(r"experts?\b"), re.compile("down|w2|fc2|wo|output")
     for name in sorted(names):

@@ -31,7 +31,7 @@ _BIASES: Final = (*CHOICE_BIASES, *LOGIT_BIASES)
 PACKED: Final = ("absmax", "quant_map", "qweight", "weight_packed", "W_q")
 
 
-class Witness:
+class RouterShapes:
     """The routers, by the names of their blocks; those that are quantised say nothing."""
 
     def __init__(
@@ -39,11 +39,11 @@ class Witness:
     ) -> None:
         named = ((plain_name(t.name), t) for t in tensors if t.name.endswith(_ENDS))
         self._tensors = dict(named)
-        self._moes = architecture.moes
-        shared = config.router.shared if config.router else 0
+        self._moes = architecture.moes_per_layer
+        shared = config.normalisation.shared if config.normalisation else 0
         self._more = config.experts_without_weights + shared  # the router has logits for them, too
 
-    def router(self, projection: Projection) -> Tensor | None:
+    def weight(self, projection: Projection) -> Tensor | None:
         """The weight of the router of a projection's layer, where it is found and is plain."""
         at = plain_name(projection.prefix) + projection.block
         for name in WEIGHTS:
@@ -54,9 +54,9 @@ class Witness:
                 return tensor
         return None
 
-    def confirms(self, projection: Projection, experts: int) -> bool:
+    def matches(self, projection: Projection, experts: int) -> bool:
         """Whether the router of the projection's layer chooses from so many experts."""
-        router = self.router(projection)
+        router = self.weight(projection)
         return router is not None and self._fits(router, experts)
 
     def check(self, projection: Projection, experts: int) -> None:
@@ -65,16 +65,18 @@ class Witness:
         Raises:
             CheckpointError: it has.
         """
-        router = self.router(projection)
+        router = self.weight(projection)
         if router is not None and not self._fits(router, experts):
-            raise _misfit(router, experts, projection)
+            raise _wrong_shape(router, experts, projection)
         at = plain_name(projection.prefix) + projection.block
         for name in _BIASES:
             bias = self._tensors.get(at + name)
             if bias is not None and math.prod(bias.shape) not in self._sizes(experts):
-                raise _misfit(bias, experts, projection)
+                raise _wrong_shape(bias, experts, projection)
 
-    def check_present(self, projections: Iterable[Projection], held: Mapping[Layer, int]) -> None:
+    def check_present(
+        self, projections: Iterable[Projection], experts_by_layer: Mapping[Layer, int]
+    ) -> None:
         """All layers of a stack have a router, alike where their experts are as many, or none has.
 
         Raises:
@@ -92,7 +94,7 @@ class Witness:
                     f"{p.prefix}: has routed experts, but no router, unlike {other.prefix}",
                     hint="The checkpoint is incomplete; fetch the missing shard again.",
                 )
-            if other is not None and held[p.layer] == held[other.layer]:
+            if other is not None and experts_by_layer[p.layer] == experts_by_layer[other.layer]:
                 self._check_alike(p, other)
 
     def _has_router(self, projection: Projection) -> bool:
@@ -100,7 +102,7 @@ class Witness:
         return any(f"{at}{name}" in self._tensors for name in _ENDS)
 
     def _check_alike(self, projection: Projection, other: Projection) -> None:
-        mine, theirs = self.router(projection), self.router(other)
+        mine, theirs = self.weight(projection), self.weight(other)
         if mine is not None and theirs is not None and mine.shape != theirs.shape:
             raise CheckpointError(
                 f"{mine.name}: its shape {list(mine.shape)} is not that of {theirs.name}, which is"
@@ -119,15 +121,15 @@ class Witness:
 _ENDS: Final = (*WEIGHTS, *_BIASES, *PACKED)
 
 
-def _misfit(tensor: Tensor, experts: int, projection: Projection) -> CheckpointError:
+def _wrong_shape(tensor: Tensor, experts: int, projection: Projection) -> CheckpointError:
     what = f"its shape {list(tensor.shape)} is not that of a router"
     return CheckpointError(
         f"{tensor.name}: {what} of {experts} experts, which layer {projection.layer} has",
-        hint=GATHER if 0 in tensor.shape else "One of them belongs to another checkpoint.",
+        hint=ZERO3_HINT if 0 in tensor.shape else "One of them belongs to another checkpoint.",
     )
 
 
-GATHER: Final = (
+ZERO3_HINT: Final = (
     "It was saved by DeepSpeed ZeRO-3 without gathering; save it again with"
     " stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py."
 )
