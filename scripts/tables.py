@@ -134,7 +134,7 @@ def kind(row: formats.Format) -> str:
         return "the weight itself, in its own dtype"
     if any(part.operation == "shift" for part in parts):
         return "the scale is a power of two, so is the factor; anything else is refused"
-    if any(part.promote for part in parts):
+    if any(part.as_f32 for part in parts):
         return "the scale; in 16 bits it is widened to F32 (the shard's header changes)"
     return "the scale, in its own dtype; every code stays bit-identical"
 

@@ -14,8 +14,8 @@ import torch
 from support import tiny_models
 from support.tiny_models import build
 
-from moescale.calibrate import guard, own_text, runner
-from moescale.calibrate.measure import Opened, evaluate, measure, opened
+from moescale.calibrate import generated_text, guard, runner
+from moescale.calibrate.measure import LoadedModel, evaluate, measure, opened
 from moescale.calibrate.routers import scaled
 from moescale.calibrate.scoring import Setting, paired
 from moescale.calibrate.text import Text
@@ -107,7 +107,7 @@ def test_a_router_that_cannot_be_scaled_gets_the_factor_only() -> None:
 
 
 @contextmanager
-def at_work(source: Path, experts: int) -> Iterator[tuple[Opened, Moe, Experts]]:
+def at_work(source: Path, experts: int) -> Iterator[tuple[LoadedModel, Moe, Experts]]:
     """A tiny model in memory, and what a plan found out about it."""
     found: list[tuple[Moe, Experts]] = []
 
@@ -156,7 +156,9 @@ def test_the_sums_are_those_of_the_blocks_run_at_each_scale(entry: str, tmp_path
             assert 1 - float(cosine) ** 2 == pytest.approx(found.error_after, abs=rough)
 
 
-def routed(model: Opened, text: Text, _: Any, count: Any) -> tuple[dict[Any, Any], dict[Any, Any]]:
+def routed(
+    model: LoadedModel, text: Text, _: Any, count: Any
+) -> tuple[dict[Any, Any], dict[Any, Any]]:
     """What each block is given and what its experts give, but for first tokens."""
     inputs: dict[Any, Any] = {}
     outputs: dict[Any, Any] = {}
@@ -195,7 +197,7 @@ def kept(out: Any) -> torch.Tensor:
 
 @torch.no_grad()
 def alone(
-    model: Opened, layer: Any, inputs: Any, scale: float, total: int, biases: frozenset[str]
+    model: LoadedModel, layer: Any, inputs: Any, scale: float, total: int, biases: frozenset[str]
 ) -> torch.Tensor:
     """The routed output of one block with three experts, its router's weight multiplied."""
     (path,) = model.paths[layer]
@@ -309,15 +311,15 @@ def test_a_model_writes_the_same_text_twice_and_it_is_read_again(tmp_path: Path)
     own = {"SEQUENCES": 3, "GUARDED": 1, "LENGTH": 16, "AT_ONCE": 2}
     with pytest.MonkeyPatch.context() as patch, at_work(tmp_path / "m", 3) as (model, _, __):
         for name, value in own.items():
-            patch.setattr(own_text, name, value)
+            patch.setattr(generated_text, name, value)
         patch.setattr("moescale.calibrate.text.FEWEST", 16)
-        first = own_text.write_text(model.model, None, 256)
+        first = generated_text.write_text(model.model, None, 256)
         state = torch.random.get_rng_state()
-        assert own_text.write_text(model.model, None, 256) == first
+        assert generated_text.write_text(model.model, None, 256) == first
         assert torch.equal(torch.random.get_rng_state(), state)
         assert (len(first.tokens), first.length) == (64, 16)
-        assert own_text.digest_of(first) == own_text.digest_of(first)
-        own_text.keep_text(first, None, tmp_path / "text.jsonl")
+        assert generated_text.digest_of(first) == generated_text.digest_of(first)
+        generated_text.keep_text(first, None, tmp_path / "text.jsonl")
         from moescale.calibrate.text import read_text
 
         again = read_text(tmp_path / "text.jsonl", tmp_path / "m", 256)

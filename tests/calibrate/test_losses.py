@@ -16,7 +16,7 @@ from support import checkpoints, tiny_models
 from support.command import Command
 
 from moescale import api
-from moescale.calibrate import blocks, devices, own_text, runner
+from moescale.calibrate import blocks, devices, generated_text, runner
 from moescale.calibrate.text import check_kept
 from moescale.errors import DestinationError, UsageError
 from moescale.factors import measured
@@ -188,7 +188,7 @@ def test_what_the_model_writes_takes_the_place_of_a_text(
 ) -> None:
     """It is kept where that is asked for, and gives the same numbers when it is given back."""
     for name, value in {"SEQUENCES": 48, "GUARDED": 16, "LENGTH": 48}.items():
-        monkeypatch.setattr(own_text, name, value)
+        monkeypatch.setattr(generated_text, name, value)
     kept = tmp_path / "own.jsonl"
     with monkeypatch.context() as patch:
         forced(patch)

@@ -83,7 +83,7 @@ def test_a_row_is_whole(row: Format) -> None:
     assert not set(row.unchanged) & (row.dtypes.keys() | row.scaled.keys())
     shifts = [part for part in row.scaled.values() if part.operation == "shift"]
     for part in row.scaled.values():
-        assert part.operation != "shift" or not part.promote
+        assert part.operation != "shift" or not part.as_f32
     assert not shifts or len(row.scaled) == 1
 
 
@@ -257,7 +257,7 @@ def test_the_format_is_decided_module_by_module(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(q.config(cases[0])))
     plan = api.plan(tmp_path, factor=1.5)
     found = {t.tensor.name.rpartition(".")[2]: t for t in plan.tensors}
-    assert {name: (e.operation, e.promote) for name, e in found.items()} == {
+    assert {name: (e.operation, e.store_as) for name, e in found.items()} == {
         "weight_scale_inv": ("multiply", "F32"),
         "weight_global_scale": ("divide", None),
         "scales": ("multiply", None),

@@ -123,7 +123,7 @@ def test_a_shard_without_a_wider_scale_keeps_its_header(case: Case, tmp_path: Pa
     """Only where a scale is promoted to F32 the header changes, and other shards stay as long."""
     q.write(case, tmp_path / "in")
     plan = api.convert(tmp_path / "in", tmp_path / "out", factor=FACTOR).plan
-    widened = {t.shard for t in plan.tensors if t.promote}
+    widened = {t.shard for t in plan.tensors if t.store_as}
     assert bool(widened) == ("promote" in case.changed.values())
     for path in (tmp_path / "in").glob("*.safetensors"):
         old, new = path.read_bytes(), (tmp_path / "out" / path.name).read_bytes()

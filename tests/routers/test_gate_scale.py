@@ -22,7 +22,7 @@ from moescale.families.architectures import find
 from moescale.planning.sampling import Routers
 from moescale.report.terminal import plan_text
 from moescale.routers.kinds import RouterKind
-from moescale.routers.weights import RouterWeights, gate_weights
+from moescale.routers.weights import RouterArrays, gate_weights
 
 SCALE = 2.5
 
@@ -51,7 +51,7 @@ OTHERS = [e for e in TINY if e not in (*SCALES, *MOVES, UNWEIGHTED)]
 
 
 def assert_weighs_scaled_logits(
-    output: Path, entry: str, routers: Routers, before: Sequence[RouterWeights], scale: float
+    output: Path, entry: str, routers: Routers, before: Sequence[RouterArrays], scale: float
 ) -> None:
     """Transformers weighs with an output as the source's routers do with logits times `scale`."""
     model = tiny_models.load(output, entry)

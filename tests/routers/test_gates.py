@@ -14,20 +14,26 @@ import pytest
 from moescale.factors import gates
 from moescale.factors.samples import Moments, Sample
 from moescale.routers import weights as routing
-from moescale.routers.weights import Gate, RouterWeights, drawn_logits, gate_weights, sample_layer
+from moescale.routers.weights import (
+    RouterArrays,
+    RouterSpec,
+    drawn_logits,
+    gate_weights,
+    sample_layer,
+)
 
 HIDDEN, EXPERTS = 24, 8
-NORMALISED, PLAIN = Gate(normalised=True), Gate()
+NORMALISED, PLAIN = RouterSpec(normalised=True), RouterSpec()
 
 
-def router(size: float, seed: int = 0, hidden: int = HIDDEN) -> RouterWeights:
+def router(size: float, seed: int = 0, hidden: int = HIDDEN) -> RouterArrays:
     """A random router whose weights have this size."""
     draw = np.random.RandomState(seed)
     norm = 1 + 0.1 * draw.standard_normal(hidden)
-    return RouterWeights(size * draw.standard_normal((EXPERTS, hidden)), norm)
+    return RouterArrays(size * draw.standard_normal((EXPERTS, hidden)), norm)
 
 
-def factor(size: float, gate: Gate, counts: tuple[int, int], rho: float = 0.0) -> float:
+def factor(size: float, gate: RouterSpec, counts: tuple[int, int], rho: float = 0.0) -> float:
     """The factor of a random router."""
     return gates.factor(sample_layer(router(size), gate, counts, [0]), rho)
 
@@ -40,7 +46,7 @@ def test_a_gate_without_opinion_gives_the_closed_form(n: int, m: int) -> None:
 
 
 @pytest.mark.parametrize("gate", [NORMALISED, PLAIN])
-def test_a_gate_that_knows_only_one_expert_needs_no_factor(gate: Gate) -> None:
+def test_a_gate_that_knows_only_one_expert_needs_no_factor(gate: RouterSpec) -> None:
     """Where the first expert has all the weight, further ones change nothing."""
     assert factor(1e4, gate, (1, 4)) == pytest.approx(1, abs=2e-3)
 
@@ -84,7 +90,7 @@ def test_ranks_are_percentiles_from_the_largest_weight_on() -> None:
 def test_inputs_have_size_one_before_the_norm() -> None:
     """Every input is brought to a root mean square of 1 and multiplied by the norm's weight."""
     norm = np.linspace(0.5, 2, HIDDEN)
-    logits = np.concatenate(list(drawn_logits(RouterWeights(np.eye(HIDDEN), norm), [3])))
+    logits = np.concatenate(list(drawn_logits(RouterArrays(np.eye(HIDDEN), norm), [3])))
     assert logits.shape == (routing.DRAWS, HIDDEN)
     assert np.sqrt(((logits / norm) ** 2).mean(axis=1)) == pytest.approx(1, rel=1e-12)
     assert logits.mean(axis=0) == pytest.approx(0, abs=0.2)
@@ -113,11 +119,11 @@ FACTOR = 1.30194
 SCRIPT = """
 import numpy as np
 from moescale.factors.gates import factor
-from moescale.routers.weights import Gate, RouterWeights, sample_layer
+from moescale.routers.weights import RouterArrays, RouterSpec, sample_layer
 draw = np.random.RandomState(0)
 for experts, hidden in ((8, 24), (64, 300)):
-    router = RouterWeights(0.3 * draw.standard_normal((experts, hidden)), np.ones(hidden))
-    for gate in (Gate(normalised=True), Gate("sigmoid", groups=(4, 2), group_best=2)):
+    router = RouterArrays(0.3 * draw.standard_normal((experts, hidden)), np.ones(hidden))
+    for gate in (RouterSpec(normalised=True), RouterSpec("sigmoid", groups=(4, 2), group_best=2)):
         print(repr(factor(sample_layer(router, gate, (2, 4), [3]))))
 """
 
@@ -187,7 +193,7 @@ def test_logits_far_from_zero_do_not_overflow() -> None:
     logits = np.array([[1e6, -1e6, 0.0, 1.0]])
     for score in ("softmax", "sigmoid", "sqrtsoftplus"):
         for late in (False, True):
-            weights = gate_weights(logits, 3, Gate(score=score, late=late))
+            weights = gate_weights(logits, 3, RouterSpec(score=score, late=late))
             assert np.isfinite(weights).all()
             assert weights[0, 0] >= weights[0, 1] >= weights[0, 2] >= 0
 
@@ -195,7 +201,7 @@ def test_logits_far_from_zero_do_not_overflow() -> None:
 def test_groups_shut_out_the_best_expert() -> None:
     """Two good experts in one group win over the best one alone in another."""
     logits = np.array([[3.0, -9, -9, 2.5, 2.4, -9]])
-    two = Gate(score="sigmoid", groups=(2, 1), group_best=2)
-    one = Gate(score="sigmoid", groups=(2, 1), group_best=1)
+    two = RouterSpec(score="sigmoid", groups=(2, 1), group_best=2)
+    one = RouterSpec(score="sigmoid", groups=(2, 1), group_best=1)
     assert gate_weights(logits, 1, two)[0, 0] == pytest.approx(1 / (1 + math.exp(-2.5)))
     assert gate_weights(logits, 1, one)[0, 0] == pytest.approx(1 / (1 + math.exp(-3.0)))

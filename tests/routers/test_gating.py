@@ -21,7 +21,7 @@ from moescale.families.find import find_moe
 from moescale.planning.sampling import Routers, find_gates, read_gates
 from moescale.planning.shards import read_shards
 from moescale.routers.kinds import UNKNOWN, RouterKind
-from moescale.routers.weights import RouterWeights, gate_weights
+from moescale.routers.weights import RouterArrays, gate_weights
 from moescale.storage.local.source import LocalSource
 
 GATINGS = {row.model_type + (f"/{row.part}" if row.part else ""): row.router for row in ROWS}
@@ -48,7 +48,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def routers_of(directory: Path, entry: str) -> tuple[Routers, list[RouterWeights]]:
+def routers_of(directory: Path, entry: str) -> tuple[Routers, list[RouterArrays]]:
     """The routers of a checkpoint as the rule finds and reads them, in the order of the layers."""
     source = LocalSource(directory)
     files = source.files()
@@ -166,7 +166,7 @@ def test_the_router_is_that_of_transformers(
 
 @torch.no_grad()
 def assert_norms(
-    model: nn.Module, entry: str, blocks: list[tiny_models.MoE], weights: list[RouterWeights]
+    model: nn.Module, entry: str, blocks: list[tiny_models.MoE], weights: list[RouterArrays]
 ) -> None:
     """In a run of the whole model, what reaches a block is a unit input times the norm's weight."""
     inputs: dict[str, Tensor] = {}

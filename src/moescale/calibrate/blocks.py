@@ -69,7 +69,7 @@ def _routed_module(parameter: str) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Numbers:
+class ExpertCounts:
     """Experts per token of one layer: as trained, as loaded, as it will be run; and in total."""
 
     trained: int
@@ -85,7 +85,7 @@ class BlockProbe:
         self,
         model: nn.Module,
         path: str,
-        numbers: Numbers,
+        numbers: ExpertCounts,
         every: int,
         biases: frozenset[str] | None = None,
     ) -> None:
@@ -260,7 +260,7 @@ def scored_blocks(
     model: nn.Module,
     paths: Iterable[str],
     layer: Layer,
-    numbers: Numbers,
+    numbers: ExpertCounts,
     biases: frozenset[str] | None,
 ) -> Iterator[Block]:
     """The blocks of a layer, for `moescale.calibrate.scoring`; the arguments are `BlockProbe`'s."""
@@ -271,7 +271,7 @@ def scored_blocks(
 
 
 def _router_scale(
-    block: nn.Module, experts: nn.Module, numbers: Numbers, biases: frozenset[str] | None
+    block: nn.Module, experts: nn.Module, numbers: ExpertCounts, biases: frozenset[str] | None
 ) -> RouterScale | None:
     """What multiplies the router's logits, where they may be and can be."""
     found = None if biases is None else find_router(block, experts, numbers.total, biases)
@@ -297,7 +297,7 @@ def _gain(block: Tensor, routed: Tensor) -> float:
     return gain if difference < _PROPORTIONAL and abs(gain - 1) > _SAME else 1.0
 
 
-def _count_places(block: nn.Module, numbers: Numbers) -> list[tuple[Any, str]]:
+def _count_places(block: nn.Module, numbers: ExpertCounts) -> list[tuple[Any, str]]:
     """The attributes of the block's modules and of their configs that hold the count.
 
     An attribute is known by its name and its value. ``num_experts`` is a count where it is not the

@@ -22,7 +22,7 @@ from moescale.planning.plan import Plan
 from moescale.planning.rule import Adjustable
 
 if TYPE_CHECKING:
-    from moescale.calibrate.measure import Opened
+    from moescale.calibrate.measure import LoadedModel
 
 
 @dataclass(slots=True)
@@ -99,7 +99,7 @@ class Calibration:
     def use(self, own: Text | None) -> None:
         """Take what the same model wrote before, for it would write it again."""
         if own is not None and self.text is None:
-            from moescale.calibrate.own_text import digest_of
+            from moescale.calibrate.generated_text import digest_of
 
             self.own, self.sha256 = own, digest_of(own)
 
@@ -109,10 +109,10 @@ class Calibration:
         assert self.folder is not None
         return read_text(self.text, self.folder, config.get_text_config().vocab_size)
 
-    def _written(self, model: Opened) -> Text:
+    def _written(self, model: LoadedModel) -> Text:
         """What the model writes by itself, kept where that was asked for."""
+        from moescale.calibrate.generated_text import digest_of, keep_text, write_text
         from moescale.calibrate.measure import context_of
-        from moescale.calibrate.own_text import digest_of, keep_text, write_text
 
         assert self.folder is not None
         vocabulary = model.config.get_text_config().vocab_size
@@ -127,7 +127,7 @@ class Calibration:
 
     def _guarded(
         self,
-        model: Opened,
+        model: LoadedModel,
         text: Text,
         moe: Moe,
         experts: Experts,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-from moescale.calibrate.measure import Opened, evaluate
+from moescale.calibrate.measure import LoadedModel, evaluate
 from moescale.calibrate.scoring import Score, Setting, paired
 from moescale.calibrate.text import Text
 from moescale.factors import measured
@@ -36,7 +36,7 @@ def candidates(samples: Mapping[Layer, Sample], scalable: bool) -> dict[str, Set
 
 
 def tried(
-    model: Opened,
+    model: LoadedModel,
     text: Text,
     moe: Moe,
     experts: Experts,

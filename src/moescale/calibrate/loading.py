@@ -12,7 +12,7 @@ from moescale.calibrate.devices import Running
 from moescale.families.find import Moe
 
 if TYPE_CHECKING:
-    from moescale.calibrate.measure import Opened
+    from moescale.calibrate.measure import LoadedModel
 
 
 class Loader:
@@ -22,7 +22,7 @@ class Loader:
         self._how = how
         self._open = ExitStack()
         self._folder: Path | None = None
-        self._model: Opened | None = None
+        self._model: LoadedModel | None = None
 
     def __enter__(self) -> Loader:
         return self
@@ -35,7 +35,7 @@ class Loader:
     ) -> None:
         self._close()
 
-    def model(self, folder: Path, config: Any, moe: Moe) -> Opened:
+    def model(self, folder: Path, config: Any, moe: Moe) -> LoadedModel:
         """The model of a folder; of the same folder, the one that is there.
 
         Args:

@@ -13,7 +13,7 @@ from torch import Tensor
 from moescale.calibrate import runner
 from moescale.calibrate.blocks import (
     BlockProbe,
-    Numbers,
+    ExpertCounts,
     find_blocks,
     find_modules,
     scored_blocks,
@@ -42,7 +42,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class LoadedModel:
     """A model in memory: with the paths of its MoE layers' experts, and what is left unread."""
 
     model: Any
@@ -51,7 +51,7 @@ class Opened:
 
 
 @contextmanager
-def opened(folder: Path, config: Any, moe: Moe, how: Running = ANYWHERE) -> Iterator[Opened]:
+def opened(folder: Path, config: Any, moe: Moe, how: Running = ANYWHERE) -> Iterator[LoadedModel]:
     """Load the model.
 
     Args:
@@ -68,11 +68,11 @@ def opened(folder: Path, config: Any, moe: Moe, how: Running = ANYWHERE) -> Iter
         found = find_blocks(model, moe.architecture)
         _check_scales(find_modules(left_over, moe.architecture), found)
         measured = _measured_layers(moe.layers, found)
-        yield Opened(model, config, {layer: found[layer] for layer in measured})
+        yield LoadedModel(model, config, {layer: found[layer] for layer in measured})
 
 
 def measure(
-    model: Opened,
+    model: LoadedModel,
     text: Text,
     moe: Moe,
     experts: Experts,
@@ -120,7 +120,7 @@ def measure(
 
 
 def evaluate(
-    model: Opened,
+    model: LoadedModel,
     text: Text,
     moe: Moe,
     experts: Experts,
@@ -217,8 +217,8 @@ def _measured_layers(wanted: Sequence[Layer], found: Collection[Layer]) -> list[
     return measured
 
 
-def _numbers(moe: Moe, experts: Experts, layer: Layer) -> Numbers:
-    return Numbers(*experts.at(layer), moe.experts_by_layer[layer])
+def _numbers(moe: Moe, experts: Experts, layer: Layer) -> ExpertCounts:
+    return ExpertCounts(*experts.at(layer), moe.experts_by_layer[layer])
 
 
 def _run(

@@ -93,7 +93,7 @@ def read_text(path: Path, folder: Path, vocabulary: int, option: str = "--calibr
 
     Args:
         path: UTF-8 text; lines of JSON (``.jsonl``) with a field ``text``, or with the ``tokens``
-            that `moescale.calibrate.own_text.keep_text` writes; or any file for a model of
+            that `moescale.calibrate.generated_text.keep_text` writes; or any file for a model of
             bytes.
         folder: the checkpoint with the tokeniser.
         vocabulary: number of the model's token ids.

@@ -43,7 +43,7 @@ class TensorEdit(Mapping[str, Any]):
         tensor: the tensor in the source.
         factor: the number to multiply by.
         operation: how the factor is applied.
-        promote: the dtype of the result, if it differs from the source's.
+        store_as: the dtype of the result, if it differs from the source's.
         role: the tensor's purpose in its module. A scale must stay a normal number: a subnormal one
             loses bits, and so does every weight that it belongs to.
         format: the name of the tensor format.
@@ -51,21 +51,26 @@ class TensorEdit(Mapping[str, Any]):
         shard: the file that holds it; "" until that is looked up.
     """
 
-    __slots__ = ("factor", "format", "layer", "operation", "promote", "role", "shard", "tensor")
+    __slots__ = ("factor", "format", "layer", "operation", "role", "shard", "store_as", "tensor")
 
     def __init__(
         self,
         tensor: Tensor,
         factor: float = 1.0,
         operation: Operation = "multiply",
-        promote: str | None = None,
+        store_as: str | None = None,
         role: Role = "weight",
         format: str = "plain",
         layer: Layer = FIRST,
         shard: str = "",
     ) -> None:
         """Attributes never change afterwards; see `with_`."""
-        self.tensor, self.factor, self.operation, self.promote = tensor, factor, operation, promote
+        self.tensor, self.factor, self.operation, self.store_as = (
+            tensor,
+            factor,
+            operation,
+            store_as,
+        )
         self.role, self.format, self.layer, self.shard = role, format, layer, shard
 
     def with_(self, **changes: Any) -> TensorEdit:
@@ -86,7 +91,7 @@ class TensorEdit(Mapping[str, Any]):
     @property
     def widening(self) -> int:
         """Bytes of the result for each byte of the source."""
-        return 1 if self.promote is None else BITS[self.promote] // BITS[self.tensor.dtype]
+        return 1 if self.store_as is None else BITS[self.store_as] // BITS[self.tensor.dtype]
 
     def __getitem__(self, key: str) -> Any:
         return self.as_json()[key]
@@ -114,5 +119,5 @@ class TensorEdit(Mapping[str, Any]):
             "layer": str(self.layer) if self.layer.stack else self.layer.number,
             "factor": self.factor,
             **({"operation": self.operation} if self.operation != "multiply" else {}),
-            **({"promoted_to": self.promote} if self.promote else {}),
+            **({"promoted_to": self.store_as} if self.store_as else {}),
         }

@@ -214,6 +214,6 @@ def _lost_values(where: str, edit: TensorEdit, count: int) -> RewriteError:
     range_ = "normal range" if edit.role == "scale" else "range"
     return RewriteError(
         f"{where}: tensor {edit.tensor.name!r}: {values} would leave the {range_} of"
-        f" {edit.promote or edit.tensor.dtype} when scaled by {edit.factor:.9g}",
+        f" {edit.store_as or edit.tensor.dtype} when scaled by {edit.factor:.9g}",
         hint="Use a smaller factor (--factor), another rule, or a checkpoint in a wider dtype.",
     )

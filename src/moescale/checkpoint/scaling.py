@@ -37,16 +37,16 @@ def scaler(edit: TensorEdit, seen: Rounding | None = None) -> Scale:
     if (kind := BLOCKS.get(edit.tensor.dtype)) is not None:
         return block_scaler(kind, edit.factor, seen or Rounding())
     scale = edit.role == "scale"
-    return _scaler(edit.tensor.dtype, edit.factor, edit.operation, edit.promote, scale)
+    return _scaler(edit.tensor.dtype, edit.factor, edit.operation, edit.store_as, scale)
 
 
 @lru_cache(maxsize=16)
 def _scaler(
-    dtype: str, factor: float, operation: Operation, promote: str | None, scale: bool
+    dtype: str, factor: float, operation: Operation, store_as: str | None, scale: bool
 ) -> Scale:
     if operation == "shift":
         return _shift_scaler(exponent(factor))
-    if promote is not None:
+    if store_as is not None:
         return _promoting_scaler(dtype, factor, scale)
     if dtype in INFINITY_16:
         table = table_16bit(dtype, factor)
@@ -97,7 +97,9 @@ def _direct_scaler(
         values, scaled = source.view(dtype), result.view(dtype)
         with np.errstate(all="ignore"):
             compute(values, operand, out=scaled)
-        return _mend(values, scaled) + (_underflowed(values, scaled) if scales else 0)
+        return _restore_nans_count_infinities(values, scaled) + (
+            _underflowed(values, scaled) if scales else 0
+        )
 
     return scale
 
@@ -110,7 +112,9 @@ def _promoting_scaler(dtype: str, factor: float, scales: bool) -> Scale:
         values, scaled = source.view(narrow).astype(np.float32), result.view("<f4")
         with np.errstate(all="ignore"):
             np.multiply(values, np.float32(factor), out=scaled)
-        return _mend(values, scaled) + (_underflowed(values, scaled) if scales else 0)
+        return _restore_nans_count_infinities(values, scaled) + (
+            _underflowed(values, scaled) if scales else 0
+        )
 
     return scale
 
@@ -125,7 +129,9 @@ def holds_no_number(edit: TensorEdit, data: memoryview) -> bool:
     return dtype == "F32" and not np.isfinite(np.frombuffer(data, "<f4")).all()
 
 
-def _mend(values: np.ndarray[Any, Any], scaled: np.ndarray[Any, Any]) -> int:
+def _restore_nans_count_infinities(
+    values: np.ndarray[Any, Any], scaled: np.ndarray[Any, Any]
+) -> int:
     """Restore the bits of NaNs, which the processor may have changed; count new infinities."""
     if np.isfinite(scaled).all():
         return 0

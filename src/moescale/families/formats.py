@@ -41,7 +41,9 @@ class ScaledTensor:
 
     role: Role
     operation: Operation = "multiply"
-    promote: bool = False  # store it as F32, where its own rounding would be the only error
+    as_f32: bool = (
+        False  # store the result as F32: the dtype's own rounding would be the only error
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ class UnsupportedFormat:
 
 SCALE: Final = ScaledTensor("scale")
 """Multiplied in its own dtype: engines read it in 16 bits, so more would be lost at loading."""
-WIDENED: Final = ScaledTensor("scale", promote=True)
+WIDENED: Final = ScaledTensor("scale", as_f32=True)
 """Multiplied and stored as F32, which engines allocate for it anyway."""
 DIVISOR: Final = ScaledTensor("scale", "divide")
 EXPONENT: Final = ScaledTensor("scale", "shift")
@@ -561,7 +563,7 @@ _ROUNDING = {"F16": "0.049 %", "BF16": "0.39 %"}
 
 def _rounds(edit: TensorEdit) -> bool:
     """Whether a scale stays in 16 bits, so that multiplying it rounds it once more."""
-    return edit.role == "scale" and edit.tensor.dtype in _ROUNDING and not edit.promote
+    return edit.role == "scale" and edit.tensor.dtype in _ROUNDING and edit.store_as is None
 
 
 _STATE_BYTES = 1 << 20
@@ -709,8 +711,8 @@ def _edit(
         raise CheckpointError(
             f"{tensor.name}: has {tensor.nbytes} bytes, too many for a quantisation state"
         )
-    promote = "F32" if part.promote and tensor.dtype in ("F16", "BF16") else None
-    return TensorEdit(tensor, factor, part.operation, promote, part.role, row.name, layer)
+    store_as = "F32" if part.as_f32 and tensor.dtype in ("F16", "BF16") else None
+    return TensorEdit(tensor, factor, part.operation, store_as, part.role, row.name, layer)
 
 
 def _is_power_of_two(factor: float) -> bool:

@@ -28,7 +28,7 @@ from moescale.planning.kinds import open_checkpoint
 from moescale.planning.plan import Plan
 from moescale.planning.rule import (
     Adjustable,
-    Choice,
+    RuleChoice,
     adjustable,
     choose_rule,
     remarks,
@@ -200,7 +200,7 @@ def _sampled_gates(
     moe: Moe,
     experts: Experts,
     options: Options,
-    choice: Choice,
+    choice: RuleChoice,
     progress: Callable[[int, int], None],
 ) -> Mapping[Layer, Sample]:
     """Samples for the rule ``gates``; nothing for other rules."""

@@ -23,7 +23,7 @@ BY_DEFAULT = "default: it looks at the model's own routers"
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class RuleChoice:
     """The chosen rule.
 
     Attributes:
@@ -39,7 +39,7 @@ class Choice:
 
 def choose_rule(
     moe: Moe, experts: Experts, options: Options, headers: Mapping[str, Header]
-) -> Choice:
+) -> RuleChoice:
     """The rule that was asked for, else the default.
 
     Raises:
@@ -48,13 +48,13 @@ def choose_rule(
     """
     asked = options.method
     if asked is None and experts.trained == experts.after:
-        return Choice("none", "default, since the number of experts stays")
+        return RuleChoice("none", "default, since the number of experts stays")
     if asked not in ("none", "fitted"):
         _check_effect(moe)
     if asked not in (None, "gates"):
-        return Choice(asked)
+        return RuleChoice(asked)
     if asked is None and options.fold != "residual" and not _takes_any_factor(moe):
-        return Choice("preserve", "default: this format takes powers of two alone")
+        return RuleChoice("preserve", "default: this format takes powers of two alone")
     from moescale.planning.sampling import find_gates  # here, since other rules need no numpy
 
     try:
@@ -63,8 +63,8 @@ def choose_rule(
         if asked is not None:
             raise
         why = f"default, since the router cannot be formed: {error.message}"
-        return Choice("preserve", why)
-    return Choice("gates", BY_DEFAULT if asked is None else None, routers)
+        return RuleChoice("preserve", why)
+    return RuleChoice("gates", BY_DEFAULT if asked is None else None, routers)
 
 
 def _check_effect(moe: Moe) -> None:

@@ -19,14 +19,14 @@ from moescale.families.find import Moe
 from moescale.families.projections import Layer
 from moescale.families.router_tensors import RULE, RouterTensors, find_routers, router_kind_of
 from moescale.routers.kinds import RouterKind
-from moescale.routers.weights import Array, Gate, RouterWeights, Score, sample_layer
+from moescale.routers.weights import Array, RouterArrays, RouterSpec, Score, sample_layer
 from moescale.storage.base import SMALL_FILE_BYTES, Source
 
 HUB_READS = 4
 """Layers to read at a time from the Hub; from a disk it is one."""
 
 
-def gate_of(moe: Moe, kind: RouterKind, biased: bool) -> Gate:
+def gate_of(moe: Moe, kind: RouterKind, biased: bool) -> RouterSpec:
     """How the router of this checkpoint turns logits into weights, by row and config.
 
     Args:
@@ -39,7 +39,7 @@ def gate_of(moe: Moe, kind: RouterKind, biased: bool) -> Gate:
     """
     config, router = moe.config, moe.config.normalisation
     assert router is not None, "a model type with a row of gating has one of architectures"
-    return Gate(
+    return RouterSpec(
         score=_score(kind, config.score, biased),
         late=kind.late,
         normalised=router.renormalised,
@@ -69,7 +69,7 @@ class Routers:
     """The routers of a checkpoint: their kind, and their tensors with shards."""
 
     moe: Moe
-    gate: Gate
+    gate: RouterSpec
     zero_centred: bool
     tensors: Sequence[RouterTensors]
     shards: Mapping[str, str]  # by name of the tensor
@@ -135,7 +135,7 @@ def find_gates(moe: Moe, headers: Mapping[str, Header]) -> Routers:
     return Routers(moe, gate, kind.zero_centred, found, shards)
 
 
-def read_gates(source: Source, routers: Routers) -> Iterator[tuple[RouterTensors, RouterWeights]]:
+def read_gates(source: Source, routers: Routers) -> Iterator[tuple[RouterTensors, RouterArrays]]:
     """Every layer's router.
 
     Several are fetched at a time from the Hub, where each read is a request; only one at a time is
@@ -157,7 +157,7 @@ def read_gates(source: Source, routers: Routers) -> Iterator[tuple[RouterTensors
                 yield tensors, _weights(routers, tensors, fetched.pop())
 
 
-def _weights(routers: Routers, tensors: RouterTensors, data: list[bytes]) -> RouterWeights:
+def _weights(routers: Routers, tensors: RouterTensors, data: list[bytes]) -> RouterArrays:
     """The arrays of one layer's router, in the shapes that the config implies."""
     found = {t: decode(data.pop(0), t.dtype) for t in tensors.present}
 
@@ -182,7 +182,7 @@ def _weights(routers: Routers, tensors: RouterTensors, data: list[bytes]) -> Rou
     if gate.groups is not None and experts % gate.groups[0]:
         raise CheckpointError(f"{CONFIG}: {experts} experts are not {gate.groups[0]} equal groups")
     norm = values(tensors.norm, hidden)
-    return RouterWeights(
+    return RouterArrays(
         values(tensors.weight, logits, hidden),
         norm + 1 if routers.zero_centred else norm,
         None if tensors.bias is None else values(tensors.bias, experts),

@@ -29,7 +29,7 @@ PIECE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class ShardSet:
     """The shards, their headers by name, faults of the index, and files to leave out."""
 
     shards: Shards
@@ -38,7 +38,7 @@ class Found:
     left_out: Mapping[str, str] = field(default_factory=dict)  # with the reason
 
 
-def read_shards(source: Source, files: Mapping[str, FileInfo]) -> Found:
+def read_shards(source: Source, files: Mapping[str, FileInfo]) -> ShardSet:
     """The set of weights that loaders read.
 
     Raises:
@@ -50,7 +50,7 @@ def read_shards(source: Source, files: Mapping[str, FileInfo]) -> Found:
     )
     if shards.index is not None and SINGLE in files and SINGLE not in headers:
         left_out = {**left_out, SINGLE: _same_as_set(source, files, shards.index, headers)}
-    return Found(shards, headers, faults, left_out)
+    return ShardSet(shards, headers, faults, left_out)
 
 
 def _find_shards(
@@ -174,7 +174,7 @@ def read_headers(
         yield from zip(names, headers, strict=True)
 
 
-def output_index(found: Found) -> tuple[str, bytes | None] | None:
+def output_index(found: ShardSet) -> tuple[str, bytes | None] | None:
     """The name of the output's index, and its content if it is new.
 
     Without an index, loaders find only ``model.safetensors``.

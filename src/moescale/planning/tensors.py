@@ -78,8 +78,8 @@ def new_headers(
     promoted: dict[str, dict[str, str]] = defaultdict(dict)
     grown: dict[str, int] = defaultdict(int)
     for edit in edits:
-        if edit.promote is not None and edit.factor != 1.0:
-            promoted[edit.shard][edit.tensor.name] = edit.promote
+        if edit.store_as is not None and edit.factor != 1.0:
+            promoted[edit.shard][edit.tensor.name] = edit.store_as
             grown[edit.shard] += edit.nbytes - edit.tensor.nbytes
     result = {}
     for shard, names in promoted.items():

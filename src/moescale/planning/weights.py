@@ -12,8 +12,8 @@ from moescale.families.config import Config
 from moescale.families.find import Moe, find_moe
 from moescale.families.foreign_names import expert_names, layer_from_name
 from moescale.options import Options
-from moescale.planning.beside import forgotten, look_beside
-from moescale.planning.shards import Found, read_shards
+from moescale.planning.extra_files import forgotten, look_beside
+from moescale.planning.shards import ShardSet, read_shards
 from moescale.storage.base import Source
 
 
@@ -29,7 +29,7 @@ class Weights:
         warnings: warnings for the user.
     """
 
-    found: Found
+    found: ShardSet
     tensors: Sequence[Tensor]
     moe: Moe
     left_out: Mapping[str, str]
@@ -47,10 +47,10 @@ def find_weights(source: Source, config: Config, options: Options) -> Weights:
     moe = _moe(source, config, options, found)
     warnings = found.faults.check(expert_names(found.faults.names, moe.projections))
     beside = look_beside(source, found, moe)
-    if beside.joined:
-        found = replace(found, headers={**found.headers, **beside.joined})
-        moe = _with_forgotten(config, options, found, beside.joined)
-        warnings += _joined(found.shards.index, beside.joined)
+    if beside.unlisted_shards:
+        found = replace(found, headers={**found.headers, **beside.unlisted_shards})
+        moe = _with_forgotten(config, options, found, beside.unlisted_shards)
+        warnings += _joined(found.shards.index, beside.unlisted_shards)
     return Weights(
         found,
         _tensors(found.headers),
@@ -69,7 +69,7 @@ def _find(config: Config, options: Options, headers: Mapping[str, Header]) -> Mo
     return find_moe(config, _tensors(headers), *given)
 
 
-def _moe(source: Source, config: Config, options: Options, found: Found) -> Moe:
+def _moe(source: Source, config: Config, options: Options, found: ShardSet) -> Moe:
     """The MoE; if it is incomplete, the index may be the cause."""
     try:
         return _find(config, options, found.headers)
@@ -87,10 +87,10 @@ def _moe(source: Source, config: Config, options: Options, found: Found) -> Moe:
 
 
 def _with_forgotten(
-    config: Config, options: Options, found: Found, joined: Mapping[str, Header]
+    config: Config, options: Options, found: ShardSet, unlisted_shards: Mapping[str, Header]
 ) -> Moe:
     """The MoE with unlisted shards, each of which holds a part of it."""
-    first = min(joined)
+    first = min(unlisted_shards)
     try:
         moe = _find(config, options, found.headers)
     except CheckpointError as error:
@@ -98,7 +98,7 @@ def _with_forgotten(
             f"{first}: holds routed experts that no index lists: {error.message}", hint=error.hint
         ) from None
     taken = {tensor.name for p in moe.projections for tensor in p.by_suffix.values()}
-    for shard, header in joined.items():
+    for shard, header in unlisted_shards.items():
         if taken.isdisjoint(tensor.name for tensor in header.tensors):
             raise CheckpointError(
                 f"{shard}: holds routed experts under names that the other shards do not have",

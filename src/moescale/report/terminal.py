@@ -259,7 +259,7 @@ def layer_rows(tensors: Iterable[TensorEdit]) -> Iterator[tuple[str, ...]]:
     layers: dict[tuple[str, int], Counter[tuple[str, str, float]]] = {}
     for t in tensors:
         kinds = layers.setdefault((t.layer.stack, t.layer.number), Counter())
-        widened = f" -> {t.promote}" if t.promote and t.factor != 1.0 else ""
+        widened = f" -> {t.store_as}" if t.store_as and t.factor != 1.0 else ""
         kinds[t.role, t.tensor.dtype + widened, t.factor] += 1
     runs: list[tuple[str, int, int, Counter[tuple[str, str, float]]]] = []
     for (stack, number), kinds in layers.items():

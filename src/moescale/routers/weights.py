@@ -32,7 +32,7 @@ _FEW, _COLUMNS = 64, 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Gate:
+class RouterSpec:
     """How a router turns logits into the weights of the chosen experts.
 
     Constants that multiply all weights are left out: they cancel.
@@ -79,7 +79,7 @@ _SCORES: Final[Mapping[Score, Callable[[Array], Array]]] = MappingProxyType(
 )
 
 
-def gate_weights(logits: Array, k: int, gate: Gate, bias: Array | None = None) -> Array:
+def gate_weights(logits: Array, k: int, gate: RouterSpec, bias: Array | None = None) -> Array:
     """The weights of the `k` experts that each token chooses.
 
     Args:
@@ -109,7 +109,7 @@ def gate_weights(logits: Array, k: int, gate: Gate, bias: Array | None = None) -
     return -np.sort(-weights, axis=1)
 
 
-def _prepared(logits: Array, gate: Gate) -> Array:
+def _prepared(logits: Array, gate: RouterSpec) -> Array:
     if gate.cap is not None:
         logits = np.tanh(logits / gate.cap) * gate.cap
     if not gate.grid:
@@ -125,7 +125,7 @@ def _best(scores: Array, k: int) -> np.ndarray[Any, np.dtype[np.intp]]:
     return np.argpartition(-scores, k - 1, axis=1)[:, :k]
 
 
-def _limited(scores: Array, gate: Gate) -> Array:
+def _limited(scores: Array, gate: RouterSpec) -> Array:
     """The scores with minus infinity for every expert outside the best groups of its token."""
     if gate.groups is None:
         return scores
@@ -138,7 +138,7 @@ def _limited(scores: Array, gate: Gate) -> Array:
 
 
 @dataclass(frozen=True, slots=True)
-class RouterWeights:
+class RouterArrays:
     """The tensors of one layer's router, as float64.
 
     Attributes:
@@ -155,8 +155,8 @@ class RouterWeights:
 
 
 def sample_layer(
-    router: RouterWeights,
-    gate: Gate,
+    router: RouterArrays,
+    gate: RouterSpec,
     counts: tuple[int, int],
     seed: Sequence[int],
     sharpness: float = 1.0,
@@ -207,7 +207,7 @@ def moments(weights: Array) -> Moments:
     )
 
 
-def drawn_logits(router: RouterWeights, seed: Sequence[int]) -> Iterator[Array]:
+def drawn_logits(router: RouterArrays, seed: Sequence[int]) -> Iterator[Array]:
     """The logits of `DRAWS` inputs, piece by piece, each ``[tokens, logits]``.
 
     Only what lies in the span of the router's rows matters of an input, and of the rest its
@@ -230,7 +230,7 @@ def drawn_logits(router: RouterWeights, seed: Sequence[int]) -> Iterator[Array]:
         yield logits if router.logit_bias is None else logits + router.logit_bias
 
 
-def _basis(router: RouterWeights) -> tuple[Array, int]:
+def _basis(router: RouterArrays) -> tuple[Array, int]:
     """What turns normal numbers into logits, ``[logits, numbers]``, and how many it leaves out."""
     rows, hidden = router.weight.shape
     if hidden <= rows + _FEW:

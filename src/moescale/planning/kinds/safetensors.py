@@ -19,10 +19,10 @@ from moescale.planning.factors import one_factor
 from moescale.planning.files import PROVENANCE, left_out_warnings, plan_files
 from moescale.planning.instead import Instead, instead
 from moescale.planning.kinds.base import Output
-from moescale.planning.other import refuse_other
 from moescale.planning.plan import Plan
 from moescale.planning.shards import output_index
 from moescale.planning.tensors import alternative, new_headers, scaled_weights
+from moescale.planning.unsupported import refuse_other
 from moescale.planning.weights import find_weights
 from moescale.storage.base import Source
 

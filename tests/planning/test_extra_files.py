@@ -20,7 +20,7 @@ from moescale.errors import CheckpointError
 from moescale.families.architectures import ROWS
 from moescale.families.foreign_names import layer_from_name
 from moescale.families.projections import Layer
-from moescale.planning.beside import EVALUATION, FORM, INDEX, LAYOUT, TWIN
+from moescale.planning.extra_files import EVALUATION, FORM, INDEX, LAYOUT, TWIN
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

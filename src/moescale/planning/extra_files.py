@@ -31,7 +31,7 @@ from moescale.families.find import Moe
 from moescale.families.foreign_names import layers_from_names, layers_of
 from moescale.families.moe_config import sizes
 from moescale.families.projections import Layer
-from moescale.planning.shards import Found, read_header, same_weights, two_sets
+from moescale.planning.shards import ShardSet, read_header, same_weights, two_sets
 from moescale.storage.base import SMALL_FILE_BYTES, Source
 
 WHOLE = (".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".ot")
@@ -76,7 +76,7 @@ _SMALLEST = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class FileContents:
     """The contents of a file.
 
     Attributes:
@@ -93,7 +93,7 @@ class Look:
 
 
 @dataclass(slots=True)
-class Beside:
+class ExtraFiles:
     """The decisions on the files beside the shards.
 
     Attributes:
@@ -102,12 +102,12 @@ class Beside:
         warnings: warnings of files that are copied.
     """
 
-    joined: dict[str, Header] = field(default_factory=dict)
+    unlisted_shards: dict[str, Header] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
 
-def look_beside(source: Source, found: Found, moe: Moe) -> Beside:
+def look_beside(source: Source, found: ShardSet, moe: Moe) -> ExtraFiles:
     """Decide about every file that is not a shard.
 
     Raises:
@@ -116,17 +116,17 @@ def look_beside(source: Source, found: Found, moe: Moe) -> Beside:
     """
     ours = {*found.headers, *found.left_out, found.shards.index, CONFIG}
     names = [name for name in source.files() if name not in ours]
-    result = Beside(left_out=dict(found.left_out))
+    result = ExtraFiles(left_out=dict(found.left_out))
     sizes = {name: file.size for name, file in source.files().items()}
     if weights := [name for name in names if _may_be_weights(name, sizes[name])]:
-        _Looker(source, found, moe, result).decide_all(weights)
+        _Inspector(source, found, moe, result).decide_all(weights)
     _leave_out_companions(names, result.left_out)
     result.left_out |= {n: EVALUATION for n in names if n.startswith(".eval_results/")}
     result.warnings += _adapters(names)
     return result
 
 
-def forgotten(source: Source, found: Found) -> str | None:
+def forgotten(source: Source, found: ShardSet) -> str | None:
     """A file in the top folder with routed experts that is not a shard of an incomplete model."""
     files = source.files()
     names = [n for n in files if n.endswith(SUFFIX) and "/" not in n and n not in found.headers]
@@ -142,10 +142,10 @@ def forgotten(source: Source, found: Found) -> str | None:
     return None
 
 
-class _Looker:
+class _Inspector:
     """Inspects sets of files and adds the decisions to a result."""
 
-    def __init__(self, source: Source, found: Found, moe: Moe, result: Beside) -> None:
+    def __init__(self, source: Source, found: ShardSet, moe: Moe, result: ExtraFiles) -> None:
         self._source = source
         self._files = source.files()
         self._found = found
@@ -165,9 +165,9 @@ class _Looker:
         with ThreadPoolExecutor(self._source.parallel_reads) as pool:
             looks = dict(zip(unclear, pool.map(self._look, unclear), strict=True))
         for members in sets.values():
-            self._decide({name: looks.get(name, Look(None)) for name in members})
+            self._decide({name: looks.get(name, FileContents(None)) for name in members})
 
-    def _decide(self, looks: Mapping[str, Look]) -> None:
+    def _decide(self, looks: Mapping[str, FileContents]) -> None:
         if all(look.layers is None for look in looks.values()):
             self._unread(list(looks))
             return
@@ -189,7 +189,7 @@ class _Looker:
         elif _is_shard(first) or size >= self._least:
             self._warn(first, "cannot be looked into")
 
-    def _routed(self, looks: Mapping[str, Look], layers: set[Layer]) -> None:
+    def _routed(self, looks: Mapping[str, FileContents], layers: set[Layer]) -> None:
         """A set with routed experts: a twin, another model, or forgotten shards of this one."""
         first = next(name for name, look in looks.items() if look.layers or look.same)
         same = any(look.same for look in looks.values())
@@ -211,7 +211,7 @@ class _Looker:
     def _warn(self, name: str, why: str) -> None:
         self._result.warnings.append(f"{name}: {why}; it is copied as it is")
 
-    def _look(self, name: str) -> Look:
+    def _look(self, name: str) -> FileContents:
         try:
             kind = name if name.endswith(WEIGHTS) else weights_suffix(self._head(name, HEAD))
             if kind.endswith(SUFFIX):
@@ -219,24 +219,26 @@ class _Looker:
             if kind.endswith(TORCH):
                 texts = torch_names(self._head(name, TORCH_HEAD))
                 if texts is None:
-                    return Look(None)
-                return Look(frozenset(layers_from_names(texts)), not texts.isdisjoint(self._scaled))
+                    return FileContents(None)
+                return FileContents(
+                    frozenset(layers_from_names(texts)), not texts.isdisjoint(self._scaled)
+                )
             experts = None
             if kind.endswith(".gguf"):
                 experts = gguf_has_experts(self._head(name, GGUF_HEAD))
         except SourceError:  # damaged, or not in the cache, offline
-            return Look(None)
-        return Look(None if experts is None else frozenset(self._layers if experts else ()))
+            return FileContents(None)
+        return FileContents(None if experts is None else frozenset(self._layers if experts else ()))
 
     def _head(self, name: str, size: int) -> bytes:
         return self._source.read(name, 0, min(size, self._files[name].size))
 
-    def _look_at_header(self, header: Header) -> Look:
+    def _look_at_header(self, header: Header) -> FileContents:
         layers = layers_from_names(t.name for t in header.tensors)
         pairs = [(t, self._scaled[t.name]) for t in header.tensors if t.name in self._scaled]
         same = any(_alike(t, mine) for t, mine in pairs)
         joins = header if layers - self._layers else None
-        return Look(frozenset(layers), same, bool(pairs) and not same, joins)
+        return FileContents(frozenset(layers), same, bool(pairs) and not same, joins)
 
     def _check_single(self, names: Sequence[str]) -> None:
         """Refuse another complete set beside ``model.safetensors``: loaders differ in their choice.
@@ -254,13 +256,13 @@ class _Looker:
         if not same_weights(self._source, self._found.headers, headers):
             raise two_sets(self._source, f"{names[0]} and its set")
 
-    def _join(self, looks: Mapping[str, Look]) -> None:
+    def _join(self, looks: Mapping[str, FileContents]) -> None:
         """Add unlisted shards, without tensors that other shards have."""
         names = {t.name for header in self._found.headers.values() for t in header.tensors}
         for shard, look in looks.items():
             if (header := look.header) is not None:
                 own = tuple(t for t in header.tensors if t.name not in names)
-                self._result.joined[shard] = replace(header, tensors=own)
+                self._result.unlisted_shards[shard] = replace(header, tensors=own)
 
     def _is_other_model(self, name: str, alike: bool) -> bool:
         """Whether the folder of a file has its own config; if `alike`, with other sizes."""
