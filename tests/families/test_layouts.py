@@ -105,7 +105,7 @@ def test_an_expert_in_two_layouts_is_refused_by_both_names(tmp_path: Path) -> No
     tensors = checkpoints.mixtral_tensors()
     twin = "model.layers.1.mlp.experts.2.down_proj"
     tensors[f"{twin}.weight"] = values("BF16", (HIDDEN, INNER))
-    with pytest.raises(CheckpointError, match="expert 2 is there twice") as caught:
+    with pytest.raises(CheckpointError, match="has expert 2 twice") as caught:
         api.plan(written(tmp_path / "m", tensors), experts=3)
     assert twin in caught.value.message and "experts.2.w2" in caught.value.message
 

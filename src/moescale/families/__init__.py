@@ -1,1 +1,1 @@
-"""What a checkpoint is made of: which tensors are routed experts, and what the config says."""
+"""Knows model types and tensor formats: finds the routed experts and reads the config."""

@@ -1,15 +1,14 @@
 """The table of architectures: one row a model type.
 
-A row says how the routed experts' down-projections are called, at which config keys the number
-of experts per token stands, how the router forms its weights, and what stands in the way of
-rescaling. Facts are those of transformers 5.24 (modeling and configuration files of each type),
-where they were checked on small models; rows under "remote code" follow the published code.
+A row holds the names of the routed experts' down-projections, the config keys of the experts per
+token, the normalisation of the router's weights, and the obstacles to rescaling. The facts are
+those of transformers 5.24 (modeling and configuration files of each type) and were checked there
+on small models; rows under "remote code" follow the published code.
 
-To add an architecture, add a row: the names of one checkpoint (its index lists them) and its
+To add an architecture, add a row: the tensor names of one checkpoint (its index lists them) and its
 config are enough. Names are templates: ``{L}`` is the layer, ``{E}`` the expert; without ``{E}``
-one tensor holds all experts. Whatever stands before the template (``model.``,
-``language_model.model.``, ``mtp.``) is allowed, and what follows it (``.weight``,
-``.weight_scale_inv``, ``_bias``) is the business of `formats`.
+one tensor holds all experts. Any prefix is allowed (``model.``, ``language_model.model.``,
+``mtp.``), and `formats` knows the suffixes (``.weight``, ``.weight_scale_inv``, ``_bias``).
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from moescale.errors import UnsupportedError
 from moescale.routers import kinds
 from moescale.routers.kinds import UNKNOWN, OtherRouter, RouterKind
 
-# How the down-projections are called -----------------------------------------------------------
+# Names of down-projections ---------------------------------------------------------------------
 
 MLP: Final = ("layers.{L}.mlp.experts.{E}.down_proj", "layers.{L}.mlp.experts.down_proj")
-"""The usual names: one tensor an expert, or all experts of a layer in one."""
+"""The usual names: one tensor per expert, or one for all experts of a layer."""
 SPARSE_MOE: Final = (
     "layers.{L}.block_sparse_moe.experts.{E}.w2",
     "layers.{L}.mlp.experts.down_proj",
@@ -47,15 +46,18 @@ ARIA: Final = ("layers.{L}.mlp.experts.fc2", "layers.{L}.mlp.experts.down_proj")
 INKLING: Final = ("layers.{L}.mlp.experts.w2", "layers.{L}.mlp.experts.down_proj")
 GEMMA: Final = ("layers.{L}.experts.down_proj",)
 
-# How the router weighs the experts that it chose -----------------------------------------------
+# How the weights of the chosen experts are normalised ------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """The config key that switches renormalisation; `default` is what the class takes without.
+    """A config key switches renormalisation on or off.
 
-    Where the config does not say `only_if` (a key and its value), the weights sum to 1 anyway.
-    `aliases` are other names of the key, which transformers' ``attribute_map`` takes.
+    Attributes:
+        key: its name.
+        default: the value without the key, from the config class.
+        only_if: another key and its value; without that value the weights always sum to 1.
+        aliases: other names of the key in transformers' ``attribute_map``.
     """
 
     key: str
@@ -66,14 +68,22 @@ class Flag:
 
 @dataclass(frozen=True, slots=True)
 class SharedSum:
-    """Routed and shared experts' weights sum to 1 together; `key` counts the shared experts."""
+    """The weights of routed and shared experts together sum to 1.
+
+    Attributes:
+        key: config key of the number of shared experts.
+    """
 
     key: str
 
 
 @dataclass(frozen=True, slots=True)
 class PowerNorm:
-    """Weights are divided by their p-norm; `key` holds p, null for no normalisation."""
+    """The weights are divided by their p-norm.
+
+    Attributes:
+        key: config key of p; null for no normalisation.
+    """
 
     key: str
 
@@ -82,7 +92,7 @@ NormalisationRule = bool | Flag | SharedSum | PowerNorm
 ALWAYS: Final = True
 """The weights of the chosen experts sum to 1 (times a constant)."""
 NEVER: Final = False
-"""They are what the score function gave them, so their sum grows with the number chosen."""
+"""The weights are plain scores, so their sum grows with the number of chosen experts."""
 NORM_TRUE: Final = Flag("norm_topk_prob", True)
 NORM_FALSE: Final = Flag("norm_topk_prob", False)
 
@@ -96,12 +106,16 @@ class All:
 
 @dataclass(frozen=True, slots=True)
 class SparseStep:
-    """Every ``decoder_sparse_step``-th layer that is not in ``mlp_only_layers``."""
+    """Every ``decoder_sparse_step``-th layer, except those in ``mlp_only_layers``."""
 
 
 @dataclass(frozen=True, slots=True)
 class FirstDense:
-    """All after ``first_k_dense_replace``, or as ``mlp_layer_types`` says."""
+    """All layers from ``first_k_dense_replace`` on, unless ``mlp_layer_types`` lists them.
+
+    Attributes:
+        default: the value without the key.
+    """
 
     default: int
 
@@ -111,39 +125,39 @@ MoeLayers = All | SparseStep | FirstDense
 # The rows ----------------------------------------------------------------------------------------
 
 TEXT_SECTIONS: Final = ("text_config", "language_config", "llm_config", "")
-"""Where the MoE keys of a config may stand; the first that has one is what transformers reads."""
+"""Config sections that may hold the MoE keys; transformers reads the first that does."""
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What has to be known of one model type.
+    """The facts about one model type.
 
     Attributes:
         model_type: as in ``config.json``.
-        experts: templates of the routed down-projections' names.
-        normalised: how the weights of the chosen experts are normalised.
-        count: config keys of the experts per token; of several that are present, transformers
-            reads the first. All of them are set. Empty: the number is fixed in the code.
-        sections: config sections that may hold the keys, in the order of precedence.
-        moe_layers: which layers have experts; None where only the tensors can tell.
+        experts: name templates of the routed down-projections.
+        normalisation: of the weights of the chosen experts.
+        count_keys: config keys of the experts per token. If several are present, transformers reads
+            the first; moescale sets all. Empty if the code fixes the number.
+        sections: config sections that may hold the keys, in order of precedence.
+        moe_layers: the layers with experts; None if only the tensors tell.
         groups: the router may be limited to ``topk_group`` of ``n_group`` groups of experts.
-        total: config keys of the number of experts of a layer, where unusual.
-        part: the name of this MoE where a checkpoint has several with a count each.
-        stacks: the stacks of layers that belong to `part`; None for all that no other part has.
-        moes: MoEs in one layer that share count and numbering.
+        total_keys: config keys of the number of experts per layer.
+        part: the name of this MoE if the type has several, each with its own count.
+        stacks: the stacks of layers that belong to `part`; None for all that belong to no other.
+        moes_per_layer: MoEs in one layer that share count and numbering.
         fixed: why another count is refused.
         fixed_count: the number that the code fixes.
-        no_effect: why scaling the down-projections has no effect on this model.
-        no_effect_if: config key that turns on what `no_effect` is about; None: it is always so.
-        partly: what scaling the down-projections does not reach.
-        partly_if: the tensor of a MoE layer that `partly` is about; None: it is always so.
-        beside: first words, after the MoE block's name, of tensors that other types do not have
-            there and that do not change what a factor does.
+        no_effect: why scaling the down-projections has no effect.
+        no_effect_if: config key that switches the cause of `no_effect` on; None if it is always on.
+        partial_effect: what scaling the down-projections does not reach.
+        partial_effect_if: tensor of a MoE layer that has the cause; None if every layer has it.
+        other_modules: modules of the MoE block that other types do not have and that do not change
+            the effect of a factor, by the first word of their names.
         scale_key: config key of a constant that multiplies the routed output.
-        any_text: its text model may be of any type, which decides; see `sections`.
-        folds: every engine that was looked at multiplies the routed output, and nothing else, by
-            that constant, so that changing it is the same as scaling the weights.
-        router: how it works, or why that cannot be said.
+        any_text_model: the text model may be of any type, and that type's row applies.
+        can_fold: every engine examined multiplies the routed output, and nothing else, by that
+            constant; changing it therefore equals scaling the weights.
+        router: its kind, or why it has none.
     """
 
     model_type: str
@@ -190,8 +204,8 @@ V4_EXPERTS: Final = (
     "mtp.{L}.mlp.experts.down_proj",
 )
 _HASHED = (
-    "its hash layers choose experts from a table with one column an expert per token"
-    " (gate.tid2eid), which would have to be cut or invented"
+    "its hash layers choose experts from a table with one column per expert of a token"
+    " (gate.tid2eid), and columns would have to be cut or invented"
 )
 _MULTI_ROUTER = ("image_gate", "audio_gate")
 _LATENT = ("routed_expert_down_proj", "routed_expert_up_proj")
@@ -199,7 +213,7 @@ _MOE_RENORMALIZE = Flag("moe_renormalize", True, aliases=("norm_topk_prob",))
 
 
 def _group_limited(model_type: str, normalised: NormalisationRule, **more: Any) -> Architecture:
-    """A row of the DeepSeek kind: groups, a routed scaling factor, usually its router."""
+    """A row for a DeepSeek-like type: groups, a routed scaling factor, by default its router."""
     return Architecture(
         model_type,
         more.pop("experts", MLP),
@@ -212,7 +226,7 @@ def _group_limited(model_type: str, normalised: NormalisationRule, **more: Any) 
 
 
 ROWS: Final[tuple[Architecture, ...]] = (
-    # Mixtral and its likes
+    # Mixtral and similar types
     Architecture("mixtral", SPARSE_MOE, ALWAYS, moe_layers=All(), router=kinds.MIXTRAL),
     Architecture("minimax", SPARSE_MOE, ALWAYS, moe_layers=All(), router=kinds.MIXTRAL),
     Architecture("minimax_m2", SPARSE_MOE, ALWAYS, moe_layers=All(), router=kinds.SPARSE_SIGMOID),
@@ -228,7 +242,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         )
         for model_type in ("minimax_m3_vl", "minimax_m3_vl_text", "minimax_m3")
     ),
-    # Softmax, renormalised: the config.json of MiniMax-M1 and the model file of its repo
+    # Softmax, renormalised: config.json and model file in the repo of MiniMax-M1
     Architecture("minimax_m1", SPARSE_MOE, ALWAYS, moe_layers=All(), router=kinds.MIXTRAL),
     Architecture("minimax_text_01", SPARSE_MOE, ALWAYS, moe_layers=All(), router=kinds.MIXTRAL),
     Architecture(
@@ -249,8 +263,8 @@ ROWS: Final[tuple[Architecture, ...]] = (
     Architecture("qwen3_5_moe_text", MLP, ALWAYS, moe_layers=All(), router=kinds.CENTRED),
     # sglang 0.5.23 interns2preview.py: the classes of Qwen3.5
     Architecture("intern_s2_preview", MLP, ALWAYS, moe_layers=All(), router=kinds.CENTRED),
-    # sglang 0.5.23 interns2_mobius.py: a few banks of experts, one after the other, serve all
-    # layers; a factor is that of a bank, and its number stands for the layer's
+    # sglang 0.5.23 interns2_mobius.py: all layers share a few banks of experts in turn; a bank has
+    # one factor, and its number takes the place of the layer's
     *(
         Architecture(
             model_type,
@@ -284,7 +298,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         moe_layers=All(),
         router=kinds.SOFTMAX,
     ),
-    # DeepSeek and what is built like it
+    # DeepSeek and types built like it
     _group_limited("deepseek_v2", NEVER, moe_layers=FirstDense(0), router=kinds.DEEPSEEK_V2),
     _group_limited("deepseek_ocr2", NEVER, router=kinds.DEEPSEEK_V2),
     _group_limited("unlimited_ocr", NEVER, router=kinds.DEEPSEEK_V2),
@@ -298,8 +312,8 @@ ROWS: Final[tuple[Architecture, ...]] = (
         any_text_model=True,
         can_fold=True,
     ),
-    # sglang 0.5.23 kimi_vl.py, dots_vlm.py: the text model is DeepseekV2ForCausalLM, for Kimi-VL in
-    # text_config, for dots.vlm with its keys at the top; mlx-vlm 0.7.10 youtu_vl/language.py
+    # sglang 0.5.23 kimi_vl.py, dots_vlm.py: the text model is DeepseekV2ForCausalLM, with its keys
+    # in text_config (Kimi-VL) or at the top (dots.vlm); mlx-vlm 0.7.10 youtu_vl/language.py
     _group_limited("kimi_vl", NORM_TRUE, any_text_model=True, can_fold=True),
     _group_limited("dots_vlm", NORM_FALSE, can_fold=True, router=kinds.DOTS_VLM),
     _group_limited("youtu_vl", NORM_TRUE, can_fold=True),
@@ -323,7 +337,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         router=kinds.SPARSE_SIGMOID,
     ),
     _group_limited("bailing_hybrid", _MOE_RENORMALIZE, count_keys=_PER_TOKEN, can_fold=True),
-    # Ling with eyes, sglang 0.5.23: bailing_mm_v3.py over bailing_moe_v3.py (text_config),
+    # Ling with images, sglang 0.5.23: bailing_mm_v3.py over bailing_moe_v3.py (text_config),
     # bailing_mm.py over bailing_moe.py (llm_config); a "MultiRouter" has gates for images and sound
     _group_limited(
         "bailing_moe_v3_vl",
@@ -401,7 +415,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         scale_key="router_scaling_factor",
         router=kinds.DOTS_VISION,
     ),
-    # deepseek_ref is the copy of V4's config in public benchmarks of it: the same code
+    # deepseek_ref: V4's config as public benchmarks copy it, with the same code
     *(
         Architecture(
             model_type,
@@ -415,7 +429,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         )
         for model_type in ("deepseek_v4", "deepseek_ref")
     ),
-    # V4.1 has no hash layers; its draft has a count and a number of experts of its own
+    # V4.1 has no hash layers; its draft has its own count and number of experts
     *(
         Architecture(
             "deepseek_v41",
@@ -433,7 +447,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
     Architecture(
         "deepseek_v41_text", V4_EXPERTS, NORM_TRUE, scale_key=_SCALE, router=kinds.NOT_COMPARED
     ),
-    # One each
+    # Types without relatives
     Architecture("olmoe", MLP, NORM_FALSE, moe_layers=All(), router=kinds.SOFTMAX),
     Architecture(
         "flex_olmo",
@@ -445,7 +459,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
     ),
     Architecture("mellum", MLP, NORM_TRUE, router=kinds.SOFTMAX),
     Architecture("hunyuan_v1_moe", MLP, ALWAYS, count_keys=_MOE_TOPK, router=kinds.HUNYUAN),
-    # Tencent's own name of hunyuan_v1_moe: mlx-lm 0.32.2 hunyuan.py, sglang 0.5.23 hunyuan.py
+    # Tencent's name for hunyuan_v1_moe: mlx-lm 0.32.2 hunyuan.py, sglang 0.5.23 hunyuan.py
     Architecture("hunyuan", MLP, ALWAYS, count_keys=_MOE_TOPK, router=kinds.HUNYUAN),
     Architecture("jamba", FEED_FORWARD, NEVER, router=kinds.JAMBA),
     Architecture(
@@ -456,7 +470,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         total_keys=_MOE_TOTAL,
         router=kinds.ERNIE,
     ),
-    # The second is Baidu's own name: sglang 0.5.23 ernie45_vl.py, mlx-vlm 0.7.10 ernie4_5_moe_vl
+    # The second is Baidu's name: sglang 0.5.23 ernie45_vl.py, mlx-vlm 0.7.10 ernie4_5_moe_vl
     *(
         Architecture(
             model_type,
@@ -571,21 +585,21 @@ ROWS: Final[tuple[Architecture, ...]] = (
         ("layers.{L}.mlp.output_linear",),
         ALWAYS,
         other_modules=("bias",),
-        fixed="the same number also sets how many attention heads it has",
+        fixed="the same number also sets the number of attention heads",
         router=kinds.JETMOE,
     ),
     Architecture("llama4", FEED_FORWARD, NEVER, router=kinds.ON_THE_INPUT),
     Architecture("llama4_text", FEED_FORWARD, NEVER, router=kinds.ON_THE_INPUT),
-    # One router for the three: mlx-lm 0.32.2 longcat_flash_ngram.py (sglang 0.5.23 calls it
-    # longcat_flash), mlx-vlm 0.7.10 longcat_flash_sparse
+    # The three share one router: mlx-lm 0.32.2 longcat_flash_ngram.py (longcat_flash in sglang
+    # 0.5.23), mlx-vlm 0.7.10 longcat_flash_sparse
     *(
         Architecture(
             model_type,
             MLP,
             NEVER,
             count_keys=_MOE_TOPK,
-            partial_effect="its identity experts have no weights: the share of the tokens that"
-            " chose one stays as it was",
+            partial_effect="its identity experts have no weights, so their part of the output is"
+            " not scaled",
             scale_key=_SCALE,
             router=kinds.LONGCAT,
         )
@@ -607,7 +621,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
             model_type,
             MLP,
             ALWAYS,
-            no_effect="the output of each expert is normalised before its gate weight",
+            no_effect="each expert's output is normalised before its gate weight is applied",
             scale_key=_SCALE,
             router=kinds.OWN_NORM,
         )
@@ -633,7 +647,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         "zaya",
         MLP,
         NEVER,
-        fixed="its configuration allows one expert a token only",
+        fixed="its configuration allows only one expert per token",
         router=kinds.STATEFUL,
     ),
     Architecture(
@@ -657,7 +671,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
         fixed_count=1,
         router=kinds.LIMITED,
     ),
-    # Remote code: types that transformers does not know under this name
+    # Remote code: types that transformers does not know by this name
     _group_limited("kimi_k2", NORM_TRUE, moe_layers=FirstDense(3), can_fold=True),
     _group_limited(
         "deepseek_vl_v2", NORM_FALSE, moe_layers=FirstDense(0), router=kinds.NOT_COMPARED
@@ -678,7 +692,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
     ),
     _group_limited("llada2_moe", NORM_TRUE, moe_layers=FirstDense(0), router=kinds.LING_SIGMOID),
     _group_limited("joyai_llm_flash", NORM_TRUE, can_fold=True),  # mlx-lm 0.32.2: deepseek_v3
-    # sglang 0.5.23 xllm.py: router_scaling_factor is that of its attention's experts, too
+    # sglang 0.5.23 xllm.py: router_scaling_factor also scales the experts of its attention
     *(
         Architecture(
             model_type,
@@ -700,8 +714,8 @@ ROWS: Final[tuple[Architecture, ...]] = (
         partial_effect_if="ffn_out_norm.weight",
         router=kinds.IQUEST,
     ),
-    # mlx-lm 0.32.2 Klear.py, whose name is the type, and mlx-vlm 0.7.10 klear: `coefficient`
-    # weighs the routed sum, and the shared expert beside it, after the factor
+    # mlx-lm 0.32.2 Klear.py (the type is the file's name), mlx-vlm 0.7.10 klear: `coefficient`
+    # weighs the routed sum against the shared expert, after the factor
     *(
         Architecture(
             model_type,
@@ -736,7 +750,7 @@ ROWS: Final[tuple[Architecture, ...]] = (
 
 
 def find(model_type: str, part: str | None = None) -> Architecture:
-    """The row of a model type; of a type with several MoEs, the one that is called `part`.
+    """The row of a model type; for a type with several MoEs, that of `part` or the first.
 
     Raises:
         KeyError: no row has this type.
@@ -753,7 +767,7 @@ def find(model_type: str, part: str | None = None) -> Architecture:
     names = ", ".join(repr(row.part) for row in rows if row.part)
     raise UnsupportedError(
         f"model type {model_type!r} has no part {part!r}",
-        hint=f"Its parts are {names}." if names else "It has one MoE only; leave --part out.",
+        hint=f"Its parts are {names}." if names else "It has only one MoE; leave --part out.",
     )
 
 

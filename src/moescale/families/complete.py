@@ -1,4 +1,4 @@
-"""Complete: every routed down-projection is there, as config, routers and tensors agree."""
+"""Checks that no routed down-projection is missing: config, routers and tensors must agree."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ def check_complete(
     config: MoeConfig,
     others: Iterable[Architecture] = (),
 ) -> dict[Layer, int]:
-    """Refuse a checkpoint in which any routed down-projection is missing or surplus.
+    """Refuse a checkpoint with missing or surplus routed down-projections.
 
-    A pruned model may have another number of experts in each layer, whatever its config says.
-    A layer has the number that its tensors hold, where the config or its router has it too.
+    A pruned model may have a different number of experts in each layer, whatever its config says.
+    The number of a layer's tensors counts if the config or the layer's router confirms it.
 
     Args:
-        projections: what was found.
+        projections: the projections that were found.
         tensors: all tensors of the checkpoint.
-        architecture: the row that they were found with.
-        config: what the config says of this MoE.
+        architecture: the row that was used to find them.
+        config: the config's description of this MoE.
         others: the other parts of the same model type.
 
     Returns:
-        The routed experts of each layer.
+        The number of routed experts of each layer.
 
     Raises:
-        CheckpointError: with the first layer or expert that is not as it should be.
+        CheckpointError: the first layer or expert at fault is named.
     """
     tensors = list(tensors)
     by_layer: dict[Layer, list[Projection]] = defaultdict(list)
@@ -57,21 +57,22 @@ def check_complete(
         layer: _count(layer, members, stated[layer], routers, architecture.moes_per_layer)
         for layer, members in by_layer.items()
     }
-    _check_not_of_another(counts, stated, architecture.moes_per_layer)
+    _check_same_model(counts, stated, architecture.moes_per_layer)
     _check_layers(set(by_layer), config)
     names = [plain_name(tensor.name) for tensor in tensors]
     _check_routers(projections, names, StackFilter(architecture, others))
     return counts
 
 
-def _check_not_of_another(
-    counts: Mapping[Layer, int], stated: Mapping[Layer, int], moes: int
-) -> None:
-    """Pruning leaves some layer as it was, or the config with the new number."""
+def _check_same_model(counts: Mapping[Layer, int], stated: Mapping[Layer, int], moes: int) -> None:
+    """Refuse the config of another model: all layers agree, and all differ from the config.
+
+    A pruned model has layers of different sizes, or the new number in its config.
+    """
     found, said = set(counts.values()), set(stated.values())
     if len(found) == len(said) == 1 and found != said:
         layer, number = next(iter(counts.items()))
-        raise _not_as_stated(layer, range(number * moes), stated[layer] * moes)
+        raise _wrong_count(layer, range(number * moes), stated[layer] * moes)
 
 
 def _count(
@@ -82,7 +83,7 @@ def _count(
     if stacked and len(stacked) < len(members):
         one = next(p for p in members if p.expert is not None)
         raise CheckpointError(
-            f"layer {layer}: its experts are there twice, one by one and all in one tensor"
+            f"layer {layer}: has its experts twice, one by one and all in one tensor"
             f" ({one.module} and {stacked[0].module})"
         )
     if stacked:
@@ -95,28 +96,28 @@ def _count_single(
 ) -> int:
     by_number = {p.expert: p for p in members}
     if len(by_number) < len(members):
-        twin = next(p for p in members if by_number[p.expert] is not p)
+        duplicate = next(p for p in members if by_number[p.expert] is not p)
         raise CheckpointError(
-            f"layer {layer}: expert {twin.expert} is there twice"
-            f" ({twin.module} and {by_number[twin.expert].module})",
-            hint="Which of them the model uses cannot be seen; remove the other.",
+            f"layer {layer}: has expert {duplicate.expert} twice"
+            f" ({duplicate.module} and {by_number[duplicate.expert].module})",
+            hint="Remove the one that the model does not use; the checkpoint does not tell which.",
         )
     numbers = sorted(number for number in by_number if number is not None)
     found, odd = divmod(len(numbers), moes)
-    whole_ = numbers == list(range(len(numbers))) and not odd
-    if not whole_ or (found != stated and not routers.matches(members[0], found)):
-        raise _not_as_stated(layer, numbers, stated * moes)
+    numbered = numbers == list(range(len(numbers))) and not odd
+    if not numbered or (found != stated and not routers.matches(members[0], found)):
+        raise _wrong_count(layer, numbers, stated * moes)
     routers.check(members[0], found)
     return found
 
 
-def _not_as_stated(layer: Layer, numbers: Collection[int], stated: int) -> CheckpointError:
+def _wrong_count(layer: Layer, numbers: Collection[int], stated: int) -> CheckpointError:
     known = set(numbers)
     if layer.stack and known == set(range(len(known))):
         return CheckpointError(
-            f"layer {layer}: has {len(known)} routed experts, where the config says {stated}",
-            hint="If this is a draft with experts of its own: no key of the config tells how many;"
-            " describe the main layers with --pattern and --experts-key.",
+            f"layer {layer}: has {len(known)} routed experts, but the config says {stated}",
+            hint="If this is a draft with its own number of experts, for which the config has no"
+            " key, describe the main layers with --pattern and --experts-key.",
         )
     last = max(stated, max(known) + 1)
     missing = next((i for i in range(last) if i not in known), None)
@@ -136,33 +137,35 @@ def _count_stacked(
             f"layer {layer}: has {len(stacked)} tensors with all experts"
             f" ({stacked[0].module}, {stacked[-1].module})"
         )
-    found = _held(stacked[0])
+    found = _stacked_experts(stacked[0])
     if found is None or (found != stated and not routers.matches(stacked[0], found)):
         found = stated
     for projection in stacked:
         for suffix, tensor in projection.by_suffix.items():
-            if suffix in _ONE_EACH or len(tensor.shape) > 2:
+            if suffix in _PER_EXPERT or len(tensor.shape) > 2:
                 _check_stacked(tensor, found)
     routers.check(stacked[0], found)
     return found
 
 
-_ONE_EACH = frozenset({"weight", "bias", "blocks", "weight_packed", "qweight"})
-"""Leaves with something of every expert; scales may be numbers for all of them or lie flat."""
+_PER_EXPERT = frozenset({"weight", "bias", "blocks", "weight_packed", "qweight"})
+"""Suffixes of tensors with one entry per expert; scales may be shared by experts or flattened."""
 
 
-def _held(projection: Projection) -> int | None:
-    """The experts in a tensor with all of them; None where they lie flat."""
+def _stacked_experts(projection: Projection) -> int | None:
+    """The number of experts in a tensor of all experts; None if they are flattened."""
     shapes = (
-        projection.by_suffix[suffix].shape for suffix in projection.by_suffix if suffix in _ONE_EACH
+        projection.by_suffix[suffix].shape
+        for suffix in projection.by_suffix
+        if suffix in _PER_EXPERT
     )
     return next((shape[0] for shape in shapes if len(shape) > 2), None)
 
 
 def _check_stacked(tensor: Tensor, total: int) -> None:
     experts = tensor.shape[0] if tensor.shape else 0
-    one_each = experts == total or (len(tensor.shape) == 2 and experts and experts % total == 0)
-    if not one_each and 0 not in tensor.shape:  # an empty one is named for what it is
+    per_expert = experts == total or (len(tensor.shape) == 2 and experts and experts % total == 0)
+    if not per_expert and 0 not in tensor.shape:  # `shapes` has a better message if it is empty
         raise CheckpointError(
             f"{tensor.name}: its shape {list(tensor.shape)} does not hold {total} experts",
             hint="The config belongs to another checkpoint, or the tensor has another layout.",
@@ -188,7 +191,7 @@ def _check_layers(found: set[Layer], config: MoeConfig) -> None:
 
 
 def _main_stack(found: set[Layer]) -> str:
-    """The stack with the most layers; beside it there are only MTP blocks."""
+    """The stack with the most layers; all others are MTP blocks."""
     stacks = [layer.stack for layer in found]
     return max(sorted(set(stacks)), key=stacks.count)
 
@@ -196,7 +199,7 @@ def _main_stack(found: set[Layer]) -> str:
 def _check_routers(
     projections: Sequence[Projection], names: Iterable[str], stacks: StackFilter
 ) -> None:
-    """Every layer that has a router needs down-projections, whatever the config says."""
+    """Require down-projections in every layer with a router, whatever the config says."""
     layers: dict[tuple[str, str], set[str]] = defaultdict(set)
     for projection in projections:
         start, stop = projection.number_span
@@ -206,7 +209,9 @@ def _check_routers(
         return
     blocks = "|".join(re.escape(block) for block in {block for _, block in layers})
     containers = "|".join({re.escape(head.split(".")[-2]) for head, _ in layers})
-    router = re.compile(rf"((?:.*\.)?(?:{containers})\.)([0-9]+)({blocks}){_ROUTER}", re.DOTALL)
+    router = re.compile(
+        rf"((?:.*\.)?(?:{containers})\.)([0-9]+)({blocks}){_ROUTER_NAME}", re.DOTALL
+    )
     for name in names:
         match = router.match(name)
         if match is None or stack_of(match[1]) not in stacks:
@@ -218,5 +223,5 @@ def _check_routers(
             )
 
 
-_ROUTER = r"(?:gate|router)(?:\.|_weight|_gate)"
-"""What follows the name of a MoE block in the names of its router."""
+_ROUTER_NAME = r"(?:gate|router)(?:\.|_weight|_gate)"
+"""The part of a router tensor's name after its MoE block."""

@@ -1,4 +1,4 @@
-"""The number of experts per token in a ``config.json``: read it, and set every spelling of it."""
+"""Reads the number of experts per token in a ``config.json``, and sets it at every key."""
 
 from __future__ import annotations
 
@@ -20,13 +20,18 @@ CONFIG = "config.json"
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """A ``config.json`` as text and as value."""
+    """A ``config.json``.
+
+    Attributes:
+        text: the file's content.
+        value: the parsed object.
+    """
 
     text: str
     value: Mapping[str, Any]
 
     def section(self, dotted: str) -> Mapping[str, Any] | None:
-        """The object at a dotted path; the whole config for an empty one, None if absent."""
+        """The object at a dotted path; the whole config for an empty path, None if absent."""
         value: Any = self.value
         for key in dotted.split(".") if dotted else ():
             value = value.get(key) if isinstance(value, dict) else None
@@ -35,7 +40,13 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class ConfigKey:
-    """A key of the config that holds the experts per token: one number, or one for each layer."""
+    """A key of the config that holds the experts per token.
+
+    Attributes:
+        section: dotted path of its section; "" for the top.
+        key: its name.
+        value: one number, or one per layer.
+    """
 
     section: str
     key: str
@@ -43,15 +54,15 @@ class ConfigKey:
 
     @property
     def path(self) -> str:
-        """The dotted path, for people."""
+        """The dotted path of the key."""
         return f"{self.section}.{self.key}" if self.section else self.key
 
 
 def parse_config(data: bytes) -> Config:
-    """Decode a ``config.json``.
+    """Parse a ``config.json``.
 
     Raises:
-        CheckpointError: it is not a JSON object in UTF-8.
+        CheckpointError: the file is not a JSON object in UTF-8.
     """
     try:
         text = decoded(data)
@@ -66,10 +77,10 @@ def parse_config(data: bytes) -> Config:
 def find_count_keys(
     config: Config, sections: Sequence[str], keys: Sequence[str]
 ) -> list[ConfigKey]:
-    """Every key that holds the experts per token; first the one that transformers reads.
+    """Find every key of the experts per token; the first is the one that transformers reads.
 
     Raises:
-        CheckpointError: one of them is not a whole number above 0, nor a list of such.
+        CheckpointError: a value is neither a whole number above 0 nor a list of such numbers.
     """
     return [
         ConfigKey(section, key, _count(value, f"{section}.{key}" if section else key))
@@ -99,7 +110,7 @@ def _count(value: Any, path: str) -> int | tuple[int, ...]:
 
 
 def set_count(config: Config, count_keys: Sequence[ConfigKey], new: int) -> Config:
-    """The config with `new` at all `count_keys`; every other byte stays."""
+    """The config with `new` at all `count_keys`; all other bytes stay."""
     paths = {(*split_path(key.section), key.key) for key in count_keys}
 
     def wanted(path: Path) -> bool:
@@ -114,23 +125,23 @@ def set_count(config: Config, count_keys: Sequence[ConfigKey], new: int) -> Conf
 
 
 def split_path(dotted: str) -> tuple[str, ...]:
-    """The keys of a dotted path."""
+    """Split a dotted path into keys."""
     return tuple(dotted.split(".")) if dotted else ()
 
 
 def read_integer(section: Mapping[str, Any], key: str, default: int) -> int:
-    """A whole number of the config, 0 or more; `default` where it is not there or null.
+    """A whole number from 0 on; `default` if the key is missing or null.
 
     Raises:
-        CheckpointError: it is something else.
+        CheckpointError: the value is anything else.
     """
     value = section.get(key)
     if value is None:
         return default
     if type(value) is not int or not 0 <= value <= MAX_NUMBER:
-        raise CheckpointError(f"{CONFIG}: {key} is {repr(value)[:40]}, not a number of things")
+        raise CheckpointError(f"{CONFIG}: {key} is {repr(value)[:40]}, not a whole number")
     return value
 
 
 MAX_NUMBER = 100_000
-"""More layers, experts or groups than this are no model."""
+"""The most layers, experts or groups of a believable model."""

@@ -1,4 +1,4 @@
-"""Recognises routed down-projections under whatever names, such as those of a second set."""
+"""Recognises routed down-projections by the names of any library, as in a second set of weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ROUTED = re.compile(
     r"|mlp2_(?:weight|bias)|down_exps|mlp\.up_embed|moe_block\.experts\.[0-9]+\.linear_1",
     re.DOTALL,
 )
-"""How the second projection of an expert, or of all experts of a layer, is called somewhere.
+"""Names of an expert's down-projection, or of one for all experts of a layer, in any library.
 
 Sources: the templates of `architectures`; OpenAI's own gpt-oss (``mlp2_weight``), Meta's Llama 4
 (``moe_w_out_eD_F``), Megatron-Core (``experts.local_experts.0.linear_fc2``), llama.cpp
@@ -31,13 +31,13 @@ _NOT_ROUTED = re.compile(
     r"|(?<![a-z_])gate(?![a-z_])"
 )
 _LONGEST = 500
-"""Characters of a name that is looked at; a longer one could be searched for long."""
+"""The longest name that is searched; the search of a longer one could take long."""
 _NUMBER = re.compile("(?<![a-z0-9])[0-9]+")
-"""A number of its own: the 1 of ``w1`` is a part of a name."""
+"""A separate number; the 1 of ``w1`` belongs to the name."""
 
 
 def layer_from_name(name: str) -> Layer | None:
-    """The layer whose routed down-projection, or a scale of it, a tensor of this name is."""
+    """The layer of a routed down-projection or its scale; None for other tensors."""
     match = _LAYER.fullmatch(name) if len(name) <= _LONGEST else None
     if match is None or not _ROUTED.search(match["rest"]) or _NOT_ROUTED.search(match["rest"]):
         return None
@@ -47,12 +47,12 @@ def layer_from_name(name: str) -> Layer | None:
 
 
 def layers_from_names(names: Iterable[str]) -> set[Layer]:
-    """The layers of which these tensors are routed down-projections."""
+    """The layers of all routed down-projections among the names."""
     return {layer for name in names if (layer := layer_from_name(name)) is not None}
 
 
 def layers_of(projections: Iterable[Projection]) -> set[Layer]:
-    """The layers of the projections, as `layers_from_names` calls them."""
+    """The layers of the projections, named as by `layers_from_names`."""
     return {
         layer_from_name(p.module) or layer_after(p.module[: p.number_span[0]], p.layer.number)
         for p in projections
@@ -60,7 +60,7 @@ def layers_of(projections: Iterable[Projection]) -> set[Layer]:
 
 
 def expert_names(names: Iterable[str], projections: Iterable[Projection]) -> set[str]:
-    """The names that match the projections' names up to numbers, or that look like routed ones."""
+    """Names that equal the projections' except for numbers, or look like routed projections."""
     if not (names := list(names)):
         return set()
     forms = {_form(tensor.name) for p in projections for tensor in p.by_suffix.values()}

@@ -1,4 +1,4 @@
-"""Which names look like routed down-projections, for a type that is not known."""
+"""Guesses the routed down-projections of an unknown model type, for error hints."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 
 
 def likely_down_projection(names: Collection[str]) -> str | None:
-    """The first name that looks like a routed down-projection, for a type that is not known."""
+    """The first name that looks like a routed down-projection; None if none does."""
     experts, down = re.compile(r"experts?\b"), re.compile("down|w2|fc2|wo|output")
     for name in sorted(names):
         match = experts.search(name)
@@ -21,7 +21,7 @@ _NOT_DOWN = re.compile("norm|(?<![a-z])(?:gate|router|up|in|wi|[wv][13]|fc[13])(
 
 
 def _looks_numbered(names: Iterable[str]) -> str | None:
-    """The first weight of an expert that has a number, where one kind of them only can be meant."""
+    """The first weight of a numbered expert, if only one kind of matrix qualifies."""
     found: dict[str, str] = {}
     for name in sorted(names, reverse=True):
         match = _NUMBERED.fullmatch(name)

@@ -1,4 +1,4 @@
-"""What a config says of its MoE: read once, here, into a record that everything else takes."""
+"""Reads what a config says about its MoE, once, into a `MoeConfig`."""
 
 from __future__ import annotations
 
@@ -25,22 +25,21 @@ from moescale.routers.kinds import RouterKind
 from moescale.routers.normalisation import Normalisation
 
 Section = Mapping[str, Any]
-"""The object in the config that describes the MoE; nothing but this module and `unread_keys`, which
-it calls, looks into one."""
+"""The object in the config that describes the MoE; only this module and `unread_keys` read it."""
 
 
 @dataclass(frozen=True, slots=True)
 class MoeConfig:
-    """What the config says of one MoE.
+    """The config's description of one MoE.
 
     Attributes:
-        experts: routed experts of a layer; the largest number, where layers differ.
-        experts_by_layer: routed experts of the layers that the config counts one by one.
-        layers: layers of the model without MTP blocks; 0 where the config does not say.
-        moe_layers: the numbers of its MoE layers; None where only the tensors can tell.
-        experts_without_weights: experts that the router chooses too and that pass a token on as it
-            is.
-        groups: groups of experts, and how many of them a token may choose from; None for no limit.
+        experts: routed experts per layer; the largest number if layers differ.
+        experts_by_layer: routed experts of the layers for which the config has separate numbers.
+        layers: layers of the model without MTP blocks; 0 if the config does not say.
+        moe_layers: numbers of the MoE layers; None if only the tensors tell.
+        experts_without_weights: experts that the router can choose and that return a token
+            unchanged.
+        groups: number of groups of experts, and of groups that a token may use; None for no limit.
         normalisation: of the weights of the chosen experts; None if unknown.
         scaling_has_effect: False if a norm after the experts removes every factor.
         has_layer_counts: some layers have their own number of experts per token.
@@ -48,8 +47,8 @@ class MoeConfig:
         narrow_sizes: widths of narrower streams that experts may write to.
         intermediate_size: width between the matrices of an expert; None if unknown or if it
             differs by layer.
-        score: the score function that a key names; None where no key does.
-        logit_cap: the bound that a tanh squeezes the logits into; None for no bound.
+        score: the score function that a key names; None if no key does.
+        logit_cap: bound of the tanh on the logits; None for no bound.
         choice_bias: False if a key says that no bias takes part in the choice of experts.
         has_scale: the row's `scale_key` is present.
         tied_embeddings: the embedding is also the head.
@@ -79,14 +78,14 @@ class MoeConfig:
     unread_keys: tuple[tuple[str, Any], ...] = ()
 
     def experts_in(self, layer: int) -> int:
-        """Routed experts of the layer with that number."""
+        """Routed experts of a layer, by its number."""
         return self.experts_by_layer.get(layer, self.experts)
 
     def max_count(self, experts: int) -> int:
-        """The largest number of experts per token that a router of so many experts can choose.
+        """The largest number of experts per token for a router of this many experts.
 
-        A group-limited router masks all experts outside ``topk_group`` of ``n_group`` groups; asked
-        for more than those hold, it silently takes masked ones.
+        A group-limited router masks all experts outside ``topk_group`` of ``n_group`` groups. Asked
+        for more experts than those groups have, it silently takes masked ones.
         """
         experts += self.experts_without_weights
         if self.groups is None:
@@ -96,15 +95,15 @@ class MoeConfig:
 
 
 def read_moe_config(section: Section, row: Architecture) -> MoeConfig:
-    """Read all that a config says of its MoE.
+    """Read the config's description of one MoE.
 
     Args:
-        section: the section of the config that describes it.
+        section: the section of the config that describes the MoE.
         row: the row of its model type.
 
     Raises:
-        CheckpointError: a number is not one.
-        UnsupportedError: the number of experts is missing, or the normalisation is not known.
+        CheckpointError: a value is not a number.
+        UnsupportedError: the number of experts is missing, or the normalisation is unknown.
     """
     overrides = _layer_overrides(section)
     experts = total_experts(row, section)
@@ -137,10 +136,10 @@ def read_moe_config(section: Section, row: Architecture) -> MoeConfig:
 
 
 def total_experts(row: Architecture, section: Section) -> int:
-    """Routed experts of a layer; of several numbers the largest.
+    """Routed experts per layer; the largest number if layers differ.
 
     Raises:
-        UnsupportedError: the config does not say.
+        UnsupportedError: the config has no such number.
     """
     for key in row.total_keys:
         value = section.get(key)
@@ -151,15 +150,15 @@ def total_experts(row: Architecture, section: Section) -> int:
     keys = " or ".join(row.total_keys)
     raise UnsupportedError(
         f"{CONFIG}: does not say how many routed experts a layer has ({keys})",
-        hint="Add the key with that number, beside the one of the experts per token.",
+        hint="Add the key with that number, beside the key of the experts per token.",
     )
 
 
 def normalisation_of(row: Architecture, section: Section) -> Normalisation:
-    """How the weights of the chosen experts are normalised.
+    """The normalisation of the weights of the chosen experts.
 
     Raises:
-        UnsupportedError: in a way that the closed forms do not cover.
+        UnsupportedError: the closed forms do not cover it.
     """
     normalised = row.normalisation
     if isinstance(normalised, Flag):
@@ -177,7 +176,7 @@ def normalisation_of(row: Architecture, section: Section) -> Normalisation:
         power = section.get(normalised.key, 1)
         if power not in (1, None):
             raise UnsupportedError(
-                f"{CONFIG}: {normalised.key} is {power!r}: only 1 and null are known",
+                f"{CONFIG}: {normalised.key} is {power!r}; only 1 and null are supported",
                 hint="Give the factor yourself (--factor).",
             )
         return Normalisation(power == 1)
@@ -185,12 +184,12 @@ def normalisation_of(row: Architecture, section: Section) -> Normalisation:
 
 
 def group_limit(groups: int, chosen: int) -> tuple[int, int] | None:
-    """How many groups of experts there are and how many a token may choose; None for no limit."""
+    """Number of groups of experts, and of groups that a token may use; None for no limit."""
     return (groups, chosen) if chosen and groups > 1 else None
 
 
 def sizes(config: Config) -> Iterator[tuple[int | None, int | None]]:
-    """The hidden size and the number of layers, as each text section of a config has them."""
+    """Hidden size and number of layers, from each text section of a config."""
     return (_sizes(config.section(name) or {}) for name in TEXT_SECTIONS)
 
 
@@ -206,7 +205,7 @@ def _integer(value: Any) -> int | None:
 
 
 def _normalisation(row: Architecture, section: Section) -> Normalisation | None:
-    """None if the row is not of the table and the config does not tell either."""
+    """None if neither a row of the table nor the config tells."""
     if row.model_type or "norm_topk_prob" in section:
         return normalisation_of(row, section)
     return None
@@ -244,13 +243,13 @@ _LIST_KEYS: Final = (
     *("moe_num_experts_per_layer", "pyramid_num_routed"),
     *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
 )
-"""Config keys that may hold a number of experts for each layer."""
+"""Config keys that may hold one number of experts per layer."""
 
 
 def _by_layer(value: Any) -> dict[str, int]:
-    """A list or an object of numbers by the layer's number; empty if it is neither.
+    """The numbers of a list or an object, by layer number; empty if `value` is neither.
 
-    A dense layer may have a null.
+    Dense layers may have null.
     """
     if isinstance(value, list):
         value = {str(layer): number for layer, number in enumerate(value)}
@@ -261,7 +260,7 @@ def _by_layer(value: Any) -> dict[str, int]:
 
 
 def _moe_layers(count: int, rule: MoeLayers | None, section: Section) -> frozenset[int] | None:
-    """Those of `count` layers that the config makes MoE layers."""
+    """The MoE layers among `count` layers, according to the config."""
     if rule is None or not count:
         return None
     if isinstance(rule, All):
@@ -299,5 +298,5 @@ def _narrow_sizes(section: Section) -> Iterator[int]:
 def _logit_cap(section: Section, key: str) -> float | None:
     cap = section.get(key)
     if cap is not None and (type(cap) not in (int, float) or not 0 <= cap < math.inf):
-        raise CheckpointError(f"{CONFIG}: {key} is {cap!r}, not a number from 0")
+        raise CheckpointError(f"{CONFIG}: {key} is {cap!r}, not a number from 0 on")
     return cap or None

@@ -1,4 +1,4 @@
-"""Names of tensors as the model itself has them: the words of wrappers are seen through."""
+"""Names of tensors as the model defines them, without the words that wrappers add."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _WRAPPER: Final = re.compile(
     r"(?<![^.])(?:(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
     r"|_forward_module|base_layer)\.)+"
 )
-"""DataParallel, torch.compile, FSDP and its checkpointing, Lightning, PEFT."""
+"""Words of DataParallel, torch.compile, FSDP and its checkpointing, Lightning, and PEFT."""
 
 
 def plain_name(name: str) -> str:
-    """The name without the words of wrappers, wherever they stand."""
+    """The name without the words of wrappers."""
     if "module" in name or "_orig_mod" in name or "base_layer" in name:
         return _WRAPPER.sub("", name)
     return name
@@ -26,17 +26,17 @@ _ADAPTER: Final = re.compile(
     r"(?<![^.])(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|hada_w[12]|lokr_w[12]"
     r"|oft_[rR]|boft_[rRs]|ia3_l|vera_lambda_[bd]|randlora_\w+|modules_to_save)(?:[._]|$)"
 )
-"""What PEFT calls the tensors that it adds: peft 0.17, `adapter_layer_names` of its tuners."""
+"""Names of the tensors that PEFT adds: peft 0.17, `adapter_layer_names` of its tuners."""
 
 
 def refuse_unmerged_adapter(names: Iterable[str]) -> list[str]:
-    """Say what an adapter inside the checkpoint means.
+    """Refuse an unmerged adapter of the routed experts or their routers.
 
     Returns:
-        A warning where an adapter is there, but none of the routed experts or their routers.
+        A warning if an adapter changes only other modules.
 
     Raises:
-        UnsupportedError: an adapter changes what would be scaled.
+        UnsupportedError: an adapter changes tensors of the MoE.
     """
     found = [name for name in names if _ADAPTER.search(name)]
     for name in found:
@@ -48,6 +48,6 @@ def refuse_unmerged_adapter(names: Iterable[str]) -> list[str]:
     if not found:
         return []
     return [
-        f"{found[0]!r} belongs to an unmerged adapter (PEFT), {len(found)} tensors; it stays as it"
-        " is, since it is none of the routed experts"
+        f"{found[0]!r} belongs to an unmerged adapter (PEFT) of {len(found)} tensors; it is copied,"
+        " because it does not change the routed experts"
     ]

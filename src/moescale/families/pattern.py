@@ -1,4 +1,4 @@
-"""The routed down-projections by an expression of the user's."""
+"""Finds the routed down-projections by the user's regular expression."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Span = tuple[int, int]
 
 
 def find_by_pattern(tensors: Iterable[Tensor], pattern: str) -> list[Projection]:
-    """Projections by a user's expression, which has to match the whole tensor name.
+    """Find the projections whose tensor names match a regular expression as a whole.
 
-    The groups ``layer`` and ``expert`` name the numbers; without them, the first number between
-    dots is the layer and the second the expert. An expression that backtracks without end can be
-    interrupted with Ctrl-C.
+    The groups ``layer`` and ``expert`` capture the numbers; without them, the first number between
+    dots is the layer and the second the expert. Ctrl-C interrupts an expression that backtracks
+    without end.
 
     Raises:
-        UsageError: the expression is not valid, or matches a name without number.
+        UsageError: the expression is invalid, or matches a name without a layer number.
     """
     try:
         expression = re.compile(pattern)
@@ -40,7 +40,7 @@ def find_by_pattern(tensors: Iterable[Tensor], pattern: str) -> list[Projection]
         if match := expression.fullmatch(name):
             module, _ = split_name(name)
             found.setdefault(module, _by_spans(name, module, *_spans(match)))
-    for name, tensor in by_name.items():  # a bias or a scale belongs to it, matched or not
+    for name, tensor in by_name.items():  # biases and scales, even if they do not match
         module, suffix = split_name(name)
         if module in found:
             found[module].by_suffix[suffix] = tensor
@@ -49,7 +49,7 @@ def find_by_pattern(tensors: Iterable[Tensor], pattern: str) -> list[Projection]
 
 
 def _spans(match: re.Match[str]) -> tuple[Span, Span | None]:
-    """Where a name has the numbers of layer and expert."""
+    """The positions of the layer and expert numbers in a name."""
     groups = {key: match.span(key) for key, value in match.groupdict().items() if value}
     numbers = [m.span() for m in re.finditer(r"(?<![^.])\d+(?![^.])", match.string)]
     if "layer" in groups:
@@ -62,12 +62,12 @@ def _spans(match: re.Match[str]) -> tuple[Span, Span | None]:
 
 
 def _by_spans(name: str, module: str, layer: Span, expert: Span | None) -> Projection:
-    """The projection whose numbers stand at the given places of a name."""
+    """The projection whose layer and expert numbers are at the given positions of its name."""
     start, stop = layer
     numbers = [name[start:stop]] if expert is None else [name[start:stop], name[slice(*expert)]]
     for number in numbers:
         if not re.fullmatch(NUMBER, number):
-            raise UsageError(f"--pattern: in {name!r} its group catches {number!r}, no number")
+            raise UsageError(f"--pattern: a group captures {number!r} in {name!r}, not a number")
     before = name[:start]
     if expert is not None and expert[1] <= start:
         before = name[: expert[0]] + name[expert[1] : start]
