@@ -205,7 +205,7 @@ class FactorOptions(TypedDict, total=False):
     pattern: Annotated[
         str | None,
         Option(
-            "The names of the down-projections.",
+            "Matches the names of the down-projections.",
             "REGEX",
             MODEL,
             more="For an unknown architecture, together with --experts-key.",
@@ -282,9 +282,8 @@ class EvaluateOptions(TypedDict, total=False):
             "Show the loss on this text.",
             "FILE",
             kind=Path,
-            more="Shown for the model as trained, with only the config edited, and with the plan,"
-            " for which nothing is written; after a run, for the output. Needs torch, transformers"
-            " and accelerate.",
+            more="For the model as trained, with only the config edited, and with the plan, without"
+            " writing; after a run, for the output. Needs torch, transformers and accelerate.",
         ),
     ]
 
@@ -370,12 +369,17 @@ def signature_and_doc(verb: Callable[..., Any], keywords: type) -> tuple[inspect
         default = False if hints[name] is bool else None
         named.append(inspect.Parameter(name, by_name, default=default, annotation=hints[name]))
         text = f"{name}: {row.text} {row.python}".rstrip()
-        lines.append(textwrap.fill(text, 100, initial_indent=" " * 4, subsequent_indent=" " * 8))
+        lines.append(_wrap(text))
     before, raises, after = (inspect.getdoc(verb) or "").partition("\nRaises:\n")
     of_python = "    TypeError: a keyword is unknown, or a location is not a path.\n"
     return signature.replace(parameters=named), "\n".join(
         [before.rstrip("\n"), *lines, raises + of_python + after]
     )
+
+
+_wrap = textwrap.TextWrapper(
+    100, initial_indent=" " * 4, subsequent_indent=" " * 8, break_on_hyphens=False
+).fill
 
 
 def wrong_keyword(verb: str, name: str, known: Sequence[str]) -> str:
