@@ -148,7 +148,7 @@ def plan(
         measuring: called with the progress of the rule.
 
     Raises:
-        UsageError: an option is wrong by itself.
+        UsageError: an option is invalid.
         SourceError: the checkpoint cannot be read, or not be rescaled this way.
         TemporaryError: the Hub does not answer.
     """
@@ -269,7 +269,7 @@ def convert(
             unless the destination has the factors of the same job.
 
     Raises:
-        UsageError: an option is wrong by itself.
+        UsageError: an option is invalid.
         SourceError: the checkpoint cannot be read, or not be rescaled this way; nothing was
             written.
         DestinationError: the destination has other content, or cannot take the output.
@@ -367,7 +367,7 @@ def verify(
     Raises:
         VerificationError: files differ; names them, and tensor and offset of the first difference.
             Or the output was made with other options.
-        UsageError: an option is wrong by itself.
+        UsageError: an option is invalid.
         SourceError: the checkpoint cannot be read, or not be rescaled this way.
         DestinationError: the destination cannot be read, or its provenance cannot be completed.
         TemporaryError: the Hub or the cluster failed for now.
@@ -505,7 +505,7 @@ def _parsed_options(
     If none are given, they are those recorded in the output at `destination`.
 
     Raises:
-        UsageError: an option is wrong by itself.
+        UsageError: an option is invalid.
     """
     _check_run_options(given)
     rule, text, keep = given.get("rule"), given.get("calibrate"), given.get("calibrate_out")

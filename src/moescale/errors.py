@@ -3,7 +3,7 @@
 ::
 
     MoescaleError                  something failed
-    ├── UsageError                 a value is wrong by itself
+    ├── UsageError                 a value is invalid, or two options exclude each other
     ├── SourceError                the source cannot be used; nothing was written
     │   ├── CheckpointError        a file of the checkpoint is malformed
     │   └── UnsupportedError       the checkpoint is well formed, but cannot be rescaled this way

@@ -424,7 +424,7 @@ _SYNONYMS: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The options that decide a plan; a value that is wrong by itself is refused.
+    """The options that decide a plan; invalid values are refused.
 
     Attributes:
         experts: experts per token of the output.
@@ -562,7 +562,7 @@ def options_of(given: Rescaling, calibrate: str | None) -> Options:
     Numbers of other libraries, such as numpy, are accepted; a file of factors is read.
 
     Raises:
-        UsageError: a value is wrong by itself, or not a number.
+        UsageError: a value is invalid.
     """
     values: dict[str, Any] = {**given, "calibrate": calibrate}
     values = {name: values[name] for name in Options.__dataclass_fields__ if name in values}
