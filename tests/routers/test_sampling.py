@@ -136,7 +136,7 @@ WRONG: dict[str, tuple[dict[str, Raw | None], type[SourceError], str]] = {
     "turned": (
         {GATE.format(1): values("BF16", (HIDDEN, EXPERTS))},
         CheckpointError,
-        r"its shape \[8, 4\] does not fit the",
+        r"its shape is \[8, 4\], but that of",
     ),
     "all turned": (
         {GATE.format(layer): values("F32", (HIDDEN, EXPERTS)) for layer in (0, 1)},
@@ -146,7 +146,7 @@ WRONG: dict[str, tuple[dict[str, Raw | None], type[SourceError], str]] = {
     "empty": (
         {GATE.format(1): ("F32", (EXPERTS, 0), b""), NORM.format(1): ("F32", (0,), b"")},
         CheckpointError,
-        r"its shape \[4, 0\] does not fit the",
+        r"its shape is \[4, 0\], but that of",
     ),
     "logits beyond float64": (
         {GATE.format(1): ("F64", (EXPERTS, HIDDEN), np.full(EXPERTS * HIDDEN, 1e308).tobytes())},
