@@ -20,6 +20,7 @@ from moescale.planning.experts import Experts
 from moescale.planning.factors import Findings
 from moescale.planning.plan import Plan
 from moescale.planning.rule import Adjustable
+from moescale.storage.base import no_progress
 
 if TYPE_CHECKING:
     from moescale.calibrate.measure import LoadedModel
@@ -157,7 +158,7 @@ def open_calibration(
     text: str | Path | None,
     loader: Loader,
     keep: Path | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = no_progress,
 ) -> Calibration:
     """A text to measure on, not read yet but for its digest.
 

@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from moescale.calibrate.runner import device_of, quiet_run
 from moescale.calibrate.text import Text
 from moescale.errors import UnsupportedError
+from moescale.storage.base import no_progress
 
 SEQUENCES, GUARDED, LENGTH = 64, 16, 256
 """Sequences that are calibrated on and that the guard keeps for itself; tokens of each."""
@@ -30,7 +31,7 @@ def write_text(
     tokeniser: Any,
     vocabulary: int,
     context: int = LENGTH,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = no_progress,
 ) -> Text:
     """Let the model write, at temperature 1, from a fixed seed.
 

@@ -14,6 +14,7 @@ from moescale.factors.samples import Sample
 from moescale.families.find import Moe
 from moescale.families.projections import Layer
 from moescale.planning.experts import Experts
+from moescale.storage.base import no_progress
 
 
 def candidates(samples: Mapping[Layer, Sample], scalable: bool) -> dict[str, Setting]:
@@ -45,7 +46,7 @@ def tried(
     by: Literal["loss", "divergence"],
     biases: frozenset[str] | None,
     scalable: bool = True,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = no_progress,
 ) -> Guard:
     """Run the model with each rule, which writes nothing.
 

@@ -18,7 +18,7 @@ from moescale.planning.experts import Experts
 from moescale.planning.kinds import open_checkpoint
 from moescale.planning.plan import Plan
 from moescale.planning.tensors import find_scaled_routers
-from moescale.storage.base import Source
+from moescale.storage.base import Source, no_progress
 
 OPTION = "--evaluate"
 
@@ -31,7 +31,7 @@ def evaluated(
     *,
     calibrated: Path | None = None,
     output: Path | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = no_progress,
 ) -> Evaluation:
     """Run a model as trained, with the config edit of each number of experts, and as planned.
 

@@ -28,6 +28,7 @@ from moescale.families import architectures
 from moescale.families.find import Moe
 from moescale.families.projections import Layer
 from moescale.planning.experts import Experts
+from moescale.storage.base import no_progress
 
 SEQUENCE, AT_ONCE = 256, 1_024
 """Tokens of a sequence that ``fitted`` is fitted on or whose loss is taken, as many as the model
@@ -79,7 +80,7 @@ def measure(
     *,
     fitted: bool = False,
     biases: frozenset[str] | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> dict[Layer, Sample]:
     """Run the model over a text as it was trained, and each MoE block with both counts.
 
@@ -128,7 +129,7 @@ def evaluate(
     *,
     biases: frozenset[str] | None = None,
     context: int | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> list[Score]:
     """Score settings of a model on a text, the first of them the model as it was trained.
 

@@ -34,7 +34,7 @@ from moescale.planning.rule import (
     remarks,
 )
 from moescale.planning.tensors import find_scaled_routers, in_shards
-from moescale.storage.base import Source
+from moescale.storage.base import Source, no_progress
 from moescale.storage.location import Location
 
 Sampler = Callable[[Moe, Experts, Adjustable | None], Findings]
@@ -47,7 +47,7 @@ def make_plan(
     location: Location | None = None,
     sampler: Sampler | None = None,
     known: KnownFactors | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = no_progress,
 ) -> Plan:
     """Decide everything.
 

@@ -20,7 +20,7 @@ from moescale.families.projections import Layer
 from moescale.families.router_tensors import RULE, RouterTensors, find_routers, router_kind_of
 from moescale.routers.kinds import RouterKind
 from moescale.routers.weights import Array, RouterArrays, RouterSpec, Score, sample_layer
-from moescale.storage.base import SMALL_FILE_BYTES, Source
+from moescale.storage.base import SMALL_FILE_BYTES, Source, no_progress
 
 HUB_READS = 4
 """Layers to read at a time from the Hub; from a disk it is one."""
@@ -81,7 +81,7 @@ def sample_gates(
     counts: Mapping[Layer, tuple[int, int]],
     sharpness: float = 1.0,
     rho: float = 0.0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = no_progress,
 ) -> dict[Layer, Sample]:
     """The gate's moments of every layer.
 
