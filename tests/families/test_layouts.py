@@ -202,7 +202,7 @@ def test_a_tensor_under_two_wrapped_names_is_refused(tmp_path: Path) -> None:
     name = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
     tensors = checkpoints.mixtral_tensors()
     tensors[f"_orig_mod.{name}"] = tensors[name]
-    with pytest.raises(CheckpointError, match="two tensors that are its weight"):
+    with pytest.raises(CheckpointError, match="two tensors for its weight"):
         api.plan(written(tmp_path / "m", tensors), experts=3)
 
 

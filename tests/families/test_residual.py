@@ -154,7 +154,7 @@ def test_factors_that_differ_by_layer_are_refused(tmp_path: Path) -> None:
 def test_other_model_types_are_refused(tmp_path: Path) -> None:
     """Only where all that writes into the stream is known it can be divided."""
     q.write(next(case for case in q.EXACT if case.id == "block FP8"), tmp_path)
-    with pytest.raises(UnsupportedError, match="residual stream is not known"):
+    with pytest.raises(UnsupportedError, match="residual stream are not known"):
         api.plan(tmp_path, factor=FACTOR, fold="residual")
 
 

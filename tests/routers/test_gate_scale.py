@@ -256,7 +256,7 @@ def test_every_layer_needs_its_router(tmp_path: Path) -> None:
 def test_a_quantised_router_is_refused(tmp_path: Path) -> None:
     """Codes cannot be multiplied."""
     gated_mixtral(tmp_path, {GATE.format(1): ("F8_E4M3", (4, 8), bytes(32))})
-    with pytest.raises(UnsupportedError, match="needs a router of plain numbers"):
+    with pytest.raises(UnsupportedError, match="needs an unquantised router"):
         api.plan(tmp_path, gate_scale=SCALE)
 
 

@@ -1,4 +1,4 @@
-"""The routed experts' down-projections of this checkpoint, found by their names."""
+"""Finds the routed experts' down-projections of a checkpoint by name."""
 
 from __future__ import annotations
 
@@ -21,20 +21,25 @@ GENERIC: Final = frozenset(
         *("backbone", "module", "layers", "blocks", "block", "h"),
     )
 )
-"""Parts of a tensor's name that do not tell one stack of layers from another."""
+"""Words of a tensor's name that do not distinguish stacks of layers."""
 
 
 @dataclass(slots=True)
 class Projection:
     """One down-projection, of one expert or of all experts of a layer.
 
-    `module` is the name that the model itself has for it, without the words of wrappers.
+    Attributes:
+        module: its name in the model, without the words of wrappers.
+        layer: its layer.
+        expert: the expert's number; None for all experts of the layer.
+        number_span: position of the layer's number in `module`.
+        by_suffix: its tensors, by the suffix of their names.
     """
 
     module: str
     layer: Layer
     expert: int | None
-    number_span: tuple[int, int]  # where the layer's number stands in the module's name
+    number_span: tuple[int, int]
     by_suffix: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -44,33 +49,39 @@ class Projection:
 
     @property
     def block(self) -> str:
-        """What holds router and experts, after the layer's number: ``.mlp.``."""
+        """The name of the block with router and experts, after the layer's number: ``.mlp.``."""
         return block_of(self.module[self.number_span[1] :])
 
 
 class StackFilter:
-    """The stacks that belong to one part of a model type: its own, or all that no other has."""
+    """The stacks that belong to one part of a model type.
+
+    These are the stacks in its row, or all stacks that no other part lists.
+    """
 
     def __init__(self, architecture: Architecture, others: Iterable[Architecture]) -> None:
-        self._own = architecture.stacks
-        self._foreign = frozenset().union(*(row.stacks or frozenset() for row in others))
+        self._included = architecture.stacks
+        self._excluded = frozenset().union(*(row.stacks or frozenset() for row in others))
 
     def __contains__(self, stack: str) -> bool:
-        return stack in self._own if self._own else stack not in self._foreign
+        return stack in self._included if self._included else stack not in self._excluded
 
 
 def find_projections(
     tensors: Iterable[Tensor], architecture: Architecture, others: Iterable[Architecture] = ()
 ) -> list[Projection]:
-    """All tensors whose names are those of routed down-projections, module by module.
+    """Find the routed down-projections by name, with their tensors.
 
-    The row says how the type is published. Tools write the same weights under the names of
-    another type, fused or one by one; so every layout of the table counts for every type.
+    The row has the published names of the type. Tools write the same weights under the names of
+    another type, fused or one by one, so every layout of the table counts for every type.
 
     Args:
-        tensors: the whole checkpoint.
+        tensors: all tensors of the checkpoint.
         architecture: the row whose stacks count.
-        others: the other parts of the same model type, whose stacks are left alone.
+        others: the other parts of the same model type, whose stacks are ignored.
+
+    Raises:
+        CheckpointError: two tensors are the same part of one projection.
     """
     pattern = _name_pattern(tuple(architecture.experts))
     stacks = StackFilter(architecture, others)
@@ -86,7 +97,7 @@ def find_projections(
         suffix = plain_suffix(match["suffix"])
         if suffix in by_suffix:
             raise CheckpointError(
-                f"{projection.module}: has two tensors that are its {suffix},"
+                f"{projection.module}: has two tensors for its {suffix},"
                 f" {by_suffix[suffix].name!r} and {tensor.name!r}"
             )
         by_suffix[suffix] = tensor
@@ -96,17 +107,17 @@ def find_projections(
 
 
 def in_order(projections: Iterable[Projection]) -> list[Projection]:
-    """By layer, name and expert."""
+    """Sort by layer, name and expert."""
     return sorted(projections, key=lambda p: (p.layer, p.module, p.expert or 0))
 
 
 def stack_of(before: str) -> str:
-    """What tells a stack of layers from others, in what stands before the layer's number."""
+    """The name of a stack: the words before a layer's number that distinguish stacks."""
     return ".".join(word for word in before.split(".") if word and word not in GENERIC)
 
 
 def drop_single_stack(projections: Collection[Projection]) -> None:
-    """Call the layers by their numbers alone where there is one stack of them, however named."""
+    """Name the layers by number only if they all belong to one stack."""
     if len({p.layer.stack for p in projections}) == 1:
         for projection in projections:
             projection.layer = _interned_layer("", projection.layer.number)
@@ -114,16 +125,16 @@ def drop_single_stack(projections: Collection[Projection]) -> None:
 
 NUMBER: Final = "[0-9]{1,9}"
 _DOWN: Final = "(?:down_projs?|w2|fc2|wo|output_linear)"
-"""The last words that mean a down-projection in every layout of the table that has them."""
+"""Last words that mean a down-projection in every layout of the table."""
 _EXPERT: Final = rf"experts\.(?:expert_)?(?P<E>{NUMBER})\.{_DOWN}"
 _ALL_EXPERTS: Final = rf"experts\.(?:mlp\.)?{_DOWN}(?:\.(?P<F>{NUMBER}))?"
 _MLX: Final = r"switch_mlp\.(?:down_proj|fc2)"
-"""mlx-lm's, for every type: the `sanitize` methods of mlx-lm 0.32; `SwitchMLP` has an fc2."""
+"""mlx-lm's names, for every type: `sanitize` methods of mlx-lm 0.32; `SwitchMLP` has fc2."""
 
 
 @lru_cache(maxsize=1)
 def _any_layout() -> str:
-    """An expression for every layout of the table: a container, a block and its experts."""
+    """A regular expression for every layout of the table: container, block and experts."""
     containers, blocks, without = {"h"}, {"moe."}, set()
     for template in {template for row in ROWS for template in row.experts}:
         container, _, rest = template.partition(".{L}.")
@@ -131,7 +142,7 @@ def _any_layout() -> str:
         containers.add(container)
         if experts:
             blocks.add(block)
-        elif "moe." in block and "{E}" not in block:  # else it may be that of a dense layer
+        elif "moe." in block and "{E}" not in block:  # any other may be a dense layer's
             without.add(rest)
     in_block = f"(?:{_either(blocks)})(?:{_EXPERT}|{_ALL_EXPERTS}|{_MLX})"
     return rf"(?:{_either(containers)})\.(?P<L>{NUMBER})\.(?:{in_block}|{_either(without)})"
@@ -143,14 +154,14 @@ def _either(words: Iterable[str]) -> str:
 
 @lru_cache(maxsize=16)
 def _name_pattern(templates: tuple[str, ...]) -> re.Pattern[str]:
-    """One expression for all layouts: groups for prefix, layer, expert and suffix."""
+    """One regular expression for all layouts; groups: prefix, layer, expert and suffix."""
     choices = []
     for i, template in enumerate(templates):
         escaped = re.escape(template).replace(r"\{L\}", rf"(?P<L{i}>{NUMBER})")
         choices.append(escaped.replace(r"\{E\}", rf"(?P<E{i}>{NUMBER})"))
     choices.insert(0, _any_layout())
     expression = rf"(?P<prefix>(?:.*\.)?)(?:{'|'.join(choices)})(?P<suffix>(?:[._].*)?)"
-    return re.compile(expression, re.DOTALL)  # a line end in a long name would be searched for long
+    return re.compile(expression, re.DOTALL)  # without it, a long name with line ends is slow
 
 
 def _projection(match: re.Match[str]) -> Projection:
@@ -159,20 +170,23 @@ def _projection(match: re.Match[str]) -> Projection:
     expert = next((value for key, value in groups.items() if key[0] in "EF"), None)
     stack = stack_of(match.string[: match.start(layer)])
     module = match.string[: match.start("suffix")]
-    number = _interned_layer(stack, int(groups[layer]))
-    place = _interned_span(*match.span(layer))
-    return Projection(module, number, None if expert is None else int(expert), place)
+    return Projection(
+        module,
+        _interned_layer(stack, int(groups[layer])),
+        None if expert is None else int(expert),
+        _interned_span(*match.span(layer)),
+    )
 
 
 @lru_cache(maxsize=1024)
 def _interned_layer(stack: str, number: int) -> Layer:
-    """One object for all experts of a layer."""
+    """The same object for all experts of a layer."""
     return Layer(stack, number)
 
 
 @lru_cache(maxsize=1024)
 def _interned_span(start: int, stop: int) -> tuple[int, int]:
-    """One object for all names that have the layer's number at the same place."""
+    """The same object for all names with the layer's number at this position."""
     return start, stop
 
 
@@ -186,10 +200,10 @@ def block_of(rest: str) -> str:
 
 
 def layer_after(before: str, number: int) -> Layer:
-    """The layer of that number, by what stands before it in the name of a tensor."""
+    """The layer of that number; `before` is the part of a tensor's name before it."""
     return _interned_layer(stack_of(before), number)
 
 
 def in_part(layer: Layer, architecture: Architecture, others: Iterable[Architecture]) -> bool:
-    """Whether a layer that `layer_after` gives is of this part of a model type."""
+    """Whether a layer made by `layer_after` belongs to this part of a model type."""
     return layer.stack in StackFilter(architecture, others)

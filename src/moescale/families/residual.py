@@ -1,11 +1,11 @@
-"""The inverse fold: what else writes into the residual stream is divided, the experts stay.
+"""The inverse fold: divide everything else that writes into the residual stream.
 
-Every block reads the stream through a norm that does not see how large it is. So a stream that
-is smaller everywhere by one factor gives the same outputs, and in it the experts, whose weights
-were not touched, count for the factor more. This serves formats that hold no other factor than a
-power of two; it is exact up to the rounding of the divided weights and the epsilon of the norms.
+Every block reads the stream through a norm that does not depend on its size. A stream that is
+smaller everywhere by one factor therefore gives the same outputs, and the unchanged experts weigh
+more by that factor. This helps with formats that can only hold powers of two; it is exact up to the
+rounding of the divided weights and the epsilon of the norms.
 
-Proven for gpt-oss in tests/families/test_residual.py, with transformers. A new model type needs
+tests/families/test_residual.py proves it for gpt-oss with transformers. A new model type needs
 pre-norm blocks and a row with everything else that is added to the stream.
 """
 
@@ -27,7 +27,7 @@ EMBEDDING: Final = "embed_tokens"
 HEAD: Final = "lm_head.weight"
 
 WRITERS: Final[Mapping[str, str]] = MappingProxyType({"gpt_oss": "layers.{L}.self_attn.o_proj"})
-"""By model type, the module of each layer that writes into the stream beside the experts.
+"""The module of each layer that writes into the stream besides the experts, by model type.
 
 Source: transformers 5.23 modeling_gpt_oss.py, GptOssDecoderLayer and GptOssModel.
 """
@@ -43,21 +43,21 @@ def residual_writers(
     """The tensors to divide, the embedding first.
 
     Args:
-        model_type: whose row of `WRITERS` counts.
+        model_type: the key in `WRITERS`.
         tied: the embedding is also the head.
-        tensors: the whole checkpoint.
-        layers: the numbers of the layers that have routed experts.
-        factor: what they are multiplied by.
+        tensors: all tensors of the checkpoint.
+        layers: numbers of the layers with routed experts.
+        factor: the factor of the writers, below 1 to give the experts more weight.
 
     Raises:
         UnsupportedError: the model type has no row, the embedding is also the head, or a writer
-            is not stored as plain numbers.
+            is quantised.
         CheckpointError: a writer is missing.
     """
     if model_type not in WRITERS:
         raise UnsupportedError(
-            f"--fold residual cannot be used with model type {model_type!r}: what writes into its"
-            " residual stream is not known",
+            f"--fold residual cannot be used with model type {model_type!r}: the modules that write"
+            " into its residual stream are not known",
             hint="Leave --fold out; the weights are scaled then.",
         )
     if tied or not any(plain_name(t.name) == HEAD for t in tensors):
@@ -73,22 +73,22 @@ def residual_writers(
 
 
 def _check_complete(found: set[str | None], layers: set[int]) -> None:
-    """The embedding (None) and a writer for each layer, no more and no less."""
+    """Require the embedding (None) and one writer per layer, and nothing else."""
     wanted = {None, *map(str, layers)}
     if found != wanted:
         missing, surplus = sorted(map(str, wanted - found)), sorted(map(str, found - wanted))
         what = f"layer {missing[0]} has no" if missing else f"layer {surplus[0]} has a surplus"
         if missing[:1] == ["None"]:
-            what = "the checkpoint has no embedding, thus no first"
+            what = "the checkpoint has no embedding, so no first"
         raise CheckpointError(f"--fold residual: {what} writer into the residual stream")
 
 
 def _divided(tensor: Tensor, suffix: str, layer: str | None, factor: float) -> TensorEdit:
     if suffix not in ("weight", "bias") or tensor.dtype not in SCALABLE:
         raise UnsupportedError(
-            f"{tensor.name}: is {tensor.dtype}; --fold residual divides plain numbers only",
+            f"{tensor.name}: is {tensor.dtype}; --fold residual divides only unquantised tensors",
             hint="Leave --fold out; the weights are scaled then.",
         )
-    place = Layer(EMBEDDING, 0) if layer is None else Layer("", int(layer))
     role: Role = "weight" if suffix == "weight" else "bias"
-    return TensorEdit(tensor, factor, role=role, layer=place)
+    of_layer = Layer(EMBEDDING, 0) if layer is None else Layer("", int(layer))
+    return TensorEdit(tensor, factor, role=role, layer=of_layer)

@@ -1,4 +1,4 @@
-"""The tensors of a model's routers: found for the rule ``gates``, scaled for ``--gate-scale``."""
+"""Finds the routers' tensors for the rule ``gates``, and scales them for ``--gate-scale``."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ SCALE: Final = "--gate-scale"
 _INSTEAD: Final[Mapping[str, str]] = MappingProxyType(
     {RULE: "--rule preserve needs the config alone.", SCALE: f"Leave {SCALE} out."}
 )
-"""What else can be done, by the option that needs the router."""
+"""What to do instead, by the option that needs the router."""
 
 
 def router_kind_of(
     architecture: Architecture, tensors: Sequence[Tensor], option: str
 ) -> RouterKind:
-    """The row of a model type.
+    """The kind of router of a model type.
 
     Args:
-        architecture: its row in the table of architectures.
-        tensors: the whole checkpoint.
+        architecture: the row of the model type.
+        tensors: all tensors of the checkpoint.
         option: `RULE` or `SCALE`, for errors.
 
     Raises:
-        UnsupportedError: its router works otherwise.
+        UnsupportedError: the router has no `RouterKind`.
     """
     row = architecture.router
     if (
@@ -57,7 +57,15 @@ def router_kind_of(
 
 @dataclass(frozen=True, slots=True)
 class RouterTensors:
-    """The tensors of one layer's router; see `RouterKind`."""
+    """The tensors of one layer's router; see `RouterKind`.
+
+    Attributes:
+        layer: its layer.
+        weight: makes the logits.
+        norm: weight of the norm before the router.
+        bias: added to the scores for the choice only.
+        logit_bias: added to the logits.
+    """
 
     layer: Layer
     weight: Tensor
@@ -67,7 +75,7 @@ class RouterTensors:
 
     @property
     def present(self) -> list[Tensor]:
-        """Those that there are."""
+        """All tensors that exist."""
         return [t for t in (self.weight, self.norm, self.bias, self.logit_bias) if t is not None]
 
 
@@ -78,13 +86,13 @@ def find_routers(
     tensors: Sequence[Tensor],
     option: str,
 ) -> list[RouterTensors]:
-    """The routers of all layers that have routed experts, one a layer.
+    """The routers of all layers with routed experts, one per layer.
 
     Args:
-        kind: the row of the model type.
-        config: what the config says of this MoE.
+        kind: the kind of router.
+        config: the config's description of this MoE.
         projections: the routed down-projections.
-        tensors: the whole checkpoint.
+        tensors: all tensors of the checkpoint.
         option: `RULE` or `SCALE`, for errors.
 
     Raises:
@@ -101,20 +109,20 @@ def find_routers(
     normed = kind.norm and option == RULE
 
     def one(beside: Projection, names: Sequence[str], known: Sequence[str]) -> Tensor:
-        """By the names of the row, or by one of another layout in the block of the experts."""
+        """Find a tensor by the kind's names, or by those of another layout in the MoE block."""
         prefix = plain_name(beside.prefix)
         looked_for = (*(f".{name}" for name in names), *(beside.block + name for name in known))
         at = next((prefix + name for name in looked_for if prefix + name in by_name), None)
         if at is None:
             raise CheckpointError(
                 f"{prefix}: has routed experts, but no {' or '.join(names)}",
-                hint="The checkpoint is incomplete, quantised or of another layout."
+                hint="The checkpoint is incomplete or quantised, or has another layout."
                 f" {_INSTEAD[option]}",
             )
         found = by_name[at]
         if found.dtype not in SCALABLE or any(f"{at}.{suffix}" in by_name for suffix in PACKED):
             raise UnsupportedError(
-                f"{found.name}: is {found.dtype}; {option} needs a router of plain numbers",
+                f"{found.name}: is {found.dtype}; {option} needs an unquantised router",
                 hint=_INSTEAD[option],
             )
         return found
@@ -133,12 +141,12 @@ def find_routers(
 
 @dataclass(frozen=True, slots=True)
 class ScaledRouters:
-    """How the logits of all routers are multiplied.
+    """The edits that multiply the logits of all routers.
 
     Attributes:
         edits: of the tensors that make the logits, without a factor yet.
-        biases: what the biases of the logits are called in their modules.
-        choice_warning: why other experts may be chosen then; None where the choice stays.
+        biases: names of the logits' biases in their modules.
+        choice_warning: why the choice of experts may change; None if it cannot.
     """
 
     edits: Sequence[TensorEdit]
@@ -146,7 +154,7 @@ class ScaledRouters:
     choice_warning: str | None
 
 
-BIAS_WARNING: Final = "a bias fitted to the scores as they are takes part in the choice of experts"
+BIAS_WARNING: Final = "a bias that was fitted to the present scores takes part in the choice"
 
 
 def scaled_routers(
@@ -155,16 +163,16 @@ def scaled_routers(
     projections: Sequence[Projection],
     tensors: Sequence[Tensor],
 ) -> ScaledRouters:
-    """What makes the logits of each router, to be multiplied all by one number.
+    """The edits that multiply the logits of all routers by one number.
 
     Args:
         architecture: the row of the model type.
-        config: what the config says of this MoE.
+        config: the config's description of this MoE.
         projections: the routed down-projections.
-        tensors: the whole checkpoint.
+        tensors: all tensors of the checkpoint.
 
     Raises:
-        UnsupportedError: the router works otherwise, or its logits are not its weight's alone.
+        UnsupportedError: the router has no `RouterKind`, or its logits are bounded.
         CheckpointError: a router is missing.
     """
     kind = router_kind_of(architecture, tensors, SCALE)
@@ -180,7 +188,7 @@ def scaled_routers(
     if any(router.bias for router in found):
         choice_warning = BIAS_WARNING
     elif grouped and kind.group_best > 1:
-        choice_warning = "groups of experts are chosen by sums of scores, whose order may change"
+        choice_warning = "sums of scores choose groups of experts, and their order may change"
     edits = [
         TensorEdit(tensor, role="router", layer=router.layer)
         for router in found

@@ -1,4 +1,4 @@
-"""The constant in a config that multiplies the routed output, in place of scaling the weights."""
+"""Multiplies the config's routed scaling factor instead of the weights."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from moescale.families.config import CONFIG, Config, parse_config, split_path
 
 
 def fold_factor(config: Config, architecture: Architecture, factor: float) -> Config:
-    """The config with the routed scaling key multiplied by `factor`; every other byte stays.
+    """The config with the routed scaling key multiplied by `factor`; all other bytes stay.
 
     Raises:
-        UnsupportedError: this is not the same as scaling the weights, or the key is not there.
+        UnsupportedError: the result would differ from scaling the weights, or the key is missing.
     """
     key = architecture.scale_key
     if not architecture.can_fold or key is None:

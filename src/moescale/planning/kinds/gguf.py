@@ -132,7 +132,7 @@ class GgufCheckpoint:
         writers = _WRITERS.get(self._row.name)
         names = {tensor.name for tensor in self.tensors}
         if writers is None or "output.weight" not in names:
-            why = "what writes into its residual stream is not known"
+            why = "the modules that write into its residual stream are not known"
             if writers is not None:
                 why = "its embedding is also its head"
             raise UnsupportedError(
