@@ -267,7 +267,7 @@ def other_commit(lab: Lab) -> None:
 OTHER_JOBS: dict[str, tuple[Any, tuple[str, ...], str]] = {
     "options": (None, ("-k", "4"), "other options"),
     "factor": (None, ("--factor", "2"), "other options"),
-    "commit": (other_commit, ("-k", "3"), "another source, or a changed one"),
+    "commit": (other_commit, ("-k", "3"), "another source, or one that has changed"),
     "version": (other_version, ("-k", "3"), "another version"),
 }
 

@@ -199,7 +199,7 @@ def job_difference(one: Any, other: Mapping[str, Any]) -> str:
     """The difference between two jobs, in words."""
     if not isinstance(one, dict):
         return "another program"
-    names = {"version": "another version", "source": "another source, or a changed one"}
+    names = {"version": "another version", "source": "another source, or one that has changed"}
     for key, name in names.items():
         if one.get(key) != other[key]:
             return name
