@@ -46,11 +46,11 @@ Made by moescale's demo.
 
 
 def main() -> None:
-    """Make the checkpoint, rescale and verify it, show what came of it."""
+    """Make the checkpoint, rescale and verify it, and show the norms and files."""
     folder = Path(sys.argv[1])
     source, output = folder / "mixtral-2", folder / "mixtral-3"
     if folder.exists() and not source.exists():
-        sys.exit(f"{folder} exists and is no demo of ours; give another folder")
+        sys.exit(f"{folder} exists and was not made by the demo; name another folder")
     shutil.rmtree(source, ignore_errors=True)
     shutil.rmtree(output, ignore_errors=True)
     make_checkpoint(source)
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def make_checkpoint(folder: Path) -> None:
-    """Write weights in several bf16 shards with index, config, tokenizer and card."""
+    """Write a checkpoint: several bf16 shards, index, config, tokenizer and card."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
     shards = [make_layer(generator, layer) for layer in range(LAYERS)]
@@ -116,7 +116,7 @@ def ones(size: int) -> np.ndarray:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A tokenizer of single bytes, in the layout of the tokenizers library."""
+    """Write a tokenizer of single bytes, in the layout of the tokenizers library."""
     special = ["<s>", "</s>", "<unk>", "<pad>"]
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -157,7 +157,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def show_norms(source: Path, output: Path) -> None:
-    """The routed output's norm before, with the config edit alone, and rescaled, by layer."""
+    """Print the norm of the routed output by layer: as trained, with the config edit, rescaled."""
     before, after = load(source), load(output)
     inputs = np.random.default_rng(1).standard_normal((256, HIDDEN)).astype(np.float32)
     print("  layer   2 experts   3, config edit alone   3, rescaled")
@@ -183,7 +183,7 @@ def load(folder: Path) -> dict[str, np.ndarray]:
 
 
 def routed_norm(tensors: dict[str, np.ndarray], layer: int, inputs: np.ndarray, k: int) -> float:
-    """Mean norm of the sum over the top `k` experts of gate weight times expert output."""
+    """The mean norm of the sum of gate weight times expert output over the top `k` experts."""
     block = f"model.layers.{layer}.block_sparse_moe"
     logits = inputs @ tensors[f"{block}.gate.weight"].T
     chosen = np.argsort(-logits, axis=1)[:, :k]

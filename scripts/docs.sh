@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds a site from docs/ into site/: ./scripts/docs.sh, or ./scripts/docs.sh serve to look at it.
+# Builds a site from docs/ in site/. With "serve" it shows the site instead: ./scripts/docs.sh serve
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh

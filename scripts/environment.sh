@@ -2,7 +2,7 @@
 
 LOCK=constraints.txt
 
-# Prints the Python to use: PYTHON where it is set, else the first that is new enough.
+# Prints the Python to use: $PYTHON if it is set, else the first one that is new enough.
 find_python() {
   local candidate
   for candidate in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11 python}; do
@@ -12,13 +12,13 @@ find_python() {
       return
     fi
   done
-  echo "Python 3.11 or newer is needed${PYTHON:+, and \"$PYTHON\" is none}; set PYTHON to it." >&2
+  echo "Python 3.11 or newer is needed${PYTHON:+, and \"$PYTHON\" is not}; set PYTHON to one." >&2
   return 1
 }
 
 # make_environment FOLDER LOCK WHAT...
-# Installs WHAT (arguments of pip) in the versions of LOCK, or in the newest where LOCK is "".
-# Does nothing where the same was installed before, with no lock on the same day.
+# Installs WHAT (arguments of pip) in the versions of LOCK, or in the newest ones if LOCK is "".
+# Does nothing if the same was installed before; without a lock, if that was on the same day.
 make_environment() {
   local folder=$1 lock=$2 python wanted
   shift 2
@@ -29,7 +29,7 @@ make_environment() {
     return
   fi
   echo "Setting up $folder (a few minutes the first time) ..." >&2
-  rm -f "$folder/installed" # first, so that what is removed or installed in part never counts
+  rm -f "$folder/installed" # first, so that a partial environment never counts
   rm -rf "$folder"
   "$python" -m venv "$folder"
   install_into "$folder" --upgrade ${lock:+--constraint "$lock"} pip

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Feeds bytes to the readers of hostile files, led by coverage, for as long as you like.
+"""Feeds bytes to the readers of untrusted files, guided by coverage, until you stop it.
 
     .venv-test/bin/pip install --group fuzz              # atheris, for CPython on Linux
     .venv-test/bin/python scripts/fuzz.py all -max_total_time=600  # or one of the targets below
     .venv-test/bin/python scripts/fuzz.py header crash-0123        # what one input does
 
-`scripts/test.sh` makes `.venv-test`; elsewhere `--group` needs pip 25.1 or newer.
+`scripts/test.sh` makes `.venv-test`; in another environment `--group` needs pip 25.1 or newer.
 
 What must hold is in ``tests/support/properties.py``, which the tests use too: only our own errors,
 in one line; what safetensors rejects is refused; what is taken means the same to other readers.
-More arguments go to libFuzzer. An input that takes 2 seconds is a finding, and so are 300 MiB.
+More arguments go to libFuzzer. An input that takes 2 seconds or 300 MiB is a finding.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ WORDS = (
 
 
 def header(data: bytes) -> None:
-    """The first byte says how much data follow the header, or that the bytes are the whole file."""
+    """The first byte is the length of the data after the header; 0xff: the rest is a whole file."""
     size, text = data[:1] or b"\0", data[1:]
     properties.header_holds(
         text if size == b"\xff" else properties.with_header(text, bytes(size[0]))
@@ -59,7 +59,7 @@ def config(data: bytes) -> None:
 
 
 def card(data: bytes) -> None:
-    """Metadata between dashes, and whatever follows."""
+    """The input is the text of a card, from its metadata on."""
     properties.plan_holds({**MODELS[0][1], "README.md": b"---\n" + data}, experts=3)
 
 
@@ -99,7 +99,7 @@ def seeds() -> Iterator[tuple[str, bytes]]:
 
 
 def quoted(word: str) -> str:
-    """A line of a dictionary of libFuzzer."""
+    """A line of a libFuzzer dictionary."""
     return '"' + "".join(f"\\x{byte:02x}" for byte in word.encode()) + '"\n'
 
 
@@ -116,7 +116,7 @@ def main() -> None:
             first = bytes([list(TARGETS).index(target)]) if name == "all" else b""
             (folder / "seeds" / f"{number:03}").write_bytes(first + data)
     (folder / "words").write_text("".join(map(quoted, WORDS)))
-    print(f"Seeds, and what is found: {folder}", file=sys.stderr)
+    print(f"Seeds and findings: {folder}", file=sys.stderr)
     single = any(Path(argument).is_file() for argument in rest)
     places = [] if single else [str(folder / "seeds")]
     options = [*LIMITS, f"-dict={folder / 'words'}", f"-artifact_prefix={folder}/"]

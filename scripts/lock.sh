@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Renews the lock: the newest versions of all that pyproject.toml asks for, for every system and
-# Python; then shows that the wheels are there for each of them.
+# Renews the lock: the newest versions of all dependencies in pyproject.toml, for every system and
+# Python. Then checks that there are wheels for each of them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
@@ -19,7 +19,7 @@ project = tomllib.load(open('pyproject.toml', 'rb'))
 print(*$1, sep='\n')"
 }
 
-# compile GROUPS ARGUMENT...: of the package, its extras, these groups, and what installs it.
+# compile GROUPS ARGUMENT...: locks the package, its extras, these groups, and what installs it.
 compile() {
   local group groups=()
   for group in $1; do groups+=(--group "$group"); done

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Lists the MoE model types of the installed transformers that have no row, and no reason for it.
+"""Lists MoE model types of the installed transformers without a row or a reason to have none.
 
-python scripts/new_types.py  # one a line; exits with 1 if there is any
+python scripts/new_types.py  # one per line; exits with 1 if there are any
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SECTION_OF: Mapping[str, str] = MappingProxyType(
         "unlimited_ocr_text": "unlimited_ocr",
     }
 )
-"""Sections of the config of a type that has a row; no model class takes the section alone."""
+"""Config sections, and the type whose row covers them; no model class takes them alone."""
 
 NO_MOE: Mapping[str, str] = MappingProxyType(
     {
@@ -40,7 +40,7 @@ NO_MOE: Mapping[str, str] = MappingProxyType(
         ),
     }
 )
-"""Types whose config speaks of experts, and why there is nothing to rescale."""
+"""Types whose config mentions experts, and why there is nothing to rescale."""
 
 EXPERTS = re.compile(
     r"(experts?|moe)_(per_tok(en)?|top_?k|k|used|active|activated|selected)"
@@ -48,18 +48,18 @@ EXPERTS = re.compile(
     r"|\w*experts?_per_tok(en)?|\w*(moe|router|expert)s?_top_?k"
     r"|(n|num|moe_num|num_moe)_(routed_|local_|moe_)?experts"
 )
-"""A config key that counts experts: those of a token, or all of a layer."""
+"""Config keys for the number of experts, per token or per layer."""
 
 
 def main() -> None:
-    """Print them."""
+    """Print the new types."""
     found = new_types()
     print("\n".join(found) or f"none in transformers {transformers.__version__}")
     sys.exit(bool(found))
 
 
 def new_types() -> list[str]:
-    """Those that somebody has to look at, sorted."""
+    """The types that need a row or a reason, sorted."""
     explained = SECTION_OF.keys() | NO_MOE.keys()
     return sorted(
         model_type
@@ -69,12 +69,12 @@ def new_types() -> list[str]:
 
 
 def has_experts(config: type[PreTrainedConfig]) -> bool:
-    """Whether the config or one of its sections has a key that counts experts."""
+    """Whether the config or one of its sections has a key for the number of experts."""
     return any(EXPERTS.fullmatch(key) for section in sections(config) for key in keys(section))
 
 
 def sections(config: type[PreTrainedConfig]) -> Iterator[type[PreTrainedConfig]]:
-    """The config itself, then its sections as they are by default, at any depth."""
+    """The config, and its default sections at any depth."""
     yield config
     for name, section in config.sub_configs.items():
         if section is not AutoConfig:
@@ -84,7 +84,7 @@ def sections(config: type[PreTrainedConfig]) -> Iterator[type[PreTrainedConfig]]
 
 
 def keys(config: type[PreTrainedConfig]) -> set[str]:
-    """All names by which ``config.json`` may give something to the class."""
+    """All keys of a ``config.json`` that the class takes."""
     fields = {field.name for field in dataclasses.fields(config)}
     return fields | set(inspect.signature(config.__init__).parameters) | {*config.attribute_map}
 

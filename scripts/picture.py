@@ -38,7 +38,7 @@ THEME = TerminalTheme(
 
 
 def main() -> None:
-    """Run the commands in a temporary folder and draw what they print."""
+    """Run the commands in a temporary folder and draw their output."""
     console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True)
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(Path(folder) / "mixtral-2")
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def output_of(command: str, folder: str) -> str:
-    """What a command prints on both streams, in the order in which it does."""
+    """The output of a command on both streams, in order."""
     words = shlex.split(command)
     if words[0] == "moescale":
         words = [sys.executable, "-m", *words]
@@ -62,7 +62,7 @@ def output_of(command: str, folder: str) -> str:
 
 
 def without_web_fonts(svg: str) -> str:
-    """The picture without fonts from other hosts, which a README could not load anyway."""
+    """Remove the fonts from other hosts, which a README cannot load."""
     svg = re.sub(r"\s*@font-face \{.*?\}", "", svg, flags=re.DOTALL)
     return svg.replace("Fira Code", "ui-monospace, SFMono-Regular, Menlo, Consolas")
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds sdist and wheel into dist/, checks them, and tries the wheel as a user would: with pipx.
+# Builds sdist and wheel in dist/, checks them, and installs the wheel with pipx, as a user would.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
@@ -11,7 +11,7 @@ rm -rf dist
 
 wheel=$(echo dist/*.whl)
 
-# The home of pipx is a temporary folder, so that nothing of the user's changes.
+# pipx gets a temporary home, so that nothing changes for the user.
 home=$(mktemp -d)
 trap 'rm -rf "$home"' EXIT
 export PIPX_HOME="$home" PIPX_BIN_DIR="$home/bin" PIPX_MAN_DIR="$home/man"

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Writes what README and docs/ say of options, model types, formats and files, from the code.
+"""Writes the tables of options, model types, formats and files into README and docs/.
 
 python scripts/tables.py          # writes
-python scripts/tables.py --check  # only says whether they are up to date
+python scripts/tables.py --check  # fails if they are not up to date
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ START, END = "<!-- {}: made by scripts/tables.py -->\n", "<!-- end of {} -->\n"
 
 
 def main() -> None:
-    """Write or check."""
+    """Write the tables, or check them."""
     for name, tables in PAGES.items():
         page = ROOT / name
         old = page.read_text(encoding="utf-8")
@@ -77,7 +77,7 @@ def spelling(option: typer.core.TyperOption) -> str:
 
 
 def types_table() -> str:
-    """Every model type: what happens to its experts, and what can be done with its router."""
+    """Every model type: what happens to its experts, and what its router allows."""
     lines = [
         "| model type | what happens | `--fold config` | `--rule gates` | `--gate-scale` |",
         "|---|---|---|---|---|",
@@ -95,7 +95,7 @@ def types_row(row: ModelType) -> str:
 
 
 def llama_table() -> str:
-    """Every architecture of llama.cpp: how it weighs, what can be done, and whether it was run."""
+    """Every architecture of llama.cpp: its router, what can be done, and whether it was run."""
     run = json.loads((ROOT / "tests" / "support" / "llama_models.json").read_text(encoding="utf-8"))
     lines = [
         "| architecture | weights of the chosen | what happens | `--rule gates` | `--fold config`"
@@ -128,7 +128,7 @@ def formats_table() -> str:
 
 
 def kind(row: formats.Format) -> str:
-    """How the scale is changed, and what that rounds."""
+    """What is scaled, and how."""
     parts = [part for part in row.scaled.values() if part.role == "scale"]
     if not parts:
         return "the weight itself, in its own dtype"

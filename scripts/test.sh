@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Sets up an environment of its own and runs every check and every test.
-#   --latest    with the newest version of everything, instead of those of the lock
-#   --no-torch  without torch and what needs it, for a Python or a machine that has no torch
-#   --fast      under a minute: no torch, and only the tests of what decides, multiplies and reports
+# Sets up an environment and runs every check and every test.
+#   --latest    with the newest versions, instead of those of the lock
+#   --no-torch  without torch and the tests that need it
+#   --fast      in under a minute: no torch, and only the tests of what decides, multiplies, reports
 #   --coverage  with a report of the lines and branches that ran; takes twice as long
 # Other arguments go to pytest: ./scripts/test.sh tests/checkpoint/test_header.py
 set -euo pipefail
@@ -27,7 +27,7 @@ folder=$folder${without#-}
 
 # shellcheck disable=SC2086 - the words of $groups are separate arguments
 make_environment "$folder" "$lock" $groups --editable .
-scripts/llama.sh > /dev/null || true # says why; the tests that need it are skipped then
+scripts/llama.sh > /dev/null || true # says why not; the tests that need it are skipped then
 
 if [ "$#" -eq 0 ]; then
   "$folder/bin/ruff" check .

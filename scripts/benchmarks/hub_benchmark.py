@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Measures memory and traffic of moescale with the Hub, against a loopback Hub on this machine.
+"""Measures memory and traffic of moescale with a loopback Hub on this machine.
 
     PYTHON=.venv-test/bin/python
     $PYTHON scripts/benchmarks/hub_benchmark.py                # 1.4 GB in a temporary folder
     $PYTHON scripts/benchmarks/hub_benchmark.py --dir /mnt/disk --gigabytes 5
     $PYTHON scripts/benchmarks/hub_benchmark.py --runs 10      # min, median and max of each row
 
-Needs what `scripts/test.sh` installs into `.venv-test`, and about four times the size on the disk.
-The Hub is that of the tests, in a process of its own, so that only moescale's memory counts. Every
-run is on a new machine as far as moescale can see (HF_HOME is empty). Bytes are those of request
-and response bodies. With xet the storage is a `local://` folder, which hf_xet fills in its own
-process, and what it sent is what it says itself; "xet over HTTP" sends the same to a server that
-counts. Ends with 1 if a limit of memory is exceeded or an output differs.
+`scripts/test.sh` installs what it needs into `.venv-test`. The disk needs about four times the size
+of the model. The Hub of the tests runs in a process of its own, so that only moescale's memory
+counts. Each run has an empty HF_HOME, as on a new machine. Bytes are those of request and response
+bodies. With xet the storage is a `local://` folder that hf_xet fills in its own process, and the
+bytes sent are those that it reports; "xet over HTTP" sends the same to a server that counts them.
+The exit code is 1 if a memory limit is exceeded or an output differs.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmark import SMALLEST, describe_machine, gigabytes, in_child, make_mixtral
+from checkpoints import SMALLEST, gigabytes, make_mixtral
+from machine import describe_machine, in_child
 
 TESTS = Path(__file__).resolve().parents[2] / "tests"
 SRC, DST = "lab/model", "me/out"
 PLACE, WORKING = f"hf://{DST}", "moescale-unfinished-main"
 TO_DISK, TO_HUB = 150, 400
-"""Limits of memory in MiB."""
+"""Memory limits in MiB."""
 
 SENT = re.compile(r"([\d.]+ \w?B) of weights sent, ([\d.]+ \w?B) were already on the Hub")
 HEADINGS = ("run", "seconds", "peak MiB", "limit", "received", "sent", "weights sent", "known")
@@ -52,7 +53,7 @@ ROW = "{:34} {:>8} {:>9} {:>6} {:>14} {:>14} {:>14} {:>14}"
 
 @dataclass(frozen=True)
 class Figures:
-    """What one run took; bytes as the Hub counts them, weights as the command says."""
+    """The cost of one run: bytes as the Hub counts them, weights as the command reports them."""
 
     name: str
     seconds: float
@@ -79,16 +80,22 @@ def main() -> None:
     arguments = parser.parse_args()
     print(describe_machine())
     with tempfile.TemporaryDirectory(dir=arguments.dir, prefix="moescale-bench-") as folder:
-        bench = Bench(Path(folder), arguments.gigabytes)
-        print(f"{bench.size:,} bytes in {bench.shards} shards", end="\n\n", flush=True)
+        benchmark = Benchmark(Path(folder), arguments.gigabytes)
+        print(f"{benchmark.size:,} bytes in {benchmark.shards} shards", end="\n\n", flush=True)
         print(ROW.format(*HEADINGS))
         for _ in range(arguments.runs):
-            for case in (bench.to_disk, bench.all_new, bench.known, bench.over_http, bench.no_xet):
+            for case in (
+                benchmark.to_disk,
+                benchmark.all_new,
+                benchmark.known,
+                benchmark.over_http,
+                benchmark.no_xet,
+            ):
                 case()
-            bench.by_hand()
+            benchmark.by_hand()
         if arguments.runs > 1:
-            bench.summarise()
-    sys.exit("\n".join(bench.complaints) or 0)
+            benchmark.summarise()
+    sys.exit("\n".join(benchmark.complaints) or 0)
 
 
 class Hub:
@@ -105,7 +112,7 @@ class Hub:
 
 @contextmanager
 def hub(root: Path, model: Path, xet: bool | str) -> Iterator[Hub]:
-    """Start a Hub that has the model as `SRC`; its files are removed afterwards."""
+    """Start a Hub with the model as `SRC`; remove its files afterwards."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=serve, args=(theirs, root, model, xet))
@@ -121,7 +128,7 @@ def hub(root: Path, model: Path, xet: bool | str) -> Iterator[Hub]:
 
 
 def serve(pipe: Connection, root: Path, model: Path, xet: bool | str) -> None:
-    """Be the Hub until the other end of the pipe is closed."""
+    """Serve as the Hub until the other end of the pipe is closed."""
     sys.path.insert(0, str(TESTS))
     from support import hub_server
 
@@ -129,7 +136,7 @@ def serve(pipe: Connection, root: Path, model: Path, xet: bool | str) -> None:
         return {name: blob.sha256 for name, blob in hub.files(DST).items()}
 
     def finished() -> int:
-        """Count the shards that a rerun need not do again."""
+        """Count the shards that a rerun would skip."""
         if not hub.has(DST) or WORKING not in hub.branches(DST):
             return 0
         return sum(name.endswith(".safetensors") for name in hub.files(DST, WORKING))
@@ -152,12 +159,11 @@ def serve(pipe: Connection, root: Path, model: Path, xet: bool | str) -> None:
             return
 
 
-class Bench:
+class Benchmark:
     """The model and the runs on it."""
 
     def __init__(self, root: Path, gigabytes: float) -> None:
         self.root, self.model, self.output = root, root / "model", root / "output"
-        # In a process of its own, whose memory does not count as that of the measured ones.
         in_child(make_mixtral, self.model, gigabytes)
         weights = list(self.model.glob("*.safetensors"))
         self.shards, self.size = len(weights), sum(path.stat().st_size for path in weights)
@@ -171,7 +177,7 @@ class Bench:
         return hub(self.root / "hub", self.model, xet)
 
     def to_disk(self) -> None:
-        """A dry run, and a run from the Hub to disk, whose digests the others must have."""
+        """Measure a dry run, and a run to disk whose digests all other outputs must have."""
         with self.hub(False) as server:
             self.measure(server, "dry run", TO_DISK, SRC, "--dry-run")
             self.measure(server, "Hub to disk", TO_DISK, SRC, str(self.output))
@@ -183,7 +189,7 @@ class Bench:
         shutil.rmtree(self.output)
 
     def all_new(self) -> None:
-        """Hub to Hub where the storage is empty; then killed at half, and resumed."""
+        """Measure Hub to Hub with an empty storage; again, killed at half and resumed."""
         with self.hub(True) as server:
             self.measure(server, "Hub to Hub, xet, all bytes new", TO_HUB, SRC, PLACE)
             self.check(server)
@@ -194,27 +200,27 @@ class Bench:
             self.check(server)
 
     def known(self) -> None:
-        """Hub to Hub where the storage has the source, as the real one does."""
+        """Measure Hub to Hub with the source in the storage, as on the real Hub."""
         with self.hub(True) as server:
             self.upload_source(server)
             self.measure(server, "Hub to Hub, xet, source known", TO_HUB, SRC, PLACE)
             self.check(server)
 
     def over_http(self) -> None:
-        """The same with a storage that counts what arrives."""
+        """Measure the same with a storage that counts the bytes that arrive."""
         with self.hub("http") as server:
             self.upload_source(server)
             self.measure(server, "  the same, xet over HTTP", TO_HUB, SRC, PLACE)
             self.check(server)
 
     def no_xet(self) -> None:
-        """Hub to Hub by way of a temporary file."""
+        """Measure Hub to Hub through a temporary file."""
         with self.hub(False) as server:
             self.measure(server, "Hub to Hub, without xet", TO_HUB, SRC, PLACE)
             self.check(server)
 
     def by_hand(self) -> None:
-        """What "source known" replaces: download, convert, upload; each step is a row."""
+        """Measure download, conversion and upload, which one run from Hub to Hub replaces."""
         source = self.root / "download"
         with self.hub(True) as server:
             self.upload_source(server)
@@ -224,12 +230,12 @@ class Bench:
                 "  hf upload": [*HF, "upload", DST, str(self.output)],
             }
             for name, command in steps.items():
-                self.measure_command(server, name, None, command)  # their memory is theirs
+                self.measure_command(server, name, None, command)  # no limit for other programs
         for folder in (source, self.output):
             shutil.rmtree(folder)
 
     def summarise(self) -> None:
-        """Print what the rows of all runs have in common."""
+        """Print a summary of each row over all runs."""
         print("\n" + SUMMARY.format("row", "runs", "MiB min", "median", "max", "median s"))
         for name, rows in self.figures.items():
             peaks = [f"{pick(row.peak for row in rows):.0f}" for pick in (min, median, max)]
@@ -237,7 +243,7 @@ class Bench:
             print(SUMMARY.format(name, len(rows), *peaks, seconds))
 
     def upload_source(self, server: Hub) -> None:
-        """Let the storage have what the source has."""
+        """Upload the source, so that the storage knows its content."""
         place = "hf://me/base"
         command = [str(self.model), place, "-k", "2", "--rule", "none", "-q"]
         environment = self.machine(server)
@@ -248,7 +254,7 @@ class Bench:
             sys.exit(f"{' '.join(command)} failed: {done.stderr}")
 
     def machine(self, server: Hub) -> dict[str, str]:
-        """The environment of a machine that has nothing of the Hub's."""
+        """The environment of a machine with an empty cache."""
         self._homes += 1
         environment: dict[str, str] = server.ask("env", self.root / f"home-{self._homes}")
         return environment
@@ -256,16 +262,16 @@ class Bench:
     def measure(
         self, server: Hub, name: str, limit: int, *arguments: str, stop: int | None = None
     ) -> None:
-        """Run moescale, killed once `stop` shards are finished; print its figures."""
+        """Run moescale and print its figures; kill it once `stop` shards are finished."""
         self.measure_command(server, name, limit, [*MOESCALE, *arguments, "-k", "3"], stop)
 
     def measure_command(
         self, server: Hub, name: str, limit: int | None, command: list[str], stop: int | None = None
     ) -> None:
-        """The same for any command."""
+        """Do the same with any command."""
         server.ask("forget")
         environment, start = self.machine(server), time.perf_counter()
-        if "download" in command:  # the Hub of the tests takes xet, and does not give it out
+        if "download" in command:  # the Hub of the tests cannot send xet
             environment["HF_HUB_DISABLE_XET"] = "1"
         with tempfile.TemporaryFile("w+") as said:
             child = subprocess.Popen(
@@ -291,7 +297,7 @@ class Bench:
             self.complaints.append(f"{name.strip()}: {peak:.0f} MiB are more than {limit}")
 
     def check(self, server: Hub) -> None:
-        """Compare what the Hub lists with what was written to disk."""
+        """Compare the digests on the Hub with those on disk."""
         found = server.ask("digests")
         if {name: found.get(name) for name in self.digests} != self.digests:
             self.complaints.append("an output on the Hub differs from that on disk")
@@ -302,7 +308,7 @@ HF = [sys.executable, "-m", "huggingface_hub.cli.hf"]
 
 
 def weights_sent(text: str) -> tuple[str, str]:
-    """What the command says of its uploads: bytes sent, and bytes that were there already."""
+    """What the command reports: bytes that it sent, and bytes that were already on the Hub."""
     found = SENT.search(text)
     return (found[1], found[2]) if found else ("", "")
 

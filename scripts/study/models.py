@@ -1,4 +1,4 @@
-"""The four models of the study, and how they are trained."""
+"""The four models of the study, and their training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ transformers.utils.logging.disable_progress_bar()
 LAYERS, HIDDEN, BATCH = 4, 96, 16
 STEPS, WARM_UP, RATE = 500, 50, 3e-3
 BALANCE = 2e-3
-"""Step of DeepSeek-V3's selection bias towards experts that got less than their share."""
+"""Step of DeepSeek-V3's selection bias towards experts with less than their share of tokens."""
 
 COMMON: dict[str, Any] = {
     "vocab_size": 256,
@@ -42,10 +42,10 @@ class Study:
     """One kind of router.
 
     Attributes:
-        title: what is special about it.
-        config: of the model, beyond what all have in common.
+        title: a description of the model.
+        config: config keys besides those in `COMMON`.
         trained: experts per token in training.
-        tried: experts per token to run it with.
+        tried: other numbers of experts per token.
     """
 
     title: str
@@ -127,20 +127,22 @@ def train(name: str, study: Study, text: bytes, steps: int, folder: Path) -> Non
         balance()
         if step % 100 == 0 or step == steps - 1:
             say(f"{name}: step {step}, training loss {loss.item():.3f}")
-    part = folder.with_name(f"{folder.name}.part")  # what was cut short is not taken for done
+    part = folder.with_name(
+        f"{folder.name}.part"
+    )  # so that an interrupted training does not count as done
     shutil.rmtree(part, ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(part)
     part.rename(folder)
 
 
 def rate(step: int, steps: int) -> float:
-    """Of learning: up in a straight line, down to a tenth in half a cosine."""
+    """The relative learning rate: a linear warm-up, then half a cosine down to a tenth."""
     progress = max(0.0, (step - WARM_UP) / max(1, steps - WARM_UP))
     return min(1.0, (step + 1) / WARM_UP) * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
 def balancer(model: PreTrainedModel) -> Callable[[], None]:
-    """Moves the selection biases of DeepSeek-V3 as its authors do; other routers have a loss."""
+    """A function that moves the selection biases as DeepSeek-V3's authors do, after each step."""
     gates = [m for m in model.modules() if hasattr(m, "e_score_correction_bias")]
     chosen: dict[nn.Module, Tensor] = {}
     for gate in gates:
@@ -156,5 +158,5 @@ def balancer(model: PreTrainedModel) -> Callable[[], None]:
 
 
 def say(text: str) -> None:
-    """Progress, for people."""
+    """Print progress to stderr."""
     print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)

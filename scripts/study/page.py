@@ -18,7 +18,7 @@ EQUAL = 0.0005
 
 
 def page(everything: Sequence[Results], steps: int, pieces: int) -> str:
-    """All tables, as a page of Markdown."""
+    """The page, in Markdown."""
     version = ".".join(map(str, sys.version_info[:2]))
     intro = f"""# What each rule does to a trained model
 
@@ -57,7 +57,7 @@ inputs, as the mean over layers.
 
 
 def in_short(everything: Sequence[Results]) -> str:
-    """What a reader wants to know first; every number is counted here."""
+    """The main results, in words."""
     more = [(r, m) for r in everything for m in r.trials if m > STUDIES[r.name].trained]
     fewer = [(r, m) for r in everything for m in r.trials if m < STUDIES[r.name].trained]
     won = [(r, m, rule) for r, m in more for rule in RULES if r.rise(rule, m) < -EQUAL]
@@ -81,12 +81,12 @@ def in_short(everything: Sequence[Results]) -> str:
 
 
 def share(cases: Sequence[tuple[Results, int]]) -> float:
-    """The part of what the config edit loses that `fitted` leaves."""
+    """The rise of the loss with `fitted`, as a share of that with the config edit."""
     return sum(r.rise("fitted", m) for r, m in cases) / sum(r.rise("none", m) for r, m in cases)
 
 
 def otherwise(everything: Sequence[Results]) -> str:
-    """What `fitted` does when it is calibrated on something else, and what its guard took."""
+    """A table of `fitted` on each text, and of the rules that its guard took."""
     lines = [
         "## Another text, or none",
         "",
@@ -109,12 +109,12 @@ def otherwise(everything: Sequence[Results]) -> str:
 
 
 def guarded(taken: str) -> str:
-    """What the guard took, where it is not the rule that was asked for."""
+    """The rule that the guard took, in brackets, if it is not `fitted`."""
     return "" if taken == "fitted" else f" ({RULES[taken]})"
 
 
 def outside(everything: Sequence[Results]) -> str:
-    """Where `published` leaves the frame of its panel, in words."""
+    """A sentence that says where `published` leaves the frame of its panel."""
     names = [
         f"`{r.name}`"
         for r in everything
@@ -124,7 +124,7 @@ def outside(everything: Sequence[Results]) -> str:
 
 
 def table(results: Results) -> str:
-    """Rise of the loss and, in brackets, the norm, for every rule and count."""
+    """A table of the rise of the loss and, in brackets, the norm, for every rule and count."""
     title = STUDIES[results.name].title
     lines = [
         f"**`{results.name}`**: {title}. Loss as trained: {results.trained.loss:.4f}.",
@@ -144,7 +144,7 @@ def table(results: Results) -> str:
 
 
 def together(everything: Sequence[Results]) -> str:
-    """How often each rule beats the config edit alone, and where it loses most against it."""
+    """A table of how each rule compares with the config edit, over all settings."""
     cases = [(results, m) for results in everything for m in results.trials]
     lines = [
         "| rule | mean rise, more experts | fewer | better than the config edit | worse | largest"
@@ -167,12 +167,12 @@ def together(everything: Sequence[Results]) -> str:
 
 
 def mean(values: Sequence[float]) -> str:
-    """Of some rises; nothing of none."""
+    """The mean of some rises, as text; empty if there are none."""
     return f"{sum(values) / len(values):.4f}" if values else ""
 
 
 def figure(everything: Sequence[Results]) -> str:
-    """A panel a router, on one sheet with a light background of its own."""
+    """One panel per router, on a light background, as SVG."""
     panels = [panel(results) for results in everything]
     sizes = [re.findall(r'viewBox="0 0 (\d+) (\d+)"', svg)[0] for svg in panels]
     width, height = chart.WIDTH + GAP, max(int(high) for _, high in sizes) + GAP
@@ -200,14 +200,14 @@ def figure(everything: Sequence[Results]) -> str:
 
 
 def panel(results: Results) -> str:
-    """The rise of the loss over experts per token; what is far above the others is cut off."""
+    """A chart of the rise of the loss by experts per token."""
     counts = sorted({*results.trials, STUDIES[results.name].trained})
     lines = {
         rule: [results.rise(rule, k) if k in results.trials else 0.0 for k in counts]
         for rule in RULES
     }
     names: dict[tuple[float, ...], list[str]] = {}
-    for rule in ("preserve", *RULES):  # what coincides with it is drawn as it
+    for rule in ("preserve", *RULES):  # a rule with the same values shares its line
         names.setdefault(tuple(lines[rule]), []).append(rule)
     series = [
         chart.Series(
@@ -232,6 +232,6 @@ def panel(results: Results) -> str:
 
 
 def height(results: Results) -> chart.Axis:
-    """The axis of a panel; it holds every rule but `published`."""
+    """The vertical axis of a panel, with room for every rule but `published`."""
     shown = [results.rise(r, m) for r in RULES if r != "published" for m in results.trials]
     return chart.number_axis(f"{results.name}: rise of the loss, nats a byte", [0, *shown])

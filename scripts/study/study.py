@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
 """Trains four small MoE language models, one for each kind of router, and tries every rule on them.
 
-The text is Python's own standard library, byte by byte, and what installed packages say of
-themselves; nothing is downloaded. Needs torch and transformers (the `oracle` dependency group),
-which `scripts/test.sh` installs:
+The text is Python's own standard library, byte by byte, and the descriptions of installed packages;
+nothing is downloaded. It needs torch and transformers (the `oracle` dependency group), which
+`scripts/test.sh` installs:
 
-    .venv-test/bin/python scripts/study/study.py study-output         # half an hour
-    .venv-test/bin/python scripts/study/study.py quick-output --quick  # does it run; shows nothing
+    .venv-test/bin/python scripts/study/study.py study-output          # half an hour
+    .venv-test/bin/python scripts/study/study.py quick-output --quick  # a smoke test
 
-What is in the folder already, models and results, is not done again. The tables go to stdout and,
-with the figure, to `study.md` and `study.svg` in the folder; `--docs docs` renews those of the
-repo. Another version of Python or of the packages has other texts, and gives other numbers.
+Models and results that are already in the folder are not made again. The tables go to stdout and to
+`study.md` in the folder, the figure to `study.svg`; `--docs docs` renews those of the repo. Other
+versions of Python or of the packages have other texts, and give other numbers.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from trials import try_rules
 
 
 def main() -> None:
-    """Train what is missing, try every rule, show what came of it."""
+    """Train the missing models, try every rule and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--quick", action="store_true", help="a smoke test of some minutes")
-    parser.add_argument("--docs", type=Path, help="where study.md and study.svg go, if elsewhere")
+    parser.add_argument("--docs", type=Path, help="another folder for study.md and study.svg")
     arguments = parser.parse_args()
     quick = arguments.quick
     steps, pieces = (20, 16) if quick else (STEPS, EVALUATED)
-    folder = arguments.folder / f"{steps}-steps"  # models of another length are others
+    folder = arguments.folder / f"{steps}-steps"  # one folder for each length of training
     folder.mkdir(parents=True, exist_ok=True)
     text = texts(pieces)
     everything = []

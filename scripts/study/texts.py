@@ -1,4 +1,4 @@
-"""What the models of the study learn, and what they are calibrated and evaluated on."""
+"""The texts that the models are trained, calibrated and evaluated on."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ CONTEXT = 128
 """Bytes in a piece of text."""
 
 CALIBRATED, EVALUATED = 128, 512
-"""Pieces of CONTEXT bytes to calibrate with and to evaluate on."""
+"""Pieces of CONTEXT bytes to calibrate and to evaluate on."""
 
 WINDOW = 64
-"""Bytes that no text to calibrate with or to evaluate on has in common with the one before it."""
+"""No sequence of so many bytes is in two of the texts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Bytes to train on, and pieces of CONTEXT bytes, int64, (count, CONTEXT), of other files.
+    """The texts; all but `train` are pieces of CONTEXT bytes as int64, (count, CONTEXT).
 
     Attributes:
-        train: what the models learn.
-        calibrate: Python, too.
+        train: Python to train on.
+        calibrate: Python, from other files.
         prose: English.
-        evaluate: Python; it shares no `WINDOW` bytes with any of the others.
+        evaluate: Python, from yet other files.
     """
 
     train: bytes
@@ -41,9 +41,9 @@ class Text:
 
 
 def texts(pieces: int) -> Text:
-    """The sources of Python's standard library, and how installed packages describe themselves.
+    """Make them from Python's standard library and from the descriptions of installed packages.
 
-    Of the library every eighth file is held back for each purpose.
+    Every eighth file of the library is for calibration, and every eighth for evaluation.
     """
     root = Path(sysconfig.get_path("stdlib"))
     packages = ("site-packages", "dist-packages", "test", "idlelib", "lib2to3")
@@ -61,7 +61,7 @@ def texts(pieces: int) -> Text:
 
 
 def descriptions() -> bytes:
-    """The long descriptions of installed packages, one after the other."""
+    """The long descriptions of the installed packages, joined."""
     found = {
         dist.metadata["Name"]: dist.metadata.get_payload() for dist in metadata.distributions()
     }
@@ -69,12 +69,12 @@ def descriptions() -> bytes:
 
 
 def windows(text: bytes) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """A hash of every `WINDOW` bytes of a text, sorted, each once."""
+    """The distinct hashes of all sequences of `WINDOW` bytes in a text, sorted."""
     return np.unique(hashes(text))
 
 
 def hashes(text: bytes) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """A hash of the `WINDOW` bytes from each place on: a polynomial, modulo 2**64."""
+    """A hash of the `WINDOW` bytes from each position on: a polynomial, modulo 2**64."""
     codes = np.frombuffer(text, np.uint8).astype(np.uint64)
     total = np.zeros(max(0, len(codes) - WINDOW + 1), np.uint64)
     for i in range(WINDOW):
@@ -84,7 +84,7 @@ def hashes(text: bytes) -> np.ndarray[Any, np.dtype[np.uint64]]:
 
 
 def contexts(text: bytes, count: int, known: np.ndarray[Any, np.dtype[np.uint64]]) -> Tensor:
-    """`count` pieces of a text, evenly spread, without those that have a window of `known`."""
+    """`count` pieces of a text, evenly spread, of those without a hash in `known`."""
     starts = range(0, len(text) - CONTEXT, CONTEXT)
     seen = np.isin(hashes(text), known)
     last = CONTEXT - WINDOW + 1

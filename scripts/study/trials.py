@@ -26,16 +26,16 @@ RULES = {
     "fitted": "fitted",
 }
 OTHERWISE = {"prose": "English prose", "own": "what the model writes"}
-"""What else `fitted` is calibrated on."""
+"""The other texts that `fitted` is calibrated on."""
 
 
 class Trial(NamedTuple):
-    """A model in use.
+    """The figures of one model.
 
     Attributes:
-        loss: mean, in nats a byte.
-        norms: mean norm of the routed experts' output, by layer, on the inputs that the original
-            model has there.
+        loss: mean, in nats per byte.
+        norms: mean norm of the routed experts' output, by layer, on the inputs that this layer has
+            in the original model.
     """
 
     loss: float
@@ -44,13 +44,13 @@ class Trial(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What came of one router: the model as trained, and a trial for every count and rule.
+    """The results for one router.
 
     Attributes:
         name: model type.
-        trained: with the number of experts that it was trained with.
-        trials: by number of experts and rule; `fitted` also by what else it was calibrated on.
-        taken: the rule that the guard of `fitted` took.
+        trained: the trial with the number of experts as trained.
+        trials: by number of experts and rule; a name of `OTHERWISE` is `fitted` on that text.
+        taken: the rule that the guard of `fitted` took, by number of experts and text.
     """
 
     name: str
@@ -59,17 +59,17 @@ class Results:
     taken: dict[int, dict[str, str]]
 
     def rise(self, rule: str, m: int) -> float:
-        """Of the loss, over that as trained."""
+        """The loss, minus the loss as trained."""
         return self.trials[m][rule].loss - self.trained.loss
 
     def norm(self, rule: str, m: int) -> float:
-        """Relative to that as trained, mean over layers."""
+        """The norm, relative to the norm as trained, as the mean over layers."""
         pairs = zip(self.trials[m][rule].norms, self.trained.norms, strict=True)
         return sum(new / old for new, old in pairs) / len(self.trained.norms)
 
 
 def try_rules(name: str, counts: Sequence[int], text: Text, folder: Path) -> Results:
-    """Rewrite a model by every rule for every count, through moescale, and use what comes out."""
+    """Rewrite a model with moescale by every rule for every count, and run the outputs."""
     files = {"fitted": folder / "calibrate.txt", "prose": folder / "prose.txt"}
     for file, pieces in zip(files.values(), (text.calibrate, text.prose), strict=True):
         file.write_bytes(bytes(pieces.flatten().tolist()))
@@ -93,7 +93,7 @@ def try_rules(name: str, counts: Sequence[int], text: Text, folder: Path) -> Res
 def rewrite(
     source: Path, m: int, texts: Mapping[str, Path]
 ) -> Iterator[tuple[str, moescale.Plan, Path]]:
-    """A model with `m` experts per token, by each rule; each is gone when the next one comes."""
+    """Yield the model with `m` experts per token by each rule; remove it before the next."""
     for name in (*RULES, *OTHERWISE):
         output = source.with_name(f"{source.name}-{m}-{name}")
         shutil.rmtree(output, ignore_errors=True)
@@ -107,7 +107,7 @@ def rewrite(
 def try_them(
     rewritten: Iterable[tuple[str, moescale.Plan, Path]], text: Tensor, inputs: Sequence[Tensor]
 ) -> tuple[dict[str, Trial], dict[str, str]]:
-    """A trial for each rule, and what guards took; rules with the same numbers share one."""
+    """A trial for each rule, and the rules that guards took; equal factors share one trial."""
     trials: dict[str, Trial] = {}
     taken: dict[str, str] = {}
     known: dict[tuple[float, ...], Trial] = {}
@@ -122,13 +122,13 @@ def try_them(
 
 
 def load(folder: Path) -> PreTrainedModel:
-    """A model in float32, for use."""
+    """Load a model in float32."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @torch.no_grad()
 def block_inputs(model: PreTrainedModel, text: Tensor) -> list[Tensor]:
-    """What each MoE block gets to see: float32, (tokens, hidden)."""
+    """The inputs of each MoE block: float32, (tokens, hidden)."""
     seen: list[Tensor] = []
     layers = model.model.layers
     hooks = [
@@ -143,7 +143,7 @@ def block_inputs(model: PreTrainedModel, text: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def trial(model: PreTrainedModel, text: Tensor, inputs: Sequence[Tensor]) -> Trial:
-    """Loss on the text, and norms on the inputs of the blocks."""
+    """Compute the loss on a text, and the norms on the inputs of the blocks."""
     losses = []
     for part in text.split(64):
         logits = model(input_ids=part).logits[:, :-1]

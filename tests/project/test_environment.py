@@ -120,7 +120,7 @@ def test_the_python_that_was_asked_for_or_none(project: Path) -> None:
     result = make(project, TOO_OLD="1")
     assert result.returncode != 0
     assert result.stderr == (
-        'Python 3.11 or newer is needed, and "./stand-in" is none; set PYTHON to it.\n'
+        'Python 3.11 or newer is needed, and "./stand-in" is not; set PYTHON to one.\n'
     )
     assert installs(project) == []
 
@@ -160,9 +160,9 @@ def fetch_llama(project: Path, **environment: str) -> subprocess.CompletedProces
 @pytest.mark.parametrize(
     ("environment", "why"),
     [
-        ({}, "npm is not here"),
+        ({}, "npm is not installed"),
         ({"PACKS": ""}, "npm could not fetch @node-llama-cpp/linux-x64"),
-        ({"PACKS": "other.tgz"}, "other.tgz is another file"),
+        ({"PACKS": "other.tgz"}, "other.tgz has another checksum"),
     ],
 )
 def test_llama_cpp_is_the_pinned_one_or_none(
