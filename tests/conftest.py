@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Options and fixtures of all tests."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from support import checkpoints, known_faults
 from support.command import Command, Done, exit_code
 from support.hub_checkpoints import Lab, laboratory
 
-settings.register_profile("moescale", deadline=None)  # a busy machine is no failure
+settings.register_profile("moescale", deadline=None)  # a busy machine must not fail a test
 settings.load_profile("moescale")
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as behind & or nohup
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # or children would ignore it, too
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as after & or nohup
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # otherwise children would ignore it too
 
 TORCH = ("torch", "transformers", "bitsandbytes")
-"""What an environment without torch lacks."""
+"""Modules that an environment without torch lacks."""
 
 SET_BY_THE_COMMAND = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_VERBOSITY", "OPENBLAS_NUM_THREADS")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--no-torch`: what imports torch is left out, and named."""
+    """Add `--no-torch`, which skips and names whatever imports torch."""
     parser.addoption("--no-torch", action="store_true", help="leave out the files that need torch")
 
 
@@ -35,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_make_collect_report(
     collector: pytest.Collector,
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    """A file that cannot be imported for want of torch is skipped where that was asked for."""
+    """With `--no-torch`, skip a file that cannot be imported without torch."""
     report = yield
     if re.search(rf"No module named '({'|'.join(TORCH)})'", str(report.longrepr)):
         _leave_out(collector, report)
@@ -46,7 +48,7 @@ def pytest_make_collect_report(
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """So is a test that wants it later."""
+    """Skip a test that imports torch later, too."""
     report = yield
     if call.excinfo and getattr(call.excinfo.value, "name", "") in TORCH:
         _leave_out(item, report)
@@ -62,7 +64,7 @@ def _leave_out(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What meets a fault of another project fails as that fault does, and nothing else."""
+    """Expect a test that meets a fault of another project to fail with that fault."""
     for fault in known_faults.HERE:
         mark = pytest.mark.xfail(raises=fault.raises, reason=str(fault), strict=True)
         for item in items:
@@ -72,7 +74,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _environment() -> Iterator[None]:
-    """Whatever the command sets for its own process is gone when the next test starts."""
+    """Reset the variables that the command sets for its own process."""
     before = {name: os.environ.get(name) for name in SET_BY_THE_COMMAND}
     yield
     for name, value in before.items():
@@ -93,7 +95,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here may reach for the Hub, or colour its output."""
+    """No test may reach the Hub, or colour its output."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_VERBOSITY", "error")  # which the command sets otherwise
     monkeypatch.setenv("NO_COLOR", "1")

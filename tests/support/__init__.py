@@ -10,6 +10,6 @@ TESTS = Path(__file__).parent.parent
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """The environment of a Python process that imports what this one can, this package too."""
+    """The environment of a Python process that can import what this one can, and this package."""
     path = os.pathsep.join([str(TESTS), *filter(None, sys.path)])
     return {**os.environ, "PYTHONPATH": path, **variables}

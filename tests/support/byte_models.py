@@ -1,4 +1,4 @@
-"""Small language models of bytes, trained in seconds on text that ships with Python."""
+"""Trains small byte-level language models in seconds, on text that ships with Python."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _COMMON: dict[str, Any] = {
 
 
 def mixtral() -> transformers.PreTrainedModel:
-    """8 experts, 2 a token, gate weights renormalised."""
+    """8 experts, 2 per token; the gate weights are renormalised."""
     sizes = {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 64}
     config = transformers.MixtralConfig(**_COMMON, **sizes, num_key_value_heads=2)
     return transformers.MixtralForCausalLM(config)
 
 
 def olmoe() -> transformers.PreTrainedModel:
-    """16 experts, 4 a token, gate weights not renormalised."""
+    """16 experts, 4 per token; the gate weights are not renormalised."""
     sizes = {"num_experts": 16, "num_experts_per_tok": 4, "intermediate_size": 32}
     config = transformers.OlmoeConfig(**_COMMON, **sizes, norm_topk_prob=False)
     return transformers.OlmoeForCausalLM(config)
@@ -43,7 +43,7 @@ MODELS = {"mixtral": mixtral, "olmoe": olmoe}
 
 
 def texts() -> tuple[bytes, bytes]:
-    """Python's own library: what is trained on, and what is held back."""
+    """Python's own library, split into training text and held-back text."""
     library = sorted(Path(os.__file__).parent.glob("*.py"))
     data = b"".join(path.read_bytes() for path in library)
     return data[:-_HELD_BACK], data[-_HELD_BACK:]

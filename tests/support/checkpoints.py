@@ -1,4 +1,4 @@
-"""Tiny checkpoints made in code, and the bytes that a rescaled one must have.
+"""Makes tiny checkpoints, and computes the bytes that a rescaled one must have.
 
 Nothing here uses moescale: shards are written and read with `json` and `struct`, and the expected
 output is computed over whole files, with the arithmetic of `rounding`.
@@ -49,7 +49,7 @@ def values(dtype: str, shape: tuple[int, ...], seed: int = 0, special: bool = Tr
 
 
 def header(entries: Mapping[str, Any]) -> bytes:
-    """Header bytes with their length, padded with spaces to eight as safetensors does."""
+    """A header with its length before it, padded with spaces to eight bytes as safetensors does."""
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
@@ -79,7 +79,7 @@ def places(data: bytes) -> dict[str, tuple[str, int, int]]:
 
 
 def rescaled(data: bytes, factors: Mapping[str, float]) -> bytes:
-    """A whole shard with the named tensors multiplied: what the output must be."""
+    """The expected output: a whole shard with the named tensors multiplied."""
     result = bytearray(data)
     for name, (dtype, start, stop) in places(data).items():
         if name in factors:
@@ -137,7 +137,7 @@ EXTRAS: Mapping[str, bytes] = {
     "extra/deep/notes.txt": b"notes\n",
     "empty.txt": b"",
 }
-"""Files that a repo has beside its weights; the card is edited, the others stay."""
+"""The other files of a repo; the card is edited, the others stay."""
 
 LEFT_OUT: Mapping[str, bytes] = {
     "pytorch_model-00001-of-00001.bin": b"an old twin",
@@ -148,7 +148,7 @@ LEFT_OUT: Mapping[str, bytes] = {
     "original/consolidated.00.pth": b"a third twin",
     "onnx/model.onnx": b"onnx",
 }
-"""Weights in other forms, under the names that give them away, and what goes with them."""
+"""Weights in other formats under their usual names, and the files that belong to them."""
 
 NO_CHECKPOINT: Mapping[str, bytes] = {
     ".git/HEAD": b"ref: refs/heads/main\n",
@@ -164,7 +164,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, by its name with forward slashes."""
+    """The contents of every file below a folder, by relative path with forward slashes."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -187,7 +187,7 @@ def _matrices(
 
 
 def _shape(name: str, experts: int) -> tuple[int, ...]:
-    """That of a router, of its bias, of a shared expert's gate, or of a matrix of an expert."""
+    """The shape of a router, its bias, a shared expert's gate, or a matrix of an expert."""
     if name.endswith("correction_bias"):
         return (experts,)
     if name.endswith("shared_expert_gate.weight"):
@@ -198,7 +198,7 @@ def _shape(name: str, experts: int) -> tuple[int, ...]:
 
 
 def _frame(blocks: Mapping[str, Raw], layers: int, dtype: str) -> dict[str, Raw]:
-    """Embedding, attention and norms around the tensors of the MoE blocks, layer by layer."""
+    """Add embedding, attention and norms to the tensors of the MoE blocks, layer by layer."""
     tensors = {"model.embed_tokens.weight": values(dtype, (10, HIDDEN), 1)}
     for layer in range(layers):
         at = f"model.layers.{layer}."
@@ -242,7 +242,7 @@ def fused_mixtral_tensors(layers: int = 2, experts: int = 4, dtype: str = "BF16"
 
 
 def qwen2_tensors(layers: int = 3, experts: int = 4, dtype: str = "BF16") -> dict[str, Raw]:
-    """A small Qwen2-MoE: layer 0 is dense, the others have a shared expert with a gate."""
+    """The tensors of a small Qwen2-MoE: layer 0 is dense, the others have a gated shared expert."""
     names = _projections("model.layers.0.mlp.")
     for layer in range(1, layers):
         at = f"model.layers.{layer}.mlp."
@@ -254,7 +254,7 @@ def qwen2_tensors(layers: int = 3, experts: int = 4, dtype: str = "BF16") -> dic
 
 
 def deepseek_tensors(layers: int = 3, experts: int = 4, dtype: str = "BF16") -> dict[str, Raw]:
-    """A small DeepSeek-V3: layer 0 is dense, the layer after the last is the MTP block."""
+    """The tensors of a small DeepSeek-V3: layer 0 is dense; an MTP layer follows the last one."""
     names = _projections("model.layers.0.mlp.")
     for layer in range(1, layers + 1):
         at = f"model.layers.{layer}.mlp."
@@ -266,7 +266,7 @@ def deepseek_tensors(layers: int = 3, experts: int = 4, dtype: str = "BF16") -> 
 
 
 def routed(tensors: Iterable[str]) -> list[str]:
-    """The routed down-projections among tensor names, by a rule of our own."""
+    """The routed down-projections among tensor names, found without moescale."""
     ends = ("w2.weight", "down_proj.weight", "experts.down_proj")
     return [name for name in tensors if ".experts." in name and name.endswith(ends)]
 
@@ -276,7 +276,7 @@ MIXTRAL_CONFIG = """{ "num_hidden_layers":2,\r
    "num_experts_per_tok"  :\t2 , "num_local_experts": 4,
   "rope_theta": 1e6, "rms_norm_eps": 1.0e-05, "hidden_size": 8, "note": "caf\u00e9 \\u00e9" }
  """
-"""A config in a layout that no JSON writer would make again."""
+"""A config with a layout that no JSON writer would reproduce."""
 
 QWEN2_CONFIG: Mapping[str, Any] = {
     "model_type": "qwen2_moe",
@@ -301,7 +301,7 @@ DEEPSEEK_CONFIG: Mapping[str, Any] = {
 
 
 def mixtral(folder: Path, *, shards: int = 3, dtype: str = "BF16", extras: bool = True) -> Path:
-    """Write a small but complete Mixtral repo: 2 layers, 4 experts, 2 a token."""
+    """Write a small but complete Mixtral repo: 2 layers, 4 experts, 2 per token."""
     write_shards(folder, mixtral_tensors(dtype=dtype), shards)
     (folder / "config.json").write_bytes(MIXTRAL_CONFIG.encode())
     if extras:

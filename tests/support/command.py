@@ -1,4 +1,4 @@
-"""The command as tests run it in their own process: the fixture ``moescale``, and on a Hub."""
+"""Runs the command in the process of the tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 @dataclass(frozen=True)
 class Done:
-    """What a run of the command printed, and its exit code."""
+    """The output of a run of the command, and its exit code."""
 
     code: int
     out: str
@@ -23,8 +23,8 @@ Command = Callable[..., Done]
 
 
 def exit_code(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Run the command in this process, whose signals are handled afterwards as before."""
-    from moescale import cli  # here: tests of the imports come first
+    """Run the command in this process, and restore the signal handlers afterwards."""
+    from moescale import cli  # imported here, since the tests of imports come first
 
     monkeypatch.setattr(sys, "argv", ["moescale", *map(str, arguments)])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

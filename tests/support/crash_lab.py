@@ -1,4 +1,4 @@
-"""A warm process that runs conversions which fail at every call in turn, and looks at what is left.
+"""A warm process that runs conversions which fail at each call in turn, and checks what they leave.
 
 Forked from a process that has imported everything, a run takes a few milliseconds. The process
 reads one line of JSON a task from stdin, a `Task`, and answers with one line, a `Report`.
@@ -27,26 +27,26 @@ from support.faulty_calls import CHANGING, KILLED, READING, SIZED, Calls, Fault,
 Tree = Mapping[str, bytes]
 
 DEADLY = frozenset({"before", "after", "cut", "names"})
-"""Faults that a process does not survive; the others are tried in this one, which goes on."""
+"""Faults that a process does not survive; the others are tried in this process."""
 
 SECONDS = 600
-"""A run that takes longer than this hangs."""
+"""Seconds after which a run counts as hanging."""
 
 
 def small_mixtral(folder: Path) -> None:
-    """Three shards, an index, a card, and a file in a folder."""
+    """Write a Mixtral with three shards, an index, a card, and a file in a folder."""
     checkpoints.mixtral(folder, extras=False)
     checkpoints.write_files(folder, {"extra/a.txt": b"a\n", "README.md": b"# Tiny\n"})
 
 
 def promoted(folder: Path) -> None:
-    """Block FP8 whose scales become F32, so that headers change."""
+    """Write a block FP8 checkpoint whose scales become F32, so that headers change."""
     cases = (case for case in quantised_checkpoints.EXACT if case.id == "block FP8, BF16 scales")
     quantised_checkpoints.write(next(cases), folder)
 
 
 def split_gguf(folder: Path) -> None:
-    """A GGUF model in four files; the first is what a client opens."""
+    """Write a GGUF model in four files; clients open the first."""
     from support.gguf_models import write_model
 
     folder.mkdir(parents=True)
@@ -65,23 +65,23 @@ OLD = {
     "sub/deep/old.bin": b"old",
     "z.txt": b"old",
 }
-"""Another model in the destination; some of its names are those of the new one."""
+"""Another model in the destination; it shares some file names with the new one."""
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A source, what is in the destination before, and how it is converted."""
+    """A source, the previous content of the destination, and the options of the conversion."""
 
     source: Callable[[Path], Any] = small_mixtral
     old: Tree = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     without: frozenset[str] = frozenset()  # calls that this system does not have
-    piece: int = 0  # write as past the page cache, this many bytes at a time
-    prelude: Callable[[Lab], Any] = lambda lab: None  # what happened in the destination before
-    opens: str = "config.json"  # what a client opens
+    piece: int = 0  # write past the page cache, in pieces of this size
+    prelude: Callable[[Lab], Any] = lambda lab: None  # what was done to the destination before
+    opens: str = "config.json"  # the file that a client opens
 
     def convert(self, source: Path, output: Path) -> str:
-        """Run it to its end in this process."""
+        """Run the conversion to its end in this process."""
         from moescale.api import convert
         from moescale.storage.local import writer as local_writer
 
@@ -158,7 +158,7 @@ MODES: Mapping[str, Mode] = {
 
 @dataclass
 class Report:
-    """What came of a task: how many calls were hit, what was wrong, and what else was seen."""
+    """The result of a task: calls that were hit, problems, and other observations."""
 
     points: int = 0
     problems: list[str] = field(default_factory=list)
@@ -180,7 +180,7 @@ class Lab:
         self.old: Tree = {}
 
     def _whole(self) -> list[Tree]:
-        """The trees that may load: the finished one, with digests and without; the old one."""
+        """The trees that may load: the finished one, with digests or without, and the old one."""
         found = []
         for options in ({"verify": False}, self.scenario.options):
             shutil.rmtree(self.output.parent, ignore_errors=True)
@@ -190,23 +190,23 @@ class Lab:
         return found
 
     def finish(self, **options: Any) -> None:
-        """Run the scenario, with some other options, to its end."""
+        """Run the scenario to its end, with some other options."""
         wanted = {**self.scenario.options, **options}
         Scenario(options=wanted).convert(self.source, self.output)
 
     def kill_another(self, at: int, **options: Any) -> None:
-        """Leave what a run leaves that is killed; it may be of another job."""
+        """Leave the files of a killed run, which may belong to another job."""
         wanted = Scenario(options={**self.scenario.options, **options})
         code, _ = self.run(Fault("before", CHANGING, at), wanted)
         assert code == KILLED
 
     def reset(self) -> None:
-        """Make the destination as it is when a case begins."""
+        """Restore the destination to its state at the start of a case."""
         shutil.rmtree(self.output.parent, ignore_errors=True)
         self.output.parent.mkdir(parents=True)
         checkpoints.write_files(self.output, self.scenario.old)
         self.scenario.prelude(self)
-        # Each time anew: how far a run came that was killed depends on how its threads took turns.
+        # Each time anew: the progress of a killed run depends on the order of its threads.
         self.old = visible(self.output)
 
     def _stamps(self) -> list[tuple[str, int, int, int]]:
@@ -216,7 +216,7 @@ class Lab:
     # A case ---------------------------------------------------------------------------------------
 
     def run(self, fault: Fault, scenario: Scenario | None = None) -> tuple[int, str]:
-        """Run a scenario with a fault; its exit code and what it said."""
+        """Run a scenario with a fault; return its exit code and output."""
         scenario = scenario or self.scenario
         if fault.kind not in DEADLY:
             return self._attempt(Calls(self.place, fault), scenario)
@@ -225,7 +225,7 @@ class Lab:
             code, calls = 8, Calls(self.place, fault)
             with contextlib.suppress(BaseException):
                 code, _ = self._attempt(calls, scenario)
-            with calls.turn:  # held for ever where another thread is cutting the power
+            with calls.turn:  # stays locked if another thread cuts the power
                 os._exit(code)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), ""
 
@@ -246,7 +246,7 @@ class Lab:
         return 0, ""
 
     def log(self) -> tuple[list[tuple[str, str]], list[str]]:
-        """The calls of a run without a fault, and those on paths that were not seen."""
+        """The calls of a run without a fault, and the calls that `Calls` does not see."""
         self.reset()
         calls = Calls(self.place, Fault())
         code, text = self._attempt(calls, self.scenario)
@@ -254,7 +254,7 @@ class Lab:
         return calls.log, calls.unseen
 
     def case(self, fault: Fault) -> tuple[str, list[str]]:
-        """What a run with a fault comes to, and everything that is wrong then or after a rerun."""
+        """Run with a fault and then again; report everything that is wrong after either."""
         self.reset()
         files = open_files()
         code, text = self.run(fault)
@@ -286,7 +286,7 @@ class Lab:
             yield f"{when}: the folder {surplus} is left"
 
     def _mixed(self, done: bool) -> Iterator[str]:
-        """What must not be there at any moment, whatever happened."""
+        """Yield the problems that must not exist at any moment."""
         found = visible(self.output)
         allowed = [*self.whole, self.old]
         if self.scenario.opens in found and found not in allowed:
@@ -304,25 +304,25 @@ class Lab:
 
 
 def open_files() -> int:
-    """How many files this process has open, where the system tells."""
+    """The number of files that this process has open, if the system tells."""
     return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
 
 
 def visible(output: Path) -> Tree:
-    """The files of a destination without the state of a run."""
+    """The files of a destination, without the state of an unfinished run."""
     found = checkpoints.tree(output) if output.exists() else {}
     hidden = re.compile(r"\.(?:.+\.)?moescale/")
     return {name: data for name, data in found.items() if not hidden.match(name)}
 
 
 def is_useful(text: str, names: Iterable[str]) -> bool:
-    """Whether an error is a line or two and says on which object, and why."""
+    """Whether an error has one or two lines and names the object and the reason."""
     lines = text.splitlines()
     return 1 <= len(lines) <= 2 and any(name in lines[0] for name in names) and "None" not in text
 
 
 def matrix(base: Path, scenario: str, mode: str, step: int = 1) -> Report:
-    """Try a kind of fault at every call that it can hit; every `step`-th if there is no time."""
+    """Try a kind of fault at every `step`-th call that it can hit."""
     lab, kind = Lab(base, scenario), MODES[mode]
     log, unseen = lab.log()
     hit = [call for call in log if call[0] in kind.names]
@@ -352,7 +352,7 @@ def changed_source(base: Path, name: str, change: str, step: int) -> Report:
     path = lab.source / name
     data, act = path.read_bytes(), CHANGES[change]
     log, _ = lab.log()
-    planned = log.index(("scandir", str(lab.source)))  # from here on a change is no new source
+    planned = log.index(("scandir", str(lab.source)))  # before, a change makes another source
     for at in range(planned + 1, len(log), step):
         lab.reset()
         fault = Fault("act", CHANGING | READING, at, act=lambda: act(path, data))
@@ -366,7 +366,7 @@ def changed_source(base: Path, name: str, change: str, step: int) -> Report:
         report.points += 1
         report.outcomes[outcome] = report.outcomes.get(outcome, 0) + 1
         path.write_bytes(data)
-        with contextlib.suppress(Exception):  # a run that goes on where it must not
+        with contextlib.suppress(Exception):  # a run that continues when it must not
             lab.finish()
             if visible(lab.output) not in lab.whole:
                 report.problems.append(f"call {at}: a rerun went on with another source")
@@ -374,7 +374,7 @@ def changed_source(base: Path, name: str, change: str, step: int) -> Report:
 
 
 def serve() -> None:
-    """Answer tasks until there are no more."""
+    """Answer tasks until the input ends."""
     from moescale import api  # noqa: F401 - warm before the first fork
     from moescale.conversion import verify as verification  # noqa: F401 - likewise
 

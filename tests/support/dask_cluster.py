@@ -1,4 +1,4 @@
-"""A Dask cluster of separate processes on loopback for tests, and what is done to its workers."""
+"""A Dask cluster of separate processes on loopback, and ways to hold, slow and kill workers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DEADLINE = 120.0
 
 @contextmanager
 def cluster(workers: int = 2, env: Mapping[str, str] | None = None) -> Iterator[LocalCluster]:
-    """Start workers, one process and one thread each; a nanny starts dead ones again."""
+    """Start workers with one process and one thread each; a nanny restarts dead ones."""
     with (
         tempfile.TemporaryDirectory() as scratch,
         dask.config.set({"temporary-directory": scratch}),
@@ -37,7 +37,7 @@ def cluster(workers: int = 2, env: Mapping[str, str] | None = None) -> Iterator[
             threads_per_worker=1,
             processes=True,
             host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",  # without one, its server takes a fixed port
+            dashboard_address="127.0.0.1:0",  # otherwise its server takes a fixed port
             silence_logs=50,
             env=dict(env or {}),
         ) as running,
@@ -46,7 +46,7 @@ def cluster(workers: int = 2, env: Mapping[str, str] | None = None) -> Iterator[
 
 
 def until(what: Callable[[], Any]) -> Any:
-    """Wait for something to come true; its value."""
+    """Wait until a condition is true; return its value."""
     end = time.monotonic() + DEADLINE
     while not (value := what()):
         assert time.monotonic() < end, "it did not happen"
@@ -75,7 +75,7 @@ def program(*command: str | Path, **more: str) -> Iterator[subprocess.Popen[byte
 
 
 def _hold(folder: Path) -> None:
-    """Let every write leave a file with the name of the process, and wait for the file ``go``."""
+    """Make every write leave a file named after the process, and wait for the file ``go``."""
 
     def write(self: local_writer.LocalWriter, data: memoryview) -> None:
         WRITE(self, data)
@@ -86,7 +86,7 @@ def _hold(folder: Path) -> None:
 
 
 def _crawl(folder: Path, seconds: float) -> None:
-    """Let every write be short and slow, and leave a file with the name of the process."""
+    """Make every write short and slow, and leave a file named after the process."""
 
     def write(self: local_writer.LocalWriter, data: memoryview) -> None:
         WRITE(self, data)
@@ -114,7 +114,7 @@ class Workers:
         self.scheduler = running.scheduler
         self._folder = folder
         self._client = Client(running, set_as_default=False)
-        self._client.wait_for_workers(len(running.workers))  # one may just be starting again
+        self._client.wait_for_workers(len(running.workers))  # one may be restarting
 
     def hold(self) -> None:
         """Hold up every write until `go`."""
@@ -125,11 +125,11 @@ class Workers:
         self._client.run(_crawl, self._folder, seconds)
 
     def go(self) -> None:
-        """Let what is held up go on."""
+        """Let the writes that are held up continue."""
         (self._folder / "go").touch()
 
     def writing(self, count: int = 1) -> list[int]:
-        """Wait until so many processes have written something; their numbers."""
+        """Wait until so many processes have written; return their ids."""
 
         def found() -> list[int]:
             pids = [int(path.name) for path in self._folder.iterdir() if path.name.isdigit()]
@@ -143,7 +143,7 @@ class Workers:
             os.kill(pid, signal.SIGKILL)
 
     def busy(self) -> bool:
-        """Whether a worker's thread is doing a task, wanted or not."""
+        """Whether the thread of a worker runs a task, even a cancelled one."""
         return any(self._client.run(_is_busy).values())
 
     def close(self) -> None:
@@ -157,7 +157,7 @@ class Workers:
 
 
 class Wiretap:
-    """A way to a scheduler that keeps all that goes to it."""
+    """A proxy in front of a scheduler that keeps all bytes sent to it."""
 
     def __init__(self, address: str) -> None:
         host, port = address.removeprefix("tcp://").split(":")

@@ -1,8 +1,8 @@
-"""Calls to the operating system that fail, fall short, or are the last that a process makes.
+"""System calls that fail, do a part of their work, or are the last call of a process.
 
-`Calls` takes the place of the functions of `os` that reach the disk, counts those on anything
-below one folder, and lets a fault happen at one of them. Files that are opened with `open` are
-built from the same functions. What it does not see, an audit hook reports.
+`Calls` replaces the functions of `os` that reach the disk, counts the calls on anything below one
+folder, and makes one of them fail. Files opened with `open` are built from the same functions. An
+audit hook reports calls that it does not see.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ CHANGING = frozenset(
         "ftruncate",
     )
 )
-"""Calls after which a disk may hold something else; opening to read is among them."""
+"""Calls that may change the disk; opening to read is among them."""
 
 READING = frozenset(
     ("read", "preadv", "lseek", "close", "flock", "scandir", "listdir", "stat", "lstat", "fstat")
 )
 
 SIZED = frozenset(("write", "copy_file_range", "read", "preadv"))
-"""Calls that may do less than was asked for."""
+"""Calls that may do a part of their work."""
 
 EVENTS = frozenset(
     (
@@ -66,7 +66,7 @@ EVENTS = frozenset(
         "os.chown",
     )
 )
-"""What Python tells audit hooks about paths."""
+"""Audit events about paths."""
 
 FLAGS: Mapping[str, int] = {
     "r": os.O_RDONLY,
@@ -79,12 +79,12 @@ FLAGS: Mapping[str, int] = {
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens at which calls.
+    """A fault, and the calls that it hits.
 
-    `kind` is ``none``, ``error`` (before the call), ``failed`` (after it: done, and an error all
-    the same), ``short``, ``before`` and ``after`` (the process ends), ``cut`` and ``names`` (so
-    does the power), or ``act`` (something else is done first). With `lasting` every later call of
-    those names is hit too.
+    `kind` is ``none``, ``error`` (the call is not made), ``failed`` (it is made, but reports an
+    error), ``short``, ``before`` and ``after`` (the process ends there), ``cut`` and ``names``
+    (the power is cut), or ``act`` (something else happens first). With `lasting` all later calls
+    with these names are hit too.
     """
 
     kind: str = "none"
@@ -96,7 +96,7 @@ class Fault:
 
 
 class Raw(io.RawIOBase):
-    """The lowest layer of an open file, made of the functions of `os`."""
+    """A raw file built from the functions of `os`."""
 
     def __init__(self, path: Any, mode: str, closefd: bool = True, **_: Any) -> None:
         self._mode, self._closes, self._fd = mode, closefd, -1
@@ -139,7 +139,7 @@ class Raw(io.RawIOBase):
 
 
 class Calls:
-    """The calls of this process on what lies below `folder`, and the fault at one of them."""
+    """The calls of this process on paths below `folder`, with a fault at one of them."""
 
     def __init__(self, folder: Path, fault: Fault) -> None:
         self.log: list[tuple[str, str]] = []
@@ -149,7 +149,7 @@ class Calls:
         self._paths: dict[int, str] = {}
         self._hits = 0
         self._mutex = threading.Lock()
-        # Where the power is cut, no call of another thread is under way or follows.
+        # When the power is cut, no call of another thread is in progress or follows.
         cut = fault.kind in ("cut", "names")
         self.turn: AbstractContextManager[Any] = threading.Lock() if cut else nullcontext()
         self._inside = threading.local()
@@ -160,7 +160,7 @@ class Calls:
         self._open = builtins.open
 
     def install(self, without: frozenset[str] = frozenset()) -> None:
-        """Take the place of the real ones, but for some, which this system then has not."""
+        """Replace the functions of `os`; remove those that the system is to lack."""
         for name, real in self._real.items():
             module = fcntl if name == "flock" else os
             setattr(module, name, self._replacement(name, real))
@@ -172,7 +172,7 @@ class Calls:
             _watched.append(self)
 
     def remove(self) -> None:
-        """Put the real ones back."""
+        """Restore the functions of `os`."""
         for name, real in self._real.items():
             setattr(fcntl if name == "flock" else os, name, real)
         _tell_glob()
@@ -180,13 +180,13 @@ class Calls:
         _watched.clear()
 
     def audit(self, event: str, target: Any) -> None:
-        """Note an event that no call of ours has brought about."""
+        """Record an audit event that none of our calls caused."""
         where = None if getattr(self._inside, "depth", 0) else self._where(target)
         if where is not None:
             self.unseen.append(f"{event} {where}")
 
     def _where(self, target: Any, dir_fd: int | None = None) -> str | None:
-        """The path of a file that lies below the folder, given by name or by number."""
+        """The path of a file below the folder, given by name or by descriptor."""
         if isinstance(target, int):
             return self._paths.get(target)
         path = os.path.join(self._paths.get(dir_fd, ""), os.fsdecode(target))
@@ -235,7 +235,7 @@ class Calls:
             os._exit(KILLED)
         if kind == "error":
             if name == "close":
-                real(*arguments)  # the number is free again, whatever the answer
+                real(*arguments)  # the descriptor is free again, even after an error
             raise OSError(self._fault.code, os.strerror(self._fault.code), where)
         if kind == "act":
             self._fault.act()
@@ -261,7 +261,7 @@ class Calls:
 
 
 def _tell_glob() -> None:
-    """Let `Path.glob` of Python 3.13 know, which keeps references of its own."""
+    """Replace the references that `Path.glob` keeps in Python 3.13."""
     if sys.version_info[:2] == (3, 13):
         glob._StringGlobber.scandir = staticmethod(os.scandir)
         glob._StringGlobber.lstat = staticmethod(os.lstat)
@@ -276,16 +276,16 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 def watch() -> None:
-    """Hear of what `Calls` does not see, for the rest of this process: a hook stays.
+    """Report calls that `Calls` does not see, until this process ends: hooks cannot be removed.
 
-    For a process of its own. Until Python 3.12 threads cannot start to be traced, for coverage
-    say, while a hook runs: they end before they began.
+    Use it in a separate process. Before Python 3.12, threads that should be traced (for coverage)
+    cannot start while a hook runs.
     """
     sys.addaudithook(_audit)
 
 
 def shortened(name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of the same call for about half as many bytes, at least one."""
+    """The arguments of the same call with about half the bytes, at least one."""
     if name == "copy_file_range":
         source, target, count, *rest = arguments
         return source, target, max(1, count // 2), *rest
@@ -299,16 +299,16 @@ def shortened(name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 class Disk:
-    """What of a folder is durable: the files and the names that were synced.
+    """The durable part of a folder: the files and names that were synced.
 
-    The strictest reading of POSIX: a sync of a file saves its bytes and no name, a sync of a
-    directory saves its names, and nothing else is ever written back.
+    This is the strictest reading of POSIX: syncing a file saves its bytes but no name, syncing a
+    directory saves its names, and nothing else is ever saved.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = str(folder)
         self._data: dict[int, bytes] = {}
-        self._names: dict[int, dict[str, int]] = {}  # a folder's own number and those in it
+        self._names: dict[int, dict[str, int]] = {}  # the inode of a folder and those in it
         self._open: list[int] = []
         self._root = self._number(self._folder)
         for place, _, files in os.walk(folder):
@@ -317,7 +317,7 @@ class Disk:
                 self._sync_data(os.path.join(place, name))
 
     def sync(self, path: str) -> None:
-        """Note that a file or a directory was synced."""
+        """Record that a file or a directory was synced."""
         (self._sync_names if os.path.isdir(path) else self._sync_data)(path)
 
     def _sync_data(self, path: str) -> None:
@@ -329,11 +329,11 @@ class Disk:
 
     def _number(self, path: str) -> int:
         fd = os.open(path, os.O_RDONLY)
-        self._open.append(fd)  # so that nothing else gets this number
+        self._open.append(fd)  # so that nothing else gets this inode
         return os.fstat(fd).st_ino
 
     def lose(self, names: bool) -> None:
-        """Bring the folder into the state after a power cut; without `names`, all names stay."""
+        """Put the folder into its state after a power cut; without `names`, all names stay."""
         before = self._current()
         after = self._durable(self._folder, self._root) if names else before
         for path, inode in before.items():
@@ -349,7 +349,7 @@ class Disk:
     def _restore(self, path: str, data: bytes) -> None:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_CREAT)
-        if os.pread(fd, 1 << 24, 0) != data:  # else times stay as they are
+        if os.pread(fd, 1 << 24, 0) != data:  # otherwise times stay as they are
             os.ftruncate(fd, 0)
             os.pwrite(fd, data, 0)
         os.close(fd)

@@ -1,4 +1,4 @@
-"""Small Mixtrals whose routers hold numbers that make sense, for what samples them."""
+"""Small Mixtrals with realistic router weights, for tests that sample them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def gated_tensors(dtype: str = "BF16") -> dict[str, Raw]:
 def gated_mixtral(
     folder: Path, changes: Mapping[str, Raw | None] | None = None, dtype: str = "BF16"
 ) -> dict[str, Raw]:
-    """Write it, with tensors changed or left out; returns what was written."""
+    """Write it, with tensors changed or left out; return the tensors."""
     tensors = {**gated_tensors(dtype), **(changes or {})}
     present = {name: raw for name, raw in tensors.items() if raw is not None}
     write_shards(folder, present, 3)

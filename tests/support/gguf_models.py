@@ -1,4 +1,4 @@
-"""Tiny GGUF models made in code by the format's own library; they need not run."""
+"""Writes tiny GGUF models with the format's own library; they cannot run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 
 LAYERS, EXPERTS, HIDDEN, WIDTH = 2, 4, 32, 256
-"""Blocks, experts of each, and the dimensions; `WIDTH` is one block of the k-quants."""
+"""Number of blocks, experts per block, and dimensions; `WIDTH` is one block of the k-quants."""
 
 Array = np.ndarray[Any, Any]
 
@@ -21,7 +21,7 @@ def numbers(*shape: int, seed: int = 0, sigma: float = 0.02) -> Array:
 
 
 def blocks_of(kind: gguf.GGMLQuantizationType, *shape: int, seed: int = 0) -> Array:
-    """Weights of a shape in a type, as bytes: quantised where the library can, else random."""
+    """Weights in a type, as bytes; random if the library cannot quantise to the type."""
     weights = numbers(*shape, seed=seed)
     if kind.name in ("F32", "F16"):
         return weights.astype({"F32": np.float32, "F16": np.float16}[kind.name])
@@ -32,7 +32,7 @@ def blocks_of(kind: gguf.GGMLQuantizationType, *shape: int, seed: int = 0) -> Ar
 
 
 def _random_blocks(kind: gguf.GGMLQuantizationType, shape: tuple[int, ...], seed: int) -> Array:
-    """Random codes, with scales of usual size where the library's reader looks for them."""
+    """Random codes with scales of usual size."""
     size, nbytes = gguf.GGML_QUANT_SIZES[kind]
     rng = np.random.default_rng([seed, int(kind)])
     count = int(np.prod(shape)) // size
@@ -45,7 +45,7 @@ def random_blocks(rng: np.random.Generator, kind: str, count: int, nbytes: int) 
     scales = rng.uniform(1e-3, 0.01, count).astype("<f2").view(np.uint8).reshape(count, 2)
     if kind == "NVFP4":
         blocks[:, :4] = rng.integers(0x08, 0x7F, (count, 4))
-    elif kind == "IQ1_M":  # its four nibbles are the top ones of four words
+    elif kind == "IQ1_M":  # its four nibbles are the highest of four words
         for i, at in enumerate(SCALES_AT[kind]):
             nibble = scales[:, i // 2] >> 4 * (i % 2) & 0xF
             blocks[:, at] = blocks[:, at] & 0xF | nibble << 4
@@ -66,12 +66,12 @@ SCALES_AT: Mapping[str, tuple[int, ...]] = {
     "TQ1_0": (52,),
     "TQ2_0": (64,),
 }
-"""Where the library's reader (``gguf.quants``) looks for the scales of a block: an F16 each, but of
-IQ1_M the bytes that hold a nibble. It lacks Q1_0 and Q2_0: as ``ggml-common.h`` has them."""
+"""Offsets of the scales in a block, from ``gguf.quants``: F16 numbers, or for IQ1_M the bytes that
+hold a nibble of one. Those of Q1_0 and Q2_0 are from ``ggml-common.h``."""
 
 
 def add_key(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    """Add a key of the type that its value has."""
+    """Add a key, with the type of its value."""
     if isinstance(value, list):
         writer.add_array(key, value)
         return
@@ -80,7 +80,7 @@ def add_key(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 
 def finish(writer: gguf.GGUFWriter) -> None:
-    """Write all that was added."""
+    """Write the file."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -102,20 +102,20 @@ def write_model(
     split: int = 0,
     seed: int = 0,
 ) -> list[Path]:
-    """Write a model of routed experts; the paths of its files, the first part first.
+    """Write a model with routed experts; return the paths of its files in order.
 
     Args:
-        path: where; of a split set, the name without number.
+        path: where to write; for a split set, the name without a number.
         arch: ``general.architecture``.
-        used: experts per token, or those of each layer.
+        used: experts per token, or a list by layer.
         kind: type of the down-projections.
         layers: how many blocks.
         keys: more keys of the architecture.
         tensors: more tensors, or others of the same name.
-        without: names that are left out.
-        norm: what the norm before the router is called.
-        words: entries of a vocabulary.
-        split: tensors of a file, of a split set.
+        without: names to leave out.
+        norm: name of the norm before the router.
+        words: size of the vocabulary.
+        split: tensors per file, for a split set.
         seed: of the weights.
     """
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=split)
@@ -147,7 +147,7 @@ def write_model(
 
 
 def read_model(*paths: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Keys and tensors of a model, as the library reads them; keys are those of the first file."""
+    """The keys of the first file and the tensors of all, as the library reads them."""
     readers = [gguf.GGUFReader(path) for path in paths]
     keys = {
         name: field.contents()
@@ -158,6 +158,6 @@ def read_model(*paths: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def weights_of(tensor: Any) -> Array:
-    """What a tensor stands for, as the library dequantises it."""
+    """The values of a tensor, as the library dequantises them."""
     result: Array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     return result

@@ -1,4 +1,4 @@
-"""A laboratory for tests of the Hub: a loopback Hub with a checkpoint, and runs of the command."""
+"""For tests of the Hub: a loopback Hub with a checkpoint, and ways to run the command on it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ QUICK_XET = {
     "HF_XET_CLIENT_READ_TIMEOUT": "1s",
     "HF_XET_CLIENT_CONNECT_TIMEOUT": "1s",
 }
-"""Settings for the part of `hf_xet` that waits by itself."""
+"""Settings that shorten the waits of `hf_xet`."""
 
 KEPT = [*(name for name in checkpoints.EXTRAS if name != "README.md"), "config.json"]
 
@@ -53,7 +53,7 @@ def tensors(seed: int = 0, layers: int = 2, experts: int = 4) -> dict[str, check
 
 
 def model(folder: Path, seed: int = 0) -> dict[str, Content]:
-    """Write a checkpoint of three shards with all that a repo has beside; returns its files."""
+    """Write a complete repo with three shards; return its files."""
     checkpoints.write_shards(folder, tensors(seed), len(SHARDS))
     config = checkpoints.MIXTRAL_CONFIG.replace('"hidden_size": 8', f'"hidden_size": {HIDDEN}')
     (folder / "config.json").write_bytes(config.encode())
@@ -63,7 +63,7 @@ def model(folder: Path, seed: int = 0) -> dict[str, Content]:
 
 
 def rescaled(files: Mapping[str, bytes], factor: float = FACTOR) -> dict[str, bytes]:
-    """The shards that an output of these files must have, by arithmetic of our own."""
+    """The shards that the output must have, computed without moescale."""
     return {
         name: checkpoints.rescaled(
             data, dict.fromkeys(checkpoints.routed(checkpoints.places(data)), factor)
@@ -78,7 +78,7 @@ class Outcome(Done):
 
     @property
     def failure(self) -> str:
-        """The message of a failed run, which must be one or two lines and no traceback."""
+        """The message of a failed run; it must have one or two lines and no traceback."""
         lines = self.err.strip().splitlines()
         assert 1 <= len(lines) <= 2, self.err
         assert lines[0].startswith("moescale: "), self.err
@@ -114,7 +114,7 @@ class Lab:
 
     @property
     def source(self) -> dict[str, bytes]:
-        """The contents of the source's files."""
+        """The contents of the source."""
         return checkpoints.tree(self.folder)
 
     def run(self, *arguments: str) -> Outcome:
@@ -134,9 +134,9 @@ class Lab:
     def start_child(
         self, *arguments: str, home: str = "home", terminal: int | None = None, **more: str
     ) -> subprocess.Popen[str]:
-        """Start the command in a process of its own, on a machine of its own if `home` is new.
+        """Start the command in a separate process; a new `home` acts as another machine.
 
-        What it says goes to pipes, or to a terminal.
+        Its output goes to pipes, or to a terminal.
         """
         environment = {**self.hub.env(self.root / home), **more}
         return subprocess.Popen(
@@ -148,7 +148,7 @@ class Lab:
         )
 
     def child(self, *arguments: str, home: str = "home", **more: str) -> Outcome:
-        """Run the command in a process of its own."""
+        """Run the command in a separate process."""
         with self.start_child(*arguments, home=home, **more) as process:
             out, err = process.communicate(timeout=300)
         return Outcome(process.returncode, out, err)
@@ -168,7 +168,7 @@ class Lab:
         }
 
     def on_disk(self, *arguments: str) -> dict[str, bytes]:
-        """What the same job makes on disk; the log of the Hub is as before."""
+        """The output of the same job on disk; the log of the Hub stays as it was."""
         target = self.root / "on-disk"
         self.done(SRC, str(target), "-k", "3", "-q", *arguments)
         self.hub.log.clear()
@@ -176,7 +176,7 @@ class Lab:
 
 
 def _reset_client() -> None:
-    """Let the next request build a client for the endpoint of now."""
+    """Make the next request build a client for the current endpoint."""
     from huggingface_hub.utils import _http
 
     from moescale.storage.hub import client as hub
@@ -187,7 +187,7 @@ def _reset_client() -> None:
 
 @contextmanager
 def laboratory(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
-    """Give a laboratory; waits are noted and not waited."""
+    """A laboratory; waits are recorded, not waited."""
     from huggingface_hub.utils import logging
 
     with ExitStack() as stack:
@@ -198,7 +198,7 @@ def laboratory(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
 
 def large_shard(path: Path, size: int, seed: int | None = 0) -> None:
     """Write a Mixtral of one layer as one shard of about `size` bytes; zeros without a seed."""
-    matrix = (2048, 2048)  # square, as one shape stands for all three
+    matrix = (2048, 2048)  # square, so that one shape fits all three
     count = max(1, size // (3 * 2 * matrix[0] * matrix[1]))
     names = [
         f"model.layers.0.block_sparse_moe.experts.{e}.w{w}.weight"

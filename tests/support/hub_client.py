@@ -27,7 +27,7 @@ Start = Callable[..., "tuple[Hub, HfApi]"]
 
 @contextmanager
 def connected(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HfApi]:
-    """Give a client of this Hub; no setting, token or cache of the machine is used."""
+    """Yield a client of this Hub that uses no setting, token or cache of the machine."""
     for name, value in hub.env(home).items():
         if name.startswith("HF_") or name.upper() == "NO_PROXY":
             monkeypatch.setenv(name, value)
@@ -48,7 +48,7 @@ def connected(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 @contextmanager
 def hubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    """Give a function that starts a Hub with a source repo and an empty destination."""
+    """Yield a function that starts a Hub with a source repo and an empty destination."""
     from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
     with ExitStack() as stack:
@@ -67,7 +67,7 @@ def hubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
 
 
 def read_range(hub: Hub, path: str, wanted: str | None = None) -> tuple[int, bytes]:
-    """Read a file of the source as the product does: one stream, redirects followed."""
+    """Read a file of the source as moescale does: in one stream, following redirects."""
     from huggingface_hub import get_session, hf_hub_url
 
     headers = {"Authorization": f"Bearer {hub.token}", "Accept-Encoding": "identity"}

@@ -15,7 +15,7 @@ Json = dict[str, Any]
 
 @dataclass
 class Request:
-    """One request: what was asked, and how many body bytes went each way."""
+    """One request, and the number of body bytes in each direction."""
 
     host: str
     method: str
@@ -32,7 +32,7 @@ class Request:
 
 @dataclass(frozen=True)
 class FileSlice:
-    """Bytes of a file as the body of a response."""
+    """A part of a file as the body of a response."""
 
     path: Path
     offset: int
@@ -66,10 +66,10 @@ def named(headers: Mapping[str, object]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Action:
-    """What a fault does, as steps around the normal answer.
+    """The effect of a fault, as steps around the normal answer.
 
-    `before` runs first, and what it returns is sent in place of the normal answer.
-    `after` changes the normal answer, whose effects have then happened.
+    `before` runs first; if it returns an answer, that one is sent instead of the normal answer.
+    `after` changes the normal answer, after its effects have happened.
     `cut` is the number of body bytes sent before `ending` (-1: not even the head).
     `upload_cut` is the number of request body bytes read before the connection is reset.
     """
@@ -110,20 +110,20 @@ def reset_upload(after: int = 0) -> Action:
 
 
 def truncate(after: int) -> Action:
-    """Announce the whole length, send so many bytes and close the connection in good order."""
+    """Announce the whole length, send so many bytes and close the connection properly."""
     return Action(cut=after, ending="close")
 
 
 def stall(after: int = -1) -> Action:
     """Stop before the head, or after so many body bytes, until released or the Hub closes.
 
-    What was asked has been done by then; after a release the rest of the answer follows.
+    The request has been carried out by then; after a release the rest of the answer follows.
     """
     return Action(cut=after, ending="stall")
 
 
 def ignore_range() -> Action:
-    """Answer 200 with the whole file where a range was asked for."""
+    """Answer 200 with the whole file to a request for a range."""
     return Action(ignore_range=True)
 
 
@@ -138,18 +138,18 @@ def throttle(bytes_per_second: int) -> Action:
 
 
 def applied(code: int = 500) -> Action:
-    """Do what was asked, then answer this status as if it had failed."""
+    """Carry out the request, then answer this status as if it had failed."""
     answer = json_response({"error": f"injected {code} after the fact"}, code)
     return Action(after=lambda _: answer)
 
 
 def lost() -> Action:
-    """Do what was asked, then reset the connection before the response head."""
+    """Carry out the request, then reset the connection before the response head."""
     return Action(cut=-1, ending="reset")
 
 
 def run(function: Callable[[], object]) -> Action:
-    """Run something on the server's side first (an expiry, a rival's commit), then answer."""
+    """Run something on the server first (an expiry, a commit of someone else), then answer."""
 
     def before(_: Request) -> None:
         function()
@@ -177,7 +177,7 @@ def matcher(match: Match) -> Callable[[Request], bool]:
 
 @dataclass
 class Fault:
-    """A rule: from the `nth` matching request on, `times` requests meet the action."""
+    """A rule: from the `nth` matching request on, the action applies to `times` requests."""
 
     match: Callable[[Request], bool]
     action: Action
@@ -189,7 +189,7 @@ class Fault:
     released: threading.Event = field(default_factory=threading.Event)
 
     def takes(self, request: Request) -> bool:
-        """Count a request and say whether it meets the fault."""
+        """Count a request, and say whether the fault applies to it."""
         if not self.match(request):
             return False
         self.seen += 1
@@ -197,17 +197,17 @@ class Fault:
         return self.seen >= self.nth and not late
 
     def wait(self, timeout: float = 120) -> None:
-        """Wait until the fault was reached, for instance until a stall has begun."""
+        """Wait until the fault has happened, for instance until a stall has begun."""
         if not self.reached.wait(timeout):
             raise TimeoutError(f"fault not reached: {self}")
 
     def release(self) -> None:
-        """Let stalled requests go on, now and later."""
+        """Let stalled requests continue, now and later."""
         self.released.set()
 
 
 class Log:
-    """The requests so far and the faults that wait for their turn."""
+    """The requests so far, and the pending faults."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -215,7 +215,7 @@ class Log:
         self.faults: list[Fault] = []
 
     def add(self, request: Request) -> Fault | None:
-        """Note a request and pick the fault that it meets."""
+        """Log a request, and pick the fault that applies to it."""
         with self._lock:
             self.requests.append(request)
             for fault in self.faults:

@@ -1,4 +1,4 @@
-"""The Hub's API: what each request means to the store."""
+"""The Hub's API: handlers of requests, on top of the store."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Call:
 
     @property
     def user(self) -> str:
-        """The name of the user, where one must be known."""
+        """The name of the user; an error if there is none."""
         if self.token is None:
             raise HubError(401, "Invalid username or password.")
         return self.token.user
@@ -65,7 +65,7 @@ class Call:
         return self.query.get(name, [""])[0].lower() in ("1", "true")
 
     def repo(self, write: bool = False, read: bool = False) -> Repo:
-        """Find the repo of this call and check what the token may do with it."""
+        """Find the repo of this call, and check the permissions of the token."""
         return find_repo(self, self.args["kind"], self.args["id"], write, read)
 
 
@@ -102,7 +102,7 @@ def dispatch(hub: Hub, request: Request, body: bytes) -> Response:
 
 
 def authenticate(call: Call) -> Token | None:
-    """Find the token of a request; a bad or expired one is refused as the Hub does."""
+    """Find the token of a request; refuse a bad or expired one as the Hub does."""
     header = call.request.headers.get("authorization")
     if header is None:
         return None
@@ -110,8 +110,8 @@ def authenticate(call: Call) -> Token | None:
     if token is None:
         raise HubError(401, BAD_TOKEN)
     if token.expired:
-        # On https the client turns a 401 of a repo's URL into RepositoryNotFoundError; it does not
-        # on http, so the code makes it do here what it does there.
+        # On https the client turns a 401 from a repo's URL into RepositoryNotFoundError, but not on
+        # http; this error code has the same effect.
         code = "RepoNotFound" if "kind" in call.args else None
         raise HubError(401, 'User Access Token "test" is expired', code)
     return token
@@ -198,7 +198,7 @@ def validate_yaml(call: Call) -> Response:
 
 
 def card_problems(content: str) -> tuple[list[str], list[str]]:
-    """Find what the Hub would object to in a card's metadata, without a YAML parser."""
+    """List what the Hub would reject in a card's metadata, without a YAML parser."""
     found = re.match(r"---[ \t]*\r?\n(.*?)(?:^|\n)---[ \t]*(?:\r?\n|$)", content, re.DOTALL)
     if found is None:
         return [], ["empty or missing yaml metadata in repo card"]
@@ -420,7 +420,7 @@ def resolve_cache(call: Call) -> Response:
 
 
 def small_file(call: Call, blob: Blob, headers: dict[str, str]) -> Response:
-    """Serve a file that git keeps, compressed (and then whole) if the Hub is set to do so."""
+    """Serve a file that git keeps; compressed, and then whole, if the Hub is set to do so."""
     if call.hub.gzip and "gzip" in call.request.headers.get("accept-encoding", ""):
         content = gzip.compress(call.hub.store.path(blob.sha256).read_bytes(), mtime=0)
         return Response(200, headers | {"Content-Encoding": "gzip"}, content)

@@ -1,4 +1,4 @@
-"""A loopback Hub for tests, standard library only, that the real `huggingface_hub` talks to.
+"""A loopback Hub for the real `huggingface_hub`, made with the standard library only.
 
     with Hub(tmp_path) as hub:
         commit = hub.add_repo("org/name", {"config.json": b"{}", "model.safetensors": path})
@@ -45,7 +45,7 @@ UNIT = 64 << 10
 
 
 class ResetConnection(Exception):  # noqa: N818
-    """The connection is to be reset now."""
+    """The connection must be reset now."""
 
 
 class RequestBody:
@@ -82,7 +82,7 @@ class RequestBody:
         self._file.readline()
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield what was not read yet."""
+        """Yield the unread pieces."""
         return self._pieces
 
     def read(self) -> bytes:
@@ -90,7 +90,7 @@ class RequestBody:
         return b"".join(self._pieces)
 
     def skip(self) -> None:
-        """Read the rest and forget it."""
+        """Read the rest and discard it."""
         for _ in self._pieces:
             pass
 
@@ -99,7 +99,7 @@ Serve = Callable[["Hub", Request, RequestBody], Response]
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Reads requests of one connection, lets the Hub answer them and sends what it says."""
+    """Reads the requests of one connection, and sends the answers of the Hub."""
 
     protocol_version = "HTTP/1.1"
     server_version = "LoopbackHub"
@@ -164,7 +164,7 @@ class Handler(BaseHTTPRequestHandler):
         self._send(request, response, sent, response.length, action)
 
     def _end(self, fault: Fault | None, action: Action) -> None:
-        """End the answer as the fault says; only a released stall comes back."""
+        """End the answer as the fault says; this returns only after a released stall."""
         if action.ending == "reset":
             raise ResetConnection
         if action.ending == "stall" and fault:
@@ -240,7 +240,7 @@ class Server(ThreadingHTTPServer):
         self._thread.start()
 
     def finish_request(self, request: Any, client_address: Any) -> None:
-        """Serve one connection, known to `close` as long as it lasts."""
+        """Serve one connection; `close` knows it while it lasts."""
         self._sockets.add(request)
         try:
             super().finish_request(request, client_address)
@@ -248,7 +248,7 @@ class Server(ThreadingHTTPServer):
             self._sockets.discard(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client may leave at any time."""
+        """Ignore errors, since a client may leave at any time."""
 
     def close(self) -> None:
         """Stop listening and end every connection."""
@@ -264,8 +264,8 @@ class Hub:
     """The loopback Hub.
 
     `xet` is True for a `local://` folder as xet storage, "http" for storage behind the `cas` host
-    (counted and open to faults), False for a server that has none.
-    `part_size` is the size above which LFS uploads come in parts. `page_size` is that of lists.
+    (counted, and open to faults), False for a server without one.
+    LFS uploads larger than `part_size` come in parts. `page_size` is the page size of lists.
     `resolve_cache` redirects small files within the host, `gzip` compresses them, as the Hub does.
     """
 
@@ -322,12 +322,12 @@ class Hub:
             server.close()
 
     def wait(self, fault: Fault) -> None:
-        """Hold a stalled answer until it is released; an answer that the close finds is dropped."""
+        """Hold a stalled answer until it is released; drop it if the Hub closes."""
         fault.released.wait()
         if self.closing.is_set():
             raise ConnectionError("the Hub closes")
 
-    # What tests put in and look at
+    # What tests add and inspect
 
     def add_token(
         self, value: str, role: str = "write", namespaces: frozenset[str] | None = OWNED
@@ -369,7 +369,7 @@ class Hub:
         branch: str = "main",
         kind: str = "model",
     ) -> str:
-        """Commit to a branch (made if it is missing) past the API, as a rival would."""
+        """Commit to a branch, created if missing, without the API, as somebody else would."""
         repo, ref = self.repo(name, kind), f"refs/heads/{branch}"
         with self.store.lock:
             head = repo.find(branch) or repo.resolve("main")
@@ -390,7 +390,7 @@ class Hub:
         return dict(self.repo(name, kind).resolve(revision).tree)
 
     def path(self, name: str, path: str, revision: str = "main", kind: str = "model") -> Path:
-        """Find the plain file that holds a content."""
+        """Find the plain file with a content."""
         return self.store.path(self.files(name, revision, kind)[path].sha256)
 
     def read(self, name: str, path: str, revision: str = "main", kind: str = "model") -> bytes:
@@ -404,19 +404,19 @@ class Hub:
         return {ref.removeprefix(start): commit for ref, commit in refs if ref.startswith(start)}
 
     def url(self, kind: str, name: str) -> str:
-        """Write the address of a repo."""
+        """The address of a repo."""
         return f"{self.endpoint}/{'' if kind == 'model' else kind + 's/'}{name}"
 
     def link(self, blob: Blob) -> str:
-        """Write a signed address of a content on the CDN."""
+        """A signed address of a content on the CDN."""
         return self.uploads.link(blob.sha256)
 
     def expire_links(self) -> None:
-        """Let every address on the CDN that was handed out expire."""
+        """Let all signed addresses on the CDN expire."""
         self.uploads.links.clear()
 
     def finished(self, repo: Repo, sha256: str, size: int) -> None:
-        """Note that an LFS upload has arrived."""
+        """Record that an LFS upload has arrived."""
         repo.objects[sha256] = lfs_blob(sha256, size)
 
     # Faults and the log
@@ -427,7 +427,7 @@ class Hub:
         return self.log.requests
 
     def fault(self, match: Match, action: Action, nth: int = 1, times: int | None = 1) -> Fault:
-        """Let `times` requests (None: all) meet an action, from the `nth` match on.
+        """Apply an action to `times` requests (None: all), from the `nth` match on.
 
         A match is a regex on `host path?query`, a method with such a regex, or a function.
         """
@@ -438,12 +438,12 @@ class Hub:
         return self.log.find(match)
 
     def traffic(self, match: Match = "") -> tuple[int, int]:
-        """Count the body bytes that the Hub (received, sent) in the matching requests."""
+        """The body bytes that the Hub (received, sent) in the matching requests."""
         found = self.find(match)
         return sum(item.received for item in found), sum(item.sent for item in found)
 
     def leaks(self) -> list[Request]:
-        """List the requests that carried a Hub token to another host than the Hub's."""
+        """List the requests that carried a Hub token to another host."""
         return [
             request
             for request in list(self.requests)
@@ -452,7 +452,7 @@ class Hub:
         ]
 
     def env(self, home: Path) -> dict[str, str]:
-        """Make the environment of a child process that uses this Hub and nothing else."""
+        """The environment of a child process that uses only this Hub."""
         kept = {
             name: value
             for name, value in os.environ.items()

@@ -60,7 +60,7 @@ class Uploads:
         return f"{self._hub.cdn}/{path}?X-Amz-Expires=3600&X-Amz-Signature={signature}"
 
     def check(self, request: Request) -> None:
-        """Refuse a request whose address is not signed, or that says who it is in two ways."""
+        """Refuse a request with an unsigned address, or with both a signature and a token."""
         if "authorization" in request.headers:
             raise HubError(400, "Only one auth mechanism allowed")
         signature = parse_qs(urlsplit(request.path).query).get("X-Amz-Signature", [""])[0]
@@ -68,7 +68,7 @@ class Uploads:
             raise HubError(403, "Request has expired")
 
     def open(self, repo: Repo, sha256: str, size: int, transfer: str) -> dict[str, Any]:
-        """Announce an upload: where to, and in which parts."""
+        """Announce an upload; return its address and its parts."""
         if transfer == "xet":
             href = f"{self._hub.endpoint}/api/{repo.kind}s/{repo.id}/xet-write-token/main"
             return {
@@ -90,7 +90,7 @@ class Uploads:
         return {"href": href, "header": {"chunk_size": str(step)} | parts}
 
     def receive(self, name: str, part: int, body: Body) -> Response:
-        """Take in a whole file or one part of it."""
+        """Receive a whole file or one part of it."""
         upload = self.open_uploads[name]
         path = self._hub.store.new_file()
         digest = hashlib.sha256()
@@ -129,7 +129,7 @@ class Uploads:
 
 
 def serve_cdn(hub: Hub, request: Request, body: Body) -> Response:
-    """Serve LFS contents and take in LFS uploads, by signed addresses only."""
+    """Serve LFS contents and receive LFS uploads, at signed addresses only."""
     hub.uploads.check(request)
     steps = urlsplit(request.path).path.strip("/").split("/")
     if request.method == "PUT" and steps[0] == "upload":

@@ -43,9 +43,9 @@ class HubError(Exception):
 
 @dataclass(frozen=True)
 class Sparse:
-    """A file of `size` bytes that starts with `head`; its stated SHA-256 is invented, not measured.
+    """A file of `size` bytes that starts with `head`; its stated SHA-256 is made up.
 
-    For repos that are too large to hash: zeros follow the head, and they cost no disk.
+    For repos that are too large to hash. Zeros follow the head, and take no space on disk.
     """
 
     head: bytes
@@ -53,7 +53,7 @@ class Sparse:
 
     @property
     def sha256(self) -> str:
-        """The invented digest, the same for the same head and size."""
+        """The made-up digest, the same for equal head and size."""
         return hashlib.sha256(b"sparse %d " % self.size + self.head).hexdigest()
 
 
@@ -69,7 +69,7 @@ class Blob:
 
     @property
     def etag(self) -> str:
-        """What the Hub puts into the ETag: the SHA-256 of LFS files, else the git oid."""
+        """The ETag of the Hub: the SHA-256 of LFS files, otherwise the git oid."""
         return self.sha256 if self.lfs else self.oid
 
 
@@ -126,7 +126,7 @@ class Repo:
         return self.commits[self.refs[name]]
 
     def resolve(self, revision: str) -> Commit:
-        """Find the commit of a revision or answer as the Hub does when there is none."""
+        """Find the commit of a revision, or answer as the Hub does if there is none."""
         if (commit := self.find(revision)) is None:
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return commit
@@ -166,7 +166,7 @@ def stamp(date: datetime) -> str:
 
 
 def is_lfs(path: str, size: int) -> bool:
-    """Decide as the Hub's preupload does whether a file goes to LFS."""
+    """Whether a file goes to LFS, as the Hub's preupload decides."""
     return size > 0 and (size > LFS_SIZE or bool(LFS_NAMES.search(path)))
 
 
@@ -218,7 +218,7 @@ class Store:
         return self.repos[kind, name]
 
     def new_file(self) -> Path:
-        """Name a new file for a content that is not known yet."""
+        """A path for a new file whose content is not known yet."""
         with self.lock:
             self._names += 1
             return self.root / f"incoming-{self._names}"
@@ -230,7 +230,7 @@ class Store:
         self._contents[sha256] = target
 
     def put(self, content: bytes | Path | Sparse) -> tuple[str, int]:
-        """Take a content in; a path is kept by reference, not copied."""
+        """Store a content; a path is kept by reference, not copied."""
         if isinstance(content, bytes):
             path = self.new_file()
             path.write_bytes(content)
@@ -248,14 +248,14 @@ class Store:
         return sha256, content.stat().st_size
 
     def blob(self, path: str, content: bytes | Path | Sparse, lfs: bool | None = None) -> Blob:
-        """Take a file in and describe it."""
+        """Store a file and describe it."""
         sha256, size = self.put(content)
         if is_lfs(path, size) if lfs is None else lfs:
             return lfs_blob(sha256, size)
         return Blob(sha256, size, False, git_oid(size, pieces_of(self.path(sha256))))
 
     def path(self, sha256: str) -> Path:
-        """Find the plain file of a content, restored from xet storage if it is only there."""
+        """Find the plain file of a content; restore it if it is only in xet storage."""
         with self.lock:
             if sha256 not in self._contents:
                 path = self.new_file()
@@ -267,7 +267,7 @@ class Store:
             return self._contents[sha256]
 
     def create(self, kind: str, name: str, private: bool, author: str) -> Repo:
-        """Create a repo with the Hub's first commit, which holds `.gitattributes` only."""
+        """Create a repo with the Hub's first commit, which has only `.gitattributes`."""
         repo = Repo(kind, name, private)
         tree = {".gitattributes": self.blob(".gitattributes", GITATTRIBUTES)}
         repo.add_commit(MAIN, tree, "initial commit", author=author)
@@ -324,7 +324,7 @@ class Store:
 
 
 def lfs_blob(sha256: str, size: int, xet_hash: str | None = None) -> Blob:
-    """Describe an LFS file; one that was not uploaded by xet gets an invented xet hash."""
+    """Describe an LFS file; if it was not uploaded by xet, its xet hash is made up."""
     xet = xet_hash or hashlib.sha256(b"xet " + sha256.encode()).hexdigest()
     text = pointer(sha256, size)
     return Blob(sha256, size, True, git_oid(len(text), [text]), xet)

@@ -1,4 +1,4 @@
-"""The part of the Hub's API that changes something: refs, uploads, commits, pull requests."""
+"""The part of the Hub's API that makes changes: refs, uploads, commits, pull requests."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def preupload(call: Call) -> Response:
 
 @route("POST", KIND + r"\.git/info/lfs/objects/batch")
 def lfs_batch(call: Call) -> Response:
-    """Tell the client how to upload each object, or nothing for one that is there."""
+    """Tell the client how to upload each object that is missing."""
     repo, wanted = call.repo(write=True), call.json()
     transfers = wanted.get("transfers", ["basic"])
     chosen = next(
@@ -192,7 +192,7 @@ def duplicate_files(call: Call) -> Response:
 
 @route("GET", REPO + "/xet-(?P<access>read|write)-token/(?P<rev>[^/]+)")
 def xet_token(call: Call) -> Response:
-    """Hand out a short-lived token for xet storage and say where that is."""
+    """Return a short-lived token for xet storage, and its address."""
     if not call.hub.xet:
         raise HubError(404, "Xet is not enabled for this repo")
     write = call.args["access"] == "write"
@@ -246,7 +246,7 @@ def commit(call: Call) -> Response:
 
 
 def read_commit(body: bytes) -> tuple[Json, list[Json]]:
-    """Read the header and the operations of a commit; a bad card or a big file is refused."""
+    """Read the header and operations of a commit; refuse a bad card or a big file."""
     header: Json = {}
     lines = []
     for text in body.splitlines():
@@ -358,7 +358,7 @@ def discussion_status(call: Call) -> Response:
 
 @route("POST", REPO + r"/discussions/(?P<num>\d+)/merge")
 def merge(call: Call) -> Response:
-    """Merge a pull request: what it changed since it was opened goes onto its base."""
+    """Merge a pull request: apply its changes since it was opened to its base."""
     repo = call.repo(write=True)
     pull = find_pull(repo, call.args["num"])
     before = repo.commits[pull.base_commit].tree

@@ -1,4 +1,4 @@
-"""The storage behind xet uploads: reads what `hf_xet` left in it, and speaks its HTTP protocol.
+"""The storage for xet uploads: reads the files of `hf_xet`, and speaks its HTTP protocol.
 
 `hf_xet` writes *xorbs* (chunks, compressed, one after another) and *shards* (which chunks of which
 xorbs make a file, and the file's SHA-256). A `local://` folder and the HTTP service here hold the
@@ -48,7 +48,7 @@ def hexed(raw: bytes) -> str:
 
 
 class Shard:
-    """One shard: its files, and the chunks that later uploads may be deduplicated against."""
+    """One shard: its files, and the chunks that later uploads can reuse."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -187,7 +187,7 @@ class Cas:
             self._shards.mkdir()
 
     def file(self, sha256: str) -> XetFile | None:
-        """Find the file with this SHA-256 among all finished uploads."""
+        """Find the file with this SHA-256 among the finished uploads."""
         with self._lock:
             self._refresh()
             return self._files.get(sha256)
@@ -195,7 +195,7 @@ class Cas:
     def _refresh(self) -> None:
         for path in sorted(self._shards.glob("*.mdb")):
             if path.name not in self._read:
-                with suppress(struct.error):  # still being written: next time
+                with suppress(struct.error):  # still being written: read it next time
                     self._learn(Shard(path.read_bytes()))
                     self._read.add(path.name)
 
@@ -216,14 +216,14 @@ class Cas:
         return self._xorbs / f"default.{name}"
 
     def add_xorb(self, name: str, path: Path) -> Response:
-        """Take in an uploaded xorb."""
+        """Store an uploaded xorb."""
         target = self._xorb(name)
         known = target.exists()
         path.replace(target)
         return json_response({"was_inserted": not known})
 
     def add_shard(self, data: bytes) -> Response:
-        """Take in an uploaded shard; every xorb that it refers to must be there."""
+        """Store an uploaded shard; every xorb that it refers to must exist."""
         shard = Shard(data)
         for term in (term for file in shard.files for term in file.terms):
             if not self._xorb(term.xorb).exists():
@@ -236,7 +236,7 @@ class Cas:
         return json_response({"result": 1})
 
     def query(self, chunk: str) -> Response:
-        """Answer which earlier upload has a chunk."""
+        """Answer which earlier upload contains a chunk."""
         with self._lock:
             if (shard := self._chunks.get(chunk)) is None:
                 raise HubError(404, "chunk not found")

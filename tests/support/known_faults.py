@@ -1,7 +1,7 @@
-"""Faults of other projects that a test meets: which versions have them, and lines that show it.
+"""Faults of other projects that break a test: their versions, and code that shows them.
 
-A test that meets one is expected to fail, and fails when it passes: then the fault is mended, and
-`versions` ends where it was.
+Such a test is expected to fail, and reported if it passes: then the fault has been fixed, and
+`versions` ends there.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ class Fault:
 
     package: str
     versions: str
-    """Those that have it; open at the end until it is mended."""
+    """The versions with the fault; open-ended until it is fixed."""
     tests: str
-    """The ids of the tests that meet it, as a regular expression."""
+    """The ids of the tests that it breaks, as a regular expression."""
     raises: type[Exception]
-    """What they fail with; any other failure is one of ours."""
+    """The error that they fail with; any other failure is ours."""
     reason: str
     reproduction: str
-    """A few lines that fail in the same way, without anything of ours."""
+    """A few lines that fail in the same way, without moescale."""
 
     @property
     def is_here(self) -> bool:
@@ -38,7 +38,7 @@ class Fault:
         return SpecifierSet(self.versions).contains(installed, prereleases=True)
 
     def is_met_by(self, test_id: str) -> bool:
-        """Whether the test of this id runs into it."""
+        """Whether it breaks the test with this id."""
         return re.search(self.tests, test_id) is not None
 
     def __str__(self) -> str:

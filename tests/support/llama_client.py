@@ -1,7 +1,7 @@
-"""The real llama.cpp 0.5.0, by ctypes, in a process of its own: what it takes for a bug ends that.
+"""Runs the real llama.cpp 0.5.0, by ctypes, in a separate process, since a failed assert ends it.
 
-The package is pinned, since structures go by value and belong to one release (``include/llama.h``).
-``scripts/llama.sh`` fetches it; without it the tests that need it are skipped, and say so.
+The package is pinned, since its structures belong to one release (``include/llama.h``).
+``scripts/llama.sh`` fetches it; without it, the tests that need it are skipped, and say so.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MISSING = (
     if (FOLDER / LIBRARY).exists()
     else "llama.cpp 0.5.0 is not here: scripts/llama.sh fetches it (Linux x86_64, npm)"
 )
-"""Why the client cannot be run."""
+"""The reason why the client cannot run, if any."""
 
 FTYPES = {"Q8_0": 7, "Q2_K": 10, "Q4_K_M": 15, "Q6_K": 18, "IQ4_XS": 30, "MXFP4_MOE": 38}
 """``llama_ftype`` in ``include/llama.h``."""
@@ -34,15 +34,15 @@ Array = np.ndarray[Any, Any]
 
 
 class DiedError(RuntimeError):
-    """The client ended its process: a GGML_ASSERT."""
+    """The client ended its process, by a GGML_ASSERT."""
 
 
 class MissingError(RuntimeError):
-    """The client cannot be run on this machine, whose C library is too old, say."""
+    """The client cannot run on this machine, for instance because its C library is too old."""
 
 
 class RefusedError(RuntimeError):
-    """The client did not load a file; its own last words."""
+    """The client did not load a file; the message is its own."""
 
 
 class Client:
@@ -52,7 +52,7 @@ class Client:
         """Start it.
 
         Raises:
-            MissingError: it cannot be run here.
+            MissingError: it cannot run here.
         """
         self._start()
 
@@ -75,10 +75,10 @@ class Client:
         overrides: Mapping[str, float] | None = None,
         exact: bool = True,
     ) -> Array:
-        """float32, ``[tokens, vocabulary]``; what `overrides` names is as ``--override-kv`` does.
+        """The logits, float32, ``[tokens, vocabulary]``; `overrides` work like ``--override-kv``.
 
-        With `exact` the cache is F32 and flash attention off: their rounding would hide what is
-        compared.
+        With `exact` the cache is F32 and flash attention is off, since their rounding would hide
+        differences.
         """
         given = {"windows": [list(tokens)], "overrides": dict(overrides or {}), "exact": exact}
         answer = self._ask(path=str(path), **given)
@@ -89,7 +89,7 @@ class Client:
     ) -> float:
         """Mean cross-entropy of the next byte in nats, in sequences of `context` bytes.
 
-        As `llama-perplexity` runs it: with the client's own cache and attention.
+        It runs like `llama-perplexity`, with the default cache and attention.
         """
         whole = len(data) // context * context
         windows = [list(data[start : start + context]) for start in range(0, whole, context)]
@@ -100,9 +100,9 @@ class Client:
     def gates(
         self, path: Path, tokens: Sequence[int], overrides: Mapping[str, float] | None = None
     ) -> dict[int, tuple[Array, Array]]:
-        """By block: inputs of the router ``[tokens, hidden]``, weights of the chosen experts.
+        """By block: the router's inputs ``[tokens, hidden]``, and the weights of chosen experts.
 
-        The weights are the last that it computes before a factor, ``[tokens, experts per token]``.
+        The weights, ``[tokens, experts per token]``, are those before a constant factor.
         """
         given = {"windows": [list(tokens)], "overrides": dict(overrides or {}), "exact": True}
         found = self._ask(path=str(path), watch=True, **given)
@@ -112,11 +112,11 @@ class Client:
         }
 
     def quantise(self, source: Path, output: Path, kind: int) -> None:
-        """What ``llama-quantize`` makes of a file; `kind` is a number of ``llama_ftype``."""
+        """Quantise a file like ``llama-quantize``; `kind` is a number of ``llama_ftype``."""
         self._ask(source=str(source), output=str(output), kind=kind)
 
     def reads(self, path: Path) -> bool:
-        """Whether its reader takes the header of a file; where it ends, it does not."""
+        """Whether its reader accepts the header of a file; if it aborts, it does not."""
         try:
             return bool(self._ask(header=str(path)))
         except DiedError:
@@ -215,7 +215,7 @@ class _Tensor(ctypes.Structure):
 
 
 _WEIGHTS = ("ffn_moe_weights", "ffn_moe_weights_softmax", "ffn_moe_weights_norm")
-"""What weights are called from step to step; of those that there are, the last is what counts."""
+"""Names of the weights from step to step; the last one that exists counts."""
 
 
 class _HeaderParams(ctypes.Structure):
@@ -283,7 +283,7 @@ class _Library:
         llama.llama_backend_init()
 
     def words(self) -> str:
-        """The last that it said."""
+        """Its last messages."""
         return "".join(line for line in self.log[-6:] if "error" in line) or "".join(self.log[-3:])
 
     def run(
@@ -295,7 +295,7 @@ class _Library:
         loss: bool = False,
         watch: bool = False,
     ) -> Any:
-        """The logits of every token of the one sequence, the loss over all, or its gates."""
+        """Compute the logits of a sequence, the loss of several, or the gates."""
         params = self.llama.llama_model_default_params()
         params.gpu_layers, params.check_tensors = 0, True
         values = (_Override * (len(overrides) + 1))()
@@ -323,7 +323,7 @@ class _Library:
         return _loss(found, windows) if loss else found[0].ravel().tolist()
 
     def _see(self, tensor: int, ask: bool, _: Any) -> bool:
-        """Keep what a router is given, and what it makes of that."""
+        """Keep the inputs and weights of each router."""
         kind, _, block = self.base.ggml_get_name(tensor).decode().rpartition("-")
         if kind not in ("ffn_moe_logits", *_WEIGHTS) or not block.isdigit():
             return not ask
@@ -336,7 +336,7 @@ class _Library:
         return True
 
     def _values(self, tensor: int) -> Array:
-        """The numbers of an F32 tensor, the last of its four dimensions that are not 1 first."""
+        """The values of an F32 tensor, as rows of its first dimension."""
         size = _Tensor.from_address(tensor).size
         values = np.empty(tuple(reversed(size)), np.float32)
         pointer = values.ctypes.data_as(ctypes.c_void_p)
@@ -374,14 +374,14 @@ class _Library:
         return np.ctypeslib.as_array(found, (len(tokens), words)).copy()
 
     def reads(self, header: str) -> bool:
-        """Whether the reader of GGUF takes a header."""
+        """Whether the reader of GGUF accepts a header."""
         found = self.base.gguf_init_from_file(header.encode(), _HeaderParams(True, None))
         if found:
             self.base.gguf_free(found)
         return bool(found)
 
     def quantise(self, source: str, output: str, kind: int) -> None:
-        """As ``llama-quantize``."""
+        """Quantise a file like ``llama-quantize``."""
         params = self.llama.llama_model_quantize_default_params()
         params.kind, params.threads = kind, 1
         self.log.clear()
@@ -402,7 +402,7 @@ def _loss(logits: Sequence[Array], windows: Sequence[Sequence[int]]) -> float:
 
 def _serve() -> None:
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the library prints is no answer
+    os.dup2(2, 1)  # the library prints to stdout too
     try:
         library = _Library()
     except OSError as error:

@@ -1,6 +1,6 @@
-"""Tiny random models that the real llama.cpp runs, one of each architecture in the JSON beside.
+"""Tiny random models for the real llama.cpp, one for each architecture in llama_models.json.
 
-Their tensors were asked of the client, one missing tensor after the other; all blocks are alike.
+The list of tensors comes from the client's errors, one missing tensor at a time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from support.gguf_models import add_key, finish
 from support.llama_client import Client, MissingError
 
 RECIPES: Mapping[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text())
-"""By architecture: keys beyond `KEYS`, tensors, and the tensors of a block."""
+"""By architecture: keys besides `KEYS`, tensors, and the tensors of a block."""
 
 BLOCKS, EXPERTS, HIDDEN, WORDS = 2, 4, 32, 24
 
@@ -67,18 +67,18 @@ def write_runnable(
     blocks: int = BLOCKS,
     without: Collection[str] = (),
 ) -> Path:
-    """Write a model; its path, of a split set that of the first file.
+    """Write a model; return its path, or that of the first file of a split set.
 
     Args:
-        path: where.
+        path: where to write.
         arch: one of `RECIPES`.
-        change: what becomes of each tensor.
+        change: a function that is applied to each tensor.
         keys: other values of the architecture's keys.
         more: more tensors.
-        split: tensors of a file, of a split set.
-        sizes: other lengths in place of those of the recipe.
-        blocks: how many.
-        without: names that are left out.
+        split: tensors per file, for a split set.
+        sizes: other sizes than those of the recipe.
+        blocks: number of blocks.
+        without: names to leave out.
     """
     recipe, sizes = RECIPES[arch], sizes or {}
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=split)
@@ -112,23 +112,23 @@ def _values(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> Arra
 
 
 def one_expert(name: str, values: Array) -> Array:
-    """Every expert of a block the same: what is chosen, and how many, does not count then."""
+    """Make all experts of a block the same, so that the choice of experts has no effect."""
     return np.repeat(values[:1], len(values), 0) if "_exps." in name else values
 
 
 def scales(factor: float) -> dict[str, Array]:
-    """A ``.scale`` tensor for the experts of each block."""
+    """Make a ``.scale`` tensor for the experts of each block."""
     values = np.full(EXPERTS, factor, np.float32)
     return {f"blk.{i}.ffn_down_exps.scale": values for i in range(BLOCKS)}
 
 
 def rms(one: Array, other: Array) -> float:
-    """Root mean square of a difference."""
+    """The root mean square of a difference."""
     return float(np.sqrt(np.square(one.astype(np.float64) - other).mean()))
 
 
 def start() -> Iterator[Client]:
-    """A client for the tests of a file; they are skipped where it cannot be run."""
+    """Start a client for the tests of a file, or skip them if it cannot run."""
     try:
         client = Client()
     except MissingError as error:

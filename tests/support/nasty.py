@@ -1,6 +1,6 @@
-"""Small files that were made to cost much, and what they cost.
+"""Small files built to cost much time or memory, and the measurement of their cost.
 
-Run as a script, it does every case in a process of its own and prints time and memory as JSON.
+As a script, it runs every case in a separate process and prints time and memory as JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from support.properties import small_model, with_header
 
 
 class Cost(NamedTuple):
-    """Exit status, seconds of processor time, and MiB above those of doing nothing."""
+    """Exit status, CPU seconds, and MiB above a process that does nothing."""
 
     status: int
     seconds: float
@@ -35,7 +35,7 @@ DEEPSEEK = small_model(architectures.find("deepseek_v3"))
 
 
 def _config(files: dict[str, bytes], changes: str) -> Callable[[], object]:
-    """A plan with more keys in the config, as text."""
+    """Plan a checkpoint with more keys in the config, given as text."""
     config = files["config.json"].rstrip(b"}") + f", {changes}}}".encode()
     return partial(properties.plan_holds, {**files, "config.json": config}, experts=3)
 
@@ -57,7 +57,7 @@ def _index(text: str) -> Callable[[], object]:
 
 
 def _tensor(name: str) -> Callable[[], object]:
-    """A plan of a checkpoint with one more tensor."""
+    """Plan a checkpoint with one more tensor."""
     shard = MIXTRAL["model.safetensors"]
     length = int.from_bytes(shard[:8], "little")
     entries = json.loads(shard[8 : 8 + length])
@@ -68,7 +68,7 @@ def _tensor(name: str) -> Callable[[], object]:
 
 
 def _claim(length: int, size: int = 4096) -> Callable[[], object]:
-    """A plan of a sparse file whose first bytes claim a header of this length."""
+    """Plan a sparse file whose first bytes claim a header of this length."""
 
     def run() -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -185,7 +185,7 @@ CASES: dict[str, Callable[[], object]] = {
 
 
 def _measured(case: Callable[[], object]) -> tuple[int, float, float]:
-    """Status, seconds and peak in MiB of a forked process that does it."""
+    """Run a case in a forked process; return status, seconds and peak MiB."""
     child = os.fork()
     if child == 0:
         resource.setrlimit(resource.RLIMIT_CPU, (5, 5))

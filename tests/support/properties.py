@@ -1,7 +1,7 @@
-"""What must hold for any bytes whatever: used by the tests and by ``scripts/fuzz.py``.
+"""Properties that hold for any bytes; the tests and ``scripts/fuzz.py`` use them.
 
 Each function takes the bytes of one hostile file, and asserts that moescale either takes them as
-other readers do, or raises one of its own errors with one line that can be shown.
+other readers do, or raises one of its own errors, whose message is one printable line.
 """
 
 from __future__ import annotations
@@ -40,27 +40,27 @@ from moescale.version import __version__
 
 NAME = "model-00001-of-00002.safetensors"
 STRICTER = ("occurs twice", "needs exactly", "too large", "-0 is not an integer")
-"""What we refuse and safetensors takes: loaders differ in what they make of it."""
+"""What safetensors accepts and we refuse, since loaders treat it differently."""
 
 
 # Headers ------------------------------------------------------------------------------------------
 
 
 def parse(file: bytes) -> Header:
-    """Read a file in memory as a plan reads it from disk."""
+    """Read the header of a file in memory, as a plan does from disk."""
     length = header_length(file[:8], len(file), NAME)
     return parse_header(file[8 : 8 + length], len(file), NAME)
 
 
 def with_header(text: str | bytes, body: bytes = b"") -> bytes:
-    """A file with this header, whatever is in it."""
+    """A file with this header, valid or not."""
     data = text.encode() if isinstance(text, str) else text
     return struct.pack("<Q", len(data)) + data + body
 
 
 @contextmanager
 def one_line(*kinds: type[MoescaleError]) -> Iterator[None]:
-    """Allow our own errors only, each with one line that can be printed."""
+    """Allow only our own errors, each with one printable line."""
     try:
         yield
     except kinds as error:
@@ -95,7 +95,7 @@ def header_holds(file: bytes) -> None:
 
 
 def index_holds(data: bytes) -> None:
-    """An index is a map from text to text as `json` reads it, or refused."""
+    """An index is refused, or a mapping from text to text as `json` reads it."""
     with one_line(CheckpointError):
         found = parse_index(data, "model.safetensors.index.json")
         assert found == json.loads(data)["weight_map"]
@@ -103,7 +103,7 @@ def index_holds(data: bytes) -> None:
 
 
 def spans_hold(data: bytes) -> None:
-    """The places of all values of a JSON text are those of the values that `json` reads."""
+    """The spans of all values of a JSON text hold the values that `json` reads."""
     try:
         text = data.decode()
         value = parse_lenient(text)
@@ -111,7 +111,7 @@ def spans_hold(data: bytes) -> None:
         return
     spans = list(value_spans(text, lambda path: True))
     if len(spans) != _count(value):
-        return  # a key that stands twice: what was inside the first is not in the value
+        return  # of a repeated key, `json` keeps only the last value
     for path, (start, stop) in spans:
         inner = value
         for key in path:
@@ -125,7 +125,7 @@ def _count(value: Any) -> int:
 
 
 def factors_hold(data: bytes) -> None:
-    """A factors file gives factors that options take, or is refused."""
+    """A factors file is refused, or gives factors that options accept."""
     try:
         text = data.decode()
     except UnicodeDecodeError:
@@ -135,7 +135,7 @@ def factors_hold(data: bytes) -> None:
 
 
 def provenance_holds(data: bytes) -> None:
-    """A provenance is read as one, or as none; comparing it never fails."""
+    """A provenance is read or ignored; comparing it never fails."""
     found = provenance.decode(data)
     assert found is None or isinstance(found, dict)
     provenance.same_job(found, {"files": []})
@@ -161,24 +161,24 @@ class MemorySource:
         return {name: FileInfo(name, len(data)) for name, data in self._content.items()}
 
     def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:
-        """A stretch of one file."""
+        """A part of one file."""
         return self._content[name][start : None if size is None else start + size]
 
     def open(self, name: str) -> AbstractContextManager[FileReader]:
-        """Nothing is streamed here."""
+        """Fail: nothing is streamed."""
         return nullcontext(FileReader(-1, name))
 
     def last_changed(self) -> int:
-        """It never changes."""
+        """None: it never changes."""
         return 0
 
     def fingerprint(self, name: str) -> Any:
-        """Nor does any file of it."""
+        """Its files never change."""
         return None
 
 
 def small_config(row: Architecture) -> dict[str, Any]:
-    """The config of a small model of a row of the table: 2 layers, 4 experts, 2 a token."""
+    """The config of a small model for a row of the table: 2 layers, 4 experts, 2 per token."""
     section = {
         "num_hidden_layers": 2,
         "first_k_dense_replace": 0,
@@ -195,7 +195,7 @@ def small_config(row: Architecture) -> dict[str, Any]:
 
 
 def small_shard(row: Architecture) -> bytes:
-    """The shard that goes with it."""
+    """The shard of this model."""
     template = row.experts[0]
     stack = f"{sorted(row.stacks)[0]}." if row.stacks else ""
     shape = [2, 2] if "{E}" in template else [4, 2, 2]
@@ -213,7 +213,7 @@ def small_shard(row: Architecture) -> bytes:
 
 
 def small_model(row: Architecture) -> dict[str, bytes]:
-    """The files of a small model of a row of the table."""
+    """The files of a small model for a row of the table."""
     return {
         "config.json": json.dumps(small_config(row)).encode(),
         "model.safetensors": small_shard(row),
@@ -221,7 +221,7 @@ def small_model(row: Architecture) -> dict[str, bytes]:
 
 
 def plan_holds(files: Mapping[str, bytes], **options: Any) -> bool:
-    """A whole checkpoint is planned, printed and described, or refused; True if it is planned."""
+    """A checkpoint is refused, or planned, printed and described; return whether it is planned."""
     with one_line(MoescaleError):
         plan = make_plan(MemorySource(files), Options(**options))
         json.dumps(plan.as_json(), allow_nan=False)
@@ -238,7 +238,7 @@ def gguf_key(file: bytes, key: str) -> Any:
 
 
 def gguf_holds(data: bytes) -> None:
-    """A GGUF file is planned, or refused; what is written for it is a header again."""
+    """A GGUF file is refused, or planned with a header that can be read again."""
     for options in ({"experts": 3}, {"factor": 2.0}, {"experts": 1, "fold": "scale"}):
         if not plan_holds({"m.gguf": data}, **options):
             continue
@@ -254,7 +254,7 @@ def gguf_holds(data: bytes) -> None:
 
 
 def small_gguf() -> bytes:
-    """A model of one block with two experts, without a library."""
+    """A model of one block with two experts, made without a library."""
 
     def text(word: str) -> bytes:
         return struct.pack("<Q", len(word)) + word.encode()
@@ -273,13 +273,13 @@ def small_gguf() -> bytes:
 
 
 def directory_holds(root: Path) -> None:
-    """A directory is planned, or refused."""
+    """A directory is planned or refused."""
     with one_line(MoescaleError):
         make_plan(LocalSource(root), Options(experts=3))
 
 
 def card_holds(data: bytes) -> None:
-    """A card of the output can be made of any card, and it has our section and the old text."""
+    """Any card gives a card for the output, with our section and the old text."""
     new = card.render(_a_plan(), data)
     assert b"## Rescaled mixture of experts" in new
     new.decode()
@@ -291,7 +291,7 @@ def _a_plan() -> Plan:
 
 
 def journal_holds(data: bytes) -> None:
-    """A journal is read as one, or as none of ours."""
+    """A journal is read or ignored."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "journal.jsonl"
         path.write_bytes(data)

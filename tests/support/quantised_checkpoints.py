@@ -1,8 +1,8 @@
-"""Tiny checkpoints in every quantised format, and what their weights are, by formulas of our own.
+"""Tiny checkpoints in every quantised format, and independent formulas for their weights.
 
 Names, dtypes and shapes are those of real files. Nothing here uses moescale. A projection is a
-mapping from what follows its name to a tensor; its weight is a sum of terms (most formats have
-one), computed in float64 from the published formula of the format.
+mapping from suffixes of its name to tensors; its weight is a sum of terms (one in most formats),
+computed in float64 from the published formula of the format.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Parts = dict[str, Raw]
 Terms = list[Array]
 
 OUT, IN = 64, 64
-"""The shape of a down-projection; both are multiples of what the packings need."""
+"""The shape of a down-projection, in multiples of what the packings need."""
 EXPERTS, LAYERS = 2, 2
 
 NUMPY = {
@@ -45,39 +45,39 @@ NUMPY = {
 
 
 def raw(dtype: str, array: Any) -> Raw:
-    """A tensor of this dtype, rounded to it where it is a float."""
+    """A tensor of this dtype; floats are rounded to it."""
     data = np.asarray(array).astype(NUMPY[dtype])
     return dtype, data.shape, data.tobytes()
 
 
 def array(tensor: Raw) -> Array:
-    """The elements of a tensor, floats as float64."""
+    """The elements of a tensor; floats as float64."""
     dtype, shape, data = tensor
     result = np.frombuffer(data, NUMPY[dtype]).reshape(shape)
     return result.astype(np.float64) if result.dtype.kind not in "iu" else result
 
 
 def scales(rng: np.random.Generator, *shape: int) -> Array:
-    """Numbers as scales are: positive, around 0.01."""
+    """Random scales: positive, around 0.01."""
     return np.exp(rng.uniform(np.log(2e-3), np.log(5e-2), shape))
 
 
 def exponents(rng: np.random.Generator, *shape: int) -> Array:
-    """E8M0 bytes of such scales, with the one for blocks of zeros among them."""
+    """E8M0 bytes of such scales, including the one for blocks of zeros."""
     result = rng.integers(117, 124, shape)
     result.flat[0] = 0
     return result
 
 
 def fp8_codes(rng: np.random.Generator, *shape: int) -> Array:
-    """Random E4M3 numbers, no NaN."""
+    """Random E4M3 numbers without NaN."""
     codes = rng.integers(0, 256, shape).astype(np.uint8)
     codes[(codes & 0x7F) == 0x7F] = 0
     return codes.view(ml_dtypes.float8_e4m3fn)
 
 
 def integers(rng: np.random.Generator, dtype: str, *shape: int) -> Raw:
-    """Codes: every bit random."""
+    """Codes with random bits."""
     info = np.iinfo(NUMPY[dtype])
     return raw(dtype, rng.integers(info.min, info.max, shape, NUMPY[dtype], endpoint=True))
 
@@ -86,11 +86,11 @@ def integers(rng: np.random.Generator, dtype: str, *shape: int) -> Raw:
 
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 NF4 = np.linspace(-1, 1, 16)
-"""Stands for the table of bitsandbytes, which no scaling depends on."""
+"""In place of the table of bitsandbytes, which does not affect scaling."""
 
 
 def unpack(words: Array, bits: int) -> Array:
-    """Unsigned codes of some bits, from the low bits of each word to the high ones."""
+    """Unsigned codes of so many bits, from the low bits of each word to the high ones."""
     width = words.dtype.itemsize * 8
     shifts = np.arange(0, width, bits, dtype=np.uint64)
     wide = words.astype(np.uint64) & np.uint64(2**width - 1)
@@ -99,19 +99,19 @@ def unpack(words: Array, bits: int) -> Array:
 
 
 def spread(scale: Array, shape: tuple[int, ...]) -> Array:
-    """Scales repeated over the blocks that they belong to."""
+    """Scales, repeated over their blocks."""
     for axis in (-2, -1):
         scale = np.repeat(scale, shape[axis] // scale.shape[axis], axis)
     return scale
 
 
 def power(exponent: Array) -> Array:
-    """What E8M0 bytes mean; 0 is what writers use for blocks of zeros."""
+    """The values of E8M0 bytes; writers use 0 for blocks of zeros."""
     return np.ldexp(1.0, exponent.astype(np.int64) - 127)
 
 
 def every_code(scale: Array, count: int) -> Array:
-    """Each scale times each code: what a weight can be, wherever its code lies."""
+    """Each scale times each code: all values that a weight can have."""
     return scale[..., None] * np.arange(count)
 
 
@@ -124,13 +124,13 @@ class Case:
 
     Attributes:
         id: for the test's name.
-        make: a projection with random content.
+        make: makes a projection with random content.
         terms: the terms that its weight is the sum of.
-        changed: what happens to which part, the rest stays.
-        family: the names around it.
-        config: what ``config.json`` says of it.
-        fused: all experts of a layer in one tensor.
-        note: a word that the remark on rounding has, None if all is exact.
+        changed: the operation for each suffix that changes.
+        family: names and config around the experts.
+        config: the entries of ``config.json`` for the format.
+        fused: all experts of a layer are in one tensor.
+        note: a word in the remark on rounding; None if all is exact.
     """
 
     id: str
@@ -161,7 +161,7 @@ def _fp8(
 
 
 def _product(parts: Parts) -> Terms:
-    """Weight times scale, the scale spread over blocks, channels or the whole tensor."""
+    """The weight times its scale, which is per block, per channel or for the whole tensor."""
     (weight, *_), (scale, *_) = _codes_and_scale(parts)
     scale = scale.reshape((1, 1)) if scale.size == 1 else scale
     scale = scale[:, None] if scale.ndim == 1 else scale
@@ -317,7 +317,7 @@ def _gptq_terms(parts: Parts) -> Terms:
 
 
 _AWQ_ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7])
-"""Where the eight codes of a word stand, from the first column to the last."""
+"""Positions of the eight codes in a word, from the first column to the last."""
 
 
 def _awq_gemm(rng: np.random.Generator) -> Parts:
@@ -969,7 +969,7 @@ EXACT: tuple[Case, ...] = (
         note="0.049 %",
     ),
 )
-"""Formats that any factor can be multiplied into."""
+"""Formats that take any factor."""
 
 POWER_OF_TWO: tuple[Case, ...] = (
     Case(
@@ -1059,7 +1059,7 @@ POWER_OF_TWO: tuple[Case, ...] = (
         for bits in (4, 8)
     ),
 )
-"""Formats that only a power of two can be multiplied into."""
+"""Formats that take only powers of two."""
 
 # Checkpoints ------------------------------------------------------------------------------------
 
@@ -1140,7 +1140,7 @@ def modules(case: Case, layers: int = LAYERS) -> list[str]:
 
 
 def tensors(case: Case) -> dict[str, Raw]:
-    """A checkpoint with this format, with neighbours in the same format and a plain last layer."""
+    """The tensors of a checkpoint: other projections in the same format, and a plain last layer."""
     family, rng = FAMILIES[case.family], np.random.default_rng(len(case.id))
     result = {"model.embed_tokens.weight": values("BF16", (6, OUT), 1)}
     for module in modules(case):
@@ -1159,7 +1159,7 @@ def tensors(case: Case) -> dict[str, Raw]:
 
 
 def config(case: Case) -> dict[str, Any]:
-    """The ``config.json`` that goes with it."""
+    """The ``config.json`` of this checkpoint."""
     family = FAMILIES[case.family]
     return {
         "model_type": family.model_type,

@@ -1,7 +1,7 @@
-"""The arithmetic of the output once more, on integers and by another way: the tests' reference.
+"""The arithmetic of the output, computed on integers, as an independent reference.
 
-Every float is taken apart into a whole number times a power of two; products are exact, and
-rounding to nearest even is done on the whole numbers.
+Every float is an integer times a power of two; products are exact, and the integers are rounded to
+nearest even.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Float:
-    """A binary format: bits in all, bits of the significand, exponent of its smallest value."""
+    """A binary format: total bits, bits of the significand, exponent of its smallest value."""
 
     bits: int
     precision: int
@@ -42,7 +42,7 @@ FORMATS = {"F16": F16, "BF16": BF16, "F32": F32, "F64": F64}
 
 
 def take_apart(codes: Array, form: Float) -> tuple[Array, Array]:
-    """Whole number and exponent of each magnitude, for codes that are finite."""
+    """The integer and the exponent of each magnitude, for finite codes."""
     magnitude = codes.astype(np.int64) & (form.sign - 1)
     field = magnitude >> (form.precision - 1)
     fraction = magnitude & ((1 << (form.precision - 1)) - 1)
@@ -51,7 +51,7 @@ def take_apart(codes: Array, form: Float) -> tuple[Array, Array]:
 
 
 def nearest_even(significand: Array, exponent: Array, form: Float) -> Array:
-    """The code of the nearest magnitude in `form`, ties to the even one, infinity above."""
+    """The code of the nearest magnitude in `form`: ties to even, infinity above the largest."""
     length = np.frexp(significand.astype(np.float64))[1]  # exact: all are below 2**53
     shift = np.maximum(length - form.precision, form.lowest - exponent)
     right, left = np.clip(shift, 0, 62), np.clip(-shift, 0, 62)
@@ -79,7 +79,7 @@ def _finite(codes: Array, form: Float) -> Array:
 
 
 def scaled(dtype: str, data: bytes, factor: float) -> bytes:
-    """The bytes that a tensor must have after it was multiplied by `factor`."""
+    """The bytes of a tensor after multiplication by `factor`."""
     if dtype == "F64":
         with np.errstate(all="ignore"):
             return _keep_special(data, (np.frombuffer(data, "<f8") * factor).tobytes(), F64)
@@ -97,7 +97,7 @@ def _keep_special(old: bytes, new: bytes, form: Float) -> bytes:
 
 
 def overflows(dtype: str, data: bytes, factor: float) -> int:
-    """How many finite values become infinite."""
+    """The number of finite values that become infinite."""
     form = FORMATS[dtype]
     before = np.frombuffer(data, form.codes)
     after = np.frombuffer(scaled(dtype, data, factor), form.codes)

@@ -1,4 +1,4 @@
-"""Plans with samples of made-up gates, as the rules ``gates`` and ``measured`` find them."""
+"""Plans with samples of made-up gates, for the rules ``gates`` and ``measured``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moescale.planning.plan import Plan
 
 
 def moments(seed: int, k: int, experts: int, size: float | None) -> Moments:
-    """Those of renormalised softmax weights; `size` is that of one expert's output."""
+    """The moments of renormalised softmax weights; `size` is the size of one expert's output."""
     logits = np.random.default_rng(seed).standard_normal((200, experts))
     weights = -np.sort(-np.exp(logits), axis=1)[:, :k]
     weights /= weights.sum(axis=1, keepdims=True)
@@ -28,7 +28,7 @@ def _percentiles(weights: np.ndarray) -> np.ndarray:
 
 
 def sampled(plan: Plan, layers: Sequence[str], n: int, m: int, run: bool = False) -> Plan:
-    """The plan as if each of these layers had been sampled, with its experts run or not."""
+    """The plan with a sample for each of these layers, with or without a run of its experts."""
     experts = 2 * max(n, m)
     samples = {
         layer: Sample(

@@ -1,4 +1,4 @@
-"""For programs that stand still until they are interrupted, so that no test guesses how long."""
+"""For programs that wait until they are interrupted, so that no test has to guess the time."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from moescale import interrupts
 
 
 class Told:
-    """Whether the first signal has come."""
+    """A flag for the first signal."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._lock.acquire()
 
     def set(self) -> None:
-        """For a handler, which the next signal may interrupt: an Event's lock would be held."""
-        with contextlib.suppress(RuntimeError):  # it was released before
+        """Set it, in a handler. An Event would not do: the next signal could find its lock held."""
+        with contextlib.suppress(RuntimeError):  # it was already released
             self._lock.release()
 
     def wait(self, seconds: float) -> None:
-        """Stand still until then."""
+        """Wait until it is set."""
         self._lock.acquire(timeout=seconds)
 
 
 def told() -> Told:
-    """What is set when the first signal has come; call it before the command listens."""
+    """A flag for the first signal; call this before the command installs its handlers."""
     event, interrupt = Told(), interrupts._interrupt
 
     def heard(*arguments: object) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints of published sizes with no weights in them: real names, real shapes, sparse shards.
+"""Checkpoints of published sizes without weights: real names and shapes in sparse shards.
 
 A shard is its header and a hole of the right length, so that 281 GB take a few kB on disk. The
 names, counts and configs are those of checkpoints on the Hub, generated.
@@ -21,7 +21,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Published:
-    """What is known of a checkpoint without its weights: 16-bit tensors, in the order of names."""
+    """A checkpoint without its weights; its 16-bit tensors are in the order of names."""
 
     config: Mapping[str, Any]
     shapes: Shapes
@@ -32,7 +32,7 @@ class Published:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """The size of all tensors in bytes."""
         return sum(2 * int(np.prod(shape)) for shape in self.shapes.values())
 
 
@@ -137,10 +137,9 @@ def wizardlm() -> Published:
 
 
 def qwen_reap() -> Published:
-    """Qwen3.5-25B-REAP: 180 experts are left, and the config is that of the text model alone.
+    """Qwen3.5-25B-REAP: 180 experts are left, and the config is that of the text model.
 
-    The names are those of the multimodal model, and the MTP layer that the config announces is
-    not there.
+    The names are those of the multimodal model, and the MTP layer of the config is missing.
     """
     hidden, inner, layers, experts = 2048, 512, 40, 180
     shapes: dict[str, tuple[int, ...]] = {"lm_head.weight": (248320, hidden)}
@@ -169,7 +168,7 @@ def qwen_reap() -> Published:
 
 
 def deepseek_ocr() -> Published:
-    """DeepSeek-OCR-2: remote code; every key stands in `language_config` and at the top."""
+    """DeepSeek-OCR-2: remote code; every key is in `language_config` and at the top level."""
     hidden, inner, layers = 1280, 896, 12
     shapes: dict[str, tuple[int, ...]] = {}
     for block in range(12):
@@ -204,7 +203,7 @@ def deepseek_ocr() -> Published:
 
 
 def xverse() -> Published:
-    """XVERSE-MoE-A4.2B: remote code with a key of its own for the count."""
+    """XVERSE-MoE-A4.2B: remote code with its own key for the number of experts per token."""
     hidden, inner, layers, experts = 2560, 1728, 28, 64
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (100534, hidden)}
     for layer in range(layers):
@@ -224,7 +223,7 @@ def xverse() -> Published:
 
 
 def step() -> Published:
-    """Step-3.5-Flash: step3p7's text model with its keys at the top of the config."""
+    """Step-3.5-Flash: the text model of step3p7, with its keys at the top level of the config."""
     hidden, inner, layers, experts = 4096, 1280, 45, 288
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (128896, hidden)}
     for layer in range(3, layers):

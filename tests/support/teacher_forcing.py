@@ -1,4 +1,4 @@
-"""Two models layer by layer on the same inputs: what the rule ``measured`` is held to."""
+"""Runs two models layer by layer on the same inputs, as a reference for the rule ``measured``."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def norms(
     ids: Tensor,
     top_k: tuple[int | None, int | None] = (None, None),
 ) -> dict[str, tuple[float, float]]:
-    """Mean norm of the routed output of each MoE block that a text reaches, in both models.
+    """The mean norm of the routed output of each MoE block that a text reaches, in both models.
 
-    The original runs on the token ids [sequences, length]; each block of the other one is given
-    what that block was given. `top_k` runs the models with so many experts a token, None with the
-    number of their configs. The first token of each sequence is left out.
+    The original runs on the token ids [sequences, length]; each block of the other model gets the
+    same inputs. `top_k` is the number of experts per token of each model, None for the number in
+    its config. The first token of each sequence is left out.
     """
     first, second = (
         tiny_models.load(directory, entry, top_k=k)
@@ -50,7 +50,7 @@ def norms(
 
 
 def _norms_of_calls(moes: dict[str, tiny_models.MoE], ids: Tensor) -> dict[str, list[float]]:
-    """To be filled by whoever runs the blocks: a mean norm a call, and a layer may be looped."""
+    """Lists of mean norms by block, one norm per call, filled while the blocks run."""
     found: dict[str, list[float]] = {}
 
     def note(path: str, _: nn.Module, __: Any, output: Any) -> None:
@@ -63,6 +63,6 @@ def _norms_of_calls(moes: dict[str, tiny_models.MoE], ids: Tensor) -> dict[str, 
 
 
 def _mean(routed: Tensor, ids: Tensor) -> float:
-    """Some experts return what each of them adds, before the sum."""
+    """The mean norm of an output; some experts return their terms before the sum."""
     outputs = routed.reshape(-1, *ids.shape, routed.shape[-1]).sum(0)
     return float(outputs[:, 1:].double().norm(dim=-1).mean())

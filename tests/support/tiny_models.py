@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every MoE model type, made and run by transformers: the oracle."""
+"""The oracle: transformers makes and runs tiny random checkpoints of every MoE model type."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def build(
     mtp: bool = False,
     published: bool = False,
 ) -> None:
-    """Write a tiny random checkpoint of this type, in the hub's layout or the fused one.
+    """Write a tiny random checkpoint of this type, in the layout of the Hub or the fused one.
 
-    `config` is laid over the row's own, section by section.
-    `mtp` adds the block that predicts a second token: a copy of the last layer, by its hub name.
-    `published` names and turns the tensors as on the hub, where transformers writes them otherwise
-    (the types in `PUBLISHED`).
+    `config` is merged into the config of the row, section by section.
+    `mtp` adds an MTP layer: a copy of the last layer under its name on the Hub.
+    `published` renames and transposes the tensors as on the Hub, for types that transformers writes
+    differently (`PUBLISHED`).
     """
     tiny = TINY[entry_id]
     if config:
@@ -88,7 +88,7 @@ def build(
 
 @cache
 def _made(entry_id: str, fused: bool, seed: int, dtype: str) -> dict[str, bytes]:
-    """The files of a checkpoint of this type as its row says, made once a process."""
+    """The files of a checkpoint as the row describes it, made once per process."""
     tiny = TINY[entry_id]
     with tempfile.TemporaryDirectory() as folder:
         _save(_random_model(tiny, tiny.config, seed), Path(folder), tiny, fused, dtype)
@@ -102,7 +102,7 @@ def _save(model: PreTrainedModel, directory: Path, tiny: Tiny, fused: bool, dtyp
 
 
 def _random_model(tiny: Tiny, overrides: Overrides, seed: int) -> PreTrainedModel:
-    """A model whose every value is drawn: a new one has zeros, ones and values never set."""
+    """A model in which every value is random; a new model has zeros, ones and unset values."""
     config = _config(_config_class(tiny), overrides)
     with torch.random.fork_rng(), _whole_numbers():
         torch.manual_seed(seed)
@@ -133,7 +133,7 @@ def _config_class(tiny: Tiny) -> type[PreTrainedConfig]:
 
 
 def _config(config_class: type[PreTrainedConfig], overrides: Overrides) -> PreTrainedConfig:
-    """A config of this class in our sizes, its sections filled the same way."""
+    """A config of this class with `SIZES`, and its sections likewise."""
     names = {item.name for item in dataclasses.fields(config_class)}
     values = {name: size for name, size in SIZES.items() if name in names}
     sections = {}
@@ -151,7 +151,7 @@ def _section_class(spec: Any, section: Overrides) -> type[PreTrainedConfig]:
 
 
 def _read(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, whose files are removed."""
+    """Read all tensors of a checkpoint, and remove its files."""
     tensors = {}
     for shard in sorted(directory.glob("*.safetensors*")):
         if shard.suffix == ".safetensors":
@@ -161,7 +161,7 @@ def _read(directory: Path) -> dict[str, Tensor]:
 
 
 def _write(directory: Path, *parts: dict[str, Tensor]) -> None:
-    """Write a shard a part, and the index."""
+    """Write one shard per part, and the index."""
     index: dict[str, Any] = {"metadata": {"total_size": 0}, "weight_map": {}}
     for number, part in enumerate(parts, start=1):
         file = f"model-{number:05}-of-{len(parts):05}.safetensors"
@@ -172,7 +172,7 @@ def _write(directory: Path, *parts: dict[str, Tensor]) -> None:
 
 
 def _mtp_block(tensors: dict[str, Tensor], tiny: Tiny) -> dict[str, Tensor]:
-    """The last layer under the name of the block, with what joins it to the model."""
+    """The tensors of an MTP layer: a copy of the last layer, and what joins it to the model."""
     layers = {match[0] for name in tensors if (match := re.match(LAYER, name))}
     last = max(layers, key=lambda layer: int(layer.split(".")[-2]))
     block = {
@@ -186,7 +186,7 @@ def _mtp_block(tensors: dict[str, Tensor], tiny: Tiny) -> dict[str, Tensor]:
     return block
 
 
-# How the hub's own files differ from what transformers writes, by model type.
+# How the files on the Hub differ from what transformers writes, by model type.
 
 
 def _renamed(old: str, new: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -194,7 +194,7 @@ def _renamed(old: str, new: str, tensors: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def _turned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Stacked experts with input and output swapped."""
+    """Stacked experts with transposed matrices."""
     return {
         name: tensor.transpose(1, 2).contiguous() if ".experts." in name else tensor
         for name, tensor in tensors.items()
@@ -202,7 +202,7 @@ def _turned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _stacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The experts of a layer in one tensor, with input and output swapped, by NeMo's names."""
+    """The experts of a layer in one tensor, transposed, under NeMo's names."""
     stacks: dict[str, list[Tensor]] = {}
     for name in sorted(name for name in tensors if ".experts." in name):
         stack = re.sub(r"\.\d+\.down_proj\.weight$", ".down_projs", name)
@@ -221,7 +221,7 @@ PUBLISHED: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
 
 @contextmanager
 def _whole_numbers() -> Iterator[None]:
-    """Inkling's vision tower passes tensors as sizes of layers, which torch refuses: pass ints."""
+    """Pass ints for sizes of layers: Inkling's vision tower passes tensors, which torch refuses."""
     original = modeling_inkling.plan_out_scales
     modeling_inkling.plan_out_scales = lambda *sizes: original(*sizes).tolist()
     try:
@@ -234,7 +234,7 @@ def _whole_numbers() -> Iterator[None]:
 
 
 def load(directory: Path, entry_id: str, *, top_k: int | None = None) -> PreTrainedModel:
-    """The model in float32; an error if the checkpoint lacks a tensor or has one too many."""
+    """Load the model in float32; raise if the checkpoint lacks a tensor or has an extra one."""
     tiny = TINY[entry_id]
     config, _ = _config_class(tiny).get_config_dict(directory)
     if top_k is not None:
@@ -247,14 +247,14 @@ def load(directory: Path, entry_id: str, *, top_k: int | None = None) -> PreTrai
             output_loading_info=True,
         )
     _check_whole(tiny, report)
-    # Mapped files are aligned by chance, and the last bit of a sum depends on it.
+    # The alignment of mapped files is random, and the last bit of a sum depends on it.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model.eval()
 
 
 def _check_whole(tiny: Tiny, report: dict[str, set[str]]) -> None:
-    """Raise if a name is missing or left over, but for the block that a main model ignores."""
+    """Raise if a name is missing or left over, except in an MTP layer that the model ignores."""
     mtp = ".".join((tiny.mtp or "none").split(".")[-2:])
     problems = {
         f"{what}: {name}"
@@ -282,7 +282,7 @@ def _set_count(config: dict[str, Any], tiny: Tiny, top_k: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class MoE:
-    """One MoE block: the module that is fed, and the one whose output is the routed sum."""
+    """One MoE block: the module that takes inputs, and the one whose output is the routed sum."""
 
     path: str
     block: nn.Module
@@ -293,9 +293,9 @@ class MoE:
 def routed_outputs(
     directory: Path, entry_id: str, *, top_k: int | None = None, inputs_seed: int = 0
 ) -> dict[str, Tensor]:
-    """The routed experts' output of each MoE block for fixed inputs, by the block's path.
+    """The routed experts' output of each MoE block for fixed inputs, by path.
 
-    `top_k` runs the checkpoint with this many experts a token, whatever its config says.
+    `top_k` overrides the number of experts per token in the config.
     """
     tiny = TINY[entry_id]
     return _routed(load(directory, entry_id, top_k=top_k), tiny, inputs_seed)
@@ -309,7 +309,7 @@ def _routed(model: PreTrainedModel, tiny: Tiny, inputs_seed: int) -> dict[str, T
             moe.routed.get_parameter(name).zero_()
         with _watch({moe.path: moe.routed}, outputs):
             FEEDS[tiny.feed](moe.block, hidden, token_ids)
-        # The experts of Llama 4 return a block of tokens each, before the sum.
+        # The experts of Llama 4 each return a block of tokens, before the sum.
         output = outputs[moe.path]
         outputs[moe.path] = output.reshape(-1, TOKENS, output.shape[-1]).sum(0)
     return outputs
@@ -319,11 +319,11 @@ def _routed(model: PreTrainedModel, tiny: Tiny, inputs_seed: int) -> dict[str, T
 def mtp_outputs(
     directory: Path, entry_id: str, *, top_k: int | None = None, inputs_seed: int = 0
 ) -> dict[str, Tensor]:
-    """As `routed_outputs`, of the block that predicts a second token (types in `MTP_RUNS`)."""
+    """Like `routed_outputs`, for the MTP layer (types in `MTP_RUNS`)."""
     tiny = TINY[entry_id]
     model = load(directory, entry_id, top_k=top_k)
     if not tiny.mtp.startswith("mtp"):
-        # transformers knows the block by the number of layers of the published model.
+        # transformers recognises the MTP layer by the number of layers of the published model.
         model._keys_to_ignore_on_load_unexpected = [re.escape(tiny.mtp)]
     return _routed(MtpModel.from_pretrained(model), tiny, inputs_seed)
 
@@ -349,9 +349,9 @@ def _others(model: PreTrainedModel, tiny: Tiny, inputs_seed: int) -> dict[str, T
 
 
 def generates(directory: Path, entry_id: str) -> int:
-    """Write four tokens greedily; return how many experts a token really went through.
+    """Generate four tokens greedily; return the number of experts that a token passed.
 
-    A class that cannot write runs once instead.
+    A class that cannot generate runs once instead.
     """
     (count,) = set(experts_used(directory, entry_id).values())
     return count
@@ -359,7 +359,7 @@ def generates(directory: Path, entry_id: str) -> int:
 
 @torch.no_grad()
 def experts_used(directory: Path, entry_id: str) -> dict[str, int]:
-    """As `generates`, by the path of the MoE block (of those that such a run reaches)."""
+    """Like `generates`, by the path of each MoE block that such a run reaches."""
     return _used(load(directory, entry_id), TINY[entry_id])
 
 
@@ -378,7 +378,7 @@ def _used(model: PreTrainedModel, tiny: Tiny) -> dict[str, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """What `routed_outputs`, `other_outputs` and `experts_used` give, of one model loaded once."""
+    """The results of `routed_outputs`, `other_outputs` and `experts_used` for one loaded model."""
 
     routed: dict[str, Tensor]
     other: dict[str, Tensor]
@@ -387,14 +387,14 @@ class Outputs:
 
 @torch.no_grad()
 def outputs(directory: Path, entry_id: str, *, top_k: int | None = None) -> Outputs:
-    """Run a checkpoint in every way; the routed outputs come last, as they silence parameters."""
+    """Run a checkpoint in every way; the routed outputs come last, since they zero parameters."""
     tiny, model = TINY[entry_id], load(directory, entry_id, top_k=top_k)
     other, used = _others(model, tiny, 0), _used(model, tiny)
     return Outputs(_routed(model, tiny, 0), other, used)
 
 
 def _blocks(model: PreTrainedModel, tiny: Tiny) -> Iterator[MoE]:
-    """The MoE blocks in the order of the layers; an `experts` module is fed through its parent."""
+    """The MoE blocks in the order of layers; an `experts` module gets inputs through its parent."""
     for path, module in model.named_modules():
         if re.fullmatch(rf"{tiny.part}.*\.{tiny.routed}", path):
             block = path.removesuffix(".experts")
@@ -430,7 +430,7 @@ def _first_attention(model: PreTrainedModel, tiny: Tiny) -> dict[str, nn.Module]
 
 @contextmanager
 def _watch(modules: dict[str, nn.Module], outputs: dict[str, Tensor]) -> Iterator[None]:
-    """Note the first output of each module, by path."""
+    """Record the first output of each module, by path."""
 
     def note(path: str, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         first = output if isinstance(output, Tensor) else output[0]
@@ -444,7 +444,7 @@ def _watch(modules: dict[str, nn.Module], outputs: dict[str, Tensor]) -> Iterato
 
 @contextmanager
 def _given(modules: dict[str, nn.Module], seed: int) -> Iterator[None]:
-    """Feed fixed hidden states to these modules, whatever reaches them."""
+    """Replace the inputs of these modules by fixed hidden states."""
 
     def replace(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         draw = torch.Generator().manual_seed(seed)
@@ -460,7 +460,7 @@ def _given(modules: dict[str, nn.Module], seed: int) -> Iterator[None]:
         yield
 
 
-# How the block of a MoE is fed, by name.
+# How a MoE block takes its inputs, by name.
 
 
 def _feed_router(layer: nn.Module, hidden: Tensor) -> None:
@@ -476,12 +476,12 @@ FEEDS: dict[str, Callable[[nn.Module, Tensor, Tensor], object]] = {
     "router": lambda block, hidden, token_ids: _feed_router(block, hidden),
 }
 
-# What makes a whole model run, by name.
+# How a whole model runs, by name.
 
 
 def _generate(model: PreTrainedModel, hidden: Tensor, token_ids: Tensor) -> None:
     with warnings.catch_warnings():
-        # torch's own, when DiffusionGemma imports its compiler.
+        # from torch, when DiffusionGemma imports its compiler
         warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
         model.generate(input_ids=token_ids, max_new_tokens=4, do_sample=False)
 
@@ -496,7 +496,7 @@ RUNS: dict[str, Callable[[PreTrainedModel, Tensor, Tensor], object]] = {
     ),
 }
 
-# Where the number of experts that a token goes through can be seen, by name.
+# Where the number of experts that a token passes can be counted, by name.
 
 
 def _width_of_index(args: tuple[Any, ...], output: Any) -> int:
@@ -519,7 +519,7 @@ def _width_of_embedding(args: tuple[Any, ...], output: Any) -> int:
     return args[0].shape[-1]
 
 
-# The types whose block for a second token transformers can run.
+# The types whose MTP layer transformers can run.
 MTP_RUNS = ("deepseek_v3", "glm4_moe", "mellum")
 
 WIDTHS: dict[str, tuple[str, Callable[[tuple[Any, ...], Any], int]]] = {

@@ -1,4 +1,4 @@
-"""One row a model type: its class, its config beyond the common sizes, and how it is fed."""
+"""One row per model type: its class, its config besides the common sizes, and its inputs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 Overrides = Mapping[str, Any]
 
-# Sizes for every config class, by the name of the field; a class takes those that it has.
+# Sizes for every config class, by field; a class takes those that it has.
 SIZES: Overrides = {
     **dict.fromkeys(("hidden_size", "d_model", "out_hidden_size", "text_hidden_size"), 32),
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers"), 3),
@@ -45,7 +45,7 @@ SIZES: Overrides = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "initializer_range": 0.1,
-    # Towers for images and sound: as small as their classes allow.
+    # Image and audio towers, as small as their classes allow.
     **dict.fromkeys(("depth", "encoder_layers", "decoder_layers"), 2),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("projection_hidden_size", "projector_hidden_size", "vision_hidden_size"), 32),
@@ -63,44 +63,44 @@ SIZES: Overrides = {
 
 @dataclass(frozen=True)
 class Tiny:
-    """How a model type is built, and where its routed experts are found and fed."""
+    """How a model type is built, and where its routed experts are."""
 
     model: str
     """Name of the model class."""
     config: Overrides = field(default_factory=dict)
-    """What its config needs beyond `SIZES`, section by section."""
+    """Config keys besides `SIZES`, section by section."""
     count: str = "num_experts_per_tok"
     """Path of the number of experts per token in config.json."""
     fixed: str | None = None
-    """Why the number cannot be changed, if so."""
+    """The reason why the number cannot be changed, if any."""
     part: str = ""
-    """Where the modules of this entry start; the rest of the model is left alone."""
+    """The path below which the modules of this entry are; the rest of the model is ignored."""
     routed: str = "experts"
     """Name of the modules that return the routed sum."""
     down: str = r"down_proj(_bias)?"
-    """What the routed modules call their down-projections, as a regular expression."""
+    """The names of down-projections in a routed module, as a regular expression."""
     shared: str = r"shared_experts?|shared_mlp"
-    """What a layer calls its shared experts, as a regular expression."""
+    """The names of shared experts in a layer, as a regular expression."""
     silenced: tuple[str, ...] = ()
-    """Parameters of a routed module that add something else to its output."""
+    """Parameters of a routed module that add other terms to its output."""
     feed: str = "block"
-    """How a MoE block takes hidden states, a key of `tiny_models.FEEDS`."""
+    """How a MoE block takes hidden states: a key of `tiny_models.FEEDS`."""
     run: str = "generate"
-    """How the whole model runs, a key of `tiny_models.RUNS`."""
+    """How the whole model runs: a key of `tiny_models.RUNS`."""
     width: str = "index"
-    """How the experts of a token are counted, a key of `tiny_models.WIDTHS`."""
+    """How the experts of a token are counted: a key of `tiny_models.WIDTHS`."""
     shard: str = "1GB"
-    """Largest size of a shard."""
+    """The largest size of a shard."""
     config_class: str = ""
-    """Name of the config class, where the model class belongs to another type."""
+    """Name of the config class, if the model class belongs to another type."""
     mtp: str | None = None
-    """Where the hub's files hold the block that predicts a second token."""
+    """The path of the MTP layer in the files on the Hub."""
 
 
 def _text(
     model: str, text: Overrides, *, count: str = "num_experts_per_tok", **others: Any
 ) -> Tiny:
-    """A row whose experts and count stand in the config's `text_config`."""
+    """A row whose experts and count are in the config's `text_config`."""
     config = {"text_config": text, **others.pop("config", {})}
     return Tiny(model, config, count=f"text_config.{count}", **others)
 
@@ -157,7 +157,7 @@ _DOTS3: Overrides = {
 }
 
 TINY: dict[str, Tiny] = {
-    # The families of the main job.
+    # The most common families.
     "mixtral": Tiny("MixtralForCausalLM", shard="100KB"),
     "qwen2_moe": Tiny("Qwen2MoeForCausalLM", {"mlp_only_layers": [0]}, shard="60KB"),
     "qwen3_moe": Tiny("Qwen3MoeForCausalLM", {"mlp_only_layers": [0], "norm_topk_prob": True}),

@@ -1,6 +1,6 @@
-"""The small trained models of bytes as GGUF files, as llama.cpp's converter lays them out.
+"""The small trained byte-level models as GGUF files, in the layout of llama.cpp's converter.
 
-Rows of the experts are padded with zeros to a block of the k-quants: no output changes.
+Rows of the experts are padded with zeros to a block of the k-quants, which changes no output.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from safetensors import safe_open
 from support.gguf_models import finish
 
 ROW = 256
-"""Weights of a block of the k-quants."""
+"""Weights per block of the k-quants."""
 
 Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What a type calls its experts, and whether llama.cpp wants other rows for its rotation."""
+    """The tensor names of a type, and whether llama.cpp orders its rotated rows differently."""
 
     arch: str
     moe: str
@@ -42,7 +42,7 @@ NAMES: Mapping[str, Names] = {
 
 
 def write(source: Path, path: Path) -> str:
-    """Write a checkpoint of `byte_models` as one GGUF file in F32; its architecture."""
+    """Write a checkpoint of `byte_models` as one GGUF file in F32; return its architecture."""
     config, tensors = _read(source)
     names = NAMES[config["model_type"]]
     writer = gguf.GGUFWriter(path, names.arch)
@@ -119,7 +119,7 @@ def _experts(own: dict[str, Array], names: Names) -> dict[str, Array]:
 
 
 def _turned(rows: Array, heads: int) -> Array:
-    """The halves of each head's rotation side by side, as arch llama has them."""
+    """Interleave the halves of each head's rotation, as architecture llama does."""
     return rows.reshape(heads, 2, -1, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
 
 
