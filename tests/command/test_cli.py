@@ -660,7 +660,7 @@ def test_an_unknown_model_type_that_is_like_none(
     edit_config(source, model_type="xyzzy123")
     failed = moescale(source, out, "-k", 3)
     fails(failed, 3, "'xyzzy123'", "--pattern", "experts.0.w2", "--factor or --rule published")
-    assert "named as those of mixtral (and of " in failed.err
+    assert "have the names of mixtral (and of " in failed.err
     assert moescale(source, "-k", 3, "--dry-run", "--arch", "mixtral").code == 0
     words = shlex.split(failed.err.partition(": try ")[2].partition(" with ")[0])
     assert words[::2] == ["--pattern", "--experts-key"]
@@ -1052,7 +1052,7 @@ def test_the_known_types_can_be_listed(moescale: Command) -> None:
     assert lines["qwen3moe (GGUF)"] == "scaled"
     assert lines["gemma4 (GGUF)"].startswith("only --rule none: a norm on the routed output")
     assert lines["dflash (GGUF)"].startswith("refused")
-    assert "stays where it has ffn_gate_tid2eid" in lines["deepseek4 (GGUF)"]
+    assert "stays if it has ffn_gate_tid2eid" in lines["deepseek4 (GGUF)"]
     (olmoe,) = (row for row in of["gguf"] if row["model_type"] == "olmoe")
     assert not olmoe["fold_config"] and not olmoe["fold_scale"] and olmoe["gates"] == "yes"
     found = next(row for row in types if row["model_type"] == "deepseek_v3")

@@ -40,7 +40,7 @@ def test_a_text_models_type_is_named_where_the_outer_one_is_not_known(tmp_path: 
     """A model inside another may be built otherwise there."""
     config = {"model_type": "new_vl", "text_config": CONFIG}
     (warning,) = warnings(written(tmp_path / "m", config))
-    assert "'new_vl' is not known; 'mixtral' of its text model is taken" in warning
+    assert "'new_vl' is not known, so it is treated as its text model, 'mixtral'" in warning
     assert not warnings(tmp_path / "m", arch="mixtral")
 
 
@@ -192,7 +192,7 @@ def test_a_key_that_changes_the_routing_is_named_where_it_is_not_read(
 ) -> None:
     """A Mixtral reads none of these; whoever wrote one may run other code."""
     (warning,) = warnings(written(tmp_path / "m", {**CONFIG, key: value}))
-    assert f"{key} is {value!r}, which the row of 'mixtral' does not read" in warning
+    assert f"{key} is {value!r}, which moescale does not read for 'mixtral'" in warning
 
 
 def test_a_limit_to_groups_is_named_where_it_is_not_read(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_an_output_can_be_a_source(tmp_path: Path) -> None:
     [
         ("qwen3moe", "is b8352; b8179 refuses the file"),
         ("mistral3", "is b9842; b8390 takes the file and ignores the tensor"),
-        ("llama-embed", "is 0.5.0; no older one was tried"),
+        ("llama-embed", "is 0.5.0; no older one was tested"),
     ],
 )
 def test_a_scale_tensor_names_the_oldest_release(tmp_path: Path, arch: str, said: str) -> None:
@@ -587,7 +587,7 @@ def test_a_block_without_its_experts_or_router_is_refused(tmp_path: Path) -> Non
         tmp_path / "n.gguf",
         tensors={"blk.1.ffn_down_exps.weight": numbers(EXPERTS + 1, HIDDEN, WIDTH)},
     )
-    with pytest.raises(CheckpointError, match="holds 5 experts, the header says 4"):
+    with pytest.raises(CheckpointError, match="holds 5 experts, but the header says 4"):
         moescale.plan(source, experts=3)
 
 

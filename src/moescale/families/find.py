@@ -1,4 +1,4 @@
-"""From a config and tensor names to the MoE that shall be rescaled, known row or not."""
+"""Finds the MoE of a safetensors checkpoint, from its config and tensors."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ from moescale.routers.normalisation import Normalisation
 
 @dataclass(frozen=True, slots=True)
 class Moe:
-    """The MoE of a checkpoint that a run is about.
+    """The MoE that a run rescales.
 
     Attributes:
-        architecture: its row of the table.
-        model_type: what the config or the user calls it.
-        config: what the config says of it.
-        count_keys: the keys that hold the experts per token; the first is what counts.
-        count: the experts per token, or those of each layer.
-        experts_by_layer: routed experts of each layer, as its tensors hold.
-        projections: the routed down-projections, complete.
-        warnings: what the user should know.
-        layer_aliases: what the same model calls layers in another format; None for one that this
-            checkpoint lacks.
+        architecture: its row in the table.
+        model_type: its name in the config or from the user.
+        config: the config's description of it.
+        count_keys: the keys of the experts per token; the first one decides.
+        count: the experts per token, one number or one per layer.
+        experts_by_layer: number of routed experts of each layer, from its tensors.
+        projections: all routed down-projections.
+        warnings: for the user.
+        layer_aliases: the model's names for its layers in the other format; None for a layer that
+            this checkpoint lacks.
     """
 
     architecture: Architecture
@@ -64,7 +64,7 @@ class Moe:
         return sorted({projection.layer for projection in self.projections})
 
     def owns(self, layer: Layer) -> bool:
-        """Whether a layer is of this part, by what stands before its number in tensor names."""
+        """Whether a layer belongs to this part, judged by its stack."""
         return in_part(layer, self.architecture, _other_parts(self.architecture))
 
 
@@ -81,14 +81,14 @@ def find_moe(
     Args:
         config: the checkpoint's config.
         tensors: all its tensors.
-        arch: treat it as this model type.
-        part: which MoE of a type that has several.
-        pattern: expression for the names of the down-projections.
+        arch: treat the model as this type.
+        part: which MoE, if the type has several.
+        pattern: regular expression for the names of the down-projections.
         experts_key: config key of the experts per token; goes with `pattern`.
 
     Raises:
         UnsupportedError: the type is not known, or has no such part.
-        CheckpointError: config and tensors do not fit.
+        CheckpointError: config and tensors contradict each other.
     """
     model_type, row = _row(config, tensors, arch, part, pattern is not None)
     if experts_key is not None:
@@ -96,52 +96,54 @@ def find_moe(
     try:
         count_keys = find_count_keys(config, row.sections, row.count_keys)
     except CheckpointError:
-        if _is_dense(plain_name(tensor.name) for tensor in tensors):  # whose count is 0
-            raise _dense(f"model type {model_type!r}") from None
+        if _is_dense(plain_name(tensor.name) for tensor in tensors):  # its count may be 0
+            raise _dense_error(f"model type {model_type!r}") from None
         raise
     if not count_keys and row.fixed_count is None:
-        raise _no_count(config, row, tensors, experts_key)
-    again, of_others = duplicate_count_keys(config, row, count_keys)
-    adapted = refuse_unmerged_adapter(tensor.name for tensor in tensors)
+        raise _missing_count(config, row, tensors, experts_key)
+    duplicates, count_warnings = duplicate_count_keys(config, row, count_keys)
+    adapter_warnings = refuse_unmerged_adapter(tensor.name for tensor in tensors)
     if pattern is not None:
         projections = find_by_pattern(tensors, pattern)
     else:
         projections = find_projections(tensors, row, _other_parts(row))
     if not projections:
-        raise _none_found(model_type, row, tensors, pattern)
-    read = read_moe_config(_section(config, count_keys, row), row)
-    _check_lists(count_keys, read.layers)
-    experts_by_layer = check_complete(projections, tensors, row, read, _other_parts(row))
-    check_shapes(projections, tensors, read, experts_by_layer, RouterShapes(tensors, row, read))
+        raise _nothing_found(model_type, row, tensors, pattern)
+    moe_config = read_moe_config(_section(config, count_keys, row), row)
+    _check_lists(count_keys, moe_config.layers)
+    experts_by_layer = check_complete(projections, tensors, row, moe_config, _other_parts(row))
+    check_shapes(
+        projections, tensors, moe_config, experts_by_layer, RouterShapes(tensors, row, moe_config)
+    )
     return Moe(
         architecture=row,
         model_type=model_type,
-        config=read,
-        count_keys=[*count_keys, *again],
+        config=moe_config,
+        count_keys=[*count_keys, *duplicates],
         count=count_keys[0].value if count_keys else row.fixed_count or 0,
         experts_by_layer=experts_by_layer,
         projections=projections,
         warnings=[
-            *adapted,
-            *_warnings(row, count_keys, read),
-            *_of_reach(row, projections, tensors),
-            *of_others,
-            *_expert_number_warnings(read, experts_by_layer),
-            *(_other_type(config, row) if arch is None and pattern is None else ()),
+            *adapter_warnings,
+            *_config_warnings(row, count_keys, moe_config),
+            *_partial_effect_warning(row, projections, tensors),
+            *count_warnings,
+            *_expert_number_warnings(moe_config, experts_by_layer),
+            *(_inner_type_warning(config, row) if arch is None and pattern is None else ()),
             *empty_weights(tensors),
-            *unknown_keys(row, read),
-            *unknown_tensors(row, read, projections, tensors),
+            *unknown_keys(row, moe_config),
+            *unknown_tensors(row, moe_config, projections, tensors),
         ],
     )
 
 
-def _no_count(
+def _missing_count(
     config: Config, row: Architecture, tensors: Sequence[Tensor], experts_key: str | None
 ) -> UnsupportedError:
-    """What to say where the experts per token are not in the config."""
+    """The error for a config without the experts per token."""
     if _is_dense(plain_name(tensor.name) for tensor in tensors):
-        own = next(iter(_model_types(config)), row.model_type)
-        return _dense(f"model type {own!r}")
+        model_type = next(iter(_model_types(config)), row.model_type)
+        return _dense_error(f"model type {model_type!r}")
     empty = any(
         key in (config.section(name) or {}) for name in row.sections for key in row.count_keys
     )
@@ -157,13 +159,13 @@ def _no_count(
     )
 
 
-def _dense(what: str) -> UnsupportedError:
+def _dense_error(what: str) -> UnsupportedError:
     return UnsupportedError(
         f"{what} is a dense model: it has no experts, so there is nothing to rescale"
     )
 
 
-def _none_found(
+def _nothing_found(
     model_type: str, row: Architecture, tensors: Sequence[Tensor], pattern: str | None
 ) -> CheckpointError:
     names = [plain_name(tensor.name) for tensor in tensors]
@@ -171,13 +173,13 @@ def _none_found(
         return CheckpointError(
             f"the model has no experts: there is nothing to rescale, although {CONFIG} says"
             f" {model_type!r}",
-            hint="The weights are those of a dense model, or a part of the checkpoint is missing.",
+            hint="The weights belong to a dense model, or part of the checkpoint is missing.",
         )
-    looked_for = repr(pattern) if pattern else f"{row.experts[0]} or of another known layout"
+    expected = repr(pattern) if pattern else f"{row.experts[0]}, or a name of another known layout"
     routed = pattern is None and likely_down_projection(names)
     return CheckpointError(
         f"no routed down-projections found for model type {model_type!r}: no tensor has a"
-        f" name like {looked_for}",
+        f" name like {expected}",
         hint=(f"{routed!r} looks like one: " if routed else "")
         + "describe the names with --pattern and --experts-key.",
     )
@@ -188,30 +190,33 @@ def _is_dense(names: Iterable[str]) -> bool:
 
 
 def _expert_number_warnings(config: MoeConfig, found: Mapping[Layer, int]) -> Iterator[str]:
-    """Unusual numbers of experts."""
+    """Warnings of unusual numbers of experts."""
     fewest, most = min(found.values()), max(found.values())
     stated = {layer: config.experts_in(layer.number) for layer in found}
     if fewest < most:
-        yield f"the layers have {fewest} to {most} routed experts; the fewest limit the choice"
+        yield (
+            f"the layers have {fewest} to {most} routed experts; the smallest number limits the"
+            " experts per token"
+        )
     differing = [layer for layer, number in found.items() if number != stated[layer]]
     if differing:
         layer = differing[0]
         yield (
             f"{CONFIG} says {stated[layer]} routed experts, but layer {layer} has {found[layer]}"
-            f" ({len(differing)} of {len(found)} layers differ); that is what its router chooses"
-            " from, so the tensors are believed"
+            f" ({len(differing)} of {len(found)} layers differ); its router confirms the number of"
+            " the tensors, which is used"
         )
     limit = config.groups
     odd = sorted({number for number in found.values() if limit and number % limit[0]})
     if limit and odd:
         yield (
             f"{odd[0]} experts cannot be divided into the {limit[0]} groups of {CONFIG} (n_group):"
-            " loaders fail, or choose from a part of them"
+            " loaders fail, or use only some of the experts"
         )
 
 
 def configured_router(config: Config, moe: Moe) -> tuple[str, Normalisation] | None:
-    """The type that the config names and its router, where the run was told another type."""
+    """The config's model type and its normalisation, if the user named another type."""
     for model_type in _model_types(config):
         if parts := architectures.parts(model_type):
             row = next((p for p in parts if p.part == moe.architecture.part), parts[0])
@@ -228,7 +233,7 @@ def _row(
     tensors: Sequence[Tensor],
     arch: str | None,
     part: str | None,
-    named_by_user: bool,
+    has_pattern: bool,
 ) -> tuple[str, Architecture]:
     """The row for `arch`, or for the first model type of the config that the table knows."""
     named = _model_types(config) if arch is None else [arch]
@@ -236,14 +241,14 @@ def _row(
     if known:
         row = architectures.find(known[0], part)
         inner = architectures.find(known[-1]) if row.any_text_model else row
-        return (known[-1], inner) if _routes_otherwise(inner, row) else (known[0], row)
-    if named_by_user and arch is None:
+        return (known[-1], inner) if _differ(inner, row) else (known[0], row)
+    if has_pattern and arch is None:
         return (named or ["unknown"])[0], _UNKNOWN
-    raise _unknown(named, tensors, config)
+    raise _unknown_type(named, tensors, config)
 
 
-def _routes_otherwise(one: Architecture, other: Architecture) -> bool:
-    """Whether a factor is another, or has another effect, by one row than by the other."""
+def _differ(one: Architecture, other: Architecture) -> bool:
+    """Whether factors, or their effects, differ between two rows."""
 
     def decisive(row: Architecture) -> tuple[object, ...]:
         return row.normalisation, row.no_effect, row.fixed, row.partial_effect
@@ -254,57 +259,59 @@ def _routes_otherwise(one: Architecture, other: Architecture) -> bool:
 def _section(
     config: Config, count_keys: Sequence[ConfigKey], row: Architecture
 ) -> Mapping[str, Any]:
-    """The section that describes the MoE: where the count stands, or else what the config is."""
+    """The section that describes the MoE: that of the count, or else the row's last."""
     return config.section(count_keys[0].section if count_keys else row.sections[-1]) or {}
 
 
 def _check_lists(count_keys: Sequence[ConfigKey], layers: int) -> None:
-    """A list of counts has one for each layer, and MTP blocks may follow."""
+    """Require one count per layer in a list; counts of MTP blocks may follow."""
     for key in count_keys:
         if isinstance(key.value, tuple) and len(key.value) < layers:
             raise CheckpointError(
                 f"{CONFIG}: {key.path} has {len(key.value)} numbers for {layers} layers",
-                hint="Write one number for each layer, or one for all.",
+                hint="Write one number per layer, or one for all.",
             )
 
 
 _UNKNOWN = Architecture("", experts=(), normalisation=Flag("norm_topk_prob", False))
-"""What is known of a model type that only --pattern describes."""
+"""The row of a model type that only --pattern describes."""
 
 
 def _with_key(row: Architecture, dotted: str) -> Architecture:
-    """The row with the user's config key of the experts per token."""
+    """The row with the user's config key for the experts per token."""
     section, _, key = dotted.rpartition(".")
     sections = (section,) if section else row.sections
     return replace(row, count_keys=(key,), sections=sections, moe_layers=None)
 
 
-def _other_type(config: Config, row: Architecture) -> Iterator[str]:
-    """That the type of the text model was taken, not the config's own."""
+def _inner_type_warning(config: Config, row: Architecture) -> Iterator[str]:
+    """A warning if the row is that of the text model, not of the config's model type."""
     outer = _model_types(config)[0]
     if architectures.parts(outer) and outer != row.model_type:
-        yield f"{outer!r} may hold any text model; the router is that of its {row.model_type!r}"
+        yield f"{outer!r} may hold any text model; the router is that of {row.model_type!r}"
     elif outer != row.model_type:
         yield (
-            f"model type {outer!r} is not known; {row.model_type!r} of its text model is taken,"
-            " whose experts and router may be others"
+            f"model type {outer!r} is not known, so it is treated as its text model,"
+            f" {row.model_type!r}; its experts and router may differ"
         )
 
 
 def _model_types(config: Config) -> list[str]:
-    """The config's own model type, then those of its text sections."""
+    """The config's model type, then those of its text sections."""
     sections = ("", *(s for s in TEXT_SECTIONS if s))
     found = [(config.section(section) or {}).get("model_type") for section in sections]
     return [model_type for model_type in found if isinstance(model_type, str)]
 
 
-def _unknown(named: Sequence[str], tensors: Sequence[Tensor], config: Config) -> UnsupportedError:
-    """Say what is not known, which types are close, and what to try."""
+def _unknown_type(
+    named: Sequence[str], tensors: Sequence[Tensor], config: Config
+) -> UnsupportedError:
+    """The error for an unknown type, with similar types and what to try."""
     what = f"model type {named[0]!r}" if named else "a config without model_type"
     if tensors and _is_dense(plain_name(tensor.name) for tensor in tensors):
-        return _dense(what)
+        return _dense_error(what)
     routed = likely_down_projection([tensor.name for tensor in tensors])
-    alike = _named_alike(plain_name(routed or ""), config)
+    alike = _types_named_alike(plain_name(routed or ""), config)
     close = difflib.get_close_matches(
         named[0] if named else "", alike or architectures.known_types(), 3
     )
@@ -313,8 +320,8 @@ def _unknown(named: Sequence[str], tensors: Sequence[Tensor], config: Config) ->
         first = close[0] if close else alike[0]
         more = f" (and of {len(alike) - 1} other types)" if len(alike) > 1 else ""
         advice.append(
-            f"Its tensors are named as those of {first}{more}: --arch {first}, if its router weighs"
-            " alike."
+            f"Its tensors have the names of {first}{more}: use --arch {first} if its router works"
+            " the same way."
         )
     elif close:
         advice.append(f"Closest known types: {', '.join(close)} (--arch).")
@@ -323,26 +330,27 @@ def _unknown(named: Sequence[str], tensors: Sequence[Tensor], config: Config) ->
         pattern = pattern.replace(".", r"\.").replace(r"\_", "_")
         advice.append(
             f"{routed!r} looks like a routed down-projection:"
-            f" try --pattern '{pattern}' --experts-key {_likely_key(config)}{_likely_rule(config)}."
+            f" try --pattern '{pattern}' --experts-key {_likely_key(config)}"
+            f"{_likely_rule_option(config)}."
         )
     return UnsupportedError(f"{what} is not known", hint=" ".join(advice) or None)
 
 
-def _named_alike(name: str, config: Config) -> list[str]:
-    """Types whose down-projections have such names and whose count is where this config has it."""
-    rows = (row for row in architectures.ROWS if any(_fits(name, form) for form in row.experts))
-    known = (row.model_type for row in rows if any(_counts(config, row)))
+def _types_named_alike(name: str, config: Config) -> list[str]:
+    """Types that use such names of down-projections and this config's key of the count."""
+    rows = (row for row in architectures.ROWS if any(_matches(name, form) for form in row.experts))
+    known = (row.model_type for row in rows if any(_count_values(config, row)))
     return list(dict.fromkeys(known))
 
 
-def _fits(name: str, template: str) -> bool:
-    """Whether a name is one of a row's template, which any words may stand around."""
+def _matches(name: str, template: str) -> bool:
+    """Whether a name contains a row's template."""
     numbers = re.sub(r"\\\{[LE]\\\}", r"\\d+", re.escape(template))
     return re.search(rf"(?:^|\.){numbers}(?:[._]|$)", name) is not None
 
 
-def _counts(config: Config, row: Architecture) -> Iterator[Any]:
-    """What a config has at the keys that a row reads as the experts per token."""
+def _count_values(config: Config, row: Architecture) -> Iterator[Any]:
+    """The config's values at a row's keys of the experts per token."""
     sections = (config.section(section) or {} for section in row.sections)
     return (section[key] for section in sections for key in row.count_keys if key in section)
 
@@ -358,8 +366,8 @@ def _likely_key(config: Config) -> str:
     return "KEY"
 
 
-def _likely_rule(config: Config) -> str:
-    """What --pattern needs besides, where the config does not tell how the router weighs."""
+def _likely_rule_option(config: Config) -> str:
+    """The option that --pattern also needs if the config does not tell the normalisation."""
     sections = (config.section(section) or {} for section in TEXT_SECTIONS)
     if any("norm_topk_prob" in section for section in sections):
         return ""
@@ -370,10 +378,10 @@ def _other_parts(row: Architecture) -> list[Architecture]:
     return [other for other in architectures.parts(row.model_type) if other.part != row.part]
 
 
-def _of_reach(
+def _partial_effect_warning(
     row: Architecture, projections: Sequence[Projection], tensors: Sequence[Tensor]
 ) -> Iterator[str]:
-    """What scaling does not reach, where that is so."""
+    """A warning if scaling does not reach part of the output."""
     if row.partial_effect and row.partial_effect_if is not None:
         telling = {f"{plain_name(p.prefix)}.{row.partial_effect_if}" for p in projections}
         if telling.isdisjoint(plain_name(tensor.name) for tensor in tensors):
@@ -382,19 +390,21 @@ def _of_reach(
         yield f"model type {row.model_type!r}: {row.partial_effect}"
 
 
-def _warnings(row: Architecture, count_keys: Sequence[ConfigKey], config: MoeConfig) -> list[str]:
+def _config_warnings(
+    row: Architecture, count_keys: Sequence[ConfigKey], config: MoeConfig
+) -> list[str]:
     warnings = []
     for key in count_keys[1:]:
         if key.value != (first := count_keys[0]).value:
             warnings.append(
                 f"{CONFIG} says {key.value} at {key.path} and {first.value} at {first.path};"
-                f" {first.value} is taken"
+                f" {first.value} is used"
             )
     if row.model_type == "deepseek_v2" and config.norm_topk_prob:
         warnings.append(
-            "norm_topk_prob is true: transformers ignores it for deepseek_v2, as this plan does;"
+            "norm_topk_prob is true: transformers and this plan ignore it for deepseek_v2, but"
             " other engines renormalise"
         )
     for other in _other_parts(row):
-        warnings.append(f"the part {other.part!r} of this checkpoint is left alone")
+        warnings.append(f"the part {other.part!r} of this checkpoint is not changed")
     return warnings

@@ -1,4 +1,4 @@
-"""From the keys and tensors of a GGUF model to the MoE that shall be rescaled."""
+"""Finds the MoE of a GGUF model, from its keys and tensors."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from moescale.routers.normalisation import Normalisation
 _KNOWN = re.compile(
     r"(?:ffn_(?:up|gate|down|gate_up)_(?:ch)?exps\.(?:weight|bias|scale|input_scale))|ffn_norm_exps\.weight"
 )
-"""Tensors of routed experts that are none of a surprise."""
+"""Known tensors of routed experts."""
 _ROUTED = re.compile(r"ffn_(?:gate_inp|(?:up|gate|gate_up|down)_exps)\.weight")
 _OLD = re.compile(r"blk\.\d+\.ffn_down\.\d+\.weight")
 
 
 class GgufKeys(Protocol):
-    """The header of a file, as far as it is needed here."""
+    """The keys in the header of a file."""
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value of a key."""
@@ -47,13 +47,13 @@ def find_gguf_moe(
     Args:
         keys: the keys of the first file.
         tensors: of all files; shapes have the slowest dimension first.
-        arch: treat it as this architecture.
-        pattern: expression for the names of the down-projections.
+        arch: treat the model as this architecture.
+        pattern: regular expression for the names of the down-projections.
         experts_key: key of the experts per token; goes with `pattern`.
 
     Raises:
-        UnsupportedError: the architecture is not known, or is left alone.
-        CheckpointError: keys and tensors do not fit.
+        UnsupportedError: the architecture is not known, or is refused.
+        CheckpointError: keys and tensors contradict each other.
     """
     file_arch = keys.get("general.architecture")
     if not isinstance(file_arch, str):
@@ -94,28 +94,28 @@ def find_gguf_moe(
 
 
 _MAX_NEXTN = 8
-"""Layers that predict further tokens; models have one to three."""
+"""The most MTP layers that are looked for; models have one to three."""
 
 
 def _layer_aliases(
     file_arch: str, keys: GgufKeys, experts_by_layer: Mapping[Layer, int]
 ) -> dict[str, Layer | None]:
-    """What a safetensors model calls the last blocks, which many files leave out."""
+    """The names of MTP layers in safetensors models; many GGUF files leave these layers out."""
     blocks, nextn = (keys.get(f"{file_arch}.{name}", 0) for name in ("block_count", _NEXTN_LAYERS))
     if type(blocks) is not int or type(nextn) is not int or blocks <= nextn:
         return {}
     found: dict[str, Layer | None] = {}
     for i in range(_MAX_NEXTN):
         layer = Layer("", blocks - nextn + i)
-        there = layer if layer in experts_by_layer else None
-        found |= {f"mtp.{i}": there, str(layer.number): there}
+        present = layer if layer in experts_by_layer else None
+        found |= {f"mtp.{i}": present, str(layer.number): present}
     return found
 
 
 _NEXTN_LAYERS = "nextn_predict_layers"
 
 
-_NO_MODEL = "It holds no model: a projector, an adapter or an importance matrix, say."
+_NO_MODEL = "It is not a model, but perhaps a projector, an adapter or an importance matrix."
 
 
 def _row(file_arch: str, tensors: Sequence[Tensor], arch: str | None, pattern: str | None) -> Row:
@@ -141,7 +141,7 @@ def _row(file_arch: str, tensors: Sequence[Tensor], arch: str | None, pattern: s
         shown = re.sub(r"\d+", r"\\d+", routed, count=1).replace(".", r"\.")
         advice.append(
             f"{routed!r} looks like a routed down-projection: try --pattern '{shown}'"
-            f" --experts-key {file_arch}.expert_used_count with --factor or --rule published."
+            f" --experts-key {file_arch}.expert_used_count, and --factor or --rule published."
         )
     raise UnsupportedError(f"architecture {name!r} is not known", hint=" ".join(advice) or None)
 
@@ -149,13 +149,13 @@ def _row(file_arch: str, tensors: Sequence[Tensor], arch: str | None, pattern: s
 def _whole(keys: GgufKeys, name: str) -> int:
     value = keys.get(name)
     if type(value) is not int or not 0 < value <= MAX_NUMBER:
-        said = "is missing" if value is None else f"is {repr(value)[:40]}, not a number of experts"
-        raise CheckpointError(f"key {name} {said}", hint="The header is not that of a MoE model.")
+        fault = "is missing" if value is None else f"is {repr(value)[:40]}, not a number of experts"
+        raise CheckpointError(f"key {name} {fault}", hint="The header is not that of a MoE model.")
     return value
 
 
 def _groups(keys: GgufKeys, file_arch: str) -> tuple[int, int] | None:
-    """Groups of experts, and how many of them a token may choose from; None for no limit."""
+    """Number of groups of experts, and of groups that a token may use; None for no limit."""
     names = (f"{file_arch}.expert_group_count", f"{file_arch}.expert_group_used_count")
     groups, chosen = (_whole(keys, name) if keys.get(name) else 0 for name in names)
     return group_limit(groups, chosen)
@@ -181,7 +181,7 @@ def _projections(row: Row, tensors: Sequence[Tensor]) -> Iterator[Projection]:
 
 
 def _by_layer(tensors: Sequence[Tensor]) -> dict[int, set[str]]:
-    """What each block has, by the names after ``blk.N.``."""
+    """The tensor names of each block, after ``blk.N.``."""
     found: dict[int, set[str]] = {}
     for tensor in tensors:
         if match := re.fullmatch(r"blk\.([0-9]{1,6})\.(.+)", tensor.name):
@@ -190,22 +190,22 @@ def _by_layer(tensors: Sequence[Tensor]) -> dict[int, set[str]]:
 
 
 def _count_experts(projections: Sequence[Projection], row: Row, total: int) -> dict[Layer, int]:
-    """Routed experts of each layer, as its tensors hold."""
+    """The number of routed experts of each layer, from its tensors."""
     experts_by_layer: dict[Layer, int] = {}
     for projection in projections:
         weight = projection.by_suffix.get("weight")
         if weight is None or len(weight.shape) != 3:
             shape = "missing" if weight is None else f"{list(weight.shape)}"
             raise CheckpointError(
-                f"{projection.module}.weight: is {shape}, not one matrix an expert"
+                f"{projection.module}.weight: is {shape}, not one matrix per expert"
             )
         experts = weight.shape[0]
         if projection.module.endswith("_chexps"):
             continue
         if experts != total:
             raise CheckpointError(
-                f"{weight.name}: holds {experts} experts, the header says {total}",
-                hint="Header and tensors are of different models.",
+                f"{weight.name}: holds {experts} experts, but the header says {total}",
+                hint="Header and tensors belong to different models.",
             )
         experts_by_layer[projection.layer] = experts
     return experts_by_layer
@@ -214,7 +214,7 @@ def _count_experts(projections: Sequence[Projection], row: Row, total: int) -> d
 def _check_complete(
     row: Row, by_layer: Mapping[int, set[str]], experts_by_layer: Mapping[Layer, int]
 ) -> None:
-    """Every block with a router or other parts of routed experts has down-projections."""
+    """Require a router and down-projections in every block with any part of routed experts."""
     for number, names in sorted(by_layer.items()):
         routed = sorted(name for name in names if _ROUTED.fullmatch(name))
         if routed and Layer("", number) not in experts_by_layer:
@@ -246,7 +246,7 @@ def _score(row: Row, file_arch: str, keys: GgufKeys, tensors: Sequence[Tensor]) 
 
 
 def _unnamed(row: Row, file_arch: str, keys: GgufKeys, tensors: Sequence[Tensor]) -> int | None:
-    """The score where the file names none; GLM-4.7-Flash is told by its size, as in the client."""
+    """The score if the file names none; as in llama.cpp, its size identifies GLM-4.7-Flash."""
     if row.name != "deepseek2":
         return row.score
     blocks = keys.get(f"{file_arch}.block_count", 0) - keys.get(f"{file_arch}.{_NEXTN_LAYERS}", 0)
@@ -261,22 +261,22 @@ def _architecture(
     score: _Score,
     renormalised: bool,
 ) -> Architecture:
-    """The row, and what the file says, in the words of the other tables."""
-    there: set[str] = set().union(*by_layer.values())
+    """The row and the file's facts, as a row of the table of model types."""
+    names: set[str] = set().union(*by_layer.values())
     router = row.router
     if isinstance(router, RouterKind):
         if score is None:
-            router = OtherRouter(f"{file_arch}.expert_gating_func names no function that is known")
+            router = OtherRouter(f"{file_arch}.expert_gating_func names an unknown function")
         else:
             kind, late = score
             router = replace(router, score=kind, late=late)
     removed = row.no_effect is not None
     if row.no_effect_if:
-        removed = row.no_effect_if in there
+        removed = row.no_effect_if in names
     if row.no_effect_unless:
-        removed = row.no_effect_unless not in there
+        removed = row.no_effect_unless not in names
     fixed = None
-    if row.fixed_if in there:
+    if row.fixed_if in names:
         fixed = f"its {row.fixed_if} has a column for each expert of a token"
     return Architecture(
         file_arch,
@@ -302,13 +302,13 @@ def _warnings(
     if row.partial_effect and (row.no_effect_unless is None or row.no_effect_unless in names):
         yield f"architecture {file_arch!r}: {row.partial_effect}"
     for name in sorted(n for n in names if "exps" in n and not _KNOWN.fullmatch(n)):
-        yield f"blk.N.{name}: belongs to the routed experts, and is not known; it is copied"
+        yield f"blk.N.{name}: is an unknown tensor of the routed experts; it is copied"
 
 
 def _none_found(file_arch: str, tensors: Sequence[Tensor]) -> CheckpointError | UnsupportedError:
     if old := next((t.name for t in tensors if _OLD.fullmatch(t.name)), None):
         return UnsupportedError(
-            f"{old!r}: has a tensor for each expert, as files had before April 2024",
+            f"{old!r}: has one tensor per expert, as in files from before April 2024",
             hint="llama.cpp no longer runs such a file; convert the model again.",
         )
     return UnsupportedError(

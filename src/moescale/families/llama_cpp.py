@@ -1,14 +1,14 @@
-"""The table of llama.cpp's architectures that have routed experts, one row each.
+"""The table of llama.cpp's architectures with routed experts, one row each.
 
-In a GGUF file it is llama.cpp that decides how the chosen experts are weighed, not transformers:
-``qwen2moe`` and ``olmoe`` never renormalise, ``qwen3moe`` always does, whatever the original config
-said. Every fold is listed here positively, since a key that an architecture does not read, or a
-``.scale`` tensor that its graph does not use, loads without a word and changes nothing.
+llama.cpp, not transformers, decides how the weights in a GGUF file are normalised: ``qwen2moe`` and
+``olmoe`` never renormalise, ``qwen3moe`` always does, whatever the original config said. A row
+states every fold that works: llama.cpp silently ignores a key that an architecture does not read
+and a ``.scale`` tensor that its graph does not use.
 
-Source: llama.cpp 0.5.0 (ggml-org/llama.cpp@0c1e57098), ``src/models/*.cpp`` (one file an
+Source: llama.cpp 0.5.0 (ggml-org/llama.cpp@0c1e57098), ``src/models/*.cpp`` (one file per
 architecture; the calls of ``build_moe_ffn``), ``src/llama-graph.cpp`` (``build_moe_ffn``),
-``src/llama-arch.cpp`` (names) and ``src/llama-context.cpp`` (``graph_max_nodes``). Which rows were
-run in that release is said in docs/gguf.md.
+``src/llama-arch.cpp`` (names) and ``src/llama-context.cpp`` (``graph_max_nodes``). docs/gguf.md
+lists the rows that were run in that release.
 """
 
 from __future__ import annotations
@@ -21,48 +21,48 @@ from typing import Final, Literal
 from moescale.routers.kinds import OtherRouter, RouterKind
 
 RELEASE: Final = "0.5.0"
-"""The release that all of this is of."""
+"""The release of llama.cpp that the table describes."""
 
 EXPERTS: Final = ("ffn_down_exps",)
-"""What follows ``blk.N.`` in the names of the routed down-projections."""
+"""Names of the routed down-projections after ``blk.N.``."""
 
 Renormalises = Literal["always", "never", "key"]
-"""Whether the weights of the chosen experts are divided by their sum; ``key``: as
-``ARCH.expert_weights_norm`` says, which is false where it is missing."""
+"""Whether the weights of the chosen experts are divided by their sum; ``key``: if
+``ARCH.expert_weights_norm`` is true (false if missing)."""
 
 SCORES: Final[Mapping[int, tuple[str, bool]]] = MappingProxyType(
     {1: ("softmax", False), 2: ("sigmoid", False), 3: ("softmax", True), 4: ("sqrtsoftplus", False)}
 )
-"""By ``ARCH.expert_gating_func``: what makes scores of logits, and whether of the chosen alone."""
+"""The score function, and whether only the chosen have scores, by ``ARCH.expert_gating_func``."""
 
 _FFN: Final = RouterKind(("ffn_gate_inp.weight",), ("ffn_norm.weight",))
 _BIASED: Final = replace(_FFN, bias=("exp_probs_b.bias",), bias_optional=True)
 _POST_ATTENTION: Final = replace(_FFN, norm=("post_attention_norm.weight",))
 
 _ROUTED_NORM = "a norm on the routed output alone removes every factor"
-_SHARE = "a norm follows the sum of routed and other experts, so scaling changes their share in it"
+_SHARE = "a norm follows the sum of routed and other experts, so scaling changes their share of it"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What has to be known of one architecture.
+    """The facts about one architecture.
 
     Attributes:
-        name: as ``general.architecture`` says.
-        renormalises: how the weights of the chosen experts are normalised.
-        router: its kind, or why it cannot be formed.
-        score: the number of its gating function where no key names another; None where the key is
-            needed.
-        score_key: whether ``ARCH.expert_gating_func`` is read.
+        name: as in ``general.architecture``.
+        renormalises: whether the weights of the chosen experts are divided by their sum.
+        router: its kind, or why it has none.
+        score: the number of the gating function if no key names one; None if the key is required.
+        score_key: ``ARCH.expert_gating_func`` is read.
         scale_key: ``ARCH.expert_weights_scale`` is read and multiplies the routed output.
         scale_tensor: ``blk.N.ffn_down_exps.scale`` multiplies the routed output.
         experts: names of the routed down-projections.
-        refused: why it is left alone.
-        no_effect: why scaling has no effect; with `no_effect_if` only where there is such a tensor,
-            with `no_effect_unless` only where there is none.
-        partial_effect: what scaling does otherwise.
+        refused: why moescale refuses it.
+        no_effect: why scaling has no effect.
+        no_effect_if: `no_effect` applies only if this tensor exists.
+        no_effect_unless: `no_effect` applies only if this tensor does not exist.
+        partial_effect: what scaling does not reach.
         fixed_if: the tensor whose presence fixes the number of experts.
-        nodes: nodes that a graph may have, for each tensor of the model.
+        nodes: nodes that a graph may have per tensor of the model.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Row:
 
 
 def _keyed(name: str, score: int | None = None, scale_tensor: bool = False) -> Row:
-    """DeepSeek's kind: norm, scale and score are keys, a bias may take part in the choice."""
+    """A DeepSeek-like row: keys for norm, scale and score, perhaps a bias in the choice."""
     return Row(name, "key", _BIASED, score, True, True, scale_tensor)
 
 
@@ -189,8 +189,8 @@ ROWS: Final[tuple[Row, ...]] = (
     Row(
         "dflash",
         "key",
-        OtherRouter("it is left alone"),
-        refused="it is a draft model, which is left alone",
+        OtherRouter("moescale does not change draft models"),
+        refused="it is a draft model, which moescale does not change",
     ),
 )
 
@@ -205,7 +205,7 @@ _TENSOR_SINCE: Final[Mapping[str, str]] = MappingProxyType(
         "mellum": "b9842; b8390 does not know the architecture",
     }
 )
-"""The oldest release that was seen to use ``.scale``, and what the one tried before it does.
+"""The oldest release seen to use ``.scale``, and the behaviour of the one tested before it.
 
 Tiny models were run in b8179, b8352, b8390, b9842, b10068 and b10361 (npm's
 ``@node-llama-cpp/linux-x64`` 3.17.1 to 3.20.0) and gave the logits of scaled weights.
@@ -214,4 +214,4 @@ Tiny models were run in b8179, b8352, b8390, b9842, b10068 and b10361 (npm's
 
 def tensor_since(arch: str) -> str:
     """The oldest release of llama.cpp known to use ``.scale`` with an architecture."""
-    return _TENSOR_SINCE.get(arch, f"{RELEASE}; no older one was tried")
+    return _TENSOR_SINCE.get(arch, f"{RELEASE}; no older one was tested")

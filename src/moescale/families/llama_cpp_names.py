@@ -1,7 +1,7 @@
-"""What llama.cpp calls a model type.
+"""llama.cpp's names for model types.
 
-From the converter and the graphs of llama.cpp 0.5.0 (src/models/*.cpp). Left out are types whose
-count its code fixes.
+From the converter and the graphs of llama.cpp 0.5.0 (src/models/*.cpp). Types whose count its code
+fixes are left out.
 """
 
 from __future__ import annotations
@@ -62,6 +62,6 @@ _NAMES: Final[Mapping[str, str]] = {
 
 
 def llama_cpp_name(model_type: str, scaled: bool) -> str | None:
-    """The architecture in a GGUF file; with `scaled`, only if a key scales its routed output."""
+    """The architecture in a GGUF file; with `scaled`, None if no key scales its routed output."""
     name = _NAMES.get(model_type)
     return name if name is None or not scaled or BY_NAME[name].scale_key else None

@@ -1,10 +1,10 @@
-"""How many experts a token llama.cpp has room for: it ends the process where its graph is full.
+"""The most experts per token in llama.cpp, which aborts when its graph is full.
 
-A graph may hold so many tensors (``src/llama-context.cpp``, ``graph_max_nodes``), and its scheduler
-keeps those, the weights and the caches in a table of as many places as a prime says
+The size of a graph is limited (``src/llama-context.cpp``, ``graph_max_nodes``), and its scheduler
+keeps the graph's tensors, the weights and the caches in a hash table whose size is a prime
 (``ggml_hash_size``). Each chosen expert takes a view and an addition in every block
-(``src/llama-graph.cpp``, ``build_moe_ffn``); what a block takes besides was counted in the client,
-with its arch settings, as the tensors in the context of its graph.
+(``src/llama-graph.cpp``, ``build_moe_ffn``). The other tensors of a block were counted in llama.cpp
+with its default settings, in the context of its graph.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from moescale.families.llama_cpp import Row
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """What a graph holds besides what weights and chosen experts take.
+    """The tensors of a graph, without those for weights and chosen experts.
 
     Attributes:
-        block: tensors of a block with routed experts whose weights are divided by their sum.
-        rest: tensors of no block.
-        cache: tensors that a block keeps of earlier tokens.
+        block: in a block with routed experts whose weights are divided by their sum.
+        rest: outside the blocks.
+        cache: of earlier tokens, in a block.
     """
 
     block: int
@@ -58,30 +58,30 @@ GRAPHS: Final[Mapping[str, Graph]] = MappingProxyType(
         "smallthinker": Graph(32, 14),
     }
 )
-"""By architecture, as far as it was counted."""
+"""By architecture; only those that were counted."""
 
 _USUAL: Final = Graph(33)
 
 _SUM, _GROUPS, _DENSE = 5, 14, 14
-"""Tensors that dividing by the sum takes, and choosing by groups; and those of a block with routed
-experts beyond those of a dense one."""
+"""Tensors for dividing by the sum, for choosing by groups, and for routed experts instead of a
+dense block."""
 
 _UBATCH: Final = 512
-"""Tokens of a batch, where ``--ubatch-size`` does not say."""
+"""Tokens of a batch without ``--ubatch-size``."""
 
 _FLOORS: Final[Mapping[int, int]] = {8: 1024, 32: 40 * _UBATCH, 64: 160 * _UBATCH}
-"""The least room, by what each tensor of the model adds."""
+"""The smallest size of a graph, by its nodes per tensor of the model."""
 
 _PRIMES: Final = (1031, 2053, 4099, 8209, 16411, 32771, 65537, 131101, 262147)
 
 
 def max_experts_per_token(row: Row, keys: GgufKeys, names: Collection[str]) -> int | None:
-    """The most experts a token that the graph has room for; None where there are no blocks.
+    """The most experts per token that fit into the graph; None if no block has experts.
 
     Args:
         row: the architecture.
         keys: the keys of the model.
-        names: all tensors of the model.
+        names: names of all tensors of the model.
     """
     blocks = _blocks(names)
     routed = [block for block in blocks if "ffn_gate_inp.weight" in block]
@@ -99,7 +99,7 @@ def max_experts_per_token(row: Row, keys: GgufKeys, names: Collection[str]) -> i
 
 
 def _blocks(names: Iterable[str]) -> list[set[str]]:
-    """What each block holds; those that predict further tokens have a graph of their arch."""
+    """The tensor names of each block, except MTP blocks, which have another graph."""
     found: dict[str, set[str]] = {}
     for name in names:
         if match := re.fullmatch(r"blk\.(\d+)\.(.+)", name):
@@ -112,14 +112,14 @@ def _blocks(names: Iterable[str]) -> list[set[str]]:
 
 
 def _weight(suffix: str) -> int:
-    """Tensors of a graph that a weight takes: a product; a norm and its product; a scale's rows."""
+    """Tensors of a graph for one weight: a product, a norm and its product, or a scale's rows."""
     if suffix.endswith("exps.scale"):
         return 4
     return 2 if "norm" in suffix else 1
 
 
 def _router(row: Row, keys: GgufKeys) -> int:
-    """What a router takes beside one that divides by the sum."""
+    """Additional tensors of a router, compared with one that divides by the sum."""
     arch = keys.get("general.architecture")
     divides = {"always": True, "never": False}.get(
         row.renormalises, keys.get(f"{arch}.expert_weights_norm") is True

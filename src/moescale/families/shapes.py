@@ -183,7 +183,7 @@ class _GateUp:
                 other = first.get((p.layer, p.block, sibling))
                 if other is not None and head + sibling + tail not in modules:
                     raise CheckpointError(
-                        f"{head}{sibling}{tail}: is missing, although {other.module} has its down",
+                        f"{head}{sibling}{tail}: is missing, although {other.module} has one",
                         hint="The checkpoint is incomplete; fetch the missing shard again.",
                     )
 

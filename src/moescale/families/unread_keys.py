@@ -1,7 +1,6 @@
 """Config keys that change the routing of some model types and that a row does not read.
 
-Their names are those that transformers 5.24, sglang 0.5.23, mlx-lm 0.32.2 and the code in published
-repos read.
+The names come from transformers 5.24, sglang 0.5.23, mlx-lm 0.32.2 and the code in published repos.
 """
 
 from __future__ import annotations
@@ -22,48 +21,48 @@ SCORES: Final = frozenset(
         *("moe_router_score_func", "moe_router_activation_func"),
     )
 )
-"""Keys that name how scores are made of logits."""
-_SCORING: Final = re.compile(
+"""Keys that name the score function."""
+_SCORE_LIKE: Final = re.compile(
     r"(?!.*share)(?:.*(?:scor|rout|expert|moe|top_?k).*|gat(?:e|ing))"
     r"_(?:fn|func|function|act|activation|type)"
 )
-"""Keys that may do so under other names, where their value is the name of a score."""
+"""Other keys that may name it, if their value is one of `_SCORE_NAMES`."""
 _SCORE_NAMES: Final = ("softmax", "sigmoid", "sqrtsoftplus")
 NORMALISED: Final = frozenset(
     ("norm_topk_prob", "moe_renormalize", "norm_expert_weight", "route_norm")
 )
-"""Keys that say whether the weights of the chosen experts sum to 1."""
-_NORMALISING: Final = re.compile(
+"""Keys that switch renormalisation on or off."""
+_NORMALISED_LIKE: Final = re.compile(
     r"(?:re)?normali[sz]e|(?:re)?norm(?:ali[sz]e)?_(?:top_?k|expert|rout\w*|gat\w*|moe)\w*"
     r"|(?:top_?k|expert|rout\w*|gat\w*|moe)\w*_(?:renorm|normali[sz]e)\w*"
 )
-"""Keys that may say so under other names."""
+"""Other keys that may do so."""
 BIASED: Final = frozenset(
     (
         *("moe_router_enable_expert_bias", "use_expert_bias", "use_moe_router_bias"),
         *("use_routing_bias", "use_gate_bias", "moe_gate_bias"),
     )
 )
-"""Keys that say whether a bias takes part in the choice of experts."""
+"""Keys that switch a bias in the choice of experts on or off."""
 ON_INPUT: Final = frozenset(("moe_apply_router_weight_on_input", "apply_router_weight_on_input"))
-"""Keys that say that the weight of an expert multiplies its input, not its output."""
+"""Keys that make an expert's weight multiply its input, not its output."""
 _BOUND: Final = re.compile(
     r"(?:moe_)?(?:gate|gating|router?|routing)_(?:logits?_)?(?:temp|temperature|softcap\w*)"
 )
-"""Keys of numbers that divide or bound the logits; 0, 1 and null change nothing."""
+"""Keys of numbers that divide or bound the logits; 0, 1 and null have no effect."""
 _NORM: Final = re.compile(r".*(?:rout|moe|expert).*norm.*|.*norm.*(?:rout|moe|expert).*")
-"""Keys that turn on a norm inside the MoE block, by true."""
+"""Keys whose value true adds a norm inside the MoE block."""
 
 
 def unread_keys(
-    row: Architecture, section: Mapping[str, Any], router: Normalisation | None
+    row: Architecture, section: Mapping[str, Any], normalisation: Normalisation | None
 ) -> Iterator[tuple[str, Any]]:
-    """Config keys that change the routing in some model types and that this row does not read.
+    """Find config keys that change the routing of some model types and that this row does not read.
 
     Args:
         row: the row of the model type.
         section: the section of the config that describes the MoE.
-        router: how the row normalises the weights, where that is known.
+        normalisation: of the weights, by the row; None if unknown.
     """
     kind = row.router if isinstance(row.router, RouterKind) else None
     read = _read_by(row, kind)
@@ -71,12 +70,12 @@ def unread_keys(
     limits = not row.groups and 0 < chosen < groups
     for key, value in section.items():
         limit = limits and key == "topk_group"
-        if limit or (key not in read and _is_unusual(key, value, kind, router)):
+        if limit or (key not in read and _is_unusual(key, value, kind, normalisation)):
             yield key, value
 
 
 def group_keys(section: Mapping[str, Any]) -> tuple[int, int]:
-    """How many groups of experts the config names, and how many of them a token may choose from."""
+    """Number of groups of experts, and of groups that a token may use; 0 without a key."""
     groups = read_integer(section, "n_group", read_integer(section, "num_expert_group", 0))
     return groups, read_integer(section, "topk_group", 0)
 
@@ -87,29 +86,24 @@ def _read_by(row: Architecture, kind: RouterKind | None) -> set[str | None]:
         keys |= {row.normalisation.key, *row.normalisation.aliases}
     if isinstance(row.normalisation, PowerNorm):
         keys.add(row.normalisation.key)
-    if row.model_type == "deepseek_v2":  # which has a warning of its own
+    if row.model_type == "deepseek_v2":  # it has a separate warning
         keys.add("norm_topk_prob")
     if kind is not None:
-        keys |= {
-            kind.score_key,
-            kind.bias_key,
-            kind.cap_key,
-            kind.idle_key,
-        }
+        keys |= {kind.score_key, kind.bias_key, kind.cap_key, kind.idle_key}
     return keys
 
 
 def _is_unusual(
-    key: str, value: Any, kind: RouterKind | None, router: Normalisation | None
+    key: str, value: Any, kind: RouterKind | None, normalisation: Normalisation | None
 ) -> bool:
-    """Whether a key changes the routing from what the row takes it for."""
+    """Whether a key makes the routing differ from the row."""
     if key in SCORES:
         return kind is not None and isinstance(value, str) and value != kind.score
-    if _SCORING.fullmatch(key) and value in _SCORE_NAMES:
+    if _SCORE_LIKE.fullmatch(key) and value in _SCORE_NAMES:
         return kind is not None and value != kind.score
-    if key in NORMALISED or (value is False and _NORMALISING.fullmatch(key)):
+    if key in NORMALISED or (value is False and _NORMALISED_LIKE.fullmatch(key)):
         anyway = kind is not None and kind.late and kind.score == "softmax"
-        contradicts = router is not None and value is not router.renormalised
+        contradicts = normalisation is not None and value is not normalisation.renormalised
         return isinstance(value, bool) and contradicts and not anyway
     if key in BIASED or (key, value) == ("topk_method", "noaux_tc"):
         return bool(value) and kind is not None and not (kind.bias or kind.logit_bias)
