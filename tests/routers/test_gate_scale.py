@@ -33,7 +33,7 @@ pytestmark = [
 
 
 def router_kind(entry: str) -> RouterKind:
-    """The row of a type whose router can be formed."""
+    """The row of a type whose router can be computed."""
     row = find(*entry.split("/")).router
     assert isinstance(row, RouterKind)
     return row

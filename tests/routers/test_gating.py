@@ -61,7 +61,7 @@ def routers_of(directory: Path, entry: str) -> tuple[Routers, list[RouterArrays]
 
 
 def build_formed(entry: str, directory: Path, **how: Any) -> None:
-    """A checkpoint whose router can be formed: without layers that choose by token numbers."""
+    """A checkpoint whose router can be computed: without layers that choose by token numbers."""
     config = {"mlp_layer_types": ["moe"] * 3} if entry == "deepseek_v4" else {}
     build(entry, directory, config={**config, **how.pop("config", {})}, **how)
 

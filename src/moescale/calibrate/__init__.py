@@ -1,1 +1,4 @@
-"""Runs the model over a text, for the rule ``measured``; torch is imported in here only."""
+"""Runs the model over a text, for the rules ``measured`` and ``fitted`` and for losses.
+
+Torch is imported only in this package.
+"""

@@ -1,4 +1,4 @@
-"""The MoE blocks of a running model: found by the table's names, run with two numbers of experts.
+"""Finds the MoE blocks of a running model, and runs them with two numbers of experts.
 
 A block of transformers holds a router and a module ``experts`` that returns the routed sum,
 without the shared experts: ``experts(hidden, top_k_index, top_k_weights)``. The block is run twice

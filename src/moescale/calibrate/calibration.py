@@ -1,4 +1,4 @@
-"""Rules that run the model, from outside: what they need.
+"""Runs the model for the rules that need it, when planning asks for samples.
 
 Nothing of torch is imported before a model has to be run.
 """

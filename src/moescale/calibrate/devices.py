@@ -1,4 +1,4 @@
-"""What it takes to run a model: libraries, memory, a device. Nothing of torch is imported here."""
+"""Checks what it takes to run a model: libraries, memory, a device. Torch is not imported here."""
 
 from __future__ import annotations
 

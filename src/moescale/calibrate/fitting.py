@@ -1,4 +1,4 @@
-"""The sums of the rule ``fitted``, for one MoE block of a running model.
+"""The sums for the rule ``fitted``, of one MoE block of a running model.
 
 The outputs of the experts that a token chooses at any scale of the router are computed once and
 kept apart, in pieces; the routed output at every scale is then a weighted sum of them.

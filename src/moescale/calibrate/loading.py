@@ -1,4 +1,4 @@
-"""Loads a model once for all that one call runs it for. Nothing of torch is imported here."""
+"""Loads a model once for everything that one call runs it for. Torch is not imported here."""
 
 from __future__ import annotations
 

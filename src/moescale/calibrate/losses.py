@@ -1,4 +1,4 @@
-"""The loss of plans on a text, for which nothing is written, and that of a finished output."""
+"""The loss of plans on a text, for which nothing is written, and of a finished output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a checkpoint and a text to a sample of every MoE layer, and to the loss of settings."""
+"""Samples every MoE layer of a checkpoint on a text, and computes losses."""
 
 from __future__ import annotations
 

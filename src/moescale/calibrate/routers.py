@@ -1,4 +1,4 @@
-"""The routers of a running model: their logits multiplied, and their choices seen for many scales.
+"""The routers of a running model: multiplies their logits, and finds their choices for many scales.
 
 A router's weight is multiplied exactly as a conversion writes it: by one number, rounded to the
 weight's own dtype. Weights that accelerate keeps on disk exist only inside the module's inner

@@ -1,4 +1,4 @@
-"""Chooses the rule: as asked for, else ``gates`` if the router can be formed."""
+"""Chooses the rule: as asked for, else ``gates`` if the router can be computed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def choose_rule(
     """The rule that was asked for, else the default.
 
     Raises:
-        SourceError: ``gates`` was asked for, but the routers cannot be formed; or scaling has no
+        SourceError: ``gates`` was asked for, but the routers cannot be computed; or scaling has no
             effect.
     """
     asked = options.method
@@ -62,7 +62,7 @@ def choose_rule(
     except (UnsupportedError, CheckpointError) as error:
         if asked is not None:
             raise
-        why = f"default, since the router cannot be formed: {error.message}"
+        why = f"default, since the router cannot be computed: {error.message}"
         return RuleChoice("preserve", why)
     return RuleChoice("gates", BY_DEFAULT if asked is None else None, routers)
 

@@ -118,7 +118,7 @@ def find_gates(moe: Moe, headers: Mapping[str, Header]) -> Routers:
     """The routers of all layers, complete.
 
     Raises:
-        UnsupportedError: the router of this model type cannot be formed, or is quantised.
+        UnsupportedError: the router of this model type cannot be computed, or is quantised.
         CheckpointError: a router is missing.
     """
     tensors = [t for header in headers.values() for t in header.tensors]
