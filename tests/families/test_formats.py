@@ -55,7 +55,9 @@ def leaves_of(case: Case) -> dict[str, Tensor]:
 def rows_of(by_suffix: Mapping[str, Tensor]) -> list[Format]:
     """The rows that fit."""
     dtypes = {suffix: tensor.dtype for suffix, tensor in by_suffix.items()}
-    return [row for row in ROWS if formats._takes(row, dtypes) and row.shapes_match(by_suffix)]
+    return [
+        row for row in ROWS if formats._has_tensors(row, dtypes) and row.shapes_match(by_suffix)
+    ]
 
 
 # The table ----------------------------------------------------------------------------------------
@@ -149,7 +151,7 @@ UNKNOWN = {
     "fixed output scale": by_suffix(weight="F8_E4M3", weight_scale="F32", output_scale="F32"),
     "F8_E4M3 without a tensor": by_suffix(weight="F8_E4M3", input_scale="F32"),
     "U8 without a tensor": by_suffix(weight="U8"),
-    "no format that": by_suffix(weight="BF16", weight_scale="F32"),
+    "a format that moescale cannot scale": by_suffix(weight="BF16", weight_scale="F32"),
     "bias (I8)": by_suffix(weight="F8_E4M3", weight_scale="F32", bias="I8"),
     "weight (I64)": by_suffix(weight="I64", weight_scale="F32"),
     "lora_A.default (BF16)": by_suffix(weight="BF16", lora_A__default="BF16"),

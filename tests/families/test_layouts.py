@@ -237,10 +237,10 @@ def test_an_adapter_elsewhere_is_a_warning(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said", "advice"),
     [
-        (lambda n: None, "has no weight, although there is its bias", "fetch the missing shard"),
+        (lambda n: None, "has no weight, only bias", "fetch the missing shard"),
         (
             lambda n: n.replace("w2.weight", "w2.parametrizations.weight.original"),
-            "no format",
+            "cannot scale",
             "remove_parametrizations",
         ),
     ],

@@ -1,15 +1,13 @@
-"""The table of tensor formats: one row each, which tensor of a projection carries its scale.
+"""The table of tensor formats: one row each, with the tensor that carries a projection's scale.
 
-The tensors of one down-projection share its name and differ in what follows it, their suffix:
-``weight``, ``bias``, ``weight_scale_inv``, ``qweight`` and so on. The suffixes, their dtypes and in
-a few rows their shapes decide the format, module by module, since checkpoints mix them; the
-config only confirms.
+The tensors of one down-projection share its name and differ in the suffix: ``weight``, ``bias``,
+``weight_scale_inv``, ``qweight`` and so on. Suffixes, dtypes and, in a few rows, shapes determine
+the format, module by module, because checkpoints mix formats; the config only confirms it.
 
-A quantised projection is scaled by its scale, so that no code changes. To add a format, add a
-row: the suffixes that it needs (the codes first), the one that carries the scale and how it
-changes, those that may stand beside them and stay as they are, and where that can be read.
-Exactly one tensor of a product of scales changes. Tensors with a suffix that a row does not know
-do not match it: what is not known may carry a scale too.
+A quantised projection is scaled through its scale, and its codes stay. To add a format, add a row:
+the required suffixes (codes first), the one that carries the scale and how it changes, optional
+suffixes that stay unchanged, and the source of these facts. Of a product of scales, exactly one
+tensor changes. A row never matches a suffix that it does not know: the tensor may be another scale.
 
 Sources, by their version: compressed-tensors 0.20, bitsandbytes 0.50, gptqmodel 7.7,
 nvidia-modelopt 0.47, amd-quark 0.13, hqq 0.2.8, mlx-lm 0.32, exllamav2 0.3, exllamav3 1.6,
@@ -37,13 +35,17 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class ScaledTensor:
-    """A tensor of a format that changes when the projection is scaled."""
+    """A tensor of a format that changes when the projection is scaled.
+
+    Attributes:
+        role: its purpose in the module.
+        operation: how the factor is applied.
+        as_f32: store the result as F32, because the dtype's rounding would be the only error.
+    """
 
     role: Role
     operation: Operation = "multiply"
-    as_f32: bool = (
-        False  # store the result as F32: the dtype's own rounding would be the only error
-    )
+    as_f32: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +53,15 @@ class Format:
     """How one format stores a projection.
 
     Attributes:
-        name: what people call it.
-        dtypes: suffixes that must be there, the codes first, each with the dtypes it may have.
+        name: its usual name.
+        dtypes: the required suffixes, codes first, each with its possible dtypes.
         scaled: the suffixes that change; those that are not in `dtypes` may be missing.
-        stays: suffixes that may be there and do not change.
-        fits: what the shapes must be, where the dtypes leave a doubt.
-        size: the shape ``[..., out, in]`` of what is stored; None where the shapes do not tell.
-        mismatch: the suffix whose shape cannot be beside the others, if any.
-        free: tensors of one checkpoint differ in shape, as their numbers of bits do.
-        source: where the facts can be read.
+        unchanged: optional suffixes that do not change.
+        shapes_match: whether the shapes fit, if the dtypes alone are ambiguous.
+        weight_shape: the shape ``[..., out, in]`` of the weight; None if the shapes do not tell.
+        mismatch: the suffix whose shape contradicts the others, if any.
+        mixed_bits: tensors of one checkpoint differ in bits, and so in shape.
+        source: of these facts.
     """
 
     name: str
@@ -75,24 +77,30 @@ class Format:
 
 @dataclass(frozen=True, slots=True)
 class UnsupportedFormat:
-    """A format that is known by name and cannot be scaled; `dtypes` as in `Format`, () for any."""
+    """A format that moescale recognises and cannot scale.
+
+    Attributes:
+        name: its usual name.
+        dtypes: as in `Format`; () for any dtype.
+        why: the reason.
+    """
 
     name: str
     dtypes: Mapping[str, tuple[str, ...]]
     why: str
 
 
-# What happens to a tensor -----------------------------------------------------------------------
+# Changes of a tensor ----------------------------------------------------------------------------
 
 SCALE: Final = ScaledTensor("scale")
-"""Multiplied in its own dtype: engines read it in 16 bits, so more would be lost at loading."""
+"""Multiplied in its own dtype: engines read it in 16 bits and would drop any more bits."""
 WIDENED: Final = ScaledTensor("scale", as_f32=True)
 """Multiplied and stored as F32, which engines allocate for it anyway."""
 DIVISOR: Final = ScaledTensor("scale", "divide")
 EXPONENT: Final = ScaledTensor("scale", "shift")
 """A power of two: only another power of two can be multiplied into it."""
 OFFSET: Final = ScaledTensor("bias")
-"""An additive part of the weight: multiplied too."""
+"""An additive part of the weight, which is multiplied, too."""
 
 # Dtypes -----------------------------------------------------------------------------------------
 
@@ -109,7 +117,7 @@ INPUT_SUFFIXES: Final = frozenset(
         *("input_scale_ub", "activation_scale", "act_scale", "qscale_act", "pre_quant_scale"),
     )
 )
-"""BySuffix that describe the input of the projection; its output can scale without them."""
+"""Suffixes of tensors that describe the projection's input, which scaling does not change."""
 
 # Shapes -----------------------------------------------------------------------------------------
 
@@ -120,14 +128,14 @@ def _last(tensors: BySuffix, suffix: str) -> int:
 
 
 def _groups(codes: str, scale: str, *sizes: int) -> Callable[[BySuffix], bool]:
-    """Each scale belongs to this many elements of the codes' last dimension."""
+    """Each scale belongs to one of these numbers of elements of the codes' last dimension."""
     return lambda tensors: any(
         _last(tensors, codes) == size * _last(tensors, scale) for size in sizes
     )
 
 
 def _scale_per_row(scale: str, packed: int = 1) -> Callable[[BySuffix], bool]:
-    """A row of scales for each output channel, of which the codes pack so many into a row."""
+    """One row of scales per output channel; a row of codes packs `packed` channels."""
 
     def shapes_match(tensors: BySuffix) -> bool:
         codes, scales = tensors["weight"].shape, tensors[scale].shape
@@ -141,7 +149,7 @@ def _as_stored(tensors: BySuffix) -> Shape:
 
 
 def _packed(codes: str, each: int) -> Callable[[BySuffix], Shape]:
-    """So many codes in an element of the last dimension."""
+    """Each element of the last dimension holds `each` codes."""
 
     def size(tensors: BySuffix) -> Shape:
         shape = tensors[codes].shape
@@ -151,12 +159,12 @@ def _packed(codes: str, each: int) -> Callable[[BySuffix], Shape]:
 
 
 def _scaled_in_groups(scale: str, group: int) -> Callable[[BySuffix], Shape]:
-    """A scale for so many values of the last dimension."""
+    """Each scale belongs to `group` values of the last dimension."""
     return _packed(scale, group)
 
 
-def _in_rows(*names: str) -> Callable[[BySuffix], str | None]:
-    """Each has as many rows as the first; a single number is that of all rows."""
+def _same_rows(*names: str) -> Callable[[BySuffix], str | None]:
+    """Each tensor has as many rows as the first, or one number for all rows."""
 
     def mismatch(tensors: BySuffix) -> str | None:
         rows = tensors[names[0]].shape[:-1]
@@ -166,8 +174,8 @@ def _in_rows(*names: str) -> Callable[[BySuffix], str | None]:
     return mismatch
 
 
-def _in_blocks(scale: str) -> Callable[[BySuffix], str | None]:
-    """A scale for the tensor, for each expert, each row or column, or each block of values."""
+def _block_scales(scale: str) -> Callable[[BySuffix], str | None]:
+    """One scale per tensor, expert, row, column, or block of values."""
 
     def mismatch(tensors: BySuffix) -> str | None:
         values, scales = tensors["weight"].shape, tensors[scale].shape
@@ -184,21 +192,21 @@ def _in_blocks(scale: str) -> Callable[[BySuffix], str | None]:
 
 
 def _divides(size: int, blocks: int) -> bool:
-    """Whether so many blocks of a usual size, the last of them cut, make up a dimension."""
+    """Whether a dimension has this many blocks of a usual size; the last may be incomplete."""
     usual = (*(1 << i for i in range(size.bit_length() + 1)), *range(48, size + 1, 16))
     return blocks == 1 or any(-(-size // block) == blocks for block in usual)
 
 
-def _absmax(tensors: BySuffix) -> str | None:
-    """A number for each block of codes, which are two a byte, whatever dtype they lie in."""
+def _blocks_of_absmax(tensors: BySuffix) -> str | None:
+    """One number per block of codes, which are two per byte in any dtype."""
     weight = tensors["weight"]
     codes = 2 * math.prod(weight.shape) * BITS[weight.dtype] // 8
     blocks = math.prod(tensors["absmax"].shape)
     return None if any(-(-codes // (1 << i)) == blocks for i in range(4, 14)) else "absmax"
 
 
-def _in_pairs(scale: str) -> Callable[[BySuffix], str | None]:
-    """Two 4-bit codes a byte, and a scale for each 16 or 32 of them."""
+def _paired_codes(scale: str) -> Callable[[BySuffix], str | None]:
+    """Two 4-bit codes per byte, and one scale per 16 or 32 codes."""
 
     def mismatch(tensors: BySuffix) -> str | None:
         codes, scales = tensors["weight"].shape, tensors[scale].shape
@@ -211,12 +219,12 @@ def _in_pairs(scale: str) -> Callable[[BySuffix], str | None]:
 # The rows ---------------------------------------------------------------------------------------
 
 _FP8_SCALES = ("weight_scale_inv", "scale_inv", "weight_scale", "scale", "qscale_weight")
-"""All of them multiply, whatever they are called; ``scale_inv`` is that of fused experts."""
+"""All of them multiply, despite their names; fused experts have ``scale_inv``."""
 _MX_GROUPS = (16, 24)
-"""Bytes of 32 codes of 4 or 6 bits."""
+"""Bytes for 32 codes of 4 or 6 bits."""
 _BNB = ("U8", "I8", *FLOAT)
-"""The dtypes that bitsandbytes may pack its codes into (``bnb_4bit_quant_storage``)."""
-_HQQ_STAYS = (
+"""Dtypes into which bitsandbytes packs codes (``bnb_4bit_quant_storage``)."""
+_HQQ_UNCHANGED = (
     *("nbits", "group_size", "shape", "axis", "packing", "unpack_view_dtype", "view_as_float"),
     *("quant_scale", "quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict"),
     *("stores_quant_config", "channel_wise", "optimize", "round_zero"),
@@ -233,12 +241,12 @@ ROWS: Final[tuple[Format, ...]] = (
     # 8 bits
     *(
         Format(
-            "FP8",  # with a scale for each block, channel or tensor
+            "FP8",  # one scale per block, channel or tensor
             {"weight": FP8, scale: FLOAT},
             {scale: WIDENED},
             ("weight_zero_point",),
             weight_shape=_as_stored,
-            mismatch=_in_blocks(scale),
+            mismatch=_block_scales(scale),
             source="DeepSeek-V3 README_WEIGHTS; transformers integrations/finegrained_fp8.py;"
             " compressed-tensors naive_quantized; modelopt quant_utils.py: W = weight * scale",
         )
@@ -250,7 +258,7 @@ ROWS: Final[tuple[Format, ...]] = (
             {"weight": FP8, scale: E8M0},
             {scale: EXPONENT},
             weight_shape=_as_stored,
-            mismatch=_in_blocks(scale),
+            mismatch=_block_scales(scale),
             source="compressed-tensors mxfp8, mx_utils.py; modelopt MXFP8;"
             " transformers integrations/finegrained_fp8.py: W = weight * 2**(scale - 127)",
         )
@@ -262,7 +270,7 @@ ROWS: Final[tuple[Format, ...]] = (
         {"weight_scale": WIDENED},
         ("weight_zero_point",),
         weight_shape=_as_stored,
-        mismatch=_in_blocks("weight_scale"),
+        mismatch=_block_scales("weight_scale"),
         source="compressed-tensors naive_quantized; modelopt quant_utils.py; Quark"
         " realquantizer.py: W = (weight - zero_point) * scale; vLLM and sglang allocate F32",
     ),
@@ -272,7 +280,7 @@ ROWS: Final[tuple[Format, ...]] = (
         {"weight_scale_inv": WIDENED},
         shapes_match=lambda tensors: not _scale_per_row("weight_scale_inv")(tensors),
         weight_shape=_as_stored,
-        mismatch=_in_blocks("weight_scale_inv"),
+        mismatch=_block_scales("weight_scale_inv"),
         source="sglang blockwise_int8.py: W = weight * scale",
     ),
     Format(
@@ -281,17 +289,17 @@ ROWS: Final[tuple[Format, ...]] = (
         {"SCB": SCALE},
         ("weight_format",),
         weight_shape=_as_stored,
-        mismatch=_in_blocks("SCB"),
+        mismatch=_block_scales("SCB"),
         source="bitsandbytes functional.py int8_vectorwise_dequant: W = weight * SCB / 127",
     ),
-    # 4 and 6 bits with floating codes
+    # 4 and 6 bits, floating-point codes
     Format(
         "NVFP4 (ModelOpt, Quark)",
         {"weight": BYTES, "weight_scale": ("F8_E4M3",), "weight_scale_2": F32},
         {"weight_scale_2": SCALE, "svdquant_lora_b": ScaledTensor("weight")},
         ("svdquant_lora_a",),
         weight_shape=_packed("weight", 2),
-        mismatch=_in_pairs("weight_scale"),
+        mismatch=_paired_codes("weight_scale"),
         source="modelopt unified_export_hf.py: W = fp4 * weight_scale * weight_scale_2;"
         " NVFP4_SVD adds (x lora_a^T) lora_b^T; Quark file2file_quantization.py",
     ),
@@ -313,7 +321,7 @@ ROWS: Final[tuple[Format, ...]] = (
         {"weight_global_scale": DIVISOR},
         ("weight_zero_point", "weight_shape"),
         weight_shape=_packed("weight_packed", 2),
-        mismatch=_in_rows("weight_packed", "weight_scale"),
+        mismatch=_same_rows("weight_packed", "weight_scale"),
         source="compressed-tensors forward_helpers.py _dequantize:"
         " W = fp4 * weight_scale / weight_global_scale",
     ),
@@ -324,7 +332,7 @@ ROWS: Final[tuple[Format, ...]] = (
         ("weight_shape",),
         _groups("weight_packed", "weight_scale", *_MX_GROUPS),
         weight_shape=_scaled_in_groups("weight_scale", 32),
-        mismatch=_in_rows("weight_packed", "weight_scale"),
+        mismatch=_same_rows("weight_packed", "weight_scale"),
         source="compressed-tensors mxfp4, mxfp6, mx_utils.py: W = fp * 2**(scale - 127)",
     ),
     Format(
@@ -334,7 +342,7 @@ ROWS: Final[tuple[Format, ...]] = (
         (),
         _groups("weight", "weight_scale", *_MX_GROUPS),
         weight_shape=_scaled_in_groups("weight_scale", 32),
-        mismatch=_in_rows("weight", "weight_scale"),
+        mismatch=_same_rows("weight", "weight_scale"),
         source="Quark export/utils.py, scale_format e8m0; humming schema/quark.py:"
         " W = fp * 2**(scale - 127)",
     ),
@@ -353,19 +361,19 @@ ROWS: Final[tuple[Format, ...]] = (
             {"weight": ("I8",), scale: ("F8_E8M0",)},
             {scale: EXPONENT},
             weight_shape=_packed("weight", 2),
-            mismatch=_in_pairs(scale),
+            mismatch=_paired_codes(scale),
             source="transformers integrations/finegrained_fp8.py Fp8Dequantize:"
             " W = fp4 * 2**(scale - 127)",
         )
         for scale in _FP8_SCALES[:4]
     ),
-    # 2 to 8 bits with whole codes
+    # 2 to 8 bits, integer codes
     Format(
-        "GPTQ or AWQ",  # AutoRound too; the layouts differ, the formula does not
+        "GPTQ or AWQ",  # also AutoRound; layouts differ, the formula is the same
         {"qweight": WORDS, "qzeros": WORDS, "scales": FLOAT},
         {"scales": SCALE},
         ("g_idx",),
-        mismatch=_in_rows("scales", "qzeros"),
+        mismatch=_same_rows("scales", "qzeros"),
         source="gptqmodel qlinear/__init__.py _dequantize_from_codes;"
         " autoawq packing_utils.py: W = (q - zero) * scale",
     ),
@@ -374,7 +382,7 @@ ROWS: Final[tuple[Format, ...]] = (
             "AWQ (gemv_fast, llm-awq)",
             {"qweight": ("I16",), "scales": FLOAT, zeros: FLOAT},
             {"scales": SCALE, zeros: OFFSET},
-            mismatch=_in_rows("scales", zeros),
+            mismatch=_same_rows("scales", zeros),
             source="gptqmodel qlinear/gemv_fast_awq.py, mlx_packing.py:"
             " W = q * scale + zeros, zeros = -scale * zero",
         )
@@ -385,7 +393,7 @@ ROWS: Final[tuple[Format, ...]] = (
         {"weight_packed": WORDS, "weight_scale": FLOAT, "weight_shape": ("I32", "I64")},
         {"weight_scale": SCALE},
         ("weight_zero_point", "weight_g_idx"),
-        mismatch=_in_rows("weight_packed", "weight_scale"),
+        mismatch=_same_rows("weight_packed", "weight_scale"),
         source="compressed-tensors pack_quantized: W = (q - zero_point) * scale",
     ),
     Format(
@@ -399,7 +407,7 @@ ROWS: Final[tuple[Format, ...]] = (
     Format(
         "INT4-FP8 (Quark)",
         {"weight": WORDS, "weight_scale": F32, "weight_scale_2": F32},
-        {"weight_scale": SCALE},  # the outer one: between the two lies an FP8 number
+        {"weight_scale": SCALE},  # the outer one: int4 * weight_scale_2 is an FP8 number
         source="Quark file2file_quantization.py _progressive_quantize_weight; vLLM quark_moe.py:"
         " W = int4 * weight_scale_2 * weight_scale",
     ),
@@ -408,7 +416,7 @@ ROWS: Final[tuple[Format, ...]] = (
         {"weight": BYTES, "weight_scale": FLOAT},
         {"weight_scale": SCALE},
         (),
-        _scale_per_row("weight_scale", 2),  # BitNet has a single one, which may divide
+        _scale_per_row("weight_scale", 2),  # BitNet has only one scale, which may divide
         source="modelopt quant_utils.py pack_int4_in_uint8: W = int4 * scale",
     ),
     Format(
@@ -418,7 +426,7 @@ ROWS: Final[tuple[Format, ...]] = (
         (),
         _scale_per_row("weight_scale_inv"),
         weight_shape=_packed("weight", 2),
-        source="sglang w4afp8.py: W = int4 * scale, which it casts to the model's dtype",
+        source="sglang w4afp8.py: W = int4 * scale, cast to the model's dtype",
     ),
     *(
         Format(
@@ -426,7 +434,7 @@ ROWS: Final[tuple[Format, ...]] = (
             {"weight": _BNB, "absmax": F32, f"quant_state.bitsandbytes__{kind}": BYTES},
             {"absmax": SCALE},
             ("quant_map",),
-            mismatch=_absmax,
+            mismatch=_blocks_of_absmax,
             source="bitsandbytes functional.py QuantState: W = table[q] * absmax",
         )
         for kind in ("nf4", "fp4")
@@ -445,7 +453,7 @@ ROWS: Final[tuple[Format, ...]] = (
                 f"quant_state.bitsandbytes__{kind}": ScaledTensor("scale", "nested_offset"),
             },
             ("quant_map", "nested_quant_map"),
-            mismatch=_absmax,
+            mismatch=_blocks_of_absmax,
             source="bitsandbytes functional.py QuantState:"
             " absmax = nested_quant_map[q] * nested_absmax + nested_offset",
         )
@@ -455,16 +463,16 @@ ROWS: Final[tuple[Format, ...]] = (
         "HQQ",
         {"W_q": ("U8", "I32", *FLOAT), "scale": FLOAT, "zero": FLOAT},
         {"scale": SCALE},
-        _HQQ_STAYS,
+        _HQQ_UNCHANGED,
         source="hqq core/quantize.py Quantizer.dequantize: W = (W_q - zero) * scale",
     ),
-    # Of one engine
+    # Formats of one engine
     *(
         Format(
             f"{engine} affine",
             {"weight": ("U32",), "scales": FLOAT, offsets: FLOAT},
             {"scales": SCALE, offsets: OFFSET},
-            mismatch=_in_rows("weight", "scales", offsets),
+            mismatch=_same_rows("weight", "scales", offsets),
             source="mlx core quantize; transformers integrations/metal_quantization.py:"
             " W = q * scale + bias",
         )
@@ -477,7 +485,7 @@ ROWS: Final[tuple[Format, ...]] = (
         (),
         _groups("weight", "scales", 4, 8),  # words of 32 codes of 4 or 8 bits
         weight_shape=_scaled_in_groups("scales", 32),
-        mismatch=_in_rows("weight", "scales"),
+        mismatch=_same_rows("weight", "scales"),
         source="mlx core quantize; mlx-lm convert.py: groups of 32",
     ),
     Format(
@@ -487,7 +495,7 @@ ROWS: Final[tuple[Format, ...]] = (
         (),
         _groups("weight", "scales", 2),
         weight_shape=_scaled_in_groups("scales", 16),
-        mismatch=_in_rows("weight", "scales"),
+        mismatch=_same_rows("weight", "scales"),
         source="mlx-lm models/switch_layers.py, muse_spark.py:"
         " global_scale = weight_scale_2 * constant",
     ),
@@ -510,7 +518,7 @@ ROWS: Final[tuple[Format, ...]] = (
     ),
 )
 
-_UNCONFIRMED = "which of its tensors carries the scale was not confirmed at a source"
+_UNCONFIRMED = "no source confirms which of its tensors carries the scale"
 
 UNSUPPORTED: Final[tuple[UnsupportedFormat, ...]] = (
     UnsupportedFormat("AQLM", {"codes": (), "codebooks": ()}, _UNCONFIRMED),
@@ -528,7 +536,7 @@ UNSUPPORTED: Final[tuple[UnsupportedFormat, ...]] = (
     UnsupportedFormat("2:4 Marlin", {"scale_packed": ()}, "its scales are laid out for one kernel"),
     UnsupportedFormat("GGUF or BitBLAS", {"qweight": ("U8", "I8")}, _UNCONFIRMED),
     UnsupportedFormat(
-        "EXL3 with packed signs", {"trellis": (), "sv": ()}, "its output side has signs, no scale"
+        "EXL3 with packed signs", {"trellis": (), "sv": ()}, "its output has signs but no scale"
     ),
     UnsupportedFormat(
         "W4A8 AWQ (ModelOpt)",
@@ -543,44 +551,44 @@ UNSUPPORTED: Final[tuple[UnsupportedFormat, ...]] = (
     UnsupportedFormat(
         "MLX NVFP4 without a global scale",
         {"weight": ("U32",), "scales": BYTES},
-        "its only scales have 3 bits of mantissa, so multiplying them rounds by up to 6 %",
+        "its only scales have a mantissa of 3 bits, so multiplication rounds them by up to 6 %",
     ),
     UnsupportedFormat(
         "quantised with a fixed output scale",
         {"output_scale": ()},
-        "that scale would have to grow as well, and the next layer does not expect it",
+        "that scale would also have to change, but the next layer does not expect that",
     ),
 )
-"""Formats by the suffixes that give them away; the first that is there names the refusal."""
+"""Formats by their distinctive suffixes; the first match is named in the error."""
 
 
-# From the suffixes of a projection to what happens to them ---------------------------------------
+# From the suffixes of a projection to edits -------------------------------------------------------
 
 
 _ROUNDING = {"F16": "0.049 %", "BF16": "0.39 %"}
-"""Half a unit in the last place: the most by which rounding changes a normal number."""
+"""Half a unit in the last place: the largest relative rounding error of a normal number."""
 
 
 def _rounds(edit: TensorEdit) -> bool:
-    """Whether a scale stays in 16 bits, so that multiplying it rounds it once more."""
+    """Whether a scale stays in 16 bits, so multiplication rounds it again."""
     return edit.role == "scale" and edit.tensor.dtype in _ROUNDING and edit.store_as is None
 
 
 _STATE_BYTES = 1 << 20
-"""A quantisation state is read whole; a longer one is no state."""
+"""The largest believable quantisation state, which is read as a whole."""
 
 
 @lru_cache(maxsize=1024)
 def plain_suffix(suffix: str) -> str:
-    """The suffix without its separator; a fused tensor without any is the weight itself."""
+    """The suffix without its separator; "weight" for a fused tensor without a suffix."""
     return suffix.lstrip("._").removeprefix("weight.") or "weight"
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Module and suffix of a tensor; without a suffix of the table, all of it is the module.
+    """Split a name into module and suffix; a name without a known suffix is all module.
 
-    ``m.weight.absmax`` and ``m.absmax`` are the same to bitsandbytes, ``m_bias`` and ``m.bias``
-    to fused experts.
+    ``m.weight.absmax`` means ``m.absmax`` in bitsandbytes, and ``m_bias`` means ``m.bias`` in fused
+    experts.
     """
     match = _SUFFIX.fullmatch(name)
     return (match["module"], match["suffix"]) if match else (name, "weight")
@@ -588,9 +596,15 @@ def split_name(name: str) -> tuple[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class ShapeInfo:
-    """What the shapes of a projection's tensors say; suffixes by name, None for none.
+    """What the shapes of a projection's tensors tell.
 
-    `comparable` are suffix, dtype and shape of what has the same shape in all that are stored so.
+    Attributes:
+        codes: suffix of the codes.
+        weight_shape: the shape ``[..., out, in]`` of the weight; None if the shapes do not tell.
+        mismatch: suffix of a tensor whose shape contradicts the others, if any.
+        empty: suffix of an empty tensor, if any.
+        comparable: suffix, dtype and shape of the tensors that have equal shapes in all projections
+            of this format.
     """
 
     codes: str
@@ -601,7 +615,7 @@ class ShapeInfo:
 
 
 def shape_info(tensors: BySuffix) -> ShapeInfo:
-    """The sizes of a projection, by the row of its format; of what no row fits, what is empty."""
+    """Inspect the shapes of a projection by the row of its format; without one, only for 0."""
     row = _row_of(tensors)
     needed = {*row.dtypes, *row.scaled, "bias"} if row else tensors.keys()
     empty = next(
@@ -618,13 +632,13 @@ def shape_info(tensors: BySuffix) -> ShapeInfo:
         comparable=tuple(
             (suffix, t.dtype, t.shape)
             for suffix, t in sorted(tensors.items())
-            if suffix in equal and not suffix.startswith("quant_state")  # a text of any length
+            if suffix in equal and not suffix.startswith("quant_state")  # its length varies
         ),
     )
 
 
 def _mismatched_bias(tensors: BySuffix, size: Shape | None) -> str | None:
-    """A bias has a number for each output, which are columns where experts lie transposed."""
+    """A bias has one number per output; outputs are columns if experts are transposed."""
     if size is None or len(size) < 2 or "bias" not in tensors:
         return None
     shape = tensors["bias"].shape
@@ -633,13 +647,13 @@ def _mismatched_bias(tensors: BySuffix, size: Shape | None) -> str | None:
 
 
 def _row_of(tensors: BySuffix) -> Format | None:
-    """The row that fits; an empty tensor fits none that has a doubt about shapes."""
+    """The first matching row; None if there is none."""
     dtypes = frozenset((suffix, tensor.dtype) for suffix, tensor in tensors.items())
     return next((row for row in _candidates(dtypes) if row.shapes_match(tensors)), None)
 
 
 def takes_any_factor(tensors: BySuffix) -> bool:
-    """Whether a down-projection can be multiplied by more than powers of two."""
+    """Whether a down-projection can be multiplied by any number, not only by powers of two."""
     row = _row_of(tensors)
     return row is None or all(part.operation != "shift" for part in row.scaled.values())
 
@@ -651,40 +665,40 @@ def scaled_tensors(
     instead: str | None = None,
     layer: Layer = FIRST,
 ) -> list[TensorEdit]:
-    """The tensors of a down-projection that change when it is multiplied by `factor`.
+    """The edits that multiply a down-projection by `factor`.
 
     Args:
         module: the projection's name, for errors.
         tensors: its tensors by suffix.
-        factor: what it is multiplied by.
-        instead: what else can be done with this model, a sentence for the error.
+        factor: the number to multiply by.
+        instead: an alternative for this model, as a sentence for the error.
         layer: its layer.
 
     Raises:
-        UnsupportedError: no row of the table fits, so scaling it would be a guess; or the format
-            cannot be multiplied by this factor.
-        CheckpointError: a tensor that its format needs is missing.
+        UnsupportedError: no row matches, so scaling would be a guess; or the format cannot be
+            multiplied by this factor.
+        CheckpointError: a tensor that the format requires is missing.
     """
     row = _row_of(tensors)
     if row is None and factor == 1.0:
-        return []  # nothing is touched, so nothing has to be known
+        return []  # nothing changes, so the format does not matter
     if row is None:
-        raise _unmatched(module, tensors)
+        raise _format_error(module, tensors)
     parts = {**row.scaled, "bias": ScaledTensor("bias")}
     if any(part.operation == "shift" for part in parts.values()):
         _check_power_of_two(module, row, factor, instead)
     found = [(tensors[suffix], part) for suffix, part in parts.items() if suffix in tensors]
-    return [_edit(tensor, part, row, factor, layer) for tensor, part in found]
+    return [_make_edit(tensor, part, row, factor, layer) for tensor, part in found]
 
 
-@lru_cache(maxsize=64)  # the projections of a checkpoint are of very few kinds
+@lru_cache(maxsize=64)  # a checkpoint has very few kinds of projections
 def _candidates(dtypes: frozenset[tuple[str, str]]) -> tuple[Format, ...]:
-    """The rows that find all that they need, and nothing that they do not know."""
+    """The rows whose required tensors are present, without any unknown tensor."""
     found = dict(dtypes)
-    return tuple(row for row in ROWS if _takes(row, found))
+    return tuple(row for row in ROWS if _has_tensors(row, found))
 
 
-def _takes(row: Format, found: Mapping[str, str]) -> bool:
+def _has_tensors(row: Format, found: Mapping[str, str]) -> bool:
     values = {"bias", *row.scaled} - row.dtypes.keys()
     return (
         all(found.get(suffix) in dtypes for suffix, dtypes in row.dtypes.items())
@@ -701,10 +715,10 @@ _SUFFIXES = sorted(set[str]().union(*(_known(row) for row in ROWS)), key=len, re
 _SUFFIX = re.compile(
     r"(?P<module>.+?)(?:(?:\.weight)?\.|_)(?P<suffix>" + "|".join(map(re.escape, _SUFFIXES)) + ")"
 )
-"""A name with a suffix that the table knows, the longest that there is."""
+"""A name that ends in a suffix of the table; the longest suffix wins."""
 
 
-def _edit(
+def _make_edit(
     tensor: Tensor, part: ScaledTensor, row: Format, factor: float, layer: Layer
 ) -> TensorEdit:
     if part.operation == "nested_offset" and tensor.nbytes > _STATE_BYTES:
@@ -723,7 +737,7 @@ def _check_power_of_two(module: str, row: Format, factor: float, instead: str | 
     if _is_power_of_two(factor):
         return
     below = 2.0 ** (math.frexp(factor)[1] - 1)
-    exact = f"Exact are --factor {below:.9g} and --factor {2 * below:.9g}."
+    exact = f"Exact factors are --factor {below:.9g} and --factor {2 * below:.9g}."
     raise UnsupportedError(
         f"{module}: is stored as {row.name}, whose scales are powers of two: multiplying it by"
         f" {factor:.9g} would need new codes",
@@ -734,8 +748,8 @@ def _check_power_of_two(module: str, row: Format, factor: float, instead: str | 
 # Refusals -----------------------------------------------------------------------------------------
 
 
-def _unmatched(module: str, tensors: BySuffix) -> UnsupportedError | CheckpointError:
-    """Why no row fits: a format that is known and refused, a missing tensor, or nothing known."""
+def _format_error(module: str, tensors: BySuffix) -> UnsupportedError | CheckpointError:
+    """The error if no row matches: an unsupported format, a missing tensor, or unknown tensors."""
     hint = "Rescale the unquantised checkpoint and quantise the result."
     if any("parametrizations" in suffix for suffix in tensors):
         hint = "Remove it first: torch.nn.utils.parametrize.remove_parametrizations(...)."
@@ -750,23 +764,23 @@ def _unmatched(module: str, tensors: BySuffix) -> UnsupportedError | CheckpointE
     alone = tensors.keys() <= {"weight", "bias", *INPUT_SUFFIXES}
     if alone and "weight" not in tensors:
         return CheckpointError(
-            f"{module}: has no weight, although there is its {next(iter(sorted(tensors)))}",
+            f"{module}: has no weight, only {next(iter(sorted(tensors)))}",
             hint="The checkpoint is incomplete; fetch the missing shard again.",
         )
     if alone and "weight" in tensors and tensors["weight"].dtype not in SCALABLE:
         return UnsupportedError(
-            f"{module}: its weight is {tensors['weight'].dtype} without a tensor that could be its"
-            " scale, and its codes cannot be multiplied",
+            f"{module}: its weight is {tensors['weight'].dtype} without a tensor that could be the"
+            " scale, and codes cannot be multiplied",
             hint=hint,
         )
-    if row := _nearest(tensors):
+    if row := _most_similar(tensors):
         missing = ", ".join(suffix for suffix in row.dtypes if suffix not in tensors)
         return CheckpointError(
             f"{module}: looks like {row.name} ({found}), but has no {missing}",
             hint="The checkpoint is incomplete; fetch the missing shard again.",
         )
     return UnsupportedError(
-        f"{module}: is stored as {found}, which is no format that moescale can scale", hint=hint
+        f"{module}: is stored as {found}, a format that moescale cannot scale", hint=hint
     )
 
 
@@ -778,8 +792,8 @@ def _has(tensors: BySuffix, marker: str, dtypes: tuple[str, ...]) -> bool:
     )
 
 
-def _nearest(tensors: BySuffix) -> Format | None:
-    """The row that lacks fewest of its tensors, of those that know all that is there."""
+def _most_similar(tensors: BySuffix) -> Format | None:
+    """The row with the fewest missing tensors, among those that know all present ones."""
 
     def lacking(row: Format) -> int:
         return sum(suffix not in tensors for suffix in row.dtypes)
@@ -800,7 +814,7 @@ def _nearest(tensors: BySuffix) -> Format | None:
     return min(rows, key=lacking, default=None)
 
 
-# What the config adds -----------------------------------------------------------------------------
+# The config ---------------------------------------------------------------------------------------
 
 _SECTIONS = frozenset({"quantization_config", "compression_config", "quantization"})
 
@@ -808,18 +822,18 @@ _SECTIONS = frozenset({"quantization_config", "compression_config", "quantizatio
 def check_quantisation_config(
     edits: Iterable[TensorEdit], config: Mapping[str, Any], instead: str | None = None
 ) -> list[str]:
-    """Look into the config for what tensors do not show, and say what is not exact.
+    """Check the config for facts that the tensors do not show, and warn of rounding.
 
     Args:
         edits: the tensors to scale.
         config: the whole ``config.json``.
-        instead: as for `scaled_tensors`.
+        instead: as in `scaled_tensors`.
 
     Returns:
-        One remark for each format, not for each tensor.
+        One remark per format.
 
     Raises:
-        UnsupportedError: the config says that the scales are none of those that the table means.
+        UnsupportedError: the config says that the scales have another format than the table's.
     """
     sections = list(_quantization_sections(config))
     e5m3 = "e5m3" in json.dumps(sections).lower()
@@ -828,39 +842,39 @@ def check_quantisation_config(
     for edit in edits:
         if edit.operation == "shift" and e5m3:
             raise UnsupportedError(
-                f"{edit.tensor.name}: the config says E5M3, so its bytes are no powers of two",
+                f"{edit.tensor.name}: the config says E5M3, so its bytes are not powers of two",
                 hint="Rescale the unquantised checkpoint and quantise the result.",
             )
         if _is_power_of_two(edit.factor):
             continue
         if _rounds(edit):
-            rounded[_rounding(edit)] = None
+            rounded[_rounding_remark(edit)] = None
         elif edit.format == "FP8" and ue8m0:
-            rounded[_ue8m0(instead)] = None
+            rounded[_ue8m0_remark(instead)] = None
     return list(rounded)
 
 
 def _quantization_sections(value: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The sections that describe a quantisation, wherever they stand."""
+    """All sections that describe a quantisation, at any depth."""
     for key, section in value.items():
         if isinstance(section, dict):
             yield from (section,) if key in _SECTIONS else _quantization_sections(section)
 
 
-def _rounding(edit: TensorEdit) -> str:
+def _rounding_remark(edit: TensorEdit) -> str:
     most = f"by at most {_ROUNDING[edit.tensor.dtype]}"
     what = f"changes a weight {most}"
     if any(row.name == edit.format and OFFSET in row.scaled.values() for row in ROWS):
         what = f"changes both terms of a weight, code times scale and offset, {most} each"
     return (
-        f"{edit.format}: its {edit.tensor.dtype} scales are rounded when they are multiplied,"
-        f" which {what}; all codes stay"
+        f"{edit.format}: its {edit.tensor.dtype} scales are rounded when multiplied, which {what};"
+        " all codes stay"
     )
 
 
-def _ue8m0(instead: str | None) -> str:
+def _ue8m0_remark(instead: str | None) -> str:
     return (
-        "config.json says scale_fmt ue8m0, and the factor is no power of two: transformers, and"
-        " vLLM and SGLang where they use DeepGEMM, round such scales to powers of two in silence"
+        "config.json says scale_fmt ue8m0, and the factor is not a power of two: transformers, and"
+        " vLLM and SGLang with DeepGEMM, silently round such scales to powers of two"
         + (f". {instead}" if instead else "")
     )
