@@ -162,14 +162,14 @@ def test_only_the_numbers_change(value: dict[str, Any], indent: Any) -> None:
     text = json.dumps(value, indent=indent)
     config = parse_config(text.encode())
     try:
-        places = find_count_keys(config, TEXT_SECTIONS, KEYS)
+        count_keys = find_count_keys(config, TEXT_SECTIONS, KEYS)
     except CheckpointError:
         return
-    after = set_count(config, places, 7).text
-    if all(place.value == 2 for place in places):
+    after = set_count(config, count_keys, 7).text
+    if all(key.value == 2 for key in count_keys):
         changes_only_numbers(text, after, "2", "7")
     again = parse_config(after.encode())
-    assert [p.value for p in find_count_keys(again, TEXT_SECTIONS, KEYS)] == [7] * len(places)
+    assert [p.value for p in find_count_keys(again, TEXT_SECTIONS, KEYS)] == [7] * len(count_keys)
 
 
 @pytest.mark.parametrize(
@@ -183,9 +183,9 @@ def test_every_row_of_the_table_can_be_set(row: architectures.Architecture) -> N
             for name in reversed(section.split(".") if section else []):
                 value = {name: value}
             config = parse_config(json.dumps(value).encode())
-            places = find_count_keys(config, row.sections, row.count_keys)
-            assert [(p.section, p.key, p.value) for p in places] == [(section, key, 2)]
-            assert set_count(config, places, 5).text == json.dumps(value).replace("2}", "5}")
+            count_keys = find_count_keys(config, row.sections, row.count_keys)
+            assert [(p.section, p.key, p.value) for p in count_keys] == [(section, key, 2)]
+            assert set_count(config, count_keys, 5).text == json.dumps(value).replace("2}", "5}")
 
 
 # What is no count ---------------------------------------------------------------------------------

@@ -55,11 +55,11 @@ def test_transformers_gets_the_config_of_the_output(kind: str, tmp_path: Path) -
     vLLM and SGLang update the same object section by section; they are not installed here.
     """
     config, row = tiny_config(TINY[kind]), architectures.find(kind)
-    places = find_count_keys(config, row.sections, row.count_keys)
-    places += duplicate_count_keys(config, row, places)[0]
-    found = instead(config, row, places, 1, [1.0])
+    count_keys = find_count_keys(config, row.sections, row.count_keys)
+    count_keys += duplicate_count_keys(config, row, count_keys)[0]
+    found = instead(config, row, count_keys, 1, [1.0])
     assert found is not None
-    wanted = loaded(set_count(config, places, 1).text, tmp_path).to_dict()
+    wanted = loaded(set_count(config, count_keys, 1).text, tmp_path).to_dict()
     if found.depth <= 2:
         assert loaded(config.text, tmp_path, **found.values).to_dict() == wanted
         line = by_engine(found, HERE)["transformers"]
@@ -146,8 +146,8 @@ def test_deep_sections_are_for_vllm_alone() -> None:
     config = parse_config(json.dumps(deep).encode())
     row = architectures.find("mixtral")
     section = "thinker_config.text_config"
-    places = find_count_keys(config, [section], row.count_keys)
-    found = instead(config, row, places, 3, [1.0])
+    count_keys = find_count_keys(config, [section], row.count_keys)
+    found = instead(config, row, count_keys, 3, [1.0])
     assert isinstance(found, Instead)
     assert found.values == {"thinker_config": {"text_config": {"num_experts_per_tok": 3}}}
     assert "vllm" in by_engine(found, HERE)

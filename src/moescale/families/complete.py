@@ -69,8 +69,8 @@ def _check_same_model(counts: Mapping[Layer, int], stated: Mapping[Layer, int], 
 
     A pruned model has layers of different sizes, or the new number in its config.
     """
-    found, said = set(counts.values()), set(stated.values())
-    if len(found) == len(said) == 1 and found != said:
+    found, configured = set(counts.values()), set(stated.values())
+    if len(found) == len(configured) == 1 and found != configured:
         layer, number = next(iter(counts.items()))
         raise _wrong_count(layer, range(number * moes), stated[layer] * moes)
 

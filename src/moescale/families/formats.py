@@ -313,7 +313,7 @@ ROWS: Final[tuple[Format, ...]] = (
         },
         {"weight_amax": SCALE},
         source="transformers core_model_loading.py Inkling2LoopDequantizeExperts:"
-        " W = fp4 * weight_scale * (weight_amax / weight_outer_scale_denominator), one an expert",
+        " W = fp4 * weight_scale * (weight_amax / weight_outer_scale_denominator), one per expert",
     ),
     Format(
         "NVFP4 (compressed-tensors)",

@@ -64,13 +64,13 @@ def _llama_types() -> Iterator[ModelType]:
 def _llama_effect(row: llama_cpp.Row) -> str:
     condition = f" if it has {row.no_effect_if}" if row.no_effect_if else ""
     condition = f" if it has no {row.no_effect_unless}" if row.no_effect_unless else condition
-    said = (
+    texts = (
         row.refused and f"refused: {row.refused}",
         row.no_effect and f"only --rule none{condition}: {row.no_effect}",
         row.fixed_if and f"the number of experts stays if it has {row.fixed_if}",
         row.partial_effect and f"with a warning: {row.partial_effect}",
     )
-    found = [text for text in said if text]
+    found = [text for text in texts if text]
     if not row.refused and (condition or not row.no_effect):
         found.insert(0, "scaled")
     return "; ".join(found)

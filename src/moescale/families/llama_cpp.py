@@ -147,7 +147,7 @@ ROWS: Final[tuple[Row, ...]] = (
         replace(_POST_ATTENTION, logit_bias=("ffn_gate_inp.bias",)),
         score=3,
     ),
-    Row("smallthinker", "always", OtherRouter("it stands before the attention"), None, True),
+    Row("smallthinker", "always", OtherRouter("it comes before the attention"), None, True),
     Row("grovemoe", "always", experts=("ffn_down_exps", "ffn_down_chexps")),
     Row("minimax-01", "always", _BIASED, nodes=32),
     Row("minimax-m2", "always", _BIASED, None, True),
