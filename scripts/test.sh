@@ -2,15 +2,16 @@
 # Sets up an environment and runs every check and every test.
 #   --latest    with the newest versions, instead of those of the lock
 #   --no-torch  without torch and the tests that need it
-#   --fast      in under a minute: no torch, and only the tests of what decides, multiplies, reports
+#   --fast      in under a minute: no torch, no Hub, no GGUF, no Dask, no crashes
 #   --coverage  with a report of the lines and branches that ran; takes twice as long
 # Other arguments go to pytest: ./scripts/test.sh tests/checkpoint/test_header.py
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 
-FAST="tests/checkpoint tests/factors tests/families tests/routers tests/planning tests/report"
-FAST="$FAST tests/project --ignore tests/planning/test_growth.py"
+FAST="tests/checkpoint tests/factors tests/families tests/routers tests/planning tests/conversion"
+FAST="$FAST tests/storage tests/report tests/project --ignore tests/planning/test_growth.py"
+FAST="$FAST --ignore tests/conversion/test_crashes.py --ignore tests/conversion/test_dask.py"
 
 folder=.venv-test lock=$LOCK groups="--group test --group oracle" without= cover= only=
 while [ "$#" -gt 0 ]; do
@@ -27,7 +28,9 @@ folder=$folder${without#-}
 
 # shellcheck disable=SC2086 - the words of $groups are separate arguments
 make_environment "$folder" "$lock" $groups --editable .
-scripts/llama.sh > /dev/null || true # says why not; the tests that need it are skipped then
+if [ -z "$only" ]; then
+  scripts/llama.sh > /dev/null || true # says why not; the tests that need it are skipped then
+fi
 
 if [ "$#" -eq 0 ]; then
   "$folder/bin/ruff" check .
