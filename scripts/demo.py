@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -47,7 +48,9 @@ Made by moescale's demo.
 
 def main() -> None:
     """Make the checkpoint, rescale and verify it, and show the norms and files."""
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("folder", type=Path, help="where to put both checkpoints")
+    folder = parser.parse_args().folder
     source, output = folder / "mixtral-2", folder / "mixtral-3"
     if folder.exists() and not source.exists():
         sys.exit(f"{folder} exists and was not made by the demo; name another folder")

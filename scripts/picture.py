@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import re
 import shlex
@@ -39,6 +40,7 @@ THEME = TerminalTheme(
 
 def main() -> None:
     """Run the commands in a temporary folder and draw their output."""
+    argparse.ArgumentParser(description=main.__doc__).parse_args()
     console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True)
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(Path(folder) / "mixtral-2")

@@ -7,6 +7,7 @@ python scripts/tables.py --check  # fails if they are not up to date
 
 from __future__ import annotations
 
+import argparse
 import ast
 import json
 import sys
@@ -27,11 +28,14 @@ START, END = "<!-- {}: made by scripts/tables.py -->\n", "<!-- end of {} -->\n"
 
 def main() -> None:
     """Write the tables, or check them."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--check", action="store_true", help="fail if a page is not up to date")
+    check = parser.parse_args().check
     for name, tables in PAGES.items():
         page = ROOT / name
         old = page.read_text(encoding="utf-8")
         new = with_tables(old, tables)
-        if "--check" not in sys.argv:
+        if not check:
             page.write_text(new, encoding="utf-8")
         elif new != old:
             sys.exit(f"{name} is not up to date; run: python scripts/tables.py")

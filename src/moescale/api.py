@@ -388,7 +388,7 @@ def verify(
     return Result(plan, "done", True)
 
 
-def record(place: StrPath, *, revision: str | None = None, check: bool = False) -> Record | None:
+def record(output: StrPath, *, revision: str | None = None, verify: bool = False) -> Record | None:
     """How a finished output was made, and whether its files have changed since.
 
     None if the location is not an output.
@@ -402,15 +402,15 @@ def record(place: StrPath, *, revision: str | None = None, check: bool = False) 
     All sizes are compared, and the SHA-256 of small files.
 
     Args:
-        place: the location of the output: a directory, or a repo as for `plan`.
+        output: its location: a directory, or a repo as for `plan`.
         revision: a branch, tag or commit of the repo.
-        check: also read large files and compare their SHA-256, if it is recorded.
+        verify: also read large files and compare their SHA-256, if it is recorded.
 
     Raises:
         SourceError: the output cannot be read.
         TemporaryError: the Hub does not answer.
     """
-    return read_record(open_source(source_location(place), revision), check)
+    return read_record(open_source(source_location(output), revision), verify)
 
 
 def model_types() -> tuple[ModelType, ...]:

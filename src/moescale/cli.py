@@ -287,13 +287,13 @@ def _has_job(given: dict[str, Any], counts: list[int]) -> bool:
 
 
 def _show_record(
-    location: str, revision: str | None, check: bool, as_json: bool, quiet: bool
+    location: str, revision: str | None, verify: bool, as_json: bool, quiet: bool
 ) -> None:
     """Show the record of an output, for a dry run without -k."""
     from moescale import api
     from moescale.report import terminal
 
-    record = api.record(location, revision=revision, check=check)
+    record = api.record(location, revision=revision, verify=verify)
     if record is None:
         hint = f"moescale {location} -k M --dry-run; -k is only optional for outputs of moescale."
         raise errors.UsageError("--experts is missing: the number of experts per token", hint=hint)

@@ -31,7 +31,7 @@ class Result:
 
     Attributes:
         plan: the plan.
-        status: see `Status`; ``stale`` and ``changed`` only after a successful verification.
+        status: see `Status`; ``stale``, ``changed`` and ``outdated`` only if verified.
         verified: whether the output was read again and compared.
         url: the page of the output, if it is on the Hub.
         remarks: notes for the user.
@@ -66,7 +66,7 @@ class Record:
     """How an output was made, according to its provenance.
 
     Attributes:
-        place: its location.
+        output: its location.
         content: the content of its provenance.
         options: its options, spelled as in the API; None if they are malformed.
         differences: the files that have changed since they were written, and how.
@@ -74,7 +74,7 @@ class Record:
         sized: how many files were compared by size only.
     """
 
-    place: str
+    output: str
     content: Mapping[str, Any]
     options: str | None
     differences: Mapping[str, str]
@@ -85,4 +85,4 @@ class Record:
         """As ``--dry-run --json`` prints it for an output."""
         words = {key: value for key, value in self.content.items() if key != "files"}
         files = {"differ": dict(self.differences), "read": self.read, "sized": self.sized}
-        return {"output": self.place, "record": words, "files": files}
+        return {"output": self.output, "record": words, "files": files}

@@ -259,7 +259,7 @@ def test_without_the_extra_one_line_says_what_to_install(
         (["--max-memory", "8GiB"], "--max-memory goes with --rule fitted or measured"),
         (["--rule=measured", "--calibrate={text}", "--max-memory=0"], "--max-memory is '0'"),
         (["--rule=measured", "--calibrate={text}", "--rho=1"], "--rho has no meaning"),
-        (["--rule=measured", "--calibrate={short}"], "is 7 bytes long, 2,048 are needed"),
+        (["--rule=measured", "--calibrate={short}"], "has 7 bytes, needs 2,048"),
     ],
 )
 def test_wrong_use_is_exit_code_2(

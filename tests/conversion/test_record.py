@@ -25,7 +25,7 @@ def out(tmp_path: Path) -> Path:
 
 def found(out: Path, check: bool = False) -> moescale.Record:
     """The record of a place that has one."""
-    record = moescale.record(out, check=check)
+    record = moescale.record(out, verify=check)
     assert record is not None
     return record
 

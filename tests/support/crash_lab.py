@@ -1,7 +1,7 @@
 """A warm process that runs conversions which fail at each call in turn, and checks what they leave.
 
 Forked from a process that has imported everything, a run takes a few milliseconds. The process
-reads one line of JSON a task from stdin, a `Task`, and answers with one line, a `Report`.
+reads one line of JSON for each task from stdin and answers with one line, a `Report`.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from moescale.families.architectures import ROWS, Architecture
 from moescale.families.projections import Layer, find_projections
 
 COUNT_NAMES = frozenset({"top_k", "topk", "k", *(key for row in ROWS for key in row.count_keys)})
-"""What modules and configs call the number of experts per token."""
+"""Names of the number of experts per token in modules and configs."""
 
 _PROPORTIONAL, _SAME = 0.005, 0.02
 """A block's output that differs from a multiple of the routed sum by less than the first is that
@@ -41,7 +41,7 @@ _EXPERTS = "experts"
 def find_blocks(model: nn.Module, row: Architecture) -> dict[Layer, list[str]]:
     """The paths of the modules that return the routed sum, by layer.
 
-    A layer has several where it has several MoEs with one count.
+    A layer with several MoEs that share one count has several.
     """
     names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
     found: defaultdict[Layer, list[str]] = defaultdict(list)
@@ -53,7 +53,7 @@ def find_blocks(model: nn.Module, row: Architecture) -> dict[Layer, list[str]]:
 
 
 def find_modules(names: Iterable[str], row: Architecture) -> dict[Layer, list[str]]:
-    """Those of the tensors' modules that are routed down-projections by the table, by layer."""
+    """The modules that the table lists as routed down-projections, by layer."""
     entries = [Entry(name, "F32", (), 0, 0) for name in names]
     others = [other for other in architectures.parts(row.model_type) if other.part != row.part]
     found: defaultdict[Layer, list[str]] = defaultdict(list)
@@ -63,14 +63,14 @@ def find_modules(names: Iterable[str], row: Architecture) -> dict[Layer, list[st
 
 
 def _routed_module(parameter: str) -> str | None:
-    """The path down to ``experts``; None where a down-projection lies in no such module."""
+    """The path down to ``experts``; None if a down-projection is outside such a module."""
     words = parameter.split(".")
     return ".".join(words[: words.index(_EXPERTS) + 1]) if _EXPERTS in words else None
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertCounts:
-    """Experts per token of one layer: as trained, as loaded, as it will be run; and in total."""
+    """Numbers of experts of one layer: trained, loaded and new per token, and the total."""
 
     trained: int
     loaded: int
@@ -79,7 +79,7 @@ class ExpertCounts:
 
 
 class BlockProbe:
-    """A block that runs twice whenever the model runs it once, and counts what its experts do."""
+    """A block that runs twice for each run of the model, and collects its experts' statistics."""
 
     def __init__(
         self,
@@ -89,9 +89,9 @@ class BlockProbe:
         every: int,
         biases: frozenset[str] | None = None,
     ) -> None:
-        """`path` is that of the experts; `every` is that of `RunningStatistics`.
+        """`path` is the path of the experts; `every` as in `RunningStatistics`.
 
-        `biases` are names of a bias of the router's logits; None where the logits are not to be
+        `biases` are names of a bias of the router's logits; None if the logits must not be
         multiplied.
         """
         self.path, self._numbers = path, numbers
@@ -116,12 +116,12 @@ class BlockProbe:
         self._block.forward = self._run_twice
 
     def fit_router(self) -> None:
-        """Count from now on what the rule ``fitted`` needs, too."""
+        """From now on also collect what the rule ``fitted`` needs."""
         if self._numbers.trained != self._numbers.after:
             self._fitting = Fitting(self._block, self._experts, self.router)
 
     def remove(self) -> None:
-        """Let the block run as it did, with the trained number of experts."""
+        """Restore the block, with the trained number of experts."""
         self._block.forward = self._forward
         if self.router is not None:
             self.router.remove()
@@ -129,16 +129,16 @@ class BlockProbe:
             handle.remove()
 
     def expect(self, shape: Sequence[int], compared: int) -> None:
-        """Say what comes: token ids of this shape; of so many, the experts are compared."""
+        """Announce a batch of token ids of this shape, and the tokens to compare experts on."""
         self._shape, self._compared = (shape[0], shape[1]), compared
 
     @property
     def reached(self) -> bool:
-        """Whether any token came here."""
+        """Whether any token reached this block."""
         return self._before.tokens > 0
 
     def sample(self) -> Sample:
-        """What was found out, once `reached`."""
+        """The sample; the block must be `reached`."""
         before = self._before.moments()
         same = self._numbers.trained == self._numbers.after
         after = before if same else self._after.moments()
@@ -148,7 +148,7 @@ class BlockProbe:
         return Sample(before, after, self._cosines.mean(), fit=fitted)
 
     def _run_twice(self, *args: Any, **named: Any) -> Any:
-        """With the new number first, on copies."""
+        """Run the block with the new number on copies, then as trained."""
         if self._numbers.trained != self._numbers.after:
             self._run(self._after, *_copies(args, named))
         kept = _copies(args, named) if self._fitting is not None else None
@@ -158,7 +158,7 @@ class BlockProbe:
         return output
 
     def _fit(self, args: Sequence[Any], named: dict[str, Any]) -> None:
-        """Count one batch for the rule ``fitted``; give that up where the experts get no choice."""
+        """Collect one batch for the rule ``fitted``; stop if the experts receive no choice."""
         routed = self._routed
         assert self._fitting is not None and routed is not None, "the experts have just been run"
 
@@ -185,7 +185,7 @@ class BlockProbe:
         return output
 
     def _see(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any], out: Any) -> None:
-        """Count one call of the experts."""
+        """Collect one call of the experts."""
         stats = self._current
         if stats is None:
             return
@@ -197,7 +197,7 @@ class BlockProbe:
         tokens = weights.shape[0]
         weights = self._chosen(weights, stats.experts)
         result = out if isinstance(out, Tensor) else out[0]
-        # Some experts return what each of them adds to every token, before the sum.
+        # Some return each expert's contribution to every token, before the sum.
         routed = result.reshape(-1, tokens, result.shape[-1]).sum(0)
         self._sum = routed
         keep = self._context(tokens)
@@ -232,8 +232,8 @@ class BlockProbe:
     def _context(self, tokens: int) -> Tensor:
         """All but the first token of each sequence.
 
-        That one has no context, and in many models it is an attention sink, whose norm is hundreds
-        of times that of the others and would be most of the mean.
+        The first token has no context. In many models it is an attention sink: its norm is hundreds
+        of times the norm of other tokens, and would dominate the mean.
         """
         keep = torch.ones(tokens, dtype=torch.bool)
         if tokens == self._shape[0] * self._shape[1]:
@@ -247,7 +247,7 @@ class BlockProbe:
             return
         some = torch.linspace(0, len(hidden) - 1, min(self._compared, len(hidden))).long()
         rows = hidden[some].repeat_interleave(k, dim=0)
-        # In two columns, since some experts take one column for none.
+        # In two columns: some experts treat a single column as no choice.
         chosen = index[some].reshape(-1, 1).expand(-1, 2)
         alone = weights.new_tensor([1.0, 0.0]).expand(len(rows), 2)
         stats, self._current = self._current, None  # this call is not counted
@@ -273,13 +273,13 @@ def scored_blocks(
 def _router_scale(
     block: nn.Module, experts: nn.Module, numbers: ExpertCounts, biases: frozenset[str] | None
 ) -> RouterScale | None:
-    """What multiplies the router's logits, where they may be and can be."""
+    """The multiplier of the router's logits; None if that is unsupported."""
     found = None if biases is None else find_router(block, experts, numbers.total, biases)
     return RouterScale(*found) if found else None
 
 
 def _copies(args: Sequence[Any], named: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """The arguments of a call, their tensors copied, since a block may work in place."""
+    """The arguments of a call with copied tensors: a block may work in place."""
 
     def copy(value: Any) -> Any:
         return value.clone() if isinstance(value, Tensor) else value
@@ -288,7 +288,7 @@ def _copies(args: Sequence[Any], named: Mapping[str, Any]) -> tuple[list[Any], d
 
 
 def _gain(block: Tensor, routed: Tensor) -> float:
-    """By what the block multiplies the routed sum, where it does that and nothing else; else 1."""
+    """The constant by which the block multiplies the routed sum; 1 if it does anything else."""
     if block.numel() != routed.numel():  # the experts work in a space of their own
         return 1.0
     block, routed = block.reshape(routed.shape).float(), routed.float()
@@ -300,8 +300,8 @@ def _gain(block: Tensor, routed: Tensor) -> float:
 def _count_places(block: nn.Module, numbers: ExpertCounts) -> list[tuple[Any, str]]:
     """The attributes of the block's modules and of their configs that hold the count.
 
-    An attribute is known by its name and its value. ``num_experts`` is a count where it is not the
-    number of all experts (openai_privacy_filter).
+    Attributes are found by name and value. ``num_experts`` is a count unless it equals the number
+    of all experts (openai_privacy_filter).
     """
     holders: dict[int, Any] = {}
     for module in block.modules():

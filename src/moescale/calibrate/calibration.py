@@ -1,6 +1,6 @@
 """Runs the model for the rules that need it, when planning asks for samples.
 
-Nothing of torch is imported before a model has to be run.
+Torch is imported only when a model is run.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Calibration:
-    """Runs a model on a text; what `make_plan` calls to have it done.
+    """Runs a model on a text; `make_plan` calls it.
 
     Attributes:
-        text: the file; None for what the model writes by itself.
-        sha256: its digest.
+        text: the file; None: the model writes its own.
+        sha256: SHA-256 of the file; None without one.
         loader: loads the model.
-        keep: where to put what the model wrote; None for nowhere.
-        progress: is told of tokens done and in all.
-        folder: the checkpoint on disk, once it is there.
-        own: what the model wrote, once it has; it writes the same every time.
-        facts: afterwards, what the provenance says of the text.
+        keep: where to save the model's own text; None: it is not saved.
+        progress: called with tokens done and total tokens.
+        folder: the checkpoint on disk; set before the model is run.
+        own: the model's own text, which is the same every time; set when it is written.
+        facts: the text's entry in the provenance; set after a run.
     """
 
     text: Path | None
@@ -53,7 +53,7 @@ class Calibration:
     def __call__(self, moe: Moe, experts: Experts, able: Adjustable | None) -> Findings:
         """A sample of each MoE layer, and the rule that the guard of ``fitted`` takes.
 
-        Blocks that predict a second token are not run by transformers; they get the sample of the
+        Transformers does not run blocks that predict a second token; they get the sample of the
         last layer, and the facts say so.
 
         Raises:
@@ -98,7 +98,7 @@ class Calibration:
         return Findings(samples, guard.taken) if guard else Findings(samples)
 
     def use(self, own: Text | None) -> None:
-        """Take what the same model wrote before, for it would write it again."""
+        """Reuse the text that the same model wrote before, since it would write the same."""
         if own is not None and self.text is None:
             from moescale.calibrate.generated_text import digest_of
 
@@ -111,7 +111,7 @@ class Calibration:
         return read_text(self.text, self.folder, config.get_text_config().vocab_size)
 
     def _written(self, model: LoadedModel) -> Text:
-        """What the model writes by itself, kept where that was asked for."""
+        """The model's own text, saved if requested."""
         from moescale.calibrate.generated_text import digest_of, keep_text, write_text
         from moescale.calibrate.measure import context_of
 
@@ -151,7 +151,7 @@ class Calibration:
 
 
 HELD_BACK = 0.25
-"""The part of a text that the guard keeps for itself; of 80 sequences of a model's own, 20."""
+"""The part of a text reserved for the guard; 20 of 80 sequences of a model's own text."""
 
 
 def open_calibration(
@@ -160,7 +160,7 @@ def open_calibration(
     keep: Path | None = None,
     progress: Callable[[int, int], None] = no_progress,
 ) -> Calibration:
-    """A text to measure on, not read yet but for its digest.
+    """A calibration text; only its digest is read now.
 
     Raises:
         UsageError: the file cannot be read.
@@ -171,5 +171,5 @@ def open_calibration(
 
 
 def needed_files(plan: Plan) -> list[str]:
-    """The files that a model is loaded from."""
+    """The files needed to load the model."""
     return [file.name for file in plan.files if file.action in ("rewrite", "copy", "edit")]

@@ -16,11 +16,11 @@ from moescale.calibrate.routers import RouterScale, choices
 from moescale.factors.fitted import GRID, FitSums
 
 PIECE_BYTES = 64 << 20
-"""How much the outputs of single experts may take at once."""
+"""Memory for the outputs of single experts."""
 
 
 class Fitting:
-    """Counts tokens of one block; what is kept does not grow with the text."""
+    """Sums over tokens of one block; memory use does not grow with the text."""
 
     def __init__(self, block: nn.Module, experts: nn.Module, router: RouterScale | None) -> None:
         self._block, self._experts, self._router = block, experts, router
@@ -29,12 +29,12 @@ class Fitting:
         self._trained = torch.zeros(2, dtype=torch.float64)  # squares, norms
 
     def add(self, run: Callable[[], Any], trained: Tensor, keep: Tensor) -> bool:
-        """Count the tokens that `keep` marks; false where the block's experts get no choice.
+        """Add the tokens that `keep` marks; returns False if the experts receive no choice.
 
         Args:
             run: runs the block on its inputs with the new number of experts.
             trained: the routed output as trained, [tokens, hidden].
-            keep: [tokens], which of them count.
+            keep: [tokens], true for tokens to add.
         """
         found = choices(self._block, run, self._experts, self._router, GRID)
         if found is None:
@@ -50,12 +50,12 @@ class Fitting:
         return True
 
     def sums(self) -> FitSums:
-        """Of all tokens so far."""
+        """The sums over all tokens so far."""
         dots, squares, norms = self._sums.tolist()
         return FitSums(dots, squares, norms, *self._trained.tolist())
 
     def _pieces(self, index: Tensor, hidden: Tensor) -> Iterator[slice]:
-        widest = index.shape[-1] * 4 * hidden.shape[-1] * 2  # a choice that moves takes more
+        widest = index.shape[-1] * 4 * hidden.shape[-1] * 2  # a changing choice takes more
         size = max(1, PIECE_BYTES // widest)
         for start in range(0, len(hidden), size):
             yield slice(start, start + size)
@@ -75,7 +75,7 @@ class Fitting:
         self._sums += found.double().cpu()
 
     def _outputs(self, hidden: Tensor, index: Tensor) -> Tensor:
-        """What each of these experts gives for a token, [tokens, experts, hidden]."""
+        """The output of each of these experts for a token, [tokens, experts, hidden]."""
         tokens, width = index.shape
         rows, chosen = hidden.repeat_interleave(width, dim=0), index.reshape(-1, 1)
         if self._columns is None:
@@ -83,7 +83,7 @@ class Fitting:
         return self._alone(rows, chosen, self._columns).reshape(tokens, width, -1)
 
     def _needed_columns(self, rows: Tensor, chosen: Tensor) -> int:
-        """Some experts take one column of choices for none; they get a second of weight 0."""
+        """Some experts treat one column of choices as no choice; add a second of weight 0."""
         try:
             one = self._alone(rows, chosen, 1)
         except (RuntimeError, IndexError, ValueError):

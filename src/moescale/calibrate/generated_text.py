@@ -19,7 +19,7 @@ from moescale.errors import UnsupportedError
 from moescale.storage.base import no_progress
 
 SEQUENCES, GUARDED, LENGTH = 64, 16, 256
-"""Sequences that are calibrated on and that the guard keeps for itself; tokens of each."""
+"""Sequences to calibrate on, sequences reserved for the guard, and tokens of each."""
 
 SEED = 294
 AT_ONCE = 16
@@ -35,9 +35,9 @@ def write_text(
 ) -> Text:
     """Let the model write, at temperature 1, from a fixed seed.
 
-    Sequences are `LENGTH` tokens long, or `context` if the model takes no more. One begins with
-    the tokeniser's first token, or with any token where there is none, and goes on past the end of
-    a document.
+    Sequences are `LENGTH` tokens long, or `context` if the model takes no more. A sequence
+    begins with the tokeniser's first token, or a random token if there is none, and continues after
+    an end-of-document token.
 
     Raises:
         UnsupportedError: the model does not generate text.

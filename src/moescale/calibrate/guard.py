@@ -20,7 +20,7 @@ from moescale.storage.base import no_progress
 def candidates(samples: Mapping[Layer, Sample], scalable: bool) -> dict[str, Setting]:
     """The config edit and the rules that samples give, as ways to run the model.
 
-    `scalable` says whether the format takes a factor of the down-projections.
+    `scalable`: whether the format takes a factor of the down-projections.
     """
     experts = {layer: sample.after.experts for layer, sample in samples.items()}
     fits = {layer: sample.fit for layer, sample in samples.items()}
@@ -48,18 +48,18 @@ def tried(
     scalable: bool = True,
     progress: Callable[[int, int], None] = no_progress,
 ) -> Guard:
-    """Run the model with each rule, which writes nothing.
+    """Run the model with each rule, without writing anything.
 
     Args:
         model: the model.
-        text: what it is run on; none of it was used for the samples.
-        moe: what the plan found.
+        text: the text to run it on; no part of it was used for the samples.
+        moe: the MoE of the checkpoint.
         experts: the numbers of experts per token.
-        samples: what was found out on the other text.
-        by: what decides.
+        samples: samples from the other text.
+        by: the measure that decides.
         biases: as for `moescale.calibrate.measure.measure`.
         scalable: whether the format takes a factor of the down-projections.
-        progress: is told of tokens done and in all.
+        progress: called with tokens done and total tokens.
     """
     settings = candidates(samples, scalable)
     trained = Setting({layer: sample.before.experts for layer, sample in samples.items()})

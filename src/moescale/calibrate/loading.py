@@ -1,4 +1,4 @@
-"""Loads a model once for everything that one call runs it for. Torch is not imported here."""
+"""Loads a model once per call. Torch is not imported here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Loader:
-    """Keeps the model that was loaded last, until the end of the `with` block."""
+    """Keeps the last loaded model until the end of the `with` block."""
 
     def __init__(self, how: Running) -> None:
         self._how = how
@@ -36,12 +36,12 @@ class Loader:
         self._close()
 
     def model(self, folder: Path, config: Any, moe: Moe) -> LoadedModel:
-        """The model of a folder; of the same folder, the one that is there.
+        """The model of a folder; reuses the loaded model for the same folder.
 
         Args:
             folder: the checkpoint.
             config: its config, as `moescale.calibrate.runner.read_config` gives it.
-            moe: what the plan found.
+            moe: the MoE of the checkpoint.
 
         Raises:
             UnsupportedError: transformers cannot load it here, or runs its layers otherwise.
@@ -58,4 +58,4 @@ class Loader:
         if self._model is not None:
             self._model = None
             self._open.close()
-            gc.collect()  # a model is made of circles
+            gc.collect()  # a model has reference cycles

@@ -1,4 +1,4 @@
-"""The loss of plans on a text, for which nothing is written, and of a finished output."""
+"""The loss on a text of plans, without writing, and of a finished output."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def evaluated(
 
     Args:
         source: the checkpoint; one on the Hub is downloaded into the Hub's cache.
-        plans: of this checkpoint; at least one.
+        plans: plans of this checkpoint; at least one.
         file: the text.
         loader: loads the model.
         calibrated: the text that the plans were made on.
-        output: what the only plan has made, which is loaded for it.
-        progress: is told of tokens done and in all.
+        output: the output of the only plan, loaded in its place; None: nothing is written.
+        progress: called with tokens done and total tokens.
 
     Raises:
-        UsageError: the text is none, or too short.
+        UsageError: the file is not text, or too short.
         UnsupportedError: transformers cannot run the model.
     """
     sha256 = digest(file, OPTION)
@@ -72,7 +72,7 @@ def evaluated(
         for key, one in found.items()
     ]
     warnings = []
-    # Of a finished output, and of factors from a file, the digest of their text is all there is.
+    # For a finished output, and for factors from a file, only the digest of the text is known.
     same = any(plan.calibration.get("text_sha256") == sha256 for plan in plans)
     if same or (
         calibrated is not None and overlap(read_text(calibrated, folder, vocabulary), text)
@@ -98,7 +98,7 @@ _TRAINED: _Key = (0, "")
 
 
 def _settings(moe: Moe, plans: Sequence[Plan], hooks: bool) -> dict[_Key, Setting]:
-    """By number of experts and rule; first the model as trained."""
+    """Settings by number of experts and rule; the model as trained comes first."""
     found = {_TRAINED: Setting(_counts(moe, plans[0].experts, 0))}
     for plan in plans:
         after, counts = plan.experts.after, _counts(moe, plan.experts, 2)
@@ -120,7 +120,7 @@ def _by_layer(moe: Moe, values: Mapping[str, float]) -> dict[Layer, float]:
 def _of_output(
     folder: Path, moe: Moe, text: Text, loader: Loader, progress: Callable[[int, int], None]
 ) -> Score:
-    """The loss of a checkpoint as whoever loads it gets it."""
+    """The loss of a checkpoint as a user would load it."""
     config = runner.read_config(folder)
     model = loader.model(folder, config, moe).model
     return score(model, (), [Setting({})], batches_of(text, config, progress))[0]

@@ -31,20 +31,25 @@ from moescale.planning.experts import Experts
 from moescale.storage.base import no_progress
 
 SEQUENCE, AT_ONCE = 256, 1_024
-"""Tokens of a sequence that ``fitted`` is fitted on or whose loss is taken, as many as the model
-writes by itself: configs may name a longer context than a model was trained with. And of all that
-run at once where losses are taken, since their logits are kept."""
+"""Tokens of a sequence for ``fitted`` and for losses, as in the model's own text: configs may name
+a longer context than that of training. Also tokens at a time for losses: logits are kept."""
 
 COMPARED_RUNS, COMPARED = 4, 128
-"""In so many runs, for so many tokens, the outputs of the chosen experts are compared."""
+"""Runs, and tokens in each, for which the outputs of the chosen experts are compared."""
 
 Progress = Callable[[int, int], None]
-"""Is told of tokens done and in all."""
+"""Called with tokens done and total tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model in memory: with the paths of its MoE layers' experts, and what is left unread."""
+    """A model in memory.
+
+    Attributes:
+        model: of transformers.
+        config: its config, also of transformers.
+        paths: the paths of each MoE layer's experts.
+    """
 
     model: Any
     config: Any
@@ -58,7 +63,7 @@ def opened(folder: Path, config: Any, moe: Moe, how: Running = ANYWHERE) -> Iter
     Args:
         folder: the checkpoint.
         config: its config, as `moescale.calibrate.runner.read_config` gives it.
-        moe: what the plan found.
+        moe: the MoE of the checkpoint.
         how: the model is run.
 
     Raises:
@@ -82,22 +87,22 @@ def measure(
     biases: frozenset[str] | None = None,
     progress: Progress = no_progress,
 ) -> dict[Layer, Sample]:
-    """Run the model over a text as it was trained, and each MoE block with both counts.
+    """Run the model as trained over a text, and each MoE block with both counts.
 
-    Every block gets the hidden states that the unchanged model has there, and is run on them twice:
-    with the number of experts that it was trained with, and with the new one.
+    Every block gets the hidden states of the unchanged model and is run on them twice: with the
+    number of experts of training, and with the new one.
 
     Args:
         model: the model.
-        text: what to run it on.
-        moe: what the plan found.
+        text: the text to run it on.
+        moe: the MoE of the checkpoint.
         experts: the numbers of experts per token.
-        fitted: for the rule of this name, each block is run with scaled routers as well.
-        biases: what biases of the routers' logits are called; None where they cannot be scaled.
-        progress: is told of tokens done and in all.
+        fitted: for the rule ``fitted``: also run each block with scaled routers.
+        biases: names of biases of the routers' logits; None if the logits cannot be scaled.
+        progress: called with tokens done and total tokens.
 
     Returns:
-        a sample of each MoE layer but of blocks that predict a second token, which transformers
+        A sample of each MoE layer, except blocks that predict a second token, which transformers
         does not run.
 
     Raises:
@@ -131,17 +136,17 @@ def evaluate(
     context: int | None = None,
     progress: Progress = no_progress,
 ) -> list[Score]:
-    """Score settings of a model on a text, the first of them the model as it was trained.
+    """Score settings of a model on a text; the first is the model as trained.
 
     Args:
         model: the model.
-        text: what its loss is taken on.
-        moe: what the plan found.
+        text: the text to score.
+        moe: the MoE of the checkpoint.
         experts: numbers of experts per token, as the model was loaded.
-        settings: how it is run.
+        settings: ways to run it.
         biases: as for `measure`.
-        context: tokens of a sequence, at most what the model takes; default: `SEQUENCE`.
-        progress: is told of tokens done and in all.
+        context: tokens of a sequence, limited by the model; default: `SEQUENCE`.
+        progress: called with tokens done and total tokens.
     """
     blocks = [
         b
@@ -160,7 +165,7 @@ def evaluate(
 def batches_of(
     text: Text, config: Any, progress: Progress, context: int | None = None
 ) -> Iterator[Tensor]:
-    """The sequences whose loss is taken, of at most `context` tokens, default `SEQUENCE`."""
+    """The sequences to score, of at most `context` tokens, default `SEQUENCE`."""
     length = text.length or min(context or SEQUENCE, context_of(config))
     done = 0
     for ids in runner.batches(text.tokens, text.start, length, max(length, AT_ONCE)):
@@ -186,10 +191,10 @@ def _check_part(moe: Moe) -> None:
 
 
 def _check_scales(left_over: Mapping[Layer, Sequence[str]], found: Collection[Layer]) -> None:
-    """Refuse quantised experts whose scales transformers leaves out: it would run the bare codes.
+    """Refuse quantised experts whose scales transformers does not read: it would run bare codes.
 
     Raises:
-        UnsupportedError: with the first of them.
+        UnsupportedError: names the first.
     """
     for layer, modules in left_over.items():
         if layer in found:
@@ -211,8 +216,8 @@ def _measured_layers(wanted: Sequence[Layer], found: Collection[Layer]) -> list[
         second = any("mtp" in word for word in layer.stack.split("."))
         if layer not in found and not (second or layer.number > last >= 0):
             raise UnsupportedError(
-                f"layer {layer}: the model that transformers makes has no module for its experts"
-                " alone, whose output could be measured",
+                f"layer {layer}: transformers has no separate module for its experts, so their"
+                " output cannot be measured",
                 hint=runner.INSTEAD,
             )
     return measured
@@ -225,7 +230,7 @@ def _numbers(moe: Moe, experts: Experts, layer: Layer) -> ExpertCounts:
 def _run(
     model: Any, blocks: Sequence[BlockProbe], text: Text, context: int, progress: Progress
 ) -> None:
-    """Run the model, each block told of what comes."""
+    """Run the model, announcing each batch to the blocks."""
     batches = list(runner.batches(text.tokens, text.start, text.length or context))
     compared = {i * len(batches) // COMPARED_RUNS for i in range(COMPARED_RUNS)}
     inner = runner.text_model(model, [block.path for block in blocks])
@@ -239,10 +244,10 @@ def _run(
 
 
 def _sample(blocks: Sequence[BlockProbe]) -> Sample:
-    """Of the MoEs of a layer, the sample of the one that a text goes through."""
+    """The sample of the MoE of a layer that text passes through."""
     reached = [block for block in blocks if block.reached]
     if not reached:
         raise UnsupportedError(
-            f"{blocks[0].path}: a text does not go through it", hint=runner.INSTEAD
+            f"{blocks[0].path}: text does not pass through it", hint=runner.INSTEAD
         )
     return reached[0].sample()

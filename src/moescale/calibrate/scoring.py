@@ -151,7 +151,7 @@ def score(
 
 
 def _losses(logits: Tensor, reference: Tensor, targets: Tensor) -> tuple[list[float], list[float]]:
-    """Cross entropy and divergence of each sequence, a piece of the tokens at a time."""
+    """Cross entropy and divergence of each sequence, computed in pieces."""
     rows = max(1, LOGITS // (logits.shape[0] * logits.shape[-1]))
     loss = torch.zeros(logits.shape[0], dtype=torch.float64)
     divergence = torch.zeros_like(loss)

@@ -23,6 +23,7 @@ class RunningStatistics:
         experts: experts per token, k.
         every: the gate weights of one token in so many are kept.
         gain: the factor that the block itself applies to the routed sum.
+        tokens: tokens so far.
     """
 
     experts: int

@@ -108,7 +108,7 @@ def read_text(path: Path, folder: Path, vocabulary: int, option: str = "--calibr
     text = _read(data, f"{option} {path}", path.suffix.lower() == ".jsonl", folder, vocabulary)
     if len(text.tokens) < FEWEST:
         raise UsageError(
-            f"{option} {path}: is {len(text.tokens):,} {text.unit} long, {FEWEST:,} are needed",
+            f"{option} {path}: has {len(text.tokens):,} {text.unit}, needs {FEWEST:,}",
             hint="Give a longer text of the kind that the model is for.",
         )
     return text
@@ -158,7 +158,7 @@ def _given_tokens(rows: Sequence[Any], where: str, vocabulary: int) -> Text:
         good = isinstance(row, list) and all(type(t) is int and 0 <= t < vocabulary for t in row)
         if not good or len(row) != len(rows[0]):
             raise UsageError(
-                f"{where}: line {number} has tokens of another model, or another number of them"
+                f"{where}: line {number} has tokens of another model, or another length"
             )
     tokens = tuple(token for row in rows for token in row)[:MOST]
     length = len(rows[0])

@@ -16,23 +16,23 @@ SMALL_BYTES = 32 << 20
 """Files up to this size are always read."""
 
 
-def read_record(output: Source, check: bool) -> Record | None:
+def read_record(output: Source, verify: bool) -> Record | None:
     """The record of an output; None if it has no provenance.
 
     Args:
         output: the output.
-        check: read every file with a recorded SHA-256, whatever its size.
+        verify: read every file with a recorded SHA-256, whatever its size.
     """
     files = output.files()
     data = recorded({name: file.size for name, file in files.items()}, output.read)
     content = provenance.decode(data) if data is not None else None
     if content is None or "moescale" not in content:
         return None
-    noted = dict(_recorded_files(content))
-    names = names_here(noted, files)
-    listed = {names[name]: value for name, value in noted.items()}
+    entries = dict(_recorded_files(content))
+    names = names_here(entries, files)
+    listed = {names[name]: value for name, value in entries.items()}
     wanted = {n: sum_ for n, (_, sum_) in listed.items() if sum_ and n in files}
-    read = {n for n in wanted if check or files[n].size <= SMALL_BYTES}
+    read = {n for n in wanted if verify or files[n].size <= SMALL_BYTES}
     differences = dict(_differences(output, files, listed, read))
     sized = len(listed.keys() & files.keys()) - len(read)
     words = provenance.in_words(content)

@@ -97,7 +97,7 @@ class ExtraFiles:
     """The decisions on the files beside the shards.
 
     Attributes:
-        joined: headers of shards with routed experts that the index does not list.
+        unlisted_shards: headers of shards with routed experts that the index does not list.
         left_out: files that do not belong in the output, each with the reason.
         warnings: warnings of files that are copied.
     """

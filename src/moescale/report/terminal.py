@@ -98,7 +98,7 @@ def record_text(record: Record) -> str:
     commit = f", commit {source.get('revision')}" if source.get("revision") else ""
     numbers = [f for f in factors.values() if isinstance(f, int | float)]
     rows = [
-        ("output", record.place),
+        ("output", record.output),
         ("made by", f"moescale {content.get('moescale')}"),
         ("from", f"{source.get('id')}{commit}"),
         ("model", str(content.get("model_type"))),
@@ -108,7 +108,7 @@ def record_text(record: Record) -> str:
         ("files", _files_text(record)),
     ]
     verify = "To verify every byte against the source: moescale SRC {0} --verify"
-    return f"{table(rows)}\n\n{verify.format(printable(record.place))}"
+    return f"{table(rows)}\n\n{verify.format(printable(record.output))}"
 
 
 def _files_text(record: Record) -> str:
