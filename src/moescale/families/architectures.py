@@ -1,4 +1,4 @@
-"""The table of architectures: one row a model type.
+"""The table of architectures: one row per model type.
 
 A row holds the names of the routed experts' down-projections, the config keys of the experts per
 token, the normalisation of the router's weights, and the obstacles to rescaling. The facts are
