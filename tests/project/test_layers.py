@@ -1,4 +1,4 @@
-"""The layers: imports point downwards, and the rooms below the plan know nothing of each other."""
+"""The layers: imports point downwards; packages below the plan do not know one another."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ MAY_USE = {
     "conversion": {*BELOW, "options", "planning", "calibrate", "results"},
     "report": {*BELOW, "planning", "results"},
 }
-"""What each room may import of the package besides itself."""
+"""What each package may import of the package besides itself."""
 
 COMMAND = {"__main__.py", "cli.py", "interrupts.py", "progress.py", "terminal.py"}
 """What belongs to the command alone: streams, exit codes, signals, the environment."""
 
 
 def imports(path: Path) -> set[str]:
-    """The rooms and modules of the package that a file imports, wherever in it."""
+    """The packages and modules of the package that a file imports, wherever in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module == "moescale":
@@ -50,19 +50,19 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def files_of(room: str) -> list[Path]:
-    """The modules of a room, or the one that has no room."""
-    file = PACKAGE / f"{room}.py"
-    return [file] if file.exists() else sorted((PACKAGE / room).rglob("*.py"))
+def files_of(package: str) -> list[Path]:
+    """The modules of a package, or the one that has no package."""
+    file = PACKAGE / f"{package}.py"
+    return [file] if file.exists() else sorted((PACKAGE / package).rglob("*.py"))
 
 
-@pytest.mark.parametrize("room", MAY_USE)
-def test_a_room_knows_only_what_is_below(room: str) -> None:
-    """A room imports itself and what lies below it, nothing else of the package."""
-    files = files_of(room)
+@pytest.mark.parametrize("package", MAY_USE)
+def test_a_room_knows_only_what_is_below(package: str) -> None:
+    """A package imports itself and what lies below it, nothing else of the package."""
+    files = files_of(package)
     assert files
     for path in files:
-        assert imports(path) <= MAY_USE[room] | {room}, path
+        assert imports(path) <= MAY_USE[package] | {package}, path
 
 
 def test_only_what_opens_a_location_knows_what_is_there() -> None:
@@ -193,10 +193,10 @@ def drawn_arrows(page: str) -> set[tuple[str, str]]:
 def test_the_layers_are_as_drawn(page: str) -> None:
     """A package may import only what its arrows reach, and whatever they point to."""
     arrows = drawn_arrows(page)
-    for room, allowed in MAY_USE.items():
-        reached, new = set(), {room}
+    for package, allowed in MAY_USE.items():
+        reached, new = set(), {package}
         while new:
             reached |= new
             new = {b for a, b in arrows if a in new} - reached
-        assert allowed - {"version"} <= reached, room
-        assert {b for a, b in arrows if a == room} <= allowed, room
+        assert allowed - {"version"} <= reached, package
+        assert {b for a, b in arrows if a == package} <= allowed, package

@@ -97,7 +97,7 @@ class BlockProbe:
         self.path, self._numbers = path, numbers
         self._experts = model.get_submodule(path)
         self._block = model.get_submodule(path.rpartition(".")[0])
-        self._places = _count_places(self._block, numbers)
+        self._attributes = _count_attributes(self._block, numbers)
         self._before = RunningStatistics(numbers.trained, every)
         self._after = RunningStatistics(numbers.after, every)
         self._cosines = Cosines()
@@ -106,7 +106,7 @@ class BlockProbe:
         self._routed: Tensor | None = None  # of the last run
         self._shape, self._compared = (1, 1), 0
         self._scores: Tensor | None = None
-        self._handles = [self._experts.register_forward_hook(self._see, with_kwargs=True)]
+        self._handles = [self._experts.register_forward_hook(self._hook, with_kwargs=True)]
         router = getattr(self._block, "router", None)
         if isinstance(router, nn.Module):
             self._handles.append(router.register_forward_hook(self._note_scores))
@@ -128,7 +128,7 @@ class BlockProbe:
         for handle in self._handles:
             handle.remove()
 
-    def expect(self, shape: Sequence[int], compared: int) -> None:
+    def set_batch(self, shape: Sequence[int], compared: int) -> None:
         """Announce a batch of token ids of this shape, and the tokens to compare experts on."""
         self._shape, self._compared = (shape[0], shape[1]), compared
 
@@ -164,7 +164,7 @@ class BlockProbe:
 
         def run() -> None:
             copies, named_copies = _copies(args, named)
-            with _counts(self._places, self._numbers.after):
+            with _counts(self._attributes, self._numbers.after):
                 self._forward(*copies, **named_copies)
 
         if not self._fitting.add(run, routed, self._context(len(routed))):
@@ -174,7 +174,7 @@ class BlockProbe:
         first = not stats.tokens
         self._current = stats
         try:
-            with _counts(self._places, stats.experts):
+            with _counts(self._attributes, stats.experts):
                 output = self._forward(*args, **named)
         finally:
             self._current = None
@@ -184,7 +184,7 @@ class BlockProbe:
         self._sum = None
         return output
 
-    def _see(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any], out: Any) -> None:
+    def _hook(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any], out: Any) -> None:
         """Collect one call of the experts."""
         stats = self._current
         if stats is None:
@@ -267,7 +267,7 @@ def scored_blocks(
     for path in paths:
         block, experts = model.get_submodule(path.rpartition(".")[0]), model.get_submodule(path)
         router = _router_scale(block, experts, numbers, biases)
-        yield Block(layer, experts, router, _count_places(block, numbers))
+        yield Block(layer, experts, router, _count_attributes(block, numbers))
 
 
 def _router_scale(
@@ -297,7 +297,7 @@ def _gain(block: Tensor, routed: Tensor) -> float:
     return gain if difference < _PROPORTIONAL and abs(gain - 1) > _SAME else 1.0
 
 
-def _count_places(block: nn.Module, numbers: ExpertCounts) -> list[tuple[Any, str]]:
+def _count_attributes(block: nn.Module, numbers: ExpertCounts) -> list[tuple[Any, str]]:
     """The attributes of the block's modules and of their configs that hold the count.
 
     Attributes are found by name and value. ``num_experts`` is a count unless it equals the number

@@ -237,7 +237,7 @@ def _run(
     done = 0
     for number, ids in enumerate(batches):
         for block in blocks:
-            block.expect(ids.shape, COMPARED if number in compared else 0)
+            block.set_batch(ids.shape, COMPARED if number in compared else 0)
         runner.forward(inner, ids)
         done += ids.shape[0] * (ids.shape[1] - len(text.start))
         progress(done, len(text.tokens))

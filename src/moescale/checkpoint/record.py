@@ -39,12 +39,12 @@ def recorded(files: Mapping[str, int], read: Read) -> bytes | None:
     return said.encode(errors="surrogateescape") if isinstance(said, str) else None
 
 
-def names_here(noted: Iterable[str], files: Iterable[str]) -> dict[str, str]:
+def names_here(listed: Iterable[str], files: Iterable[str]) -> dict[str, str]:
     """Present names of the files that the provenance lists: a GGUF set may have been renamed."""
     here = {part_name(name): name for name in files if is_gguf(name)}
     stems = {part.stem for part in here}
     if len(stems) != 1:
-        return {name: name for name in noted}
+        return {name: name for name in listed}
     (stem,) = stems
-    parts = {name: replace(part_name(name), stem=stem) for name in noted if is_gguf(name)}
-    return {name: here.get(parts[name], name) if name in parts else name for name in noted}
+    parts = {name: replace(part_name(name), stem=stem) for name in listed if is_gguf(name)}
+    return {name: here.get(parts[name], name) if name in parts else name for name in listed}

@@ -61,11 +61,11 @@ def segments(
     changed = [
         Segment(edit.tensor.start, edit.tensor.stop, edit) for edit in edits if edit.tensor.nbytes
     ]
-    for part in sorted((*patches, *changed), key=lambda part: part.start):
-        if part.start > position:
-            result.append(Segment(position, part.start))
-        result.append(part)
-        position = part.stop
+    for segment in sorted((*patches, *changed), key=lambda segment: segment.start):
+        if segment.start > position:
+            result.append(Segment(position, segment.start))
+        result.append(segment)
+        position = segment.stop
     if file_size > position:
         result.append(Segment(position, file_size))
     return result
@@ -98,7 +98,7 @@ def relaid_header(data: bytes, promoted: Mapping[str, str]) -> bytes:
 def rewrite(
     reader: Reader,
     writer: Writer,
-    parts: Iterable[Segment],
+    segments_: Iterable[Segment],
     where: str,
     advance: Callable[[int], None],
 ) -> dict[str, Rounding]:
@@ -113,25 +113,25 @@ def rewrite(
         RewriteError: a value has no finite result.
     """
     rounding: dict[str, Rounding] = {}
-    for part in parts:
-        if part.data is not None:
-            _read_replaced(reader, part)
-            writer.write(memoryview(part.data))
-            advance(len(part.data))
-        elif part.edit is None:
-            for size in writer.copy_from(reader, part.start, part.stop):
+    for segment in segments_:
+        if segment.data is not None:
+            _read_replaced(reader, segment)
+            writer.write(memoryview(segment.data))
+            advance(len(segment.data))
+        elif segment.edit is None:
+            for size in writer.copy_from(reader, segment.start, segment.stop):
                 advance(size)
         else:
             total, seen = 0, Rounding()
-            for piece, lost in edited(reader, part.edit, seen):
+            for piece, lost in edited(reader, segment.edit, seen):
                 total += lost
                 if not total:
                     writer.write(piece)
                 advance(len(piece))
             if total:
-                raise _lost_values(where, part.edit, total)
+                raise _lost_values(where, segment.edit, total)
             if seen.blocks or seen.empty:
-                rounding[part.edit.tensor.name] = seen
+                rounding[segment.edit.tensor.name] = seen
     return rounding
 
 
@@ -146,23 +146,23 @@ def check_scales(reader: Reader, edits: Iterable[TensorEdit], where: str) -> Non
             raise _lost_values(where, edit, total)
 
 
-def expected(reader: Reader, parts: Iterable[Segment]) -> Iterator[tuple[Segment, memoryview]]:
+def expected(reader: Reader, segments_: Iterable[Segment]) -> Iterator[tuple[Segment, memoryview]]:
     """The bytes that the output must have, piece by piece, each with its segment."""
-    for part in parts:
-        if part.data is not None:
-            _read_replaced(reader, part)
-            yield part, memoryview(part.data)
-        elif part.edit is None:
-            for piece in pieces(reader, part.start, part.stop):
-                yield part, piece
+    for segment in segments_:
+        if segment.data is not None:
+            _read_replaced(reader, segment)
+            yield segment, memoryview(segment.data)
+        elif segment.edit is None:
+            for piece in pieces(reader, segment.start, segment.stop):
+                yield segment, piece
         else:
-            for piece, _ in edited(reader, part.edit):
-                yield part, piece
+            for piece, _ in edited(reader, segment.edit):
+                yield segment, piece
 
 
-def _read_replaced(reader: Reader, part: Segment) -> None:
+def _read_replaced(reader: Reader, segment: Segment) -> None:
     """Read replaced bytes, too: a source may hash everything that it sends."""
-    for _ in pieces(reader, part.start, part.stop):
+    for _ in pieces(reader, segment.start, segment.stop):
         pass
 
 

@@ -148,8 +148,8 @@ def _provenance_differences(
     plan: Plan, data: bytes, written: Mapping[str, FileRecord]
 ) -> Iterator[Difference]:
     """Compare every byte, except digests that may not be recorded yet."""
-    noted = _recorded_digests(provenance.decode(data))
-    for name, digest in noted.items():
+    listed = _recorded_digests(provenance.decode(data))
+    for name, digest in listed.items():
         if name in written and digest not in (None, written[name].sha256):
             yield Difference(name, f"its SHA-256 is not the one recorded in {PROVENANCE}")
             return
@@ -159,7 +159,7 @@ def _provenance_differences(
         files = {n: w if n in digests else FileRecord(w.size) for n, w in written.items()}
         return provenance.encode(provenance.provenance(plan, files))
 
-    if data != wanted({name for name, digest in noted.items() if digest is not None}):
+    if data != wanted({name for name, digest in listed.items() if digest is not None}):
         usual = (wanted(written), wanted(written.keys() - large))
         yield Difference(PROVENANCE, _differs(max(_first_difference(data, one) for one in usual)))
 

@@ -105,12 +105,12 @@ def parse_header(data: bytes, file_size: int, where: str) -> Header:
         _check_metadata(metadata, where)
     data_start = LENGTH_BYTES + len(data)
     tensors = [_tensor(name, entry, data_start, where) for name, entry in entries.items()]
-    tensors.sort(key=_place)
-    _check_places(tensors, data_start, file_size, where)
+    tensors.sort(key=_data_span)
+    _check_contiguous(tensors, data_start, file_size, where)
     return Header(tuple(tensors), data_start, file_size)
 
 
-def _place(tensor: Tensor) -> tuple[int, int]:
+def _data_span(tensor: Tensor) -> tuple[int, int]:
     return tensor.start, tensor.stop
 
 
@@ -171,7 +171,7 @@ def _is_sizes(value: Any) -> bool:
     return type(value) is list and all(type(v) is int and 0 <= v < _U64 for v in value)
 
 
-def _check_places(tensors: list[Tensor], data_start: int, file_size: int, where: str) -> None:
+def _check_contiguous(tensors: list[Tensor], data_start: int, file_size: int, where: str) -> None:
     """Refuse tensors that do not fill the file: each must start where the previous one ends."""
     position = data_start
     for tensor in tensors:
