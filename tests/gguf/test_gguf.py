@@ -171,7 +171,7 @@ def test_a_renamed_set_is_found_by_its_first_file(tmp_path: Path) -> None:
     numbered = tmp_path / f"z-00001-of-{len(parts):05d}.gguf"
     for place in (tmp_path / "z.gguf", numbered):
         command = [sys.executable, "-m", "moescale", parts[0], place, "-k", "3", "--quiet"]
-        done = subprocess.run(command, capture_output=True, text=True, verify=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert done.stdout == f"{numbered}\n"
     record = moescale.record(numbered, verify=True)
     assert record is not None
