@@ -88,6 +88,24 @@ def test_experts_by_layer_may_be_a_list() -> None:
     assert [config.experts_in(layer) for layer in range(4)] == [4, 2, 4, 4]
 
 
+@pytest.mark.parametrize("layer", ["9" * 5000, "\u0663", "03", "-1", "all"])
+def test_a_layer_that_is_not_a_number_has_no_experts_of_its_own(layer: str) -> None:
+    """Layers are looked up as JSON spells them; any other key is passed over."""
+    row = architectures.find("mixtral")
+    for section in (
+        {"num_local_experts": 4, "per_layer_config": {layer: {"num_local_experts": 2}}},
+        {"num_local_experts": 4, "num_experts_per_layer": {layer: 2}},
+    ):
+        config = read_moe_config(section, row)
+        assert [config.experts_in(number) for number in range(5)] == [4] * 5
+
+
+def test_a_count_for_some_layers_is_noticed_under_any_key() -> None:
+    """It cannot be set, whatever the key says which layers are meant."""
+    overrides = {"num_local_experts": 4, "per_layer_config": {"all": {"num_experts_per_tok": 1}}}
+    assert read_moe_config(overrides, architectures.find("mixtral")).has_layer_counts
+
+
 # What is found ------------------------------------------------------------------------------------
 
 

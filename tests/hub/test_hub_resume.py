@@ -249,7 +249,7 @@ def leave_unfinished(lab: Lab, place: str = PLACE, *arguments: str) -> set[str]:
     fault = lab.hub.fault(WORK, status(403), nth=3, times=None)
     outcome = lab.run(SRC, place, "-k", "3", "-q", "-j", "1", *arguments)
     assert outcome.code == 3
-    assert fault.fired  # a shard that was done by then is tried too
+    assert fault.fired in (1, 2)  # the other shard, if it was done by then, is tried too
     lab.hub.log.clear()
     return finished(lab)
 

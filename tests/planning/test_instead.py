@@ -200,6 +200,8 @@ def test_a_gguf_output_is_for_llama_cpp(tmp_path: Path) -> None:
     plan = moescale.plan(first, "out.gguf", experts=3, rule="preserve")
     parts = sum(file.name.endswith(".gguf") for file in plan.files)
     assert run_commands_text(plan, written=True).endswith(f"-m out-00001-of-{parts:05d}.gguf")
+    hub = moescale.plan(first, "hf://me/out@try", experts=3, rule="preserve")
+    assert run_commands_text(hub, written=True).endswith("llama-server -hf me/out@try")
 
 
 def test_the_text_says_what_to_run(tmp_path: Path) -> None:

@@ -157,8 +157,13 @@ def _whole(keys: GgufKeys, name: str) -> int:
 def _groups(keys: GgufKeys, file_arch: str) -> tuple[int, int] | None:
     """Number of groups of experts, and of groups that a token may use; None for no limit."""
     names = (f"{file_arch}.expert_group_count", f"{file_arch}.expert_group_used_count")
-    groups, chosen = (_whole(keys, name) if keys.get(name) else 0 for name in names)
+    groups, chosen = (_whole(keys, name) if _is_set(keys, name) else 0 for name in names)
     return group_limit(groups, chosen)
+
+
+def _is_set(keys: GgufKeys, name: str) -> bool:
+    value = keys.get(name)
+    return value is not None and not (type(value) is int and value == 0)
 
 
 def _count(keys: GgufKeys, name: str) -> int | tuple[int, ...]:

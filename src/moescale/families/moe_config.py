@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -34,7 +33,8 @@ class MoeConfig:
 
     Attributes:
         experts: routed experts per layer; the largest number if layers differ.
-        experts_by_layer: routed experts of the layers for which the config has separate numbers.
+        experts_by_layer: routed experts of the layers for which the config has separate numbers;
+            keys are layer numbers as text, as in JSON.
         layers: layers of the model without MTP blocks; 0 if the config does not say.
         moe_layers: numbers of the MoE layers; None if only the tensors tell.
         experts_without_weights: experts that the router can choose and that return a token
@@ -48,7 +48,8 @@ class MoeConfig:
         intermediate_size: width between the matrices of an expert; None if unknown or if it
             differs by layer.
         score: the score function that a key names; None if no key does.
-        logit_cap: bound of the tanh on the logits; None for no bound.
+        logit_cap: bound of the tanh on the logits, as the config has it; not checked here, since
+            only a few rules need it.
         choice_bias: False if a key says that no bias takes part in the choice of experts.
         has_scale: the row's `scale_key` is present.
         tied_embeddings: the embedding is also the head.
@@ -58,7 +59,7 @@ class MoeConfig:
     """
 
     experts: int
-    experts_by_layer: Mapping[int, int] = field(default_factory=dict)
+    experts_by_layer: Mapping[str, int] = field(default_factory=dict)
     layers: int = 0
     moe_layers: frozenset[int] | None = None
     experts_without_weights: int = 0
@@ -70,7 +71,7 @@ class MoeConfig:
     narrow_sizes: frozenset[int] = frozenset()
     intermediate_size: int | None = None
     score: Any = None
-    logit_cap: float | None = None
+    logit_cap: Any = None
     choice_bias: bool = True
     has_scale: bool = False
     tied_embeddings: bool = False
@@ -79,7 +80,7 @@ class MoeConfig:
 
     def experts_in(self, layer: int) -> int:
         """Routed experts of a layer, by its number."""
-        return self.experts_by_layer.get(layer, self.experts)
+        return self.experts_by_layer.get(str(layer), self.experts)
 
     def max_count(self, experts: int) -> int:
         """The largest number of experts per token for a router of this many experts.
@@ -111,7 +112,6 @@ def read_moe_config(section: Section, row: Architecture) -> MoeConfig:
     count = row.count_keys[0] if row.count_keys else None
     kind = row.router if isinstance(row.router, RouterKind) else None
     layers = read_integer(section, "num_hidden_layers", 0)
-    hidden_size, _ = _sizes(section)
     return MoeConfig(
         experts=experts,
         experts_by_layer=_experts_by_layer(section, overrides, experts),
@@ -122,11 +122,15 @@ def read_moe_config(section: Section, row: Architecture) -> MoeConfig:
         normalisation=normalisation,
         scaling_has_effect=not (row.no_effect and _is_on(row.no_effect_if, section)),
         has_layer_counts=any(count in layer for layer in overrides.values()),
-        hidden_size=hidden_size,
+        hidden_size=next((n for n in _hidden_sizes(section) if type(n) is int), None),
         narrow_sizes=frozenset(_narrow_sizes(section)),
-        intermediate_size=None if overrides else _integer(section.get("moe_intermediate_size")),
+        intermediate_size=(
+            None
+            if "per_layer_config" in section
+            else _integer(section.get("moe_intermediate_size"))
+        ),
         score=(section.get(kind.score_key) if kind and kind.score_key else None) or None,
-        logit_cap=_logit_cap(section, kind.cap_key) if kind and kind.cap_key else None,
+        logit_cap=section.get(kind.cap_key) if kind and kind.cap_key else None,
         choice_bias=not (kind and kind.bias_key and section.get(kind.bias_key) is False),
         has_scale=row.scale_key in section,
         tied_embeddings=bool(section.get("tie_word_embeddings")),
@@ -188,16 +192,15 @@ def group_limit(groups: int, chosen: int) -> tuple[int, int] | None:
     return (groups, chosen) if chosen and groups > 1 else None
 
 
-def sizes(config: Config) -> Iterator[tuple[int | None, int | None]]:
-    """Hidden size and number of layers, from each text section of a config."""
-    return (_sizes(config.section(name) or {}) for name in TEXT_SECTIONS)
+def sizes(config: Config) -> Iterator[tuple[Any, Any]]:
+    """Hidden size and number of layers, unchecked, from each text section of a config."""
+    for section in (config.section(name) or {} for name in TEXT_SECTIONS):
+        yield next(_hidden_sizes(section), None), section.get("num_hidden_layers")
 
 
-def _sizes(section: Section) -> tuple[int | None, int | None]:
-    hidden = (_integer(section.get(key)) for key in ("hidden_size", "d_model", "n_embd"))
-    return next((h for h in hidden if h is not None), None), _integer(
-        section.get("num_hidden_layers")
-    )
+def _hidden_sizes(section: Section) -> Iterator[Any]:
+    keys = ("hidden_size", "d_model", "n_embd")
+    return (section[key] for key in keys if section.get(key) is not None)
 
 
 def _integer(value: Any) -> int | None:
@@ -219,20 +222,19 @@ def _is_on(switch: str | None, section: Section) -> bool:
     return switch is None or bool(section.get(switch))
 
 
-def _layer_overrides(section: Section) -> dict[int, Section]:
+def _layer_overrides(section: Section) -> dict[str, Section]:
     """The entries of ``per_layer_config``, by layer number."""
     overrides = section.get("per_layer_config")
     items = overrides.items() if isinstance(overrides, dict) else ()
-    return {int(key): value for key, value in items if key.isdecimal() and isinstance(value, dict)}
+    return {layer: value for layer, value in items if isinstance(value, dict)}
 
 
 def _experts_by_layer(
-    section: Section, overrides: Mapping[int, Section], total: int
-) -> dict[int, int]:
+    section: Section, overrides: Mapping[str, Section], total: int
+) -> dict[str, int]:
     """Routed experts of layers for which a list or ``per_layer_config`` gives a number."""
     listed = next((found for key in _LIST_KEYS if (found := _by_layer(section.get(key)))), {})
-    numbers = {int(key): number for key, number in listed.items() if key.isdecimal()}
-    by_layer = {layer: n if 0 < n <= MAX_NUMBER else total for layer, n in numbers.items()}
+    by_layer = {layer: n if 0 < n <= MAX_NUMBER else total for layer, n in listed.items()}
     for layer, override in overrides.items():
         by_layer[layer] = read_integer(override, "num_local_experts", 0) or total
     return by_layer
@@ -293,10 +295,3 @@ def _narrow_sizes(section: Section) -> Iterator[int]:
     for key, value in section.items():
         if type(value) is int and any(word in key for word in words):
             yield value
-
-
-def _logit_cap(section: Section, key: str) -> float | None:
-    cap = section.get(key)
-    if cap is not None and (type(cap) not in (int, float) or not 0 <= cap < math.inf):
-        raise CheckpointError(f"{CONFIG}: {key} is {cap!r}, not a number from 0 on")
-    return cap or None

@@ -197,7 +197,8 @@ def to_run(location: Location, loader: str) -> Mapping[str, str]:
 def gguf_to_run(location: Location, first: str, parts: int) -> Mapping[str, str]:
     """The command of llama.cpp for a finished output, whose first file is `first`."""
     if location.on_hub:
-        return {"llama.cpp": f"llama-server -hf {shlex.quote(location.model_id)}"}
+        branch = f"@{location.revision}" if location.revision else ""
+        return {"llama.cpp": f"llama-server -hf {shlex.quote(location.model_id + branch)}"}
     path = first_file(location, parts)
     if not is_gguf(path):
         path = f"{path.rstrip('/')}/{first}"

@@ -36,9 +36,13 @@ def gate_of(moe: Moe, kind: RouterKind, biased: bool) -> RouterSpec:
 
     Raises:
         UnsupportedError: the config names a score that is not known.
+        CheckpointError: the bound of the logits is not a number.
     """
     config, router = moe.config, moe.config.normalisation
     assert router is not None, "a model type with a row of gating has one of architectures"
+    cap = config.logit_cap
+    if cap is not None and (type(cap) not in (int, float) or not 0 <= cap < math.inf):
+        raise CheckpointError(f"{CONFIG}: {kind.cap_key} is {cap!r}, not a number from 0 on")
     return RouterSpec(
         score=_score(kind, config.score, biased),
         late=kind.late,
@@ -48,7 +52,7 @@ def gate_of(moe: Moe, kind: RouterKind, biased: bool) -> RouterSpec:
         shared=router.shared,
         idle=config.experts_without_weights if kind.idle_key else 0,
         grid=kind.grid,
-        cap=config.logit_cap,
+        cap=cap or None,
     )
 
 
