@@ -119,3 +119,11 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
     """A laboratory without a Hub yet."""
     with laboratory(tmp_path, monkeypatch) as lab:
         yield lab
+
+
+@pytest.fixture
+def one_thread() -> None:
+    """Torch on one thread: more would wait for one another on a busy machine."""
+    import torch  # here: most tests need none
+
+    torch.set_num_threads(1)

@@ -31,12 +31,10 @@ LENGTH = 32
 IDS = torch.randint(3, 90, (8, LENGTH), generator=torch.Generator().manual_seed(5))
 TEXT = Text(tuple(IDS.flatten().tolist()), length=LENGTH)
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:`torch.jit"),
+]
 
 
 # The closed form ----------------------------------------------------------------------------------

@@ -29,9 +29,7 @@ MOST, OVER_ALL = 0.45, 0.25
 ELSEWHERE = os.environ.get("MOESCALE_TRAINED_MODELS")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def token_ids(data: bytes, context: int) -> Tensor:

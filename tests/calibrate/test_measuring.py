@@ -43,14 +43,10 @@ AFTERWARDS = {"openai_privacy_filter": 2 / 3}
 """What the block multiplies the sum by at 2 experts, over that at 3."""
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:Casting complex values to real"),
     pytest.mark.filterwarnings("ignore:`torch.jit"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def samples(

@@ -25,16 +25,12 @@ FIXED = [e for e, row in ROWS.items() if row.fixed]
 LAYOUTS = pytest.mark.parametrize("fused", [False, True], ids=["hub", "fused"])
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:Casting complex values to real"),
     pytest.mark.filterwarnings("ignore:`torch.jit"),
 ]
 
 SCALES_IN_PART = {"longcat_flash": "tokens that chose an identity expert keep their size"}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def convert(source: Path, output: Path, entry: str, **options: object) -> api.Result:

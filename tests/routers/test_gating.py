@@ -38,14 +38,10 @@ RENAMED = [e for e in FORMED if any(len(n) > 1 for n in names_of(GATINGS[e]))]
 REFUSED = [e for e in TINY if e not in FORMED]
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:Casting complex values to real"),
     pytest.mark.filterwarnings("ignore:`torch.jit"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def routers_of(directory: Path, entry: str) -> tuple[Routers, list[RouterArrays]]:
