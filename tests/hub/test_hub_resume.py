@@ -7,12 +7,16 @@ import re
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from support import checkpoints
 from support.hub_checkpoints import DST, PLACE, SHARDS, SRC, STREAM, Lab, rescaled
 from support.hub_faults import Action, Fault, Match, Request, lost, reset, run, stall, status
+
+from moescale.storage.local.journal import JOURNAL as LOCAL_JOURNAL
+from moescale.storage.local.journal import STATE
 
 WORKING = "moescale-unfinished-main"
 WORK = ("POST", f"/commit/{WORKING}")
@@ -49,11 +53,25 @@ def another_machine(lab: Lab) -> None:
     lab.monkeypatch.setenv("HF_HOME", str(lab.root / f"home-{time.monotonic_ns()}"))
 
 
-def kill(lab: Lab, match: Match, action: Action, nth: int, *arguments: str) -> Fault:
-    """Run the command in a child that is killed when a request meets the fault."""
-    fault = lab.hub.fault(match, action, nth)
-    with lab.start_child(SRC, *arguments, "-k", "3", "-q", "-j", "1") as process:
+def kill(
+    lab: Lab,
+    match: Match,
+    action: Action,
+    nth: int,
+    *arguments: str,
+    done: Callable[[], bool] = lambda: True,
+) -> Fault:
+    """Run the command in a child that is killed when a request meets the fault.
+
+    Shards are noted as finished while the next one is under way, so the kill also waits for `done`.
+    """
+    fault = lab.hub.fault(match, action, nth, times=None)
+    options = ("-k", "3", "-q", "-j", "1")
+    with lab.start_child(SRC, *arguments, *options, **PATIENT) as process:
         fault.wait()
+        while not done():
+            assert process.poll() is None
+            time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     fault.release()
@@ -85,13 +103,13 @@ KILLS: dict[str, tuple[Match, Action, int, int]] = {
         1,
     ),
     "in the middle of an upload": (("POST", "^cas /v1/xorbs"), stall(), 2, 1),
-    "before a shard was committed": (WORK, status(500), 3, 1),
+    "before a shard was committed": (WORK, status(503, Retry_After=100), 3, 1),
     "after one shard": (WORK, stall(), 2, 1),
     "after two shards": (WORK, stall(), 3, 2),
     "after three shards": (WORK, stall(), 4, 3),
-    "before the last commit": (LAST, status(500), 1, 3),
+    "before the last commit": (LAST, status(503, Retry_After=100), 1, 3),
     "after the last commit": (LAST, stall(), 1, 3),
-    "while cleaning up": (("DELETE", f"/branch/{WORKING}"), status(500), 2, 3),
+    "while cleaning up": (("DELETE", f"/branch/{WORKING}"), status(503, Retry_After=100), 2, 3),
 }
 
 
@@ -101,7 +119,7 @@ def test_a_killed_run_is_continued_on_another_machine(lab: Lab, moment: str) -> 
     hub = lab.start(xet="http")
     want = lab.on_disk()
     match, action, nth, count = KILLS[moment]
-    kill(lab, match, action, nth, PLACE)
+    kill(lab, match, action, nth, PLACE, done=lambda: len(finished(lab)) >= count)
     assert len(finished(lab)) == count
     last = moment in ("after the last commit", "while cleaning up")
     assert ("config.json" in hub.files(DST)) == last
@@ -113,7 +131,7 @@ def test_a_killed_run_is_continued_on_another_machine(lab: Lab, moment: str) -> 
     [
         (("POST", "/commit/moescale-finished-k3"), stall()),
         (("POST", "/branch/k3"), stall()),
-        (("POST", "/branch/k3"), status(500)),
+        (("POST", "/branch/k3"), status(503, Retry_After=100)),
     ],
 )
 def test_a_killed_run_for_a_missing_branch_is_continued(
@@ -139,7 +157,7 @@ def test_a_killed_run_without_xet_is_continued(lab: Lab) -> None:
     temporary = lab.root / "tmp"
     temporary.mkdir()
     lab.monkeypatch.setenv("TMPDIR", str(temporary))
-    kill(lab, ("PUT", "^cdn"), stall(), 2, PLACE)
+    kill(lab, ("PUT", "^cdn"), stall(), 2, PLACE, done=lambda: bool(finished(lab)))
     assert not list(temporary.iterdir())
     assert finished(lab) == {SHARDS[0]}
     complete(lab, want)
@@ -165,7 +183,8 @@ def test_a_killed_run_to_disk_fetches_the_rest_only(lab: Lab) -> None:
     want = lab.on_disk()
     target = lab.root / "out"
     match, action, _, _ = KILLS["in the middle of a download"]
-    kill(lab, match, action, 3, str(target))
+    journal = target / STATE / LOCAL_JOURNAL  # the job, then a line for each shard
+    kill(lab, match, action, 3, str(target), done=lambda: journal.read_text().count("\n") > 2)
     assert not (target / "config.json").exists()
     hub.log.clear()
     lab.done(SRC, str(target), "-k", "3", "-q")
