@@ -125,7 +125,7 @@ def test_refuses_a_length_that_cannot_be_true(length: int) -> None:
 )
 def test_a_file_of_another_kind_is_called_so(begin: bytes, kind: str) -> None:
     """Whoever renamed it gains nothing from fetching it again."""
-    with pytest.raises(CheckpointError, match=f"is {kind}.*whatever its name says") as caught:
+    with pytest.raises(CheckpointError, match=f"is {kind}.*despite its name") as caught:
         header_length(begin, 1 << 20, "file")
     assert "fetch" not in str(caught.value)
 

@@ -255,7 +255,7 @@ def test_of_two_copies_the_listed_one_counts(home: str) -> None:
     found = headers({"s1": ["a", "x"], "s2": ["x", "b"]})
     taken, [remark] = checked({"a": "s1", "b": "s2", "x": home}, found)
     assert [shard for shard, names in taken.items() if "x" in names] == [home]
-    assert all(word in remark for word in ("'x'", "s1", "s2", f"the one in {home} counts"))
+    assert all(word in remark for word in ("'x'", "s1", "s2", f"the one in {home} is used"))
 
 
 def test_without_an_index_the_last_copy_counts() -> None:

@@ -160,9 +160,9 @@ def file(
 
 NUMBER = struct.pack("<I", 1)
 BROKEN: dict[str, tuple[bytes, str]] = {
-    "another file": (b"\x80\x02ckpt" + bytes(40), "is no GGUF file"),
+    "another file": (b"\x80\x02ckpt" + bytes(40), "is not a GGUF file"),
     "too short": (b"GGUF", "too few"),
-    "a pointer": (b"version https://git-lfs" + bytes(40), "is no GGUF file"),
+    "a pointer": (b"version https://git-lfs" + bytes(40), "is not a GGUF file"),
     "version 1": (file(version=1), "version 1"),
     "version 4": (file(version=4), "version 4"),
     "big-endian": (file(version=0x03000000), "big-endian"),
@@ -190,7 +190,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     ),
     "alignment as u64": (
         file((key(b"general.alignment", 10, struct.pack("<Q", 32)),)),
-        "no unsigned 32-bit number",
+        "not an unsigned 32-bit number",
     ),
     "alignment 0": (file((key(b"general.alignment", 4, struct.pack("<I", 0)),)), "power of two"),
     "alignment 48": (file((key(b"general.alignment", 4, struct.pack("<I", 48)),)), "power of two"),
@@ -203,10 +203,13 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "a hole": (file(infos=(info(offset=32),), data=96), "offset 32, expected 0"),
     "an overlap": (file(infos=(info(), info(b"y", offset=0)), data=64), "expected 32"),
     "a tensor twice": (file(infos=(info(), info(offset=32)), data=64), "'x' twice"),
-    "data that end": (file(infos=(info(shape=(1 << 40,)),), data=64), "ends after the file does"),
+    "data that end": (
+        file(infos=(info(shape=(1 << 40,)),), data=64),
+        "ends beyond the end of the file",
+    ),
     "a size beyond 64 bits": (
         file(infos=(info(shape=(1 << 62, 1 << 62, 4)),), data=64),
-        "ends after the file does",
+        "ends beyond the end of the file",
     ),
     "a header that ends": (file((key(b"a", 4, b""),))[:40], "ends within its header"),
 }

@@ -10,14 +10,15 @@ import numpy as np
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Scale = Callable[[Bytes, Bytes], int]
-"""Reads the first array, fills the second, and returns how many values have no usable result: it is
-not finite or, for a scale, not a normal number. Both arrays hold whole little-endian elements."""
+"""Reads the first array, fills the second, and returns the number of unusable results: infinities
+from finite values and, for scales, values that are not normal any more. Both arrays hold whole
+little-endian elements."""
 
 INFINITY_16 = {"F16": 0x7C00, "BF16": 0x7F80}
 
 
 def exponent(factor: float) -> int:
-    """The k of a factor that is 2**k.
+    """The exponent k of a factor 2**k.
 
     Raises:
         ValueError: the factor is not a power of two.
@@ -29,7 +30,7 @@ def exponent(factor: float) -> int:
 
 
 def table_16bit(dtype: str, factor: float) -> np.ndarray[Any, np.dtype[np.uint16]]:
-    """All 65,536 results for F16 or BF16: index and value are the bits of an element."""
+    """The products of all 65,536 F16 or BF16 values, as bits, indexed by the bits of the value."""
     codes = np.arange(1 << 16, dtype=np.uint16)
     values = codes.view(float_16bit(dtype))
     with np.errstate(all="ignore"):
@@ -43,7 +44,7 @@ def float_16bit(dtype: str) -> np.dtype[Any]:
     """The numpy dtype of F16 or BF16."""
     if dtype == "F16":
         return np.dtype(np.float16)
-    import ml_dtypes  # here, since only BF16 needs it and it costs start-up time
+    import ml_dtypes  # imported here: only BF16 needs it, and it slows start-up
 
     bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
     return bfloat16

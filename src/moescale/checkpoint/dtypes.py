@@ -1,6 +1,6 @@
 """The dtypes of the safetensors format, one row each.
 
-Source: the ``Dtype`` enumeration of safetensors 0.8; an unknown name is an error there and here.
+Source: the ``Dtype`` enum of safetensors 0.8, which also rejects unknown names.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BITS: Final[dict[str, int]] = {
     "I64": 64,
     "U64": 64,
 }
-"""Bits of one element, by dtype name."""
+"""Bits per element, by dtype name."""
 
 SCALABLE: Final = ("F16", "BF16", "F32", "F64")
-"""Dtypes that are multiplied value by value."""
+"""Dtypes that are multiplied element by element."""

@@ -1,4 +1,4 @@
-"""The edit of one tensor. A plan needs nothing else; the arithmetic (`scaling`) brings numpy."""
+"""The edit of one tensor. A plan needs no arithmetic (`scaling`), and so no numpy."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from moescale.checkpoint.tensor import Tensor
 from moescale.errors import printable
 
 Operation = Literal["multiply", "divide", "shift", "nested_offset"]
-"""``divide`` is for scales that divide; ``shift`` for F8_E8M0 scales (also stored as U8), which
-hold powers of two only; ``nested_offset`` for the number in the JSON text of a bitsandbytes
-quantisation state."""
+"""``divide`` is for scales that codes are divided by; ``shift`` for F8_E8M0 scales (also stored as
+U8), which hold only powers of two; ``nested_offset`` for the number of that name in the JSON text
+of a bitsandbytes quantisation state."""
 
 Role = Literal["weight", "bias", "scale", "router"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Layer:
-    """A layer by its stack ("" for the main one) and its number; written ``3`` or ``mtp.0``."""
+    """A layer, identified by its stack ("" for the main one) and number: ``3`` or ``mtp.0``."""
 
     stack: str
     number: int
@@ -34,21 +34,21 @@ FIRST = Layer("", 0)
 
 
 class TensorEdit(Mapping[str, Any]):
-    """The edit of one tensor; as a mapping, it is the row of ``--dry-run --json``.
+    """The edit of one tensor; as a mapping, it is a row of ``--dry-run --json``.
 
-    So ``pandas.DataFrame(plan.tensors)`` has a column for each of name, shard, dtype, shape, role,
-    layer and factor. It is not a dataclass: pandas would take one apart.
+    ``pandas.DataFrame(plan.tensors)`` has the columns name, shard, dtype, shape, role, layer and
+    factor. This is not a dataclass, since pandas would use its fields as columns.
 
     Attributes:
         tensor: the tensor in the source.
-        factor: the number to multiply by.
+        factor: the factor to apply.
         operation: how the factor is applied.
         store_as: the dtype of the result, if it differs from the source's.
         role: the tensor's purpose in its module. A scale must stay a normal number: a subnormal one
-            loses bits, and so does every weight that it belongs to.
+            has fewer bits, and so does every weight that it scales.
         format: the name of the tensor format.
-        layer: the layer of its module.
-        shard: the file that holds it; "" until that is looked up.
+        layer: the layer of the module.
+        shard: the file that holds the tensor; "" until it is looked up.
     """
 
     __slots__ = ("factor", "format", "layer", "operation", "role", "shard", "store_as", "tensor")
@@ -64,7 +64,7 @@ class TensorEdit(Mapping[str, Any]):
         layer: Layer = FIRST,
         shard: str = "",
     ) -> None:
-        """Attributes never change afterwards; see `with_`."""
+        """Do not assign to attributes afterwards; `with_` makes a changed copy."""
         self.tensor, self.factor, self.operation, self.store_as = (
             tensor,
             factor,
@@ -74,7 +74,7 @@ class TensorEdit(Mapping[str, Any]):
         self.role, self.format, self.layer, self.shard = role, format, layer, shard
 
     def with_(self, **changes: Any) -> TensorEdit:
-        """A copy with other attributes."""
+        """A copy with some attributes changed."""
         return TensorEdit(**{name: getattr(self, name) for name in self.__slots__} | changes)
 
     @property
@@ -84,7 +84,7 @@ class TensorEdit(Mapping[str, Any]):
 
     @property
     def unit(self) -> int:
-        """Bytes that must be edited together: one block of a quantised GGUF tensor, else one."""
+        """Bytes that must be edited together: a block of a quantised GGUF tensor, else one byte."""
         kind = BLOCKS.get(self.tensor.dtype)
         return 1 if kind is None else kind.size
 

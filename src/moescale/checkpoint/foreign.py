@@ -8,20 +8,20 @@ TORCH = (".bin", ".pt", ".pth", ".ckpt")
 """Suffixes of files that torch saves."""
 
 TORCH_HEAD = 4 << 20
-"""Bytes of a torch file to read: room for the names of 24,000 tensors, which precede the data."""
+"""Bytes of a torch file to read: enough for the names of 24,000 tensors, which precede the data."""
 
 GGUF_HEAD = 64 << 10
-"""Bytes of a GGUF file to read: its hyperparameters, which precede its vocabulary."""
+"""Bytes of a GGUF file to read: enough for the hyperparameters, which precede the vocabulary."""
 
 HEAD = 16
-"""Bytes that distinguish the kinds of weights."""
+"""Bytes of a file that are enough to recognise its format."""
 
 _TEXT = re.compile(rb"X(?P<long>.[\x00-\x03]\x00\x00)|\x8c(?P<short>.)", re.DOTALL)
 """The opcodes BINUNICODE and SHORT_BINUNICODE, each with the length of the text that follows."""
 
 
 def weights_suffix(head: bytes) -> str:
-    """The usual suffix of weights that begin like this, whatever the file's name; "" if unknown."""
+    """The usual suffix of weights whose first bytes are `head`; "" if the format is unknown."""
     kinds = {b"PK\x03\x04": ".pt", b"\x80": ".pt", b"GGUF": ".gguf"}
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
         return ".safetensors"
@@ -32,8 +32,8 @@ def torch_names(head: bytes) -> set[str] | None:
     """All strings in the pickle of a torch file, including tensor names; None for another file.
 
     Args:
-        head: the first `TORCH_HEAD` bytes: a zip that starts with ``data.pkl``, as `torch.save`
-            writes it since 1.6, or a bare pickle.
+        head: the first `TORCH_HEAD` bytes of a zip that starts with ``data.pkl``, as `torch.save`
+            has written it since 1.6, or of a bare pickle.
     """
     zipped = head.startswith(b"PK\x03\x04") and b"data.pkl" in head[:512]
     if not zipped and not head.startswith(b"\x80"):
@@ -48,7 +48,7 @@ def torch_names(head: bytes) -> set[str] | None:
 
 
 def gguf_has_experts(head: bytes) -> bool | None:
-    """Whether the hyperparameters describe a MoE model; None if the file is not GGUF.
+    """Whether the hyperparameters describe an MoE model; None if the file is not GGUF.
 
     Source: `{arch}.expert_count`, which llama.cpp's converter writes before the tokenizer.
     """

@@ -1,4 +1,4 @@
-"""Faults in JSON text: where, why, and how to fix them."""
+"""Describes faults in JSON text: where they are, their usual cause, and how to fix them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import re
 
 from moescale.errors import CheckpointError
 
-SAVE = "Save it as UTF-8 (without BOM)."
+SAVE = "Save it as UTF-8 without a BOM."
 _MEND = "Fix it in a text editor; loaders cannot read the file either."
-_CUT = "The file is cut off; fetch it again."
+_CUT = "The file is truncated; fetch it again."
 
 _CAUSES = (
     (r"\{?.?(//|/\*|#)", "a comment, which JSON does not have"),
@@ -18,13 +18,13 @@ _CAUSES = (
     (r"..?'", "a string in single quotes; JSON uses double quotes"),
     (r":[,}]", "a value is missing"),
     (r"..?(True|False|None)\b", "JSON writes true, false and null"),
-    (r"[^,{\[:]\"", "a comma is missing before it"),
+    (r"[^,{\[:]\"", "a comma is missing before this string"),
 )
-"""Causes by the last character before the fault and the text after it, both without spaces."""
+"""Patterns of the last character before a fault and the text after it, without spaces; causes."""
 
 
 class JsonError(ValueError):
-    """One line with the fault, and one with the remedy."""
+    """A fault in JSON text, in one line; `hint` says how to fix it."""
 
     def __init__(self, message: str, hint: str = _MEND) -> None:
         super().__init__(message)
@@ -35,7 +35,7 @@ def decoded(data: bytes) -> str:
     """The text of a JSON file.
 
     Raises:
-        JsonError: it is not UTF-8, or begins with a byte-order mark.
+        JsonError: it is not UTF-8, starts with a byte-order mark, or is not the file itself.
     """
     for start, what, hint in _NO_FILES:
         if data.lstrip().startswith(start):
@@ -58,9 +58,9 @@ def decoded(data: bytes) -> str:
 
 _NO_FILES = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the file itself", "Run git lfs pull."),
-    (b"<", "is a web page, not the file itself", "Fetch it again; see if it is gated."),
+    (b"<", "is a web page, not the file itself", "Fetch it again; the repo may be gated."),
 )
-"""First bytes of substitutes for a file, their description, and the remedy."""
+"""First bytes of what is downloaded instead of a file, its description, and the remedy."""
 
 _MARKS = (
     (codecs.BOM_UTF8, "UTF-8"),
@@ -71,7 +71,7 @@ _MARKS = (
 
 
 def fault_in(text: str, error: json.JSONDecodeError) -> JsonError:
-    """The fault that Python's parser found, in words that name the usual cause."""
+    """The fault that Python's parser found, with its usual cause."""
     if not text.strip():
         return JsonError("it is empty", _CUT)
     where = f"line {error.lineno}, column {error.colno}"

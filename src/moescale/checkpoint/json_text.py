@@ -1,8 +1,8 @@
-"""JSON as text: strict parsing, and the positions of values, so that one number can be replaced.
+"""Parses JSON strictly, and finds the positions of values, so that one number can be replaced.
 
-Python's `json` accepts more than the readers of a checkpoint do (NaN, ``-0``, lone surrogates)
-and does not keep the position of a value. Both matter: input that safetensors rejects is rejected,
-and every byte of a ``config.json`` outside the edited number stays as it was.
+Python's `json` accepts more than the loaders of a checkpoint do (NaN, ``-0``, lone surrogates), and
+does not report positions. Both matter: what safetensors rejects is rejected here, and every byte of
+a ``config.json`` outside the edited number stays.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def parse_strict(text: str) -> Any:
     """Parse JSON as serde_json does: no duplicate keys, no NaN, no lone surrogates, no ``-0``.
 
     Raises:
-        ValueError: one line names the fault.
+        ValueError: the text is not valid; the message is one line.
     """
     return _parse(
         text,
@@ -38,17 +38,17 @@ def parse_strict(text: str) -> Any:
 
 
 DEEPEST = 200
-"""The deepest nesting of a config; a walk through it needs one stack frame a level."""
+"""The maximum nesting depth of a config; walking through it needs one stack frame per level."""
 
 MOST_DIGITS = 640
-"""Digits of an integer; Python always accepts this many."""
+"""The maximum number of digits of an integer; Python's own limit is never lower."""
 
 
 def parse_lenient(text: str) -> Any:
     """Parse JSON as `json.loads` does (a ``config.json`` may hold ``Infinity``).
 
     Raises:
-        ValueError: one line names the fault.
+        ValueError: the text is not valid; the message is one line.
     """
     value = _parse(text, parse_int=_whole)
     level, depth = [value], 0
@@ -67,11 +67,11 @@ def _parts(value: Any) -> Iterable[Any]:
 
 def _parse(text: str, *, check_surrogates: bool = False, **hooks: Any) -> Any:
     if check_surrogates and re.search(r"\\u[dD][89a-fA-F]", text):
-        # The only way to a lone surrogate is an escape; a pair decodes to one character.
+        # A lone surrogate can only come from an escape; an escaped pair decodes to one character.
         try:
             json.dumps(json.loads(text, parse_int=_whole), ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError("a string holds half of a surrogate pair") from None
+            raise ValueError("a string contains a lone surrogate") from None
         except RecursionError:
             raise ValueError("nested too deeply") from None
     try:
@@ -110,7 +110,7 @@ def _whole(digits: str) -> int:
 def value_spans(text: str, wanted: Callable[[Path], bool]) -> Iterator[tuple[Path, Span]]:
     """Yield the path and the character span of every value for which `wanted` is true.
 
-    `text` must be valid JSON (parse it first). A key that occurs twice is yielded twice.
+    `text` must be valid JSON: parse it first. A key that occurs twice is yielded twice.
     """
     stack: list[tuple[Path, str, int]] = []  # path, "{" or "[", items so far
     path: Path = ()
@@ -167,7 +167,7 @@ def _skip(text: str, position: int) -> int:
 
 
 def replace_spans(text: str, edits: list[tuple[Span, str]]) -> str:
-    """Replace the given character spans; everything outside them stays."""
+    """Replace character spans; everything outside them stays."""
     for (start, stop), new in sorted(edits, reverse=True):
         text = text[:start] + new + text[stop:]
     return text

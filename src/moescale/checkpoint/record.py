@@ -1,4 +1,4 @@
-"""Where an output keeps its provenance: a file of its own, or the header of a GGUF file."""
+"""Reads the provenance of an output, from `moescale.json` or from the header of a GGUF file."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from moescale.errors import CheckpointError
 
 PROVENANCE = "moescale.json"
 KEY = "moescale.provenance"
-"""The key of a GGUF file that holds the provenance."""
+"""The GGUF key that holds the provenance."""
 
 Read = Callable[[str, int, int], bytes]
-"""Reads part of a file: its name, the offset, and the largest number of bytes."""
+"""Reads part of a file, given its name, the offset and the maximum number of bytes."""
 
 
 def recorded(files: Mapping[str, int], read: Read) -> bytes | None:
     """The text of an output's provenance; None if it has none.
 
     Args:
-        files: name and size of all its files.
-        read: reads one of them.
+        files: the size of each of its files, by name.
+        read: reads part of one of them.
     """
     if PROVENANCE in files:
         return read(PROVENANCE, 0, files[PROVENANCE])
@@ -40,7 +40,7 @@ def recorded(files: Mapping[str, int], read: Read) -> bytes | None:
 
 
 def names_here(listed: Iterable[str], files: Iterable[str]) -> dict[str, str]:
-    """Present names of the files that the provenance lists: a GGUF set may have been renamed."""
+    """The current name of each file that the provenance lists; GGUF files may have been renamed."""
     here = {part_name(name): name for name in files if is_gguf(name)}
     stems = {part.stem for part in here}
     if len(stems) != 1:

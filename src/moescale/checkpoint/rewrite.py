@@ -17,29 +17,29 @@ PIECE = 1 << 20
 """Bytes read and written at a time, for each shard in progress."""
 
 EDIT_PIECE = 1 << 18
-"""Bytes edited at a time: source, result and table then fit into the second-level cache."""
+"""Bytes edited at a time: source, result and table then fit into the L2 cache."""
 
 
 class Reader(Protocol):
     """Random access to the bytes of one file."""
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill the whole buffer with the bytes from `offset` on, or raise."""
+        """Fill the whole buffer with the bytes that start at `offset`, or raise."""
 
 
 class Writer(Protocol):
-    """A file that is written from its first byte to its last."""
+    """A file that is written sequentially."""
 
     def write(self, data: memoryview) -> None:
         """Append the bytes."""
 
     def copy_from(self, reader: Reader, start: int, stop: int) -> Iterator[int]:
-        """Append bytes `start` to `stop` of `reader`; yield the size of each piece when done."""
+        """Append bytes `start` to `stop` of `reader`; yield the size of each finished piece."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Bytes `start` to `stop` of a shard, to copy or to edit; or `data`, which replaces them."""
+    """Bytes `start` to `stop` of a shard: copied, edited, or replaced by `data`."""
 
     start: int
     stop: int
@@ -50,12 +50,12 @@ class Segment:
 def segments(
     edits: Sequence[TensorEdit], file_size: int, patches: Sequence[Segment] = ()
 ) -> list[Segment]:
-    """Split a shard into segments to copy, to replace and to edit; together they are the file.
+    """Split a shard into segments to copy, edit and replace; together they cover the file.
 
     Args:
-        edits: the edits of tensors of the shard, in any order.
+        edits: edits of the shard's tensors, in any order.
         file_size: size of the shard in bytes.
-        patches: replacements of bytes of the header, or insertions, in order.
+        patches: replacements and insertions outside the edited tensors, in file order.
     """
     result, position = [], 0
     changed = [
@@ -72,14 +72,14 @@ def segments(
 
 
 def relaid_header(data: bytes, promoted: Mapping[str, str]) -> bytes:
-    """The first bytes of a shard in which some tensors are stored in another dtype.
+    """The header, with its length, of a shard that stores some tensors in another dtype.
 
-    The order stays; dtypes and offsets change, and spaces pad the text to a multiple of eight
+    Entries keep their order; dtypes and offsets change. Spaces pad the text to a multiple of eight
     bytes, as in safetensors.
 
     Args:
         data: the old header's JSON.
-        promoted: tensor name to new dtype.
+        promoted: new dtypes, by tensor name.
     """
     entries: dict[str, Any] = json.loads(data)
     tensors = [(name, e) for name, e in entries.items() if name != "__metadata__"]
@@ -107,10 +107,11 @@ def rewrite(
     `advance` is called with the size of each piece; an exception from it ends the run.
 
     Returns:
-        The rounding of scales, by tensor.
+        The rounding of scales, by tensor name.
 
     Raises:
-        RewriteError: a value has no finite result.
+        CheckpointError: a scale is NaN or infinite.
+        RewriteError: a result is out of range.
     """
     rounding: dict[str, Rounding] = {}
     for segment in segments_:
@@ -136,10 +137,11 @@ def rewrite(
 
 
 def check_scales(reader: Reader, edits: Iterable[TensorEdit], where: str) -> None:
-    """Edit tensors without writing them, to find values without a finite result beforehand.
+    """Edit tensors without writing them, to find results that are out of range before a run.
 
     Raises:
-        RewriteError: a value has no finite result.
+        CheckpointError: a scale is NaN or infinite.
+        RewriteError: a result is out of range.
     """
     for edit in edits:
         if total := sum(lost for _, lost in edited(reader, edit)):
@@ -161,13 +163,13 @@ def expected(reader: Reader, segments_: Iterable[Segment]) -> Iterator[tuple[Seg
 
 
 def _read_replaced(reader: Reader, segment: Segment) -> None:
-    """Read replaced bytes, too: a source may hash everything that it sends."""
+    """Read the bytes that are replaced: a source may hash everything that it sends."""
     for _ in pieces(reader, segment.start, segment.stop):
         pass
 
 
 def pieces(reader: Reader, start: int, stop: int) -> Iterator[memoryview]:
-    """The bytes from `start` to `stop` in pieces of at most 1 MiB; each is valid until the next."""
+    """Bytes `start` to `stop` in pieces of at most 1 MiB, each valid until the next is read."""
     buffer = memoryview(bytearray(min(PIECE, stop - start)))
     while start < stop:
         piece = buffer[: stop - start]
@@ -179,11 +181,14 @@ def pieces(reader: Reader, start: int, stop: int) -> Iterator[memoryview]:
 def edited(
     reader: Reader, edit: TensorEdit, seen: Rounding | None = None
 ) -> Iterator[tuple[memoryview, int]]:
-    """The edited bytes of a tensor in pieces; with each, how many values have no finite result.
+    """Yield the edited bytes of a tensor in pieces, each with its number of results out of range.
 
     `seen` collects the rounding of block scales, and whether all scales are 0.
+
+    Raises:
+        CheckpointError: a scale is NaN or infinite.
     """
-    import numpy as np  # here: a plan does not need its 15 MB and half of the start-up time
+    import numpy as np  # imported here: 15 MB and half of the start-up, which a plan can save
 
     from moescale.checkpoint.scaling import holds_no_number, scaler
 
@@ -198,8 +203,8 @@ def edited(
         if edit.role == "scale" and holds_no_number(edit, source[:size]):
             raise CheckpointError(
                 f"tensor {tensor.name!r}: holds a scale that is NaN or infinite, and so is every"
-                " weight that it belongs to",
-                hint="The tensor is damaged; quantise it again, or fetch it again.",
+                " weight that it scales",
+                hint="The tensor is damaged; quantise the model again, or fetch the file again.",
             )
         empty = empty and not np.frombuffer(source[:size], np.uint8).any()
         piece = result[: size * edit.widening]

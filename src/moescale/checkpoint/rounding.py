@@ -10,13 +10,13 @@ class Rounding:
     """The effect of rounding a tensor's scales, relative to exact products.
 
     Attributes:
-        blocks: blocks seen.
-        squares: sum over scales of their squared relative error.
-        counted: the number of nonzero scales in `squares`.
+        blocks: number of scaled blocks.
+        squares: sum of the squared relative errors of the scales.
+        counted: number of scales in `squares`, which are the nonzero ones.
         worst: the largest relative error of a scale.
-        zeroed: scales that became zero.
-        lost: finite scales without a finite result.
-        empty: the tensor holds scales, and all of them are 0.
+        zeroed: number of scales that became zero.
+        lost: number of finite scales without a finite result.
+        empty: the tensor consists of scales, and all of them are 0.
     """
 
     blocks: int = 0

@@ -1,9 +1,9 @@
-"""The arithmetic: bytes of one dtype by a factor, rounded once and defined to the last bit.
+"""Multiplies a tensor by a factor; every result is rounded once, and defined to the last bit.
 
-``cast(float32(x) * float32(factor))``, round to nearest even, in the tensor's own dtype; F64
-in float64 with the factor as float64. NaN keeps its bits, signed zeros and infinities stay.
-A 16-bit dtype has only 65,536 values, so all results are put into a table once and looked up:
-as fast as arithmetic, and exact by construction.
+The result is ``cast(float32(x) * float32(factor))``, rounded to nearest even, in the tensor's own
+dtype; F64 is multiplied in float64. NaNs keep their bits; signed zeros and infinities stay.
+A 16-bit dtype has only 65,536 values, so a table of all results is computed once and indexed: it
+is as fast as arithmetic, and exact by construction.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from moescale.errors import RewriteError
 
 
 def scaler(edit: TensorEdit, seen: Rounding | None = None) -> Scale:
-    """The function that carries out an edit, piece by piece; `seen` collects blocks only."""
+    """The function that applies an edit piece by piece; only GGUF blocks are counted in `seen`."""
     if edit.operation == "nested_offset":
         return _nested_offset_scaler(edit.tensor.name, edit.factor)
     if (kind := BLOCKS.get(edit.tensor.dtype)) is not None:
@@ -59,9 +59,9 @@ def _table_scaler(table: np.ndarray[Any, np.dtype[np.uint16]], infinity: int) ->
 
     def scale(source: Bytes, result: Bytes) -> int:
         codes, scaled = source.view("<u2"), result.view("<u2")
-        # "clip" is the mode without a bounds check of its own; every code is in bounds.
+        # "clip" skips the bounds check of the default mode; every code is in bounds.
         np.take(table, codes, out=scaled, mode="clip")
-        # Positive infinities and NaNs are the largest as int16, the negative ones as uint16.
+        # Positive infinities and NaNs are the largest values as int16, negative ones as uint16.
         if scaled.size and (
             scaled.view("<i2").max() >= infinity or scaled.max() >= infinity | 0x8000
         ):
@@ -73,7 +73,7 @@ def _table_scaler(table: np.ndarray[Any, np.dtype[np.uint16]], infinity: int) ->
 
 
 def _scale_table_scaler(table: np.ndarray[Any, np.dtype[np.uint16]], infinity: int) -> Scale:
-    """As `_table_scaler`, for scales: normal numbers must stay normal, nonzero ones nonzero."""
+    """Like `_table_scaler`, for scales: normal ones must stay normal, and nonzero ones nonzero."""
     table = table.astype("<u2")
     before, after = np.arange(1 << 16) & 0x7FFF, table & 0x7FFF
     sunk = (after < (infinity & -infinity)) & (before >= (infinity & -infinity))
@@ -105,7 +105,7 @@ def _direct_scaler(
 
 
 def _promoting_scaler(dtype: str, factor: float, scales: bool) -> Scale:
-    """16-bit values to F32: the product is rounded once, to float32."""
+    """Multiplies 16-bit values into F32; the product is rounded once, to float32."""
     narrow = float_16bit(dtype)
 
     def scale(source: Bytes, result: Bytes) -> int:
@@ -140,7 +140,7 @@ def _restore_nans_count_infinities(
 
 
 def _underflowed(values: np.ndarray[Any, Any], scaled: np.ndarray[Any, Any]) -> int:
-    """How many normal numbers are no longer normal, or became zero."""
+    """The number of values that are no longer normal, or became zero."""
     smallest = np.finfo(scaled.dtype).smallest_normal
     below = np.abs(scaled) < smallest
     if not below.any():
@@ -150,7 +150,7 @@ def _underflowed(values: np.ndarray[Any, Any], scaled: np.ndarray[Any, Any]) -> 
 
 
 def _shift_scaler(k: int) -> Scale:
-    """E8M0: the byte b means 2**(b - 127); 0 marks blocks of zeros and 255 is NaN, both stay."""
+    """E8M0: the byte b means 2**(b - 127). 0 (a block of zeros) and 255 (NaN) stay."""
     codes = np.arange(256)
     shifted = np.where((codes == 0) | (codes == 255), codes, codes + k)
     lost = (codes > 0) & (codes < 255) & ((shifted < 1) | (shifted > 254))
@@ -164,7 +164,7 @@ def _shift_scaler(k: int) -> Scale:
 
 
 def _nested_offset_scaler(name: str, factor: float) -> Scale:
-    """The JSON text of a whole tensor, its ``nested_offset`` scaled, padded to the same length."""
+    """Scales ``nested_offset`` in the JSON text of a whole tensor, and pads to the old length."""
 
     def scale(source: Bytes, result: Bytes) -> int:
         try:
@@ -172,9 +172,7 @@ def _nested_offset_scaler(name: str, factor: float) -> Scale:
             old = parse_strict(text)["nested_offset"] + 0.0
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             why = f"{type(error).__name__}: {error}"
-            raise RewriteError(
-                f"{name}: is not a quantisation state of bitsandbytes: {why}"
-            ) from None
+            raise RewriteError(f"{name}: is not a bitsandbytes quantisation state: {why}") from None
         with np.errstate(all="ignore"):
             before = np.array([old]).astype(np.float32)
             new = before * np.float32(factor)
@@ -190,13 +188,13 @@ def _nested_offset_scaler(name: str, factor: float) -> Scale:
 
 
 def _with_offset(text: str, offset: np.float32) -> bytes:
-    """The text with another ``nested_offset``, without spaces if it would become longer.
+    """The text with a new ``nested_offset``, without spaces if it would become longer.
 
-    bitsandbytes writes the offset as a double with up to 17 digits, and spaces after every comma
-    and colon; the shortest decimal of a float32 has 9 digits at most, so it fits.
+    It fits: bitsandbytes writes the offset as a double with up to 17 digits, and a space after
+    every comma and colon, while the shortest decimal of a float32 has at most 9 digits.
     """
     decimal = str(offset)
-    if np.float32(float(decimal)) != offset:  # rounding to double, then to float, can go wrong
+    if np.float32(float(decimal)) != offset:  # readers may round twice: to double, then to float
         decimal = repr(float(offset))
     spans = [span for path, span in value_spans(text, lambda path: path == ("nested_offset",))]
     new = replace_spans(text, [(span, decimal) for span in spans])

@@ -1,4 +1,4 @@
-"""A tensor as a checkpoint names it."""
+"""The entry of one tensor in a header."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The GGUF format: header, types of tensors, and how a header changes."""
+"""The GGUF format: header, tensor types, and edits of the header."""

@@ -1,4 +1,4 @@
-"""How a header changes: numbers in place, keys and tensors more or less, all else as it was."""
+"""Edits a header: sets numbers in place, adds and drops keys, adds tensors; all else stays."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from moescale.checkpoint.rewrite import Segment
 from moescale.errors import UnsupportedError
 
 U32, F32, F64 = 4, 6, 12
-"""Types of values that are written."""
+"""The ids of the value types that are written."""
 
 
 @dataclass(frozen=True, slots=True)
 class NewTensor:
-    """An F32 tensor of one dimension that is added."""
+    """A one-dimensional F32 tensor to add."""
 
     name: str
     values: tuple[float, ...]
 
     @property
     def data(self) -> bytes:
-        """Its bytes."""
+        """The values as bytes."""
         return struct.pack(f"<{len(self.values)}f", *self.values)
 
 
@@ -33,10 +33,11 @@ class HeaderEdit:
     """What changes in the header of one file.
 
     Attributes:
-        set: new values of keys that are there, of the same type; of an array, all its numbers.
-        add: new keys at the end, each with type and value.
-        drop: keys that go.
-        tensors: new tensors, the last of the file.
+        set: new values of existing keys, of the same type; for an array, a tuple of all its
+            numbers.
+        add: new keys, which follow the existing ones, each with type and value.
+        drop: keys to remove.
+        tensors: new tensors, which follow the existing ones.
     """
 
     set: Mapping[str, Any] = field(default_factory=dict)
@@ -46,10 +47,10 @@ class HeaderEdit:
 
 
 def patches(header: GgufHeader, edit: HeaderEdit) -> tuple[Segment, ...]:
-    """What is written in place of which bytes, in the order of the file.
+    """The replaced and inserted bytes, in file order.
 
     Raises:
-        UnsupportedError: a new value does not fit into the type of the old one.
+        UnsupportedError: a key to set is not a number, or the new value does not fit its type.
     """
     keys, tensors = len(edit.add) - len(edit.drop), len(edit.tensors)
     counts = struct.pack("<QQ", len(header.tensors) + tensors, len(header.keys) + keys)
@@ -71,20 +72,20 @@ def patches(header: GgufHeader, edit: HeaderEdit) -> tuple[Segment, ...]:
 
 
 def _in_place(key: Key, value: Any) -> Segment:
-    """The bytes of a key's value, written anew."""
+    """The segment that replaces a key's value."""
     kind = key.kind if key.kind != ARRAY else key.element
     values = value if isinstance(value, tuple) else (value,)
     if kind is None or kind not in SCALARS or (key.kind == ARRAY and len(values) != key.count):
-        raise UnsupportedError(f"key {key.name}: is no number that can be set")
+        raise UnsupportedError(f"key {key.name}: is not a number that can be set")
     try:
         data = struct.pack(f"<{len(values)}{SCALARS[kind]}", *values)
     except (struct.error, OverflowError):
-        raise UnsupportedError(f"key {key.name}: {value} does not fit into its type") from None
+        raise UnsupportedError(f"key {key.name}: {value} does not fit its type") from None
     return Segment(key.value_start, key.stop, data=data)
 
 
 def _new_tensors(header: GgufHeader, tensors: Sequence[NewTensor]) -> tuple[bytes, bytes]:
-    """Entries of new tensors, and their data behind what is there."""
+    """The header entries of new tensors, and the bytes to append to the file."""
     if not tensors:
         return b"", b""
     infos, data = b"", b""

@@ -1,10 +1,11 @@
-"""The header of a GGUF file: bytes to keys and tensors, as strict as llama.cpp.
+"""Decodes the header of a GGUF file: keys and tensors; as strict as llama.cpp.
 
-Layout, little-endian: ``GGUF``, u32 version, u64 tensors, u64 keys; the keys; the tensors' names,
-shapes, types and offsets; then, at the next multiple of the alignment, their data, each padded to
-the alignment. Source: ``ggml/src/gguf.cpp`` (``gguf_init_from_reader``) of llama.cpp 0.5.0.
+Layout, little-endian: ``GGUF``, u32 version, u64 numbers of tensors and of keys; the keys; the
+tensors' names, shapes, types and offsets; then, at the next multiple of the alignment, their data,
+each padded to the alignment. Source: ``ggml/src/gguf.cpp`` (``gguf_init_from_reader``) of llama.cpp
+0.5.0.
 
-Large arrays (a vocabulary) are walked over, not kept.
+Large arrays, such as a vocabulary, are skipped.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from moescale.errors import CheckpointError
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_HEADER_BYTES = 1 << 30
-"""A longer header is refused; the largest known ones have 10 MB."""
+"""A longer header is refused; the largest known one has 10 MB."""
 ALIGNMENT = "general.alignment"
 
 _MOST = 1 << 30
-"""Bytes of a string, elements of an array; llama.cpp's bound."""
+"""The maximum number of bytes of a string, and of elements of an array; as in llama.cpp."""
 _NAME_BYTES = 64
 _DIMENSIONS = 4
 _AHEAD, _MOST_AHEAD = 1 << 18, 1 << 22
-"""Bytes that are read at once, at first and at most: from the Hub each time is a request."""
+"""Bytes to read ahead, at first and at most: on the Hub, each read is a request."""
 
 STRING, ARRAY, BOOL = 8, 9, 7
 SCALARS: Final[Mapping[int, str]] = {
@@ -44,10 +45,10 @@ SCALARS: Final[Mapping[int, str]] = {
     11: "q",
     12: "d",
 }
-"""The code of `struct` for each type of value but strings and arrays."""
+"""The `struct` format of each value type except strings and arrays."""
 
 Read = Callable[[int, int], bytes]
-"""Gives so many bytes of a file from an offset on; fewer at its end."""
+"""Reads bytes of a file, given the offset and their number; returns fewer at its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +56,15 @@ class Key:
     """One key of the header.
 
     Attributes:
-        name: its name.
-        kind: the type of its value; of an array `ARRAY`.
-        value: a number, a bool or a string; the numbers of an array of at most `KEPT`, else None.
-        start: where its entry starts in the file.
-        value_start: where the value itself starts; of an array, its first element.
-        stop: where its entry stops.
-        element: the type of an array's elements.
-        count: how many elements an array has.
+        name: with its prefix, as in ``general.alignment``.
+        kind: the type of the value; `ARRAY` for an array.
+        value: a number, a bool or a string; for an array of at most `KEPT` numbers, a tuple; None
+            for any other array.
+        start: offset of the entry in the file.
+        value_start: offset of the value; for an array, of its first element.
+        stop: offset of the end of the entry.
+        element: the type of an array's elements; None if the value is not an array.
+        count: the number of an array's elements; None if the value is not an array.
     """
 
     name: str
@@ -76,29 +78,29 @@ class Key:
 
 
 KEPT = 4_096
-"""Arrays of numbers up to this length are kept: they have one number a layer."""
+"""Arrays of at most this many numbers are kept: some keys have one number per layer."""
 
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """One tensor; `shape` has the fastest dimension first, `start` is an offset in the file."""
+    """One tensor; `shape` has the fastest dimension first; `start` is an offset in the file."""
 
     name: str
     type: GgmlType
     shape: tuple[int, ...]
     start: int
     nbytes: int
-    info: tuple[int, int]  # where its entry starts and stops in the header
+    info: tuple[int, int]  # start and stop of its entry in the header, as offsets in the file
 
     @property
     def stop(self) -> int:
-        """Where its data stops."""
+        """Offset of the end of its data."""
         return self.start + self.nbytes
 
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """What a header says; keys and tensors are in the order of the file."""
+    """A decoded header; keys and tensors are in file order."""
 
     version: int
     keys: Mapping[str, Key]
@@ -110,7 +112,7 @@ class GgufHeader:
     file_size: int
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The value of a key."""
+        """The value of a key; `default` if there is none."""
         key = self.keys.get(name)
         return default if key is None else key.value
 
@@ -119,7 +121,7 @@ def parse_header(read: Read, file_size: int, where: str) -> GgufHeader:
     """Read and check a header.
 
     Raises:
-        CheckpointError: llama.cpp would reject the file, or it is too large to be true.
+        CheckpointError: llama.cpp would reject the file, or its header is implausibly long.
     """
     cursor = _Cursor(read, file_size, where)
     version, tensor_count, key_count = _head(cursor)
@@ -141,7 +143,7 @@ def parse_header(read: Read, file_size: int, where: str) -> GgufHeader:
 
 
 class _Cursor:
-    """Walks over the header; holds what was read ahead."""
+    """Reads the header sequentially, and buffers what was read ahead."""
 
     def __init__(self, read: Read, file_size: int, where: str) -> None:
         self._read, self.file_size, self.where = read, file_size, where
@@ -153,7 +155,7 @@ class _Cursor:
         return CheckpointError(f"{self.where}: {why}", hint=hint)
 
     def peek(self, size: int) -> tuple[bytes, int]:
-        """A buffer and where in it the next `size` bytes start."""
+        """A buffer, and the position in it of the next `size` bytes."""
         at = self.position - self._start
         if at + size > len(self._data):
             self._fill(size)
@@ -162,14 +164,18 @@ class _Cursor:
 
     def _fill(self, size: int) -> None:
         if size > self.left:
-            raise self.bad("ends within its header", "The download is incomplete, or it is damaged")
+            raise self.bad(
+                "ends within its header", "The file is truncated or damaged; fetch it again."
+            )
         if self.position + size > MAX_HEADER_BYTES:
             raise self.bad(f"its header has more than {MAX_HEADER_BYTES:,} bytes")
         ahead = min(max(size, self._ahead), self.left)
         self._ahead = min(2 * self._ahead, _MOST_AHEAD)
         self._data, self._start = self._read(self.position, ahead), self.position
         if len(self._data) < size:
-            raise self.bad("ends within its header", "The download is incomplete, or it is damaged")
+            raise self.bad(
+                "ends within its header", "The file is truncated or damaged; fetch it again."
+            )
 
     @property
     def left(self) -> int:
@@ -192,15 +198,17 @@ class _Cursor:
         return data[at : at + size].decode("utf-8", "surrogateescape")
 
     def skip(self, size: int) -> None:
-        """Go on without reading."""
+        """Move on without reading."""
         if size > self.left:
-            raise self.bad("ends within its header", "The download is incomplete, or it is damaged")
+            raise self.bad(
+                "ends within its header", "The file is truncated or damaged; fetch it again."
+            )
         self.position += size
         if self.position > MAX_HEADER_BYTES:
             raise self.bad(f"its header has more than {MAX_HEADER_BYTES:,} bytes")
 
     def skip_strings(self, count: int) -> None:
-        """Go on over many strings, with little to do for each."""
+        """Skip many strings, with little work for each."""
         unpack = _STRUCTS["Q"].unpack_from
         while count:
             data, at = self.peek(8)
@@ -221,12 +229,12 @@ def _head(cursor: _Cursor) -> tuple[int, int, int]:
     magic, version, tensors, keys = cursor.take(_HEAD)
     if magic != MAGIC:
         lfs = "Run git lfs pull." if magic == b"vers" else None
-        raise cursor.bad("is no GGUF file", lfs)
+        raise cursor.bad("is not a GGUF file", lfs)
     if version not in VERSIONS:
         if version & 0xFFFF == 0:
-            raise cursor.bad("is big-endian, which llama.cpp does not read here")
-        raise cursor.bad(f"is GGUF version {version}; 2 and 3 are read")
-    # An entry of a tensor has at least 24 bytes, one of a key 13.
+            raise cursor.bad("is big-endian, which llama.cpp does not read on this machine")
+        raise cursor.bad(f"is GGUF version {version}; only 2 and 3 are supported")
+    # The entry of a tensor has at least 24 bytes, that of a key at least 13.
     if tensors * 24 + keys * 13 > cursor.left:
         raise cursor.bad(f"claims {tensors:,} tensors and {keys:,} keys, more than it has room for")
     return version, tensors, keys
@@ -272,7 +280,7 @@ def _alignment(keys: Mapping[str, Key], cursor: _Cursor) -> int:
     if key is None:
         return 32
     if key.kind != 4:
-        raise cursor.bad(f"{ALIGNMENT} is no unsigned 32-bit number")
+        raise cursor.bad(f"{ALIGNMENT} is not an unsigned 32-bit number")
     alignment = int(key.value)
     if not alignment or alignment & (alignment - 1):
         raise cursor.bad(f"{ALIGNMENT} is {alignment}, not a power of two")
@@ -312,7 +320,7 @@ def _type(number: int, name: str, cursor: _Cursor) -> GgmlType:
 def _placed(
     infos: list[_Info], data_start: int, alignment: int, cursor: _Cursor
 ) -> tuple[GgufTensor, ...]:
-    """The tensors with their places; they lie one after the other, in order."""
+    """The tensors with their offsets; each must follow the one before it, without holes."""
     tensors, names, expected = [], set[str](), 0
     for name, kind, shape, offset, start, stop in infos:
         if name in names:
@@ -326,8 +334,8 @@ def _placed(
         nbytes = elements // kind.weights * kind.size
         if data_start + offset + nbytes > cursor.file_size:
             raise cursor.bad(
-                f"tensor {name!r} ends after the file does",
-                "The download is incomplete, or it is damaged; fetch it again.",
+                f"tensor {name!r} ends beyond the end of the file",
+                "The file is truncated or damaged; fetch it again.",
             )
         tensors.append(GgufTensor(name, kind, shape, data_start + offset, nbytes, (start, stop)))
         expected += nbytes + -nbytes % alignment

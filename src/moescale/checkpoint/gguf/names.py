@@ -1,4 +1,4 @@
-"""The names of the files of a split set: ``NAME-00001-of-00003.gguf``."""
+"""File names of GGUF models and split sets: ``NAME-00001-of-00003.gguf``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BESIDE = re.compile(r"mmproj|imatrix|^ggml-vocab", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class PartName:
-    """What the name of one file says; a single file is the only one, without number and count."""
+    """The parts of a GGUF file's name; a file that is not split has number 1 and no count."""
 
     stem: str
     number: int = 1
@@ -23,24 +23,24 @@ class PartName:
 
 
 def part_name(name: str) -> PartName:
-    """The meaning of the name of a GGUF file."""
+    """Split the name of a GGUF file into its parts."""
     if match := _PART.fullmatch(name):
         return PartName(match["stem"], int(match["number"]), int(match["count"]))
     return PartName(name[: -len(SUFFIX)] if is_gguf(name) else name)
 
 
 def is_gguf(name: str) -> bool:
-    """Whether a file is one, as its name says."""
+    """Whether a file is named like a GGUF file."""
     return name.lower().endswith(SUFFIX)
 
 
 def is_beside(name: str) -> bool:
-    """Whether a GGUF file lies beside a model: its projector, or an importance matrix."""
+    """Whether a GGUF file is not a model: a projector, an importance matrix or a vocabulary."""
     return _BESIDE.search(name) is not None
 
 
 def parts_of(name: str, names: Iterable[str]) -> list[str]:
-    """All files of the set that `name` belongs to, the first part first."""
+    """All files of the set that `name` belongs to, in order."""
     own = part_name(name)
     of_set = [(part_name(other), other) for other in names if is_gguf(other)]
     same = [(p.number, n) for p, n in of_set if (p.stem, p.count) == (own.stem, own.count)]
@@ -48,7 +48,7 @@ def parts_of(name: str, names: Iterable[str]) -> list[str]:
 
 
 def first_of(names: Iterable[str]) -> str | None:
-    """The file that a client opens, where all files of a folder are those of one model."""
+    """The file that a client opens, if all files are those of one model; None if there is none."""
     found = [(part_name(name), name) for name in names if is_gguf(name)]
     first = sorted(name for part, name in found if part.number == 1)
     return first[0] if first else None

@@ -1,4 +1,4 @@
-"""The arithmetic of GGUF: the scales of every block by a factor, rounded once.
+"""The arithmetic of GGUF: multiplies the scales of every block by a factor, rounded once.
 
 ``new = f16(f32(d) * f32(factor))``, ties to even, subnormal numbers included; codes and quantised
 sub-scales keep their bits.
@@ -20,14 +20,14 @@ from moescale.checkpoint.rounding import Rounding as Rounding
 def scale_blocks(
     kind: GgmlType, factor: float, source: Bytes, result: Bytes, seen: Rounding
 ) -> None:
-    """Multiply whole blocks of one type; `seen` counts what the rounding does.
+    """Multiply whole blocks of one type.
 
     Args:
-        kind: the type, one that can be scaled.
+        kind: a type that can be scaled.
         factor: what the weights are multiplied by.
         source: bytes of the blocks.
-        result: as many bytes, filled.
-        seen: is added to.
+        result: is filled with the new blocks; as large as `source`.
+        seen: the effect of rounding is added to it.
     """
     result[:] = source
     blocks, new = source.reshape(-1, kind.size), result.reshape(-1, kind.size)
@@ -44,7 +44,7 @@ def scale_blocks(
 
 
 def block_scaler(kind: GgmlType, factor: float, seen: Rounding) -> Scale:
-    """The function that multiplies blocks, piece by piece; it counts what has no finite result."""
+    """The function that multiplies blocks, piece by piece, and counts infinite results."""
 
     def scale(source: Bytes, result: Bytes) -> int:
         before = seen.lost
@@ -56,10 +56,10 @@ def block_scaler(kind: GgmlType, factor: float, seen: Rounding) -> Scale:
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """All 65,536 scales of 16 bits: their results, and what is lost by rounding."""
+    """The results of all 65,536 16-bit scales, and the effect of rounding on each."""
 
     new: np.ndarray[Any, np.dtype[np.uint16]]
-    error: np.ndarray[Any, np.dtype[np.float64]]  # relative; 0 where there is none to speak of
+    error: np.ndarray[Any, np.dtype[np.float64]]  # relative; 0 if not `counted`
     counted: np.ndarray[Any, np.dtype[np.bool_]]
     zeroed: np.ndarray[Any, np.dtype[np.bool_]]
     lost: np.ndarray[Any, np.dtype[np.bool_]]
@@ -97,7 +97,7 @@ def _count(table: _Table, codes: np.ndarray[Any, Any], seen: Rounding) -> None:
 
 
 def _codes(blocks: Bytes, at: int, kind: GgmlType) -> np.ndarray[Any, Any]:
-    """The 16 bits of one scale of each block."""
+    """The bits of the 16-bit scale at byte `at` of each block."""
     if kind.kind != "NIBBLES":
         return np.ascontiguousarray(blocks[:, at : at + 2]).view("<u2")[:, 0]
     words = np.ascontiguousarray(blocks[:, at : at + 8]).view("<u2")
@@ -128,9 +128,9 @@ def _multiply(blocks: Bytes, new: Bytes, factor: float, seen: Rounding) -> None:
 
 
 def _shift(blocks: Bytes, new: Bytes, kind: GgmlType, k: int, seen: Rounding) -> None:
-    """E8M0: the byte b means 2**(b - 127), 255 is NaN and stays; so does that of a block of zeros.
+    """E8M0: the byte b means 2**(b - 127). 255 (NaN) stays, and a block of zeros never underflows.
 
-    Its codes are in the other bytes, two in each; 0 and 8 are the zeros.
+    The codes are in the other bytes, two in each; the codes 0 and 8 are zeros.
     """
     (at,) = kind.scales
     codes = blocks[:, at].astype(np.int16)

@@ -1,10 +1,10 @@
-"""The tensor types of GGUF, one row each: how large a block is, and where its scales are.
+"""The tensor types of GGUF, one row each: the size of a block, and where its scales are.
 
-A block of weights is a linear function of its scales: to multiply the weights, the scales are
-multiplied; codes and quantised sub-scales stay.
+The weights of a block are linear in its scales: to multiply the weights, the scales are multiplied;
+codes and quantised sub-scales stay.
 
 Source: llama.cpp 0.5.0, ``ggml/src/ggml.c`` (``type_traits``), ``ggml/src/ggml-common.h`` (the
-block structures) and ``ggml/src/ggml-quants.c`` (what a block stands for).
+block structures) and ``ggml/src/ggml-quants.c`` (how a block is dequantised).
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ of four 16-bit words. ``E8M0``: the exponent of a power of two."""
 
 @dataclass(frozen=True, slots=True)
 class GgmlType:
-    """One type of tensor.
+    """One tensor type.
 
     Attributes:
         number: its id in a file.
         name: as llama.cpp prints it, in capitals.
-        weights: numbers of a block.
-        size: bytes of a block.
-        scales: where the scales of a block start, in bytes; () where it cannot be scaled.
-        kind: how they are stored.
-        refused: why it cannot be scaled.
+        weights: weights per block.
+        size: bytes per block.
+        scales: byte offsets of the scales in a block; () if the type cannot be scaled.
+        kind: how the scales are stored.
+        refused: why the type cannot be scaled; None if it can.
     """
 
     number: int
@@ -42,14 +42,14 @@ class GgmlType:
 
     @property
     def rounding(self) -> float:
-        """Bound of the relative rounding error of a scale that stays a normal number."""
+        """Upper bound of the relative rounding error of a scale that stays a normal number."""
         return {"F32": 2**-24, "F16": 2**-11, "NIBBLES": 2**-11, "BF16": 2**-8, "E8M0": 0.0}[
             self.kind
         ]
 
 
-_NOT_FOR_EXPERTS = "llama.cpp keeps no expert weights in it"
-_NOT_IN_FILES = "llama.cpp uses it while it computes, not in files"
+_NOT_FOR_EXPERTS = "llama.cpp does not use this type for expert weights"
+_NOT_IN_FILES = "llama.cpp uses this type only while it computes, not in files"
 _NVFP4 = (
     "its block scales (FP8 E4M3) cannot be multiplied without loss; blk.N.ffn_down_exps.scale can"
 )
@@ -101,7 +101,7 @@ BY_NUMBER: Final[Mapping[int, GgmlType]] = {row.number: row for row in ROWS}
 BY_NAME: Final[Mapping[str, GgmlType]] = {row.name: row for row in ROWS}
 
 BLOCKS: Final[Mapping[str, GgmlType]] = {row.name: row for row in ROWS if row.weights > 1}
-"""The types that other formats do not have: many weights in a block."""
+"""The types with several weights per block; only GGUF has them."""
 
 NOISE: Final[Mapping[str, float]] = {
     "Q4_0": 0.082,
@@ -129,7 +129,8 @@ NOISE: Final[Mapping[str, float]] = {
     "Q1_0": 0.6,
     "Q2_0": 0.72,
 }
-"""Relative error (rms) that the type itself costs: of llama.cpp's quantiser on normal weights."""
+"""Relative error (rms) of the type itself: of llama.cpp's quantiser on normally distributed
+weights."""
 
 REMOVED: Final[Mapping[int, str]] = {
     4: "Q4_2",

@@ -1,4 +1,4 @@
-"""The header codec: bytes to names, dtypes, shapes and offsets, as strict as safetensors.
+"""Decodes the header of a shard: names, dtypes, shapes and offsets; as strict as safetensors.
 
 Layout of a file: 8 bytes with the length N of the header (unsigned, little-endian), N bytes of
 JSON, then the tensors without holes. Source: the format's description and the checks of
@@ -23,17 +23,17 @@ MAX_HEADER_BYTES = 100_000_000
 
 _U64 = 1 << 64
 _LFS = b"version "
-"""First bytes of the small files that Git leaves in place of large ones."""
+"""First bytes of a Git LFS pointer."""
 _OTHERS = (
-    (b"PK\x03\x04", "a zip file, as torch saves weights"),
+    (b"PK\x03\x04", "a zip file, such as torch.save writes"),
     (b"GGUF", "a GGUF file"),
-    (b"\x80\x02", "a pickle, as torch saves weights"),
+    (b"\x80\x02", "a pickle, such as torch.save writes"),
     (b"\x28\xb5\x2f\xfd", "a zstd file"),
     (b"\x89HDF", "an HDF5 file"),
 )
-"""First bytes of other kinds of files that may have the name of a shard."""
-_CUT = "The file is incomplete or has something appended; fetch it again."
-_WRONG = "safetensors refuses this file, too; write it again with the program that made it."
+"""First bytes of files in other formats that may be named like a shard."""
+_CUT = "The file is truncated or has extra bytes at its end; fetch it again."
+_WRONG = "safetensors rejects this file, too; write it again with the program that made it."
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
@@ -69,20 +69,20 @@ def header_length(first: bytes, file_size: int, where: str) -> int:
         raise _bad(where, "is a Git LFS pointer, not the file itself", hint="Run git lfs pull.")
     if first.lstrip().startswith((b"<!", b"<html", b"<?xml")):
         raise _bad(
-            where, "is a web page, not the file itself", "Fetch it again; see if it is gated."
+            where, "is a web page, not the file itself", "Fetch it again; the repo may be gated."
         )
     length = int.from_bytes(first[:LENGTH_BYTES], "little")
     kind = next((kind for start, kind in _OTHERS if first.startswith(start)), None)
     if kind is not None and length > min(file_size - LENGTH_BYTES, MAX_HEADER_BYTES):
-        raise _bad(where, f"is {kind}, whatever its name says", "Convert it to safetensors.")
+        raise _bad(where, f"is {kind}, despite its name", "Convert it to safetensors.")
     if length > file_size - LENGTH_BYTES:
-        raise _bad(where, f"the header claims {length} bytes, the file has {file_size}", _CUT)
+        raise _bad(where, f"the header claims {length} bytes, but the file has {file_size}", _CUT)
     if length > MAX_HEADER_BYTES:
         raise _bad(
             where,
             f"the header claims {length:,} bytes, more than the {MAX_HEADER_BYTES:,} that"
             " safetensors reads",
-            "No reader of the format accepts the file: save the model in more shards.",
+            "No loader accepts this file: save the model in more shards.",
         )
     return length
 
@@ -96,7 +96,7 @@ def parse_header(data: bytes, file_size: int, where: str) -> Header:
         where: the file's name, for errors.
 
     Raises:
-        CheckpointError: safetensors would reject the file; or a name is duplicate or a field
+        CheckpointError: safetensors would reject the file; or a name is duplicated or a field is
             unknown, which safetensors accepts.
     """
     entries = _decode(data, where)
@@ -130,7 +130,7 @@ def _decode(data: bytes, where: str) -> dict[str, Any]:
 
 def _check_metadata(metadata: Any, where: str) -> None:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _bad(where, "__metadata__ is not a mapping from text to text")
+        raise _bad(where, "__metadata__ is not a mapping from strings to strings")
 
 
 def _tensor(name: str, entry: Any, data_start: int, where: str) -> Tensor:
@@ -139,7 +139,7 @@ def _tensor(name: str, entry: Any, data_start: int, where: str) -> Tensor:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     bits = BITS.get(dtype) if isinstance(dtype, str) else None
     if bits is None:
-        shown = repr(dtype) if isinstance(dtype, str) else "that is no text"
+        shown = repr(dtype) if isinstance(dtype, str) else "(not a string)"
         raise _bad(where, f"tensor {name!r} has the unknown dtype {shown}")
     if not _is_sizes(shape):
         raise _bad(where, f"tensor {name!r} has a shape that is not a list of sizes")
@@ -154,7 +154,7 @@ def _tensor(name: str, entry: Any, data_start: int, where: str) -> Tensor:
         raise _bad(
             where,
             f"tensor {name!r} of dtype {dtype} and shape {shape} needs {bits / 8:g} bytes,"
-            f" its data_offsets [{start}, {stop}] hold {stop - start}",
+            f" but its data_offsets [{start}, {stop}] hold {stop - start}",
         )
     return Tensor(
         name, sys.intern(dtype), _same_shape(tuple(shape)), data_start + start, data_start + stop
@@ -163,7 +163,7 @@ def _tensor(name: str, entry: Any, data_start: int, where: str) -> Tensor:
 
 @functools.lru_cache(maxsize=1024)
 def _same_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """One object for all equal shapes: a checkpoint has many tensors and few shapes."""
+    """One object for all equal shapes: a checkpoint has many tensors but few shapes."""
     return shape
 
 
@@ -176,13 +176,13 @@ def _check_contiguous(tensors: list[Tensor], data_start: int, file_size: int, wh
     position = data_start
     for tensor in tensors:
         if tensor.start != position:
-            fault = "overlaps the one before it" if tensor.start < position else "follows a hole"
+            fault = "overlaps the tensor before it" if tensor.start < position else "follows a hole"
             raise _bad(where, f"the data of tensor {tensor.name!r} {fault}")
         position = tensor.stop
     if position != file_size:
         raise _bad(
             where,
-            f"the header describes {position} bytes, the file has {file_size}",
+            f"the header describes {position} bytes, but the file has {file_size}",
             hint=_CUT,
         )
 

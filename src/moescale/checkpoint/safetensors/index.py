@@ -1,4 +1,4 @@
-"""Finds the shards of a repo, with an index or without."""
+"""Finds the shards of a repo, with or without an index."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PART = re.compile(
     re.IGNORECASE,
 )
 """The number of a part and of all parts in a file name, in any spelling."""
-_ANEW = "Write a new index, or remove it; the output gets one."
+_ANEW = "Write a new index, or remove this one; the output gets one."
 _OTHER_WEIGHTS = re.compile(r"(consolidated|adapter_)")
 
 
@@ -33,7 +33,7 @@ class Shards:
 
     Attributes:
         names: in order.
-        index: the index that lists them; None without one.
+        index: the name of the index that lists them; None if there is none.
     """
 
     names: tuple[str, ...]
@@ -44,7 +44,7 @@ def index_name(files: Iterable[str]) -> str | None:
     """The index that loaders read: ``model.safetensors.index.json``, else the only index.
 
     Raises:
-        CheckpointError: there are several indexes, none with the usual name.
+        CheckpointError: there are several indexes, and none has the usual name.
     """
     found = [name for name in files if name.endswith(INDEX_SUFFIX) and "/" not in name]
     found = [name for name in found if not _OTHER_WEIGHTS.match(name)]
@@ -53,16 +53,16 @@ def index_name(files: Iterable[str]) -> str | None:
     if len(found) > 1:
         raise CheckpointError(
             f"several indexes and no {INDEX}: {', '.join(sorted(found))}",
-            hint=f"Name the one that belongs to the model {INDEX}, or remove the others.",
+            hint=f"Rename the index of the model to {INDEX}, or remove the others.",
         )
     return found[0]
 
 
 def parse_index(data: bytes, where: str) -> Mapping[str, str]:
-    """The map from tensor to shard of an index.
+    """The weight map of an index: tensor name to shard name.
 
     Raises:
-        CheckpointError: the file does not hold such a map.
+        CheckpointError: the file is not an index.
     """
     try:
         content = parse_strict(decoded(data))
@@ -82,8 +82,8 @@ def parse_index(data: bytes, where: str) -> Mapping[str, str]:
 def shards_without_index(files: Iterable[str]) -> Shards:
     """The shards of a repo that has no index.
 
-    Loaders take ``model.safetensors`` alone if it exists, else all safetensors files of the top
-    folder, which must be complete sets if their names count them.
+    Loaders read only ``model.safetensors`` if it exists, else all safetensors files in the top
+    folder. If these are numbered, each set must be complete.
 
     Raises:
         CheckpointError: there are no shards, or a part of a set is missing.
@@ -98,22 +98,22 @@ def shards_without_index(files: Iterable[str]) -> Shards:
     if not names:
         raise CheckpointError(
             "no safetensors weights found",
-            hint="Weights in other forms (*.bin, *.gguf) must be converted first.",
+            hint="Weights in other formats (*.bin, *.gguf) must be converted first.",
         )
     check_parts(names)
     return Shards(tuple(names))
 
 
 def set_of(name: str) -> str:
-    """The name of the set that a numbered file is part of; else the file's own name."""
+    """The name of the set that a numbered file belongs to, or else the file's own name."""
     return _PART.sub(lambda part: f"#{part['of']}{part['total']}", name)
 
 
 def check_parts(names: Iterable[str]) -> None:
-    """Refuse a set of files that lacks a part; numbers start at 1 or 0.
+    """Refuse an incomplete set of files; numbers start at 1 or 0.
 
     Raises:
-        CheckpointError: names the first missing file.
+        CheckpointError: a file is missing; the error names the first.
     """
     sets: dict[tuple[str, str, str], dict[int, tuple[str, int, str]]] = {}
     for name in names:
@@ -134,7 +134,7 @@ def check_parts(names: Iterable[str]) -> None:
 
 
 def by_shard(weight_map: Mapping[str, str]) -> dict[str, list[str]]:
-    """The names of the tensors of each shard."""
+    """The tensor names of each shard."""
     listed: dict[str, list[str]] = {}
     for tensor, shard in weight_map.items():
         listed.setdefault(shard, []).append(tensor)
@@ -143,7 +143,7 @@ def by_shard(weight_map: Mapping[str, str]) -> dict[str, list[str]]:
 
 @dataclass(frozen=True, slots=True)
 class Absent:
-    """A tensor that the index lists in a shard that does not hold it."""
+    """A tensor that is not in the shard where the index lists it."""
 
     name: str
     shard: str
@@ -151,7 +151,7 @@ class Absent:
 
 @dataclass(frozen=True, slots=True)
 class Doubled:
-    """A tensor in two shards; `kept` is the one that the index lists, else the last."""
+    """A tensor in two shards; `kept` is the shard that the index lists, else the last one."""
 
     name: str
     kept: str
@@ -160,7 +160,14 @@ class Doubled:
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """Differences between index and headers, and tensors that the index does not list."""
+    """Differences between an index and the headers of its shards.
+
+    Attributes:
+        index: the name of the index; None if there is none.
+        absent: tensors that are not where the index lists them.
+        doubled: tensors in several shards.
+        unlisted: names of tensors that the index does not list.
+    """
 
     index: str | None
     absent: tuple[Absent, ...] = ()
@@ -169,21 +176,22 @@ class Faults:
 
     @property
     def names(self) -> list[str]:
-        """Names of misplaced and doubled tensors."""
+        """Names of absent and doubled tensors."""
         return [*(absent.name for absent in self.absent), *(two.name for two in self.doubled)]
 
     def check(self, scaled: Collection[str]) -> list[str]:
         """Warnings for the user.
 
         Raises:
-            CheckpointError: one of the tensors is in `scaled`; loaders may read another copy.
+            CheckpointError: an absent or doubled tensor is in `scaled`; loaders may read another
+                copy than the scaled one.
         """
         for absent in self.absent:
             if absent.name in scaled:
                 raise CheckpointError(
                     f"{self.index}: lists {absent.name!r} in {absent.shard}, which does not hold"
                     " it",
-                    hint="The index is stale: write it anew, or remove it; the output gets one.",
+                    hint="The index is stale: write a new one, or remove it; the output gets one.",
                 )
         for doubled in self.doubled:
             if doubled.name in scaled:
@@ -191,12 +199,12 @@ class Faults:
         return list(self._remarks())
 
     def _two_copies(self, doubled: Doubled) -> CheckpointError:
-        said = f", as {self.index} says," if self.index else ""
+        said = f" (where {self.index} lists it)" if self.index else ""
         why = f"{self.index} is stale, or the" if self.index else "The"
         return CheckpointError(
             f"{doubled.name!r}: is in {doubled.kept}{said} and in {doubled.other}",
-            hint=f"{why} shard {doubled.other} was reused or is of another set: take the copy out"
-            " that does not belong, since loaders differ in which they read.",
+            hint=f"{why} shard {doubled.other} was reused or is part of another set: remove the"
+            " copy that does not belong, since loaders differ in which one they read.",
         )
 
     def _remarks(self) -> Iterator[str]:
@@ -204,13 +212,13 @@ class Faults:
             first = self.absent[0]
             yield (
                 f"{self.index} lists {first.name!r} in {first.shard}, which does not hold it"
-                f"{_more(self.absent)}; it would not be scaled"
+                f"{_more(self.absent)}; no scaled tensor is affected"
             )
         if self.doubled:
             kept = self.doubled[0]
             yield (
                 f"{kept.name!r} is in {kept.kept} and in {kept.other}{_more(self.doubled)}; the one"
-                f" in {kept.kept} counts, and both are copied"
+                f" in {kept.kept} is used, and both are copied"
             )
         if self.unlisted:
             yield f"{self.index} does not list {self.unlisted[0]!r}{_more(self.unlisted)}"
@@ -223,16 +231,16 @@ def _more(found: Sized) -> str:
 def check_against_headers(
     shards: Shards, listed: dict[str, list[str]] | None, headers: Iterable[tuple[str, Header]]
 ) -> tuple[dict[str, Header], Faults]:
-    """Find every tensor that is in several shards, or not where the index lists it.
+    """Find tensors that are in several shards, or not where the index lists them.
 
     Args:
         shards: the shards and the name of their index.
         listed: the tensors that the index lists, by shard. It is consumed shard by shard: with
-            100,000 tensors both sides are large, and never in memory together.
+            100,000 tensors, it and the headers are large, and are never in memory together.
         headers: the header of each shard, read lazily.
 
     Returns:
-        All headers by shard, without copies that do not count; and the faults.
+        All headers by shard, without the copies that are not kept; and the faults.
     """
     taken: dict[str, Header] = {}
     absent: list[Absent] = []
@@ -245,7 +253,7 @@ def check_against_headers(
             if surplus := there.difference(names):
                 unlisted[shard] = surplus
     doubled = []
-    if listed is None or unlisted:  # else each name stands once in the index
+    if listed is None or unlisted:  # otherwise no name occurs twice: the index lists each once
         doubled = list(_doubled(taken, None if listed is None else unlisted))
         taken = _single(taken, doubled)
     copies = {(two.other, two.name) for two in doubled}
@@ -258,7 +266,7 @@ def check_against_headers(
 def _doubled(
     headers: Mapping[str, Header], unlisted: Mapping[str, Collection[str]] | None
 ) -> Iterator[Doubled]:
-    """Tensors in two shards; a listed copy counts, else the last one, as for loaders."""
+    """Tensors in several shards; the listed copy is kept, else the last one, as in loaders."""
     home: dict[str, str] = {}
     copies: dict[str, list[str]] = {}
     for shard, header in headers.items():
@@ -272,7 +280,7 @@ def _doubled(
 
 
 def _single(headers: Mapping[str, Header], doubled: Iterable[Doubled]) -> dict[str, Header]:
-    """The headers without the copies that do not count."""
+    """The headers without the copies that are not kept."""
     dropped = {(d.other, d.name) for d in doubled}
     shards = {shard for shard, _ in dropped}
     return {
@@ -284,7 +292,7 @@ def _single(headers: Mapping[str, Header], doubled: Iterable[Doubled]) -> dict[s
 
 
 def make_index(headers: Mapping[str, Header]) -> bytes:
-    """An index in the layout of huggingface_hub: total size, then tensor by tensor."""
+    """An index in the layout of huggingface_hub: the total size, then the sorted weight map."""
     weight_map = {t.name: shard for shard, header in headers.items() for t in header.tensors}
     size = sum(t.nbytes for header in headers.values() for t in header.tensors)
     content = {
