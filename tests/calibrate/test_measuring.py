@@ -185,7 +185,7 @@ def test_no_room_for_what_exceeds_the_memory_is_said_before(
     """The disk is looked at before the model is loaded."""
     build("mixtral", tmp_path)
     monkeypatch.setattr(runner.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 7}))
-    with pytest.raises(SourceError, match=r"max-memory .* 7 B are free\nFree some space"):
+    with pytest.raises(SourceError, match=r"max-memory: .* 7 B are free\nFree some space"):
         samples(tmp_path, "mixtral", experts=3, max_memory=1000)
 
 
@@ -251,7 +251,7 @@ def test_remote_code_is_never_run(tmp_path: Path) -> None:
     own = '{\n  "auto_map": {"AutoConfig": "remote.Config", "AutoModel": "remote.Model"},'
     (tmp_path / "config.json").write_text(config.replace("{", own, 1))
     (tmp_path / "remote.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(UnsupportedError, match=r"'remote_moe': needs remote code, which is never"):
+    with pytest.raises(UnsupportedError, match=r"'remote_moe' needs remote code, which is never"):
         samples(tmp_path, "mixtral", experts=3, arch="mixtral")
     assert not (tmp_path / "ran").exists()
 

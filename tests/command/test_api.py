@@ -361,7 +361,7 @@ def test_a_bad_place_for_the_report_is_refused_before_anything_else(there: Path)
     [
         (".", "directory"),
         ("no/own.jsonl", "No such file"),
-        ("mine.txt", "exists, and is not text that a model wrote"),
+        ("mine.txt", "exists, and is not text that a model generated"),
         ("{source}/own.jsonl", "lies in"),
         ("out/own.jsonl", "lies in"),
     ],

@@ -1,8 +1,8 @@
 """Finds the MoE blocks of a running model, and runs them with two numbers of experts.
 
-A block of transformers holds a router and a module ``experts`` that returns the routed sum,
+A block of transformers has a router and a module ``experts`` that returns the routed sum,
 without the shared experts: ``experts(hidden, top_k_index, top_k_weights)``. The block is run twice
-on the same inputs, and a hook on ``experts`` sees what goes in and comes out.
+on the same inputs, and a hook on ``experts`` records its inputs and outputs.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ COUNT_NAMES = frozenset({"top_k", "topk", "k", *(key for row in ROWS for key in 
 """Names of the number of experts per token in modules and configs."""
 
 _PROPORTIONAL, _SAME = 0.005, 0.02
-"""A block's output that differs from a multiple of the routed sum by less than the first is that
-multiple, and one that differs from 1 by less than the second is 1."""
+"""Tolerances: a block's output counts as a multiple of the routed sum if its relative difference is
+below the first; the multiple counts as 1 if it differs from 1 by at most the second."""
 
 _EXPERTS = "experts"
 
@@ -70,7 +70,7 @@ def _routed_module(parameter: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class ExpertCounts:
-    """Numbers of experts of one layer: trained, loaded and new per token, and the total."""
+    """Experts of one layer: per token as trained, as loaded and new, and in total."""
 
     trained: int
     loaded: int
@@ -91,7 +91,7 @@ class BlockProbe:
     ) -> None:
         """`path` is the path of the experts; `every` as in `RunningStatistics`.
 
-        `biases` are names of a bias of the router's logits; None if the logits must not be
+        `biases` are names of biases of the router's logits; None if the logits must not be
         multiplied.
         """
         self.path, self._numbers = path, numbers
@@ -129,7 +129,7 @@ class BlockProbe:
             handle.remove()
 
     def set_batch(self, shape: Sequence[int], compared: int) -> None:
-        """Announce a batch of token ids of this shape, and the tokens to compare experts on."""
+        """Announce a batch of token ids of this shape; compare experts on `compared` tokens."""
         self._shape, self._compared = (shape[0], shape[1]), compared
 
     @property
@@ -158,7 +158,7 @@ class BlockProbe:
         return output
 
     def _fit(self, args: Sequence[Any], named: dict[str, Any]) -> None:
-        """Collect one batch for the rule ``fitted``; stop if the experts receive no choice."""
+        """Collect one batch for ``fitted``; stop if the experts do not receive the choice."""
         routed = self._routed
         assert self._fitting is not None and routed is not None, "the experts have just been run"
 
@@ -185,7 +185,7 @@ class BlockProbe:
         return output
 
     def _hook(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any], out: Any) -> None:
-        """Collect one call of the experts."""
+        """Collect the statistics of one call of the experts."""
         stats = self._current
         if stats is None:
             return
@@ -193,11 +193,11 @@ class BlockProbe:
         index = next((a for a in rest if not a.is_floating_point()), None)
         weights = next((a for a in rest if a.is_floating_point()), self._scores)
         if weights is None:
-            raise self._refusal("its experts are not given the gate weights")
+            raise self._refusal("its experts do not receive the gate weights")
         tokens = weights.shape[0]
         weights = self._chosen(weights, stats.experts)
         result = out if isinstance(out, Tensor) else out[0]
-        # Some return each expert's contribution to every token, before the sum.
+        # Some modules return each expert's contribution to every token, before the sum.
         routed = result.reshape(-1, tokens, result.shape[-1]).sum(0)
         self._sum = routed
         keep = self._context(tokens)
@@ -206,15 +206,18 @@ class BlockProbe:
             self._compare(hidden.reshape(tokens, -1), index, weights)
 
     def _note_scores(self, _: nn.Module, __: Any, out: Any) -> None:
-        """Keep a row of weights per token, for experts that get their inputs multiplied by it."""
+        """Keep the router's gate weights, one row a token.
+
+        Some blocks multiply the experts' inputs by them and do not pass them on.
+        """
         scores = out if isinstance(out, Tensor) else out[0]
         self._scores = scores if scores.ndim == 2 and scores.is_floating_point() else None
 
     def _chosen(self, weights: Tensor, k: int) -> Tensor:
-        """The weights of the k chosen experts; they may come as a row with zeros for all others.
+        """The weights of the k chosen experts; a row may also have zeros for all others.
 
         Raises:
-            UnsupportedError: the router chose another number.
+            UnsupportedError: the router chose another number of experts.
         """
         if weights.shape[-1] == k:
             return weights
@@ -230,10 +233,10 @@ class BlockProbe:
         )
 
     def _context(self, tokens: int) -> Tensor:
-        """All but the first token of each sequence.
+        """A mask of all tokens except the first of each sequence.
 
         The first token has no context. In many models it is an attention sink: its norm is hundreds
-        of times the norm of other tokens, and would dominate the mean.
+        of times the norm of other tokens and would dominate the mean.
         """
         keep = torch.ones(tokens, dtype=torch.bool)
         if tokens == self._shape[0] * self._shape[1]:
@@ -241,13 +244,13 @@ class BlockProbe:
         return keep
 
     def _compare(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
-        """Run each chosen expert of a few tokens by itself, all in one call."""
+        """Run each chosen expert of a few tokens alone, all in one call."""
         k = index.shape[-1]
         if k < 2 or k != weights.shape[-1]:
             return
         some = torch.linspace(0, len(hidden) - 1, min(self._compared, len(hidden))).long()
         rows = hidden[some].repeat_interleave(k, dim=0)
-        # In two columns: some experts treat a single column as no choice.
+        # Two columns, the second of weight 0: some modules ignore a single column.
         chosen = index[some].reshape(-1, 1).expand(-1, 2)
         alone = weights.new_tensor([1.0, 0.0]).expand(len(rows), 2)
         stats, self._current = self._current, None  # this call is not counted
@@ -273,7 +276,7 @@ def scored_blocks(
 def _router_scale(
     block: nn.Module, experts: nn.Module, numbers: ExpertCounts, biases: frozenset[str] | None
 ) -> RouterScale | None:
-    """The multiplier of the router's logits; None if that is unsupported."""
+    """The multiplier of the router's logits; None if they cannot be multiplied."""
     found = None if biases is None else find_router(block, experts, numbers.total, biases)
     return RouterScale(*found) if found else None
 
@@ -289,7 +292,7 @@ def _copies(args: Sequence[Any], named: Mapping[str, Any]) -> tuple[list[Any], d
 
 def _gain(block: Tensor, routed: Tensor) -> float:
     """The constant by which the block multiplies the routed sum; 1 if it does anything else."""
-    if block.numel() != routed.numel():  # the experts work in a space of their own
+    if block.numel() != routed.numel():  # the experts work in a space of another size
         return 1.0
     block, routed = block.reshape(routed.shape).float(), routed.float()
     gain = float((block * routed).sum() / routed.square().sum().clamp_min(1e-30))
@@ -298,7 +301,7 @@ def _gain(block: Tensor, routed: Tensor) -> float:
 
 
 def _count_attributes(block: nn.Module, numbers: ExpertCounts) -> list[tuple[Any, str]]:
-    """The attributes of the block's modules and of their configs that hold the count.
+    """The attributes of the block's modules and their configs that set the experts per token.
 
     Attributes are found by name and value. ``num_experts`` is a count unless it equals the number
     of all experts (openai_privacy_filter).

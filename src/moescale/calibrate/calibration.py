@@ -37,7 +37,7 @@ class Calibration:
         keep: where to save the model's own text; None: it is not saved.
         progress: called with tokens done and total tokens.
         folder: the checkpoint on disk; set before the model is run.
-        own: the model's own text, which is the same every time; set when it is written.
+        own: the model's own text, which is the same every time; set when it is generated.
         facts: the text's entry in the provenance; set after a run.
     """
 
@@ -51,10 +51,10 @@ class Calibration:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, moe: Moe, experts: Experts, able: Adjustable | None) -> Findings:
-        """A sample of each MoE layer, and the rule that the guard of ``fitted`` takes.
+        """A sample of each MoE layer, and the rule that the guard of ``fitted`` chooses.
 
-        Transformers does not run blocks that predict a second token; they get the sample of the
-        last layer, and the facts say so.
+        Transformers does not run MTP layers; they get the sample of the last layer, and the facts
+        say so.
 
         Raises:
             UsageError: the text is too short.
@@ -63,7 +63,7 @@ class Calibration:
         from moescale.calibrate.measure import SEQUENCE, context_of, measure
         from moescale.calibrate.runner import read_config
 
-        assert self.folder is not None, "there before it is planned for"
+        assert self.folder is not None, "set before planning"
         config = read_config(self.folder)
         text = self._given(config)
         model = self.loader.model(self.folder, config, moe)
@@ -98,7 +98,7 @@ class Calibration:
         return Findings(samples, guard.taken) if guard else Findings(samples)
 
     def use(self, own: Text | None) -> None:
-        """Reuse the text that the same model wrote before, since it would write the same."""
+        """Reuse the text that the same model generated before; it would generate the same."""
         if own is not None and self.text is None:
             from moescale.calibrate.generated_text import digest_of
 
@@ -151,7 +151,7 @@ class Calibration:
 
 
 HELD_BACK = 0.25
-"""The part of a text reserved for the guard; 20 of 80 sequences of a model's own text."""
+"""The fraction of a text reserved for the guard: 20 of 80 sequences of a model's own text."""
 
 
 def open_calibration(
@@ -160,7 +160,7 @@ def open_calibration(
     keep: Path | None = None,
     progress: Callable[[int, int], None] = no_progress,
 ) -> Calibration:
-    """A calibration text; only its digest is read now.
+    """Open a calibration text; only its digest is computed now.
 
     Raises:
         UsageError: the file cannot be read.

@@ -1,4 +1,4 @@
-"""Checks what it takes to run a model: libraries, memory, a device. Torch is not imported here."""
+"""Checks what running a model needs: libraries, memory, a device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moescale.calibrate.text import one_line
 from moescale.errors import UsageError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
-"""Where a model may run; ``auto`` takes a graphics card where there is one."""
+"""Where a model may run; ``auto`` uses a GPU if there is one."""
 
 _NEEDED = ("torch", "transformers", "accelerate")
 
@@ -25,10 +25,10 @@ _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4} | {
 
 
 def check_installed(what: str) -> None:
-    """Refuse early where the model cannot be run; `what` needs it.
+    """Refuse early if the libraries that run a model are missing; `what` needs them.
 
     Raises:
-        UsageError: the extra is not installed, or is broken.
+        UsageError: a library is missing or broken.
     """
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
@@ -40,10 +40,10 @@ def check_installed(what: str) -> None:
     for name in _NEEDED:
         try:
             importlib.import_module(name)
-        except Exception as error:  # a library of CUDA that is missing, another version's names
+        except Exception as error:  # such as a missing CUDA library or an incompatible version
             raise UsageError(
                 f"{what} needs {name}, which cannot be imported: {one_line(error)}",
-                hint=f"Reinstall {name}; --rule gates needs none of it.",
+                hint=f"Reinstall {name}; --rule gates does not need it.",
             ) from None
 
 
@@ -51,7 +51,7 @@ def parse_memory(text: str) -> int:
     """Bytes, from ``8GiB`` or ``8GB``.
 
     Raises:
-        UsageError: it is no such size.
+        UsageError: the text is not a size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([kmgt]i?)?b?", text.strip().lower())
     size = float(match[1]) * _UNITS[match[2] or ""] if match else 0.0
@@ -65,7 +65,7 @@ class Running:
     """How a model is run.
 
     Attributes:
-        max_memory: bytes of main memory for weights; the rest lies on disk. None for all.
+        max_memory: bytes of main memory for weights; the rest stays on disk. None: no limit.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
     """
 
@@ -77,10 +77,10 @@ ANYWHERE = Running()
 
 
 def running(max_memory: str | int | None, device: str | None) -> Running:
-    """How a model is run, as the options say.
+    """How a model is run, from the options.
 
     Raises:
-        UsageError: one of them is wrong.
+        UsageError: an option is invalid.
     """
     if device not in (None, *DEVICES):
         raise UsageError(f"--device is {device!r}: it must be one of {', '.join(DEVICES)}")

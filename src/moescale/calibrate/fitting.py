@@ -1,7 +1,7 @@
-"""The sums for the rule ``fitted``, of one MoE block of a running model.
+"""Computes the sums for the rule ``fitted``, for one MoE block of a running model.
 
-The outputs of the experts that a token chooses at any scale of the router are computed once and
-kept apart, in pieces; the routed output at every scale is then a weighted sum of them.
+For a few tokens at a time, each expert that a token chooses at any router scale is computed once.
+The routed output at each scale is then a weighted sum of these outputs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Fitting:
         self._trained = torch.zeros(2, dtype=torch.float64)  # squares, norms
 
     def add(self, run: Callable[[], Any], trained: Tensor, keep: Tensor) -> bool:
-        """Add the tokens that `keep` marks; returns False if the experts receive no choice.
+        """Add the tokens that `keep` marks; False if the experts do not receive the choice.
 
         Args:
             run: runs the block on its inputs with the new number of experts.
@@ -55,7 +55,8 @@ class Fitting:
         return FitSums(dots, squares, norms, *self._trained.tolist())
 
     def _pieces(self, index: Tensor, hidden: Tensor) -> Iterator[slice]:
-        widest = index.shape[-1] * 4 * hidden.shape[-1] * 2  # a changing choice takes more
+        # float32; a token's experts may change with the scale: room for 2 k of them
+        widest = index.shape[-1] * 4 * hidden.shape[-1] * 2
         size = max(1, PIECE_BYTES // widest)
         for start in range(0, len(hidden), size):
             yield slice(start, start + size)
@@ -83,7 +84,7 @@ class Fitting:
         return self._alone(rows, chosen, self._columns).reshape(tokens, width, -1)
 
     def _needed_columns(self, rows: Tensor, chosen: Tensor) -> int:
-        """Some experts treat one column of choices as no choice; add a second of weight 0."""
+        """1, or 2 for modules that ignore a single column: the second then has weight 0."""
         try:
             one = self._alone(rows, chosen, 1)
         except (RuntimeError, IndexError, ValueError):

@@ -1,4 +1,4 @@
-"""Text that the model writes itself, to calibrate on if the user gives none."""
+"""Text that the model generates itself, to calibrate on if the user gives none."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SEQUENCES, GUARDED, LENGTH = 64, 16, 256
 
 SEED = 294
 AT_ONCE = 16
-"""Sequences written at a time."""
+"""Sequences generated at a time."""
 
 
 def write_text(
@@ -33,18 +33,17 @@ def write_text(
     context: int = LENGTH,
     progress: Callable[[int, int], None] = no_progress,
 ) -> Text:
-    """Let the model write, at temperature 1, from a fixed seed.
+    """Let the model generate a text at temperature 1 from a fixed seed.
 
-    Sequences are `LENGTH` tokens long, or `context` if the model takes no more. A sequence
-    begins with the tokeniser's first token, or a random token if there is none, and continues after
-    an end-of-document token.
+    Sequences are `LENGTH` tokens long, or `context` if that is shorter. A sequence begins with the
+    tokeniser's BOS token, or a random token if there is none, and continues after an EOS token.
 
     Raises:
         UnsupportedError: the model does not generate text.
     """
     if not hasattr(model, "generate") or not model.can_generate() or _is_encoder_decoder(model):
         raise UnsupportedError(
-            "the model does not write text by itself", hint="Give a text: --calibrate FILE."
+            "the model cannot generate text", hint="Give a text: --calibrate FILE."
         )
     total, length = SEQUENCES + GUARDED, min(LENGTH, context)
     pieces: list[int] = []
@@ -82,7 +81,7 @@ def _write(model: Any, first: Tensor, length: int) -> Tensor:
         use_cache=True,
     )
     first = first.to(device_of(model))
-    with quiet_run("writing"):
+    with quiet_run("text generation"):
         ids: Tensor = model.generate(
             first, attention_mask=torch.ones_like(first), generation_config=how
         )
@@ -90,12 +89,12 @@ def _write(model: Any, first: Tensor, length: int) -> Tensor:
 
 
 def digest_of(text: Text) -> str:
-    """SHA-256 of the token ids as little-endian 32-bit numbers."""
+    """SHA-256 of the token ids as little-endian 32-bit integers."""
     return hashlib.sha256(struct.pack(f"<{len(text.tokens)}i", *text.tokens)).hexdigest()
 
 
 def keep_text(text: Text, tokeniser: Any, file: Path) -> None:
-    """Write sequences as lines of JSON, each with its tokens; `read_text` reads them."""
+    """Write sequences as lines of JSON with their tokens; `read_text` reads them."""
     assert text.length is not None
     lines = []
     for start in range(0, len(text.tokens), text.length):

@@ -1,4 +1,4 @@
-"""Tries rules on a text that none of them was fitted on."""
+"""Scores rules on held-back text, which none of them was fitted on."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from moescale.storage.base import no_progress
 
 
 def candidates(samples: Mapping[Layer, Sample], scalable: bool) -> dict[str, Setting]:
-    """The config edit and the rules that samples give, as ways to run the model.
+    """Settings of the model for the config edit and for the rules that use samples.
 
-    `scalable`: whether the format takes a factor of the down-projections.
+    `scalable`: whether the format allows a factor of the down-projections.
     """
     experts = {layer: sample.after.experts for layer, sample in samples.items()}
     fits = {layer: sample.fit for layer, sample in samples.items()}
@@ -52,13 +52,13 @@ def tried(
 
     Args:
         model: the model.
-        text: the text to run it on; no part of it was used for the samples.
+        text: the held-back text; the samples did not use it.
         moe: the MoE of the checkpoint.
         experts: the numbers of experts per token.
-        samples: samples from the other text.
-        by: the measure that decides.
+        samples: samples from the rest of the text.
+        by: the quantity that decides.
         biases: as for `moescale.calibrate.measure.measure`.
-        scalable: whether the format takes a factor of the down-projections.
+        scalable: whether the format allows a factor of the down-projections.
         progress: called with tokens done and total tokens.
     """
     settings = candidates(samples, scalable)

@@ -1,4 +1,4 @@
-"""Loads a model once per call. Torch is not imported here."""
+"""Loads a model once per API call. Does not import torch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Loader:
             moe: the MoE of the checkpoint.
 
         Raises:
-            UnsupportedError: transformers cannot load it here, or runs its layers otherwise.
+            UnsupportedError: transformers cannot load it here, or has no module for its experts.
         """
         from moescale.calibrate.measure import opened
 

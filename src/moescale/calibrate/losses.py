@@ -1,4 +1,4 @@
-"""The loss on a text of plans, without writing, and of a finished output."""
+"""Computes losses on a text: of plans, without writing anything, and of a finished output."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def evaluated(
         plans: plans of this checkpoint; at least one.
         file: the text.
         loader: loads the model.
-        calibrated: the text that the plans were made on.
-        output: the output of the only plan, loaded in its place; None: nothing is written.
+        calibrated: the text that the plans were calibrated on.
+        output: the finished output of the only plan, to be loaded; None: plans run in memory.
         progress: called with tokens done and total tokens.
 
     Raises:
@@ -78,8 +78,8 @@ def evaluated(
         calibrated is not None and overlap(read_text(calibrated, folder, vocabulary), text)
     ):
         warnings.append(
-            f"{file} and the text that was calibrated on share passages: what was fitted on one is"
-            " flattered by the other"
+            f"{file} shares passages with the calibration text: rules that were fitted on that text"
+            " look better here than they are"
         )
     return Evaluation(
         str(file),

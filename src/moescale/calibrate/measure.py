@@ -31,11 +31,12 @@ from moescale.planning.experts import Experts
 from moescale.storage.base import no_progress
 
 SEQUENCE, AT_ONCE = 256, 1_024
-"""Tokens of a sequence for ``fitted`` and for losses, as in the model's own text: configs may name
-a longer context than that of training. Also tokens at a time for losses: logits are kept."""
+"""`SEQUENCE`: tokens of a sequence for ``fitted`` and for losses, as in the model's own text; the
+config may name a longer context than the one used in training. `AT_ONCE`: tokens of a batch for
+losses, whose logits stay in memory."""
 
 COMPARED_RUNS, COMPARED = 4, 128
-"""Runs, and tokens in each, for which the outputs of the chosen experts are compared."""
+"""Batches, and tokens in each, for which the outputs of the chosen experts are compared."""
 
 Progress = Callable[[int, int], None]
 """Called with tokens done and total tokens."""
@@ -46,8 +47,8 @@ class LoadedModel:
     """A model in memory.
 
     Attributes:
-        model: of transformers.
-        config: its config, also of transformers.
+        model: the transformers model.
+        config: its transformers config.
         paths: the paths of each MoE layer's experts.
     """
 
@@ -64,10 +65,10 @@ def opened(folder: Path, config: Any, moe: Moe, how: Running = ANYWHERE) -> Iter
         folder: the checkpoint.
         config: its config, as `moescale.calibrate.runner.read_config` gives it.
         moe: the MoE of the checkpoint.
-        how: the model is run.
+        how: memory and device to use.
 
     Raises:
-        UnsupportedError: transformers cannot load it here, or runs its layers otherwise.
+        UnsupportedError: transformers cannot load it here, or has no module for its experts.
     """
     _check_part(moe)
     with runner.loaded(folder, config, how) as (model, left_over):
@@ -90,23 +91,22 @@ def measure(
     """Run the model as trained over a text, and each MoE block with both counts.
 
     Every block gets the hidden states of the unchanged model and is run on them twice: with the
-    number of experts of training, and with the new one.
+    trained number of experts and with the new one.
 
     Args:
         model: the model.
         text: the text to run it on.
         moe: the MoE of the checkpoint.
         experts: the numbers of experts per token.
-        fitted: for the rule ``fitted``: also run each block with scaled routers.
+        fitted: also run each block with scaled routers, for the rule ``fitted``.
         biases: names of biases of the routers' logits; None if the logits cannot be scaled.
         progress: called with tokens done and total tokens.
 
     Returns:
-        A sample of each MoE layer, except blocks that predict a second token, which transformers
-        does not run.
+        A sample of each MoE layer, except MTP layers, which transformers does not run.
 
     Raises:
-        UnsupportedError: transformers cannot run the model, or not with these numbers.
+        UnsupportedError: transformers cannot run the model, or not with these numbers of experts.
     """
     every = max(1, len(text.tokens) // WEIGHTS_KEPT)
     probes: dict[Layer, list[BlockProbe]] = {}
@@ -142,10 +142,10 @@ def evaluate(
         model: the model.
         text: the text to score.
         moe: the MoE of the checkpoint.
-        experts: numbers of experts per token, as the model was loaded.
+        experts: the numbers of experts per token.
         settings: ways to run it.
         biases: as for `measure`.
-        context: tokens of a sequence, limited by the model; default: `SEQUENCE`.
+        context: tokens of a sequence, default `SEQUENCE`; the model's own limit still applies.
         progress: called with tokens done and total tokens.
     """
     blocks = [
@@ -176,13 +176,13 @@ def batches_of(
 
 
 def context_of(config: Any) -> int:
-    """Tokens of the sequences that a model is run on."""
+    """The longest sequence to run a model on, in tokens."""
     own = getattr(config.get_text_config(), "max_position_embeddings", None)
     return min(own or runner.LONGEST, runner.LONGEST)
 
 
 def _check_part(moe: Moe) -> None:
-    """Only the default part, the text model, runs on a text."""
+    """Refuse any part except the default one, the text model: only that runs on text."""
     row = moe.architecture
     if row.part is not None and row.part != architectures.find(row.model_type, None).part:
         raise UnsupportedError(
@@ -191,10 +191,10 @@ def _check_part(moe: Moe) -> None:
 
 
 def _check_scales(left_over: Mapping[Layer, Sequence[str]], found: Collection[Layer]) -> None:
-    """Refuse quantised experts whose scales transformers does not read: it would run bare codes.
+    """Refuse quantised experts whose scales transformers ignores: it would run the bare codes.
 
     Raises:
-        UnsupportedError: names the first.
+        UnsupportedError: there are such experts; the error names the first module.
     """
     for layer, modules in left_over.items():
         if layer in found:
@@ -205,7 +205,7 @@ def _check_scales(left_over: Mapping[Layer, Sequence[str]], found: Collection[La
 
 
 def _measured_layers(wanted: Sequence[Layer], found: Collection[Layer]) -> list[Layer]:
-    """The layers that a run reaches: all but the blocks that predict a second token.
+    """The layers that transformers runs: all except MTP layers.
 
     Raises:
         UnsupportedError: another layer of the checkpoint is not in the model.

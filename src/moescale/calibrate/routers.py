@@ -1,7 +1,7 @@
-"""The routers of a running model: multiplies their logits, and finds their choices for many scales.
+"""Multiplies the logits of a running model's routers, and finds their choices at many scales.
 
 A router's weight is multiplied exactly as a conversion writes it: by one number, rounded to the
-weight's own dtype. Weights that accelerate keeps on disk exist only inside the module's inner
+weight's own dtype. Weights that accelerate keeps on disk are only loaded within the module's inner
 forward, so they are replaced there.
 """
 
@@ -22,7 +22,7 @@ class RouterScale:
     """
 
     def __init__(self, module: nn.Module, parameters: Sequence[str]) -> None:
-        """`parameters` are the names of the module's parameters that make its logits."""
+        """`parameters` are the names of the module's parameters that produce its logits."""
         self.module = module
         self.scale = 1.0
         self._parameters = parameters
@@ -49,22 +49,22 @@ class RouterScale:
 
 
 def scaled(weight: Tensor, scale: float) -> Tensor:
-    """As a conversion multiplies: in float32, rounded once to the weight's dtype."""
+    """Multiply as a conversion does: in float32, rounded once to the weight's dtype."""
     return (weight.float() * torch.tensor(scale, dtype=torch.float32)).to(weight.dtype)
 
 
 def find_router(
     block: nn.Module, experts: nn.Module, total: int, biases: frozenset[str]
 ) -> tuple[nn.Module, list[str]] | None:
-    """The module of a block that makes the logits, and its parameters that do.
+    """The module of a block that computes the router's logits, and the parameters it uses.
 
     The module has a matrix with one row for each expert, and is not part of the experts. None
-    unless there is exactly one.
+    unless exactly one module qualifies.
 
     Args:
         block: the MoE block.
         experts: its experts.
-        total: routed experts.
+        total: number of routed experts.
         biases: names of biases of the logits.
     """
     inside = set(map(id, experts.modules()))
@@ -105,20 +105,20 @@ def choices(
     router: RouterScale | None,
     scales: Sequence[float],
 ) -> list[tuple[Tensor, Tensor, Tensor]] | None:
-    """The inputs that a block gives its experts, with the router's logits times each scale.
+    """The inputs of a block's experts, with the router's logits multiplied by each scale.
 
-    The experts are not computed, and everything before them (a shared expert) only once.
+    The experts are not computed. Other parts of the block (a shared expert) are computed once.
 
     Args:
         block: the MoE block.
         run: runs the block on the inputs in question.
         experts: the module that receives the choice.
-        router: None if the logits cannot be multiplied: every scale then gives the same.
-        scales: of the router's weight.
+        router: None if the logits cannot be multiplied; every scale then gives the same.
+        scales: what to multiply the logits by.
 
     Returns:
         for each scale the hidden states [tokens, hidden], the chosen experts and their weights
-        [tokens, k]; None where the experts do not get a choice in this form.
+        [tokens, k]; None if the experts do not receive the choice in this form.
     """
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     forward = experts.forward
@@ -149,7 +149,7 @@ def choices(
 
 @contextmanager
 def _once(block: nn.Module, experts: nn.Module, router: nn.Module | None) -> Iterator[None]:
-    """In this context the block's other parts return their first outputs again."""
+    """Within the context, cache the outputs of the block's other parts by their inputs."""
     others = [
         child
         for child in block.children()

@@ -36,19 +36,19 @@ from moescale.errors import (
 )
 
 LONGEST = 2_048
-"""Tokens of a sequence at most; a shorter context of the model is kept."""
+"""Tokens of the longest sequence; the model's context may be shorter."""
 
 AT_ONCE = 4_096
-"""Tokens that go through the model at a time, which bounds the memory of activations."""
+"""Tokens of a batch; this bounds the memory for activations."""
 
-INSTEAD = "--rule gates needs the router alone, --rule preserve nothing."
+INSTEAD = "--rule gates needs only the routers, --rule preserve no weights at all."
 
 
 def read_config(folder: Path) -> Any:
     """The model's config.
 
     Raises:
-        UnsupportedError: transformers does not know the type, or knows it only by remote code.
+        UnsupportedError: transformers does not know the type, or needs remote code for it.
     """
     with _quiet():
         raw, _ = transformers.PretrainedConfig.get_config_dict(folder, local_files_only=True)
@@ -56,16 +56,16 @@ def read_config(folder: Path) -> Any:
         why = f"is not known to transformers {transformers.__version__}"
         if raw.get("auto_map"):
             why = "needs remote code, which is never run"
-        raise UnsupportedError(f"model type {raw.get('model_type')!r}: {why}", hint=INSTEAD)
+        raise UnsupportedError(f"model type {raw.get('model_type')!r} {why}", hint=INSTEAD)
     with _quiet(), _in_one_line("its config"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 @contextmanager
 def loaded(folder: Path, config: Any, how: Running) -> Iterator[tuple[PreTrainedModel, list[str]]]:
-    """The model in its stored dtype, and the names of the tensors that it does not use.
+    """Load the model in its stored dtype; also gives the names of tensors that it does not use.
 
-    Weights that exceed the allowed main memory lie in a temporary folder, which is removed.
+    Weights that exceed the allowed main memory go to a temporary folder, removed on exit.
 
     Raises:
         UnsupportedError: transformers cannot load it here.
@@ -94,10 +94,10 @@ def loaded(folder: Path, config: Any, how: Running) -> Iterator[tuple[PreTrained
 
 
 def _device_map(how: Running) -> Any:
-    """Where the weights go.
+    """The `device_map` of transformers.
 
     Raises:
-        UsageError: torch does not have the device.
+        UsageError: torch does not find the device.
     """
     there = {
         "cuda": torch.cuda.is_available(),
@@ -105,14 +105,14 @@ def _device_map(how: Running) -> Any:
     }
     if not there.get(how.device, True):
         raise UsageError(
-            f"--device {how.device}: torch {torch.__version__} has none here",
-            hint="--device auto takes what there is.",
+            f"--device {how.device}: torch {torch.__version__} finds no such device here",
+            hint="--device auto uses any device that is available.",
         )
     return "auto" if how.device == "auto" or how.max_memory is not None else {"": how.device}
 
 
 def _memory(how: Running) -> dict[int | str, int] | None:
-    """Memory allowed on each device; on graphics cards, as much as accelerate finds free."""
+    """Memory allowed on each device; on GPUs, as much as accelerate finds free."""
     if how.max_memory is None:
         return None
     from accelerate.utils import get_max_memory
@@ -125,7 +125,7 @@ def _check_room(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
         raise SourceError(
-            f"the model exceeds --max-memory by more than {folder.parent} has room for:"
+            f"{folder.parent} has no room for the weights that exceed --max-memory:"
             f" {bytes_text(size)} may be needed, {bytes_text(free)} are free",
             hint="Free some space, or set TMPDIR to a folder on a larger disk.",
         )
@@ -153,7 +153,7 @@ def _check_whole(report: Mapping[str, Iterable[Any]]) -> None:
 
 
 def text_model(model: PreTrainedModel, paths: Iterable[str]) -> nn.Module:
-    """The smallest submodel with all these modules: without output layer and other towers."""
+    """The smallest submodel with all these modules, without the output layer or other towers."""
     levels = zip(*(path.split(".") for path in paths), strict=False)
     shared = [level[0] for level in itertools.takewhile(lambda level: len({*level}) == 1, levels)]
     for length in range(len(shared), 0, -1):
@@ -166,7 +166,7 @@ def text_model(model: PreTrainedModel, paths: Iterable[str]) -> nn.Module:
 def batches(
     tokens: tuple[int, ...], start: tuple[int, ...], context: int, at_once: int = AT_ONCE
 ) -> Iterator[Tensor]:
-    """Token ids [sequences, length] of at most `at_once` tokens; the last may be shorter."""
+    """Token ids [sequences, length] of at most `at_once` tokens; the last batch may be shorter."""
     length = max(1, context - len(start))
     pieces = [tokens[i : i + length] for i in range(0, len(tokens), length)]
     whole = [piece for piece in pieces if len(piece) == length]
@@ -183,12 +183,12 @@ def forward(model: Any, ids: Tensor) -> Any:
     named: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if model.config.is_encoder_decoder:
         named["decoder_input_ids"] = ids
-    with quiet_run("a run of the model"):
+    with quiet_run("a forward pass"):
         return model(**named)
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device for token ids: that of the embedding, or the first card if that is on disk."""
+    """The device for token ids: the embedding's, or the first GPU or the CPU if that is on disk."""
     weight = next(iter(model.parameters()))
     if weight.device.type != "meta":
         return weight.device
@@ -197,14 +197,14 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextmanager
 def quiet_run(what: str) -> Iterator[None]:
-    """Run code of transformers without bars, warnings and gradients; errors become one line."""
+    """Run transformers without progress bars, warnings or gradients; errors become one line."""
     with _quiet(), _in_one_line(what), torch.no_grad():
         yield
 
 
 @contextmanager
 def _in_one_line(what: str) -> Iterator[None]:
-    """Turn any exception of the library into an error of one line."""
+    """Turn any exception of the library into a one-line error."""
     try:
         yield
     except MoescaleError:
@@ -223,12 +223,12 @@ def _in_one_line(what: str) -> Iterator[None]:
 
 _logging: Any = transformers_logging
 
-_LESS = "--max-memory keeps what exceeds it on disk."
+_LESS = "--max-memory keeps the weights that exceed it on disk."
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the library's own bars and warnings."""
+    """Turn off the library's progress bars and warnings."""
     level, bars = _logging.get_verbosity(), _logging.is_progress_bar_enabled()
     offload = logging.getLogger("accelerate.big_modeling")
     offload_level = offload.level

@@ -1,7 +1,7 @@
 """The loss of a running model: as trained, and with other numbers of experts, factors and scales.
 
-Nothing is written: hooks multiply the routed outputs and the routers' weights, which gives what a
-conversion would, except for the rounding of the down-projections.
+Nothing is written: hooks multiply the routed outputs and the router weights. The result is that of
+a conversion, except for the rounding of the down-projections.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The loss of a setting by sequence, in nats a token.
+    """The loss of a setting on each sequence, in nats per token.
 
     Attributes:
         losses: cross entropy of the next token, one number a sequence.
@@ -73,13 +73,13 @@ def paired(one: Sequence[float], other: Sequence[float], tokens: Sequence[int]) 
 
 @dataclass(slots=True)
 class Block:
-    """A MoE block that a setting acts on.
+    """An MoE block that a setting acts on.
 
     Attributes:
         layer: the MoE layer.
         experts: the module that returns the routed sum.
         router: multiplies its router; None if that is impossible.
-        count_attributes: objects and attributes that hold the number of experts per token.
+        count_attributes: objects and attributes that set the number of experts per token.
     """
 
     layer: Layer
@@ -90,7 +90,7 @@ class Block:
 
 @contextmanager
 def applied(blocks: Iterable[Block], setting: Setting) -> Iterator[None]:
-    """Run the model with this setting in the context."""
+    """Apply a setting to the model within the context."""
     with ExitStack() as stack:
         for block in blocks:
             stack.enter_context(_applied(block, setting))

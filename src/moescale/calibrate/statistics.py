@@ -10,7 +10,7 @@ from torch import Tensor
 from moescale.factors.samples import Moments
 
 WEIGHTS_KEPT = 4_096
-"""Tokens of a text whose gate weights the percentiles are taken of."""
+"""Tokens of a text whose gate weights are kept for percentiles."""
 
 _PERCENTILES = (0.1, 0.5, 0.9)
 
@@ -21,7 +21,7 @@ class RunningStatistics:
 
     Attributes:
         experts: experts per token, k.
-        every: the gate weights of one token in so many are kept.
+        every: the gate weights of one token in `every` are kept.
         gain: the factor that the block itself applies to the routed sum.
         tokens: tokens so far.
     """
@@ -36,7 +36,7 @@ class RunningStatistics:
     _kept: list[Tensor] = field(default_factory=list)
 
     def add(self, routed: Tensor, weights: Tensor) -> None:
-        """Count tokens: `routed` is [tokens, hidden], `weights` [tokens, k], of any dtype."""
+        """Add tokens: `routed` is [tokens, hidden], `weights` [tokens, k], of any dtype."""
         weights = weights.double()
         self._norm += float(routed.float().norm(dim=-1).double().sum())
         self._squares += float(weights.square().sum())
@@ -66,7 +66,7 @@ class Cosines:
     _tokens: int = 0
 
     def add(self, outputs: Tensor) -> None:
-        """Count tokens: `outputs` is [tokens, k, hidden], one expert's output each."""
+        """Add tokens: `outputs` is [tokens, k, hidden], the output of each chosen expert."""
         k = outputs.shape[1]
         unit = torch.nn.functional.normalize(outputs.float(), dim=-1)
         # The squared norm of the sum is k plus the cosines of all ordered pairs.

@@ -14,16 +14,16 @@ from typing import Any
 from moescale.errors import UnsupportedError, UsageError
 
 FEWEST, MOST = 2_048, 65_536
-"""Limits of a text in tokens: a shorter one is refused, a longer one cut."""
+"""Limits of a text in tokens: a shorter text is refused, a longer one is cut."""
 
 _MOST_BYTES = 32 * MOST
-"""Bytes of a file to tokenise; no tokeniser needs 32 bytes a token on average."""
+"""Bytes read from a file; no tokeniser needs 32 bytes per token on average."""
 
 _BYTE_VOCABULARY = range(256, 385)
 """Sizes of a vocabulary of bytes: 256, and the tokens that a model may add."""
 
 _ROWS = range(2, 257)
-"""Lengths of sequences that a model may have written; others are cut like any text."""
+"""Lengths of sequences that a model may have generated; others are cut like any text."""
 
 _HALF_A_PAIR = re.compile(r"[\ud800-\udfff]")
 """Halves of surrogate pairs, which JSON can spell and UTF-8 cannot."""
@@ -40,7 +40,7 @@ class Text:
         start: the ids that the tokeniser puts at the beginning of every sequence.
         unit: ``tokens`` of the model's tokeniser, or ``bytes``.
         cut: whether the file has more.
-        length: of its sequences, if it consists of sequences; they begin with `start` already.
+        length: tokens of each sequence, if the text is one of sequences, which include `start`.
     """
 
     tokens: tuple[int, ...]
@@ -50,7 +50,7 @@ class Text:
     length: int | None = None
 
     def split(self, length: int, part: float) -> tuple[Text, Text]:
-        """Split it: whole sequences first, then at least `part` tokens if possible."""
+        """Split after whole sequences; the second text has at least `part` of it if possible."""
         size = self.length or max(1, length - len(self.start))
         at = max(1, int(len(self.tokens) * (1 - part)) // size) * size
         return replace(self, tokens=self.tokens[:at]), replace(self, tokens=self.tokens[at:])
@@ -72,10 +72,10 @@ def digest(path: Path, option: str = "--calibrate") -> str:
 
 
 def check_kept(path: Path) -> None:
-    """Refuse to replace a file that holds anything but text that a model wrote.
+    """Refuse to replace a file unless it is text that a model generated.
 
     Raises:
-        UsageError: the file holds something else.
+        UsageError: the file is something else.
     """
     if not path.is_file():
         return
@@ -83,7 +83,7 @@ def check_kept(path: Path) -> None:
         first = file.read(1 << 20).partition(b"\n")[0]
     if first and not (first.startswith(b'{"text": ') and b', "tokens": [' in first):
         raise UsageError(
-            f"--calibrate-out {path}: exists, and is not text that a model wrote",
+            f"--calibrate-out {path}: exists, and is not text that a model generated",
             hint="Give another file; only the text of an earlier run is replaced.",
         )
 
@@ -93,11 +93,11 @@ def read_text(path: Path, folder: Path, vocabulary: int, option: str = "--calibr
 
     Args:
         path: UTF-8 text; lines of JSON (``.jsonl``) with a field ``text``, or with the ``tokens``
-            that `moescale.calibrate.generated_text.keep_text` writes; or any file for a model of
-            bytes.
+            that `moescale.calibrate.generated_text.keep_text` writes; or, for a byte-level model,
+            any file.
         folder: the checkpoint with the tokeniser.
         vocabulary: number of the model's token ids.
-        option: for errors.
+        option: the option to name in errors.
 
     Raises:
         UsageError: the file is not text, or too short.
@@ -130,7 +130,7 @@ def _read(data: bytes, where: str, is_json: bool, folder: Path, vocabulary: int)
 
 def _json_lines(text: str, where: str, whole: bool) -> list[dict[str, Any]]:
     """The objects of lines of JSON; the last line may be cut if the file has more."""
-    lines = text.split("\n")  # alone: a string may hold every other character that ends a line
+    lines = text.split("\n")  # not splitlines(): a string may contain U+2028 and the like
     found: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -183,7 +183,7 @@ def tokeniser_of(folder: Path, vocabulary: int) -> Any:
 
 
 def _tokenised(words: str, tokeniser: Any) -> Text:
-    # Not verbose: it would warn of a long text.
+    # Without verbose=False it warns about a long text.
     tokens = tokeniser(words, add_special_tokens=False, verbose=False)["input_ids"]
     both: list[int] = tokeniser("a")["input_ids"]
     bare: list[int] = tokeniser("a", add_special_tokens=False)["input_ids"]
@@ -192,14 +192,14 @@ def _tokenised(words: str, tokeniser: Any) -> Text:
 
 
 def overlap(one: Text, other: Text) -> bool:
-    """Whether both share a passage of 32 tokens, or of 64 bytes."""
+    """Whether two texts share a passage of 32 tokens, or of 64 bytes."""
     window = 64 if one.unit == "bytes" else 32
     found = {one.tokens[i : i + window] for i in range(len(one.tokens) - window + 1)}
     return any(other.tokens[i : i + window] in found for i in range(len(other.tokens) - window + 1))
 
 
 def _find(part: list[int], whole: list[int]) -> int:
-    """The start of one list in another; 0 if it is not there."""
+    """The position of one list in another; 0 if absent."""
     places = range(len(whole) - len(part) + 1)
     return next((i for i in places if whole[i : i + len(part)] == part), 0)
 
@@ -214,7 +214,7 @@ def _decoded(data: bytes, where: str) -> str:
             return data[: error.start].decode("utf-8-sig")
         raise UsageError(
             f"{where}: is not UTF-8 text (byte {error.start:,})",
-            hint="Other files are only for models of bytes without a tokeniser.",
+            hint="Only byte-level models without a tokeniser can read other files.",
         ) from None
 
 
@@ -223,7 +223,7 @@ def _tokeniser(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # whatever a tokeniser's file makes the library raise
+    except Exception as error:  # a damaged tokeniser file makes the library raise anything
         raise UnsupportedError(
             f"the model's tokeniser cannot be loaded: {one_line(error)}",
             hint="Remote code is never run; --rule gates needs no tokeniser.",
@@ -231,6 +231,6 @@ def _tokeniser(folder: Path) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message, cut to a line."""
+    """An exception's message as one line of at most 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:199] + "…"
