@@ -1,4 +1,4 @@
-"""GGUF in, GGUF out: read and written as the format's own library does."""
+"""GGUF in, GGUF out, compared with the format's own library."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ ROOT = math.sqrt(1.5)
 
 
 def convert(source: Path, output: Path, **options: Any) -> moescale.Result:
-    """Convert to 3 experts by the closed form, and prove it."""
+    """Convert to 3 experts per token with the closed form, and verify."""
     given = {"experts": 3, "rule": "preserve", "verify": True, **options}
     return moescale.convert(source, output, **given)
 
 
 def others(tensors: dict[str, Any], *names: str) -> dict[str, bytes]:
-    """The bytes of all tensors but those whose names end so."""
+    """The bytes of all tensors except those with these name suffixes."""
     return {n: t.data.tobytes() for n, t in tensors.items() if not n.endswith(names)}
 
 
 @pytest.mark.parametrize("kind", ["F32", "Q4_K"])
 def test_the_experts_are_scaled_and_all_else_is_as_it_was(tmp_path: Path, kind: str) -> None:
-    """Weights times the factor; other tensors and keys to the bit (all types: test_gguf_types)."""
+    """Weights are multiplied, the rest is bit-identical; test_gguf_types tries all types."""
     (source,) = write_model(tmp_path / "m.gguf", kind=kind, words=50)
     result = convert(source, tmp_path / "out.gguf")
     keys, tensors = read_model(source)
@@ -65,7 +65,7 @@ def test_the_experts_are_scaled_and_all_else_is_as_it_was(tmp_path: Path, kind: 
 
 
 def test_the_header_says_what_was_done(tmp_path: Path) -> None:
-    """Version, source, rule, counts and a factor a block; the whole of it as JSON."""
+    """Keys give version, source, rule, counts and a factor per block, and all of it as JSON."""
     (source,) = write_model(tmp_path / "m.gguf")
     convert(source, tmp_path / "out.gguf")
     keys, _ = read_model(tmp_path / "out.gguf")
@@ -81,7 +81,7 @@ def test_the_header_says_what_was_done(tmp_path: Path) -> None:
 
 
 def test_an_output_can_be_a_source(tmp_path: Path) -> None:
-    """Its keys of an earlier run are replaced, none is there twice, and that is said."""
+    """The keys of the earlier run are replaced, not repeated, and the plan warns."""
     (source,) = write_model(tmp_path / "m.gguf")
     convert(source, tmp_path / "once.gguf")
     result = convert(tmp_path / "once.gguf", tmp_path / "twice.gguf", experts=4)
@@ -99,14 +99,14 @@ def test_an_output_can_be_a_source(tmp_path: Path) -> None:
     ],
 )
 def test_a_scale_tensor_names_the_oldest_release(tmp_path: Path, arch: str, said: str) -> None:
-    """That is known to use it with this architecture: older ones may ignore it without a word."""
+    """Older releases than the named one may ignore the tensor silently."""
     (source,) = write_model(tmp_path / "m.gguf", arch)
     plan = moescale.plan(source, experts=3, rule="preserve", fold="scale")
     assert [w for w in plan.warnings if f"{arch!r} {said};" in w]
 
 
 def test_the_rounding_of_scales_is_measured(tmp_path: Path) -> None:
-    """By tensor: the mean square and the worst of the blocks' errors, as numpy finds them."""
+    """For each tensor: root mean square and maximum of the block errors, compared with numpy."""
     (source,) = write_model(tmp_path / "m.gguf", kind="Q6_K")
     result = convert(source, tmp_path / "out.gguf")
     _, old = read_model(source)
@@ -128,7 +128,7 @@ def test_the_rounding_of_scales_is_measured(tmp_path: Path) -> None:
 def test_a_destination_that_looks_like_a_repo_is_said_to_be_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With how the Hub is meant, as for folders."""
+    """The warning says how to name a Hub repo, as for folders."""
     (source,) = write_model(tmp_path / "m.gguf")
     monkeypatch.chdir(tmp_path)
     plan = moescale.plan(source, "me/out.gguf", experts=3, rule="preserve")
@@ -138,7 +138,7 @@ def test_a_destination_that_looks_like_a_repo_is_said_to_be_a_file(
 
 @pytest.mark.parametrize("split", [1, 3])
 def test_any_part_of_a_set_stands_for_all(tmp_path: Path, split: int) -> None:
-    """The parts keep their names in a folder, and together are the scaled whole."""
+    """One part finds the set; the parts keep their names and together hold the scaled model."""
     (whole,) = write_model(tmp_path / "whole.gguf", kind="Q4_K")
     parts = write_model(tmp_path / "m.gguf", kind="Q4_K", split=split)
     assert len(parts) > 2
@@ -155,7 +155,7 @@ def test_any_part_of_a_set_stands_for_all(tmp_path: Path, split: int) -> None:
 
 
 def test_a_set_can_have_another_name(tmp_path: Path) -> None:
-    """And the bytes are the same: they do not say what the files are called."""
+    """The bytes do not depend on the output's name."""
     parts = write_model(tmp_path / "m.gguf", split=4)
     convert(parts[0], tmp_path / "out")
     convert(parts[0], tmp_path / "other.gguf")
@@ -166,7 +166,7 @@ def test_a_set_can_have_another_name(tmp_path: Path) -> None:
 
 
 def test_a_renamed_set_is_found_by_its_first_file(tmp_path: Path) -> None:
-    """Which is what a script is told; its record knows the files by their new names."""
+    """The run prints the path of the first file, and the record lists the new names."""
     parts = write_model(tmp_path / "m.gguf", split=4)
     numbered = tmp_path / f"z-00001-of-{len(parts):05d}.gguf"
     for place in (tmp_path / "z.gguf", numbered):
@@ -184,7 +184,7 @@ def test_a_renamed_set_is_found_by_its_first_file(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_one_model_stands_for_it(tmp_path: Path) -> None:
-    """A projector beside it does not count; of two models one is to be given."""
+    """A projector beside the model does not count; with two models the user must choose one."""
     source = tmp_path / "in"
     source.mkdir()
     parts = write_model(source / "m.gguf", split=4)
@@ -197,7 +197,7 @@ def test_a_folder_of_one_model_stands_for_it(tmp_path: Path) -> None:
 
 
 def test_a_missing_or_foreign_part_is_refused(tmp_path: Path) -> None:
-    """Which one is missing is said; parts of two models do not make a set."""
+    """The error names the missing part; parts of two models are not a set."""
     parts = write_model(tmp_path / "m.gguf", split=4)
     write_model(tmp_path / "n.gguf", split=3)
     parts[1].rename(tmp_path / "away")
@@ -209,7 +209,7 @@ def test_a_missing_or_foreign_part_is_refused(tmp_path: Path) -> None:
 
 
 def test_other_files_of_the_folder_stay(tmp_path: Path) -> None:
-    """A destination is these files; what lies beside them is none of its business."""
+    """A run with --overwrite replaces only the files of the model."""
     (source,) = write_model(tmp_path / "m.gguf")
     out = tmp_path / "out"
     (out / "empty").mkdir(parents=True)
@@ -222,7 +222,7 @@ def test_other_files_of_the_folder_stay(tmp_path: Path) -> None:
 
 
 def test_what_is_there_is_kept_without_overwrite(tmp_path: Path) -> None:
-    """The same job is done already; another is refused, and what is no GGUF file is never lost."""
+    """The same job is done, another is refused, and a file that is not GGUF is never replaced."""
     (source,) = write_model(tmp_path / "m.gguf")
     out = tmp_path / "out.gguf"
     convert(source, out)
@@ -239,7 +239,7 @@ def test_what_is_there_is_kept_without_overwrite(tmp_path: Path) -> None:
 
 
 def test_the_source_is_never_the_destination(tmp_path: Path) -> None:
-    """Neither by its name, nor by its folder, nor through a link."""
+    """A name, a folder and a link that lead to the source are refused."""
     parts = write_model(tmp_path / "m.gguf", split=4)
     link = tmp_path / "links" / "m2.gguf"
     link.parent.mkdir()
@@ -253,7 +253,7 @@ def test_the_source_is_never_the_destination(tmp_path: Path) -> None:
 def test_the_first_part_comes_last_and_a_stopped_run_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A client opens the first part; before all is there, it is not."""
+    """Clients open the first part, so it must not exist before the others."""
     parts = write_model(tmp_path / "m.gguf", split=2)
     convert(parts[0], tmp_path / "whole")
     commit, order = local_destination.LocalDestination.commit_file, list[str]()
@@ -286,7 +286,7 @@ def test_the_first_part_comes_last_and_a_stopped_run_resumes(
 
 
 def test_a_changed_output_is_found_and_mended(tmp_path: Path) -> None:
-    """In the header and in the data; --overwrite with --verify writes again what differs."""
+    """Damage in header or data is found; --overwrite with --verify rewrites the damaged files."""
     parts = write_model(tmp_path / "m.gguf", split=4)
     out = tmp_path / "out"
     convert(parts[0], out)
@@ -309,7 +309,7 @@ def test_a_changed_output_is_found_and_mended(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("written", ["weights", "config", "scale"])
 def test_the_factor_goes_where_it_is_asked_to(tmp_path: Path, written: str) -> None:
-    """Into the weights; or into a key or a tensor, with every weight as it was."""
+    """The weights change only if the factor goes into them, not into a key or a tensor."""
     keys = {"expert_weights_norm": True, "expert_weights_scale": 2.5, "expert_gating_func": 2}
     (source,) = write_model(tmp_path / "m.gguf", "hy_v3", keys=keys, kind="Q4_K")
     convert(source, tmp_path / "out.gguf", fold=written)
@@ -330,7 +330,7 @@ def test_the_factor_goes_where_it_is_asked_to(tmp_path: Path, written: str) -> N
 
 @pytest.mark.parametrize("old", [None, 0.0])
 def test_a_routed_scale_of_none_or_zero_is_one(tmp_path: Path, old: float | None) -> None:
-    """As in the client; a key that is not there is added."""
+    """The client reads it this way; an absent key is added."""
     keys = {"expert_weights_norm": True} | ({} if old is None else {"expert_weights_scale": old})
     (source,) = write_model(tmp_path / "m.gguf", "bailingmoe", keys=keys)
     convert(source, tmp_path / "out.gguf", fold="config")
@@ -339,7 +339,7 @@ def test_a_routed_scale_of_none_or_zero_is_one(tmp_path: Path, old: float | None
 
 
 def test_every_part_counts_the_new_tensors(tmp_path: Path) -> None:
-    """The number of tensors of a set stands in each of its files."""
+    """Each file of a set states the number of tensors in the set."""
     parts = write_model(
         tmp_path / "m.gguf",
         split=4,
@@ -358,7 +358,7 @@ def test_every_part_counts_the_new_tensors(tmp_path: Path) -> None:
     ("arch", "fold"), [("llama", "config"), ("olmoe", "config"), ("olmoe", "scale")]
 )
 def test_a_fold_that_would_change_nothing_is_refused(tmp_path: Path, arch: str, fold: str) -> None:
-    """llama.cpp would load it without a word, and not use it."""
+    """llama.cpp would load the file and ignore the factor without a message."""
     (source,) = write_model(tmp_path / "m.gguf", arch)
     with pytest.raises(UnsupportedError, match="nothing would change"):
         moescale.plan(source, experts=3, rule="preserve", fold=fold)
@@ -369,7 +369,7 @@ def test_a_fold_that_would_change_nothing_is_refused(tmp_path: Path, arch: str, 
     [
         ("llama", {}, ROOT),
         ("qwen3moe", {}, ROOT),
-        ("qwen2moe", {"expert_weights_norm": True}, 1 / ROOT),  # a key that it does not read
+        ("qwen2moe", {"expert_weights_norm": True}, 1 / ROOT),  # the client does not read this key
         ("olmoe", {}, 1 / ROOT),
         ("deepseek2", {}, 1 / ROOT),
         ("deepseek2", {"expert_weights_norm": True}, ROOT),
@@ -380,7 +380,7 @@ def test_a_fold_that_would_change_nothing_is_refused(tmp_path: Path, arch: str, 
 def test_the_client_decides_how_experts_are_weighed(
     tmp_path: Path, arch: str, keys: dict[str, Any], factor: float
 ) -> None:
-    """Not what transformers does with a model of that name."""
+    """The factor follows the gate weights of llama.cpp, which may differ from transformers."""
     (source,) = write_model(tmp_path / "m.gguf", arch, keys=keys)
     plan = moescale.plan(source, experts=3, rule="preserve")
     assert plan.factors["0"] == pytest.approx(factor)
@@ -388,7 +388,7 @@ def test_the_client_decides_how_experts_are_weighed(
 
 
 def test_the_router_is_sampled_as_the_client_forms_it(tmp_path: Path) -> None:
-    """The rule gates finds what it needs in the file; a bias and groups take part in the choice."""
+    """The rule gates reads what it needs from the file; a bias and groups affect the choice."""
     keys = {"expert_weights_norm": True, "expert_gating_func": 2, "expert_weights_scale": 2.0}
     (plain,) = write_model(tmp_path / "a.gguf", "deepseek2", keys=keys)
     bias = {f"blk.{i}.exp_probs_b.bias": numbers(EXPERTS, sigma=2.0) for i in range(2)}
@@ -415,7 +415,7 @@ def test_the_router_is_sampled_as_the_client_forms_it(tmp_path: Path) -> None:
 def test_the_norm_before_the_router_is_that_of_the_architecture(
     tmp_path: Path, arch: str, norm: str
 ) -> None:
-    """It is not called the same everywhere."""
+    """Architectures use different names for it."""
     bias = {f"blk.{i}.ffn_gate_inp.bias": numbers(EXPERTS) for i in range(2)}
     (source,) = write_model(tmp_path / "m.gguf", arch, norm=norm, tensors=bias)
     assert moescale.plan(source, experts=3, rule="gates").comparison.basis == "sampled"
@@ -432,7 +432,7 @@ def test_routers_can_be_scaled(tmp_path: Path) -> None:
 
 
 def test_each_layer_may_have_a_count_and_a_factor_of_its_own(tmp_path: Path) -> None:
-    """A layer without experts keeps its 0; the others get the new number."""
+    """A layer without experts keeps its count of 0; the others get the new count."""
     dense = tuple(f"blk.1.{n}.weight" for n in ("ffn_gate_inp", "ffn_up_exps", "ffn_down_exps"))
     keys = {"expert_weights_norm": True}
     (source,) = write_model(
@@ -446,7 +446,7 @@ def test_each_layer_may_have_a_count_and_a_factor_of_its_own(tmp_path: Path) -> 
 
 
 def test_factors_of_the_safetensors_model_serve(tmp_path: Path) -> None:
-    """By the number of the layer, as a mapping or as the provenance of another output."""
+    """Factors are matched by the number of the layer."""
     (source,) = write_model(tmp_path / "m.gguf")
     result = convert(source, tmp_path / "out.gguf", rule=None, factors={0: 1.25, 1: 0.75})
     assert dict(result.plan.factors) == {"0": 1.25, "1": 0.75}
@@ -459,7 +459,7 @@ def test_factors_of_the_safetensors_model_serve(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["mtp.0", "3"])
 def test_factors_of_layers_for_further_tokens_find_them(tmp_path: Path, name: str) -> None:
-    """A safetensors model counts them apart or on; many files leave them out."""
+    """Safetensors models number MTP layers apart or after the others; many GGUF files lack them."""
     given = {"0": 1.25, "1": 0.75, "2": 0.5, name: 1.5}
     keys = {"nextn_predict_layers": 1}
     (source,) = write_model(tmp_path / "m.gguf", "qwen3next", layers=4, keys=keys)
@@ -475,7 +475,7 @@ def test_factors_of_layers_for_further_tokens_find_them(tmp_path: Path, name: st
 
 
 def test_router_scales_of_the_safetensors_model_serve_too(tmp_path: Path) -> None:
-    """As the rule fitted notes them; they go into the routers, and into the header."""
+    """The scales of a file that the rule fitted wrote go into the routers and the header."""
     (source,) = write_model(tmp_path / "m.gguf")
     scales = {"0": 1.5, "1": 0.5}
     given = {"factors": {"0": 1.25, "1": 0.75}, "router_scales": scales}
@@ -490,7 +490,7 @@ def test_router_scales_of_the_safetensors_model_serve_too(tmp_path: Path) -> Non
 
 
 def test_a_scale_that_would_overflow_is_an_error(tmp_path: Path) -> None:
-    """The tensor is named, and nothing is written under the output's name."""
+    """The error names the tensor, and no output file appears."""
     (source,) = write_model(tmp_path / "m.gguf", kind="Q8_0")
     with pytest.raises(RewriteError, match=r"blk\.0\.ffn_down_exps\.weight"):
         convert(source, tmp_path / "out.gguf", rule=None, factor=1e9)
@@ -498,7 +498,7 @@ def test_a_scale_that_would_overflow_is_an_error(tmp_path: Path) -> None:
 
 
 def test_mxfp4_takes_powers_of_two_or_says_what_else(tmp_path: Path) -> None:
-    """Its scales are such; what serves any factor depends on the architecture."""
+    """MXFP4 scales are powers of two; the hint for other factors depends on the architecture."""
     (source,) = write_model(tmp_path / "m.gguf", kind="MXFP4")
     with pytest.raises(UnsupportedError, match="powers of two") as caught:
         moescale.plan(source, experts=3, rule="preserve")
@@ -515,7 +515,7 @@ def test_mxfp4_takes_powers_of_two_or_says_what_else(tmp_path: Path) -> None:
 
 
 def test_the_other_writers_of_the_stream_are_divided_instead(tmp_path: Path) -> None:
-    """--fold residual, for gpt-oss: the embedding and what the attention adds."""
+    """--fold residual, for gpt-oss, divides the embedding and the output of the attention."""
     more = {f"blk.{i}.attn_output.weight": numbers(HIDDEN, HIDDEN, seed=i) for i in range(2)}
     more |= {f"blk.{i}.attn_output.bias": numbers(HIDDEN, seed=i) for i in range(2)}
     (source,) = write_model(tmp_path / "m.gguf", "gpt-oss", kind="MXFP4", tensors=more)
@@ -529,7 +529,7 @@ def test_the_other_writers_of_the_stream_are_divided_instead(tmp_path: Path) -> 
 
 
 def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
-    """An architecture, a draft model, a dense one; a count that the file fixes; a lost factor."""
+    """The error names the unknown architecture, the draft or dense model, or the other reason."""
     cases = (
         ("newmoe", {}, {}, "architecture 'newmoe' is not known"),
         ("dflash", {}, {}, "draft model"),
@@ -558,7 +558,7 @@ def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_an_unknown_architecture_can_be_described(tmp_path: Path) -> None:
-    """By a pattern and a factor; the hint of the refusal says so."""
+    """A pattern and a config key are enough, and the hint of the refusal says so."""
     (source,) = write_model(tmp_path / "m.gguf", "newmoe")
     with pytest.raises(UnsupportedError) as caught:
         moescale.plan(source, experts=3)
@@ -578,7 +578,7 @@ def test_an_unknown_architecture_can_be_described(tmp_path: Path) -> None:
 
 
 def test_a_block_without_its_experts_or_router_is_refused(tmp_path: Path) -> None:
-    """A part of a model is never rescaled in silence."""
+    """A model is never rescaled in part."""
     for name in ("ffn_down_exps", "ffn_gate_inp"):
         (source,) = write_model(tmp_path / "m.gguf", without=(f"blk.1.{name}.weight",))
         with pytest.raises(CheckpointError, match=r"blk\.1"):
@@ -592,14 +592,14 @@ def test_a_block_without_its_experts_or_router_is_refused(tmp_path: Path) -> Non
 
 
 def test_nothing_to_do_is_said(tmp_path: Path) -> None:
-    """The same number and no factor: no file is written."""
+    """With the same count and no factor, no file is written."""
     (source,) = write_model(tmp_path / "m.gguf")
     assert convert(source, tmp_path / "out.gguf", experts=2, verify=False).status == "nothing"
     assert not (tmp_path / "out.gguf").exists()
 
 
 def test_glm_4_7_flash_is_told_by_its_size(tmp_path: Path) -> None:
-    """An old file of arch deepseek2 that names no function: the client takes the sigmoid there."""
+    """An old deepseek2 file may lack the gating function; the client then assumes sigmoid."""
     words = {"token_embd.weight": numbers(154_880, HIDDEN)}
     found = []
     for tensors in ({}, words):
@@ -614,7 +614,7 @@ def test_glm_4_7_flash_is_told_by_its_size(tmp_path: Path) -> None:
 
 
 def test_a_count_that_has_no_room_in_the_graph_is_warned_of(tmp_path: Path) -> None:
-    """llama.cpp's graph has 8 nodes for each tensor, and each expert takes two in every block."""
+    """llama.cpp's graph has 8 nodes per tensor, and each active expert takes two in every block."""
     router = {f"blk.{i}.ffn_gate_inp.weight": numbers(256, HIDDEN) for i in range(8)}
     experts = {f"blk.{i}.ffn_down_exps.weight": numbers(256, HIDDEN, 32) for i in range(8)}
     (source,) = write_model(tmp_path / "m.gguf", layers=8, tensors={**router, **experts})
@@ -628,7 +628,7 @@ def test_a_count_that_has_no_room_in_the_graph_is_warned_of(tmp_path: Path) -> N
 
 
 def test_rules_that_run_the_model_are_refused(tmp_path: Path) -> None:
-    """Transformers does not run the file; factors that were measured elsewhere serve."""
+    """Transformers does not run GGUF files."""
     (source,) = write_model(tmp_path / "m.gguf")
     text = tmp_path / "text.txt"
     text.write_text("word " * 4000)
@@ -642,6 +642,6 @@ def test_rules_that_run_the_model_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_gguf_name_is_no_destination_of_safetensors(folder: Path, tmp_path: Path) -> None:
-    """Nothing here converts from one format to the other."""
+    """A conversion between the two formats is refused."""
     with pytest.raises(UsageError, match=r"convert_hf_to_gguf|source is not GGUF"):
         moescale.plan(folder, tmp_path / "out.gguf", experts=3)

@@ -1,4 +1,4 @@
-"""GGUF headers: read as the format's own library writes them, refused as llama.cpp does."""
+"""GGUF headers: read as the gguf library writes them, refused as llama.cpp does."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from moescale.errors import CheckpointError
 
 
 def parse(data: bytes) -> GgufHeader:
-    """Parse a file that is held in memory."""
+    """Parse a file in memory."""
     return parse_header(lambda start, size: data[start : start + size], len(data), "m.gguf")
 
 
 def written(path: Path, fill: Callable[[gguf.GGUFWriter], None]) -> bytes:
-    """What PyPI's gguf writes for the architecture ``llama``."""
+    """A file of the architecture ``llama``, written by PyPI's gguf."""
     writer = gguf.GGUFWriter(path, "llama")
     fill(writer)
     finish(writer)
@@ -35,7 +35,7 @@ def written(path: Path, fill: Callable[[gguf.GGUFWriter], None]) -> bytes:
 
 
 def usual(writer: gguf.GGUFWriter) -> None:
-    """Keys of every kind, and tensors of three types."""
+    """Add keys of every kind, and tensors of three types."""
     writer.add_uint8("a.u8", 200)
     writer.add_int8("a.i8", -3)
     writer.add_uint16("a.u16", 60_000)
@@ -58,7 +58,7 @@ def usual(writer: gguf.GGUFWriter) -> None:
 
 
 def test_keys_and_tensors_are_those_that_the_library_wrote(tmp_path: Path) -> None:
-    """Values of every type, and each tensor's bytes at the place that is said."""
+    """Values of every type are read, and every tensor's bytes are where its entry says."""
     data = written(tmp_path / "m.gguf", usual)
     header = parse(data)
     assert header.version == 3
@@ -89,7 +89,7 @@ def test_keys_and_tensors_are_those_that_the_library_wrote(tmp_path: Path) -> No
 
 
 def test_the_file_is_the_header_and_what_it_says(tmp_path: Path) -> None:
-    """Keys, entries of tensors and data follow each other, with nothing but padding between."""
+    """Keys, tensor entries and data follow each other, with only padding between them."""
     data = written(tmp_path / "m.gguf", usual)
     header = parse(data)
     keys = list(header.keys.values())
@@ -102,7 +102,7 @@ def test_the_file_is_the_header_and_what_it_says(tmp_path: Path) -> None:
 
 
 def test_a_key_for_the_alignment_counts(tmp_path: Path) -> None:
-    """Data start at a multiple of it, and so does each tensor."""
+    """The data and each tensor start at a multiple of the alignment."""
 
     def aligned(writer: gguf.GGUFWriter) -> None:
         writer.add_custom_alignment(256)
@@ -115,10 +115,10 @@ def test_a_key_for_the_alignment_counts(tmp_path: Path) -> None:
 
 
 def test_every_type_of_the_library_is_in_the_table() -> None:
-    """Block sizes are those of PyPI's gguf, under the same number and name."""
+    """Numbers, names and block sizes are those of PyPI's gguf."""
     for number, (weights, size) in gguf.GGML_QUANT_SIZES.items():
         row = types.BY_NUMBER[int(number)]
-        if row.name == "Q8_1":  # the library has an old structure; no file has the type
+        if row.name == "Q8_1":  # the library has an outdated structure; no file uses the type
             continue
         assert (row.name, row.weights, row.size) == (number.name, weights, size)
 
@@ -132,14 +132,14 @@ def string(text: bytes) -> bytes:
 
 
 def key(name: bytes, kind: int, value: bytes) -> bytes:
-    """An entry of a key."""
+    """The entry of a key."""
     return string(name) + struct.pack("<I", kind) + value
 
 
 def info(
     name: bytes = b"x", shape: tuple[int, ...] = (4,), kind: int = 0, offset: int = 0
 ) -> bytes:
-    """An entry of a tensor."""
+    """The entry of a tensor."""
     sizes = struct.pack(f"<I{len(shape)}q", len(shape), *shape)
     return string(name) + sizes + struct.pack("<IQ", kind, offset)
 
@@ -151,7 +151,7 @@ def file(
     version: int = 3,
     counts: tuple[int, int] | None = None,
 ) -> bytes:
-    """A file with these entries and so many bytes of data."""
+    """A file with these entries and this number of data bytes."""
     tensors, count = counts or (len(infos), len(keys))
     head = b"GGUF" + struct.pack("<IQQ", version, tensors, count)
     whole = head + b"".join(keys) + b"".join(infos)
@@ -217,7 +217,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_llama_cpp_rejects_is_refused_in_one_line(name: str) -> None:
-    """The file is named, and what is wrong with it."""
+    """The error names the file and the defect."""
     data, why = BROKEN[name]
     with pytest.raises(CheckpointError) as caught:
         parse(data)
@@ -227,7 +227,7 @@ def test_what_llama_cpp_rejects_is_refused_in_one_line(name: str) -> None:
 
 
 def test_the_builder_of_broken_files_builds_good_ones(tmp_path: Path) -> None:
-    """Without a fault, both readers take its files."""
+    """Both readers accept its files if they have no defect."""
     data = file((key(b"general.architecture", 8, string(b"llama")),), (info(),), data=32)
     header = parse(data)
     assert [t.name for t in header.tensors] == ["x"]
@@ -237,7 +237,7 @@ def test_the_builder_of_broken_files_builds_good_ones(tmp_path: Path) -> None:
 
 @given(st.data())
 def test_damage_gives_a_header_or_one_line(data: Any) -> None:
-    """Whatever bytes change, nothing else is raised."""
+    """Whatever bytes change, no other exception is raised."""
     keys = (
         key(b"general.architecture", 8, string(b"llama")),
         key(b"words", 9, struct.pack("<IQ", 8, 2) + string(b"a") + string(b"bc")),

@@ -43,13 +43,13 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
     ],
 )
 def test_a_model_of_a_repo_is_named(text: str, place: HubRef) -> None:
-    """By a part of its name, or by its path."""
+    """A part of the model's name or a path selects it; its text form parses to the same."""
     assert parse_ref(text) == place
     assert parse_ref(str(place)) == place
 
 
 def test_a_name_of_nothing_is_refused() -> None:
-    """And the address of a file is that file."""
+    """Paths and empty names after the colon are refused; a file's address refers to the file."""
     for text in ("org/name:", "org/name:a/b", "org/name:a:b"):
         with pytest.raises(UsageError):
             parse_ref(text)
@@ -67,7 +67,7 @@ def test_a_name_of_nothing_is_refused() -> None:
     ],
 )
 def test_it_is_streamed_to_a_disk(lab: Lab, source: str, names: list[str] | None) -> None:
-    """The header by ranges, then the files; the bytes are those that a local run makes."""
+    """The header is read by ranges, then the files are streamed; the bytes equal a local run's."""
     out = lab.root / "out"
     lab.done(source, str(out), *K3, "--verify", "-q")
     local = lab.root / "repo" / (names[0] if names else "Q4_K_M/m-Q4_K_M-00001-of-00003.gguf")
@@ -82,7 +82,7 @@ def test_it_is_streamed_to_a_disk(lab: Lab, source: str, names: list[str] | None
 
 
 def test_what_is_not_there_is_said(lab: Lab) -> None:
-    """With the models that there are."""
+    """The error lists the models of the repo."""
     failure = lab.run(f"{REPO}:Q2_K", "--dry-run", *K3).failure
     assert "has no Q2_K" in failure
     assert "m.Q8_0.gguf" in failure
@@ -90,7 +90,7 @@ def test_what_is_not_there_is_said(lab: Lab) -> None:
 
 
 def test_it_is_streamed_to_a_repo_with_a_card(lab: Lab) -> None:
-    """The card says which file was made from which; the same run again has nothing to do."""
+    """The card names the source of the files; the same run again has nothing to do."""
     source = f"{REPO}:Q4_K_M"
     lab.done(source, f"hf://{DST}", *K3, "--verify", "-q")
     files = lab.output()

@@ -25,7 +25,7 @@ DTYPES = {"F16": np.dtype("<f2"), "NIBBLES": np.dtype("<f2"), "F32": np.dtype("<
 
 
 def random_blocks(row: GgmlType) -> Bytes:
-    """Blocks with random codes and scales of usual size, and some that are subnormal or zero."""
+    """Blocks with random codes, scales of usual size, and a few subnormal or zero scales."""
     generator = np.random.default_rng(row.number)
     blocks = generator.integers(0, 256, (BLOCKS, row.size), dtype=np.uint8)
     for at in row.scales:
@@ -37,7 +37,7 @@ def random_blocks(row: GgmlType) -> Bytes:
 
 
 def put_scales(blocks: Bytes, at: int, row: GgmlType, numbers: np.ndarray[Any, Any]) -> None:
-    """Store numbers as the scales of all blocks."""
+    """Set the scales of all blocks."""
     if row.kind == "E8M0":
         blocks[:, at] = np.random.default_rng(1).integers(90, 150, len(blocks))
     elif row.kind == "NIBBLES":
@@ -59,7 +59,7 @@ def scaled(row: GgmlType, blocks: Bytes, factor: float) -> tuple[Bytes, Rounding
 
 
 def weights(row: GgmlType, blocks: Bytes) -> np.ndarray[Any, Any]:
-    """What PyPI's gguf says that blocks stand for, [blocks, weights of one]."""
+    """The values of blocks according to PyPI's gguf, ``[blocks, weights per block]``."""
     kind = gguf.GGMLQuantizationType(row.number)
     plain = {"F32": "<f4", "F16": "<f2"}.get(row.name)
     rows = blocks.reshape(-1).view(plain).reshape(len(blocks), -1) if plain else blocks
@@ -68,7 +68,7 @@ def weights(row: GgmlType, blocks: Bytes) -> np.ndarray[Any, Any]:
 
 @pytest.mark.parametrize("name", sorted(SCALED.keys() - NO_DEQUANTISER))
 def test_weights_are_the_factor_times_what_they_were(name: str) -> None:
-    """As the format's own library reads them, to the rounding of the scale."""
+    """The format's own library reads the scaled values, up to the rounding of the scale."""
     row = SCALED[name]
     factor = 2.0 if row.kind == "E8M0" else FACTOR
     blocks = random_blocks(row)
@@ -83,7 +83,7 @@ def test_weights_are_the_factor_times_what_they_were(name: str) -> None:
 
 @pytest.mark.parametrize("name", SCALED)
 def test_everything_but_the_scales_is_bit_identical(name: str) -> None:
-    """And the scales are float16(float32(d) x float32(factor)), by numpy's own rounding."""
+    """New scales are float16(float32(d) x float32(factor)), rounded by numpy."""
     row = SCALED[name]
     factor = 0.5 if row.kind == "E8M0" else FACTOR
     blocks = random_blocks(row)
@@ -114,7 +114,7 @@ def test_everything_but_the_scales_is_bit_identical(name: str) -> None:
 
 
 def test_the_rounding_is_measured() -> None:
-    """The worst and the mean square of the scales' errors, and what became zero."""
+    """The maximum and root mean square of the scales' errors, and the number of new zeros."""
     row = BY_NAME["Q8_0"]
     blocks = random_blocks(row)
     after, seen = scaled(row, blocks, FACTOR)
@@ -129,7 +129,7 @@ def test_the_rounding_is_measured() -> None:
 
 @pytest.mark.parametrize("name", [n for n, r in SCALED.items() if r.kind in ("F16", "NIBBLES")])
 def test_a_scale_that_would_overflow_is_counted(name: str) -> None:
-    """60,000 times 1.22 is beyond F16; infinities and NaNs that were there are not counted."""
+    """60,000 times 1.22 exceeds F16; infinities and NaNs that were there before do not count."""
     row = SCALED[name]
     blocks = random_blocks(row)
     numbers = np.full(BLOCKS, 60_000.0)
@@ -139,7 +139,7 @@ def test_a_scale_that_would_overflow_is_counted(name: str) -> None:
 
 
 def test_powers_of_two_end_where_the_exponent_does() -> None:
-    """255 is NaN and stays; a block of zeros has the lowest exponent and keeps it."""
+    """The exponent 255 is NaN and stays; a block of zeros keeps the lowest exponent."""
     row = BY_NAME["MXFP4"]
     blocks = np.full((4, row.size), 0x11, np.uint8)
     blocks[:, 0] = 255, 0, 254, 0

@@ -1,7 +1,7 @@
-"""Every type of tensor in every way that a factor can go, from file to file.
+"""Every tensor type with every fold, from file to file.
 
-What blocks stand for is said by PyPI's ``gguf``, and for the two types that it lacks by what
-``ggml-quants.c`` (``dequantize_row_q1_0``, ``_q2_0``) does.
+Reference values come from PyPI's ``gguf`` and, for the two types that it lacks, from the
+formulas of ``ggml-quants.c`` (``dequantize_row_q1_0``, ``_q2_0``).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Array = np.ndarray[Any, Any]
 
 
 def write(path: Path, arch: str, kind: str) -> Path:
-    """A model with down-projections of a type."""
+    """Write a model whose down-projections have this type."""
     keys = {"expert_weights_norm": True} if arch == "bailingmoe" else {}
     if kind != "Q2_0":
         return write_model(path, arch, kind=kind, keys=keys)[0]
@@ -51,7 +51,7 @@ def write(path: Path, arch: str, kind: str) -> Path:
 
 
 def retype(path: Path, old: tuple[int, int], new: tuple[int, int]) -> None:
-    """Change the length of the rows and the type: the library has no name for Q2_0."""
+    """Change the row length and the type: the library has no name for Q2_0."""
     data = path.read_bytes()
     for name in NAMES:
         before, after = (
@@ -71,7 +71,7 @@ def read(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def weights(kind: str, tensor: Any) -> Array:
-    """What a tensor stands for, in double precision."""
+    """The values of a tensor, in double precision."""
     data = np.ascontiguousarray(tensor.data)
     if kind in ("Q1_0", "Q2_0"):
         blocks = data.reshape(-1).view(np.uint8).reshape(-1, 18)
@@ -88,13 +88,13 @@ def weights(kind: str, tensor: Any) -> Array:
 
 
 def convert(source: Path, output: Path, **options: Any) -> None:
-    """By the closed form, and proved."""
+    """Convert with the closed form, and verify."""
     given = {"experts": 3, "rule": "preserve", "verify": True, **options}
     moescale.convert(source, output, **given)
 
 
 def outside_scales(kind: str, tensor: Any) -> Array:
-    """The bytes of all blocks but those of their scales."""
+    """The bytes of all blocks except their scales."""
     size = {"MXFP4": 17}.get(kind) or gguf.GGML_QUANT_SIZES.get(
         getattr(gguf.GGMLQuantizationType, kind, None), (0, 18)
     )[1]
@@ -107,7 +107,7 @@ def outside_scales(kind: str, tensor: Any) -> Array:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_multiplied(tmp_path: Path, kind: str) -> None:
-    """To the rounding of a scale; MXFP4, by powers of two, to the bit."""
+    """MXFP4, by powers of two, is exact; other types are right up to the rounding of a scale."""
     source, output = write(tmp_path / "m.gguf", "llama", kind), tmp_path / "out.gguf"
     exact = kind == "MXFP4"
     convert(source, output, **({"rule": None, "factor": 0.5} if exact else {}))
@@ -127,7 +127,7 @@ def test_weights_are_multiplied(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", FOLDED)
 def test_a_scale_tensor_multiplies_any_type(tmp_path: Path, kind: str) -> None:
-    """By the factor in F32; the weights keep their bytes."""
+    """The factor is stored in F32, and the weights keep their bytes."""
     source, output = write(tmp_path / "m.gguf", "llama", kind), tmp_path / "out.gguf"
     convert(source, output, fold="scale")
     (_, old), (_, new) = read(source, kind), read(output, kind)
@@ -141,7 +141,7 @@ def test_a_scale_tensor_multiplies_any_type(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", FOLDED)
 def test_a_key_multiplies_any_type(tmp_path: Path, kind: str) -> None:
-    """By one factor; no tensor changes, and none is added."""
+    """The key holds one factor; no tensor changes, and none is added."""
     source, output = write(tmp_path / "m.gguf", "bailingmoe", kind), tmp_path / "out.gguf"
     convert(source, output, fold="config")
     (_, old), (keys, new) = read(source, kind), read(output, kind)
@@ -155,7 +155,7 @@ def test_a_key_multiplies_any_type(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize(("arch", "way"), [("llama", "--fold scale"), ("olmoe", "cannot")])
 def test_the_bytes_of_nvfp4_are_left_alone(tmp_path: Path, arch: str, way: str) -> None:
-    """Its scales have no room for a factor; the refusal says what has, or that nothing has."""
+    """Its scales have no room for a factor; the error names a fold that has, if there is one."""
     source = write(tmp_path / "m.gguf", arch, "NVFP4")
     with pytest.raises(UnsupportedError, match="NVFP4") as caught:
         moescale.plan(source, experts=3, rule="preserve")

@@ -1,4 +1,4 @@
-"""What the real llama.cpp 0.5.0 does with rescaled files, and with the rows of the table."""
+"""The real llama.cpp 0.5.0: what it does with rescaled files, and whether the table is right."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ EXACT, VISIBLE = 1e-5, 1e-3
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
-    """The client, in a process of its own."""
+    """The client, in a separate process."""
     yield from start()
 
 
 def convert(source: Path, output: Path, **options: Any) -> Path:
-    """Three experts by the closed form."""
+    """Convert to three experts with the closed form."""
     moescale.convert(source, output, **{"experts": 3, "rule": "preserve", **options})
     return output
 
 
 def damaged(data: bytes, end: int, seed: int) -> bytes:
-    """A file with some bytes of its header changed, cut out or put in."""
+    """A file with some bytes of its header changed, removed or inserted."""
     rng = random.Random(seed)
     found = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
@@ -68,7 +68,7 @@ def damaged(data: bytes, end: int, seed: int) -> bytes:
 
 
 def test_what_its_reader_rejects_is_rejected(client: Client, tmp_path: Path) -> None:
-    """Headers with damage of every kind; what is taken here, it takes too."""
+    """Of headers with damage of every kind, the client reads all that moescale accepts."""
     source = write_runnable(tmp_path / "m.gguf", "llama", blocks=1)
     data = source.read_bytes()
 
@@ -94,7 +94,7 @@ def test_what_its_reader_rejects_is_rejected(client: Client, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("arch", RECIPES)
 def test_the_row_says_what_the_client_does(client: Client, tmp_path: Path, arch: str) -> None:
-    """Which key and tensor multiply, and whether the sum of the weights grows with their number."""
+    """Which key and tensor multiply, and whether the gate weights' sum grows with the count."""
     row, key = BY_NAME[arch], f"{arch}.expert_weights_scale"
     base = write_runnable(tmp_path / "base.gguf", arch)
     plain = client.logits(base, TOKENS)
@@ -120,7 +120,7 @@ def test_the_row_says_what_the_client_does(client: Client, tmp_path: Path, arch:
 
 @pytest.mark.parametrize("arch", [a for a in RECIPES if a != "grok"])
 def test_scaled_weights_are_the_exact_fold(client: Client, tmp_path: Path, arch: str) -> None:
-    """Against the factor in a key, in a tensor, or in weights that numpy multiplied."""
+    """The reference is the factor in a key, in a tensor, or in weights multiplied by numpy."""
     row = BY_NAME[arch]
     source = write_runnable(tmp_path / "m.gguf", arch)
     plan = moescale.plan(source, experts=3, rule="preserve")
@@ -148,7 +148,7 @@ def test_scaled_weights_are_the_exact_fold(client: Client, tmp_path: Path, arch:
 
 
 def test_a_set_is_loaded_by_its_first_file(client: Client, tmp_path: Path) -> None:
-    """Scaled part by part, it gives the same bits as the scaled whole; so with added tensors."""
+    """A set scaled part by part gives the bits of the scaled file, also with added tensors."""
     whole = write_runnable(tmp_path / "whole.gguf", "llama")
     parts = write_runnable(tmp_path / "m.gguf", "llama", split=7)
     for fold in ("weights", "scale"):
@@ -159,7 +159,7 @@ def test_a_set_is_loaded_by_its_first_file(client: Client, tmp_path: Path) -> No
 
 
 def test_dividing_what_else_is_written_is_the_same(client: Client, tmp_path: Path) -> None:
-    """--fold residual of gpt-oss: but for the constant in the norms, the stream is smaller."""
+    """--fold residual of gpt-oss: the stream is smaller, which only the norms' epsilon shows."""
     keys = {"attention.layer_norm_rms_epsilon": 1e-12}
     source = write_runnable(tmp_path / "m.gguf", "gpt-oss", keys=keys)
     plain, divided = (
@@ -172,7 +172,7 @@ def test_dividing_what_else_is_written_is_the_same(client: Client, tmp_path: Pat
 
 
 def test_routers_are_scaled_where_the_client_reads_them(client: Client, tmp_path: Path) -> None:
-    """As if the matrix had been multiplied before; with gpt-oss the bias, too."""
+    """The result equals that of a router multiplied beforehand; gpt-oss has a bias too."""
     for arch in ("qwen3moe", "gpt-oss"):
         source = write_runnable(tmp_path / "m.gguf", arch)
         convert(source, tmp_path / "out.gguf", gate_scale=1.5, overwrite=True)
@@ -189,7 +189,7 @@ def test_routers_are_scaled_where_the_client_reads_them(client: Client, tmp_path
 
 @pytest.mark.parametrize("kind", FTYPES)
 def test_a_quantised_file_is_near_the_exact_fold(client: Client, tmp_path: Path, kind: str) -> None:
-    """The client quantises; what the rounding of scales does is small beside what the edit does."""
+    """The client quantises; rounding the scales changes far less than the edit does."""
     plain = write_runnable(
         tmp_path / "plain.gguf",
         "llama",
@@ -229,7 +229,7 @@ GROUPED = [arch for arch in FORMED if BY_NAME[arch].renormalises == "key"]
 def test_gate_weights_are_those_of_the_client(
     client: Client, tmp_path: Path, arch: str, groups: int
 ) -> None:
-    """The rule gates finds the router and its norm, and weighs a real input as the client does."""
+    """The rule gates finds the router and its norm, and weights a real input as the client does."""
     kind = BY_NAME[arch].router
     assert isinstance(kind, RouterKind)
     biases = {f"blk.{i}.{name}" for i in range(2) for name in kind.bias}
@@ -258,7 +258,7 @@ CROWD, MANY = 160, 140
 
 
 def crowded(path: Path, arch: str, **given: Any) -> tuple[Path, int]:
-    """A model of four blocks with many experts, and how many a plan says there is room for."""
+    """A model of four blocks with many experts, and the largest count that a plan has room for."""
 
     def many(name: str, values: Any) -> Any:
         if "norm" in name or not any(part in name for part in ("_exps", "gate_inp.", "exp_probs")):
@@ -278,7 +278,7 @@ def crowded(path: Path, arch: str, **given: Any) -> tuple[Path, int]:
 
 
 def check_room(client: Client, source: Path, arch: str, most: int) -> None:
-    """So many run, and one more ends the client."""
+    """The client runs this count, and one more ends it."""
     key = f"{arch}.expert_used_count"
     client.logits(source, TOKENS, {key: most}, exact=False)
     with pytest.raises(DiedError):
@@ -295,7 +295,7 @@ def test_one_expert_more_than_the_plan_says_ends_the_client(
 
 
 def numbers(*shape: int) -> Any:
-    """Some weights."""
+    """Random weights."""
     return np.full(shape, 0.1, np.float32)
 
 
@@ -318,7 +318,7 @@ NORMS = {f"blk.{i}.attn_{s}_norm.weight": numbers(8) for i in range(4) for s in 
 def test_what_else_is_in_a_file_takes_room_too(
     client: Client, tmp_path: Path, arch: str, more: dict[str, Any], keys: dict[str, Any]
 ) -> None:
-    """Weights that not every model of the architecture has, groups, a factor."""
+    """Optional weights of the architecture, groups and a factor count."""
     source, most = crowded(tmp_path / "m.gguf", arch, more=more, keys=keys)
     check_room(client, source, arch, most)
 

@@ -15,18 +15,18 @@ ENDS = ("token_embd.weight", "output_norm.weight", "output.weight")
 
 
 def names(blocks: int, by_suffix: tuple[str, ...] = QWEN3) -> set[str]:
-    """The tensors of a model."""
+    """The names of a model's tensors."""
     return {f"blk.{i}.{suffix}.weight" for i in range(blocks) for suffix in by_suffix} | set(ENDS)
 
 
 def test_qwen3_30b_a3b_runs_with_24() -> None:
-    """And ends with 25: both were run in the client, in the shape of that model."""
+    """25 end the client: both counts were run in it, in the shape of that model."""
     assert len(names(48)) == 579
     assert max_experts_per_token(BY_NAME["qwen3moe"], {}, names(48)) == 24
 
 
 def test_every_architecture_has_a_number() -> None:
-    """Those that were not counted have a usual one; a model without routers has none."""
+    """Architectures that were not counted get a usual number; a model without routers gets None."""
     assert set(GRAPHS) < set(BY_NAME)
     for row in BY_NAME.values():
         most = max_experts_per_token(row, {}, names(48))
@@ -36,7 +36,7 @@ def test_every_architecture_has_a_number() -> None:
 
 
 def test_blocks_for_further_tokens_have_a_graph_of_their_own() -> None:
-    """They add to the room, and take none."""
+    """Their tensors add room, and their graph takes none."""
     more = {f"blk.48.{suffix}.weight" for suffix in (*QWEN3, "nextn.eh_proj")}
     before = max_experts_per_token(BY_NAME["glm4moe"], {}, names(48))
     assert before is not None
@@ -52,7 +52,7 @@ def test_blocks_for_further_tokens_have_a_graph_of_their_own() -> None:
     ],
 )
 def test_what_a_key_adds_takes_room(key: str, value: float, less: int) -> None:
-    """14 tensors a block for groups, 5 for a sum, 1 for a factor; an expert takes two."""
+    """Each block takes 14 tensors for groups, 5 for a sum, 1 for a factor; an expert takes two."""
     row, own = BY_NAME["deepseek2"], {"general.architecture": "deepseek2"}
     before = max_experts_per_token(row, own, names(200))
     after = max_experts_per_token(row, {**own, f"deepseek2.{key}": value}, names(200))

@@ -1,8 +1,8 @@
-"""Trained models, quantised by llama.cpp itself: what rescaling does to the loss there.
+"""The loss of trained models that llama.cpp quantised, after rescaling.
 
-The factors are those of the rule ``fitted`` on the safetensors model, as a user of GGUF gets them.
-``gates``, which needs no text, is held to the same where gate weights are renormalised. Where they
-are not it may lose more than the edit, and does so in F32 and on the safetensors model alike: see
+The factors come from the rule ``fitted`` on the safetensors model, as a GGUF user gets them.
+``gates``, which needs no text, must meet the same bound where gate weights are renormalised. Where
+they are not, it may lose more than the config edit, in F32 and on the safetensors model alike: see
 docs/gguf.md.
 """
 
@@ -32,7 +32,7 @@ CALIBRATED = HELD_BACK = 16_384
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A model, and how it is run above the number that it was trained with."""
+    """A model, and a number of experts per token above the trained one."""
 
     name: str
     more: int
@@ -44,7 +44,7 @@ MODELS = (Trained("mixtral", 3, True), Trained("olmoe", 6, False))
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
-    """The client, in a process of its own."""
+    """The client, in a separate process."""
     yield from start()
 
 
@@ -63,7 +63,7 @@ def torch_loss(folder: Path, data: bytes) -> float:
 def test_the_loss_is_at_most_that_of_the_edit(
     client: Client, tmp_path: Path, trained: Trained
 ) -> None:
-    """In each type, with router scales and factors that were fitted on the safetensors model."""
+    """Router scales and factors were fitted on the safetensors model, and used for each type."""
     torch.set_num_threads(1)
     byte_models.train(trained.name, tmp_path)
     data = (tmp_path / "val.bin").read_bytes()

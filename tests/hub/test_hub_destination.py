@@ -1,4 +1,4 @@
-"""The Hub as a destination: what is sent, what is seen meanwhile, and what is there at the end."""
+"""The Hub as a destination: what is sent, what is visible meanwhile, and the final state."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WORKING = "moescale-unfinished-main"
 
 
 def test_what_links_lead_to_is_published_only_on_demand(lab: Lab) -> None:
-    """A linked shard is the model; any other link out of the folder takes an option."""
+    """A linked shard is published; any other link out of the folder needs an option."""
     hub = lab.start()
     (lab.root / "elsewhere.txt").write_bytes(b"not of this model")
     (lab.folder / "notes.txt").symlink_to(lab.root / "elsewhere.txt")
@@ -51,7 +51,7 @@ def test_what_links_lead_to_is_published_only_on_demand(lab: Lab) -> None:
     assert {name: hub.read(DST, name) for name in SHARDS} == rescaled(lab.source)
 
 
-# The repo, and who may write ----------------------------------------------------------------
+# The repo and permission to write -----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_what_links_lead_to_is_published_only_on_demand(lab: Lab) -> None:
 def test_a_missing_repo_is_created(
     lab: Lab, options: tuple[str, ...], private: bool, said: str
 ) -> None:
-    """The repo is created as asked for, and the user is told how."""
+    """It gets the requested visibility, which the output states."""
     hub = lab.start()
     outcome = lab.done(SRC, PLACE, "-k", "3", *options)
     assert hub.repo(DST).private is private
@@ -75,7 +75,7 @@ def test_a_missing_repo_is_created(
 
 
 def test_a_repo_of_the_other_visibility_is_refused(lab: Lab) -> None:
-    """What shall be private does not go into a public repo, nor the other way round."""
+    """--private does not write to a public repo, and --public does not write to a private one."""
     hub = lab.start()
     hub.add_repo(DST, {".gitattributes": b""})
     outcome = lab.run(SRC, PLACE, "-k", "3", "--private", "-q")
@@ -89,7 +89,7 @@ def test_a_repo_of_the_other_visibility_is_refused(lab: Lab) -> None:
 
 @pytest.mark.parametrize("who", ["reader", "nobody", "expired", "wrong", "foreign", "read only"])
 def test_who_may_not_write_hears_it_before_the_first_weight(lab: Lab, who: str) -> None:
-    """Without the right to write nothing of a weight is read, and the line says why."""
+    """The run ends before it reads a weight, and the error says that the token is the reason."""
     hub = lab.start()
     hub.add_repo("lab/theirs", {"x.txt": b"1"})
     place = "hf://lab/theirs@new" if who == "foreign" else PLACE
@@ -110,7 +110,7 @@ def test_who_may_not_write_hears_it_before_the_first_weight(lab: Lab, who: str) 
 
 
 def test_a_card_that_the_hub_refuses_ends_the_run_at_once(lab: Lab) -> None:
-    """Bad metadata of the source's card ends with 3 before a weight is read or a repo is made."""
+    """Bad metadata in the source's card ends with 3 before the first weight or a new repo."""
     hub = lab.start()
     hub.commit(SRC, {"README.md": CARD.replace(b"apache-2.0", b"No License!")})
     outcome = lab.run(SRC, PLACE, "-k", "3", "-q")
@@ -122,7 +122,7 @@ def test_a_card_that_the_hub_refuses_ends_the_run_at_once(lab: Lab) -> None:
 
 
 def test_what_the_hub_remarks_on_the_card_is_passed_on(lab: Lab) -> None:
-    """A warning of the Hub about the card does not stop the run; it is said at the end."""
+    """A warning of the Hub about the card does not stop the run, and appears at its end."""
     hub = lab.start()
     warning = status(200, {"errors": [], "warnings": [{"message": "odd licence"}]})
     hub.fault("validate-yaml", warning, times=None)
@@ -130,7 +130,7 @@ def test_what_the_hub_remarks_on_the_card_is_passed_on(lab: Lab) -> None:
 
 
 def test_a_name_that_the_hub_does_not_take_is_refused(lab: Lab) -> None:
-    """The Hub has no `.cache` folders; such a file of a directory is an error, not lost."""
+    """The Hub does not accept `.cache` folders; a file in one is an error, not dropped silently."""
     lab.start()
     checkpoints.write_files(lab.folder, {"sub/.cache/x.txt": b"x"})
     outcome = lab.run(str(lab.folder), PLACE, "-k", "3", "-q")
@@ -149,7 +149,7 @@ def large_files(*folders: Path) -> set[str]:
 
 @pytest.mark.parametrize("source", ["Hub", "disk"])
 def test_with_xet_no_shard_is_on_disk(lab: Lab, source: str) -> None:
-    """At no request does the client's machine hold a shard, not even a part of one."""
+    """At no request does the client's disk hold a shard or a part of one."""
     hub = lab.start(xet="http")
     temporary = lab.root / "tmp"
     temporary.mkdir()
@@ -166,7 +166,7 @@ def test_with_xet_no_shard_is_on_disk(lab: Lab, source: str) -> None:
 
 @pytest.mark.parametrize("why", ["the user", "the server"])
 def test_without_xet_one_shard_at_a_time_goes_through_a_file(lab: Lab, why: str) -> None:
-    """The temporary file has no name, so nothing of it stays, and there is one at a time."""
+    """The temporary file is unlinked, so nothing of it remains, and only one exists at a time."""
     hub = lab.start(xet=why == "the user")
     if why == "the user":
         from huggingface_hub import constants
@@ -202,7 +202,7 @@ def test_a_child_honours_the_variable_that_turns_xet_off(lab: Lab) -> None:
 
 
 def test_room_for_the_file_is_checked_first(lab: Lab) -> None:
-    """Without room for a shard nothing of it is read, and the line says where room is missing."""
+    """Without room for a shard none is read, and the error names the file system."""
     hub = lab.start(xet=False)
     usage = shutil.disk_usage(lab.root)._replace(free=1000)
     lab.monkeypatch.setattr("moescale.storage.hub.writer.shutil.disk_usage", lambda _: usage)
@@ -214,7 +214,7 @@ def test_room_for_the_file_is_checked_first(lab: Lab) -> None:
 
 
 def test_only_new_bytes_are_sent(lab: Lab) -> None:
-    """Bytes that the Hub's storage has already are not sent again; the end says how many."""
+    """Bytes that the Hub's storage has are not sent again; the summary gives their number."""
     hub = lab.start(xet="http")
     lab.done(SRC, "hf://me/base", "-k", "2", "--rule", "none", "-q")
     lab.done(str(lab.folder), "hf://me/first", "-k", "3", "-q")
@@ -228,7 +228,7 @@ def test_only_new_bytes_are_sent(lab: Lab) -> None:
 
 
 def test_the_hubs_limit_on_commits_is_kept(lab: Lab) -> None:
-    """Beyond a number of commits finished shards wait and are committed together."""
+    """Beyond a number of commits, finished shards wait and are committed together."""
     hub = lab.start()
     lab.monkeypatch.setattr("moescale.storage.hub.destination.COMMITS_AT_ONCE", 2)
     lab.done(SRC, PLACE, "-k", "3", "-q", "-j", "1")
@@ -239,7 +239,7 @@ def test_the_hubs_limit_on_commits_is_kept(lab: Lab) -> None:
 
 
 def test_what_waits_for_a_commit_is_not_lost(lab: Lab) -> None:
-    """A run that fails notes the shards that had arrived, and they are not done again."""
+    """A run that fails records the shards that arrived, and the next run does not repeat them."""
     hub = lab.start()
     lab.monkeypatch.setattr("moescale.storage.hub.destination.COMMITS_AT_ONCE", 1)
     hub.fault(("GET", f"resolve/.*{SHARDS[2]}"), status(404), nth=2)
@@ -250,7 +250,7 @@ def test_what_waits_for_a_commit_is_not_lost(lab: Lab) -> None:
     assert {name: hub.read(DST, name) for name in SHARDS} == rescaled(lab.source)
 
 
-# What is seen -------------------------------------------------------------------------------
+# What is visible ------------------------------------------------------------------------------
 
 
 class Watch:
@@ -262,7 +262,7 @@ class Watch:
         lab.hub.fault("", run(self.look), times=None)
 
     def look(self) -> None:
-        """Note what the branch has now."""
+        """Record the current content of the branch."""
         hub = self.lab.hub
         there = hub.has(DST) and self.branch in hub.branches(DST)
         tree = hub.files(DST, self.branch).items() if there else ()
@@ -272,7 +272,7 @@ class Watch:
 
 
 def test_a_new_repo_changes_once(lab: Lab) -> None:
-    """The branch goes from the empty repo to the whole model in one commit; no branch stays."""
+    """One commit takes the branch from the empty repo to the whole model; no other branch stays."""
     hub = lab.start()
     watch = Watch(lab)
     lab.done(SRC, PLACE, "-k", "3", "-q")
@@ -286,7 +286,7 @@ def test_a_new_repo_changes_once(lab: Lab) -> None:
 
 
 def test_old_content_is_replaced_at_once(lab: Lab) -> None:
-    """With `--overwrite` the old files go in the commit that brings the new ones."""
+    """With `--overwrite`, one commit removes the old files and adds the new ones."""
     hub = lab.start()
     hub.add_repo(DST, {"old.safetensors": b"old" * 99, "config.json": b"{}", "a/b.txt": b"x"})
     refused = lab.run(SRC, PLACE, "-k", "3", "-q")
@@ -306,7 +306,7 @@ def test_old_content_is_replaced_at_once(lab: Lab) -> None:
 
 @pytest.mark.parametrize("branch", ["k3", "feature/of-3", "v1.0"])
 def test_a_missing_branch_appears_whole(lab: Lab, branch: str) -> None:
-    """A branch that is not there is seen with the whole model or not at all."""
+    """Readers see the whole model on the new branch, or no branch."""
     hub = lab.start()
     hub.add_repo(DST, {"old.txt": b"old", ".gitattributes": b"*.md text\n"})
     want = lab.on_disk()
@@ -325,7 +325,7 @@ def test_a_missing_branch_appears_whole(lab: Lab, branch: str) -> None:
 
 
 def test_a_branch_that_a_rival_makes_is_not_taken_for_ours(lab: Lab) -> None:
-    """Where somebody else creates the missing branch meanwhile, the run says so."""
+    """If another process creates the missing branch meanwhile, the run is refused."""
     hub = lab.start()
     hub.add_repo(DST, {"old.txt": b"old"})
     rival = run(lambda: hub.commit(DST, {"rival.txt": b"1"}, branch="k3"))
@@ -337,7 +337,7 @@ def test_a_branch_that_a_rival_makes_is_not_taken_for_ours(lab: Lab) -> None:
 
 
 def test_a_pull_request_leaves_the_branch_alone(lab: Lab) -> None:
-    """With `--create-pr` the branch stays as it is, and one pull request has the whole model."""
+    """With `--create-pr` the branch does not change, and one pull request has the whole model."""
     hub = lab.start()
     hub.add_repo(DST, {"old.txt": b"old"})
     want = lab.on_disk()
@@ -356,7 +356,7 @@ def test_a_pull_request_leaves_the_branch_alone(lab: Lab) -> None:
 
 
 def test_a_pull_request_against_a_missing_branch_is_refused(lab: Lab) -> None:
-    """There is nothing to merge into, so the run ends before the first weight."""
+    """A pull request needs a branch to merge into, so the run ends before the first weight."""
     hub = lab.start()
     hub.add_repo(DST, {"old.txt": b"old"})
     outcome = lab.run(SRC, f"{PLACE}@k3", "-k", "3", "--create-pr", "-q")
@@ -391,7 +391,7 @@ def test_only_a_branch_is_a_destination(lab: Lab, name: str) -> None:
     ],
 )
 def test_the_source_is_never_written_to(lab: Lab, source: str, destination: str) -> None:
-    """The branch that is read is refused as a destination, however its commit is named."""
+    """The branch that is read is not a valid destination, however its commit is named."""
     hub = lab.start()
     hub.tokens[hub.token].namespaces = frozenset({"me", "lab"})
     repo = hub.repo(SRC)
@@ -404,12 +404,12 @@ def test_the_source_is_never_written_to(lab: Lab, source: str, destination: str)
     assert repo.refs == before
 
 
-# What is there at the end -------------------------------------------------------------------
+# The final state ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("xet", [True, False])
 def test_the_output_is_that_of_the_disk(lab: Lab, xet: bool) -> None:
-    """Every file on the Hub has the bytes that the same job writes to disk."""
+    """Every file on the Hub has the bytes that the same job writes to a local disk."""
     lab.start(xet=xet)
     want = lab.on_disk()
     lab.done(SRC, PLACE, "-k", "3", "-q", "-j", "1")
@@ -419,7 +419,7 @@ def test_the_output_is_that_of_the_disk(lab: Lab, xet: bool) -> None:
 
 @pytest.mark.parametrize("own", [True, False])
 def test_the_attributes_of_the_source_win_if_it_has_some(lab: Lab, own: bool) -> None:
-    """The source's `.gitattributes` is copied; without one the repo keeps what it has."""
+    """The source's `.gitattributes` is copied; without one the repo keeps its own."""
     hub = lab.start()
     if not own:
         hub.commit(SRC, {}, delete=(".gitattributes",))
@@ -430,7 +430,7 @@ def test_the_attributes_of_the_source_win_if_it_has_some(lab: Lab, own: bool) ->
 
 
 def test_what_is_done_is_not_done_again(lab: Lab) -> None:
-    """The same command finds its output, writes nothing and ends with 0; another one is refused."""
+    """The same command finds its output, writes nothing and ends with 0; another job is refused."""
     hub = lab.start()
     lab.done(SRC, PLACE, "-k", "3", "-q")
     hub.log.clear()
@@ -443,7 +443,7 @@ def test_what_is_done_is_not_done_again(lab: Lab) -> None:
 
 
 def test_a_changed_output_is_found_by_verification(lab: Lab) -> None:
-    """`--verify` of an output on the Hub reads every byte, and 4 says that one differs."""
+    """`--verify` reads every byte of an output on the Hub, and exits with 4 if one differs."""
     hub = lab.start()
     lab.done(SRC, PLACE, "-k", "3", "-q")
     spoiled = bytearray(hub.read(DST, SHARDS[1]))
@@ -455,7 +455,7 @@ def test_a_changed_output_is_found_by_verification(lab: Lab) -> None:
 
 
 def test_what_the_hub_lists_is_compared_with_what_was_sent(lab: Lab) -> None:
-    """A shard whose listed digest is another one is never published."""
+    """A shard for which the Hub lists another digest is never published."""
     hub = lab.start()
 
     def swap() -> None:
@@ -478,7 +478,7 @@ def test_what_the_hub_lists_is_compared_with_what_was_sent(lab: Lab) -> None:
 
 
 def test_a_destination_has_no_other_way_out(lab: Lab) -> None:
-    """A journal that is no journal belongs to somebody else."""
+    """An unreadable journal belongs to another program, and the run is refused."""
     hub = lab.start()
     hub.add_repo(DST, {"a.txt": b"1"})
     hub.commit(DST, {"moescale-journal.json": b"[]"}, branch=WORKING)

@@ -1,4 +1,4 @@
-"""A client that has lost a name which a stream needs: shards go through the public API instead."""
+"""A client that lacks a name that streaming needs: shards go through the public API instead."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAMES = [
 
 
 def hide(lab: Lab, module: str, kind: str, name: str) -> None:
-    """Let a class of a module have no attribute of this name; its objects are as before."""
+    """Remove this attribute from a class of a module; existing objects stay as they are."""
     found: Any = importlib.import_module(module)
     original = getattr(found, kind)
 
@@ -44,7 +44,7 @@ def hide(lab: Lab, module: str, kind: str, name: str) -> None:
 def test_a_client_without_a_name_sends_the_same_bytes(
     lab: Lab, module: str, kind: str, name: str
 ) -> None:
-    """Each shard goes through a temporary file; the result says so."""
+    """Each shard goes through a temporary file, and a warning says so."""
     lab.start()
     hide(lab, module, kind, name)
     outcome = lab.done(SRC, PLACE, "-k", "3")
@@ -54,7 +54,7 @@ def test_a_client_without_a_name_sends_the_same_bytes(
 
 
 def test_a_client_without_a_name_resumes(lab: Lab) -> None:
-    """What an earlier run has sent is not sent again, but copied from the branch of that run."""
+    """Shards that an earlier run sent are copied from its branch, not sent again."""
     hub = lab.start(xet=False)
     hide(lab, "huggingface_hub", "CommitOperationAdd", "_is_uploaded")
     hub.fault(("POST", r"^api /api/models/me/out/commit/"), status(403), nth=4)
@@ -67,7 +67,7 @@ def test_a_client_without_a_name_resumes(lab: Lab) -> None:
 
 
 def test_what_the_hub_calls_small_goes_into_the_commit(lab: Lab) -> None:
-    """A file that the client was told not to send as a large one still arrives."""
+    """A file that the Hub wants as a regular file, although it is large, arrives."""
     hub = lab.start(xet=False)
     words = b"some words\n" * 800_000
     hub.commit(SRC, {"words.txt": words})

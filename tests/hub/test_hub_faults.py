@@ -1,4 +1,4 @@
-"""A Hub that is busy, broken, slow or gone, at every request of a run."""
+"""A Hub that is busy, broken, slow or unreachable, at every request of a run."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ DATA = r"^cdn /\w{64}"
 
 
 def complete(lab: Lab) -> None:
-    """Run the command without faults; the output must be right, in one commit, and alone."""
+    """Run the command without faults; the output must be right, in one commit, and the only one."""
     lab.hub.log.clear()
     lab.done(SRC, PLACE, "-k", "3", "-q")
     check(lab)
 
 
 def check(lab: Lab) -> None:
-    """Look at the destination after a run that succeeded."""
+    """Check the destination after a successful run."""
     hub = lab.hub
     assert {name: hub.read(DST, name) for name in SHARDS} == rescaled(lab.source)
     assert hub.branches(DST).keys() == {"main"}
@@ -78,12 +78,12 @@ NO_BODY_IS_READ = {
     "an upload to the CDN",
     "the token for the storage",
 }
-"""Where a page with status 200 passes for an answer, since nothing of it is read."""
+"""Requests where a page with status 200 passes as an answer, since the body is not read."""
 
 
 @pytest.mark.parametrize("point", POINTS)
 def test_what_passes_is_waited_for(lab: Lab, point: str) -> None:
-    """A busy answer, an error of the server, a reset and a strange page: tried again, at last 0."""
+    """The run repeats requests after 429, 503, a reset or an HTML page, and ends with 0."""
     match, xet = POINTS[point]
     hub = lab.start(xet=xet)
     actions = [status(429, Retry_After=7), status(503), reset()]
@@ -108,9 +108,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("point", POINTS)
 def test_what_does_not_pass_ends_in_two_lines_and_a_rerun_completes(lab: Lab, point: str) -> None:
-    """An outage without end is 5, a refusal 3, each after few requests; then the same command ends.
+    """A lasting outage ends with 5, a refusal with 3, each after few requests; a rerun completes.
 
-    Where the storage refuses, an address may have expired: that is 5 too.
+    If the storage refuses, an address may have expired, which is 5 too.
     """
     match, xet = POINTS[point]
     hub = lab.start(xet=xet)
@@ -139,7 +139,7 @@ def test_what_does_not_pass_ends_in_two_lines_and_a_rerun_completes(lab: Lab, po
 
 @pytest.mark.parametrize("point", POINTS)
 def test_a_stall_does_not_hold_a_run_up_for_ever(lab: Lab, point: str) -> None:
-    """A request that gets no answer is given up after its time limit, and made again."""
+    """A request without an answer ends at its time limit, and is repeated."""
     match, xet = POINTS[point]
     hub = lab.start(xet=xet)
     lab.monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
@@ -167,7 +167,7 @@ RARE: dict[str, tuple[Match, tuple[str, ...], int]] = {
 
 @pytest.mark.parametrize("request_", RARE)
 def test_what_only_some_runs_ask_for_is_waited_for_too(lab: Lab, request_: str) -> None:
-    """Tried again like the rest; where a copy fails for good, the bytes are sent instead."""
+    """These are repeated too; if a copy fails for good, the bytes are sent instead."""
     match, options, code = RARE[request_]
     hub = lab.start(xet="parts" not in request_, part_size=200_000)
     if options == PULL:
@@ -188,7 +188,7 @@ def test_what_only_some_runs_ask_for_is_waited_for_too(lab: Lab, request_: str) 
 @pytest.mark.parametrize("action", [truncate(1000), truncate(200_000), stall(100_000)])
 @pytest.mark.parametrize("to", ["disk", "Hub"])
 def test_bytes_that_break_off_are_taken_up_again(lab: Lab, action: Action, to: str) -> None:
-    """Truncated and stalled bodies cost another request, not the shard."""
+    """A truncated or stalled body costs another request, not the whole shard."""
     hub = lab.start()
     lab.monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1.0)
     faults = [
@@ -205,7 +205,7 @@ def test_bytes_that_break_off_are_taken_up_again(lab: Lab, action: Action, to: s
 
 
 def test_a_server_that_ignores_ranges_is_read_from_the_start_only(lab: Lab) -> None:
-    """200 instead of 206 is taken for the whole file at byte 0, and refused in the middle."""
+    """200 instead of 206 counts as the whole file at byte 0, and is refused at any other offset."""
     hub = lab.start()
     hub.fault(DATA, ignore_range(), times=None)
     lab.done(SRC, str(lab.root / "whole"), "-k", "3", "-q")
@@ -225,7 +225,7 @@ def test_a_server_that_ignores_ranges_is_read_from_the_start_only(lab: Lab) -> N
 
 
 def test_an_address_that_expired_is_asked_for_again(lab: Lab) -> None:
-    """403 of the CDN is no refusal: the next attempt goes by the Hub and gets a new address."""
+    """403 from the CDN is not final: the next attempt asks the Hub for a new address."""
     hub = lab.start()
     size = len(lab.source[SHARDS[0]])
     whole = f"bytes=0-{size - 1}"
@@ -246,7 +246,7 @@ def test_an_address_that_expired_is_asked_for_again(lab: Lab) -> None:
 def test_a_token_that_expires_ends_the_run_and_a_new_one_completes_it(
     lab: Lab, moment: str, jobs: str
 ) -> None:
-    """401 in the middle is 3 with a line about the token; with a new token the command resumes."""
+    """401 during a run exits with 3 and names the token; with a new token the command resumes."""
     matches: dict[str, tuple[Match, int]] = {
         "a header": (("GET", "lab/mix/resolve/.*safetensors"), 2),
         "a shard": (("GET", "lab/mix/resolve/.*safetensors"), 5),
@@ -261,7 +261,7 @@ def test_a_token_that_expires_ends_the_run_and_a_new_one_completes_it(
     outcome = lab.run(SRC, PLACE, "-k", "3", "-q", "-j", jobs)
     assert outcome.code == 3, outcome.err
     assert "token" in outcome.failure
-    assert sum(lab.waits) < 2  # a refusal is no outage
+    assert sum(lab.waits) < 2  # a refusal is not an outage
     assert not hub.has(DST) or set(hub.files(DST)) == {".gitattributes"}
     lab.monkeypatch.setenv("HF_TOKEN", hub.add_token("hf_new"))
     complete(lab)
@@ -279,7 +279,7 @@ def test_a_token_that_expires_ends_the_run_and_a_new_one_completes_it(
 def test_a_change_whose_answer_is_lost_is_not_made_twice(
     lab: Lab, match: Match, action: Action
 ) -> None:
-    """A commit, a branch or a repo that came into being although the answer failed is found."""
+    """A commit, a branch or a repo that exists although its request failed is found."""
     hub = lab.start()
     faults = [hub.fault(match, action, nth) for nth in (1, 3)]
     lab.done(SRC, PLACE, "-k", "3", "-q")
@@ -289,7 +289,7 @@ def test_a_change_whose_answer_is_lost_is_not_made_twice(
 
 
 def test_a_repo_that_is_being_made_is_waited_for_within_limits(lab: Lab) -> None:
-    """The Hub makes one repo of a user at a time; where that never ends, the run does, with 5."""
+    """The Hub creates one repo of a user at a time; if it stays busy, the run ends with 5."""
     hub = lab.start()
     text = {"error": "Cannot create repo: another conflicting operation is in progress"}
     fault = hub.fault(CREATE, status(409, text), times=None)
@@ -303,7 +303,7 @@ def test_a_repo_that_is_being_made_is_waited_for_within_limits(lab: Lab) -> None
 
 
 def test_a_pull_request_whose_answer_is_lost_is_found(lab: Lab) -> None:
-    """The one that was opened is reported; no second one is."""
+    """The run reports the pull request that exists, and opens no second one."""
     hub = lab.start()
     hub.fault(LAST, applied(500))
     outcome = lab.done(SRC, PLACE, "-k", "3", "--create-pr", "-q")
@@ -313,7 +313,7 @@ def test_a_pull_request_whose_answer_is_lost_is_found(lab: Lab) -> None:
 
 
 def test_a_missing_branch_whose_answer_is_lost_is_found(lab: Lab) -> None:
-    """The branch that came into being is ours, and one."""
+    """The run uses the branch that exists, and makes no second one."""
     hub = lab.start()
     hub.fault(("POST", "/branch/k3"), lost())
     lab.done(SRC, f"{PLACE}@k3", "-k", "3", "-q")
@@ -321,7 +321,7 @@ def test_a_missing_branch_whose_answer_is_lost_is_found(lab: Lab) -> None:
     assert hub.branches(DST).keys() == {"main", "k3"}
 
 
-# How long is waited -------------------------------------------------------------------------
+# Waiting times --------------------------------------------------------------------------------
 
 
 def test_the_hub_says_how_long_to_wait(lab: Lab) -> None:
@@ -338,7 +338,7 @@ def test_the_hub_says_how_long_to_wait(lab: Lab) -> None:
     ("match", "xet"), [(DATA, True), ("/tree/", True), (WORK, True), (("PUT", "^cdn"), False)]
 )
 def test_nobody_waits_for_hours(lab: Lab, match: Match, xet: bool) -> None:
-    """A server that asks for more than five minutes ends the run with 5, and the line says so."""
+    """If a server asks for more than five minutes, the run ends with 5 and the error says so."""
     hub = lab.start(xet=xet)
     hub.fault(match, status(429, Retry_After=3600), times=None)
     outcome = lab.run(SRC, PLACE, "-k", "3", "-q")
@@ -348,7 +348,7 @@ def test_nobody_waits_for_hours(lab: Lab, match: Match, xet: bool) -> None:
 
 
 def test_waits_grow(lab: Lab) -> None:
-    """Without a word of the server the waits double, up to 8 seconds."""
+    """Without a wait set by the server, waits double up to 8 seconds."""
     lab.start()
 
     def fail() -> None:
@@ -362,7 +362,7 @@ def test_waits_grow(lab: Lab) -> None:
 
 
 def test_without_a_network_nothing_is_said_of_resuming(lab: Lab) -> None:
-    """Where nobody answers at all, the line says so, and that the network is to be looked at."""
+    """If no request gets an answer, the error points to the network instead."""
     lab.start()
     lab.monkeypatch.setattr(hub_module.hf_api(), "endpoint", "http://127.0.0.1:1")
     outcome = lab.run(SRC, "-k", "3", "--dry-run")
@@ -387,7 +387,7 @@ def test_without_a_network_nothing_is_said_of_resuming(lab: Lab) -> None:
     ],
 )
 def test_errors_of_the_client_are_said_in_our_words(lab: Lab, error: Exception, said: str) -> None:
-    """Every error that the client or hf_xet raises becomes one of ours."""
+    """Errors of the client and of hf_xet become errors of moescale."""
     lab.start()
     with (
         pytest.raises(Exception, match=r"^x: ") as caught,
@@ -398,7 +398,7 @@ def test_errors_of_the_client_are_said_in_our_words(lab: Lab, error: Exception, 
 
 
 def test_errors_of_the_system_stay_what_they_are(lab: Lab) -> None:
-    """A full disk is no fault of the Hub."""
+    """A full disk is not a fault of the Hub."""
     lab.start()
     with pytest.raises(OSError, match="No space left"), hub_module.translated_errors("x"):
         raise OSError(28, "No space left on device")
@@ -407,7 +407,7 @@ def test_errors_of_the_system_stay_what_they_are(lab: Lab) -> None:
 
 
 def test_requests_of_others_are_left_alone(lab: Lab) -> None:
-    """A program that uses both gets its own answers from huggingface_hub, with its own client."""
+    """A program that also uses huggingface_hub keeps its own answers, with its own client."""
     hub = lab.start()
     made: list[httpx2.Client] = []
 
@@ -424,7 +424,7 @@ def test_requests_of_others_are_left_alone(lab: Lab) -> None:
 
 
 def test_every_request_has_a_time_limit(lab: Lab) -> None:
-    """What the client sends without a limit gets one of ours; a limit of its own stays."""
+    """Requests of the client without a limit get a default; limits that it sets stay."""
     lab.start()
     seen: list[dict[str, float]] = []
     send: Callable[..., httpx2.Response] = httpx2.Client.send

@@ -1,4 +1,4 @@
-"""What a user sees of a run with the Hub while it lasts, and what is said at its end."""
+"""What a user sees during a run with the Hub, and the summary at its end."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from moescale.storage.hub.upload import CountedFile, MonotonicProgress
 
 
 class Counts:
-    """Counts what a run tells of its progress."""
+    """Sums the progress that a run reports."""
 
     def __init__(self) -> None:
         self.of: Counter[str] = Counter()
 
     def __call__(self, name: str, count: int) -> None:
-        """Take a step of a file; there are no steps back."""
+        """Add a step of a file; steps are never negative."""
         assert count >= 0
         self.of[name] += count
 
 
 @pytest.mark.parametrize("xet", [True, "http", False])
 def test_every_byte_is_counted_once(lab: Lab, xet: bool | str) -> None:
-    """The steps of a file sum up to its size, in every way to the Hub, in a resumed run too."""
+    """The steps of a file sum up to its size, for every kind of upload and in a resumed run."""
     hub = lab.start(xet=xet)
     sizes = {name: len(data) for name, data in lab.source.items()}
     counts, resumed = Counts(), Counts()
@@ -49,7 +49,7 @@ def test_every_byte_is_counted_once(lab: Lab, xet: bool | str) -> None:
 
 
 def test_a_shard_is_half_done_when_its_upload_starts(lab: Lab) -> None:
-    """Without xet a byte counts half when it is rewritten, and half when it has been sent."""
+    """Without xet, half of a byte counts when it is rewritten, the other half when it is sent."""
     hub = lab.start(xet=False)
     counts, seen = Counts(), []
     hub.fault(("PUT", "^cdn"), run(lambda: seen.append(dict(counts.of))), times=None)
@@ -62,7 +62,7 @@ def test_a_shard_is_half_done_when_its_upload_starts(lab: Lab) -> None:
 
 
 def test_an_upload_that_starts_again_is_counted_once(lab: Lab) -> None:
-    """A part that is sent twice does not bring the bar beyond its end."""
+    """A part that is sent twice does not move the bar past its end."""
     hub = lab.start(xet=False, part_size=100_000)
     fault = hub.fault(("PUT", "^cdn"), reset_upload(50_000), nth=3)
     counts = Counts()
@@ -72,7 +72,7 @@ def test_an_upload_that_starts_again_is_counted_once(lab: Lab) -> None:
 
 
 def test_a_file_tells_how_far_it_was_read() -> None:
-    """What is read again after a step back is not told twice."""
+    """Bytes that are read again after a seek are not reported again."""
     steps: list[int] = []
     file = CountedFile(io.BytesIO(b"0123456789"), steps.append)
     assert (file.read(4), file.tell()) == (b"0123", 4)
@@ -86,7 +86,7 @@ def test_a_file_tells_how_far_it_was_read() -> None:
 
 
 def test_a_terminal_shows_the_bars_until_the_upload_is_done(lab: Lab) -> None:
-    """A bar a shard and one for all, with bytes, rate and remaining time; then the last lines."""
+    """One bar per shard and one for all, with bytes, rate and remaining time; then the summary."""
     hub = lab.start(xet="http")
     slow = throttle(500_000)
     hub.fault(lambda r: r.host == "cdn" and r.headers["range"] != "bytes=0-32767", slow, times=None)
@@ -100,7 +100,7 @@ def test_a_terminal_shows_the_bars_until_the_upload_is_done(lab: Lab) -> None:
     assert re.search("writing:" + figures, shown)
     assert re.search(re.escape(SHARDS[0]) + ":" + figures, shown)
     after = shown[shown.rindex(f"{PLACE} written: ") :]
-    assert "\x1b[A" not in after  # no bar moves any more
+    assert "\x1b[A" not in after  # no bar moves afterwards
     assert re.search(r"[\d.]+ [kM]?B received\r\n", after)
     assert re.search(r"[\d.]+ [kM]?B of weights sent, \d+ B were already on the Hub\r\n", after)
     assert f"{hub.endpoint}/{DST}/commit/" in after
@@ -117,7 +117,7 @@ def test_a_terminal_shows_the_bars_until_the_upload_is_done(lab: Lab) -> None:
 def test_a_narrow_terminal_shows_the_figures(
     monkeypatch: pytest.MonkeyPatch, columns: int, shown: str
 ) -> None:
-    """Names give way to bytes, rate and remaining time."""
+    """Names are shortened to make room for bytes, rate and remaining time."""
     monkeypatch.setattr(progress_module, "BAR_DELAY", 0)
     monkeypatch.setenv("TERM", "xterm")
     ours, theirs = pty.openpty()
@@ -132,7 +132,7 @@ def test_a_narrow_terminal_shows_the_figures(
 
 
 def test_a_very_narrow_terminal_shows_the_remaining_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At 40 columns there is one line: what is done, how much of it, and how long it takes."""
+    """At 40 columns one line gives the bytes done, the percentage and the remaining time."""
     monkeypatch.setattr(progress_module, "BAR_DELAY", 0)
     monkeypatch.setenv("TERM", "xterm")
     ours, theirs = pty.openpty()
@@ -149,19 +149,19 @@ def test_a_very_narrow_terminal_shows_the_remaining_time(monkeypatch: pytest.Mon
 
 
 def read_all(fd: int) -> str:
-    """What is written to a terminal until its other end is closed."""
+    """Everything that is written to a terminal until its other end is closed."""
     found = b""
     try:
         while piece := os.read(fd, 1 << 16):
             found += piece
-    except OSError:  # how Linux says it
+    except OSError:  # how Linux reports it
         pass
     os.close(fd)
     return found.decode()
 
 
 def test_what_an_earlier_run_did_is_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bytes of a resumed run's finished shards are shown, and do not make it look fast."""
+    """Finished shards of an earlier run are shown, but do not count in the rate."""
     monkeypatch.setattr(progress_module, "LINE_SECONDS", 0)
     clock = iter([0.0, 0.0, 10.0, 20.0])
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
@@ -177,7 +177,7 @@ def test_what_an_earlier_run_did_is_no_rate(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_bar_for_all_knows_what_an_earlier_run_did(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a terminal the rate of all is that of this run alone."""
+    """On a terminal, the total rate is that of this run alone."""
     monkeypatch.setattr(progress_module, "BAR_DELAY", 0)
 
     class Terminal(io.StringIO):

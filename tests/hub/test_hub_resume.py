@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped or overtaken, and the run that goes on after them."""
+"""Runs that are killed, stopped or overtaken, and the runs that resume them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ JOURNAL = "moescale-journal.json"
 INTERRUPTED = "moescale: interrupted; the same command resumes"
 
 PATIENT = {"HF_HUB_DOWNLOAD_TIMEOUT": "600", "HF_XET_CLIENT_READ_TIMEOUT": "600s"}
-"""With these, a request that hangs does not end by itself while a test waits."""
+"""Settings with which a hanging request does not end by itself during a test."""
 
 
 def finished(lab: Lab) -> set[str]:
@@ -38,7 +38,7 @@ def finished(lab: Lab) -> set[str]:
 
 
 def streamed(lab: Lab) -> set[str]:
-    """The shards of which more than the header was asked for."""
+    """The shards of which more than the header was requested."""
     digests = {lab.hub.files(SRC, lab.commit)[name].sha256: name for name in SHARDS}
     asked = {
         r.path[1:65]
@@ -49,7 +49,7 @@ def streamed(lab: Lab) -> set[str]:
 
 
 def another_machine(lab: Lab) -> None:
-    """Take away what the client has on its disk."""
+    """Remove the client's files from the disk."""
     lab.monkeypatch.setenv("HF_HOME", str(lab.root / f"home-{time.monotonic_ns()}"))
 
 
@@ -79,7 +79,7 @@ def kill(
 
 
 def complete(lab: Lab, want: dict[str, bytes], place: str = PLACE, branch: str = "main") -> None:
-    """Run the command again elsewhere; it must finish, without what was finished before."""
+    """Run the command again on another machine; it must not repeat finished shards."""
     there = finished(lab)
     lab.hub.log.clear()
     another_machine(lab)
@@ -137,7 +137,7 @@ def test_a_killed_run_is_continued_on_another_machine(lab: Lab, moment: str) -> 
 def test_a_killed_run_for_a_missing_branch_is_continued(
     lab: Lab, match: Match, action: Action
 ) -> None:
-    """Between the last commit and the branch, and after it, nothing is lost or done twice."""
+    """Between the last commit and the branch, and after it, nothing is lost or repeated."""
     hub = lab.start()
     hub.add_repo(DST, {".gitattributes": b"", "old.txt": b"1"})
     want = lab.on_disk()
@@ -151,7 +151,7 @@ def test_a_killed_run_for_a_missing_branch_is_continued(
 
 
 def test_a_killed_run_without_xet_is_continued(lab: Lab) -> None:
-    """A kill in the middle of an upload from a file leaves no file, and costs that shard only."""
+    """A kill during an upload from a file leaves no file, and costs only that shard."""
     lab.start(xet=False)
     want = lab.on_disk()
     temporary = lab.root / "tmp"
@@ -178,7 +178,7 @@ def test_a_pull_request_is_opened_once(lab: Lab) -> None:
 
 
 def test_a_killed_run_to_disk_fetches_the_rest_only(lab: Lab) -> None:
-    """From the Hub to disk finished shards are not fetched again either."""
+    """From the Hub to disk, finished shards are not fetched again either."""
     hub = lab.start()
     want = lab.on_disk()
     target = lab.root / "out"
@@ -194,9 +194,9 @@ def test_a_killed_run_to_disk_fetches_the_rest_only(lab: Lab) -> None:
 
 @pytest.mark.parametrize("xet", [True, False])
 def test_a_run_that_is_cut_off_after_any_change_is_continued(lab: Lab, xet: bool) -> None:
-    """For every k: the k-th change arrives, its answer is lost, and the Hub with it; a rerun ends.
+    """For every k: the k-th change arrives, then the Hub stops answering; a rerun completes.
 
-    The run that is cut off ends with 5 and says so in two lines.
+    The run that is cut off ends with 5 and an error of two lines.
     """
     hub = lab.start(xet=xet)
     want = lab.on_disk()
@@ -233,7 +233,7 @@ def test_a_run_that_is_cut_off_after_any_change_is_continued(lab: Lab, xet: bool
     ],
 )
 def test_a_stopped_run_ends_at_once(lab: Lab, number: signal.Signals, match: Match) -> None:
-    """Ctrl-C and SIGTERM end a run that would hang in a request for long, with 130."""
+    """Ctrl-C and SIGTERM end a run whose request hangs, with 130."""
     hub = lab.start(xet="http")
     nth = 4 if match == STREAM else 1
     fault = hub.fault(match, stall(), nth, times=None)
@@ -243,7 +243,7 @@ def test_a_stopped_run_ends_at_once(lab: Lab, number: signal.Signals, match: Mat
         _, err = process.communicate(timeout=120)
     first, *cost = err.splitlines()
     assert (process.returncode, first) == (130, INTERRUPTED)
-    assert len(cost) <= 1  # what has to be done again
+    assert len(cost) <= 1  # the line about what must be repeated
     fault.release()
     hub.log.clear()
     lab.done(SRC, PLACE, "-k", "3", "-q")
@@ -251,7 +251,7 @@ def test_a_stopped_run_ends_at_once(lab: Lab, number: signal.Signals, match: Mat
 
 
 def test_a_dry_run_that_hangs_can_be_stopped(lab: Lab) -> None:
-    """So does Ctrl-C while headers are read."""
+    """Ctrl-C ends a dry run while it reads headers."""
     fault = lab.start().fault(STREAM, stall(), times=None)
     with lab.start_child(SRC, "-k", "3", "--dry-run", **PATIENT) as process:
         fault.wait()
@@ -264,22 +264,22 @@ def test_a_dry_run_that_hangs_can_be_stopped(lab: Lab) -> None:
 
 
 def leave_unfinished(lab: Lab, place: str = PLACE, *arguments: str) -> set[str]:
-    """Leave a run with one finished shard, as an expired token does."""
+    """Leave a run with one finished shard, as when a token expires."""
     fault = lab.hub.fault(WORK, status(403), nth=3, times=None)
     outcome = lab.run(SRC, place, "-k", "3", "-q", "-j", "1", *arguments)
     assert outcome.code == 3
-    assert fault.fired in (1, 2)  # the other shard, if it was done by then, is tried too
+    assert fault.fired in (1, 2)  # the other shard, if it was finished by then, is tried too
     lab.hub.log.clear()
     return finished(lab)
 
 
 def other_version(lab: Lab) -> None:
-    """Make the program another version."""
+    """Change the version of the program."""
     lab.monkeypatch.setattr("moescale.planning.provenance.__version__", "99.0")
 
 
 def other_commit(lab: Lab) -> None:
-    """Move the source's branch on."""
+    """Move the source's branch to another commit."""
     lab.hub.commit(SRC, {"LICENSE": b"another licence\n"})
 
 
@@ -293,7 +293,7 @@ OTHER_JOBS: dict[str, tuple[Any, tuple[str, ...], str]] = {
 
 @pytest.mark.parametrize("other", OTHER_JOBS)
 def test_an_unfinished_run_of_another_job_is_refused(lab: Lab, other: str) -> None:
-    """Other options, another commit or version: refused in a clear line, replaced if asked for."""
+    """Other options, commits or versions are refused with the reason; --overwrite replaces them."""
     hub = lab.start()
     change, options, said = OTHER_JOBS[other]
     assert leave_unfinished(lab) == {SHARDS[0]}
@@ -312,7 +312,7 @@ def test_an_unfinished_run_of_another_job_is_refused(lab: Lab, other: str) -> No
 
 
 def test_a_branch_that_moved_meanwhile_is_not_overrun(lab: Lab) -> None:
-    """A rival's commit between two runs stops the second; `--overwrite` goes on from there."""
+    """Another user's commit between two runs stops the second; `--overwrite` continues from it."""
     hub = lab.start()
     want = lab.on_disk()
     leave_unfinished(lab)
@@ -328,7 +328,7 @@ def test_a_branch_that_moved_meanwhile_is_not_overrun(lab: Lab) -> None:
 
 
 def test_a_rival_in_the_last_moment_is_not_overrun(lab: Lab) -> None:
-    """A commit of somebody else just before ours ends the run with 412's line; nothing is lost."""
+    """A commit of another user just before the last one ends the run, and nothing is lost."""
     hub = lab.start()
     want = lab.on_disk()
     hub.fault(LAST, run(lambda: hub.commit(DST, {"rival.txt": b"1"})))
@@ -345,7 +345,7 @@ def test_a_rival_in_the_last_moment_is_not_overrun(lab: Lab) -> None:
 
 
 def test_a_rival_who_brings_the_same_shards_is_not_overrun(lab: Lab) -> None:
-    """Where only the small files differ from ours, the branch has moved all the same."""
+    """The run stops even if the other commit differs only in small files."""
     hub = lab.start()
     fault = hub.fault(LAST, status(403))
     assert lab.run(SRC, PLACE, "-k", "3", "-q").code == 3
@@ -359,7 +359,7 @@ def test_a_rival_who_brings_the_same_shards_is_not_overrun(lab: Lab) -> None:
 
 
 def test_a_shard_that_is_not_what_the_journal_says_is_done_again(lab: Lab) -> None:
-    """The working branch is believed, not the journal alone."""
+    """A shard counts only if the working branch agrees with the journal."""
     hub = lab.start()
     leave_unfinished(lab)
     hub.commit(DST, {SHARDS[0]: b"something else"}, branch=WORKING)
@@ -381,7 +381,7 @@ DAMAGED: dict[str, Any] = {
 
 @pytest.mark.parametrize("files", DAMAGED)
 def test_what_a_damaged_journal_lists_is_done_again(lab: Lab, files: str) -> None:
-    """A journal of the right job whose files are of wrong types lists nothing."""
+    """A journal of the same job whose entries have wrong types lists no files."""
     hub = lab.start()
     leave_unfinished(lab)
     journal = json.loads(hub.read(DST, JOURNAL, WORKING))
@@ -393,7 +393,7 @@ def test_what_a_damaged_journal_lists_is_done_again(lab: Lab, files: str) -> Non
 
 
 def test_of_two_runs_at_once_one_ends(lab: Lab) -> None:
-    """A second run of the same job takes over; the first notices and leaves in good order."""
+    """A second run of the same job takes over; the first one notices and ends with an error."""
     hub = lab.start(xet="http")
     want = lab.on_disk()
     fault = hub.fault(("POST", "^cas /v1/shards"), stall())
@@ -411,7 +411,7 @@ def test_of_two_runs_at_once_one_ends(lab: Lab) -> None:
 
 
 def test_a_resumed_run_says_so(lab: Lab) -> None:
-    """The end of a continued run tells that it was one, and the rate is that of the rest."""
+    """The summary of a resumed run says so, and its rate is that of the rest."""
     lab.start()
     leave_unfinished(lab)
     last = lab.done(SRC, PLACE, "-k", "3").err.partition(f"{PLACE} resumed and finished: ")[2]

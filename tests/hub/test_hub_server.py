@@ -28,7 +28,7 @@ from support.hub_store import Sparse
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    """Start a Hub with a source repo and an empty destination, and a client of it."""
+    """Start a Hub with a source repo and an empty destination, and a client for it."""
     with hubs(tmp_path, monkeypatch) as starter:
         yield starter
 
@@ -116,7 +116,7 @@ def test_a_small_file_is_served_by_the_hub(start: Start, settings: dict) -> None
 
 
 def test_an_lfs_file_comes_from_another_host_without_the_token(start: Start) -> None:
-    """The redirect leads to the CDN, and the client takes the token off on the way."""
+    """The redirect leads to the CDN, and the client drops the token on the way."""
     hub, api = start()
     url = hf_hub_url(SRC, "model.safetensors", endpoint=hub.endpoint)
     seen = api.get_hf_file_metadata(url=url)
@@ -149,7 +149,7 @@ def test_a_signed_address_expires(start: Start) -> None:
 
 
 def test_a_huge_repo_costs_neither_disk_nor_time(start: Start, tmp_path: Path) -> None:
-    """Files of many GB with invented digests are listed and read by ranges."""
+    """Files of many GB with made-up digests are listed and read by ranges."""
     hub, api = start()
     shards = {f"model-{number}.safetensors": Sparse(b"head", 40 << 30) for number in range(25)}
     hub.add_repo("lab/huge", shards)
@@ -195,7 +195,7 @@ def test_what_may_not_be_seen_is_refused_as_the_hub_does(start: Start) -> None:
 
 
 def test_tokens_say_what_they_may_do(start: Start) -> None:
-    """A read token and a foreign namespace get 403; bad and expired tokens get 401."""
+    """A read token and another user's namespace get 403; bad and expired tokens get 401."""
     hub, api = start()
     reader = HfApi(endpoint=hub.endpoint, token=hub.read_token)
     for action in (
@@ -235,7 +235,7 @@ def test_bad_card_metadata_is_refused_before_and_at_the_commit(start: Start) -> 
 
 
 def test_repos_are_created_and_deleted(start: Start) -> None:
-    """A new repo holds `.gitattributes`, is private when asked, and exists once."""
+    """A new repo contains `.gitattributes`, is private on request, and cannot be created twice."""
     hub, api = start()
     url = api.create_repo("org/new", private=True)
     assert (url.repo_id, hub.repo("org/new").private) == ("org/new", True)
@@ -295,7 +295,7 @@ def test_a_commit_adds_replaces_and_deletes(start: Start) -> None:
 
 
 def test_a_commit_on_a_moved_branch_is_refused(start: Start) -> None:
-    """With `parent_commit`, a commit that a rival overtook is 412 and changes nothing."""
+    """A commit whose `parent_commit` is not the head any more gets 412 and changes nothing."""
     hub, api = start()
     parent = hub.branches(DST)["main"]
     rival = run(lambda: hub.commit(DST, {"rival.txt": b"1"}))
@@ -307,7 +307,7 @@ def test_a_commit_on_a_moved_branch_is_refused(start: Start) -> None:
 
 
 def test_pull_requests_keep_main_until_they_are_merged(start: Start) -> None:
-    """A pull request is a ref of its own: made with a commit or empty, filled, merged, closed."""
+    """A pull request has its own ref: made with a commit or empty, filled, merged, closed."""
     hub, api = start()
     made = api.create_commit(DST, [add("a.txt", b"1")], commit_message="one", create_pr=True)
     assert (made.pr_num, set(hub.files(DST))) == (1, {".gitattributes"})
@@ -325,7 +325,7 @@ def test_pull_requests_keep_main_until_they_are_merged(start: Start) -> None:
 
 
 def test_the_store_takes_paths_and_hostile_names(start: Start, tmp_path: Path) -> None:
-    """A file is served from where it lies, and a tree may hold names that no client may trust."""
+    """A file is served from its path, and a tree may contain names that a client must not trust."""
     hub, api = start()
     path = tmp_path / "outside.safetensors"
     path.write_bytes(WEIGHTS)

@@ -1,4 +1,4 @@
-"""The Hub as a source: what is read, from where, and how much of it."""
+"""The Hub as a source: what is read, from where, and how much."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ LARGE = r"^(cdn|api /lab/mix/resolve)"
 
 
 def everything(folder: Path) -> set[str]:
-    """The names of all files below a folder that are large enough for weights."""
+    """The names of all files below a folder that are large enough to hold weights."""
     return {str(p) for p in folder.rglob("*") if p.is_file() and p.stat().st_size > 50_000}
 
 
-# Places -------------------------------------------------------------------------------------
+# Locations ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def everything(folder: Path) -> set[str]:
     ],
 )
 def test_a_place_is_read(text: str, repo: str, revision: str | None) -> None:
-    """Repo and revision are told apart, whatever the revision looks like."""
+    """Repo and revision are separated, whatever the revision looks like."""
     assert parse_ref(text) == HubRef(repo, revision)
     assert parse_ref(str(parse_ref(text))) == parse_ref(text)
 
@@ -55,7 +55,7 @@ def test_a_place_is_read(text: str, repo: str, revision: str | None) -> None:
     [
         ("https://huggingface.co/org/name", "hf://org/name"),
         ("http://huggingface.co/org/name/", "hf://org/name"),
-        ("https:/huggingface.co/org/name", "hf://org/name"),  # as a Path has it
+        ("https:/huggingface.co/org/name", "hf://org/name"),  # as pathlib shortens it
         ("huggingface.co/org/name", "hf://org/name"),
         ("https://hf.co/org/name.git", "hf://org/name"),
         ("https://www.huggingface.co/org/name?library=x#use", "hf://org/name"),
@@ -71,7 +71,7 @@ def test_a_place_is_read(text: str, repo: str, revision: str | None) -> None:
     ],
 )
 def test_an_address_is_a_place(address: str, place: str | None) -> None:
-    """What is pasted from a browser means the repo, and the revision and folder it shows."""
+    """An address from a browser means its repo, revision and folder."""
     assert ref_from_url(address) == place
 
 
@@ -85,7 +85,7 @@ def test_an_address_is_a_place(address: str, place: str | None) -> None:
     ],
 )
 def test_an_address_of_something_else_is_refused(address: str) -> None:
-    """It is an error of usage, and never a folder."""
+    """It is a usage error, and never a folder."""
     with pytest.raises(UsageError, match="address"):
         ref_from_url(address)
 
@@ -107,7 +107,7 @@ def test_an_address_of_something_else_is_refused(address: str) -> None:
     ],
 )
 def test_a_place_that_is_none_is_refused(text: str) -> None:
-    """What is no repo of the Hub is an error of usage that says what it should look like."""
+    """A text that cannot be a Hub repo is a usage error that shows the expected form."""
     with pytest.raises(UsageError, match="hf://org/name"):
         parse_ref(text)
     assert not is_repo_id(text.removeprefix("hf://").partition("@")[0]) or text.endswith("@")
@@ -124,7 +124,7 @@ FOLDERS = (
 
 @pytest.mark.parametrize("place", FOLDERS)
 def test_a_folder_of_a_repo_is_a_checkpoint(lab: Lab, place: str) -> None:
-    """However it is said, the files below it are the source, and the plan says which."""
+    """Every spelling of the folder selects the files below it, and the plan names the folder."""
     hub = lab.start()
     lab.monkeypatch.chdir(lab.root)
     files = {f"runs/500/{name}": content for name, content in lab.files.items()}
@@ -152,7 +152,7 @@ def test_offline_a_folder_of_a_repo_is_a_checkpoint(lab: Lab) -> None:
 
 
 def test_an_output_is_no_folder_of_a_repo(lab: Lab) -> None:
-    """A destination is a repo; an address is none, since only `hf://` uploads."""
+    """A destination is a whole repo; an address is refused, since only `hf://` uploads."""
     lab.start()
     for place, word in ((f"{PLACE}/sub", "folder"), ("https://hf.co/a/b", "hf://a/b")):
         outcome = lab.run(SRC, place, "-k", "3")
@@ -161,7 +161,7 @@ def test_an_output_is_no_folder_of_a_repo(lab: Lab) -> None:
 
 
 def test_a_slip_beside_a_local_folder_is_said(lab: Lab) -> None:
-    """Where a folder of the first name is here, the path that is meant is named."""
+    """If a local folder has the first part of the name, the error names the likely path."""
     lab.start()
     lab.monkeypatch.chdir(lab.root)
     shutil.copytree(lab.folder, lab.root / "m" / "tiny")
@@ -172,7 +172,7 @@ def test_a_slip_beside_a_local_folder_is_said(lab: Lab) -> None:
 
 
 def test_a_directory_wins_over_a_repo(lab: Lab) -> None:
-    """A directory with the name of a repo is taken, as the plan says; `hf://` takes the repo."""
+    """A directory with the name of a repo wins, and the plan says so; `hf://` selects the repo."""
     lab.start()
     lab.monkeypatch.chdir(lab.root)
     Path("lab").mkdir()
@@ -191,7 +191,7 @@ def test_a_directory_wins_over_a_repo(lab: Lab) -> None:
 @pytest.mark.parametrize("form", ["branch", "tag", "commit", "pull request", "slashes"])
 @pytest.mark.parametrize("way", ["option", "place"])
 def test_every_form_of_a_revision_is_read(lab: Lab, form: str, way: str) -> None:
-    """Branch, tag, commit and pull request lead to the files and the commit that they name."""
+    """Branch, tag, commit and pull request lead to their files and commits."""
     hub = lab.start()
     repo = hub.repo(SRC)
     old = lab.commit
@@ -211,7 +211,7 @@ def test_every_form_of_a_revision_is_read(lab: Lab, form: str, way: str) -> None
 
 
 def test_a_revision_is_given_once(lab: Lab) -> None:
-    """Two revisions, or one for a directory, are errors of usage."""
+    """Two revisions, or a revision for a directory, are usage errors."""
     lab.start()
     for source in (f"hf://{SRC}@main", str(lab.folder)):
         outcome = lab.run(source, "--revision", "main", "-k", "3", "--dry-run")
@@ -221,7 +221,7 @@ def test_a_revision_is_given_once(lab: Lab) -> None:
 
 @pytest.mark.parametrize("place", ["lab/nothing", f"hf://{SRC}@nowhere"])
 def test_what_is_not_there_is_said_in_one_line(lab: Lab, place: str) -> None:
-    """A missing repo or revision ends with 3 and its name."""
+    """For a missing repo or revision the run ends with 3 and an error that names it."""
     lab.start()
     outcome = lab.run(place, str(lab.root / "out"), "-k", "3")
     assert outcome.code == 3
@@ -230,7 +230,7 @@ def test_what_is_not_there_is_said_in_one_line(lab: Lab, place: str) -> None:
 
 
 def test_everything_is_read_at_one_commit(lab: Lab) -> None:
-    """A branch that moves during a run changes nothing; card and provenance name the commit."""
+    """A branch that moves during a run has no effect; card and provenance name the commit."""
     hub = lab.start()
     expected = rescaled(lab.source)
     spoil = dict.fromkeys((*SHARDS, "config.json", "LICENSE"), b"other")
@@ -251,7 +251,7 @@ def test_everything_is_read_at_one_commit(lab: Lab) -> None:
 
 
 def huge_repo() -> dict[str, bytes | Sparse]:
-    """A Mixtral of 1 TB in 200 shards, of which only the headers are there."""
+    """A Mixtral of 1 TB in 200 shards that consist of headers only."""
     config = json.loads(checkpoints.MIXTRAL_CONFIG) | {
         "num_hidden_layers": 200,
         "num_local_experts": 40,
@@ -282,7 +282,7 @@ def huge_repo() -> dict[str, bytes | Sparse]:
 
 
 def test_a_dry_run_of_a_terabyte_reads_the_headers_only(lab: Lab) -> None:
-    """A plan for a repo of 1 TB costs a few MB, two or three requests a shard, and seconds."""
+    """A plan for a repo of 1 TB takes a few MB, two or three requests per shard, and seconds."""
     hub = lab.start()
     hub.add_repo("lab/huge", huge_repo())
     begun = time.process_time()
@@ -295,7 +295,7 @@ def test_a_dry_run_of_a_terabyte_reads_the_headers_only(lab: Lab) -> None:
 
 
 def test_a_run_streams_each_weight_once(lab: Lab) -> None:
-    """To disk every byte of a shard is sent once, and no copy of it lies anywhere else."""
+    """Every byte of a shard is sent once, and no other copy of it is kept."""
     hub = lab.start()
     sizes = [len(lab.source[name]) for name in SHARDS]
     temporary = lab.root / "tmp"
@@ -314,7 +314,7 @@ def test_a_run_streams_each_weight_once(lab: Lab) -> None:
 
 
 def test_a_file_in_the_cache_is_not_fetched(lab: Lab) -> None:
-    """What the Hub cache has at the commit is read from there; a truncated copy is not."""
+    """Files that the Hub cache has at the commit are read from there, but not a truncated copy."""
     hub = lab.start()
     lab.fill_cache(*SHARDS[:2], "config.json", "*.index.json", "LICENSE")
     cached = lab.root / "home" / "hub" / "models--lab--mix" / "snapshots" / lab.commit
@@ -352,7 +352,7 @@ def test_offline_the_cache_gives_the_same_output(lab: Lab) -> None:
 
 
 def test_offline_twins_need_not_be_in_the_cache(lab: Lab) -> None:
-    """What is left out in any case is nobody's download; what has to be copied is asked for."""
+    """Files that are left out in any case need not be cached; files that are copied must be."""
     hub = lab.start()
     hub.commit(SRC, checkpoints.LEFT_OUT)
     lab.fill_cache("*.safetensors", "*.json", *checkpoints.EXTRAS)
@@ -365,7 +365,7 @@ def test_offline_twins_need_not_be_in_the_cache(lab: Lab) -> None:
 
 
 def test_offline_a_child_honours_the_setting(lab: Lab) -> None:
-    """The variable itself works in a process of its own."""
+    """A separate process honours the variable itself."""
     hub = lab.start()
     lab.fill_cache()
     hub.log.clear()
@@ -375,7 +375,7 @@ def test_offline_a_child_honours_the_setting(lab: Lab) -> None:
 
 
 def test_offline_nothing_is_uploaded(lab: Lab) -> None:
-    """A destination on the Hub is refused where HF_HUB_OFFLINE is set, and the line says why."""
+    """With HF_HUB_OFFLINE a destination on the Hub is refused, and the error gives the reason."""
     hub = lab.start()
     lab.monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     outcome = lab.run(str(lab.folder), PLACE, "-k", "3", "-q")
@@ -399,7 +399,7 @@ def test_offline_nothing_is_uploaded(lab: Lab) -> None:
 def test_offline_an_incomplete_cache_is_refused(
     lab: Lab, cached: tuple[str, ...], missing: str
 ) -> None:
-    """Without a network a file that is not in the cache ends the run in one clear line."""
+    """A file that is not in the cache ends the run with an error of one line."""
     lab.start()
     if cached:
         lab.fill_cache(*cached)
@@ -412,7 +412,7 @@ def test_offline_an_incomplete_cache_is_refused(
 
 
 def test_offline_an_older_cache_has_no_list_of_the_repo(lab: Lab) -> None:
-    """Where the cache does not know what the repo has, its files are taken as they are."""
+    """If the cache has no list of the repo's files, the cached files count as all."""
     lab.start()
     want = lab.on_disk()
     lab.fill_cache()
@@ -426,11 +426,11 @@ def test_offline_an_older_cache_has_no_list_of_the_repo(lab: Lab) -> None:
     assert checkpoints.tree(lab.root / "out") == want
 
 
-# Breaks and checks --------------------------------------------------------------------------
+# Interruptions and checks ---------------------------------------------------------------------
 
 
 def test_a_download_goes_on_at_the_byte_where_it_broke(lab: Lab) -> None:
-    """After a break in the middle of a shard the next request asks for the rest only."""
+    """After an interruption inside a shard, the next request asks for the rest only."""
     hub = lab.start()
     size = len(lab.source[SHARDS[0]])
     whole = f"bytes=0-{size - 1}"
@@ -448,7 +448,7 @@ def test_a_download_goes_on_at_the_byte_where_it_broke(lab: Lab) -> None:
 
 @pytest.mark.parametrize("to", ["disk", "Hub"])
 def test_a_flipped_byte_in_a_shard_is_noticed(lab: Lab, to: str) -> None:
-    """Bytes whose SHA-256 is not the stated one never count as done; a rerun fetches them anew."""
+    """Bytes with another SHA-256 than the stated one never count; a rerun fetches them again."""
     hub = lab.start()
     size = len(lab.source[SHARDS[1]])
     whole = f"bytes=0-{size - 1}"
@@ -479,7 +479,7 @@ def test_a_flipped_byte_in_a_small_file_is_noticed(lab: Lab, name: str) -> None:
 
 
 def test_a_plan_made_from_other_headers_is_not_carried_out(lab: Lab) -> None:
-    """A shard whose header is not the one that was planned with stops the run."""
+    """A shard whose header differs from the one in the plan stops the run."""
     lab.start()
     source = HubSource(HubRef(SRC))
     source.files()
@@ -494,7 +494,7 @@ def test_a_plan_made_from_other_headers_is_not_carried_out(lab: Lab) -> None:
 
 
 def test_a_file_that_is_not_read_to_its_end_does_not_count(lab: Lab) -> None:
-    """Leaving a stream early is an error, since its digest is not known then."""
+    """Leaving a stream early is an error, since its digest is then unknown."""
     lab.start()
     source = HubSource(HubRef(SRC))
     with (
@@ -523,7 +523,7 @@ def test_a_hostile_name_is_refused_before_anything_is_written(lab: Lab, name: st
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "..\\x.safetensors"])
 def test_an_index_that_points_outside_is_refused(lab: Lab, name: str) -> None:
-    """The index is data too: a shard outside the repo is never opened."""
+    """A shard outside the repo that an index names is never opened."""
     hub = lab.start()
     index = json.loads(lab.source["model.safetensors.index.json"])
     index["weight_map"][next(iter(index["weight_map"]))] = name
@@ -535,14 +535,14 @@ def test_an_index_that_points_outside_is_refused(lab: Lab, name: str) -> None:
 
 
 def test_other_folders_of_a_repo_do_not_count(lab: Lab) -> None:
-    """`.cache/` and `.git/` are no part of the checkpoint."""
+    """`.cache/` and `.git/` are not part of the checkpoint."""
     hub = lab.start()
     hub.add_repo(SRC, {**lab.files, ".cache/huggingface/x": b"x"})
     assert set(HubSource(HubRef(SRC)).files()) == lab.source.keys()
 
 
 def test_no_access_is_said(lab: Lab) -> None:
-    """A gated model says that access is missing, a private one that it is not found."""
+    """For a gated model the error says that access is missing, for a private one "not found"."""
     hub = lab.start()
     hub.add_repo("lab/gated", lab.files, gated=True)
     hub.add_repo("lab/secret", lab.files, private=True)
@@ -558,7 +558,7 @@ def test_no_access_is_said(lab: Lab) -> None:
 
 
 def test_the_token_goes_to_the_hub_only(lab: Lab) -> None:
-    """The Hub gets the token with every request of ours, and its storage never does."""
+    """The Hub gets the token with every request of moescale; its storage never gets it."""
     hub = lab.start(xet="http")
     hub.add_repo(SRC, lab.files, private=True)
     hub.tokens[hub.token].namespaces = frozenset({"me", "lab"})
@@ -572,7 +572,7 @@ def test_the_token_goes_to_the_hub_only(lab: Lab) -> None:
 
 
 def test_the_token_is_in_nothing_that_is_written(lab: Lab) -> None:
-    """Not in what is said with every log switched on, nor in a log, a journal or any other file."""
+    """It is not in the output with every log enabled, nor in a log, a journal or any other file."""
     hub = lab.start(xet="http")
     logs = {"HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug", "RUST_LOG": "debug"}
     hub.fault(("POST", "/commit/main"), status(403))
@@ -581,13 +581,13 @@ def test_the_token_is_in_nothing_that_is_written(lab: Lab) -> None:
     assert "<TOKEN>" in outcome.err
     assert hub.token not in outcome.out + outcome.err
     contents = [path.read_bytes() for path in lab.root.rglob("*") if path.is_file()]
-    assert any(b'"job":' in content for content in contents)  # the journal, as the Hub has it
+    assert any(b'"job":' in content for content in contents)  # the journal, as the Hub stores it
     assert any(b"hf_xet logging configured" in content for content in contents)  # a log of hf_xet
     assert not [content for content in contents if hub.token.encode() in content]
 
 
 def test_an_error_never_shows_the_token(lab: Lab) -> None:
-    """Whatever the client's message has in it, the token is taken out."""
+    """If the client's message contains the token, it is removed."""
     hub = lab.start()
     with (
         pytest.raises(SourceError) as caught,
@@ -599,7 +599,7 @@ def test_an_error_never_shows_the_token(lab: Lab) -> None:
 
 
 def test_a_disk_that_is_too_small_for_a_repo_is_said_first(lab: Lab) -> None:
-    """Nothing of the Hub can be shared, so the run ends before the first weight, with no folder."""
+    """Hub files share no blocks, so the run ends before the first weight and makes no folder."""
     lab.start()
     usage = shutil.disk_usage(lab.root)._replace(free=100)
     lab.monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)

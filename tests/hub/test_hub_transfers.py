@@ -50,7 +50,7 @@ OLD_STYLE = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    """Start a Hub with a source repo and an empty destination, and a client of it."""
+    """Start a Hub with a source repo and an empty destination, and a client for it."""
     with hubs(tmp_path, monkeypatch) as starter:
         yield starter
 
@@ -61,7 +61,7 @@ def add(path: str, content: bytes) -> CommitOperationAdd:
 
 
 def failing(hub: Hub, path: str) -> tuple[type[Exception], int]:
-    """Read a file that breaks and say how, and after how many bytes."""
+    """Read a file whose transfer breaks; return the error, and the number of bytes before it."""
     got = 0
     headers = {"Authorization": f"Bearer {hub.token}"}
     url = hf_hub_url(SRC, path, endpoint=hub.endpoint)
@@ -94,7 +94,7 @@ def test_files_are_copied_between_repos_without_their_bytes(start: Start) -> Non
 
 
 def test_without_xet_files_are_not_copied_between_repos(start: Start) -> None:
-    """The client itself refuses a copy of a file that has no xet hash."""
+    """The client refuses to copy a file without a xet hash."""
     _, api = start(xet=False)
     copy = CommitOperationCopy(
         "model.safetensors", "model.safetensors", src_repo_id=SRC, src_repo_type="model"
@@ -126,7 +126,7 @@ def test_lfs_uploads_go_to_the_cdn_in_one_or_many_parts(
 
 
 def test_a_file_that_did_not_arrive_cannot_be_committed(start: Start) -> None:
-    """The Hub refuses a commit that points to contents it does not have."""
+    """The Hub refuses a commit that refers to contents it does not have."""
     hub, api = start(xet=False)
     operation = uploaded("w.safetensors", 3, hashlib.sha256(b"abc").digest())
     with pytest.raises(HfHubHTTPError, match="does not exist"):
@@ -141,7 +141,7 @@ def test_a_file_that_did_not_arrive_cannot_be_committed(start: Start) -> None:
 
 
 def uploaded(path: str, size: int, sha256: bytes) -> CommitOperationAdd:
-    """Make an operation for contents that were uploaded before, by stream."""
+    """Make an operation for contents that a stream has uploaded."""
     operation = CommitOperationAdd(path, b"")
     operation.upload_info = UploadInfo(size=size, sample=b"", sha256=sha256)
     operation._upload_mode = "lfs"
@@ -216,7 +216,7 @@ def test_a_stream_is_deduplicated_and_committed_by_its_digest(
 
 
 def test_a_hub_without_xet_says_so(start: Start) -> None:
-    """Without xet there is no write token, and the LFS batch chooses another transfer."""
+    """Without xet the Hub gives no write token, and the LFS batch chooses another transfer."""
     hub, api = start(xet=False)
     with pytest.raises(ConnectionError, match="404"):
         streamed(hub, api, DST, b"1")
@@ -225,7 +225,7 @@ def test_a_hub_without_xet_says_so(start: Start) -> None:
 
 
 def chosen_transfer(hub: Hub) -> str | None:
-    """Ask the LFS batch endpoint which transfer it would use."""
+    """Ask the LFS batch endpoint which transfer it would choose."""
     info = UploadInfo.from_bytes(b"not yet there")
     _, errors, transfer = post_lfs_batch_info(
         [info],
@@ -240,7 +240,7 @@ def chosen_transfer(hub: Hub) -> str | None:
 
 
 def test_a_hub_with_xet_chooses_it_and_guards_its_token(start: Start) -> None:
-    """The LFS batch chooses xet, and only who may write gets a write token."""
+    """The LFS batch chooses xet, and only users who may write get a write token."""
     hub, _ = start()
     assert chosen_transfer(hub) == "xet"
     for token, code in ((hub.token, 200), (hub.read_token, 403)):
@@ -254,7 +254,7 @@ def test_a_hub_with_xet_chooses_it_and_guards_its_token(start: Start) -> None:
 
 
 def test_a_status_is_answered_so_often_and_then_no_more(start: Start) -> None:
-    """The second and third request get 429 with `Retry-After`, the client waits and goes on."""
+    """The second and third request get 429 with `Retry-After`; the client waits and continues."""
     hub, _ = start()
     fault = hub.fault("/refs$", status(429, Retry_After=0), nth=2, times=2)
     url = f"{hub.endpoint}/api/models/{SRC}/refs"
@@ -311,7 +311,7 @@ def test_a_download_arrives_but_is_not_what_was_asked_for(start: Start) -> None:
 
 
 def test_a_stall_ends_when_it_is_released(start: Start) -> None:
-    """A test can wait for a stall, do something meanwhile, and let the answer go on."""
+    """A test can wait for a stall to begin, act meanwhile, and release the answer."""
     hub, _ = start()
     fault = hub.fault("^cdn", stall(1000))
     found: list[tuple] = []
@@ -325,7 +325,7 @@ def test_a_stall_ends_when_it_is_released(start: Start) -> None:
 
 
 def test_a_slow_answer_takes_its_time(start: Start) -> None:
-    """A throttled body arrives whole at about the rate that was set."""
+    """A throttled body arrives whole at about the given rate."""
     hub, _ = start()
     hub.fault("^cdn", throttle(4_000_000))
     begun = time.monotonic()
@@ -346,7 +346,7 @@ def test_a_slow_answer_takes_its_time(start: Start) -> None:
 def test_a_failed_commit_may_have_been_applied(
     start: Start, action: Action, error: type[Exception], done: bool
 ) -> None:
-    """A commit can fail before it took effect, or after."""
+    """A commit can fail before or after it took effect."""
     hub, api = start()
     hub.fault(("POST", "/commit/"), action)
     with pytest.raises(error):
@@ -364,7 +364,7 @@ def test_a_token_expires_in_the_middle(start: Start) -> None:
 
 @OLD_STYLE
 def test_faults_reach_lfs_and_xet_uploads(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part that breaks is put again, and so is a xorb; both uploads succeed."""
+    """A broken part of an LFS upload is sent again, and so is a xorb; both uploads succeed."""
     hub, api = start(xet="http", part_size=1 << 20)
     hub.fault("^cas /v1/xorbs", reset_upload(100_000))
     hub.fault("^cas /v1/shards", status(500))
@@ -390,7 +390,7 @@ api.hf_hub_download(sys.argv[1], "model.safetensors")
 
 
 def test_a_child_process_uses_the_hub_and_can_be_killed(start: Start, tmp_path: Path) -> None:
-    """A child finds the Hub by its environment; a kill leaves the Hub as it was."""
+    """A child process finds the Hub through its environment; a kill leaves the Hub intact."""
     hub, _ = start()
     fault = hub.fault("^cdn", stall(1000))
     command = [sys.executable, "-c", CHILD, SRC]

@@ -1,4 +1,4 @@
-"""What an upload to the Hub takes, who decides it, and what need not be sent."""
+"""What an upload to the Hub costs, which settings decide it, and what is not sent."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ KEYS = (
 def test_the_users_settings_win_over_ours(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str, want: tuple[int, ...] | None
 ) -> None:
-    """Uploads are narrow for the sake of memory, unless HF_XET_* says something else."""
+    """Uploads use few connections to save memory, unless HF_XET_* variables say otherwise."""
     monkeypatch.setenv(name, value)
     monkeypatch.setattr(hf_xet, "XetSession", lambda config: config)
     theirs = hf_xet.XetConfig()
@@ -59,7 +59,7 @@ def test_the_users_settings_win_over_ours(
 
 @pytest.mark.parametrize("to", ["another repo", "a branch of the source's repo"])
 def test_unchanged_files_are_copied_on_the_hub(lab: Lab, to: str) -> None:
-    """With `--rule none` no byte of a shard comes or goes; they are copied where they lie."""
+    """With `--rule none` no byte of a shard is transferred; the Hub copies them."""
     hub = lab.start()
     place = PLACE if to == "another repo" else f"hf://{SRC}@four"
     if to != "another repo":
@@ -75,7 +75,7 @@ def test_unchanged_files_are_copied_on_the_hub(lab: Lab, to: str) -> None:
 
 
 def test_some_files_are_copied_and_others_sent(lab: Lab) -> None:
-    """Beside shards that change, a large file that stays goes server-side, and once only."""
+    """Beside shards that change, a large file that stays is copied by the Hub, once."""
     hub = lab.start()
     words = random.Random(0).randbytes(300_000)
     hub.commit(SRC, {"tokenizer.model": words})
@@ -89,7 +89,7 @@ def test_some_files_are_copied_and_others_sent(lab: Lab) -> None:
 
 
 def test_what_cannot_be_copied_is_sent(lab: Lab) -> None:
-    """A Hub that does not copy between these repos gets the bytes, without a long wait."""
+    """If the Hub cannot copy between these repos, the bytes are sent without a long wait."""
     hub = lab.start()
     refusal = status(403, {"error": "Cannot copy across storage regions"})
     hub.fault("lfs-files/duplicate", refusal, times=None)
@@ -105,7 +105,7 @@ WIDENED = next(case for case in quantised_checkpoints.EXACT if "promote" in case
 
 @pytest.mark.parametrize("xet", [True, False])
 def test_a_shard_whose_header_changes_is_streamed_too(lab: Lab, xet: bool) -> None:
-    """Where a scale is widened to F32, size and digest are those of the new file."""
+    """If a scale becomes F32, size and digest are those of the new file."""
     hub = lab.start(xet=xet)
     folder = lab.root / "widened"
     quantised_checkpoints.write(WIDENED, folder)
@@ -130,7 +130,7 @@ MIB = 1 << 20
     ("to", "limit"), [("disk", 120), ("Hub", 330)], ids=["to disk", "to the Hub, all bytes new"]
 )
 def test_memory_stays_within_limits(lab: Lab, to: str, limit: int) -> None:
-    """A shard of 150 MB is not in memory: the peak stays far below the contract's limits."""
+    """A shard of 150 MB is never in memory: the peak stays far below the contract's limits."""
     hub = lab.start(xet="http")
     folder = lab.root / "large"
     folder.mkdir()
@@ -155,7 +155,7 @@ def test_memory_stays_within_limits(lab: Lab, to: str, limit: int) -> None:
 
 
 def resident_peak(pid: int) -> int:
-    """The most memory that a process has had so far, in bytes; 0 if it is gone."""
+    """The peak memory of a process in bytes; 0 if it has ended."""
     with suppress(OSError):
         found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
         return int(found[1]) << 10 if found else 0
