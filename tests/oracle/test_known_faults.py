@@ -1,4 +1,4 @@
-"""The faults of other projects that tests meet are still there, and are theirs."""
+"""The faults of other projects that tests meet still exist, and are not in moescale."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support.known_faults import FAULTS, HERE, Fault
 
 @pytest.mark.parametrize("fault", HERE, ids=str)
 def test_a_fault_shows_without_anything_of_ours(fault: Fault) -> None:
-    """The lines of the table fail with the same error; when they do not, the fault is mended."""
+    """The lines of the table fail with the same error; if they pass, the fault has been fixed."""
     assert "moescale" not in fault.reproduction
     with pytest.raises(fault.raises):
         exec(fault.reproduction, {})
@@ -19,7 +19,7 @@ def test_a_fault_shows_without_anything_of_ours(fault: Fault) -> None:
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.package)
 def test_a_fault_is_met_by_a_test(fault: Fault) -> None:
-    """A row whose tests are gone goes too."""
+    """A row is removed with its last test."""
     name = re.match(r"\w+", fault.tests)[0]
     files = TESTS.rglob("test_*.py")
     assert any(f"def {name}(" in file.read_text(encoding="utf-8") for file in files)

@@ -1,4 +1,4 @@
-"""Formats with a library that runs on a CPU: it quantises, moescale scales, it dequantises."""
+"""Formats whose library runs on a CPU: it quantises, moescale scales, and it dequantises."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def to_raw(tensor: torch.Tensor) -> Raw:
-    """A tensor as the bytes that a shard holds."""
+    """The bytes of a tensor as a shard holds them."""
     data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return NAMES[tensor.dtype], tuple(tensor.shape), data
 
@@ -52,14 +52,14 @@ def to_torch(raw: Raw) -> torch.Tensor:
 
 
 def compressor(preset: str) -> tuple[type[BaseCompressor], object]:
-    """The class that compresses such a scheme, and the scheme."""
+    """The class that compresses a scheme, and the scheme."""
     scheme = preset_name_to_scheme(preset, ["Linear"])
     name = infer_module_format(torch.nn.Linear, scheme).value
     return BaseCompressor.get_value_from_registry(name), scheme
 
 
 def fill(name: str, like: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-    """Content for one parameter of a module that is about to be compressed."""
+    """Content for one parameter of a module before its compression."""
     if name == "weight":
         value = torch.randn(like.shape, generator=draw)
     elif "global" in name:
@@ -72,7 +72,7 @@ def fill(name: str, like: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
 
 
 def compressed(preset: str) -> Callable[[np.random.Generator], Parts]:
-    """Makes projections that the library compressed, as its checkpoints hold them."""
+    """Return a function that makes projections, compressed by the library as in its checkpoints."""
 
     def make(rng: np.random.Generator) -> Parts:
         draw = torch.Generator().manual_seed(int(rng.integers(1 << 30)))
@@ -88,7 +88,7 @@ def compressed(preset: str) -> Callable[[np.random.Generator], Parts]:
 
 
 def decompressed(preset: str) -> Callable[[Parts], Terms]:
-    """What the library makes of a projection; scales of 16 bits are widened for it, exactly."""
+    """The projection as the library decompresses it; 16-bit scales are widened for it, exactly."""
 
     def terms(projection: Parts) -> Terms:
         kind, scheme = compressor(preset)
@@ -104,7 +104,7 @@ def decompressed(preset: str) -> Callable[[Parts], Terms]:
 
 
 def bnb4(kind: str, double: bool) -> Callable[[np.random.Generator], Parts]:
-    """Makes projections in four bits, with the library's own quantisation state."""
+    """Return a function that makes 4-bit projections with the library's own quantisation state."""
 
     def make(rng: np.random.Generator) -> Parts:
         weight = torch.from_numpy(rng.standard_normal(SHAPE).astype(np.float32))
@@ -118,7 +118,7 @@ def bnb4(kind: str, double: bool) -> Callable[[np.random.Generator], Parts]:
 
 
 def bnb4_terms(projection: Parts) -> Terms:
-    """What the library makes of a projection in four bits."""
+    """The 4-bit projection as the library dequantises it."""
     state = {n.removeprefix(".weight."): to_torch(raw) for n, raw in projection.items()}
     packed = state.pop(".weight")
     quantised = bitsandbytes.QuantState.from_dict(state, torch.device("cpu"))
@@ -137,7 +137,7 @@ def bnb8(rng: np.random.Generator) -> Parts:
 
 
 def bnb8_terms(projection: Parts) -> Terms:
-    """What the library makes of it."""
+    """The projection as the library dequantises it."""
     codes, rows = to_torch(projection[".weight"]), to_torch(projection[".SCB"])
     return [bitsandbytes.int8_vectorwise_dequant(codes, rows).double().numpy()]
 
@@ -149,12 +149,12 @@ class Float32:
     """A model whose parameters are all float32."""
 
     def get_parameter(self, _: str) -> torch.Tensor:
-        """Any of them."""
+        """Return any of them."""
         return torch.empty(0)
 
 
 def inkling_terms(projection: Parts) -> Terms:
-    """What transformers makes of Inkling's own formats when it loads them."""
+    """Inkling's own formats as transformers dequantises them on loading."""
     by_suffix = ("_weight", "_weight_scale", "_weight_amax", "_weight_outer_scale_denominator")
     found = {suffix: to_torch(projection[suffix]) for suffix in by_suffix if suffix in projection}
     made = Inkling2LoopDequantizeExperts().convert(found, by_suffix, ["w"], Float32(), "w")
@@ -162,7 +162,7 @@ def inkling_terms(projection: Parts) -> Terms:
 
 
 def inkling(cases: Iterable[Case]) -> list[Case]:
-    """Cases of Inkling's formats, as transformers dequantises them."""
+    """The cases of Inkling's formats, dequantised by transformers."""
     return [replace(case, terms=inkling_terms) for case in cases if case.family == "inkling"]
 
 
@@ -215,7 +215,7 @@ SHIFTS = [
 
 
 def tolerance(case: Case) -> float:
-    """How far one value may be off: where 16 bits hold a scale, or all that the library returns."""
+    """The error allowed for one value: larger if a scale, or the library's result, has 16 bits."""
     if "NVFP4" in case.id:
         return 3 * 2.0**-8
     return 2.0**-8 if case.changed == KEPT else 5e-7
@@ -223,7 +223,7 @@ def tolerance(case: Case) -> float:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_the_library_finds_its_weights_multiplied(case: Case, tmp_path: Path) -> None:
-    """Codes stay bit-identical, and what the library dequantises is the factor times as large."""
+    """Codes stay bit-identical, and the library dequantises the factor times the old values."""
     before, after = convert(case, tmp_path, FACTOR)
     check_bytes(case, before, after, FACTOR)
     for module in q.modules(case):
@@ -236,7 +236,7 @@ def test_the_library_finds_its_weights_multiplied(case: Case, tmp_path: Path) ->
 
 @pytest.mark.parametrize("case", SHIFTS, ids=lambda case: case.id)
 def test_the_library_finds_powers_of_two_multiplied(case: Case, tmp_path: Path) -> None:
-    """Where scales are powers of two, the library dequantises exactly twice the values."""
+    """If scales are powers of two, the library dequantises exactly twice the values."""
     before, after = convert(case, tmp_path, 2.0)
     check_bytes(case, before, after, 2.0)
     for module in q.modules(case):

@@ -15,7 +15,7 @@ from moescale.errors import UnsupportedError
 from moescale.families.architectures import find
 
 FACTOR = 0.7320508
-MORE = 3  # experts per token that every tiny model of a free count can be given; all have 2
+MORE = 3  # experts per token; tiny models have 2, and accept 3 unless their count is fixed
 
 ROWS = {entry: find(*entry.split("/")) for entry in TINY}
 LINEAR = [e for e, row in ROWS.items() if not (row.fixed or row.no_effect)]
@@ -34,7 +34,7 @@ SCALES_IN_PART = {"longcat_flash": "tokens that chose an identity expert keep th
 
 
 def convert(source: Path, output: Path, entry: str, **options: object) -> api.Result:
-    """Rescale with the part that the entry names."""
+    """Rescale the part that the entry names."""
     part = entry.partition("/")[2] or None
     return api.convert(source, output, part=part, jobs=1, **options)
 
@@ -56,8 +56,8 @@ def test_routed_output_is_the_factor_times_the_original(
 ) -> None:
     """With the same inputs and the same k, transformers computes factor times the old output.
 
-    Shared experts and attention compute the same bits. The factor is given for the hub's layout,
-    and is that of the closed form for the fused one.
+    Shared experts and attention compute the same bits. The factor is given for the Hub's layout;
+    for the fused one it is that of the closed form.
     """
     source, output = tmp_path / "source", tmp_path / "output"
     build(entry, source, fused=fused)
@@ -114,7 +114,7 @@ def test_folding_into_the_config_is_the_same_as_scaling(entry: str, tmp_path: Pa
 
 @pytest.mark.parametrize("entry", sorted(ROWS.keys() - set(FOLDS)))
 def test_folding_is_refused_where_it_is_not_the_same(entry: str, tmp_path: Path) -> None:
-    """A type outside the list is refused with the reason."""
+    """A type that is not in the list is refused with the reason."""
     build(entry, tmp_path / "source")
     with pytest.raises(UnsupportedError, match=r"--fold config|no effect"):
         convert(tmp_path / "source", tmp_path / "output", entry, factor=FACTOR, fold="config")
@@ -122,7 +122,7 @@ def test_folding_is_refused_where_it_is_not_the_same(entry: str, tmp_path: Path)
 
 @pytest.mark.parametrize("entry", NO_EFFECT)
 def test_what_a_norm_would_undo_is_refused(entry: str, tmp_path: Path) -> None:
-    """Where scaling has no effect only `--rule none` is taken, and it changes the count."""
+    """If scaling has no effect, only `--rule none` is accepted, and it changes the count."""
     source, output = tmp_path / "source", tmp_path / "output"
     build(entry, source)
     with pytest.raises(UnsupportedError, match="no effect"):
@@ -134,7 +134,7 @@ def test_what_a_norm_would_undo_is_refused(entry: str, tmp_path: Path) -> None:
 @LAYOUTS
 @pytest.mark.parametrize("entry", SCALES_IN_PART)
 def test_without_identity_experts_all_of_it_scales(entry: str, fused: bool, tmp_path: Path) -> None:
-    """What scales in part scales exactly where no token can choose an expert without weights."""
+    """If no token can choose an expert without weights, the routed output scales exactly."""
     source, output = tmp_path / "source", tmp_path / "output"
     build(entry, source, fused=fused, config={"zero_expert_num": 0})
     convert(source, output, entry, experts=MORE, factor=FACTOR)
@@ -145,7 +145,7 @@ def test_without_identity_experts_all_of_it_scales(entry: str, fused: bool, tmp_
 @LAYOUTS
 @pytest.mark.parametrize("entry", FIXED)
 def test_a_fixed_count_is_kept(entry: str, fused: bool, tmp_path: Path) -> None:
-    """Where code or a table fixes the count, another one is refused; a factor still scales."""
+    """If code or a table fixes the count, another one is refused; a factor still scales."""
     source, output = tmp_path / "source", tmp_path / "output"
     build(entry, source, fused=fused)
     count = generates(source, entry)

@@ -1,4 +1,4 @@
-"""Model types that transformers lacks: each with the names and keys that its own engine reads."""
+"""Model types that transformers lacks: each with the names and keys that its engine reads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moescale.planning.plan import Plan
 
 EXPERTS, LAYERS = 4, 2
 UP, DOWN = 1.5**0.5, 1.5**-0.5
-"""From 2 experts to 3: of weights that sum to 1, and of others."""
+"""The factors from 2 experts to 3: for renormalised gate weights, and for others."""
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,15 @@ class Type:
     """One model type as its engine reads it.
 
     Attributes:
-        config: its keys, beside those that all have.
-        down: names of the down-projections of a layer, one an expert or one for all.
-        up: names of the matrices before them, for `{E}` or for all.
+        config: keys besides those that all types have.
+        down: name of a layer's down-projections, with `{E}` if each expert has one.
+        up: names of the matrices before them, likewise.
         beside: other tensors of a MoE layer, with their shapes.
-        section: where the keys stand.
+        section: the section of the config with the keys.
         count: key of the experts per token.
         factor: of ``--rule preserve`` from 2 to 3.
         gates: whether ``--rule gates`` can be used.
-        prefix: what stands before the layer's number.
+        prefix: the part of a name before the layer's number.
         biased: whether down-projections have a bias.
     """
 
@@ -151,12 +151,12 @@ def tensors_of(kind: Type) -> dict[str, Raw]:
 def written(
     folder: Path, model_type: str, more: Mapping[str, Raw] | None = None, **keys: Any
 ) -> Path:
-    """A small checkpoint of a type, with other tensors and keys."""
+    """Write a small checkpoint of a type, with other tensors and keys."""
     kind = TYPES[model_type]
     write_shards(folder, {**tensors_of(kind), **(more or {})}, 1)
     inner = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, kind.count: 2}
     inner |= {**kind.config, **keys}
-    if model_type == "iquest_q1":  # whose first layer is a dense one, by default
+    if model_type == "iquest_q1":  # its first layer is dense by default
         inner["num_hidden_layers"] = LAYERS + 1
     config = {"model_type": model_type, **({kind.section: inner} if kind.section else inner)}
     (folder / "config.json").write_text(json.dumps(config))
@@ -169,7 +169,7 @@ def planned(folder: Path, **options: Any) -> Plan:
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_all_down_projections_are_scaled_and_nothing_else(model_type: str, tmp_path: Path) -> None:
-    """By the factor of its router, with no word of what is not known, and the count is set."""
+    """They get the factor of their router, the plan has no warnings, and the count is set."""
     kind = TYPES[model_type]
     plan = planned(written(tmp_path / "m", model_type))
     assert plan.model_type == model_type
@@ -188,7 +188,7 @@ def test_all_down_projections_are_scaled_and_nothing_else(model_type: str, tmp_p
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_its_router_is_formed_or_refused_with_the_reason(model_type: str, tmp_path: Path) -> None:
-    """Where the engine's router is one of those that the table knows, it is the default."""
+    """If the table knows the engine's router, the rule gates is the default."""
     folder = written(tmp_path / "m", model_type)
     if TYPES[model_type].gates:
         assert api.plan(folder, experts=3).rule == "gates"
@@ -208,7 +208,7 @@ def test_its_router_is_formed_or_refused_with_the_reason(model_type: str, tmp_pa
 def test_a_norm_after_the_sum_is_told_where_a_moe_layer_has_it(
     model_type: str, tensor: str, said: str, tmp_path: Path
 ) -> None:
-    """Another layout of the type has none, and a dense layer's does not matter."""
+    """Other layouts of the type have no such norm, and one in a dense layer does not matter."""
     norm = values("BF16", (HIDDEN,))
     moe, dense = (f"model.layers.{layer}.{tensor}" for layer in (0, 7))
     (warning,) = planned(written(tmp_path / "moe", model_type, {moe: norm})).warnings
@@ -231,7 +231,7 @@ def test_a_norm_after_the_sum_is_told_where_a_moe_layer_has_it(
 def test_a_router_that_some_models_of_a_type_have_is_refused_by_its_tensors(
     model_type: str, tensor: str, why: str, tmp_path: Path
 ) -> None:
-    """The factor of the closed form is the same for all."""
+    """The closed form gives the same factor for all."""
     more = {f"model.layers.0.{tensor}": values("BF16", (EXPERTS, HIDDEN))}
     folder = written(tmp_path / "m", model_type, more)
     with pytest.raises(UnsupportedError, match=why):
@@ -252,7 +252,7 @@ def test_a_router_that_some_models_of_a_type_have_is_refused_by_its_tensors(
 def test_lings_score_is_that_of_its_bias(
     keys: dict[str, str], left_out: tuple[str, ...], sigmoid: bool, tmp_path: Path
 ) -> None:
-    """Sigmoids where there is a bias, unless a key of the config says otherwise."""
+    """Sigmoid if there is a bias, unless a key of the config says otherwise."""
 
     def factor(name: str, **config: Any) -> float:
         folder = written(tmp_path / name, "bailingmm_moe_v2_lite", **config)
@@ -268,7 +268,7 @@ def test_lings_score_is_that_of_its_bias(
 
 
 def test_baidus_vision_model_has_two_moes_in_one_numbering(tmp_path: Path) -> None:
-    """Experts of text and images are numbered through, and its config lists a number of each."""
+    """Text and image experts share one numbering, and the config lists the number of each."""
     tensors = {}
     for layer in range(LAYERS):
         at = f"model.layers.{layer}.mlp."

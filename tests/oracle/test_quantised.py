@@ -1,4 +1,4 @@
-"""Every quantised format through the whole conversion, compared with formulas of our own."""
+"""Every quantised format through the whole conversion, compared with independent formulas."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ powers_of_two = pytest.mark.parametrize("case", q.POWER_OF_TWO, ids=lambda case:
 def convert(
     case: Case, folder: Path, factor: float, experts: int | None = None
 ) -> tuple[dict[str, Raw], dict[str, Raw]]:
-    """The tensors before and after, of a conversion that was verified."""
+    """The tensors before and after a verified conversion."""
     before = q.write(case, folder / "in")
     result = api.convert(folder / "in", folder / "out", factor=factor, experts=experts, verify=True)
     assert result.verified
@@ -34,12 +34,12 @@ def convert(
 
 
 def parts(tensors: dict[str, Raw], module: str) -> dict[str, Raw]:
-    """What belongs to one projection, by what follows its name."""
+    """The tensors of one projection, by the suffix of their name."""
     return {n.removeprefix(module): t for n, t in tensors.items() if n.startswith(module)}
 
 
 def changed(case: Case, before: Raw, operation: str, factor: float) -> Raw:
-    """What a part must become, to the last bit."""
+    """The expected bytes of a part."""
     dtype, shape, data = before
     if operation == "multiply":
         return dtype, shape, rounding.scaled(dtype, data, factor)
@@ -55,7 +55,7 @@ def changed(case: Case, before: Raw, operation: str, factor: float) -> Raw:
 
 
 def check_bytes(case: Case, before: dict[str, Raw], after: dict[str, Raw], factor: float) -> None:
-    """Planned parts are what they must be, and no other tensor changed in any bit."""
+    """Planned parts have the expected bytes, and no other tensor changed."""
     assert before.keys() == after.keys()
     routed = {m + ending: how for m in q.modules(case) for ending, how in case.changed.items()}
     plain = [m for m in q.modules(case, q.LAYERS + 1) if m not in q.modules(case)]
@@ -69,14 +69,14 @@ def check_bytes(case: Case, before: dict[str, Raw], after: dict[str, Raw], facto
 
 
 def check_values(case: Case, before: dict[str, Raw], after: dict[str, Raw], factor: float) -> None:
-    """Every term of every weight is the factor times what it was, within the scale's rounding."""
+    """Every term of every weight is the factor times the old one, within the scale's rounding."""
     for module in q.modules(case):
         old, new = case.terms(parts(before, module)), case.terms(parts(after, module))
         for one, other in zip(old, new, strict=True):
             assert np.isfinite(one).all() and np.abs(one).max() > 0
             tolerance = {"0.049 %": 4.9e-4, "0.39 %": 3.91e-3, None: 2.5e-7}[case.note]
             if ".svdquant_lora_b" in case.changed:
-                tolerance = 3.91e-3  # a plain BF16 matrix, whose products are added up
+                tolerance = 3.91e-3  # a plain BF16 matrix; its products are added up
                 np.testing.assert_allclose(other, one * factor, tolerance, 0.1)
             else:
                 np.testing.assert_allclose(other, one * factor, tolerance, 0)
@@ -84,7 +84,7 @@ def check_values(case: Case, before: dict[str, Raw], after: dict[str, Raw], fact
 
 @every_format
 def test_weights_are_multiplied_and_codes_stay(case: Case, tmp_path: Path) -> None:
-    """Any factor goes into the scales alone: the plan's tensors change, every other byte stays."""
+    """Only the scales change: the plan's tensors are multiplied, and every other byte stays."""
     before, after = convert(case, tmp_path, FACTOR)
     check_bytes(case, before, after, FACTOR)
     check_values(case, before, after, np.float64(np.float32(FACTOR)))
@@ -93,20 +93,20 @@ def test_weights_are_multiplied_and_codes_stay(case: Case, tmp_path: Path) -> No
 @pytest.mark.parametrize("factor", [2.0, 0.25])
 @powers_of_two
 def test_power_of_two_scales_take_a_power_of_two(case: Case, factor: float, tmp_path: Path) -> None:
-    """Exponents are shifted, zero blocks stay, and weights are multiplied without any error."""
+    """Exponents are shifted, zero blocks stay, and weights are multiplied without an error."""
     before, after = convert(case, tmp_path, factor)
     check_bytes(case, before, after, factor)
     for module in q.modules(case):
         old, new = case.terms(parts(before, module)), case.terms(parts(after, module))
         for one, other in zip(old, new, strict=True):
-            shifted = np.abs(one) > 2.0**-100  # what the byte 0 stands for stays 0
+            shifted = np.abs(one) > 2.0**-100  # the value of byte 0 stays 0
             np.testing.assert_array_equal(other[shifted], one[shifted] * factor)
             assert shifted.any()
 
 
 @powers_of_two
 def test_power_of_two_scales_refuse_other_factors(case: Case, tmp_path: Path) -> None:
-    """The refusal names the format and what can be done instead; nothing is written."""
+    """The error names the format and the alternatives, and nothing is written."""
     q.write(case, tmp_path / "in")
     with pytest.raises(UnsupportedError, match="powers of two") as caught:
         api.convert(tmp_path / "in", tmp_path / "out", factor=FACTOR)
@@ -120,7 +120,7 @@ def test_power_of_two_scales_refuse_other_factors(case: Case, tmp_path: Path) ->
 
 @every_format
 def test_a_shard_without_a_wider_scale_keeps_its_header(case: Case, tmp_path: Path) -> None:
-    """Only where a scale is promoted to F32 the header changes, and other shards stay as long."""
+    """A header changes only if a scale is promoted to F32; other shards keep their length."""
     q.write(case, tmp_path / "in")
     plan = api.convert(tmp_path / "in", tmp_path / "out", factor=FACTOR).plan
     widened = {t.shard for t in plan.tensors if t.store_as}
@@ -133,12 +133,12 @@ def test_a_shard_without_a_wider_scale_keeps_its_header(case: Case, tmp_path: Pa
 
 @every_format
 def test_safetensors_loads_the_output(case: Case, tmp_path: Path) -> None:
-    """Every shard, re-laid or not, opens in the library, and all its tensors can be read."""
+    """Every shard opens in the library, and all its tensors can be read."""
     _, after = convert(case, tmp_path, FACTOR)
     seen = set()
     for path in (tmp_path / "out").glob("*.safetensors"):
         with safe_open(path, "pt") as shard:
-            for name in shard.keys():  # noqa: SIM118 - it is no mapping
+            for name in shard.keys():  # noqa: SIM118 - it is not a mapping
                 assert shard.get_tensor(name).shape == after[name][1]
                 seen.add(name)
     assert seen == after.keys()
@@ -146,7 +146,7 @@ def test_safetensors_loads_the_output(case: Case, tmp_path: Path) -> None:
 
 @every_format
 def test_rounding_is_said_once(case: Case, tmp_path: Path) -> None:
-    """A scale that stays in 16 bits is rounded, and one warning for the format says how much."""
+    """A scale that stays in 16 bits is rounded, and one warning per format gives the error."""
     q.write(case, tmp_path / "in")
     said = [w for w in api.plan(tmp_path / "in", factor=FACTOR).warnings if "rounded" in w]
     assert [case.note in w for w in said] == ([True] if case.note else [])
@@ -155,7 +155,7 @@ def test_rounding_is_said_once(case: Case, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", [*q.EXACT, *q.POWER_OF_TWO], ids=lambda case: case.id)
 def test_a_factor_of_one_changes_nothing(case: Case, tmp_path: Path) -> None:
-    """Without a factor all tensors are copied, scales that could be promoted too."""
+    """With a factor of 1 all tensors are copied, including scales that could be promoted."""
     if case.family == "deepseek_v4":  # its count cannot change, so nothing does
         q.write(case, tmp_path / "in")
         assert api.plan(tmp_path / "in", factor=1.0).changes_nothing
@@ -173,7 +173,7 @@ def case_of(id: str) -> Case:
 
 
 def with_scale(id: str, folder: Path, ending: str, value: Raw) -> Path:
-    """A checkpoint of this format in which one projection has another tensor."""
+    """Write a checkpoint of this format in which one projection has another tensor."""
     case = case_of(id)
     tensors = q.tensors(case)
     tensors[q.modules(case)[1] + ending] = value
@@ -194,7 +194,7 @@ def with_scale(id: str, folder: Path, ending: str, value: Raw) -> Path:
 def test_scales_that_are_all_zero_are_named(
     id: str, ending: str, dtype: str, shape: tuple[int, ...], tmp_path: Path
 ) -> None:
-    """No factor can change what they belong to; one that is not 0 is enough for silence."""
+    """No factor changes their weights; a single nonzero scale is enough to suppress the warning."""
     zeros = np.zeros(shape)
     source = with_scale(id, tmp_path / "in", ending, q.raw(dtype, zeros))
     result = api.convert(source, tmp_path / "out", factor=2.0)
@@ -232,7 +232,7 @@ TOO_FAR = {
 
 @pytest.mark.parametrize("what", TOO_FAR)
 def test_a_scale_that_leaves_its_range_is_an_error(what: str, tmp_path: Path) -> None:
-    """A scale that would become infinite, zero or subnormal ends the run with the tensor's name."""
+    """If a scale would become infinite, zero or subnormal, the run ends and names its tensor."""
     id, ending, dtype, shape, value, factor = TOO_FAR[what]
     source = with_scale(id, tmp_path / "in", ending, q.raw(dtype, np.full(shape, value)))
     with pytest.raises(RewriteError, match="would leave the normal range") as caught:
@@ -242,7 +242,7 @@ def test_a_scale_that_leaves_its_range_is_an_error(what: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("what", ["F16 grows", "F16 sinks", "E8M0 grows"])
 def test_a_narrow_scale_is_tried_before_anything_is_written(what: str, tmp_path: Path) -> None:
-    """On a disk, a scale of few bits that leaves its range ends the run before its first shard."""
+    """On a local disk, a narrow scale that leaves its range ends the run before its first shard."""
     id, ending, dtype, shape, value, factor = TOO_FAR[what]
     source = with_scale(id, tmp_path / "in", ending, q.raw(dtype, np.full(shape, value)))
     with pytest.raises(RewriteError, match="would leave the normal range"):
@@ -251,7 +251,7 @@ def test_a_narrow_scale_is_tried_before_anything_is_written(what: str, tmp_path:
 
 
 def test_a_scale_that_was_subnormal_may_stay_so(tmp_path: Path) -> None:
-    """Groups of zeros have the smallest scales that F16 can hold; that is no reason to refuse."""
+    """Groups of zeros may have subnormal F16 scales, which is not an error."""
     tiny = q.raw("F16", np.full((q.OUT, 8), 6.7e-7))
     source = with_scale("AWQ gemv", tmp_path / "in", ".scales", tiny)
     api.convert(source, tmp_path / "out", factor=0.9, verify=True)
@@ -274,7 +274,7 @@ BROKEN_STATES = {
 
 @pytest.mark.parametrize("what", BROKEN_STATES)
 def test_a_broken_quantisation_state_is_one_line(what: str, tmp_path: Path) -> None:
-    """A state that cannot be rewritten ends the run with the tensor's name, never a traceback."""
+    """A state that cannot be rewritten ends the run with an error that names the tensor."""
     state = q.raw("U8", np.frombuffer(BROKEN_STATES[what], np.uint8))
     source = with_scale("bitsandbytes nf4 double", tmp_path / "in", STATE, state)
     with pytest.raises(RewriteError) as caught:
@@ -283,7 +283,7 @@ def test_a_broken_quantisation_state_is_one_line(what: str, tmp_path: Path) -> N
 
 
 def test_an_offset_with_few_digits_still_fits(tmp_path: Path) -> None:
-    """Where the new offset is longer than the old one, the spaces after commas make room."""
+    """If the new offset is longer than the old one, the spaces after commas give way."""
     text = b'{"quant_type": "nf4", "shape": [1, 2], "nested_offset": 0.5}'
     state = q.raw("U8", np.frombuffer(text, np.uint8))
     source = with_scale("bitsandbytes nf4 double", tmp_path / "in", STATE, state)

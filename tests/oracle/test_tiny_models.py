@@ -1,4 +1,4 @@
-"""The tiny checkpoints, before any other test leans on them."""
+"""The tiny checkpoints, tested before other tests rely on them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from support.tiny_models import (
 
 LAYOUTS = pytest.mark.parametrize("fused", [False, True], ids=["hub", "fused"])
 
-# One entry of each kind of way in which a model is fed, run and looked at.
+# One entry for each combination of ways to feed, run and inspect a model.
 KINDS = list(
     {
         (tiny.feed, tiny.run, tiny.width, tiny.routed, tiny.shared, bool(tiny.fixed)): entry_id
@@ -32,10 +32,10 @@ KINDS = list(
     }.values()
 )
 
-# Without the identity experts, which have no weights to scale.
+# The config without identity experts, which have no weights to scale.
 NO_IDENTITY = {"longcat_flash": {"zero_expert_num": 0}}
 
-# Its expert outputs are normalised before they are weighed.
+# Their expert outputs are normalised before they are weighted.
 NORMALISED = ("muse_spark", "muse_spark_text")
 
 
@@ -46,7 +46,7 @@ def _assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 
 def _halve_down_projections(directory: Path, entry_id: str) -> int:
-    """Halve them in a checkpoint of the fused layout, where names are paths of modules."""
+    """Halve them in a checkpoint of the fused layout, whose names are module paths."""
     tiny = TINY[entry_id]
     pattern = rf"{tiny.part}.*\.{tiny.routed}\.{tiny.down}"
     count = 0
@@ -60,14 +60,14 @@ def _halve_down_projections(directory: Path, entry_id: str) -> int:
 
 
 def test_every_type_is_built_or_has_a_reason() -> None:
-    """A type that transformers cannot build says why, and is not in the table as well."""
+    """A type that transformers cannot build has a reason, and is not in the table as well."""
     assert not TINY.keys() & CANNOT_BUILD.keys()
     assert all(CANNOT_BUILD.values())
 
 
 @pytest.mark.parametrize("entry_id", TINY)
 def test_both_layouts_hold_the_same_model(entry_id: str, tmp_path: Path) -> None:
-    """Both load whole and give the same bits; halved down-projections halve the routed output."""
+    """Both load fully and give the same bits; halved down-projections halve the routed output."""
     hub, fused = tmp_path / "hub", tmp_path / "fused"
     build(entry_id, hub, config=NO_IDENTITY.get(entry_id))
     build(entry_id, fused, fused=True, config=NO_IDENTITY.get(entry_id))
@@ -83,7 +83,7 @@ def test_both_layouts_hold_the_same_model(entry_id: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("entry_id", KINDS)
 def test_the_rest_does_not_depend_on_the_routed_experts(entry_id: str, tmp_path: Path) -> None:
-    """Shared experts and attention give the same bits when the routed experts are changed."""
+    """Shared experts and attention give the same bits if the routed experts change."""
     build(entry_id, tmp_path, fused=True)
     others = other_outputs(tmp_path, entry_id)
     assert all(output.abs().max() > 1e-3 for output in others.values())
@@ -93,7 +93,7 @@ def test_the_rest_does_not_depend_on_the_routed_experts(entry_id: str, tmp_path:
 
 @pytest.mark.parametrize("entry_id", KINDS)
 def test_the_model_runs_with_the_experts_of_its_config(entry_id: str, tmp_path: Path) -> None:
-    """It writes tokens, and each goes through two experts; one where there is no more."""
+    """It generates tokens, and each passes two experts, or one if the type allows only one."""
     build(entry_id, tmp_path)
     one = entry_id in ("zaya", "switch_transformers")
     assert generates(tmp_path, entry_id) == (1 if one else 2)
@@ -113,7 +113,7 @@ def test_another_count_changes_the_output_or_is_refused(entry_id: str, tmp_path:
 
 
 def test_a_checkpoint_that_is_not_whole_is_an_error(tmp_path: Path) -> None:
-    """A tensor that is missing is not filled with random values in silence."""
+    """A missing tensor is not silently filled with random values."""
     build("olmoe", tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.layers.1.mlp.gate.weight"]
@@ -130,7 +130,7 @@ def test_a_count_for_each_layer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("entry_id", PUBLISHED)
 def test_published_names_hold_the_same_model(entry_id: str, tmp_path: Path) -> None:
-    """The hub's own names load, and give the same bits as those that transformers writes."""
+    """The Hub's own names load, and give the same bits as the names that transformers writes."""
     build(entry_id, tmp_path / "written")
     build(entry_id, tmp_path / "published", published=True)
     _assert_same(
@@ -151,7 +151,7 @@ def test_the_block_for_a_second_token_runs(entry_id: str, fused: bool, tmp_path:
 
 @pytest.mark.parametrize("entry_id", [entry_id for entry_id, tiny in TINY.items() if tiny.mtp])
 def test_the_block_for_a_second_token_is_stored(entry_id: str, tmp_path: Path) -> None:
-    """It holds routed experts under its own name, in a shard that the index lists."""
+    """Its routed experts have their own names, in a shard that the index lists."""
     build(entry_id, tmp_path, mtp=True)
     names = load_file(tmp_path / "model-00002-of-00002.safetensors")
     assert all(name.startswith(f"{TINY[entry_id].mtp}.") for name in names)
@@ -160,7 +160,7 @@ def test_the_block_for_a_second_token_is_stored(entry_id: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("entry_id", ["mixtral", "qwen3_omni_moe/talker", "deepseek_v4"])
 def test_a_seed_gives_the_same_bytes_again(entry_id: str, tmp_path: Path) -> None:
-    """The same seed writes the same files, another one other values, whatever ran before."""
+    """The same seed writes the same files, another seed other values, whatever ran before."""
     for name, seed in (("one", 0), ("again", 0), ("other", 1)):
         torch.rand(1)
         build(entry_id, tmp_path / name, seed=seed)

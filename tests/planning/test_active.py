@@ -1,4 +1,4 @@
-"""How much of a model a token uses: counted from the shapes, beside what transformers says."""
+"""How much of a model a token uses, counted from the shapes and compared with tensor names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FUSED = {"granitemoe": r"input_linear|output_linear", "dbrx": "experts", "gpt_os
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "deepseek_v3", *FUSED])
 def test_routed_experts_count_in_part(kind: str, tmp_path: Path) -> None:
-    """Whatever the layout, the tensors of the routed experts are those that the names say."""
+    """In every layout, the tensors of the routed experts are those with the expected names."""
     tiny_models.build(kind, tmp_path / "in")
     plan = moescale.plan(tmp_path / "in", experts=1, rule="none")
     assert plan.active is not None and plan.active.unit == "parameters"
@@ -45,7 +45,7 @@ def test_routed_experts_count_in_part(kind: str, tmp_path: Path) -> None:
 
 
 def test_codes_of_any_width_are_counted_in_bytes(tmp_path: Path) -> None:
-    """A quantised model is as large as its bytes."""
+    """A quantised model is counted in bytes."""
     case = next(c for c in quantised.EXACT if c.id == "block FP8, BF16 scales")
     quantised.write(case, tmp_path / "in")
     used = moescale.plan(tmp_path / "in", factor=1.5).active
@@ -54,7 +54,7 @@ def test_codes_of_any_width_are_counted_in_bytes(tmp_path: Path) -> None:
 
 
 def test_a_gguf_file(tmp_path: Path) -> None:
-    """Its experts lie in one tensor of each kind; 2 of 4 are used, then 3."""
+    """Each kind of expert matrix is one tensor; 2 of 4 experts are used, then 3."""
     (path,) = write_model(tmp_path / "m.gguf")
     used = moescale.plan(path, experts=3, rule="none").active
     _, tensors = read_model(path)
@@ -64,7 +64,7 @@ def test_a_gguf_file(tmp_path: Path) -> None:
 
 
 def test_counts_by_layer(tmp_path: Path) -> None:
-    """Each layer has its own share."""
+    """Each layer counts its own share."""
     source = checkpoints.mixtral(tmp_path / "source")
     path = source / "config.json"
     config = json.loads(path.read_bytes())
@@ -93,5 +93,5 @@ def test_counts_by_layer(tmp_path: Path) -> None:
     ],
 )
 def test_the_text(used: Active, text: str) -> None:
-    """One unit for the three numbers, and what the change means."""
+    """The three numbers share one unit, followed by the effect of the change."""
     assert active_text(used).startswith(text)

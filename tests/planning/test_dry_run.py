@@ -1,4 +1,4 @@
-"""The dry run: it says what the real run would refuse, and both closed forms, layer by layer."""
+"""The dry run: it shows what the real run would refuse, and both closed forms by layer."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def source(tmp_path: Path) -> Path:
 
 
 def with_count(source: Path, count: Any) -> Path:
-    """The repo with other experts per token in its config."""
+    """The repo with another number of experts per token in its config."""
     path = source / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_bytes()), "num_experts_per_tok": count}))
     return source
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Runs the command as a user does."""
+    """Run the command in a separate process."""
     command = [sys.executable, "-m", "moescale", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
@@ -51,7 +51,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_an_occupied_destination_is_a_warning(source: Path, tmp_path: Path) -> None:
-    """The plan is shown, and what the run would refuse is said with what to do."""
+    """The plan is shown, and the warning says that the run would be refused and what to do."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "letter.txt").write_text("dear")
     (warning,) = api.plan(source, tmp_path / "out", experts=3).warnings
@@ -63,7 +63,7 @@ def test_an_occupied_destination_is_a_warning(source: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("change", ["none", "output", "source"])
 def test_an_earlier_output_is_looked_at(change: str, source: Path, tmp_path: Path) -> None:
-    """An output of the same job is no obstacle, unless it or its source was changed since."""
+    """An output of the same job gives no warning, unless it or its source has changed since."""
     api.convert(source, tmp_path / "out", experts=3)
     if change == "output":
         (tmp_path / "out" / "config.json").write_text("{}")
@@ -79,7 +79,7 @@ def test_an_earlier_output_is_looked_at(change: str, source: Path, tmp_path: Pat
 def test_a_place_that_cannot_be_written_to_is_a_warning(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file in the way, or a folder without permission, is said before the run."""
+    """A file in the way, a missing permission and a read-only mount appear before the run."""
     (tmp_path / "file").write_text("x")
     (warning,) = api.plan(source, tmp_path / "file" / "out", experts=3).warnings
     assert "cannot be written to" in warning and "is not a directory" in warning
@@ -96,13 +96,13 @@ def test_a_place_that_cannot_be_written_to_is_a_warning(
 
 
 def test_nothing_is_written_there(source: Path, tmp_path: Path) -> None:
-    """A dry run makes no folder."""
+    """A dry run creates no folder."""
     assert api.plan(source, tmp_path / "deep" / "out", experts=3).warnings == ()
     assert not (tmp_path / "deep").exists()
 
 
 def test_options_of_the_hub_need_the_hub(source: Path, tmp_path: Path) -> None:
-    """What the run refuses as usage, the dry run refuses too."""
+    """The dry run refuses the same usage errors as the run."""
     with pytest.raises(UsageError, match="need hf://"):
         api.plan(source, tmp_path / "out", create_pr=True, experts=3)
 
@@ -110,7 +110,7 @@ def test_options_of_the_hub_need_the_hub(source: Path, tmp_path: Path) -> None:
 def test_a_disk_that_is_too_small_is_said_first(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the output is larger than what is free, the plan warns, and the run goes on."""
+    """If the output needs more than the free space, the plan warns, and the run continues."""
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     for plan in (
@@ -119,13 +119,13 @@ def test_a_disk_that_is_too_small_is_said_first(
     ):
         (warning,) = plan.warnings
         assert f"needs {bytes_text(plan.bytes_written)}, but 100 B are free" in warning
-    assert api.plan(source, tmp_path / "out", experts=3).warnings == ()  # it is there already
+    assert api.plan(source, tmp_path / "out", experts=3).warnings == ()  # the output exists already
 
 
 def test_another_disk_that_is_too_small_is_refused(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where no block can be shared, nothing is begun; a subvolume, as free as the source, may."""
+    """On another device the run ends at once; a subvolume with the same free space is allowed."""
     real, usage, free = Path.stat, shutil.disk_usage(tmp_path), {"source": 200}
 
     def stat(path: Path, **more: Any) -> os.stat_result:
@@ -148,7 +148,7 @@ def test_another_disk_that_is_too_small_is_refused(
 def test_what_an_unfinished_run_has_written_counts_as_room(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that goes on needs room for what is left only; its temporary files are removed."""
+    """A resumed run needs space only for the rest, since its temporary files are removed."""
     written = api.plan(source, tmp_path / "out", experts=3).bytes_written
     destination = LocalDestination(tmp_path / "out")
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
@@ -160,7 +160,7 @@ def test_what_an_unfinished_run_has_written_counts_as_room(
 def test_a_disk_that_tells_nothing_is_taken_as_it_is(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the free room cannot be found out, there is no warning and no error."""
+    """If the free space is unknown, there is no warning and no error."""
 
     def fail(path: Path) -> None:
         raise OSError("not supported")
@@ -175,7 +175,7 @@ def test_a_disk_that_tells_nothing_is_taken_as_it_is(
 def test_a_file_that_cannot_be_read_is_found_at_once(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tokenizer without permission ends the plan, not the run after its last shard."""
+    """A tokenizer without read permission ends the plan, not the run after its last shard."""
     allowed = os.access
     monkeypatch.setattr(
         os, "access", lambda path, mode: "tokenizer.json" not in str(path) and allowed(path, mode)
@@ -187,7 +187,7 @@ def test_a_file_that_cannot_be_read_is_found_at_once(
 
 @pytest.mark.parametrize("name", ["README.md", "moescale.json", "model.safetensors.index.json"])
 def test_a_folder_in_the_place_of_a_file_is_found_at_once(name: str, source: Path) -> None:
-    """A folder that has the name of a file which a run makes is refused before the run."""
+    """A folder with the name of a file that a run writes is refused before the run."""
     (source / name).unlink(missing_ok=True)
     (source / name).mkdir()
     (source / name / "notes.txt").write_text("x")
@@ -209,7 +209,7 @@ def test_a_folder_in_the_place_of_a_file_is_found_at_once(name: str, source: Pat
 def test_what_stands_in_place_of_a_file_is_called_so(
     source: Path, name: str, content: bytes, what: str, help_: str
 ) -> None:
-    """A clone without the large files, or a page that asks for a login, under the file's name."""
+    """A Git LFS pointer or a web page under the name of a file is recognised."""
     (source / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=f"{name}: is a {what}") as caught:
         api.plan(source, experts=3)
@@ -217,7 +217,7 @@ def test_what_stands_in_place_of_a_file_is_called_so(
 
 
 def test_a_count_of_null_is_called_so(source: Path) -> None:
-    """The key is there."""
+    """The error distinguishes null from a missing key."""
     with pytest.raises(UnsupportedError, match="has null at num_experts_per_tok"):
         api.plan(with_count(source, None), experts=3)
 
@@ -227,13 +227,13 @@ def test_a_count_of_null_is_called_so(source: Path) -> None:
     [("part", ""), ("arch", ""), ("pattern", ""), ("experts_key", "")],
 )
 def test_an_empty_name_is_refused(option: str, value: str, source: Path) -> None:
-    """An empty value, of a variable that is not set, is no name."""
+    """An empty value, for instance from an unset variable, is a usage error."""
     with pytest.raises(UsageError, match=f"--{option.replace('_', '-')} is empty"):
         api.plan(source, experts=3, **{option: value})
 
 
 def test_a_wider_scale_is_shown(tmp_path: Path) -> None:
-    """Where a scale becomes F32, and with it the shard longer, the plan says so."""
+    """If a scale becomes F32 and its shard longer, the plan says so."""
     case = next(c for c in quantised.EXACT if c.id == "block FP8, BF16 scales")
     quantised.write(case, tmp_path / "in")
     assert "BF16 -> F32" in plan_text(api.plan(tmp_path / "in", factor=1.37))
@@ -244,7 +244,7 @@ def test_a_wider_scale_is_shown(tmp_path: Path) -> None:
 
 
 def test_both_forms_are_given_by_layer(source: Path) -> None:
-    """Where layers have different counts, each rule has a factor and a norm for each of them."""
+    """If layers have different counts, each rule has a factor and a norm for each layer."""
     plan = api.plan(with_count(source, [1, 2]), experts=2)
     root = 2**0.5
     assert dict(plan.factors) == {"0": root, "1": 1.0}
@@ -261,13 +261,13 @@ def test_both_forms_are_given_by_layer(source: Path) -> None:
 
 
 def test_a_list_that_is_too_short_is_refused(source: Path) -> None:
-    """A list of counts has one for each layer."""
+    """A list of counts needs one for each layer."""
     with pytest.raises(CheckpointError, match="has 1 numbers for 2 layers"):
         api.plan(with_count(source, [2]), experts=2)
 
 
 def test_a_fold_into_the_config_says_that_no_weight_changed(tmp_path: Path) -> None:
-    """The summary of `--fold config` has the size, the seconds, and that all was copied."""
+    """The summary of `--fold config` says that no weight changed."""
     source = checkpoints.deepseek(tmp_path / "in", routed_scaling_factor=2.5)
     done = run(source, tmp_path / "out", "-k", 3, "--fold", "config")
     assert done.returncode == 0
@@ -278,7 +278,7 @@ def test_a_fold_into_the_config_says_that_no_weight_changed(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("value", [None, "2.5", True, [1], 1e308, float("nan")])
 def test_a_scaling_key_that_is_no_number_is_refused(value: Any, tmp_path: Path) -> None:
-    """What cannot be multiplied is said in one line, with what to do instead."""
+    """The error has one line and a hint."""
     source = checkpoints.deepseek(tmp_path / "in", routed_scaling_factor=value)
     with pytest.raises(UnsupportedError, match="cannot be multiplied") as caught:
         api.plan(source, factor=1e9, fold="config")
@@ -289,7 +289,7 @@ def test_a_scaling_key_that_is_no_number_is_refused(value: Any, tmp_path: Path) 
 
 
 def test_a_byte_order_mark_is_no_fault(source: Path, tmp_path: Path) -> None:
-    """Editors on Windows put one before the JSON."""
+    """Editors on Windows write one before the JSON."""
     (tmp_path / "f.json").write_text('{"0": 1.1, "1": 1.2}', encoding="utf-8-sig")
     done = run(source, tmp_path / "out", "--factors", tmp_path / "f.json", "-q")
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'out'}\n")
@@ -307,7 +307,7 @@ def test_a_byte_order_mark_is_no_fault(source: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_factor_is_named(factors: str, says: str, source: Path, tmp_path: Path) -> None:
-    """The error names the layer, or says what the file has to hold."""
+    """The error names the layer, or says what the file must contain."""
     (tmp_path / "f.json").write_text(factors)
     done = run(source, tmp_path / "out", "--factors", tmp_path / "f.json")
     assert done.returncode == 2 and says in done.stderr and done.stdout == ""
@@ -319,7 +319,7 @@ def test_a_bad_factor_is_named(factors: str, says: str, source: Path, tmp_path: 
 @pytest.mark.skipif(os.name == "nt", reason="closing a stream is written so in POSIX shells")
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
 def test_a_closed_stream_is_no_error(closed: str, source: Path, tmp_path: Path) -> None:
-    """Text for a stream that the caller closed goes nowhere, above all not into the other one."""
+    """Text for a stream that the caller closed is dropped, and does not go to another stream."""
     out = tmp_path / "out"
     command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-m", "moescale"]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What lies beside the shards: twins are left out, forgotten shards are scaled, others kept."""
+"""Files beside the shards: twins are left out, unlisted shards are scaled, others are copied."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def write(folder: Path, shards: Mapping[str, Mapping[str, checkpoints.Raw]]) -> Path:
-    """A Qwen2-MoE with these shards, without an index."""
+    """Write a Qwen2-MoE with these shards, without an index."""
     folder.mkdir(exist_ok=True)
     for name, tensors in shards.items():
         (folder / name).write_bytes(checkpoints.shard(tensors))
@@ -42,13 +42,13 @@ def write(folder: Path, shards: Mapping[str, Mapping[str, checkpoints.Raw]]) -> 
 
 
 def add(folder: Path, name: str, content: bytes | Mapping[str, checkpoints.Raw]) -> None:
-    """One more file: bytes, or a shard of these tensors."""
+    """Add a file: bytes, or a shard of these tensors."""
     data = content if isinstance(content, bytes) else checkpoints.shard(content)
     checkpoints.write_files(folder, {name: data})
 
 
 def left_out(folder: Path, **options: Any) -> dict[str, str | None]:
-    """What a plan leaves out, with its reasons, each of which has to be a warning, too."""
+    """The files that a plan leaves out, with the reasons, each of which must be a warning too."""
     plan = moescale.plan(folder, experts=3, **options)
     files = {file.name: file.why for file in plan.files if file.action == "skip"}
     assert all(any(f"left out: {n}" in w for w in plan.warnings) for n in [*files][:1])
@@ -57,7 +57,7 @@ def left_out(folder: Path, **options: Any) -> dict[str, str | None]:
 
 
 def saved(content: object, **how: Any) -> bytes:
-    """The bytes that `torch.save` makes."""
+    """The bytes that `torch.save` writes."""
     file = io.BytesIO()
     torch.save(content, file, **how)
     return file.getvalue()
@@ -74,7 +74,7 @@ def renamed(old: str, new: str) -> dict[str, checkpoints.Raw]:
 
 
 def fused() -> dict[str, checkpoints.Raw]:
-    """The same layers with the experts of each in one tensor."""
+    """The same layers, with the experts of each in one tensor."""
     return {
         f"model.layers.{layer}.mlp.experts.down_proj": checkpoints.values("BF16", (4, 8, 6))
         for layer in (1, 2)
@@ -106,7 +106,7 @@ def fused() -> dict[str, checkpoints.Raw]:
 def test_a_copy_under_another_ending_is_a_twin_by_its_content(
     source: Path, name: str, content: Any, why: str | None
 ) -> None:
-    """A backup of unscaled weights does not go along; what only sounds like one does."""
+    """A backup of the unscaled weights is left out; other files with similar names are copied."""
     add(source, name, content)
     assert left_out(source) == ({name: why} if why else {})
     assert why or not [w for w in moescale.plan(source, experts=3).warnings if name in w]
@@ -126,7 +126,7 @@ def test_a_copy_under_another_ending_is_a_twin_by_its_content(
 def test_a_copy_that_is_no_twin_is_copied_with_a_warning(
     source: Path, name: str, content: Any, said: str
 ) -> None:
-    """No loader reads it, so that it can neither be scaled nor has to be refused."""
+    """No loader reads it, so it need not be scaled or refused."""
     add(source, name, content)
     assert left_out(source) == {}
     assert any(name in w and said in w for w in moescale.plan(source, experts=3).warnings)
@@ -163,7 +163,7 @@ def test_a_copy_that_is_no_twin_is_copied_with_a_warning(
     ],
 )
 def test_a_twin_is_left_out(source: Path, name: str, content: Any, why: str) -> None:
-    """By what it holds where that can be seen, else by its name, its place or its size."""
+    """The content decides if it can be read, otherwise the name, the folder or the size."""
     add(source, name, content)
     assert left_out(source) == {name: why}
 
@@ -176,13 +176,13 @@ def gguf(*keys: bytes) -> bytes:
 
 @pytest.mark.parametrize(("key", "twin"), [(b"qwen2moe.expert_count", True), (b"clip.x", False)])
 def test_a_gguf_says_itself_whether_it_has_experts(source: Path, key: bytes, twin: bool) -> None:
-    """A projector or a dense draft is kept, under whatever name."""
+    """A projector or a dense draft is kept under any name."""
     add(source, "other.gguf", gguf(b"general.alignment", key))
     assert ("other.gguf" in left_out(source)) == twin
 
 
 def test_what_goes_with_twins_is_left_out(source: Path) -> None:
-    """Their indexes, and the folders in which there are no other weights; nothing else."""
+    """Their indexes are left out, and folders that hold no other weights."""
     add(source, "pytorch_model-1-of-1.bin", b"a twin")
     add(source, "pytorch_model.bin.index.json", b"{}")
     add(source, "checkpoint-5/model-1-of-2.safetensors", checkpoints.qwen2_tensors())
@@ -205,7 +205,7 @@ def test_what_goes_with_twins_is_left_out(source: Path) -> None:
 
 
 def test_a_second_indexed_set_is_left_out_with_its_index(source: Path) -> None:
-    """The index that loaders read stays."""
+    """The index that loaders read is kept."""
     (source / SINGLE).unlink()
     checkpoints.write_shards(source, checkpoints.qwen2_tensors(), 2)
     add(source, "model.fp16-1-of-1.safetensors", checkpoints.qwen2_tensors(dtype="F16"))
@@ -216,7 +216,7 @@ def test_a_second_indexed_set_is_left_out_with_its_index(source: Path) -> None:
     }
 
 
-# What is nobody's twin ----------------------------------------------------------------------------
+# Files that are not twins -------------------------------------------------------------------------
 
 SIDE: Mapping[str, Any] = {
     "2_Dense/model.safetensors": {"linear.weight": checkpoints.values("F32", (2,))},
@@ -237,7 +237,7 @@ SIDE: Mapping[str, Any] = {
 
 
 def test_what_is_nobodys_twin_is_copied(source: Path, tmp_path: Path) -> None:
-    """Side models, heads, projectors and what a training leaves, byte for byte."""
+    """Side models, heads, projectors and leftovers of training are copied byte for byte."""
     for name, content in SIDE.items():
         add(source, name, content)
     before = checkpoints.tree(source)
@@ -249,7 +249,7 @@ def test_what_is_nobodys_twin_is_copied(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
 def test_an_adapter_stays_with_its_config(source: Path, weights: str) -> None:
-    """One without the other does not load; that the adapter is not rescaled is said."""
+    """One does not load without the other; a warning says that the adapter is not rescaled."""
     at = "base_model.model.model.layers.1.mlp.experts.0.down_proj.lora_B.weight"
     tensors = {at: checkpoints.values("F32", (2,))}
     add(source, weights, tensors if "safe" in weights else saved(state_of(tensors)))
@@ -262,7 +262,7 @@ def test_an_adapter_stays_with_its_config(source: Path, weights: str) -> None:
 
 @pytest.mark.parametrize("sizes", [{"num_hidden_layers": 1}, {"hidden_size": 4}])
 def test_another_model_in_a_folder_is_copied(source: Path, sizes: dict[str, int]) -> None:
-    """A draft has the same names; its config, of another size, tells it from a twin."""
+    """A draft has the same names, but its config has other sizes."""
     add(source, "speculator/model.safetensors", checkpoints.qwen2_tensors())
     own = {**checkpoints.QWEN2_CONFIG, "hidden_size": 8, **sizes}
     add(source, "speculator/config.json", json.dumps(own).encode())
@@ -272,14 +272,14 @@ def test_another_model_in_a_folder_is_copied(source: Path, sizes: dict[str, int]
 
 
 def test_experts_of_a_model_of_its_own_are_copied(source: Path) -> None:
-    """In a folder with a config, layers that the model does not have are of another one."""
+    """In a folder with a config, layers that the model lacks belong to another model."""
     add(source, "mtp/model.safetensors", mtp())
     add(source, "mtp/config.json", b"{}")
     assert left_out(source) == {}
 
 
 def test_code_and_licences_stay_without_their_weights(source: Path) -> None:
-    """Only what is of no use without the twins goes with them."""
+    """Only files that are useless without the twins are left out with them."""
     add(source, "original/consolidated.00.pth", b"a twin")
     for name in ("params.json", "run.py", "LICENSE", "README.md"):
         add(source, f"original/{name}", b"x")
@@ -287,7 +287,7 @@ def test_code_and_licences_stay_without_their_weights(source: Path) -> None:
 
 
 def test_a_twin_of_what_a_pattern_names_is_left_out(source: Path) -> None:
-    """Names that no table knows are compared as they are."""
+    """Names that are not in the table are compared literally."""
     tensors = renamed("mlp.experts.", "block.things.")
     (source / SINGLE).write_bytes(checkpoints.shard(tensors))
     add(source, "model.fp16.safetensors", tensors)
@@ -297,14 +297,14 @@ def test_a_twin_of_what_a_pattern_names_is_left_out(source: Path) -> None:
 
 
 def test_other_shapes_are_another_model(source: Path) -> None:
-    """The same names with other sizes are not what the plan scales."""
+    """The same names with other shapes are not the tensors that the plan scales."""
     small = {name: ("BF16", (2, 2), bytes(8)) for name in checkpoints.qwen2_tensors()}
     add(source, "talker/model.safetensors", small)
     assert left_out(source) == {}
 
 
 def test_the_other_part_of_a_model_is_no_forgotten_shard(tmp_path: Path) -> None:
-    """Experts of the part that is left alone are copied, listed or not."""
+    """Experts of the part that is not rescaled are copied, whether the index lists them or not."""
     tensors = renamed("model.", "thinker.model.")
     source = write(tmp_path / "source", {SINGLE: tensors})
     text = {**checkpoints.QWEN2_CONFIG, "model_type": "qwen3_omni_moe_text"}
@@ -315,11 +315,11 @@ def test_the_other_part_of_a_model_is_no_forgotten_shard(tmp_path: Path) -> None
     assert left_out(source) == {}
 
 
-# Shards that an index forgot ----------------------------------------------------------------------
+# Shards that the index does not list --------------------------------------------------------------
 
 
 def mtp(stack: str = "model.layers.3", experts: int = 4) -> dict[str, checkpoints.Raw]:
-    """One more MoE layer, with a tensor that the main shards have, too."""
+    """Another MoE layer, and a tensor that the main shards have too."""
     names = [
         f"{stack}.mlp.experts.{e}.{p}_proj.weight" for e in range(experts) for p in ("up", "down")
     ]
@@ -334,7 +334,7 @@ def mtp(stack: str = "model.layers.3", experts: int = 4) -> dict[str, checkpoint
 @pytest.mark.parametrize("stack", ["model.layers.3", "mtp.layers.0"])
 @pytest.mark.parametrize("shards", [1, 2])
 def test_a_forgotten_shard_is_scaled(tmp_path: Path, stack: str, shards: int) -> None:
-    """Its routed experts are of the model; the index stays as it is, and the user hears of it."""
+    """Its experts belong to the model; the index does not change, and a warning names the shard."""
     source, output = write(tmp_path / "source", {}), tmp_path / "out"
     checkpoints.write_shards(source, checkpoints.qwen2_tensors(), shards)
     add(source, "model-mtp.safetensors", mtp(stack))
@@ -360,7 +360,7 @@ def test_a_forgotten_shard_is_scaled(tmp_path: Path, stack: str, shards: int) ->
 def test_what_can_neither_be_scaled_nor_left_out_is_refused(
     source: Path, name: str, tensors: Any
 ) -> None:
-    """Experts in a folder, of an incomplete layer or among twins: by name."""
+    """Experts in a folder, of an incomplete layer or among twins: the error names the file."""
     add(source, name, tensors)
     with pytest.raises(CheckpointError) as caught:
         moescale.plan(source, experts=3)
@@ -368,7 +368,7 @@ def test_what_can_neither_be_scaled_nor_left_out_is_refused(
 
 
 def test_a_layer_in_a_forgotten_shard_is_found(tmp_path: Path) -> None:
-    """Where the listed shards are not complete, the shard that has the rest is named."""
+    """If the listed shards are incomplete, the error names the shard with the rest."""
     tensors = checkpoints.qwen2_tensors()
     last = {name: raw for name, raw in tensors.items() if "layers.2." in name}
     rest = {name: raw for name, raw in tensors.items() if name not in last}
@@ -379,12 +379,12 @@ def test_a_layer_in_a_forgotten_shard_is_found(tmp_path: Path) -> None:
         moescale.plan(source, experts=3)
 
 
-# Two sets, and indexes that are stale -------------------------------------------------------------
+# Two sets, and stale indexes ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("indexed", [True, False])
 def test_two_sets_are_one_model_or_refused(tmp_path: Path, indexed: bool) -> None:
-    """With the same bytes one is kept; else loaders disagree which is the model."""
+    """If their bytes agree, one is kept; otherwise loaders would disagree about the model."""
     source, output = write(tmp_path / "source", {}), tmp_path / "out"
     tensors = checkpoints.qwen2_tensors()
     checkpoints.write_shards(source, tensors, 2)
@@ -405,7 +405,7 @@ def test_two_sets_are_one_model_or_refused(tmp_path: Path, indexed: bool) -> Non
 def test_a_second_copy_counts_where_it_is_scaled(
     tmp_path: Path, matrix: str, planned: bool
 ) -> None:
-    """A number that is a part of a name is none of an expert: w1 is not the w2 that is scaled."""
+    """The digit in a matrix name is not an expert number: w1 differs from w2, which is scaled."""
     checkpoints.write_shards(tmp_path, checkpoints.mixtral_tensors(), 2)
     (tmp_path / "config.json").write_text(checkpoints.MIXTRAL_CONFIG)
     index = json.loads((tmp_path / INDEX_FILE).read_text())["weight_map"]
@@ -422,13 +422,13 @@ def test_a_second_copy_counts_where_it_is_scaled(
 
 
 def test_what_was_left_behind_of_a_set_is_left_out(source: Path) -> None:
-    """One part of a set is no second model, whatever its content."""
+    """One part of a set is not a second model, whatever its content."""
     add(source, "model-00002-of-00009.safetensors", checkpoints.qwen2_tensors(2))
     assert left_out(source) == {"model-00002-of-00009.safetensors": TWIN}
 
 
 def test_a_stale_index_beside_the_single_file_is_left_out(source: Path, tmp_path: Path) -> None:
-    """The single file is what transformers takes; with that index other loaders find nothing."""
+    """Transformers loads the single file; with the index, other loaders find nothing."""
     index = {"weight_map": dict.fromkeys(checkpoints.qwen2_tensors(), "old.safetensors")}
     (source / INDEX_FILE).write_text(json.dumps(index))
     assert "stale" in (left_out(source)[INDEX_FILE] or "")
@@ -438,7 +438,7 @@ def test_a_stale_index_beside_the_single_file_is_left_out(source: Path, tmp_path
 
 @pytest.mark.parametrize(("names", "said"), [(("new",), "stale"), ((), "incomplete")])
 def test_a_listed_shard_that_is_not_there(tmp_path: Path, names: Any, said: str) -> None:
-    """Where its tensors are in other files the index is stale, else the download is incomplete."""
+    """If other files have its tensors the index is stale, otherwise the download is incomplete."""
     shards = {f"{name}.safetensors": checkpoints.qwen2_tensors() for name in names}
     source = write(tmp_path / "source", shards)
     index = {"weight_map": dict.fromkeys(checkpoints.qwen2_tensors(), "old.safetensors")}
@@ -452,7 +452,7 @@ def test_a_listed_shard_that_is_not_there(tmp_path: Path, names: Any, said: str)
     "name", ["gptq_model-4bit.safetensors", "model-00001-of-00001.safetensors"]
 )
 def test_one_file_under_another_name_gets_an_index(tmp_path: Path, name: str) -> None:
-    """Loaders find ``model.safetensors`` without one, and nothing else."""
+    """Without an index, loaders find only ``model.safetensors``."""
     source = write(tmp_path / "source", {name: checkpoints.qwen2_tensors()})
     moescale.convert(source, tmp_path / "out", experts=3, verify=True)
     made = json.loads((tmp_path / "out" / INDEX_FILE).read_bytes())
@@ -460,7 +460,7 @@ def test_one_file_under_another_name_gets_an_index(tmp_path: Path, name: str) ->
 
 
 def test_an_absent_or_doubled_expert_is_refused(tmp_path: Path) -> None:
-    """What the plan scales must be where the index says, and nowhere else."""
+    """Each tensor that the plan scales must be where the index says."""
     tensors = checkpoints.qwen2_tensors()
     expert = next(name for name in reversed(tensors) if name.endswith("experts.3.down_proj.weight"))
     source = write(tmp_path / "source", {})
@@ -480,7 +480,7 @@ TEMPLATES = sorted({template for row in ROWS for template in row.experts})
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_every_layout_of_the_table_is_recognised(template: str) -> None:
-    """In front of it may stand what wrappers add, and behind it what formats add."""
+    """Wrappers may add a prefix to it, and formats a suffix."""
     name = template.replace("{L}", "7").replace("{E}", "3")
     for prefix in ("", "model.", "language_model.model."):
         for suffix in (".weight", ".weight_scale_inv", ".qweight", "_scales", ""):
@@ -509,12 +509,12 @@ def test_every_layout_of_the_table_is_recognised(template: str) -> None:
     ],
 )
 def test_other_names_are_told_apart(name: str, layer: Layer | None) -> None:
-    """The second projection of a routed expert, not the others, the shared one or an adapter."""
+    """Only second projections of routed experts match, not shared experts or adapters."""
     assert layer_from_name(name) == layer
 
 
 def test_a_zip_that_is_no_torch_file_is_not_looked_into(source: Path) -> None:
-    """Nor is any pickle run: what stands in it is read as text."""
+    """Its text is not searched, and no pickle is run."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("notes.txt", "model.layers.1.mlp.experts.0.down_proj.weight")

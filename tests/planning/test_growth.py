@@ -1,7 +1,7 @@
-"""What a plan costs as checkpoints grow: in proportion, and within the limits for the largest.
+"""How the cost of a plan grows with the checkpoint: linearly, and within limits for the largest.
 
-Seconds, of processor time too, are longer on a busy machine, so what a plan does is counted in
-function calls. `scripts/benchmarks/benchmark.py --planning` measures the seconds.
+Seconds, even of CPU time, depend on the load of the machine, so the tests count function calls.
+`scripts/benchmarks/benchmark.py --planning` measures seconds.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ LARGE = sparse.qwen3(layers=65, experts=512, shards=200)
 """100,000 tensors of 209 GB, as many as DeepSeek-V3 has with its scales."""
 
 CALLS = 150
-"""For each tensor, as text or as JSON. The 3 seconds for 100,000 tensors that
-docs/performance.md promises of its machine are about 170; 125 are made."""
+"""Limit of function calls per tensor; a plan makes 125. The 3 seconds for 100,000 tensors in
+docs/performance.md are about 170 on the machine measured there.
+"""
 
 MEASURED = """
 import re, sys
@@ -54,7 +55,7 @@ FORMS: dict[str, list[str]] = {"text": [], "json": ["--json"]}
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The large checkpoint, whose shards are a header and a hole."""
+    """The large checkpoint; each shard is a header and a hole."""
     return sparse.write(tmp_path_factory.mktemp("large") / "source", LARGE)
 
 
@@ -91,11 +92,11 @@ def test_work_and_memory_grow_with_the_tensors(tmp_path: Path) -> None:
 
 
 MORE = 7 * 4 * 64 * 3
-"""So many experts' tensors have the others beyond those of the small one."""
+"""Tensors of the experts that the larger checkpoints have and the small one lacks."""
 
 
 def calls(folder: Path, form: list[str]) -> int:
-    """How many functions a dry run calls, of Python and of C."""
+    """The number of functions that a dry run calls, in Python and in C."""
     command = [sys.executable, "-c", COUNTED, str(folder), "-k16", "--dry-run", *form]
     command += ["--rule", "preserve"]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stderr)

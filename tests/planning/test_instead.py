@@ -1,4 +1,4 @@
-"""What does the same without rewriting: each engine gets the config that a rewritten output has."""
+"""Settings that need no rewriting: each engine gets the config of a rewritten output."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def loaded(text: str, folder: Path, **given: Any) -> PreTrainedConfig:
 
 
 def words(line: str) -> list[str]:
-    """The words of a command line, as a shell splits them."""
+    """The words of a command line, split as a shell does."""
     return shlex.split(line)
 
 
@@ -50,7 +50,7 @@ KINDS = sorted(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformers_gets_the_config_of_the_output(kind: str, tmp_path: Path) -> None:
-    """For every type that it knows: keywords of from_pretrained do what the edited config does.
+    """For every type that it knows, keywords of from_pretrained do what the edited config does.
 
     vLLM and SGLang update the same object section by section; they are not installed here.
     """
@@ -70,7 +70,7 @@ def test_transformers_gets_the_config_of_the_output(kind: str, tmp_path: Path) -
 
 
 def update(config: Any, values: dict[str, Any]) -> None:
-    """Set values section by section, as vLLM does with --hf-overrides and SGLang one deep."""
+    """Set values section by section, as vLLM does with --hf-overrides and SGLang at one level."""
     for key, value in values.items():
         if isinstance(value, dict):
             update(getattr(config, key), value)
@@ -105,7 +105,7 @@ def test_lines_for_a_factor_in_the_config(tmp_path: Path) -> None:
 
 
 def test_no_factor_needs_no_rewriting(tmp_path: Path) -> None:
-    """Any model runs with another number; a factor that only weights can hold has no line."""
+    """Any model runs with another count; a factor that only weights can hold gets no line."""
     source = checkpoints.mixtral(tmp_path / "source")
     assert moescale.plan(source, experts=3, rule="preserve").overrides == {}
     lines = moescale.plan(source, experts=3, rule="none").overrides
@@ -122,7 +122,7 @@ def test_no_factor_needs_no_rewriting(tmp_path: Path) -> None:
     ],
 )
 def test_what_no_config_can_say_has_no_line(options: Any, tmp_path: Path) -> None:
-    """Factors by layer and routers need new weights; where nothing changes there is nothing."""
+    """Factors by layer and router scales need new weights; no change needs no command line."""
     source = checkpoints.deepseek(tmp_path / "in", routed_scaling_factor=2.5)
     if "gate_scale" in options:
         source = checkpoints.mixtral(tmp_path / "mixtral")
@@ -130,7 +130,7 @@ def test_what_no_config_can_say_has_no_line(options: Any, tmp_path: Path) -> Non
 
 
 def test_a_count_by_layer_stays_a_list(tmp_path: Path) -> None:
-    """Where the config has one number a layer, the override has as many."""
+    """If the config has one number per layer, so has the override."""
     source = checkpoints.mixtral(tmp_path / "source")
     path = source / "config.json"
     config = {**json.loads(path.read_bytes()), "num_experts_per_tok": [1, 2]}
@@ -141,7 +141,7 @@ def test_a_count_by_layer_stays_a_list(tmp_path: Path) -> None:
 
 
 def test_deep_sections_are_for_vllm_alone() -> None:
-    """The others update one section, and would lose what else is in a section of a section."""
+    """Other engines replace a nested section, and would lose its other keys."""
     deep = {"thinker_config": {"text_config": {"num_experts_per_tok": 2, "n": 1}}}
     config = parse_config(json.dumps(deep).encode())
     row = architectures.find("mixtral")
@@ -166,7 +166,7 @@ def test_a_folder_of_a_repo_is_for_nobody() -> None:
 
 
 def test_keys_of_a_gguf_file(tmp_path: Path) -> None:
-    """llama.cpp is given the keys that --fold config would set, where the graph reads them."""
+    """llama.cpp gets the keys that --fold config would set, if its graph reads them."""
     keys = {"bailingmoe.expert_weights_scale": 2.5}
     (path,) = write_model(tmp_path / "a model.gguf", "bailingmoe", keys=keys)
     plan = moescale.plan(path, experts=3, rule="preserve")
@@ -185,7 +185,7 @@ def test_keys_of_a_gguf_file(tmp_path: Path) -> None:
 
 
 def test_a_gguf_output_is_for_llama_cpp(tmp_path: Path) -> None:
-    """Its first file is what a client opens, whatever the destination was called."""
+    """The command opens the first file, however the destination was given."""
     (path,) = write_model(tmp_path / "m.gguf")
     first, *_ = write_model(tmp_path / "set.gguf", split=2)
     for source, place, opened in (
@@ -205,7 +205,7 @@ def test_a_gguf_output_is_for_llama_cpp(tmp_path: Path) -> None:
 
 
 def test_the_text_says_what_to_run(tmp_path: Path) -> None:
-    """Before a run the source with other values and the output; after it the output."""
+    """Before a run it lists the source with other values and the output; after it, the output."""
     source = checkpoints.deepseek(tmp_path / "in", routed_scaling_factor=2.5)
     plan = moescale.plan(source, "my out", experts=3, rule="preserve")
     before, after = run_commands_text(plan, written=False), run_commands_text(plan, written=True)
@@ -221,7 +221,7 @@ def test_the_text_says_what_to_run(tmp_path: Path) -> None:
 
 
 def test_the_plan_shows_and_suggests_the_key(tmp_path: Path) -> None:
-    """With --fold config its old and new value; without, that it would be possible."""
+    """With --fold config the plan shows both values; without, it says that the fold is possible."""
     source = checkpoints.deepseek(tmp_path / "in", routed_scaling_factor=2.5)
     plain = plan_text(moescale.plan(source, experts=3, rule="preserve"))
     assert "--fold config multiplies routed_scaling_factor and changes no weight" in plain

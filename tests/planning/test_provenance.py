@@ -1,4 +1,4 @@
-"""``moescale.json``: enough to redo a run, and nothing that differs between two of the same job."""
+"""``moescale.json``: enough to repeat a run, and identical for two runs of the same job."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plan_of(folder: Path, location: LocalPath | None = None, **options: Any) -> Plan:
-    """A plan, 2 to 3 experts unless options say otherwise."""
+    """A plan, from 2 to 3 experts unless the options say otherwise."""
     return make_plan(LocalSource(folder), Options(**{"experts": 3, **options}), location)
 
 
 def test_it_says_what_was_done(folder: Path) -> None:
-    """Version, source, options, rule, factors and counts are there."""
+    """Version, source, options, rule, factors and counts are in the file."""
     plan = plan_of(folder, rho=0.25, trained_experts=1)
     content = provenance.provenance(plan, WRITTEN)
     assert content["moescale"] == __version__
@@ -49,7 +49,7 @@ def test_it_says_what_was_done(folder: Path) -> None:
 
 
 def test_it_lists_every_file_with_size_and_digest(folder: Path) -> None:
-    """Files are sorted by name; a digest that is not known is null."""
+    """Files are sorted by name; an unknown digest is null."""
     content = provenance.provenance(plan_of(folder), WRITTEN)
     assert content["files"] == [
         {"name": "a", "size": 1, "sha256": "0" * 64},
@@ -58,7 +58,7 @@ def test_it_lists_every_file_with_size_and_digest(folder: Path) -> None:
 
 
 def test_it_holds_nothing_of_this_machine(folder: Path) -> None:
-    """No path, no destination, no time: the bytes are the same from anywhere."""
+    """It has no path, destination or time: the bytes do not depend on the machine."""
     text = provenance.encode(
         provenance.provenance(plan_of(folder, LocalPath("somewhere/out")), WRITTEN)
     )
@@ -71,14 +71,14 @@ def test_it_holds_nothing_of_this_machine(folder: Path) -> None:
 def test_the_way_to_the_source_does_not_matter(
     folder: Path, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A source that is given as a relative path has the same name as by its full path."""
+    """A relative and an absolute path to the source give the same name."""
     monkeypatch.chdir(folder)
     here = provenance.provenance(plan_of(Path(way)), WRITTEN)
     assert here == provenance.provenance(plan_of(folder), WRITTEN)
 
 
 def test_it_is_json_of_a_readable_layout(folder: Path) -> None:
-    """The file is text in UTF-8 that ends with a line end, and nothing in it is NaN."""
+    """The file is UTF-8 text that ends with a newline, and contains no NaN."""
     data = provenance.encode({"name": "caf\u00e9", "sub": {"x": 1}})
     assert data.decode() == '{\n  "name": "caf\u00e9",\n  "sub": {\n    "x": 1\n  }\n}\n'
     text = provenance.encode(provenance.provenance(plan_of(folder), WRITTEN)).decode()
@@ -86,7 +86,7 @@ def test_it_is_json_of_a_readable_layout(folder: Path) -> None:
 
 
 def test_its_factors_can_be_used_again(folder: Path) -> None:
-    """The file of an earlier output is what --factors takes, to the last bit."""
+    """--factors accepts the file of an earlier output, and reads its factors exactly."""
     plan = plan_of(folder)
     text = provenance.encode(provenance.provenance(plan, WRITTEN)).decode()
     again = plan_of(folder, experts=None, factors=parse_factors(text, "moescale.json"))
@@ -94,7 +94,7 @@ def test_its_factors_can_be_used_again(folder: Path) -> None:
 
 
 def test_factors_that_were_given_are_in_it(folder: Path) -> None:
-    """Options that were given as a mapping are written as one."""
+    """Options given as a mapping are written as a mapping."""
     plan = plan_of(folder, experts=None, factors={"0": 1.5, "1": 2.0})
     content = json.loads(provenance.encode(provenance.provenance(plan, WRITTEN)))
     assert content["options"]["factors"] == content["factors"] == {"0": 1.5, "1": 2.0}
@@ -104,7 +104,7 @@ def test_factors_that_were_given_are_in_it(folder: Path) -> None:
 
 
 def test_digests_do_not_make_another_job(folder: Path) -> None:
-    """A file that was written with digests is of the same job as one without."""
+    """A file with digests belongs to the same job as one without."""
     plan = plan_of(folder)
     with_digest = provenance.provenance(plan, {"a": FileRecord(1, "0" * 64)})
     without = provenance.provenance(plan, {"a": FileRecord(1, None)})
@@ -114,7 +114,7 @@ def test_digests_do_not_make_another_job(folder: Path) -> None:
 
 @pytest.mark.parametrize("found", [None, [], "text", 1, {}, {"files": 3}])
 def test_something_else_is_another_job(folder: Path, found: Any) -> None:
-    """Whatever stands in a file of that name, it is compared and not trusted."""
+    """A file of that name is compared, whatever it contains."""
     assert not provenance.same_job(found, provenance.provenance(plan_of(folder), WRITTEN))
 
 
@@ -135,7 +135,7 @@ def test_other_options_are_another_job(folder: Path, options: dict[str, Any], wo
 
 
 def test_a_changed_source_is_another_job(tmp_path: Path) -> None:
-    """A file of the source that changed since makes the rest of it unusable."""
+    """A file of the source that has changed since invalidates the finished part of the output."""
     folder = checkpoints.mixtral(tmp_path / "m")
     before = provenance.job(plan_of(folder))
     (folder / "tokenizer.json").write_bytes(b"{}")
@@ -149,7 +149,7 @@ def test_the_job_survives_a_journal(folder: Path) -> None:
 
 
 def test_the_job_does_not_depend_on_places(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where source and destination are called otherwise, the run can still be continued."""
+    """With other names for source and destination, the run can still be resumed."""
     monkeypatch.chdir(folder.parent)
     assert provenance.job(plan_of(Path(folder.name), LocalPath("x"))) == provenance.job(
         plan_of(folder, LocalPath("y"))
@@ -157,7 +157,7 @@ def test_the_job_does_not_depend_on_places(folder: Path, monkeypatch: pytest.Mon
 
 
 def test_another_version_is_another_job(folder: Path) -> None:
-    """What an older version began is not finished by a newer one."""
+    """A newer version does not finish what an older one began."""
     job = provenance.job(plan_of(folder))
     assert provenance.job_difference({**job, "version": "0"}, job) == "another version"
     assert provenance.job_difference("text", job) == "another program"
@@ -165,11 +165,11 @@ def test_another_version_is_another_job(folder: Path) -> None:
     assert provenance.job_difference({**job, "options": 1}, job) == "other options"
 
 
-# Names that are no text ---------------------------------------------------------------------------
+# Names that are not UTF-8 -------------------------------------------------------------------------
 
 
 def test_a_source_name_that_is_no_text_is_no_crash(folder: Path) -> None:
-    """A directory whose name is no UTF-8 can be rescaled."""
+    """A directory whose name is not UTF-8 can be rescaled."""
     plan = plan_of(folder)
     plan = replace(plan, source=replace(plan.source, id="/x/caf\udce9"))
     provenance.encode(provenance.provenance(plan, WRITTEN))

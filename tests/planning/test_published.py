@@ -1,4 +1,4 @@
-"""Checkpoints of published sizes and names, as sparse shards: the plan is right for each."""
+"""Checkpoints with published sizes and names, as sparse shards: the plan is right for each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moescale.errors import UnsupportedError
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a plan must say of a published checkpoint."""
+    """The expected plan of a published checkpoint."""
 
     published: sparse.Published
     layers: list[int]
@@ -77,7 +77,7 @@ published = pytest.mark.parametrize("name", WANTED)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All of them, of which each test reads one."""
+    """The folder with all of them; each test reads one."""
     root = tmp_path_factory.mktemp("published")
     for name, wanted in WANTED.items():
         sparse.write(root / name, wanted.published)
@@ -113,7 +113,7 @@ def test_every_projection_is_planned(name: str, step: int, folder: Path) -> None
 
 @published
 def test_the_range_ends_at_the_number_of_experts(name: str, folder: Path) -> None:
-    """All experts are allowed, one more is refused with the range."""
+    """All experts are accepted; one more is refused with the allowed range."""
     total = WANTED[name].total
     assert api.plan(folder / name, experts=total).experts.after == total
     with pytest.raises(UnsupportedError, match=f"{total} routed experts") as caught:

@@ -1,4 +1,4 @@
-"""What is no checkpoint of a mixture of experts is called what it is, with what to do."""
+"""Sources that are not MoE checkpoints: the error says what they are, and what to do."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_it_is_called_what_it_is(tmp_path: Path, kind: str) -> None:
-    """One line says what it is, one what to do, and no key or type is asked for."""
+    """One line says what it is, another what to do; the error does not ask for a key or a type."""
     files, what, advice = OTHERS[kind]
     written = {n: c if isinstance(c, bytes) else json.dumps(c).encode() for n, c in files.items()}
     checkpoints.write_files(tmp_path, written)
@@ -65,7 +65,7 @@ def test_it_is_called_what_it_is(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_gguf_file_that_is_none_is_refused(tmp_path: Path) -> None:
-    """The file alone as well as its folder."""
+    """The file itself is refused, and its folder."""
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     for place in (tmp_path / "m.gguf", tmp_path):
         with pytest.raises(errors.SourceError, match="too few for a GGUF file"):
@@ -85,7 +85,7 @@ DENSE = {"model.layers.0.mlp.down_proj.weight": checkpoints.values("F32", (4, 8)
     ],
 )
 def test_a_dense_model_has_no_experts(tmp_path: Path, arch: str | None, config: dict) -> None:
-    """Whatever type it is taken for, no key is to be added to it."""
+    """Whatever its type, the error does not ask for a key."""
     checkpoints.write_shards(tmp_path, DENSE, 1)
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(errors.UnsupportedError, match=r"dense model.*no experts") as caught:
@@ -95,7 +95,7 @@ def test_a_dense_model_has_no_experts(tmp_path: Path, arch: str | None, config: 
 
 
 def test_a_wrong_key_of_the_config_names_the_likely_one(tmp_path: Path) -> None:
-    """Where --experts-key names nothing, the key that looks like it is named with its value."""
+    """If --experts-key finds nothing, the error names a similar key with its value."""
     source = checkpoints.mixtral(tmp_path)
     with pytest.raises(errors.UnsupportedError, match=r"num_experts_per_tok = 2"):
         plan(source, experts=3, factor=1.2, pattern=".*w2.*", experts_key="k")
@@ -105,13 +105,13 @@ def test_a_wrong_key_of_the_config_names_the_likely_one(tmp_path: Path) -> None:
     "word", ["share_expert", "shared_expert", "shared_experts", "share_experts"]
 )
 def test_a_shared_expert_is_no_routed_one(word: str) -> None:
-    """In no spelling, also where it has a number."""
+    """No spelling of a shared expert counts as a routed one, even with a number."""
     assert likely_down_projection([f"model.layers.0.moe.{word}.down_proj.weight"]) is None
     assert likely_down_projection([f"model.layers.0.moe.{word}.0.down_proj.weight"]) is None
 
 
 def test_an_error_in_a_file_of_factors_names_the_file(tmp_path: Path) -> None:
-    """Whatever is wrong in it: values, layers that lack, layers that are too many."""
+    """Bad values, missing layers and extra layers give an error that names the file."""
     source = checkpoints.mixtral(tmp_path / "source")
     file = tmp_path / "mine.json"
     contents = {
@@ -128,7 +128,7 @@ def test_an_error_in_a_file_of_factors_names_the_file(tmp_path: Path) -> None:
 
 
 def test_a_draft_of_another_size_is_not_called_incomplete(tmp_path: Path) -> None:
-    """Its experts are all there; the config says nothing of their number."""
+    """All its experts are present; the config does not state their number."""
     source, tensors = checkpoints.qwen2(tmp_path), checkpoints.qwen2_tensors()
     part = "model.layers.1.mlp.experts."
     draft = {
