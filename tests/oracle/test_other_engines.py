@@ -222,10 +222,10 @@ def test_a_norm_after_the_sum_is_told_where_a_moe_layer_has_it(
         (
             "bailing_moe_v3_vl",
             "mlp.image_gate.weight",
-            "images and sound have routers of their own",
+            "it has separate routers for images and audio",
         ),
-        ("bailingmm_moe_v2_lite", "mlp.image_gate.weight", "images and sound have routers"),
-        ("xllm", "self_attn.v_experts.0.weight", "its norms are written as differences from 1"),
+        ("bailingmm_moe_v2_lite", "mlp.image_gate.weight", "separate routers for images"),
+        ("xllm", "self_attn.v_experts.0.weight", "its norms are stored as differences from 1"),
     ],
 )
 def test_a_router_that_some_models_of_a_type_have_is_refused_by_its_tensors(

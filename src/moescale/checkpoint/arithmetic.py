@@ -11,8 +11,8 @@ import numpy as np
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Scale = Callable[[Bytes, Bytes], int]
 """Reads the first array, fills the second, and returns the number of unusable results: infinities
-from finite values and, for scales, values that are not normal any more. Both arrays hold whole
-little-endian elements."""
+from finite values; for scales, also values that are no longer normal or became zero. Both arrays
+hold whole little-endian elements."""
 
 INFINITY_16 = {"F16": 0x7C00, "BF16": 0x7F80}
 

@@ -1,1 +1,1 @@
-"""Pure functions from facts about routers, or samples of them, to factors."""
+"""Pure functions that compute factors from facts about routers, or from samples of them."""

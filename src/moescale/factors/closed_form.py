@@ -4,7 +4,7 @@
 ``r`` and pairwise correlation ``rho``. Then ``E|S_k|^2 = r^2 [(1-rho) A_k + rho B_k]`` with
 ``A_k = E[sum g_i^2]`` and ``B_k = E[(sum g_i)^2]``. A balanced gate gives all k experts the same
 weight g, so ``A_k = k g^2`` and ``B_k = (k g)^2``. Everything is computed in fractions and rounded
-once: a factor that is exact on paper (2, or 1) is exact here.
+once, so that a factor that is exact on paper (1 or 2) is exact here.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Callable
 from fractions import Fraction
 
 Weight = Callable[[int], Fraction]
-"""Gives the weight of each expert for a number of experts per token, up to a constant."""
+"""Returns the gate weight of each expert, up to a constant, given the experts per token."""
 
 
 def expected_square(k: int, weight: Weight, rho: float) -> Fraction:
-    """``E|S_k|^2 / r^2`` of `k` experts with equal weights."""
+    """``E|S_k|^2 / r^2`` for `k` experts with equal gate weights."""
     g, correlation = weight(k), Fraction(rho)
     return (1 - correlation) * k * g**2 + correlation * (k * g) ** 2
 
@@ -26,8 +26,7 @@ def expected_square(k: int, weight: Weight, rho: float) -> Fraction:
 def preserve(n: int, m: int, weight: Weight, rho: float = 0.0) -> float:
     """The factor that keeps the expected norm when `n` experts per token become `m`.
 
-    ``sqrt(m/n)`` for weights that are renormalised, ``sqrt(n/m)`` for weights that are not, both
-    at ``rho = 0``.
+    At ``rho = 0`` it is ``sqrt(m/n)`` if the gate weights are renormalised, else ``sqrt(n/m)``.
     """
     return math.sqrt(expected_square(n, weight, rho) / expected_square(m, weight, rho))
 

@@ -1,4 +1,4 @@
-"""The loss of numbers of experts and rules on the user's text."""
+"""Losses on the user's text, by number of experts and rule."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ class Run:
     """The model with one number of experts and one rule.
 
     Attributes:
-        experts: per token, or those of each layer.
+        experts: experts per token, or those of each layer.
         rule: ``none`` is the config edit alone.
-        loss: cross entropy, in nats a token.
-        difference: its loss minus that of the config edit with the same number.
-        standard_error: of that difference, over the sequences of the text, which both saw.
-        written: the loss is of a finished output that was loaded; else nothing was written.
+        loss: cross entropy, in nats per token.
+        difference: `loss` minus that of the config edit with the same number of experts.
+        standard_error: of `difference`, over the sequences of the text, which are the same for
+            both.
+        written: whether a finished output was loaded; else nothing was written.
     """
 
     experts: int | tuple[int, ...]
@@ -42,12 +43,12 @@ class Evaluation:
 
     Attributes:
         text: the file's name as the user gave it.
-        sha256: its digest.
-        tokens: predicted tokens.
+        sha256: digest of the file.
+        tokens: number of predicted tokens.
         cut: whether the file is longer than the part that was used.
-        experts: per token, of the model as trained.
-        loss: of the model as trained, in nats a token.
-        runs: all other runs; for each number of experts the config edit first.
+        experts: experts per token, as trained.
+        loss: cross entropy of the model as trained, in nats per token.
+        runs: all other runs; for each number of experts, the config edit comes first.
         warnings: for the user.
     """
 

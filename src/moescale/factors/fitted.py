@@ -1,8 +1,8 @@
-"""The rule ``fitted``: one router scale and one factor a layer, in closed form.
+"""The rule ``fitted``: one router scale and one factor per layer, in closed form.
 
-If a model runs with another number of experts than it was trained with, a factor restores the size
-of the routed output, and a scale of the router's logits its direction. Let ``y_n`` be the routed
-output as trained and ``y_m(t)`` the one with ``m`` experts and logits times ``t``; over tokens:
+If a model runs with another number of experts than in training, a factor restores the norm of the
+routed output, and a scale of the router's logits restores its direction. Let ``y_n`` be the routed
+output as trained, and ``y_m(t)`` that with ``m`` experts and the logits times ``t``; over tokens:
 
     e(t) = 1 - <y_n, y_m(t)>^2 / (|y_n|^2 |y_m(t)|^2)        the part that no factor can restore
     t    = argmin e(t)
@@ -24,7 +24,7 @@ from moescale.factors.samples import Fit, Sample, rounded
 GRID: tuple[float, ...] = tuple(
     sorted({1.0, *(math.exp(math.log(0.4) + i * math.log(15) / 22) for i in range(23))})
 )
-"""24 scales from 0.4 to 6, evenly spaced in their logarithm, with 1 among them."""
+"""24 scales from 0.4 to 6: 23 that are evenly spaced in their logarithm, and 1."""
 
 WORTH = 0.01
 """The scale stays 1 unless the error falls by more than this fraction."""
@@ -32,7 +32,7 @@ WORTH = 0.01
 
 @dataclass(slots=True)
 class FitSums:
-    """Sums over the tokens of one layer; lists have one number for each scale of `GRID`.
+    """Sums over the tokens, for one layer; sequences have one number for each scale of `GRID`.
 
     Attributes:
         dots: sums of ``<y_n, y_m(t)>``.
@@ -57,10 +57,10 @@ class FitSums:
 
 
 def fit(sums: FitSums, *, scalable: bool = True) -> Fit:
-    """The scale and the factor of one layer.
+    """The router scale and the factor of one layer.
 
     Args:
-        sums: over the tokens of a text.
+        sums: sums over the tokens of a text.
         scalable: whether the router's logits can be multiplied; if not, the scale is 1.
     """
     errors = sums.errors()
@@ -116,27 +116,27 @@ def _interpolated(values: Sequence[float], position: float) -> float:
 
 
 def factor(sample: Sample) -> float:
-    """The factor of one layer; the one of ``measured`` if the router cannot be scaled."""
+    """The factor of one layer; that of ``measured`` if nothing was fitted."""
     return sample.fit.factor if sample.fit else measured.factor(sample)
 
 
 def scale(sample: Sample) -> float:
-    """The router scale of one layer."""
+    """The router scale of one layer; 1 if nothing was fitted."""
     return sample.fit.scale if sample.fit else 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """The loss of one rule on text that it was not fitted on, in nats a token.
+    """The loss of one rule on text that it was not fitted on, in nats per token.
 
     Attributes:
         rule: ``none``, ``measured`` or ``fitted``.
         loss: cross entropy.
-        difference: its loss minus that of the config edit, on the same sequences.
-        standard_error: of that difference.
+        difference: `loss` minus that of the config edit, on the same sequences.
+        standard_error: of `difference`.
         divergence: KL divergence from the model as trained.
-        divergence_difference: its divergence minus that of the config edit.
-        divergence_error: the standard error of that.
+        divergence_difference: `divergence` minus that of the config edit.
+        divergence_error: standard error of `divergence_difference`.
     """
 
     rule: str
@@ -153,10 +153,11 @@ class Guard:
     """The rules tried on a text that none of them was fitted on, and the one chosen.
 
     Attributes:
-        trained: cross entropy of the model as trained, in nats a token.
-        tokens: of the text.
-        by: ``loss`` on the user's text; ``divergence`` on text that the model wrote itself, which
-            tells how close a rule is to the trained model, but not its loss.
+        trained: cross entropy of the model as trained, in nats per token.
+        tokens: number of tokens of the text.
+        by: what the choice compares: ``loss`` on the user's text; ``divergence`` on text that the
+            model wrote itself, which shows how close a rule is to the trained model, but not its
+            loss.
         trials: one for each rule.
     """
 
@@ -167,12 +168,12 @@ class Guard:
 
     @property
     def taken(self) -> str:
-        """The rule with the lowest loss or divergence, as written; the first of equal ones."""
+        """The rule with the lowest loss or divergence as rounded; the first of equal ones."""
         return min(self.trials, key=lambda trial: rounded(getattr(trial, self.by))).rule
 
     @classmethod
     def from_json(cls, content: Any) -> Guard | None:
-        """The inverse of `as_json`; None for any other value, since anybody may have written it."""
+        """The inverse of `as_json`; None for any other value, since a file may hold anything."""
         try:
             trials = tuple(Trial(**run) for run in content["runs"])
             guard = cls(content["trained_loss"], content["tokens"], content["by"], trials)

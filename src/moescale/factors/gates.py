@@ -1,7 +1,7 @@
 """The factor from the model's own gate weights, with independent or equally correlated experts.
 
-As in `closed_form`, but with ``A_k`` and ``B_k`` of the model's own router on random inputs, which
-`moescale.routers.weights` computes.
+The formula is that of `closed_form`, with ``A_k`` and ``B_k`` of the model's own router on random
+inputs, which `moescale.routers.weights` computes.
 """
 
 from __future__ import annotations

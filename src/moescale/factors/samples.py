@@ -1,7 +1,7 @@
 """Samples of the routers and the experts of a model, layer by layer.
 
 Samples come from the model's own router (rule ``gates``) or from running the model over a text
-(rule ``measured``); the rules turn them into factors, the report draws them.
+(rules ``measured`` and ``fitted``). The rules turn them into factors; the report draws them.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ the factor, and with it every byte of the output, must not."""
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """One MoE layer with `experts` experts per token, averaged over tokens.
+    """Statistics of one MoE layer with one number of experts, averaged over tokens.
 
     Attributes:
         experts: experts per token, k.
         squares: ``A_k = E[sum g_i^2]`` of the gate weights.
         squared_sum: ``B_k = E[(sum g_i)^2]``.
-        ranks: for each of the k chosen experts, the largest weight first, the 10th, 50th and 90th
-            percentile of its gate weight.
+        ranks: the 10th, 50th and 90th percentile of the gate weight of each of the k chosen
+            experts, the largest weight first.
         norm: mean Euclidean norm of the routed experts' output, in the units of the hidden state;
             None if no expert was run.
     """
@@ -42,11 +42,11 @@ class Moments:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One MoE layer, as trained and as it will be run.
+    """Statistics of one MoE layer, as trained and as it will run.
 
     Attributes:
-        before: with the number of experts of training.
-        after: with the new number, weights unchanged.
+        before: with the trained number of experts.
+        after: with the new number, and unscaled experts.
         correlation: mean pairwise cosine of the chosen experts' outputs, as trained; None if no
             expert was run.
         fit: router scale and factor of the rule ``fitted``; None for other rules.
@@ -69,7 +69,7 @@ class Fit:
         scale: of the router's weight and logit bias.
         factor: of the routed experts' down-projections.
         error_before: ``e(1)``, from 0 to 1; see `moescale.factors.fitted`.
-        error_after: ``e`` at the scale.
+        error_after: ``e(scale)``.
     """
 
     scale: float

@@ -1,1 +1,1 @@
-"""Kinds of routers, and the weights that they give."""
+"""Kinds of routers, and the gate weights that they compute."""

@@ -1,12 +1,12 @@
-"""The kinds of routers: how they form weights, and the names of their tensors.
+"""The kinds of routers: how they compute gate weights, and the names of their tensors.
 
 The rule ``gates`` draws random inputs for the router of each layer, and ``--gate-scale`` multiplies
-its weight; both need to know more of a router than its normalisation. The facts are those of
-transformers 5.24, and the tests compare with its router modules. A model type with remote code has
-one of these kinds if its code has such a router. `architectures` assigns kinds to model types.
+the router's weight; both need more than its normalisation. The facts come from transformers 5.24,
+and the tests compare with its router modules. A model type with remote code has one of these kinds
+if its code implements such a router. `architectures` assigns kinds to model types.
 
-A new kind needs the names of its tensors after the layer's number, how it makes scores and how it
-chooses experts; a router that does not fit this description needs the reason.
+A new kind states the names of its tensors after the layer's number, how it computes scores and how
+it chooses experts. A router that does not fit this description is an `OtherRouter` with a reason.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from typing import Final
 class RouterKind:
     """How one kind of router works.
 
-    Names follow ``layers.{L}.``; of several the first that exists counts.
+    Tensor names follow ``layers.{L}.``; of several, the first that exists is used.
 
     Attributes:
-        weight: names of the matrix that makes the logits.
+        weight: names of the matrix that computes the logits.
         norm: names of the weight of the norm before the router.
         bias: names of the bias added to the scores for the choice only; () for none.
         logit_bias: names of the bias added to the logits; () for none.
         score: ``softmax``, ``sigmoid`` or ``sqrtsoftplus``.
         score_key: config key that may name another score.
         biased_score: the score if there is a `bias` and no key names a score.
-        late: experts are chosen by logits, and only their scores are computed.
+        late: experts are chosen by their logits, and scores are computed after the choice.
         group_best: a group is chosen by the sum of this many of its best scores.
         zero_centred: the norm multiplies by 1 + weight.
-        bias_key: config key whose value false means: no `bias`.
-        bias_optional: some models of the type have no `bias`; the tensors tell.
+        bias_key: config key that is false if there is no `bias`.
+        bias_optional: some models of the type have no `bias`; their tensors show it.
         idle_key: config key of the number of experts without weights, which come last.
-        cap_key: config key of the bound that a tanh squeezes the logits into; 0 for none.
+        cap_key: config key of the soft cap of the logits (``tanh(x / cap) * cap``); 0 for none.
         grid: the logits are two halves; an expert's logit is the sum of one from each.
-        not_if: the end of a tensor's name that marks a router of another kind, and why that is
-            refused.
+        not_if: suffix of a tensor name that shows a router of another kind, and the reason why
+            that is refused.
     """
 
     weight: Sequence[str]
@@ -62,18 +62,18 @@ class RouterKind:
 
 @dataclass(frozen=True, slots=True)
 class OtherRouter:
-    """A router that `RouterKind` cannot describe, and why."""
+    """A router that `RouterKind` cannot describe, and the reason."""
 
     why: str
 
 
 _NORM = "post_attention_layernorm.weight"
 LLAMA_NORM = "ffn_norm.weight"
-"""The norm before the router in Meta's naming, for any type."""
+"""The norm before the router in Meta's naming, which checkpoints of any type may use."""
 _BIAS = "e_score_correction_bias"
 
 SOFTMAX: Final = RouterKind(("mlp.gate.weight",), (_NORM,))
-"""Qwen, OLMoE: the softmax of all logits, then the largest."""
+"""Qwen, OLMoE: the softmax of all logits, then the top k."""
 MIXTRAL: Final = replace(SOFTMAX, weight=("block_sparse_moe.gate.weight", "mlp.gate.weight"))
 CENTRED: Final = replace(SOFTMAX, zero_centred=True)
 SIGMOID: Final = replace(
@@ -81,7 +81,7 @@ SIGMOID: Final = replace(
     score="sigmoid",
     bias=(f"mlp.gate.{_BIAS}", f"mlp.{_BIAS}", "mlp.gate.expert_bias", "mlp.expert_bias"),
 )
-"""DeepSeek-V3: sigmoids; a bias takes part only in the choice of groups and experts."""
+"""DeepSeek-V3: sigmoid scores; a bias affects only the choice of groups and experts."""
 NEMOTRON: Final = replace(
     SIGMOID,
     weight=("mixer.gate.weight",),
@@ -89,7 +89,7 @@ NEMOTRON: Final = replace(
     bias=(f"mixer.gate.{_BIAS}",),
 )
 LATE: Final = replace(SOFTMAX, late=True)
-"""Granite: the largest logits, then their softmax."""
+"""Granite: the top k logits, then their softmax."""
 GPT_OSS: Final = replace(LATE, weight=("mlp.router.weight",), logit_bias=("mlp.router.bias",))
 GRANITE: Final = replace(
     LATE, weight=("block_sparse_moe.router.layer.weight", "block_sparse_moe.router.weight")
@@ -109,7 +109,7 @@ LING: Final = replace(
     biased_score="sigmoid",
     bias_optional=True,
 )
-"""Bailing: sigmoids if there is a bias, unless a key says otherwise."""
+"""Bailing: sigmoid scores if there is a bias, unless the config says otherwise."""
 XLLM: Final = replace(
     SOFTMAX,
     score="sigmoid",
@@ -123,7 +123,7 @@ V4: Final = RouterKind(
     ("ffn.gate.bias", f"mlp.gate.{_BIAS}"),
     score="sqrtsoftplus",
     score_key="scoring_func",
-    not_if=("gate.tid2eid", "some of its layers choose experts by a table of token numbers"),
+    not_if=("gate.tid2eid", "some of its layers choose experts by a table of token ids"),
 )
 INKLING: Final = replace(
     SIGMOID, norm=("mlp_norm.weight", _NORM), bias=("mlp.gate.bias", f"mlp.gate.{_BIAS}")
@@ -132,12 +132,12 @@ LING_IMAGES: Final = replace(
     LING,
     not_if=(
         "image_gate.weight",
-        "images and sound have routers of their own in it",
+        "it has separate routers for images and audio",
     ),
 )
 DOTS_VLM: Final = replace(SIGMOID, score="softmax", score_key="scoring_func", bias_optional=True)
 XLLM_VALUES: Final = replace(
-    XLLM, not_if=("v_experts.0.weight", "its norms are written as differences from 1")
+    XLLM, not_if=("v_experts.0.weight", "its norms are stored as differences from 1")
 )
 IQUEST: Final = replace(
     SOFTMAX,
@@ -203,23 +203,21 @@ JETMOE: Final = replace(LATE, weight=("mlp.router.layer.weight",))
 ARIA: Final = replace(LATE, weight=("mlp.router.weight",))
 DOGE: Final = replace(LATE, weight=("mlp.router_gate.weight",), grid=True)
 SPARSEMIXER: Final = OtherRouter(
-    "it masks logits far below the largest, and weighs its two experts apart"
+    "it masks logits far below the largest, and weights its two experts separately"
 )
-ON_THE_INPUT: Final = OtherRouter("its weight multiplies the input of an expert, not the output")
+ON_THE_INPUT: Final = OtherRouter("its gate weight multiplies an expert's input, not its output")
 TWO_ROUTERS: Final = OtherRouter("a layer has two routers, for text and for images, but one factor")
-OF_SEVERAL_LAYERS: Final = OtherRouter(
-    "it serves several layers, each with a norm of its own before it"
-)
+OF_SEVERAL_LAYERS: Final = OtherRouter("several layers share it, each with its own norm before it")
 BIASED_NORM: Final = OtherRouter("the norm before it adds a bias")
 STREAMS: Final = OtherRouter(
-    "its input is a mix of several streams, which depends on what is in them"
+    "its input is a mix of several streams, which depends on their content"
 )
 GATED_INPUT: Final = OtherRouter("its input is gated by a small network after the norm")
-STATEFUL: Final = OtherRouter("it is a network of its own, with a state from layer to layer")
-LIMITED: Final = OtherRouter("its experts take a limited number of tokens")
-OWN_NORM: Final = OtherRouter("it has a norm and scales of its own")
+STATEFUL: Final = OtherRouter("it is a network with a state that passes from layer to layer")
+LIMITED: Final = OtherRouter("its experts accept a limited number of tokens")
+OWN_NORM: Final = OtherRouter("it has its own norm and scales")
 NOT_COMPARED: Final = OtherRouter(
-    "its code is not part of transformers, so that nothing could be compared"
+    "its code is not part of transformers, so nothing could be compared"
 )
 UNKNOWN: Final = OtherRouter("it is not in the table of routers")
 """For a model type that only ``--pattern`` describes."""

@@ -1,4 +1,4 @@
-"""How a router normalises the weights of the experts that it chose."""
+"""How a router normalises the gate weights of the chosen experts."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from fractions import Fraction
 
 @dataclass(frozen=True, slots=True)
 class Normalisation:
-    """How the weights of the chosen experts are normalised.
+    """How the gate weights of the chosen experts are normalised.
 
     Attributes:
-        renormalised: the weights of the chosen experts sum to a constant.
-        shared: how many shared experts take part in that sum.
+        renormalised: whether the weights of the chosen experts sum to a constant.
+        shared: number of shared experts that are included in that sum.
     """
 
     renormalised: bool
@@ -21,6 +21,6 @@ class Normalisation:
     def balanced_weight(self, k: int) -> Fraction:
         """The weight of each of `k` chosen experts at a balanced gate, up to a constant.
 
-        1/k if the weights are renormalised; else constant (1/E, but only ratios matter).
+        1 / (k + shared) if the weights are renormalised; else 1 (only ratios matter).
         """
         return Fraction(1, k + self.shared) if self.renormalised else Fraction(1)

@@ -1,9 +1,9 @@
-"""The weights that a router gives to random inputs, for the rule ``gates``.
+"""The gate weights that a router computes for random inputs, for the rule ``gates``.
 
-The inputs are normal, brought to a root mean square of 1, times the weight of the norm before the
-router. Everything is float64 from bits that never change, so that machines agree in far more digits
-than a factor keeps (`samples.DIGITS`): with float32, one close choice of a group could tell them
-apart.
+The inputs are normally distributed, normalised to a root mean square of 1, and multiplied by the
+weight of the norm before the router. Everything is float64, from random bits that never change, so
+that machines agree in far more digits than a factor keeps (`samples.DIGITS`): in float32, a close
+choice between groups could differ between machines.
 """
 
 from __future__ import annotations
@@ -22,31 +22,33 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 
 DRAWS: Final = 4096
-"""Inputs of a layer."""
+"""Random inputs per layer."""
 
 _PIECE = 1 << 17
-"""Numbers drawn at a time: 2 MiB, and temporarily a few times that."""
+"""Numbers drawn at a time: 1 MiB, and temporarily a few times that."""
 
 _FEW, _COLUMNS = 64, 1024
-"""An input with so few numbers more than logits is drawn itself; columns of a router at once."""
+"""An input is drawn itself if it has at most this many more dimensions than logits; the columns of
+a router that are multiplied at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class RouterSpec:
-    """How a router turns logits into the weights of the chosen experts.
+    """How a router turns logits into the gate weights of the chosen experts.
 
     Constants that multiply all weights are left out: they cancel.
 
     Attributes:
         score: the function from logits to scores.
-        late: experts are chosen by logits, and only their scores are computed.
+        late: experts are chosen by their logits, and scores are computed after the choice.
         normalised: the weights of the chosen experts are divided by their sum.
-        groups: groups of experts, and how many of them a token may choose from; None for no limit.
+        groups: number of groups of experts, and of those that a token may choose from; None for
+            no limit.
         group_best: a group is chosen by the sum of this many of its best scores.
-        shared: number of shared experts, which have the last logits and take part in the sum.
-        idle: number of experts without weights, which come last; their weights count as 0.
+        shared: number of shared experts, which have the last logits and are included in the sum.
+        idle: number of experts without weights, which come last; their gate weights count as 0.
         grid: the logits are two halves; an expert's logit is the sum of one from each.
-        cap: a tanh squeezes logits into -cap to cap; None for no bound.
+        cap: soft cap of the logits (``tanh(x / cap) * cap``); None for none.
     """
 
     score: Score = "softmax"
@@ -80,14 +82,14 @@ _SCORES: Final[Mapping[Score, Callable[[Array], Array]]] = MappingProxyType(
 
 
 def gate_weights(logits: Array, k: int, gate: RouterSpec, bias: Array | None = None) -> Array:
-    """The weights of the `k` experts that each token chooses.
+    """The gate weights of the `k` experts chosen for each token.
 
     Args:
-        logits: what the router's matrix gives, ``[tokens, experts]``, the shared experts last;
-            of a grid, ``[tokens, 2 sqrt(experts)]``.
+        logits: output of the router's matrix, ``[tokens, experts]``, the shared experts last; of a
+            grid, ``[tokens, 2 sqrt(experts)]``.
         k: experts per token.
         gate: how this router works.
-        bias: what is added to the scores (or the logits, if `gate.late`) for the choice alone.
+        bias: ``[experts]``, added to the scores (to the logits if `gate.late`) for the choice only.
 
     Returns:
         ``[tokens, k]``, the largest weight of a token first.
@@ -144,8 +146,8 @@ class RouterArrays:
     Attributes:
         weight: ``[logits, hidden]``.
         norm: what a normalised input is multiplied by, ``[hidden]``.
-        bias: `gate_weights`' bias, ``[experts]``.
-        logit_bias: added to the logits, ``[logits]``.
+        bias: the bias for `gate_weights`, ``[experts]``; None for none.
+        logit_bias: added to the logits, ``[logits]``; None for none.
     """
 
     weight: Array
@@ -162,15 +164,15 @@ def sample_layer(
     sharpness: float = 1.0,
     rho: float = 0.0,
 ) -> Sample:
-    """The moments of one layer's gate, over `DRAWS` inputs.
+    """The moments of one layer's gate weights, over `DRAWS` inputs.
 
     Args:
         router: its tensors.
         gate: how it works.
-        counts: experts per token before and after.
-        seed: whole numbers of its own for each layer.
-        sharpness: what the logits are multiplied by after.
-        rho: correlation of the experts' outputs, for the error.
+        counts: experts per token, as trained and new.
+        seed: integers that are different for each layer.
+        sharpness: what the logits are multiplied by for the new count.
+        rho: correlation of the experts' outputs, for the standard error.
     """
     weights: tuple[list[Array], list[Array]] = ([], [])
     for logits in drawn_logits(router, seed):
@@ -190,14 +192,14 @@ def _expected_squares(weights: Array, rho: float) -> Array:
 def _factor_error(before: Array, after: Array) -> float:
     """Relative standard error of ``sqrt(mean before / mean after)`` over the same tokens.
 
-    By the delta method: half of that of the ratio of the two means.
+    By the delta method, it is half that of the ratio of the two means.
     """
     ratio = before / before.mean() - after / after.mean()
     return 0.5 * float(ratio.std(ddof=1)) / math.sqrt(len(ratio))
 
 
 def moments(weights: Array) -> Moments:
-    """``A_k``, ``B_k`` and the percentiles of each rank, of weights as `gate_weights` gives."""
+    """``A_k``, ``B_k`` and the percentiles of each rank, of weights from `gate_weights`."""
     ranks = np.percentile(weights, (10, 50, 90), axis=0).T
     return Moments(
         weights.shape[1],
@@ -210,10 +212,10 @@ def moments(weights: Array) -> Moments:
 def drawn_logits(router: RouterArrays, seed: Sequence[int]) -> Iterator[Array]:
     """The logits of `DRAWS` inputs, piece by piece, each ``[tokens, logits]``.
 
-    Only what lies in the span of the router's rows matters of an input, and of the rest its
-    length. So a wide input is not drawn itself: its logits before it is brought to a root mean
-    square of 1 are normal with the covariance ``W W^T``, and its rest adds a chi-square to its
-    square.
+    Two things matter in an input: its part in the span of the router's rows, and the length of the
+    rest. So a wide input is not drawn itself: before it is normalised, its logits are normally
+    distributed with the covariance ``W W^T``, and the rest adds a chi-square number to its squared
+    length.
     """
     hidden = router.weight.shape[1]
     basis, rest = _basis(router)
@@ -231,7 +233,7 @@ def drawn_logits(router: RouterArrays, seed: Sequence[int]) -> Iterator[Array]:
 
 
 def _basis(router: RouterArrays) -> tuple[Array, int]:
-    """What turns normal numbers into logits, ``[logits, numbers]``, and how many it leaves out."""
+    """The matrix from normal numbers to logits, ``[logits, numbers]``; how many it leaves out."""
     rows, hidden = router.weight.shape
     if hidden <= rows + _FEW:
         return router.weight * router.norm, 0
@@ -240,17 +242,17 @@ def _basis(router: RouterArrays) -> tuple[Array, int]:
         part = slice(start, start + _COLUMNS)
         columns = router.weight[:, part] * router.norm[part]
         covariance += columns @ columns.T
-    # So that rows that depend on each other have a root too; logits move by 1e-5 of their size.
+    # Linearly dependent rows need it for the decomposition; logits change by 1e-5 of their size.
     covariance.flat[:: rows + 1] += 1e-10 * np.trace(covariance) / rows or 1.0e-300
-    if not np.isfinite(covariance).all():  # the logits are no numbers either
+    if not np.isfinite(covariance).all():  # the logits are not finite either
         return covariance, hidden - rows
     return np.linalg.cholesky(covariance), hidden - rows
 
 
 def _chi_squares(normal: Array, degrees: int) -> Array:
-    """Sums of so many squares of normal numbers, from one each, after Wilson and Hilferty (1931).
+    """Chi-square numbers, each from one normal number, after Wilson and Hilferty (1931).
 
-    With `_FEW` degrees or more their distribution is right to 1e-4.
+    With `_FEW` or more degrees of freedom, their distribution is accurate to 1e-4.
     """
     spread = 2 / (9 * degrees)
     result: Array = degrees * (1 - spread + normal * np.sqrt(spread)) ** 3
@@ -258,9 +260,9 @@ def _chi_squares(normal: Array, degrees: int) -> Array:
 
 
 def _normal(bits: np.random.PCG64, count: int) -> Array:
-    """Normal numbers by Box and Muller from the raw words of a generator.
+    """Normal numbers, by the Box-Muller transform of the raw words of a generator.
 
-    numpy promises that those never change; its own normal numbers may (NEP 19).
+    numpy promises that the raw words never change; its own normal numbers may (NEP 19).
     """
     words = bits.random_raw(count + count % 2)
     uniform = ((words >> np.uint64(11)) + 0.5) * 2.0**-53
