@@ -20,7 +20,7 @@ settings.load_profile("moescale")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as after & or nohup
     signal.signal(
         signal.SIGINT, signal.default_int_handler
-    )  # otherwise children would ignore it too
+    )  # otherwise child processes would ignore it too
 
 TORCH = ("torch", "transformers", "bitsandbytes")
 """Modules that an environment without torch lacks."""
@@ -29,7 +29,7 @@ SET_BY_THE_COMMAND = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_VERBOSITY", "OPENB
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add `--no-torch`, which skips and names whatever imports torch."""
+    """Add `--no-torch`, which skips whatever imports torch and lists it."""
     parser.addoption("--no-torch", action="store_true", help="leave out the files that need torch")
 
 
@@ -48,7 +48,7 @@ def pytest_make_collect_report(
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Skip a test that imports torch later, too."""
+    """Skip a test that imports torch later."""
     report = yield
     if call.excinfo and getattr(call.excinfo.value, "name", "") in TORCH:
         _leave_out(item, report)
@@ -64,7 +64,7 @@ def _leave_out(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Expect a test that meets a fault of another project to fail with that fault."""
+    """Expect a test to fail with a known fault of another project."""
     for fault in known_faults.HERE:
         mark = pytest.mark.xfail(raises=fault.raises, reason=str(fault), strict=True)
         for item in items:
@@ -74,7 +74,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _environment() -> Iterator[None]:
-    """Reset the variables that the command sets for its own process."""
+    """Reset the environment variables that the command sets for its process."""
     before = {name: os.environ.get(name) for name in SET_BY_THE_COMMAND}
     yield
     for name, value in before.items():
@@ -95,7 +95,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test may reach the Hub, or colour its output."""
+    """No test may reach the Hub or get coloured output."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_VERBOSITY", "error")  # which the command sets otherwise
     monkeypatch.setenv("NO_COLOR", "1")
@@ -116,14 +116,14 @@ def moescale(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
-    """A laboratory without a Hub yet."""
+    """A Hub lab without a Hub so far."""
     with laboratory(tmp_path, monkeypatch) as lab:
         yield lab
 
 
 @pytest.fixture
 def one_thread() -> None:
-    """Torch on one thread: more would wait for one another on a busy machine."""
-    import torch  # here: most tests need none
+    """Keep torch on one thread: several would wait for each other on a busy machine."""
+    import torch  # imported here, since most tests do not need it
 
     torch.set_num_threads(1)

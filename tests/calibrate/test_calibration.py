@@ -1,4 +1,4 @@
-"""What a run with measured factors leaves behind, and what a rerun takes from it."""
+"""What a run with measured factors writes, and what a rerun reuses."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TEXT = bytes(range(256)) * 8
 
 
 class Model:
-    """A tiny Mixtral of bytes, a text, and how often the model was run."""
+    """A tiny byte-level Mixtral, a text, and how often the model was run."""
 
     def __init__(self, folder: Path) -> None:
         self.source, self.output, self.text = (folder / n for n in ("source", "output", "text"))
@@ -44,13 +44,13 @@ class Model:
         self.runs = 0
 
     def options(self, **more: Any) -> dict[str, Any]:
-        """Of the job."""
+        """The options of the job."""
         return {"experts": 3, "rule": "measured", "calibrate": self.text, **more}
 
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
-    """The model; every measurement counts."""
+    """The model, with its measurements counted."""
     torch.set_num_threads(1)
     model = Model(tmp_path)
     measure = calibration.Calibration.__call__
@@ -64,12 +64,12 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
 
 
 def written(folder: Path) -> dict[str, bytes]:
-    """All files of an output."""
+    """The contents of all files of an output."""
     return {name: (folder / name).read_bytes() for name in checkpoints.tree(folder)}
 
 
 def test_the_provenance_names_the_text_but_not_its_place(model: Model) -> None:
-    """SHA-256 and amount are in it and on the card, and nothing of the machine."""
+    """Provenance and card give the text's SHA-256 and length, and nothing about the machine."""
     plan = api.convert(model.source, model.output, **model.options()).plan
     content = json.loads((model.output / "moescale.json").read_text())
     assert content["calibration"] == {
@@ -87,7 +87,7 @@ def test_the_provenance_names_the_text_but_not_its_place(model: Model) -> None:
 
 
 def test_a_long_text_is_cut_and_said_to_be(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plan, the card and the provenance know that only the first tokens were taken."""
+    """The plan, the card and the provenance say that only the first tokens were used."""
     monkeypatch.setattr("moescale.calibrate.text.MOST", 2_100)
     model.text.write_bytes(TEXT * 2)
     plan = api.plan(model.source, **model.options())
@@ -96,7 +96,7 @@ def test_a_long_text_is_cut_and_said_to_be(model: Model, monkeypatch: pytest.Mon
 
 
 def test_a_dry_run_beside_a_finished_output_takes_its_factors(model: Model) -> None:
-    """It says what a run would do, and so measures only where the run would."""
+    """The dry run reports what a run would do, so it measures only if the run would."""
     api.convert(model.source, model.output, **model.options())
     plan = api.plan(model.source, model.output, **model.options())
     assert model.runs == 1
@@ -108,7 +108,7 @@ def test_a_dry_run_beside_a_finished_output_takes_its_factors(model: Model) -> N
 
 
 def test_a_finished_run_is_not_measured_again(model: Model) -> None:
-    """The same command says that it is done; proving the output needs no model either."""
+    """The same command reports that it is done; verifying the output needs no model either."""
     api.convert(model.source, model.output, **model.options())
     assert api.convert(model.source, model.output, **model.options()).status == "done"
     assert api.convert(model.source, model.output, verify=True, **model.options()).verified
@@ -119,7 +119,7 @@ def test_a_finished_run_is_not_measured_again(model: Model) -> None:
 def test_an_interrupted_run_goes_on_with_the_factors_that_it_began_with(
     model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A rerun measures nothing, and its bytes are those of a run that nobody interrupted."""
+    """A rerun measures nothing, and its bytes are those of an uninterrupted run."""
     api.convert(model.source, tmp_path / "other", **model.options())
 
     def stop(name: str, size: int) -> None:
@@ -135,7 +135,7 @@ def test_an_interrupted_run_goes_on_with_the_factors_that_it_began_with(
 
 
 def test_another_text_is_another_job(model: Model) -> None:
-    """An output is refused before anything is measured, unless it is to be replaced."""
+    """An output is refused before anything is measured, unless it may be replaced."""
     api.convert(model.source, model.output, **model.options())
     model.text.write_bytes(TEXT[::-1])
     with pytest.raises(
@@ -174,7 +174,7 @@ def test_a_source_that_changed_is_measured_again(model: Model) -> None:
     ],
 )
 def test_notes_that_are_none_are_not_used(model: Model, broken: dict[str, Any]) -> None:
-    """A provenance that is damaged gives no factors; its output is refused, not taken for done."""
+    """A damaged provenance gives no factors; its output is refused, not taken as finished."""
     api.convert(model.source, model.output, **model.options())
     path = model.output / "moescale.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **broken}))
@@ -187,7 +187,7 @@ def test_notes_that_are_none_are_not_used(model: Model, broken: dict[str, Any]) 
 
 
 def test_measured_factors_are_applied_where_there_is_no_torch(model: Model, tmp_path: Path) -> None:
-    """The provenance of an output and the JSON of a dry run give the same shards by --factors."""
+    """The provenance of an output and the JSON of a dry run both work with --factors."""
     plan = api.convert(model.source, model.output, **model.options()).plan
     dry = tmp_path / "plan.json"
     dry.write_text(json.dumps(api.plan(model.source, **model.options()).as_json()))
@@ -210,7 +210,7 @@ def test_measured_factors_are_applied_where_there_is_no_torch(model: Model, tmp_
 def test_a_format_that_takes_no_such_factor_is_refused_before_the_model_is_run(
     model: Model, tmp_path: Path
 ) -> None:
-    """Powers of two are all that some scales hold, and a measured factor is none."""
+    """Some scales only store powers of two, and a measured factor is not one."""
     case = next(case for case in quantised_checkpoints.POWER_OF_TWO if case.family == "gpt_oss")
     quantised_checkpoints.write(case, tmp_path / "in")
     with pytest.raises(UnsupportedError, match="powers of two"):
@@ -219,7 +219,7 @@ def test_a_format_that_takes_no_such_factor_is_refused_before_the_model_is_run(
 
 
 def test_torch_is_imported_only_to_measure(model: Model) -> None:
-    """Neither a plan by another rule nor a job that is done needs the extra."""
+    """A plan with another rule and a finished job do not need the extra."""
     api.convert(model.source, model.output, **model.options())
     code = (
         "import sys; sys.modules.update(torch=None, transformers=None, accelerate=None)\n"
@@ -269,7 +269,7 @@ def test_wrong_use_is_exit_code_2(
     moescale: Command,
     tmp_path: Path,
 ) -> None:
-    """What does not fit together is said in two lines at most, before anything is written."""
+    """Options that exclude each other are an error of one or two lines, before any writing."""
     short = tmp_path / "short"
     short.write_bytes(b"1234567")
     texts = {"{text}": model.text, "{short}": short}
@@ -288,7 +288,7 @@ def test_a_text_that_is_no_file_is_refused_and_not_waited_for(
     moescale: Command,
     tmp_path: Path,
 ) -> None:
-    """A pipe can be read once only, and a device may have no end."""
+    """A pipe can be read only once, and a device may never end."""
     os.mkfifo(tmp_path / "pipe")
     for text in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
         done = moescale(model.source, model.output, "-k3", "--rule=measured", "--calibrate", text)
@@ -301,7 +301,7 @@ def test_who_stops_a_measurement_is_not_told_that_it_goes_on(
     moescale: Command,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Factors are noted when there are all of them, so that a rerun has nothing of it."""
+    """An interrupted measurement saves no factors, so the message does not promise to resume."""
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -318,7 +318,7 @@ def test_a_dry_run_measures_and_writes_nothing(
     moescale: Command,
     tmp_path: Path,
 ) -> None:
-    """It prints the factors, as text and as JSON."""
+    """A dry run prints the factors, as text and as JSON."""
     before = checkpoints.tree(tmp_path)
     done = moescale(
         model.source, "-k3", "--rule=measured", "--calibrate", model.text, "--dry-run", "--json"
@@ -351,13 +351,13 @@ def test_sizes_that_are_none_are_refused(text: str) -> None:
 
 @pytest.fixture
 def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
-    """A laboratory without a Hub yet."""
+    """A Hub lab without a Hub so far."""
     with laboratory(tmp_path / "lab", monkeypatch) as lab:
         yield lab
 
 
 def test_a_model_on_the_hub_is_downloaded_once(lab: Lab, model: Model) -> None:
-    """It comes into the cache to be measured, and is converted from there."""
+    """The model is downloaded into the cache, measured, and converted from there."""
     hub = lab.start()
     lab.monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     files = {name: model.source / name for name in checkpoints.tree(model.source)}
@@ -378,7 +378,7 @@ def test_a_model_on_the_hub_is_downloaded_once(lab: Lab, model: Model) -> None:
         done.err
         == "warning: left out: pytorch_model.bin: weights in another format, not rescaled\n"
     )
-    headers = 32 << 10  # as much is asked for to find the header of a shard, or what a .bin holds
+    headers = 32 << 10  # as many bytes are read to find a shard's header, or what a .bin contains
     sent = hub.traffic("^cdn|resolve")[1]
     assert sum(weights) <= sent < sum(weights) + (len(weights) + 1) * headers + (20 << 10)
     again = lab.done("lab/bytes", str(model.output), *options)
@@ -386,7 +386,7 @@ def test_a_model_on_the_hub_is_downloaded_once(lab: Lab, model: Model) -> None:
 
 
 def test_a_cache_without_room_is_said_before_the_download(lab: Lab, model: Model) -> None:
-    """The error says how much is needed and where."""
+    """The error says how much space is needed and where."""
     hub = lab.start()
     files = {name: model.source / name for name in checkpoints.tree(model.source)}
     hub.add_repo("lab/bytes", files)

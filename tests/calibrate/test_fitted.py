@@ -1,4 +1,4 @@
-"""The rule ``fitted``: a router scale and a factor a layer, in closed form."""
+"""The rule ``fitted``: one router scale and one factor per layer, in closed form."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ pytestmark = [
 
 
 def sums(outputs: np.ndarray[Any, Any], weights: Any, trained: np.ndarray[Any, Any]) -> FitSums:
-    """By numpy: outputs [tokens, k, hidden], the weights [tokens, k] at a scale, the target."""
+    """Sums by numpy: outputs [tokens, k, hidden], weights [tokens, k] at a scale, the target."""
     routed = [np.einsum("tk,tkh->th", weights(scale), outputs) for scale in GRID]
     return FitSums(
         [float((y * trained).sum()) for y in routed],
@@ -53,14 +53,14 @@ def sums(outputs: np.ndarray[Any, Any], weights: Any, trained: np.ndarray[Any, A
 
 
 def softmax(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Over the last axis."""
+    """Softmax over the last axis."""
     found = np.exp(logits - logits.max(-1, keepdims=True))
     result: np.ndarray[Any, Any] = found / found.sum(-1, keepdims=True)
     return result
 
 
 def test_the_grid_has_24_scales_from_04_to_6_with_1() -> None:
-    """As stated."""
+    """The grid is the documented one."""
     assert len(GRID) == 24 and 1.0 in GRID
     assert (GRID[0], GRID[-1]) == (pytest.approx(0.4), pytest.approx(6.0))
     assert list(GRID) == sorted(GRID)
@@ -68,7 +68,7 @@ def test_the_grid_has_24_scales_from_04_to_6_with_1() -> None:
 
 @pytest.mark.parametrize("sharper", [0.6, 1.0, 1.7, 3.3])
 def test_a_scale_that_was_put_in_comes_out(sharper: float) -> None:
-    """Where the target is the same experts with logits times a number, that number is found."""
+    """If the target uses the same experts with multiplied logits, that scale is found."""
     generator = np.random.default_rng(3)
     outputs, logits = generator.normal(size=(400, 4, 16)), generator.normal(size=(400, 4))
     trained = 1.3 * np.einsum("tk,tkh->th", softmax(sharper * logits), outputs)
@@ -80,7 +80,7 @@ def test_a_scale_that_was_put_in_comes_out(sharper: float) -> None:
 
 
 def test_a_scale_that_gains_too_little_stays_1() -> None:
-    """Less than a hundredth of the error is no reason to touch a router."""
+    """A gain below one hundredth of the error does not justify a router scale."""
     generator = np.random.default_rng(4)
     outputs, logits = generator.normal(size=(2000, 4, 8)), generator.normal(size=(2000, 4)) * 1e-3
     trained = generator.normal(size=(2000, 8))
@@ -90,7 +90,7 @@ def test_a_scale_that_gains_too_little_stays_1() -> None:
 
 
 def test_a_router_that_cannot_be_scaled_gets_the_factor_only() -> None:
-    """Which is that of the norm."""
+    """The factor is then the one that keeps the norm."""
     generator = np.random.default_rng(3)
     outputs, logits = generator.normal(size=(400, 4, 16)), generator.normal(size=(400, 4))
     trained = np.einsum("tk,tkh->th", softmax(3 * logits), outputs)
@@ -126,14 +126,14 @@ FITTED = ["mixtral", "olmoe", "qwen2_moe", "deepseek_v3", "gpt_oss", "granitemoe
 
 @pytest.mark.parametrize("entry", FITTED)
 def test_the_sums_are_those_of_the_blocks_run_at_each_scale(entry: str, tmp_path: Path) -> None:
-    """The norm with the fitted scale and factor is that of the trained block, by another way.
+    """The norm with the fitted scale and factor is that of the trained block, computed another way.
 
     Routers are scaled in the weights of a model that transformers loads anew, and its blocks run
     on the hidden states of the unchanged one.
     """
     build(entry, tmp_path, dtype="float32")
     biases = BIASES.get(entry, frozenset())
-    # Between scales of the grid the choice may move where a bias takes part in it.
+    # Between two scales of the grid a bias may change the choice of experts.
     rough = 2e-2 if entry in ("deepseek_v3", "glm4_moe") else 2e-3
     with at_work(tmp_path, 3) as (model, moe, counts):
         fits = {
@@ -157,7 +157,7 @@ def test_the_sums_are_those_of_the_blocks_run_at_each_scale(entry: str, tmp_path
 def routed(
     model: LoadedModel, text: Text, _: Any, count: Any
 ) -> tuple[dict[Any, Any], dict[Any, Any]]:
-    """What each block is given and what its experts give, but for first tokens."""
+    """The inputs of each block and the outputs of its experts, except for first tokens."""
     inputs: dict[Any, Any] = {}
     outputs: dict[Any, Any] = {}
     handles = []
@@ -182,7 +182,7 @@ def routed(
 
 
 def kept(out: Any) -> torch.Tensor:
-    """The routed output of all but the first tokens, [tokens, hidden]."""
+    """The routed output of all tokens except the first, [tokens, hidden]."""
     result = out if isinstance(out, torch.Tensor) else out[0]
     hidden = result.shape[-1]
     return (
@@ -197,7 +197,7 @@ def kept(out: Any) -> torch.Tensor:
 def alone(
     model: LoadedModel, layer: Any, inputs: Any, scale: float, total: int, biases: frozenset[str]
 ) -> torch.Tensor:
-    """The routed output of one block with three experts, its router's weight multiplied."""
+    """The routed output of one block with three experts and a multiplied router weight."""
     (path,) = model.paths[layer]
     block = model.model.get_submodule(path.rpartition(".")[0])
     experts = model.model.get_submodule(path)
@@ -233,7 +233,7 @@ def alone(
 
 
 def test_the_model_is_as_it_was_afterwards(tmp_path: Path) -> None:
-    """Routers, counts and hooks are put back, whatever was tried."""
+    """Routers, counts and hooks are restored after every setting."""
     build("deepseek_v3", tmp_path, dtype="float32")
     with at_work(tmp_path, 3) as (model, moe, counts):
         before = runner.forward(model.model, IDS).logits
@@ -244,7 +244,7 @@ def test_the_model_is_as_it_was_afterwards(tmp_path: Path) -> None:
 
 
 def test_settings_are_scored_as_the_models_that_they_stand_for(tmp_path: Path) -> None:
-    """Another count, factors and scales by hooks: the loss of weights multiplied for good."""
+    """Hooks for count, factors and scales give the loss of a model with multiplied weights."""
     build("mixtral", tmp_path / "m", dtype="float32")
     with at_work(tmp_path / "m", 3) as (model, moe, counts):
         layers = list(model.paths)
@@ -272,7 +272,7 @@ def test_settings_are_scored_as_the_models_that_they_stand_for(tmp_path: Path) -
 
 
 def test_the_guard_takes_what_loses_least(tmp_path: Path) -> None:
-    """Also where that is the config edit: samples that make no sense are not followed."""
+    """The config edit wins if it loses least: samples that make no sense are not used."""
     build("mixtral", tmp_path, dtype="float32")
     with at_work(tmp_path, 3) as (model, moe, counts):
         found = measure(model, TEXT, moe, counts, fitted=True, biases=frozenset())
@@ -297,14 +297,14 @@ def inflated(sample: Sample) -> Sample:
 
 
 def test_standard_errors_are_of_paired_differences() -> None:
-    """A difference that is the same in every sequence has no error, however they differ."""
+    """A difference that is the same in every sequence has no error, however the losses vary."""
     assert paired([1.0, 2.0, 3.0], [0.5, 1.5, 2.5], [10, 10, 10]) == pytest.approx(0, abs=1e-12)
     found = paired([1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 1.0, 1.0], [5, 5, 5, 5])
     assert found == pytest.approx(np.std([0, 1, 2, 3], ddof=1) / math.sqrt(4))
 
 
 def test_a_model_writes_the_same_text_twice_and_it_is_read_again(tmp_path: Path) -> None:
-    """From a fixed seed; what is kept in a file gives the same tokens."""
+    """The seed is fixed; a saved file gives the same tokens."""
     build("mixtral", tmp_path / "m", dtype="float32", config={"vocab_size": 256})
     own = {"SEQUENCES": 3, "GUARDED": 1, "LENGTH": 16, "AT_ONCE": 2}
     with pytest.MonkeyPatch.context() as patch, at_work(tmp_path / "m", 3) as (model, _, __):
@@ -325,7 +325,7 @@ def test_a_model_writes_the_same_text_twice_and_it_is_read_again(tmp_path: Path)
 
 
 def test_a_router_is_scaled_as_a_conversion_writes_it() -> None:
-    """Float32 times float32, rounded once."""
+    """The product is one of float32 numbers, rounded once."""
     weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     wanted = (weight.float().numpy() * np.float32(1.37)).astype(np.float32)
     assert torch.equal(scaled(weight, 1.37), torch.from_numpy(wanted).to(torch.bfloat16))

@@ -23,7 +23,7 @@ from moescale.factors import measured
 from moescale.factors.samples import Fit
 
 LENGTH = 64
-"""Bytes of a sequence: as many as the model takes."""
+"""Bytes of a sequence: as many as the model allows."""
 
 TEXT = (Path(__file__).read_bytes() + Path(tiny_models.__file__).read_bytes())[:8192]
 OTHER = (Path(__file__).parents[2] / "LICENSE").read_bytes()[:4096]
@@ -31,12 +31,12 @@ OTHER = (Path(__file__).parents[2] / "LICENSE").read_bytes()[:4096]
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In bfloat16."""
+    """The checkpoint in bfloat16."""
     return built(tmp_path_factory.mktemp("fitted") / "source", "bfloat16")
 
 
 def built(folder: Path, dtype: str) -> Path:
-    """A tiny Mixtral of bytes whose routers are sharp enough to be told apart."""
+    """A tiny byte-level Mixtral whose routers clearly separate the experts."""
     torch.set_num_threads(1)
     tiny_models.build(
         "mixtral",
@@ -71,14 +71,14 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def times(tensor: torch.Tensor, number: float) -> np.ndarray[Any, Any]:
-    """By ml_dtypes: float32 products, rounded once to bfloat16."""
+    """The product by ml_dtypes: of float32 numbers, rounded once to bfloat16."""
     values = tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16).astype(np.float32)
     result: np.ndarray[Any, Any] = (values * np.float32(number)).astype(ml_dtypes.bfloat16)
     return result.view(np.uint16)
 
 
 def loss(folder: Path, data: bytes, experts: int | None = None) -> float:
-    """Mean cross entropy of the next byte, by transformers, in sequences of `LENGTH`."""
+    """Mean cross entropy of the next byte by transformers, in sequences of `LENGTH`."""
     model = tiny_models.load(folder, "mixtral", top_k=experts)
     pieces = [data[i : i + LENGTH] for i in range(0, len(data), LENGTH)]
     total, count = 0.0, 0
@@ -91,7 +91,7 @@ def loss(folder: Path, data: bytes, experts: int | None = None) -> float:
 
 
 def forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the guard take `fitted`, whatever chance says of a model that was not trained."""
+    """Make the guard choose `fitted`: the losses of an untrained model are chance."""
     monkeypatch.setattr("moescale.factors.fitted.Guard.taken", "fitted")
 
 
@@ -101,7 +101,7 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_routers_and_experts_alone_differ_each_by_one_number_a_layer(
     source: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit what ml_dtypes makes of it; all other tensors are the source's."""
+    """The result equals ml_dtypes' bit for bit; all other tensors are unchanged."""
     forced(monkeypatch)
     plan = api.convert(
         source, tmp_path / "out", experts=4, rule="fitted", calibrate=texts[0], verify=True
@@ -130,7 +130,7 @@ def test_routers_and_experts_alone_differ_each_by_one_number_a_layer(
 def test_the_config_edit_is_kept_where_it_loses_least(
     source: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fits that make no sense lose more on the text held back: nothing but the config changes."""
+    """Bad fits lose more on the held-back text: only the config changes."""
     monkeypatch.setattr(measured, "factor", lambda sample: 50.0)
     monkeypatch.setattr(blocks, "fit", lambda sums, scalable=True: Fit(4.0, 50.0, 0.5, 0.4))
     out = tmp_path / "out"
@@ -148,7 +148,7 @@ def test_the_config_edit_is_kept_where_it_loses_least(
 def test_its_numbers_are_used_again_without_torch(
     source: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The moescale.json of one output, given as factors, makes the same shards."""
+    """The moescale.json of an output, passed to --factors, produces the same shards."""
     with monkeypatch.context() as patch:
         forced(patch)
         api.convert(source, tmp_path / "one", experts=4, rule="fitted", calibrate=texts[0])
@@ -165,7 +165,7 @@ def test_its_numbers_are_used_again_without_torch(
 def test_a_finished_run_is_not_fitted_again_and_proves_without_options(
     source: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it found stands in moescale.json, its guard too."""
+    """The result is stored in moescale.json, including the guard's."""
     how: Any = {"experts": 4, "rule": "fitted", "calibrate": texts[0]}
     first = api.convert(source, tmp_path / "out", **how).plan
     monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: None)
@@ -177,7 +177,7 @@ def test_a_finished_run_is_not_fitted_again_and_proves_without_options(
 
 
 def test_the_number_as_trained_changes_nothing(source: Path, texts: tuple[Path, Path]) -> None:
-    """With m = n, scale and factor are 1."""
+    """With m = n, the scale and the factor are 1."""
     plan = api.plan(source, experts=2, rule="fitted", calibrate=texts[0])
     assert set(plan.factors.values()) == {1.0} and not plan.router_scales
     assert plan.changes_nothing
@@ -186,14 +186,14 @@ def test_the_number_as_trained_changes_nothing(source: Path, texts: tuple[Path, 
 def test_what_the_model_writes_takes_the_place_of_a_text(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is kept where that is asked for, and gives the same numbers when it is given back."""
+    """The text is saved on request, and gives the same numbers when it is passed back."""
     for name, value in {"SEQUENCES": 48, "GUARDED": 16, "LENGTH": 48}.items():
         monkeypatch.setattr(generated_text, name, value)
     kept = tmp_path / "own.jsonl"
     with monkeypatch.context() as patch:
         forced(patch)
         own = api.plan(source, experts=4, rule="fitted", calibrate_out=kept)
-        check_kept(kept)  # a run that was cut off may write it again
+        check_kept(kept)  # an interrupted run may write it again
         given = api.plan(source, experts=4, rule="fitted", calibrate=kept)
         assert own.guard and own.guard.by == "divergence"
         assert given.guard and given.guard.by == "loss"
@@ -204,7 +204,7 @@ def test_what_the_model_writes_takes_the_place_of_a_text(
 
 
 def test_scales_of_a_file_must_cover_the_layers(source: Path) -> None:
-    """A layer without a scale is named."""
+    """The error names a layer without a scale."""
     both = {"factors": {str(i): 1.0 for i in range(3)}, "router_scales": {"0": 1.5}}
     with pytest.raises(UsageError, match="no router scale for layer 1"):
         api.plan(source, experts=4, factors=both)
@@ -215,7 +215,7 @@ def test_a_torch_that_cannot_be_imported_is_one_line(
     moescale: Command,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A library of CUDA that is missing is no traceback."""
+    """A missing CUDA library gives an error of one line, not a traceback."""
     real = devices.importlib.import_module
 
     def broken(name: str, package: str | None = None) -> Any:
@@ -236,7 +236,7 @@ def test_a_torch_that_cannot_be_imported_is_one_line(
 def test_the_loss_before_writing_is_that_of_the_output(
     texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """Hooks give what transformers computes with the rewritten checkpoint, but for rounding."""
+    """Hooks give what transformers computes with the rewritten checkpoint, except for rounding."""
     source = built(tmp_path / "source", "float32")
     how: Any = {"experts": 4, "factors": {"factors": FACTORS, "router_scales": SCALES}}
     before = api.plan(source, evaluate=texts[1], **how).evaluation
@@ -266,7 +266,7 @@ def test_several_numbers_and_rules_make_a_table(
     texts: tuple[Path, Path],
     moescale: Command,
 ) -> None:
-    """Each number with each rule, the losses of all of them, as text and as JSON."""
+    """Each number is combined with each rule; the losses are printed as text and as JSON."""
     words = (source, "-k3,4", "--rule=none,gates,measured", "--calibrate", texts[0], "--dry-run")
     done = moescale(*words, "--evaluate", texts[1], "--json")
     content = json.loads(done.out)
@@ -298,7 +298,7 @@ def test_wrong_use_is_exit_code_2(
     words: list[str],
     why: str,
 ) -> None:
-    """With a line that says what to do."""
+    """The error says what to do."""
     done = moescale(source, *words)
     assert (done.code, done.out) == (2, "") and why in done.err
 
@@ -306,7 +306,7 @@ def test_wrong_use_is_exit_code_2(
 def test_texts_that_share_passages_are_warned_of(
     source: Path, texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """What was fitted on a text is flattered by it."""
+    """Rules fitted on a text look better on that text than on others."""
     same = tmp_path / "same.bin"
     same.write_bytes(TEXT[2048:4096] + OTHER)
     how: Any = {"experts": 3, "rule": "measured", "calibrate": texts[0]}
@@ -327,7 +327,7 @@ def test_texts_that_share_passages_are_warned_of(
 def test_the_page_shows_what_was_tried_and_what_it_costs(
     source: Path, texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """The same numbers as in the terminal, as two tables."""
+    """The page shows the terminal's numbers as two tables."""
     page = tmp_path / "plan.html"
     how: Any = {"experts": 4, "rule": "fitted", "calibrate": texts[0]}
     plan = api.plan(source, evaluate=texts[1], report=page, **how)
@@ -348,7 +348,7 @@ def test_the_page_of_several_plans_draws_a_line_a_rule(
     tmp_path: Path,
     moescale: Command,
 ) -> None:
-    """Through every number of experts, and the trained one, where all rules meet."""
+    """Each line runs through every number of experts, and all meet at the trained one."""
     page = tmp_path / "plans.html"
     words = (source, "-k1,3,4", "--rule=none,gates", "--dry-run", "--evaluate", texts[1])
     done = moescale(*words, "--json", "--report", page)
@@ -357,7 +357,7 @@ def test_the_page_of_several_plans_draws_a_line_a_rule(
     (svg,) = root.iter("svg")
     groups = [group for group in svg.iter("g") if group.get("style")]
     lines = [group[0].attrib["d"].count("L") for group in groups[:3]]
-    assert lines == [3, 3, 0]  # four points each, and the trained one alone
+    assert lines == [3, 3, 0]  # four points each, and the trained one on its own
     described = " ".join("".join(svg.itertext()).split())
     for run in json.loads(done.out)["evaluation"]["runs"]:
         name = {"none": "config edit alone"}.get(run["rule"], run["rule"])
@@ -368,7 +368,7 @@ def test_the_page_of_several_plans_draws_a_line_a_rule(
 def test_one_load_serves_all_plans_and_their_losses(
     source: Path, texts: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A large model takes minutes to load."""
+    """Loading a large model takes minutes."""
     loads: list[Path] = []
     real = runner.loaded
 

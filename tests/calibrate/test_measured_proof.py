@@ -1,9 +1,9 @@
 """The proof of the rules ``measured`` and ``fitted``: trained models, rescaled, run again.
 
-The two small ones are trained here. With ``MOESCALE_TRAINED_MODELS`` every checkpoint folder below
-that directory is held to the same; the text is the ``val.bin`` in it, as bytes, in sequences of
-``MOESCALE_TRAINED_CONTEXT`` bytes (256): the length that the models were trained with, which their
-configs need not say.
+The two small models are trained here. With ``MOESCALE_TRAINED_MODELS`` every checkpoint folder
+below that directory is tested too. The text is its ``val.bin``, as bytes, in sequences of
+``MOESCALE_TRAINED_CONTEXT`` bytes (default 256): the length used in training, which configs need
+not state.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from moescale import api
 from moescale.calibrate import runner
 
 CALIBRATED = HELD_BACK = 16_384
-"""Bytes at the beginning of the text that are measured on; bytes at its end for the loss."""
+"""Bytes at the beginning of the text to measure on; bytes at its end for the loss."""
 
 MOST, OVER_ALL = 0.45, 0.25
-"""The part of what the config edit loses that `fitted` may leave, of each model and of all."""
+"""The fraction of the config edit's loss that `fitted` may leave, per model and over all models."""
 
 ELSEWHERE = os.environ.get("MOESCALE_TRAINED_MODELS")
 
@@ -53,9 +53,9 @@ def loss(directory: Path, entry: str, ids: Tensor) -> float:
 
 
 def prove(source: Path, text: Path, context: int, work: Path) -> None:
-    """Half and twice the number of experts: the norms come back, and the loss rises by less.
+    """At half and twice the number of experts the norms are restored and the loss rises less.
 
-    The loss is compared over both, since a small model now and then does better unscaled at one.
+    The two losses are summed: a small model sometimes does better unscaled at one number.
     """
     config = json.loads((source / "config.json").read_text())
     entry, n = config["model_type"], config["num_experts_per_tok"]
@@ -81,11 +81,11 @@ def prove(source: Path, text: Path, context: int, work: Path) -> None:
 
 
 def prove_fitted(source: Path, text: Path, work: Path, numbers: list[int]) -> tuple[float, float]:
-    """At no number does `fitted` lose more than the config edit, and above n much less.
+    """`fitted` never loses more than the config edit, and much less above n.
 
-    Above n, at most `MOST` of the edit's rise over the trained loss may be left, summed over the
-    numbers. The output of one number is written, and loses what was said before. The sums of
-    `fitted` and of the edit are returned.
+    Above n, at most `MOST` of the edit's rise over the trained loss may remain, summed over the
+    numbers. The output of one number is written, and its loss is the one predicted. Returns the
+    sums of `fitted` and of the edit.
     """
     n = json.loads((source / "config.json").read_text())["num_experts_per_tok"]
     work.mkdir(exist_ok=True)
@@ -123,7 +123,7 @@ def prove_fitted(source: Path, text: Path, work: Path, numbers: list[int]) -> tu
 def test_fitted_wins_back_the_loss_of_models_trained_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At every number of experts that is a half, three quarters, one and a half or twice n."""
+    """The numbers of experts are a half, three quarters, one and a half times and twice n."""
     folder = Path(ELSEWHERE or "")
     context = int(os.environ.get("MOESCALE_TRAINED_CONTEXT", "256"))
     monkeypatch.setattr(runner, "LONGEST", context)
@@ -138,7 +138,7 @@ def test_fitted_wins_back_the_loss_of_models_trained_elsewhere(
 def test_the_norm_comes_back_and_the_loss_is_no_higher(tmp_path: Path) -> None:
     """After `measured`, each layer's norm is the original's within 1 %, at half and twice n.
 
-    `fitted` never loses more than the config edit, and wins back most of what that loses.
+    `fitted` never loses more than the config edit, and recovers most of what that loses.
     """
     rises = []
     for name, n in (("mixtral", 2), ("olmoe", 4)):
@@ -151,7 +151,7 @@ def test_the_norm_comes_back_and_the_loss_is_no_higher(tmp_path: Path) -> None:
 
 
 def check_over_all(rises: list[tuple[float, float]]) -> None:
-    """Above n, over all models, at most `OVER_ALL` of what the edit loses is left."""
+    """Above n, over all models, at most `OVER_ALL` of the config edit's loss remains."""
     fitted, edit = (sum(column) for column in zip(*rises, strict=True))
     assert fitted <= OVER_ALL * edit, rises
 
@@ -160,7 +160,7 @@ def check_over_all(rises: list[tuple[float, float]]) -> None:
 def test_models_trained_elsewhere_are_held_to_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every checkpoint folder below that directory passes the same proof."""
+    """Every checkpoint folder below that directory passes the same tests."""
     folder = Path(ELSEWHERE or "")
     sources = sorted(path.parent for path in folder.glob("*/config.json"))
     assert sources, f"{folder} has no checkpoint folders"

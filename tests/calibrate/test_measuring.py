@@ -34,13 +34,13 @@ NO_TEXT = {
     "doge": "no separate module for its experts",
     "jetmoe": "no separate module for its experts",
 }
-"""Why these cannot be measured."""
+"""Why these types cannot be measured."""
 
 ROWS = {entry: find(*entry.split("/")) for entry in TINY}
 MEASURED = [e for e, row in ROWS.items() if not (row.fixed or row.no_effect or e in NO_TEXT)]
 
 AFTERWARDS = {"openai_privacy_filter": 2 / 3}
-"""What the block multiplies the sum by at 2 experts, over that at 3."""
+"""The block's multiplier of the routed sum at 2 experts, divided by that at 3."""
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -70,14 +70,14 @@ def samples(
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sequences as long as those of `IDS`."""
+    """Token ids in sequences as long as those of `IDS`."""
     monkeypatch.setattr(runner, "LONGEST", LENGTH)
 
 
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("entry", MEASURED)
 def test_norms_are_those_of_the_blocks_with_both_counts(entry: str, tmp_path: Path) -> None:
-    """Of every type, the ratio of norms is what a model loaded with the other count gives."""
+    """For every type, the ratio of norms equals that of models loaded with each count."""
     build(entry, tmp_path)
     ratios = [s.before.norm / s.after.norm for s in samples(tmp_path, entry, experts=3).values()]
     norms = teacher_forcing.norms(tmp_path, tmp_path, entry, IDS, (None, 3)).values()
@@ -88,7 +88,7 @@ def test_norms_are_those_of_the_blocks_with_both_counts(entry: str, tmp_path: Pa
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("entry", NO_TEXT)
 def test_what_no_text_can_measure_is_refused(entry: str, tmp_path: Path) -> None:
-    """Parts for images and sound, and experts that are no module, are refused with the reason."""
+    """Image and audio parts, and experts without a module, are refused with the reason."""
     build(entry, tmp_path)
     with pytest.raises(UnsupportedError, match=NO_TEXT[entry]):
         samples(tmp_path, entry, experts=2)
@@ -108,7 +108,7 @@ def test_the_trained_count_may_be_another_than_the_configs(entry: str, tmp_path:
 
 @pytest.mark.usefixtures("short")
 def test_a_count_for_each_layer_is_that_layers_own(tmp_path: Path) -> None:
-    """Where the config lists a count for each layer, each is measured from its own."""
+    """If the config lists a count for each layer, each layer is measured with its own."""
     build("hunyuan_v1_moe", tmp_path, config={"moe_topk": [2, 1, 3]})
     found = samples(tmp_path, "hunyuan_v1_moe", experts=2)
     assert [s.before.experts for s in found.values()] == [2, 1, 3]
@@ -118,7 +118,7 @@ def test_a_count_for_each_layer_is_that_layers_own(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("short")
 def test_a_router_that_takes_no_other_count_is_noticed(tmp_path: Path) -> None:
-    """What the router really chose is looked at, not what it was told."""
+    """The check counts what the router really chose, not what the config asked for."""
     build("phimoe", tmp_path)
     with pytest.raises(UnsupportedError, match="sends a token to 2 experts when asked for 1"):
         samples(tmp_path, "phimoe", experts=2, trained_experts=1)
@@ -126,7 +126,7 @@ def test_a_router_that_takes_no_other_count_is_noticed(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("short")
 def test_samples_hold_what_the_report_shows(tmp_path: Path) -> None:
-    """Moments, percentiles by rank and correlation are those of the weights of that router."""
+    """Moments, percentiles by rank and correlation are those of that router's weights."""
     build("mixtral", tmp_path)
     for sample in samples(tmp_path, "mixtral", experts=3).values():
         for moments, k in ((sample.before, 2), (sample.after, 3)):
@@ -142,7 +142,7 @@ def test_samples_hold_what_the_report_shows(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("short")
 def test_the_correlation_is_that_of_the_experts_own_outputs(tmp_path: Path) -> None:
-    """With equal experts it is 1; the expected norm of the moments is then the measured one."""
+    """With equal experts the correlation is 1; the expected norm is then the measured one."""
     build("mixtral", tmp_path, fused=True)
     tensors = tiny_models._read(tmp_path)
     for name, tensor in tensors.items():
@@ -158,7 +158,7 @@ def test_the_correlation_is_that_of_the_experts_own_outputs(tmp_path: Path) -> N
 def test_a_model_larger_than_the_memory_lies_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With little memory the figures are the same, and the folder for the rest is removed."""
+    """With little memory the figures are the same, and the offload folder is removed."""
     source, offload = tmp_path / "source", tmp_path / "offload"
     offload.mkdir()
     build("mixtral", source)
@@ -182,7 +182,7 @@ def test_a_model_larger_than_the_memory_lies_on_disk(
 def test_no_room_for_what_exceeds_the_memory_is_said_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk is looked at before the model is loaded."""
+    """The free disk space is checked before the model is loaded."""
     build("mixtral", tmp_path)
     monkeypatch.setattr(runner.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 7}))
     with pytest.raises(SourceError, match=r"max-memory: .* 7 B are free\nFree some space"):
@@ -190,7 +190,7 @@ def test_no_room_for_what_exceeds_the_memory_is_said_before(
 
 
 def test_a_model_that_is_not_whole_is_refused(tmp_path: Path) -> None:
-    """A tensor that is missing is not measured with random values."""
+    """A missing tensor is not replaced by random values."""
     build("mixtral", tmp_path, fused=True)
     tensors = tiny_models._read(tmp_path)
     del tensors["model.norm.weight"]
@@ -200,7 +200,7 @@ def test_a_model_that_is_not_whole_is_refused(tmp_path: Path) -> None:
 
 
 def in_fp8(folder: Path, config: dict[str, Any]) -> None:
-    """Store the matrices of a checkpoint as codes of eight bits with a scale each."""
+    """Store the matrices of a checkpoint as 8-bit codes with one scale each."""
     stored = {}
     for name, tensor in tiny_models._read(folder).items():
         stored[name] = tensor.to(torch.bfloat16)
@@ -216,7 +216,7 @@ def in_fp8(folder: Path, config: dict[str, Any]) -> None:
 
 @pytest.mark.usefixtures("short")
 def test_fp8_is_measured_as_what_it_stands_for(tmp_path: Path) -> None:
-    """The factors are those of the model before it was quantised, within its rounding."""
+    """The factors are those of the model before quantisation, within its rounding."""
     build("qwen3_moe", tmp_path)
     plain = samples(tmp_path, "qwen3_moe", experts=3).values()
     blocks = {"weight_block_size": [128, 128], "activation_scheme": "dynamic"}
@@ -228,9 +228,9 @@ def test_fp8_is_measured_as_what_it_stands_for(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("short")
 def test_codes_without_their_scales_are_not_measured(tmp_path: Path) -> None:
-    """A format that transformers passes over is refused, and so is one that it lacks a library for.
+    """A format that transformers ignores is refused, and so is one whose library is missing.
 
-    It only warns of an unknown format, and would then run the codes as if they were weights.
+    Transformers only warns about an unknown format, and would run the codes as weights.
     """
     build("qwen3_moe", tmp_path)
     in_fp8(tmp_path, {"quant_method": "unheard of"})
@@ -244,7 +244,7 @@ def test_codes_without_their_scales_are_not_measured(tmp_path: Path) -> None:
 
 
 def test_remote_code_is_never_run(tmp_path: Path) -> None:
-    """A type that transformers knows by remote code only is refused, and its code not imported."""
+    """A type that transformers only supports by remote code is refused; no code is imported."""
     build("mixtral", tmp_path)
     config = (tmp_path / "config.json").read_text()
     config = config.replace('"model_type": "mixtral"', '"model_type": "remote_moe"')
@@ -260,7 +260,7 @@ def test_remote_code_is_never_run(tmp_path: Path) -> None:
 
 
 def test_bytes_are_tokens_where_the_vocabulary_is_one_of_bytes(tmp_path: Path) -> None:
-    """Without a tokeniser, 256 token ids are the bytes; the first 65,536 are taken."""
+    """Without a tokeniser, 256 token ids are bytes; only the first 65,536 are used."""
     text, empty = tmp_path / "text", tmp_path / "model"
     empty.mkdir()
     text.write_bytes(bytes(range(256)) * 300)
@@ -273,7 +273,7 @@ def test_bytes_are_tokens_where_the_vocabulary_is_one_of_bytes(tmp_path: Path) -
 
 
 def test_a_short_text_is_refused(tmp_path: Path) -> None:
-    """The error says how much there is and how much is needed."""
+    """The error gives the length and the required length."""
     text = tmp_path / "text"
     text.write_bytes(b"a" * (FEWEST - 1))
     with pytest.raises(UsageError, match=r"has 2,047 bytes, needs 2,048"):
@@ -294,7 +294,7 @@ LINE = json.dumps({"text": "a" * FEWEST, "tokens": 17})
     ],
 )
 def test_a_line_of_json_that_is_no_text_is_named(bad: str, why: str, tmp_path: Path) -> None:
-    """By its number in the file, empty lines too."""
+    """The error gives the line number in the file; empty lines count."""
     text = tmp_path / "text.jsonl"
     text.write_text(f"{LINE}\n\n{LINE}\n{bad}\n")
     with pytest.raises(UsageError, match=why):
@@ -303,7 +303,7 @@ def test_a_line_of_json_that_is_no_text_is_named(bad: str, why: str, tmp_path: P
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_a_string_of_json_may_hold_what_else_ends_a_line(end: str, tmp_path: Path) -> None:
-    """U+2028 and such; a field ``tokens`` that is a number is a count of somebody's."""
+    """A JSON string may contain U+2028 and the like; a field ``tokens`` may be a plain count."""
     text = tmp_path / "text.JSONL"
     lines = [LINE, json.dumps({"text": "b\u2028\x85c"}, ensure_ascii=False)]
     text.write_text(end.join(lines) + end, encoding="utf-8", newline="")
@@ -315,7 +315,7 @@ def test_a_string_of_json_may_hold_what_else_ends_a_line(end: str, tmp_path: Pat
 
 @pytest.mark.parametrize("tokens", range(FEWEST, FEWEST + 300, 7))
 def test_what_is_held_back_is_two_sequences_at_least(tokens: int) -> None:
-    """Of one there is no standard error; a rest that is no sequence goes to what is held back."""
+    """One sequence has no standard error; an incomplete sequence goes to the held-back text."""
     some, held_back = Text(tuple(range(tokens)), length=256).split(256, 0.25)
     assert some.tokens + held_back.tokens == tuple(range(tokens))
     assert len(some.tokens) % 256 == 0
@@ -324,14 +324,14 @@ def test_what_is_held_back_is_two_sequences_at_least(tokens: int) -> None:
 
 
 def test_tokens_in_one_long_row_are_cut_as_a_text_is(tmp_path: Path) -> None:
-    """A row may be longer than the model takes."""
+    """A row may be longer than the model's context."""
     text = tmp_path / "text.jsonl"
     text.write_text(json.dumps({"text": "", "tokens": [1] * 3_000}))
     assert read_text(text, tmp_path, 256).length is None
 
 
 def with_tokeniser(folder: Path) -> None:
-    """A tokeniser of words that begins every sequence with <s>."""
+    """A word-level tokeniser that begins every sequence with <s>."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -345,7 +345,7 @@ def with_tokeniser(folder: Path) -> None:
 
 
 def test_a_text_is_read_with_the_models_own_tokeniser(tmp_path: Path) -> None:
-    """Its tokens are the text's; what the tokeniser puts first goes before every sequence."""
+    """The text's tokens are the tokeniser's; its start tokens go before every sequence."""
     text, model = tmp_path / "text.txt", tmp_path / "model"
     model.mkdir()
     with_tokeniser(model)
@@ -364,7 +364,7 @@ def test_a_text_is_read_with_the_models_own_tokeniser(tmp_path: Path) -> None:
 def test_a_text_may_be_longer_than_the_tokeniser_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is run in pieces, so the library's warning would be no help."""
+    """The text is run in pieces, so the library's warning would not help."""
     from transformers import AutoTokenizer, tokenization_utils_base
 
     said: list[Any] = []
@@ -382,7 +382,7 @@ def test_a_text_may_be_longer_than_the_tokeniser_says(
 
 @pytest.mark.parametrize("tokens", [100, 128, 129, 1000])
 def test_every_token_of_the_text_is_run_once(tokens: int) -> None:
-    """Sequences are as long as the context but for the last, and bounded in number at once."""
+    """All sequences but the last are as long as the context; the batch size is bounded."""
     text = tuple(range(tokens))
     found = list(runner.batches(text, (7777,), 33))
     rows = [row[1:] for batch in found for row in batch.tolist()]
@@ -395,7 +395,7 @@ def test_every_token_of_the_text_is_run_once(tokens: int) -> None:
 
 
 def test_a_block_for_a_second_token_gets_the_factor_of_the_last_layer(tmp_path: Path) -> None:
-    """What transformers does not run is not left out, and the provenance says so."""
+    """Layers that transformers does not run still get a factor, and the provenance says so."""
     source, text = tmp_path / "source", tmp_path / "text"
     build("deepseek_v3", source, mtp=True, config={"vocab_size": 256})
     text.write_bytes(bytes(range(256)) * 8)

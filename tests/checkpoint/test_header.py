@@ -1,4 +1,4 @@
-"""The header codec, held against the safetensors library."""
+"""The header codec, compared with the safetensors library."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from moescale.errors import CheckpointError
 
 
 def entry(**changes: Any) -> dict[str, Any]:
-    """A tensor of four bytes, with fields changed."""
+    """A four-byte tensor with some fields changed."""
     return {"dtype": "U8", "shape": [4], "data_offsets": [0, 4], **changes}
 
 
 def refused(file: bytes) -> str:
-    """The one line with which a file is refused; it names the file."""
+    """The one-line error with which a file is refused; it names the file."""
     with pytest.raises(CheckpointError) as caught:
         parse(file)
     message = caught.value.message
@@ -38,11 +38,11 @@ def refused(file: bytes) -> str:
     return message
 
 
-# Headers as they should be ------------------------------------------------------------------------
+# Valid headers ------------------------------------------------------------------------------------
 
 
 def test_reads_what_safetensors_wrote() -> None:
-    """Names, dtypes, shapes and places are those of the library."""
+    """Names, dtypes, shapes and offsets are those of the library."""
     a = np.frombuffer(bytes(range(6)), ml_dtypes.bfloat16)
     arrays = {
         "b": np.ones((2, 3), np.float32),
@@ -60,7 +60,7 @@ def test_reads_what_safetensors_wrote() -> None:
 
 
 def test_refuses_what_safe_open_cannot_open(tmp_path: Path) -> None:
-    """The library's reader of files is as strict as its reader of bytes, and so are we."""
+    """The library's file reader is as strict as its bytes reader, and ours is too."""
     whole = checkpoints.shard({"x": ("U8", (4,), b"abcd")})
     for file in (whole[:-1], whole + b"x", whole[:5], b"\xff" * 20):
         (tmp_path / NAME).write_bytes(file)
@@ -76,7 +76,7 @@ def test_tensors_come_in_the_order_of_their_data() -> None:
 
 
 def test_data_starts_after_the_header() -> None:
-    """Places are offsets in the file, and sizes are those of the data."""
+    """Offsets are positions in the file, and sizes are those of the data."""
     file = checkpoints.shard({"x": ("U8", (4,), b"abcd")})
     tensor = parse(file).by_name["x"]
     assert file[tensor.start : tensor.stop] == b"abcd"
@@ -85,7 +85,7 @@ def test_data_starts_after_the_header() -> None:
 
 @pytest.mark.parametrize("dtype", BITS)
 def test_takes_every_dtype_of_safetensors(dtype: str) -> None:
-    """The table of dtypes has the sizes that the library has."""
+    """The table of dtypes has the library's sizes."""
     size = BITS[dtype]
     file = with_header(json.dumps({"x": entry(dtype=dtype, shape=[8], data_offsets=[0, size])}))
     file += bytes(size)
@@ -95,17 +95,17 @@ def test_takes_every_dtype_of_safetensors(dtype: str) -> None:
 
 @pytest.mark.parametrize("text", ["{}", " {}\n", '{"__metadata__":null}', '{"__metadata__":{}}'])
 def test_takes_a_file_without_tensors(text: str) -> None:
-    """No tensor at all is a valid file, as it is for the library."""
+    """A file without tensors is valid, for the library too."""
     safetensors.deserialize(with_header(text))
     assert not parse(with_header(text)).tensors
 
 
-# One error for each way to be wrong ---------------------------------------------------------------
+# One error for each kind of fault -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("file", [b"", b"\0" * 7])
 def test_refuses_a_file_without_a_length(file: bytes) -> None:
-    """Fewer than eight bytes are no safetensors file."""
+    """A file of fewer than eight bytes is not a safetensors file."""
     assert "too few" in refused(file)
 
 
@@ -124,7 +124,7 @@ def test_refuses_a_length_that_cannot_be_true(length: int) -> None:
     ],
 )
 def test_a_file_of_another_kind_is_called_so(begin: bytes, kind: str) -> None:
-    """Whoever renamed it gains nothing from fetching it again."""
+    """The error does not suggest a new download: the file was only renamed."""
     with pytest.raises(CheckpointError, match=f"is {kind}.*despite its name") as caught:
         header_length(begin, 1 << 20, "file")
     assert "fetch" not in str(caught.value)
@@ -132,12 +132,12 @@ def test_a_file_of_another_kind_is_called_so(begin: bytes, kind: str) -> None:
 
 @pytest.mark.parametrize("length", [0x280, 0x04034B50])
 def test_a_length_may_look_like_another_kind(length: int) -> None:
-    """A header of 640 bytes begins as a pickle does; the size of the file tells."""
+    """A 640-byte header begins like a pickle; the size of the file tells them apart."""
     assert header_length(struct.pack("<Q", length), 1 << 30, "file") == length
 
 
 def test_refuses_a_header_over_the_limit_of_the_format() -> None:
-    """It is no damage: the limit is said, and what to do, since no download mends it."""
+    """The file is not damaged: the error gives the limit, since a new download would not help."""
     with pytest.raises(CheckpointError, match=r"100,000,001 .* 100,000,000 that") as caught:
         header_length(struct.pack("<Q", 100_000_001), 1 << 30, "x.safetensors")
     assert "in more shards" in str(caught.value)
@@ -172,7 +172,7 @@ JSON_FAULTS = {
 
 @pytest.mark.parametrize(("text", "why"), JSON_FAULTS.items())
 def test_refuses_broken_json(text: str, why: str) -> None:
-    """What is no header in JSON is refused with the reason, as it is by the library."""
+    """A header that is not valid JSON is refused with the reason, by the library too."""
     file = with_header(text)
     assert why in refused(file)
     with pytest.raises(safetensors.SafetensorError):
@@ -192,20 +192,20 @@ def test_refuses_deep_nesting(opener: str, depth: int) -> None:
 
 
 def test_refuses_a_deeply_nested_dtype() -> None:
-    """A value that can just be parsed can also be reported."""
+    """A value that is just shallow enough to parse can also be reported."""
     for depth in range(100, 1100, 7):
         nested = "[" * depth + "]" * depth
         refused(with_header(f'{{"x":{{"dtype":{nested},"shape":[0],"data_offsets":[0,0]}}}}'))
 
 
 def test_refuses_duplicate_names() -> None:
-    """A tensor that is described twice is refused, since readers differ in which one they take."""
+    """A tensor described twice is refused, since readers differ in which entry they use."""
     one = json.dumps(entry(shape=[0], data_offsets=[0, 0]))
     assert "'a' occurs twice" in refused(with_header(f'{{"a":{one},"a":{one}}}'))
 
 
 def test_refuses_unknown_fields() -> None:
-    """A field that nobody knows may change what the data mean."""
+    """An unknown field may change what the data mean."""
     assert "needs exactly" in refused(with_header(json.dumps({"a": entry(quant="x")}), bytes(4)))
 
 
@@ -240,7 +240,7 @@ ENTRY_FAULTS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("changes", "why"), ENTRY_FAULTS)
 def test_refuses_an_entry_that_makes_no_sense(changes: dict[str, Any], why: str) -> None:
-    """Each field is checked by itself and against the others; the error names the tensor."""
+    """Each field is checked alone and against the others; the error names the tensor."""
     file = with_header(json.dumps({"x": entry(**changes)}), bytes(4))
     message = refused(file)
     assert why in message
@@ -251,7 +251,7 @@ def test_refuses_an_entry_that_makes_no_sense(changes: dict[str, Any], why: str)
 
 @pytest.mark.parametrize("number", ["-0", "4.0", "4e0", "0x4", "04", "+4", "4."])
 def test_refuses_numbers_that_are_no_sizes(number: str) -> None:
-    """Only plain whole numbers are sizes; -0 is none, though Python takes it for 0."""
+    """Only plain integers are sizes; -0 is refused, though Python reads it as 0."""
     file = with_header(
         f'{{"x":{{"dtype":"U8","shape":[{number}],"data_offsets":[0,4]}}}}', bytes(4)
     )
@@ -275,7 +275,7 @@ def test_refuses_numbers_that_are_no_sizes(number: str) -> None:
 def test_refuses_data_that_do_not_fill_the_file(
     offsets: list[list[int]], size: int, why: str
 ) -> None:
-    """Holes, overlaps, a file too short and a file too long are refused, each by its name."""
+    """Gaps, overlaps, and files that are too short or too long each have their own error."""
     entries = {name: entry(data_offsets=o) for name, o in zip("ab", offsets, strict=True)}
     file = with_header(json.dumps(entries), bytes(size))
     assert why in refused(file)
@@ -305,13 +305,13 @@ def test_a_line_end_in_a_name_does_not_break_the_line() -> None:
     ],
 )
 def test_a_few_kilobytes_never_take_a_second(text: str) -> None:
-    """No small header costs much time, however it is built."""
+    """No small header takes much time, however it is built."""
     start = time.process_time()
     refused(with_header(text))
     assert time.process_time() - start < 1
 
 
-# The library as the judge -------------------------------------------------------------------------
+# Compared with the library ------------------------------------------------------------------------
 
 SIZES = st.integers(0, 4)
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
@@ -339,7 +339,7 @@ def described(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
 
 @st.composite
 def files(draw: st.DrawFn) -> bytes:
-    """A valid file, its header in any layout."""
+    """A valid file, with its header in any layout."""
     entries, size = draw(described())
     text = json.dumps(
         entries,
@@ -364,7 +364,7 @@ STRANGE = st.one_of(
 
 @st.composite
 def mutated(draw: st.DrawFn) -> bytes:
-    """A valid file with one field, or a few bytes, changed."""
+    """A valid file with one field or a few bytes changed."""
     entries, size = draw(described())
     if entries and draw(st.booleans()):
         name = draw(st.sampled_from(sorted(entries)))
@@ -386,7 +386,7 @@ def mutated(draw: st.DrawFn) -> bytes:
 @settings(deadline=None, max_examples=150)
 @given(files())
 def test_takes_every_valid_file(file: bytes) -> None:
-    """Whatever the layout of the header, it means what the library says it means."""
+    """In any layout, a header has the meaning that the library gives it."""
     parse(file)
     header_holds(file)
 
@@ -396,13 +396,13 @@ def test_takes_every_valid_file(file: bytes) -> None:
 @example(with_header('{"x":{"dtype":"U8","shape":[-0],"data_offsets":[0,0]}}'))
 @example(with_header('{"__metadata__":{},"__metadata__":{}}'))
 def test_refuses_whatever_safetensors_rejects(file: bytes) -> None:
-    """A damaged file is refused wherever the library rejects it, in one line with its name."""
+    """A damaged file is refused whenever the library rejects it, in one line that names it."""
     header_holds(file)
 
 
 @settings(deadline=None, max_examples=100)
 @given(st.binary(max_size=64))
 def test_arbitrary_bytes_are_no_crash(noise: bytes) -> None:
-    """Noise is refused, or by chance a file for the library too."""
+    """Random bytes are refused, unless by chance the library accepts them too."""
     header_holds(noise)
     header_holds(with_header(noise))

@@ -1,4 +1,4 @@
-"""Which files are the shards, with an index and without."""
+"""Which files are the shards, with and without an index."""
 
 from __future__ import annotations
 
@@ -54,21 +54,21 @@ def index(content: object) -> bytes:
     ],
 )
 def test_the_index_is_the_one_that_loaders_read(files: list[str], found: str | None) -> None:
-    """The usual name wins; else the only index at the top; indexes of twins do not count."""
+    """The usual name wins, else the only index at the top level; indexes of twins do not count."""
     assert index_name(files) == found
 
 
 def test_two_unusual_indexes_are_refused() -> None:
-    """Which of two indexes counts is not guessed."""
+    """Two candidate indexes are refused instead of guessing."""
     with pytest.raises(CheckpointError, match=r"a\.safetensors.*b\.safetensors"):
         index_name(["b.safetensors.index.json", "a.safetensors.index.json"])
 
 
-# What it says -------------------------------------------------------------------------------------
+# What the index says ------------------------------------------------------------------------------
 
 
 def test_the_weight_map_is_read() -> None:
-    """Only the map matters; whatever stands beside it does not."""
+    """Only the weight map matters; other entries are ignored."""
     data = index({"metadata": {"total_size": 1.5e9, "x": None}, "weight_map": {"a": "s"}, "z": []})
     assert parse_index(data, INDEX) == {"a": "s"}
 
@@ -94,7 +94,7 @@ def test_the_weight_map_is_read() -> None:
     ],
 )
 def test_the_map_of_the_outermost_object_counts(text: str, found: dict[str, str] | None) -> None:
-    """However an index is written, it is read as `json` reads it, or refused."""
+    """Any spelling of an index is read as `json` reads it, or refused."""
     if found is not None:
         assert parse_index(text.encode(), INDEX) == found == json.loads(text)["weight_map"]
         return
@@ -119,7 +119,7 @@ def test_the_map_of_the_outermost_object_counts(text: str, found: dict[str, str]
     ids=range(10),
 )
 def test_a_broken_index_is_refused(data: bytes, why: str) -> None:
-    """One line that names the file and what is wrong with it."""
+    """One line names the file and the fault."""
     with pytest.raises(CheckpointError, match=why) as caught:
         parse_index(data, INDEX)
     assert caught.value.message.startswith(INDEX)
@@ -130,20 +130,20 @@ def test_a_broken_index_is_refused(data: bytes, why: str) -> None:
 
 
 def test_a_single_shard_needs_no_index() -> None:
-    """``model.safetensors`` alone is what loaders take, whatever lies beside it."""
+    """Loaders use ``model.safetensors`` alone, whatever other files there are."""
     found = shards_without_index(["model.safetensors", "other.safetensors", "config.json"])
     assert found == Shards(("model.safetensors",))
 
 
 def test_a_complete_set_is_taken() -> None:
-    """Shards that count themselves are taken when all are there, in the order of their names."""
+    """Numbered shards are accepted if all of them exist, in the order of their names."""
     names = [f"model-{i:05}-of-00003.safetensors" for i in (3, 1, 2)]
     assert shards_without_index(names).names == tuple(sorted(names))
 
 
 @pytest.mark.parametrize("missing", [1, 2, 3])
 def test_an_incomplete_set_is_refused(missing: int) -> None:
-    """A missing part is named, before anything is read."""
+    """The error names a missing shard before anything is read."""
     names = [f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3) if i != missing]
     with pytest.raises(CheckpointError, match=f"part {missing} of 3 is missing"):
         shards_without_index(names)
@@ -160,7 +160,7 @@ def test_an_incomplete_set_is_refused(missing: int) -> None:
     ],
 )
 def test_no_shards_is_an_error(names: list[str]) -> None:
-    """Twins, adapters and subfolders are no weights of the model."""
+    """Twins, adapters and subfolders are not weights of the model."""
     with pytest.raises(CheckpointError, match="no safetensors weights"):
         shards_without_index(names)
 
@@ -185,7 +185,7 @@ def test_no_shards_is_an_error(names: list[str]) -> None:
     ],
 )
 def test_any_count_in_a_name_counts(spelling: str) -> None:
-    """However a total is spelled, the part that is missing is named as its file would be."""
+    """However the total is written, the missing part is named as its file would be."""
     files = [f"{spelling.format(i, 3)}.safetensors" for i in (1, 2, 3)]
     for missing in files[1:]:
         with pytest.raises(CheckpointError, match="is missing") as caught:
@@ -195,7 +195,7 @@ def test_any_count_in_a_name_counts(spelling: str) -> None:
 
 
 def test_a_set_may_count_from_zero() -> None:
-    """Parts 0 to M - 1 are complete; without one of them they are not."""
+    """Parts 0 to M - 1 are complete; without one of them the set is incomplete."""
     files = [f"model-{i:05}-of-00003.safetensors" for i in range(3)]
     assert shards_without_index(files).names == tuple(files)
     with pytest.raises(CheckpointError, match=r"^model-00001-of-00003\.safetensors"):
@@ -206,12 +206,12 @@ def test_a_set_may_count_from_zero() -> None:
     "stem", ["pytorch_model-00001-TP-000", "tensor00000", "proof2", "model-2of"]
 )
 def test_names_without_a_total_say_nothing_of_parts(stem: str) -> None:
-    """A number alone is no count."""
+    """A number without a total does not make a file part of a set."""
     assert shards_without_index([f"{stem}.safetensors"]).names == (f"{stem}.safetensors",)
 
 
 def test_a_total_beyond_measure_is_an_answer_at_once() -> None:
-    """Nobody counts to a number that a file name made up."""
+    """A huge total in a file name is not counted up to."""
     with pytest.raises(CheckpointError, match="part 2 of 999999999"):
         shards_without_index(["model-1-of-999999999.safetensors"])
 
@@ -222,7 +222,7 @@ def test_a_total_beyond_measure_is_an_answer_at_once() -> None:
 def checked(
     weight_map: dict[str, str] | None, found: dict[str, Header], scaled: Collection[str] = ()
 ) -> tuple[dict[str, list[str]], list[str]]:
-    """The tensors that count, by shard, and what is said where `scaled` are to be scaled."""
+    """The tensors that count, by shard, and the remarks if `scaled` are to be scaled."""
     listed = None if weight_map is None else by_shard(weight_map)
     shards = Shards(tuple(found), None if weight_map is None else INDEX)
     taken, faults = check_against_headers(shards, listed, found.items())
@@ -230,7 +230,7 @@ def checked(
 
 
 def test_index_and_headers_that_agree_pass() -> None:
-    """Nothing is said where all is well."""
+    """There is no remark if everything agrees."""
     found = headers({"s1": ["a", "b"], "s2": ["c"]})
     all_there = {"s1": ["a", "b"], "s2": ["c"]}
     assert checked({"a": "s1", "b": "s1", "c": "s2"}, found) == (all_there, [])
@@ -238,7 +238,7 @@ def test_index_and_headers_that_agree_pass() -> None:
 
 
 def test_a_listed_tensor_that_is_not_there_is_said() -> None:
-    """No loader minds; where it is one to be scaled, the index is stale."""
+    """Loaders ignore it; if the tensor is to be scaled, the index is stale."""
     found = headers({"s1": ["a"], "s2": ["b"]})
     weight_map = {"a": "s1", "x": "s1", "b": "s2"}
     taken, [remark] = checked(weight_map, found, {"a", "b"})
@@ -251,7 +251,7 @@ def test_a_listed_tensor_that_is_not_there_is_said() -> None:
 
 @pytest.mark.parametrize("home", ["s1", "s2"])
 def test_of_two_copies_the_listed_one_counts(home: str) -> None:
-    """The other is in its shard still, but no tensor of the model; both shards are named."""
+    """The other copy stays in its shard but is not part of the model; both shards are named."""
     found = headers({"s1": ["a", "x"], "s2": ["x", "b"]})
     taken, [remark] = checked({"a": "s1", "b": "s2", "x": home}, found)
     assert [shard for shard, names in taken.items() if "x" in names] == [home]
@@ -259,7 +259,7 @@ def test_of_two_copies_the_listed_one_counts(home: str) -> None:
 
 
 def test_without_an_index_the_last_copy_counts() -> None:
-    """That is what a loader has that reads all shards in the order of their names."""
+    """That is the copy of a loader that reads all shards in the order of their names."""
     taken, [remark] = checked(None, headers({"s1": ["x"], "s2": ["x"], "s3": ["x", "b"]}))
     assert taken == {"s1": [], "s2": [], "s3": ["x", "b"]}
     assert "'x' is in s3 and in s1 (and 1 more)" in remark
@@ -267,7 +267,7 @@ def test_without_an_index_the_last_copy_counts() -> None:
 
 @pytest.mark.parametrize("weight_map", [None, {"x": "s2"}])
 def test_two_copies_of_what_is_scaled_are_refused(weight_map: dict[str, str] | None) -> None:
-    """Loaders differ in the copy that they take, so tensor and both shards are named."""
+    """Loaders differ in which copy they use, so the error names the tensor and both shards."""
     if weight_map:
         weight_map["y"] = "s1"
     with pytest.raises(CheckpointError, match="'x'") as caught:
@@ -277,7 +277,7 @@ def test_two_copies_of_what_is_scaled_are_refused(weight_map: dict[str, str] | N
 
 
 def test_unlisted_tensors_are_mentioned() -> None:
-    """Tensors that the index does not list are named and counted in a remark."""
+    """A remark names and counts tensors that the index does not list."""
     _, [remark] = checked({"a": "s1"}, headers({"s1": ["a", "b"]}))
     assert remark.endswith("does not list 'b'")
     found = headers({"s1": ["d", "a"], "s2": ["c", "b", "e"]})
@@ -286,7 +286,7 @@ def test_unlisted_tensors_are_mentioned() -> None:
 
 
 def test_a_made_index_is_what_loaders_expect() -> None:
-    """The index of shards that come without one lists every tensor and the total size."""
+    """The index that is made for shards without one lists every tensor and the total size."""
     found = headers({"s2": ["c"], "s1": ["b", "a"]})
     made = json.loads(make_index(found))
     assert made["metadata"] == {"total_size": 6}

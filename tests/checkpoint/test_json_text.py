@@ -1,4 +1,4 @@
-"""JSON as text: strict parsing, the places of values, and edits that leave all else alone."""
+"""JSON as text: strict parsing, the spans of values, and edits that change nothing else."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ VALUES = st.recursive(
 
 @st.composite
 def laid_out(draw: st.DrawFn, value: Any) -> str:
-    """The JSON of a value, with white space wherever it may stand."""
+    """The JSON of a value, with white space wherever JSON allows it."""
     before, after = draw(SPACE), draw(SPACE)
     if isinstance(value, dict):
         items = [
@@ -56,7 +56,7 @@ TEXTS = VALUES.flatmap(laid_out)
 
 
 def paths(value: Any, at: Path = ()) -> list[Path]:
-    """Every path of a value, its own included."""
+    """Every path of a value, including the root."""
     children = value.items() if isinstance(value, dict) else []
     if isinstance(value, list):
         children = enumerate(value)
@@ -64,29 +64,29 @@ def paths(value: Any, at: Path = ()) -> list[Path]:
 
 
 def at(value: Any, path: Path) -> Any:
-    """What stands at a path."""
+    """The value at a path."""
     for key in path:
         value = value[key]
     return value
 
 
 def everything(_: Path) -> bool:
-    """All paths are wanted."""
+    """Accept all paths."""
     return True
 
 
 def same(one: Any, other: Any) -> bool:
-    """Equality under which NaN equals itself and 1 is not 1.0."""
+    """Equality with NaN equal to itself and 1 not equal to 1.0."""
     return json.dumps(one) == json.dumps(other)
 
 
-# Places -------------------------------------------------------------------------------------------
+# Spans --------------------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=150)
 @given(TEXTS)
 def test_a_span_holds_exactly_its_value(text: str) -> None:
-    """Parsed by itself, the span of any path is what a parser finds at that path."""
+    """The span of any path, parsed alone, is the value that a parser finds at that path."""
     value = json.loads(text)
     spans = dict(value_spans(text, everything))
     assert set(spans) == set(paths(value))
@@ -98,7 +98,7 @@ def test_a_span_holds_exactly_its_value(text: str) -> None:
 @settings(deadline=None, max_examples=150)
 @given(TEXTS, st.data())
 def test_a_replaced_number_changes_nothing_else(text: str, data: st.DataObject) -> None:
-    """After an edit that value is new; every other value and every other byte is as before."""
+    """After an edit that value is new; every other value and byte is unchanged."""
     value = json.loads(text)
     path = data.draw(st.sampled_from(paths(value)))
     [(_, (start, stop))] = list(value_spans(text, lambda p: p == path))
@@ -111,21 +111,21 @@ def test_a_replaced_number_changes_nothing_else(text: str, data: st.DataObject) 
 
 
 def test_only_wanted_paths_are_found() -> None:
-    """The caller says which paths it wants; parents and children of those are not among them."""
+    """Only the requested paths are found, not their parents or children."""
     text = '{"a": {"k": 1}, "k": 2, "b": [{"k": 3}]}'
     found = dict(value_spans(text, lambda path: path == ("a", "k")))
     assert [text[slice(*span)] for span in found.values()] == ["1"]
 
 
 def test_a_key_that_stands_twice_is_found_twice() -> None:
-    """Readers differ in which of two equal keys they take, so both places are given."""
+    """Readers differ in which of two equal keys they use, so both spans are given."""
     text = '{"k": 1, "o": {}, "k": 2, "o": {"k": 3}}'
     found = [text[slice(*span)] for _, span in value_spans(text, lambda path: path[-1:] == ("k",))]
     assert found == ["1", "2", "3"]
 
 
 def test_keys_are_compared_unescaped() -> None:
-    """An escaped key is the key that it spells."""
+    """An escaped key equals the key that it spells."""
     text = '{"num_experts\\u005fper_tok": 8}'
     [(path, (start, stop))] = value_spans(text, lambda path: bool(path))
     assert path == ("num_experts_per_tok",)
@@ -134,7 +134,7 @@ def test_keys_are_compared_unescaped() -> None:
 
 @pytest.mark.parametrize("text", ["NaN", "-Infinity", "1E+5", "-0", "0.5e-3", '"a]b"', " true "])
 def test_a_lone_scalar_has_a_place(text: str) -> None:
-    """Every scalar that the lenient parser takes can be found."""
+    """Every scalar that the lenient parser accepts can be found."""
     [(path, (start, stop))] = value_spans(text, everything)
     assert path == ()
     assert text[start:stop] == text.strip()
@@ -143,7 +143,7 @@ def test_a_lone_scalar_has_a_place(text: str) -> None:
 @settings(deadline=None)
 @given(st.text(max_size=30), st.data())
 def test_replacing_keeps_what_is_outside(text: str, data: st.DataObject) -> None:
-    """Several edits in any order change their own stretches only."""
+    """Several edits, in any order, only change their own spans."""
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), min_size=4, max_size=4)))
     one, other = (cuts[0], cuts[1]), (cuts[2], cuts[3])
     expected = text[: cuts[0]] + "X" + text[cuts[1] : cuts[2]] + "YY" + text[cuts[3] :]
@@ -152,7 +152,7 @@ def test_replacing_keeps_what_is_outside(text: str, data: st.DataObject) -> None
 
 
 def _seconds_for(items: int) -> float:
-    """Processor time of finding one value in an object of so many."""
+    """Processor time to find one value in an object of `items` keys."""
     text = json.dumps({str(i): {"value": [i, "text", None]} for i in range(items)}, indent=2)
     last = (str(items - 1), "value", 0)
     start = time.process_time()
@@ -173,7 +173,7 @@ def test_time_grows_with_the_length_of_the_text() -> None:
 @settings(deadline=None, max_examples=100)
 @given(VALUES.flatmap(laid_out))
 def test_strict_parsing_means_the_same(text: str) -> None:
-    """What is strictly parsed has the value that `json` gives it."""
+    """Strict parsing gives the value that `json` gives."""
     expected = json.loads(text)
     odd = "NaN" in text or "Infinity" in text or "-0" in text
     if not odd:
@@ -202,7 +202,7 @@ STRICT_FAULTS = {
 
 @pytest.mark.parametrize(("text", "why"), STRICT_FAULTS.items(), ids=range(len(STRICT_FAULTS)))
 def test_strict_parsing_refuses(text: str, why: str) -> None:
-    """What other readers reject or read otherwise is refused, in one line."""
+    """What other readers reject or read differently is refused, in one line."""
     with pytest.raises(ValueError, match=why) as caught:
         parse_strict(text)
     assert len(str(caught.value).splitlines()) == 1
@@ -212,13 +212,13 @@ def test_strict_parsing_refuses(text: str, why: str) -> None:
     "text", ['"\\ud83d\\ude00"', "-1", "-0.0", "1e400", '"NaN"', '"\\\\ud800"']
 )
 def test_strict_parsing_takes_what_only_looks_wrong(text: str) -> None:
-    """Pairs of surrogates, escaped backslashes and negative numbers are fine."""
+    """Surrogate pairs, escaped backslashes and negative numbers are accepted."""
     assert same(parse_strict(text), json.loads(text))
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "{", "", "\ufeff{}", "9" * 5000])
 def test_lenient_parsing_refuses_what_is_no_json(text: str) -> None:
-    """The lenient parser has one kind of error as well, in words for the user of a model."""
+    """The lenient parser also has one kind of error, worded for the user of a model."""
     with pytest.raises(ValueError) as caught:
         parse_lenient(text)
     assert "sys." not in str(caught.value)

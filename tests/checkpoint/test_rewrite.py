@@ -1,4 +1,4 @@
-"""The rewriting of a byte stream: segments that make up the file, and bytes as computed naively."""
+"""Rewriting a byte stream: segments that make up the file, and bytes computed naively."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moescale.errors import RewriteError
 
 
 class MemoryReader:
-    """A file in memory that counts how much is read at once."""
+    """A file in memory that records the largest read."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -29,7 +29,7 @@ class MemoryReader:
 
 
 class MemoryWriter:
-    """Collects what is written, and what is copied."""
+    """Collects what is written and what is copied."""
 
     def __init__(self) -> None:
         self.data = bytearray()
@@ -51,13 +51,13 @@ def parsed(file: bytes) -> Header:
 
 
 def edits_for(file: bytes, factors: dict[str, float]) -> list[TensorEdit]:
-    """One edit for each named tensor, as a plan has them."""
+    """One edit for each named tensor, as in a plan."""
     tensors = parsed(file).by_name
     return [TensorEdit(tensors[name], factor) for name, factor in factors.items()]
 
 
 def run(file: bytes, factors: dict[str, float]) -> tuple[MemoryWriter, int]:
-    """Rewrite a file in memory; the writer, and the bytes that were reported."""
+    """Rewrite a file in memory; returns the writer and the reported bytes."""
     reader, writer, sizes = MemoryReader(file), MemoryWriter(), []
     parts = segments(edits_for(file, factors), len(file))
     rewrite(reader, writer, parts, "shard", sizes.append)
@@ -83,7 +83,7 @@ def shards(draw: st.DrawFn) -> tuple[bytes, dict[str, float]]:
 @settings(deadline=None, max_examples=100)
 @given(shards(), st.randoms(use_true_random=False))
 def test_segments_partition_the_file(case: tuple[bytes, dict[str, float]], random) -> None:
-    """Every byte is in exactly one segment, in order, and every tensor to scale is a segment."""
+    """Every byte is in exactly one segment, in order; every tensor to scale is a segment."""
     file, factors = case
     edits = edits_for(file, factors)
     random.shuffle(edits)
@@ -99,17 +99,17 @@ def test_segments_partition_the_file(case: tuple[bytes, dict[str, float]], rando
 
 
 def test_a_file_without_edits_is_one_copy() -> None:
-    """Nothing to scale means one stretch to copy."""
+    """Without tensors to scale there is one segment, which is copied."""
     assert segments([], 10) == [Segment(0, 10)]
 
 
 def test_an_empty_file_has_no_segments() -> None:
-    """A file of no bytes needs no work."""
+    """An empty file needs no work."""
     assert segments([], 0) == []
 
 
 def test_an_empty_tensor_beside_another_does_not_double_bytes() -> None:
-    """Tensors without elements take no place, whatever order they are planned in."""
+    """Tensors without elements have no bytes, whatever the order of the edits."""
     raw = checkpoints.values("BF16", (4,))
     file = checkpoints.shard({"empty": ("BF16", (0,), b""), "full": raw})
     writer, _ = run(file, {"full": 2.0, "empty": 2.0})
@@ -117,7 +117,7 @@ def test_an_empty_tensor_beside_another_does_not_double_bytes() -> None:
 
 
 def test_neighbours_have_nothing_between_them() -> None:
-    """Tensors that lie side by side are scaled one after the other."""
+    """Adjacent tensors are scaled one after the other."""
     raw = checkpoints.values("BF16", (4,))
     file = checkpoints.shard({"a": raw, "b": raw})
     kinds = [
@@ -134,7 +134,7 @@ def test_neighbours_have_nothing_between_them() -> None:
 def test_the_result_is_the_whole_file_computed_naively(
     case: tuple[bytes, dict[str, float]],
 ) -> None:
-    """Planned tensors are scaled, every other byte is the source's, and all bytes are reported."""
+    """Planned tensors are scaled, all other bytes are unchanged, and all bytes are reported."""
     file, factors = case
     writer, reported = run(file, factors)
     assert bytes(writer.data) == checkpoints.rescaled(file, factors)
@@ -142,7 +142,7 @@ def test_the_result_is_the_whole_file_computed_naively(
 
 
 def test_what_is_not_planned_is_copied_and_never_read() -> None:
-    """Bytes outside the planned tensors go through the copy of the writer."""
+    """Bytes outside the planned tensors are copied by the writer."""
     raw = checkpoints.values("BF16", (40,))
     file = checkpoints.shard({"a": raw, "b": raw, "c": raw})
     writer, _ = run(file, {"b": 1.5})
@@ -152,7 +152,7 @@ def test_what_is_not_planned_is_copied_and_never_read() -> None:
 
 @pytest.mark.parametrize("dtype", ["BF16", "F32", "F64"])
 def test_a_tensor_larger_than_a_piece(dtype: str) -> None:
-    """A tensor is scaled in pieces that need not divide it, and never read whole."""
+    """A tensor is scaled in pieces, which need not divide it, and is never read whole."""
     form_bytes = {"BF16": 2, "F32": 4, "F64": 8}[dtype]
     count = (2 * PIECE) // form_bytes + 5
     file = checkpoints.shard(
@@ -170,7 +170,7 @@ def test_a_tensor_larger_than_a_piece(dtype: str) -> None:
 @settings(deadline=None, max_examples=30)
 @given(shards())
 def test_expected_bytes_are_those_that_are_written(case: tuple[bytes, dict[str, float]]) -> None:
-    """What a verification compares with is the same stream that a run writes."""
+    """Verification compares with the stream that a run writes."""
     file, factors = case
     parts = segments(edits_for(file, factors), len(file))
     stream = b"".join(bytes(piece) for _, piece in expected(MemoryReader(file), parts))
@@ -182,7 +182,7 @@ def test_expected_bytes_are_those_that_are_written(case: tuple[bytes, dict[str, 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_overflow_names_tensor_and_count(count: int) -> None:
-    """A finite value that would become infinite ends the run and says where and how many."""
+    """If a finite value would become infinite, the run ends and says where and how many."""
     codes = b"\x7f\x7f" * count + b"\x80\x7f" + b"\x00\x00"
     file = checkpoints.shard({"model.w2": ("BF16", (count + 2,), codes)})
     with pytest.raises(RewriteError) as caught:
@@ -194,7 +194,7 @@ def test_overflow_names_tensor_and_count(count: int) -> None:
 
 
 def test_overflows_are_counted_over_all_pieces() -> None:
-    """The count is that of the whole tensor, and nothing is written after the first piece lost."""
+    """The count covers the whole tensor, and nothing is written after the first bad piece."""
     data = bytearray(2 * PIECE + 4)
     data[:2] = data[PIECE : PIECE + 2] = data[-2:] = b"\x7f\x7f"
     file = checkpoints.shard({"w": ("BF16", (len(data) // 2,), bytes(data))})

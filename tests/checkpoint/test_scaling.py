@@ -1,4 +1,4 @@
-"""The arithmetic: every 16-bit value, and properties of the wider types, against references."""
+"""The arithmetic: every 16-bit value, and properties of wider dtypes, against references."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ WIDTH = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 
 
 def multiply(dtype: str, data: bytes, factor: float) -> tuple[bytes, int]:
-    """The scaled bytes, and how many values were lost."""
+    """The scaled bytes, and the number of values lost."""
     shape = (len(data) // WIDTH[dtype],)
     scale = scaler(TensorEdit(Tensor("x", dtype, shape, 0, len(data)), factor))
     result = np.empty(len(data), np.uint8)
@@ -47,13 +47,13 @@ def multiply(dtype: str, data: bytes, factor: float) -> tuple[bytes, int]:
     return result.tobytes(), lost
 
 
-# 16 bits: all of them -----------------------------------------------------------------------------
+# 16 bits: all values ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("factor", FACTORS)
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 def test_every_16bit_value_is_rounded_once_to_nearest_even(dtype: str, factor: float) -> None:
-    """All 65,536 results and the number of overflows are those of exact arithmetic."""
+    """All 65,536 results and the number of overflows match exact arithmetic."""
     data = ALL_CODES.tobytes()
     result, lost = multiply(dtype, data, factor)
     assert result == rounding.scaled(dtype, data, factor)
@@ -65,7 +65,7 @@ def test_every_16bit_value_is_rounded_once_to_nearest_even(dtype: str, factor: f
 def test_16bit_results_are_those_of_numpy_and_ml_dtypes(
     dtype: str, type_: type, factor: float
 ) -> None:
-    """Casts of `ml_dtypes` and numpy give the same numbers; NaN keeps its bits."""
+    """Casts by `ml_dtypes` and numpy give the same numbers; NaN keeps its bits."""
     values = ALL_CODES.view(type_)
     with np.errstate(all="ignore"):
         expected = (values.astype(np.float32) * np.float32(factor)).astype(type_).view("<u2")
@@ -101,7 +101,7 @@ def test_the_table_is_odd(dtype: str) -> None:
 
 
 def exactly_rounded(value: Fraction, precision: int, lowest: int) -> Fraction:
-    """The nearest number with so many bits, ties to even: round-to-nearest-even by definition."""
+    """The nearest number with this many bits, ties to even: round-to-nearest-even by definition."""
     if not value:
         return value
     exponent = lowest
@@ -113,7 +113,7 @@ def exactly_rounded(value: Fraction, precision: int, lowest: int) -> Fraction:
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 0x7F7F), st.sampled_from(FACTORS))
 def test_bfloat16_by_definition(code: int, factor: float) -> None:
-    """With fractions: the product is rounded to float32, then to bfloat16, and never else."""
+    """Exact, with fractions: the product is rounded to float32, then to bfloat16."""
     value = Fraction(struct.unpack("<f", struct.pack("<I", code << 16))[0])
     product = exactly_rounded(value * Fraction(float(np.float32(factor))), 24, -149)
     expected = exactly_rounded(product, 8, -133)
@@ -131,7 +131,7 @@ def test_bfloat16_by_definition(code: int, factor: float) -> None:
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
 @pytest.mark.parametrize("count", [0, 1, 3, 65_535, 65_536, 65_537, 150_001])
 def test_any_number_of_elements(dtype: str, count: int) -> None:
-    """Lengths that do not divide the pieces of the kernel make no difference."""
+    """Lengths that are not a multiple of the kernel's pieces make no difference."""
     rng = np.random.default_rng(count)
     data = rng.integers(0, 256, count * WIDTH[dtype], dtype=np.uint8).tobytes()
     result, lost = multiply(dtype, data, 1.3)
@@ -141,7 +141,7 @@ def test_any_number_of_elements(dtype: str, count: int) -> None:
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
 def test_overflows_are_counted_one_by_one(dtype: str) -> None:
-    """Only finite values that become infinite count, not those that were infinite before."""
+    """Only finite values that become infinite count, not those that already were."""
     form = rounding.FORMATS[dtype]
     largest, infinity, sign = form.infinity - 1, form.infinity, form.sign
     codes = [largest, largest | sign, infinity, infinity | sign, infinity + 1, 0, sign, 1]
@@ -155,7 +155,7 @@ def test_overflows_are_counted_one_by_one(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
 def test_a_negative_overflow_alone_is_seen(dtype: str) -> None:
-    """Minus infinity is as much of a loss as plus infinity."""
+    """A finite value that becomes minus infinity is counted too."""
     form = rounding.FORMATS[dtype]
     data = np.array([(form.infinity - 1) | form.sign, 1], form.codes).tobytes()
     assert multiply(dtype, data, 2.0)[1] == 1
@@ -163,7 +163,7 @@ def test_a_negative_overflow_alone_is_seen(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
 def test_nan_and_infinity_and_zero_stay(dtype: str) -> None:
-    """NaN keeps payload, sign and whether it signals; infinities and signed zeros stay."""
+    """NaN keeps its payload, sign and signalling bit; infinities and signed zeros stay."""
     form = rounding.FORMATS[dtype]
     nans = [form.infinity + 1, form.infinity + 5, form.sign - 1, form.sign - 2]
     codes = [0, form.infinity, *nans]
@@ -174,7 +174,7 @@ def test_nan_and_infinity_and_zero_stay(dtype: str) -> None:
 
 
 def test_subnormals_are_scaled_and_not_flushed() -> None:
-    """The smallest numbers of every dtype take part, whatever mode the processor is in."""
+    """Subnormals of every dtype are scaled, whatever mode the processor is in."""
     for dtype in WIDTH:
         form = rounding.FORMATS[dtype]
         data = np.array([1, 2, 3, 1 | form.sign], form.codes).tobytes()
@@ -192,7 +192,7 @@ GOOD_FACTORS = st.floats(1e-30, 1e30, exclude_min=True) | st.sampled_from(FACTOR
 @given(st.lists(FLOAT32_CODES, min_size=1, max_size=20), GOOD_FACTORS)
 @example([0x7F7FFFFF, 0xFF7FFFFF, 0x7F800000, 0x7FC12345, 0x7F800001, 0, 1 << 31], 2.0)
 def test_float32_is_one_multiplication(codes: list[int], factor: float) -> None:
-    """Every F32 is the exact product with float32(factor), rounded once."""
+    """Every F32 result is the exact product with float32(factor), rounded once."""
     data = np.array(codes, "<u4").tobytes()
     assert multiply("F32", data, factor) == (
         rounding.scaled("F32", data, factor),
@@ -203,7 +203,7 @@ def test_float32_is_one_multiplication(codes: list[int], factor: float) -> None:
 @settings(deadline=None, max_examples=150)
 @given(st.lists(FLOAT32_CODES, min_size=1, max_size=20), GOOD_FACTORS)
 def test_float32_against_float64(codes: list[int], factor: float) -> None:
-    """The product of two float32 is exact in float64, so one cast gives the reference."""
+    """The product of two float32 numbers is exact in float64, so one cast gives the reference."""
     values = np.array(codes, "<u4").view("<f4")
     with np.errstate(all="ignore"):
         expected = (values.astype("<f8") * float(np.float32(factor))).astype("<f4")
@@ -217,7 +217,7 @@ def test_float32_against_float64(codes: list[int], factor: float) -> None:
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1), GOOD_FACTORS)
 @example([1.7976931348623157e308, -1.7976931348623157e308, 5e-324, -0.0], 1.5)
 def test_float64_is_scaled_by_the_factor_as_float64(values: list[float], factor: float) -> None:
-    """F64 is multiplied with the whole factor: each result is the exact product, rounded once."""
+    """F64 is multiplied by the unrounded factor: each result is the exact product, rounded once."""
     result, lost = multiply("F64", struct.pack(f"<{len(values)}d", *values), factor)
     found = struct.unpack(f"<{len(values)}d", result)
     infinite = 0
@@ -232,6 +232,6 @@ def test_float64_is_scaled_by_the_factor_as_float64(values: list[float], factor:
 
 
 def test_float64_does_not_lose_the_factor() -> None:
-    """A factor that float32 cannot hold is not rounded for F64."""
+    """A factor that float32 cannot represent is not rounded for F64."""
     result, _ = multiply("F64", struct.pack("<d", 1.0), math.sqrt(2 / 3))
     assert struct.unpack("<d", result) == (math.sqrt(2 / 3),)

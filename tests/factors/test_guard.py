@@ -1,4 +1,4 @@
-"""The guard of the rule fitted, as a record."""
+"""The guard of the rule ``fitted``, as a record."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from moescale.factors.fitted import Guard, Trial
 
 
 def test_losses_that_differ_after_the_last_digit_kept_are_equal() -> None:
-    """What is written names the rule that its own numbers name, and is read again."""
+    """The JSON names the rule that its numbers imply, and can be read back."""
     losses = {"none": 3.86034059, "measured": 3.86034051, "fitted": 3.9}
     trials = tuple(Trial(rule, loss, 0.0, 0.0, 0.1, 0.0, 0.0) for rule, loss in losses.items())
     guard = Guard(3.8, 100, "loss", trials)
