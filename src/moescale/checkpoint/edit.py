@@ -12,9 +12,9 @@ from moescale.checkpoint.tensor import Tensor
 from moescale.errors import printable
 
 Operation = Literal["multiply", "divide", "shift", "nested_offset"]
-"""``divide`` is for scales that codes are divided by; ``shift`` for F8_E8M0 scales (also stored as
-U8), which hold only powers of two; ``nested_offset`` for the number of that name in the JSON text
-of a bitsandbytes quantisation state."""
+"""``divide`` is for scales by which codes are divided; ``shift`` for F8_E8M0 scales (also stored as
+U8), which are powers of two; ``nested_offset`` for the number of that name in the JSON text of a
+bitsandbytes quantisation state."""
 
 Role = Literal["weight", "bias", "scale", "router"]
 

@@ -20,7 +20,7 @@ _CAUSES = (
     (r"..?(True|False|None)\b", "JSON writes true, false and null"),
     (r"[^,{\[:]\"", "a comma is missing before this string"),
 )
-"""Patterns of the last character before a fault and the text after it, without spaces; causes."""
+"""Usual causes, by a pattern of the last character before the fault and the text after it."""
 
 
 class JsonError(ValueError):
@@ -60,7 +60,7 @@ _NO_FILES = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the file itself", "Run git lfs pull."),
     (b"<", "is a web page, not the file itself", "Fetch it again; the repo may be gated."),
 )
-"""First bytes of what is downloaded instead of a file, its description, and the remedy."""
+"""First bytes of placeholders for a file, with a description and a remedy."""
 
 _MARKS = (
     (codecs.BOM_UTF8, "UTF-8"),

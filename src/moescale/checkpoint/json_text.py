@@ -26,7 +26,7 @@ def parse_strict(text: str) -> Any:
     """Parse JSON as serde_json does: no duplicate keys, no NaN, no lone surrogates, no ``-0``.
 
     Raises:
-        ValueError: the text is not valid; the message is one line.
+        ValueError: the text is invalid; the message is one line.
     """
     return _parse(
         text,
@@ -48,7 +48,7 @@ def parse_lenient(text: str) -> Any:
     """Parse JSON as `json.loads` does (a ``config.json`` may hold ``Infinity``).
 
     Raises:
-        ValueError: the text is not valid; the message is one line.
+        ValueError: the text is invalid; the message is one line.
     """
     value = _parse(text, parse_int=_whole)
     level, depth = [value], 0

@@ -1,4 +1,4 @@
-"""The effect of rounding scales on the weights that they belong to."""
+"""The effect of rounding scales on the weights that they scale."""
 
 from __future__ import annotations
 

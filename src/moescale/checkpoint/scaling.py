@@ -105,7 +105,7 @@ def _direct_scaler(
 
 
 def _promoting_scaler(dtype: str, factor: float, scales: bool) -> Scale:
-    """Multiplies 16-bit values into F32; the product is rounded once, to float32."""
+    """Multiplies 16-bit values and stores F32; the product is rounded once, to float32."""
     narrow = float_16bit(dtype)
 
     def scale(source: Bytes, result: Bytes) -> int:

@@ -28,8 +28,8 @@ _PIECE = 1 << 17
 """Numbers drawn at a time: 1 MiB, and temporarily a few times that."""
 
 _FEW, _COLUMNS = 64, 1024
-"""An input is drawn itself if it has at most this many more dimensions than logits; the columns of
-a router that are multiplied at a time."""
+"""An input is drawn itself if its dimensions exceed the logits by at most `_FEW`; `_COLUMNS` of a
+router are multiplied at a time."""
 
 
 @dataclass(frozen=True, slots=True)
