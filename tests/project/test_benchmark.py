@@ -1,4 +1,4 @@
-"""The scripts that measure."""
+"""The scripts that measure time, memory and traffic."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts" / "benchmarks"
 
 @pytest.mark.parametrize("script", ["benchmark.py", "hub_benchmark.py"])
 def test_a_size_below_the_smallest_model_is_refused(script: str) -> None:
-    """A figure is never that of a larger model than was asked for."""
+    """A figure is never measured on a larger model than requested."""
     command = [sys.executable, str(SCRIPTS / script), "--gigabytes", "0.5"]
     child = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert child.returncode == 2

@@ -1,4 +1,4 @@
-"""Docstrings name what there is."""
+"""Docstrings name only arguments and attributes that exist."""
 
 from __future__ import annotations
 

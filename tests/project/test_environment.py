@@ -1,4 +1,4 @@
-"""How the scripts find a Python and make an environment; a stand-in plays Python and pip."""
+"""How the scripts find Python and create an environment; a stand-in replaces Python and pip."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCRIPT = ROOT / "scripts" / "environment.sh"
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the scripts are for POSIX shells")
 
-# Says its version, makes an environment of itself, and notes what pip is asked for.
+# Prints its version, copies itself into an environment, and logs the calls of pip.
 STAND_IN = """#!/bin/sh
 case "$1 $2" in
   "-c "*) exit "${TOO_OLD:-0}" ;;
@@ -32,7 +32,7 @@ esac
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A folder with a project, a lock and a Python that is none."""
+    """A folder with a project, a lock and a stand-in for Python."""
     (tmp_path / "pyproject.toml").write_text("[project]\n")
     (tmp_path / "constraints.txt").write_text("numpy==2.4.6\n")
     (tmp_path / "stand-in").write_text(STAND_IN)
@@ -43,7 +43,7 @@ def project(tmp_path: Path) -> Path:
 def make(
     project: Path, lock: str = "constraints.txt", **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Make the environment `made` with the project in it, as the scripts do."""
+    """Create the environment `made` with the project in it, as the scripts do."""
     command = f'set -euo pipefail; source "{SCRIPT}"; make_environment made "{lock}" --editable .'
     environment = {"PATH": os.environ["PATH"], "PYTHON": "./stand-in", **environment}
     return subprocess.run(
@@ -52,7 +52,7 @@ def make(
 
 
 def installs(project: Path) -> list[str]:
-    """What pip was asked for since the last question."""
+    """The calls of pip since the last call of this function."""
     log = project / "pip.log"
     lines = log.read_text().splitlines() if log.exists() else []
     log.write_text("")
@@ -60,7 +60,7 @@ def installs(project: Path) -> list[str]:
 
 
 def test_everything_comes_from_the_lock(project: Path) -> None:
-    """It has pip itself and what builds the package too; the second time there is nothing to do."""
+    """The lock covers pip itself and the build requirements; a second run installs nothing."""
     assert make(project).returncode == 0
     pip, rest = installs(project)
     assert pip.endswith("--upgrade --constraint constraints.txt pip")
@@ -71,7 +71,7 @@ def test_everything_comes_from_the_lock(project: Path) -> None:
 
 
 def test_without_a_lock_nothing_is_held_back(project: Path) -> None:
-    """The newest versions are asked for, and on another day again."""
+    """The newest versions are installed, and again on another day."""
     assert make(project, lock="").returncode == 0
     assert not [line for line in installs(project) if "constraint" in line]
     assert make(project, lock="").returncode == 0
@@ -84,7 +84,7 @@ def test_without_a_lock_nothing_is_held_back(project: Path) -> None:
 
 @pytest.mark.parametrize("file", ["pyproject.toml", "constraints.txt"])
 def test_what_is_out_of_date_is_made_anew(project: Path, file: str) -> None:
-    """Another project file or another lock is another environment."""
+    """A change of the project file or of the lock rebuilds the environment."""
     make(project)
     installs(project)
     with (project / file).open("a") as out:
@@ -94,7 +94,7 @@ def test_what_is_out_of_date_is_made_anew(project: Path, file: str) -> None:
 
 
 def test_another_python_or_folder_is_another_environment(project: Path) -> None:
-    """Its programs name the folder, and its packages fit one Python."""
+    """An environment contains its path, and packages for one version of Python."""
     make(project)
     installs(project)
     make(project, SAYS="3.13.0")
@@ -105,7 +105,7 @@ def test_another_python_or_folder_is_another_environment(project: Path) -> None:
 
 
 def test_an_install_that_failed_is_not_taken_for_done(project: Path) -> None:
-    """Nothing of it counts, nor of what was there before."""
+    """A failed install invalidates the environment, whatever it contained before."""
     make(project)
     (project / "constraints.txt").write_text("numpy==2.4.7\n")
     assert make(project, PIP_FAILS="1").returncode != 0
@@ -116,7 +116,7 @@ def test_an_install_that_failed_is_not_taken_for_done(project: Path) -> None:
 
 
 def test_the_python_that_was_asked_for_or_none(project: Path) -> None:
-    """One that is too old is named, and no other is taken in its place."""
+    """The error names a Python that is too old, and no other is used instead."""
     result = make(project, TOO_OLD="1")
     assert result.returncode != 0
     assert result.stderr == (
@@ -126,7 +126,7 @@ def test_the_python_that_was_asked_for_or_none(project: Path) -> None:
 
 
 def test_a_real_python_will_do(project: Path) -> None:
-    """The one that runs this test is found new enough."""
+    """The Python that runs this test is accepted."""
     command = f'source "{SCRIPT}"; find_python'
     found = subprocess.run(
         ["bash", "-c", command], env={"PATH": os.environ["PATH"], "PYTHON": sys.executable},
@@ -141,7 +141,7 @@ test "$1" = pack && test -n "$PACKS" && echo anything > "$PACKS" && echo "$PACKS
 
 
 def fetch_llama(project: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """What the script that fetches llama.cpp does, with the programs of a folder alone."""
+    """Run the script that fetches llama.cpp, with only the programs of a folder."""
     programs = project / "programs"
     programs.mkdir(exist_ok=True)
     for name in ("bash", "dirname", "mkdir", "rm", "sha512sum", "tail"):
@@ -168,7 +168,7 @@ def fetch_llama(project: Path, **environment: str) -> subprocess.CompletedProces
 def test_llama_cpp_is_the_pinned_one_or_none(
     project: Path, environment: dict[str, str], why: str
 ) -> None:
-    """The script ends in a line that says why, and leaves nothing that would count as fetched."""
+    """The script prints the reason on one line, and leaves nothing that counts as fetched."""
     result = fetch_llama(project, **environment)
     said = f"llama.sh: {why}; the tests that need llama.cpp are skipped\n"
     assert (result.returncode, result.stdout, result.stderr) == (1, "", said)
@@ -176,14 +176,14 @@ def test_llama_cpp_is_the_pinned_one_or_none(
 
 
 def test_the_tests_go_on_without_llama_cpp() -> None:
-    """The script of the tests asks for it, and does not end where there is none."""
+    """The test script tries to fetch it, and continues without it."""
     lines = (ROOT / "scripts" / "test.sh").read_text().splitlines()
     (line,) = (line for line in lines if "llama.sh" in line)
     assert line.strip().startswith("scripts/llama.sh > /dev/null || true ")
 
 
 def test_the_demo_installs_what_it_imports() -> None:
-    """The tests have more libraries than a user, so a missing one would only be seen there."""
+    """The tests have more libraries than a user, so a missing one would go unnoticed there."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = (ROOT / "scripts" / "demo.sh").read_text().splitlines()
     command = next(line for line in lines if line.startswith("make_environment"))

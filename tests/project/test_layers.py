@@ -1,4 +1,4 @@
-"""The layers: imports point downwards; packages below the plan do not know one another."""
+"""The layers: imports point downwards; packages below the plan do not know each other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import moescale
 PACKAGE = Path(__file__).parents[2] / "src" / "moescale"
 
 BELOW = {"errors", "version", "checkpoint", "factors", "routers", "families", "storage"}
-"""What the plan and all that reads it stand on."""
+"""The layers below the plan and everything that reads it."""
 
 MAY_USE = {
     "errors": set(),
@@ -31,14 +31,14 @@ MAY_USE = {
     "conversion": {*BELOW, "options", "planning", "calibrate", "results"},
     "report": {*BELOW, "planning", "results"},
 }
-"""What each package may import of the package besides itself."""
+"""The packages that each package may import besides itself."""
 
 COMMAND = {"__main__.py", "cli.py", "interrupts.py", "progress.py", "terminal.py"}
-"""What belongs to the command alone: streams, exit codes, signals, the environment."""
+"""The modules that may use streams, exit codes, signals and environment variables."""
 
 
 def imports(path: Path) -> set[str]:
-    """The packages and modules of the package that a file imports, wherever in it."""
+    """The packages and modules of moescale that a file imports, at any level."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module == "moescale":
@@ -51,14 +51,14 @@ def imports(path: Path) -> set[str]:
 
 
 def files_of(package: str) -> list[Path]:
-    """The modules of a package, or the one that has no package."""
+    """The modules of a package, or the module of this name."""
     file = PACKAGE / f"{package}.py"
     return [file] if file.exists() else sorted((PACKAGE / package).rglob("*.py"))
 
 
 @pytest.mark.parametrize("package", MAY_USE)
 def test_a_room_knows_only_what_is_below(package: str) -> None:
-    """A package imports itself and what lies below it, nothing else of the package."""
+    """A package imports only itself and the packages below it."""
     files = files_of(package)
     assert files
     for path in files:
@@ -66,7 +66,7 @@ def test_a_room_knows_only_what_is_below(package: str) -> None:
 
 
 def test_only_what_opens_a_location_knows_what_is_there() -> None:
-    """Local and Hub storages are named by one module outside of their own."""
+    """Only one module outside of the local and Hub storages names them."""
     named = re.compile(r"moescale\.storage\.(?:local|hub)\b")
     users = {p for p in PACKAGE.rglob("*.py") if named.search(p.read_text(encoding="utf-8"))}
     others = {p for p in users if p.parent.name not in ("local", "hub")}
@@ -75,7 +75,7 @@ def test_only_what_opens_a_location_knows_what_is_there() -> None:
 
 @pytest.mark.parametrize(("own", "other"), [("hub", "local"), ("local", "hub")])
 def test_local_and_hub_storages_know_nothing_of_each_other(own: str, other: str) -> None:
-    """A module of one names none of the other, and no state that is on disk."""
+    """A module of one does not name the other."""
     files = sorted((PACKAGE / "storage" / own).glob("*.py"))
     assert files
     for path in files:
@@ -83,13 +83,13 @@ def test_local_and_hub_storages_know_nothing_of_each_other(own: str, other: str)
 
 
 def test_nothing_imports_the_command() -> None:
-    """Only the start of the program knows the command line."""
+    """Only ``__main__`` imports the command line."""
     users = {p.name for p in PACKAGE.rglob("*.py") if "cli" in imports(p)}
     assert users == {"__main__.py"}
 
 
 def test_a_plan_needs_no_numpy() -> None:
-    """Numpy is 15 MB and half of the start-up time; only rules that sample, and runs, load it."""
+    """Numpy takes 15 MB and half of the start-up time; only runs and rules that sample load it."""
     code = "import sys; from moescale import api; sys.exit('numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     users = {p.name for p in PACKAGE.rglob("*.py") if "interrupts" in imports(p)}
@@ -97,20 +97,20 @@ def test_a_plan_needs_no_numpy() -> None:
 
 
 def test_only_what_runs_models_imports_torch() -> None:
-    """Torch and what comes with it are an extra; everything else works without them."""
+    """Torch and transformers are an extra; everything else works without them."""
     asks = re.compile(r"^\s*(?:import|from) (?:torch|transformers|accelerate)\b", re.MULTILINE)
     users = {p for p in PACKAGE.rglob("*.py") if asks.search(p.read_text(encoding="utf-8"))}
     assert {path.parent.name for path in users} == {"calibrate"}
 
 
 def test_the_command_uses_only_what_is_public() -> None:
-    """Whatever the command can do can be done from Python, too."""
+    """Everything that the command can do is possible from Python."""
     own = {"interrupts", "options", "report", "version"}
     assert imports(PACKAGE / "cli.py") - own <= {"api", *moescale.__all__}
 
 
 def touched(path: Path) -> set[str]:
-    """What a file does to the process: prints, exits, handles signals, sets variables."""
+    """The effects of a file on the process: output, exits, signal handlers, variables."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call):
@@ -131,14 +131,14 @@ FOR_THE_COMMAND = {
 
 
 def test_only_the_command_touches_the_process() -> None:
-    """No other module prints, exits, sets signal handlers or variables of the environment."""
+    """No other module prints, exits, sets signal handlers or changes environment variables."""
     found = {path.name: what for path in PACKAGE.rglob("*.py") if (what := touched(path))}
     assert found.keys() <= COMMAND
     assert {"print", "sys.exit", "os.environ.setdefault"} <= found["cli.py"]
 
 
 def test_the_config_is_read_once() -> None:
-    """The section that describes the MoE is passed to nothing but what makes a record of it."""
+    """Only the modules that make a record of the MoE section take it as an argument."""
     takers = {
         path.name
         for path in PACKAGE.rglob("*.py")
@@ -153,7 +153,7 @@ def test_the_config_is_read_once() -> None:
 
 
 def test_files_import_one_another_in_no_circle() -> None:
-    """What a file imports, wherever in it, imports that file by no way."""
+    """The import graph of the modules, including imports inside functions, has no cycle."""
     below = {path: modules_of(path) for path in PACKAGE.rglob("*.py")}
     while below:
         free = {path for path, modules in below.items() if not modules & below.keys() - {path}}
@@ -162,7 +162,7 @@ def test_files_import_one_another_in_no_circle() -> None:
 
 
 def modules_of(path: Path) -> set[Path]:
-    """The files of the package that a file imports, wherever in it."""
+    """The files of the package that a file imports, at any level."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
@@ -172,14 +172,14 @@ def modules_of(path: Path) -> set[Path]:
 
 
 def test_a_location_is_parsed_once() -> None:
-    """Only its module knows how a reference to the Hub is written; the rest takes the record."""
+    """Only the location module knows the syntax of a Hub reference; the others take its record."""
     asks = re.compile(r"startswith\([^)]*(?:hf://|PREFIX)|removeprefix\([^)]*(?:hf://|PREFIX)")
     users = {p.name for p in PACKAGE.rglob("*.py") if asks.search(p.read_text(encoding="utf-8"))}
     assert users == {"location.py"}
 
 
 PAGES = ("CONTRIBUTING.md", "docs/architecture.md")
-"""Where the layers are drawn."""
+"""The pages with the picture of the layers."""
 
 
 def drawn_arrows(page: str) -> set[tuple[str, str]]:
@@ -191,7 +191,7 @@ def drawn_arrows(page: str) -> set[tuple[str, str]]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_layers_are_as_drawn(page: str) -> None:
-    """A package may import only what its arrows reach, and whatever they point to."""
+    """A package may import only what its arrows reach, directly or indirectly."""
     arrows = drawn_arrows(page)
     for package, allowed in MAY_USE.items():
         reached, new = set(), {package}

@@ -1,4 +1,4 @@
-"""The lock has one version of everything that the scripts install, for every system."""
+"""The lock pins one version of everything that the scripts install, for every system."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ENVIRONMENTS = [
 
 
 def asked() -> list[Requirement]:
-    """All that pyproject.toml names: for the package, its extras, its groups, and to install it."""
+    """All requirements in pyproject.toml: of the package, its extras, its groups and its build."""
     project = PROJECT["project"]
     lists = [
         ["pip"],
@@ -45,7 +45,7 @@ def asked() -> list[Requirement]:
 
 @pytest.mark.parametrize("requirement", asked(), ids=str)
 def test_what_is_asked_for_is_locked(requirement: Requirement) -> None:
-    """Each has a version that its bounds allow, on every system and Python."""
+    """Each has a pinned version within its bounds, on every system and Python."""
     name = canonicalize_name(requirement.name)
     for environment in ENVIRONMENTS:
         (locked,) = (
@@ -60,7 +60,7 @@ def test_what_is_asked_for_is_locked(requirement: Requirement) -> None:
 
 
 def test_the_pythons_are_named_once_and_alike() -> None:
-    """The classifiers name those that the lock is made for."""
+    """The classifiers list the Python versions of the lock."""
     prefix = "Programming Language :: Python :: 3."
     named = [line for line in PROJECT["project"]["classifiers"] if line.startswith(prefix)]
     pythons = " ".join(f"3.{line.removeprefix(prefix)}" for line in named)
@@ -69,10 +69,10 @@ def test_the_pythons_are_named_once_and_alike() -> None:
 
 
 def test_a_line_is_a_version_and_nothing_else() -> None:
-    """No line holds for one place or one file: no address, no hash, no option."""
+    """No line depends on one index or one file: no address, no hash, no option."""
     for line in LOCKED:
         (pin,) = line.specifier
         assert (pin.operator, line.url, line.extras) == ("==", None, set()), line
-        assert "+" not in pin.version, line  # the build of one index
+        assert "+" not in pin.version, line  # a local version exists on one index only
     text = "\n".join(LINES)
     assert not [word for word in ("://", "--hash", "--index", " @ ") if word in text]

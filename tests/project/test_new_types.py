@@ -1,4 +1,4 @@
-"""The table keeps up with transformers: its MoE types have a row, or a reason to have none."""
+"""The table covers transformers: each of its MoE types has a row, or a reason to have none."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ LOCK = (ROOT / "constraints.txt").read_text(encoding="utf-8")
 LOCKED = re.search(r"^transformers==(\S+)", LOCK, re.MULTILINE)[1]
 HERE = transformers.__version__
 
-# Its section for text is of any type, and of a dense one by default.
+# Its text section can be of any type, and is dense by default.
 ANY_TEXT = {"mistral3"}
 
 
 def assert_none(found: list[str], what_to_do: str) -> None:
-    """Fail with the names; a release newer than the lock is expected to bring some."""
+    """Fail with the names; a release newer than the lock may bring new ones."""
     message = f"transformers {HERE} has {', '.join(found)}: {what_to_do}"
     if found and Version(HERE) > Version(LOCKED):
         pytest.xfail(f"{message} (the lock has {LOCKED})")
@@ -39,12 +39,12 @@ def assert_none(found: list[str], what_to_do: str) -> None:
 
 
 def config_class(**body: Any) -> type[PreTrainedConfig]:
-    """A config class of a type that nobody knows."""
+    """A config class of an unknown type."""
     return type("Config", (PreTrainedConfig,), body)
 
 
 def test_no_type_is_without_a_row() -> None:
-    """Of the locked transformers, every type with experts has a row or a reason."""
+    """In the locked transformers, every type with experts has a row or a reason."""
     assert_none(
         new_types.new_types(),
         "add a row to families/architectures.py, or a reason to scripts/new_types.py",
@@ -52,7 +52,7 @@ def test_no_type_is_without_a_row() -> None:
 
 
 def test_every_row_is_run_by_transformers() -> None:
-    """A row whose type transformers knows has a tiny model for the oracle, or a reason."""
+    """A row whose type transformers has gets a tiny model for the oracle, or a reason."""
     named = (row.model_type + (f"/{row.part}" if row.part else "") for row in architectures.ROWS)
     known = {name for name in named if name.partition("/")[0] in CONFIG_MAPPING}
     missing = sorted(known - TINY.keys() - CANNOT_BUILD.keys())
@@ -61,7 +61,7 @@ def test_every_row_is_run_by_transformers() -> None:
 
 @pytest.mark.parametrize("name", sorted(set(architectures.known_types()) - ANY_TEXT))
 def test_types_of_the_table_are_found(name: str) -> None:
-    """The script would have found each row whose type transformers has."""
+    """The script would find each row whose type transformers has."""
     assert name not in CONFIG_MAPPING or new_types.has_experts(CONFIG_MAPPING[name])
 
 
@@ -82,7 +82,7 @@ def test_types_of_the_table_are_found(name: str) -> None:
     ],
 )
 def test_every_spelling_is_found(key: str) -> None:
-    """As a field, as another name of a field, and in a section of a section."""
+    """As a field, as an alias of a field, and in a nested section."""
     field = config_class(__annotations__={key: int}, **{key: 2})
     alias = config_class(attribute_map={key: "hidden_size"})
     inner = config_class(sub_configs_defaults={"moe": alias})
@@ -92,13 +92,13 @@ def test_every_spelling_is_found(key: str) -> None:
 
 @pytest.mark.parametrize("key", ["num_shared_experts", "index_topk", "top_k", "num_heads"])
 def test_what_counts_no_routed_experts_is_not_found(key: str) -> None:
-    """Shared experts, and other things of which some are chosen, make no MoE."""
+    """Shared experts, and top-k choices of other things, do not make an MoE."""
     assert not new_types.has_experts(config_class(__annotations__={key: int}, **{key: 2}))
 
 
 @pytest.mark.parametrize("name", new_types.SECTION_OF)
 def test_a_section_is_part_of_a_type_with_a_row(name: str) -> None:
-    """The type that holds it has a row, and no model class of transformers takes it alone."""
+    """The enclosing type has a row, and no model class of transformers takes the section alone."""
     whole = new_types.SECTION_OF[name]
     assert architectures.parts(whole)
     assert CONFIG_MAPPING[name] in set(new_types.sections(CONFIG_MAPPING[whole]))
@@ -112,14 +112,14 @@ def test_a_section_is_part_of_a_type_with_a_row(name: str) -> None:
 
 
 def test_a_reason_is_needed() -> None:
-    """It is for a type that transformers has, that would be listed, and that has no row."""
+    """Only a type without a row that the script would list may have a reason."""
     for name in new_types.SECTION_OF.keys() | new_types.NO_MOE.keys():
         assert new_types.has_experts(CONFIG_MAPPING[name])
         assert not architectures.parts(name)
 
 
 def test_gemma4_assistant_is_dense() -> None:
-    """Its config refuses a MoE block."""
+    """Its config refuses an MoE block."""
     text = {"num_kv_shared_layers": 1, "num_hidden_layers": 1, "enable_moe_block": True}
     text |= dict.fromkeys(("hidden_size_per_layer_input", "vocab_size_per_layer_input"), 0)
     with pytest.raises(Exception, match="enable_moe_block must be False"):
@@ -127,7 +127,7 @@ def test_gemma4_assistant_is_dense() -> None:
 
 
 def test_vitpose_is_told_its_expert() -> None:
-    """The caller names one, and the backbone has no router."""
+    """The caller names an expert, and the backbone has no router."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     sizes |= {"num_experts": 2, "part_features": 8, "image_size": [16, 16], "patch_size": [8, 8]}
     model = transformers.VitPoseBackbone(transformers.VitPoseBackboneConfig(**sizes))
@@ -136,7 +136,7 @@ def test_vitpose_is_told_its_expert() -> None:
 
 
 def test_a_newer_release_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it brings is named as an expected failure; with the lock it is a failure."""
+    """New types in a newer release are an expected failure, in the locked one a failure."""
     monkeypatch.setattr(sys.modules[__name__], "HERE", LOCKED)
     with pytest.raises(AssertionError, match=f"transformers {LOCKED} has new_moe: add a row"):
         assert_none(["new_moe"], "add a row")
@@ -153,7 +153,7 @@ def test_the_script_lists_them(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """One a line, and the exit code says whether there are any."""
+    """It prints one per line, and the exit code says whether there are any."""
     monkeypatch.setattr(new_types, "new_types", lambda: found)
     with pytest.raises(SystemExit) as end:
         new_types.main()

@@ -1,4 +1,4 @@
-"""README and docs/ say what the code does."""
+"""README and docs/ agree with the code."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_tables_are_those_of_the_code() -> None:
-    """Model types, formats and options on the pages are made from the tables in the code."""
+    """Model types, formats and options on the pages are generated from the tables in the code."""
     command = [sys.executable, str(ROOT / "scripts" / "tables.py"), "--check"]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr
 
 
 def test_the_file_map_is_true() -> None:
-    """Every file of the map exists, and every module is in it, below the heading of its package."""
+    """Every file of the map exists, and every module is listed below its package."""
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     named = {
         f"{folder}/{file}"
@@ -34,7 +34,7 @@ def test_the_file_map_is_true() -> None:
 
 
 def run_example(page: str, folder: Path) -> list[str]:
-    """What the first Python example of a page prints, run beside a small Mixtral of its name."""
+    """The output of the first Python example of a page, run beside a small Mixtral."""
     text = (ROOT / page).read_text(encoding="utf-8").partition("# From Python")[2]
     code = text.partition("```python\n")[2].partition("```")[0]
     assert {"plan", "convert", "verify"} == set(re.findall(r"moescale\.(\w+)\(", code))
@@ -47,7 +47,7 @@ def run_example(page: str, folder: Path) -> list[str]:
 
 
 def test_the_example_from_python_runs(tmp_path: Path) -> None:
-    """The code in docs/python.md does what it says."""
+    """The code in docs/python.md runs."""
     first, *between, last = run_example("docs/python.md", tmp_path)
     assert first.startswith("1.2247")
     assert any(line.endswith(": 100%") for line in between)
@@ -55,7 +55,7 @@ def test_the_example_from_python_runs(tmp_path: Path) -> None:
 
 
 def test_the_short_example_from_python_runs(tmp_path: Path) -> None:
-    """The ten lines in the README do what they say."""
+    """The ten lines in the README run."""
     assert run_example("README.md", tmp_path) == [
         "preserve 1.224744871391589 0.8164965809277261",
         "new",
@@ -75,7 +75,7 @@ def test_the_readme_is_a_front_page() -> None:
 
 
 def test_the_figure_of_the_study_is_whole_in_itself() -> None:
-    """It is an SVG with a background and a title, and fetches nothing."""
+    """It is an SVG with a background and a title, and loads nothing."""
     text = (ROOT / "docs" / "study.svg").read_text(encoding="utf-8")
     root = ET.fromstring(text)
     svg = "{http://www.w3.org/2000/svg}"

@@ -1,4 +1,4 @@
-"""Charts as SVG: axes that hold what is drawn, and lines that can be told apart."""
+"""Charts as SVG: axes contain all values, and lines can be distinguished."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def drawn(series: list[Series], x: Axis, y: Axis) -> ET.Element:
 
 @given(st.lists(POSITIVE, min_size=1, max_size=8))
 def test_an_axis_of_numbers_holds_every_value(values: list[float]) -> None:
-    """All values and all ticks lie on the axis, and a tick's text is short."""
+    """All values and all ticks are on the axis, and tick labels are short."""
     axis = number_axis("factor", values)
     assert axis.low < axis.high
     assert all(axis.low <= value <= axis.high for value in values)
@@ -42,13 +42,13 @@ def test_an_axis_of_numbers_holds_every_value(values: list[float]) -> None:
     ],
 )
 def test_ticks_are_round_numbers(values: list[float], texts: list[str]) -> None:
-    """Ticks are multiples of 1, 2, 2.5 or 5, with the digits that those need."""
+    """Ticks are multiples of 1, 2, 2.5 or 5, with no more digits than needed."""
     assert [text for _, text in number_axis("", values).ticks] == texts
 
 
 @given(st.integers(1, 300), st.integers(2, 16))
 def test_an_axis_of_names_shows_its_ends(count: int, most: int) -> None:
-    """However many names there are, few are shown, evenly, the first and the last among them."""
+    """However many names there are, only a few are shown, evenly spaced, including both ends."""
     ticks = name_axis("layer", [(i, str(i)) for i in range(count)], most).ticks
     texts = [text for _, text in ticks]
     assert texts[0] == "0" and texts[-1] == str(count - 1)
@@ -60,7 +60,7 @@ def test_an_axis_of_names_shows_its_ends(count: int, most: int) -> None:
 
 
 def test_a_gap_breaks_the_line() -> None:
-    """Points that are no neighbours, as in two stacks of layers, are not joined."""
+    """Points that are not adjacent, as in two stacks of layers, are not joined."""
     points = [(0, 1.0), (1, 2.0), (3, 1.0), (4, 2.0)]
     x, y = name_axis("layer", [(i, str(i)) for i, _ in points]), number_axis("", [1, 2])
     root = drawn([Series("one", LINE_STYLES["gates"], points)], x, y)
@@ -69,7 +69,7 @@ def test_a_gap_breaks_the_line() -> None:
 
 
 def test_the_taken_series_is_drawn_on_top_and_named_in_bold() -> None:
-    """What will be done is not hidden by the other lines."""
+    """No other line hides the series that the plan uses."""
     names = ("measured", "none", "preserve")
     series = [
         Series(name, LINE_STYLES[name], [(0, 1.0), (1, 1.0)], taken=name == "none")

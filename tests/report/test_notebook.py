@@ -1,4 +1,4 @@
-"""In a notebook: a plan and a result show themselves in a few lines, as a table and charts."""
+"""In a notebook, plans and results show a few lines, a table and charts."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def source(tmp_path: Path) -> Path:
 
 
 def elements(plan: moescale.Plan) -> ET.Element:
-    """What a notebook shows, as XML that HTML is too."""
+    """The notebook output, parsed as XML."""
     shown = plan._repr_html_()
     assert shown is not None
     return ET.fromstring(shown)
 
 
 def test_a_plan_of_any_size_has_a_short_repr(source: Path) -> None:
-    """However many layers, tensors and warnings there are, and whatever is in their names."""
+    """Its length does not depend on the number of layers, tensors and warnings or on names."""
     small = moescale.plan(source, "out", experts=3)
     assert repr(small).splitlines()[1:] == [
         f"  {source} -> out",
@@ -57,7 +57,7 @@ def test_a_plan_of_any_size_has_a_short_repr(source: Path) -> None:
 
 
 def test_a_result_has_a_short_repr(source: Path, tmp_path: Path) -> None:
-    """What came of it, and the plan."""
+    """The status and the plan."""
     result = moescale.convert(source, tmp_path / "out", experts=3, verify=True)
     assert repr(result).startswith("<Result new, verified\n<Plan\n")
     assert len(repr(result).splitlines()) < 20
@@ -65,8 +65,8 @@ def test_a_result_has_a_short_repr(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_notebook_shows_the_table_and_the_charts_of_the_page(source: Path) -> None:
-    """Every rule with its factor, a chart of norms and one of factors, each with a description."""
-    (source / "moescale.json").write_bytes(b"{}")  # for a warning
+    """It lists every rule with its factor, and two charts with a description each."""
+    (source / "moescale.json").write_bytes(b"{}")  # causes a warning
     plan = moescale.plan(source, experts=3)
     root = elements(plan)
     text = " ".join(root.itertext())
@@ -78,7 +78,7 @@ def test_a_notebook_shows_the_table_and_the_charts_of_the_page(source: Path) -> 
 
 
 def test_what_a_notebook_shows_leaves_its_other_cells_alone(source: Path) -> None:
-    """Each rule of the style is for this cell only, and no id is that of another plan's cell."""
+    """Its CSS rules apply only to its own cell, and its ids differ from those of another plan."""
     plans = [moescale.plan(source, experts=count) for count in (1, 3)]
     ids = [{e.get("id") for e in elements(plan).iter()} - {None} for plan in plans]
     assert ids[0] and not ids[0] & ids[1]
@@ -103,7 +103,7 @@ def test_who_is_shown_a_bar(
     source: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By default only a notebook; whoever asks, and nobody who says no."""
+    """By default a notebook shows one; `progress` overrides that."""
     begun: list[str] = []
 
     class Bar(CellProgress):
@@ -137,11 +137,11 @@ def test_the_summary_is_what_the_command_prints(source: Path) -> None:
 
 
 def test_tensors_are_rows(source: Path) -> None:
-    """A data frame takes them as they are: mappings with the keys of the JSON, no dataclasses."""
+    """Data frames accept them: mappings with the keys of the JSON, not dataclasses."""
     plan = moescale.plan(source, experts=3)
     rows = [dict(row) for row in plan.tensors]
     assert rows == plan.as_json()["tensors"] == json.loads(json.dumps(rows))
     assert [*rows[0]] == ["name", "shard", "dtype", "shape", "role", "layer", "factor"]
     assert isinstance(plan.tensors[0], Mapping)
     assert not dataclasses.is_dataclass(plan.tensors[0])
-    assert dataclasses.is_dataclass(plan.files[0])  # flat ones, which are taken as well
+    assert dataclasses.is_dataclass(plan.files[0])  # data frames accept flat dataclasses too

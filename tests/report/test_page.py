@@ -1,4 +1,4 @@
-"""The page of a plan: what it shows, that it is whole in itself, and that a browser can draw it."""
+"""The page of a plan: what it shows, that it is self-contained, and that a browser renders it."""
 
 from __future__ import annotations
 
@@ -77,13 +77,13 @@ def plans(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pla
 
 
 def parsed(text: str) -> ET.Element:
-    """The page's tree, read as XML."""
+    """The page, parsed as XML."""
     assert text.startswith("<!DOCTYPE html>\n")
     return ET.fromstring(text.encode("utf-8", "replace"))
 
 
 def charts(root: ET.Element) -> dict[str, str]:
-    """Title and description of every chart."""
+    """The title and description of every chart."""
     found = root.iter("svg")
     return {svg.findtext("title") or "": svg.findtext("desc") or "" for svg in found}
 
@@ -105,7 +105,7 @@ def test_every_page_is_well_formed_and_needs_nothing_else(plans: dict[str, Plan]
 
 
 def test_text_from_outside_stays_text(plans: dict[str, Plan]) -> None:
-    """Markup in a path, a file name or a warning is shown as it is; control characters are not."""
+    """Markup in a path, a file name or a warning is shown literally, without control characters."""
     root = parsed(page(plans["hostile"]))
     shown = [element.text or "" for element in root.iter() if "alert" in (element.text or "")]
     assert len(shown) >= 5
@@ -114,14 +114,14 @@ def test_text_from_outside_stays_text(plans: dict[str, Plan]) -> None:
 
 
 def test_every_chart_says_what_it_shows(plans: dict[str, Plan]) -> None:
-    """A chart has a title and a sentence of its own for each line."""
+    """A chart has a title and a description."""
     for name, one in plans.items():
         for title, description in charts(parsed(page(one))).items():
             assert title and description.endswith("."), name
 
 
 def test_the_charts_are_those_that_the_plan_can_fill(plans: dict[str, Plan]) -> None:
-    """Gate weights need samples, correlation a run, the norm a known router."""
+    """Gate weights need samples, correlation needs a run, and the norm needs a known router."""
     always = {"Factors"}
     norm = {"Norm of the routed output"}
     gate_weights = {f"Gate weights of layer {layer}" for layer in ("3", "23", "42", "mtp.1")}
@@ -140,7 +140,7 @@ def test_the_charts_are_those_that_the_plan_can_fill(plans: dict[str, Plan]) -> 
 
 
 def test_rules_that_agree_share_a_line(plans: dict[str, Plan]) -> None:
-    """Where weights are not renormalised, preserve and published are one line with both names."""
+    """Without renormalisation, preserve and published share one line with both names."""
     assert "preserve, published (this plan)" in page(plans["not renormalised"])
     text = page(plans["closed form"])
     assert "preserve (this plan)" in text
@@ -156,7 +156,7 @@ def test_lines_differ_by_more_than_their_colour() -> None:
 
 
 def test_measured_norms_are_those_of_the_run(plans: dict[str, Plan]) -> None:
-    """The config edit alone has the measured ratio, and each rule that ratio times its factor."""
+    """The config edit has the measured ratio; each rule has that ratio times its factor."""
     one = plans["one layer"]
     sample, compared = one.samples["0"], one.comparison
     assert sample.before.norm is not None and sample.after.norm is not None
@@ -169,7 +169,7 @@ def test_measured_norms_are_those_of_the_run(plans: dict[str, Plan]) -> None:
 
 
 def test_noted_factors_of_a_measurement_give_its_norms(plans: dict[str, Plan]) -> None:
-    """A rerun, which has the factors alone, draws the norms of the run that measured them."""
+    """A rerun has only the factors, and draws the norms of the run that measured them."""
     one = plans["two stacks"]
     rerun = replace(one, samples={})
     norms, compared = one.comparison.norms, rerun.comparison
@@ -181,7 +181,7 @@ def test_noted_factors_of_a_measurement_give_its_norms(plans: dict[str, Plan]) -
 
 
 def test_given_factors_are_drawn_by_the_closed_form_which_is_named(plan: Plan) -> None:
-    """What they were made for is not known, so the chart says what its norms assume."""
+    """Their origin is unknown, so the chart says what its norms assume."""
     folder = Path(plan.source.id)
     one = make_plan(LocalSource(folder), Options(experts=3, factors=dict.fromkeys("01", 1.5)))
     assert one.comparison.basis == "balanced"
@@ -191,7 +191,7 @@ def test_given_factors_are_drawn_by_the_closed_form_which_is_named(plan: Plan) -
 
 @pytest.mark.parametrize("rule", ["gates", "preserve", "none"])
 def test_text_json_and_page_say_the_same_norms(rule: str, tmp_path: Path) -> None:
-    """One comparison for all, by layer where layers differ, with an entry for the rule taken."""
+    """All use one comparison, by layer if layers differ, with an entry for the chosen rule."""
     gated_mixtral(tmp_path)
     one = make_plan(LocalSource(tmp_path), Options(experts=3, rule=rule))
     text, whole = plan_text(one), unescape(re.sub(r"<[^>]+>", " ", page(one)))
@@ -219,14 +219,14 @@ def test_sampled_norms_come_from_the_gate_weights(plans: dict[str, Plan]) -> Non
 
 
 def test_counts_by_layer_have_closed_forms_by_layer(plans: dict[str, Plan]) -> None:
-    """A plan whose layers have counts of their own is predicted layer by layer."""
+    """A plan with different counts by layer is predicted layer by layer."""
     compared = plans["counts by layer"].comparison
     assert compared.norms["none"] == pytest.approx((1.5**-0.5, 3**-0.5))
     assert compared.factors["published"] == pytest.approx((1.5**-0.5, 3**-0.5))
 
 
 def test_an_unknown_router_has_factors_only(plans: dict[str, Plan]) -> None:
-    """Without a router nothing is said of the norm, and the page says why."""
+    """Without a known router no norm is predicted, and the page says why."""
     compared = plans["unknown router"].comparison
     assert compared.basis == "unknown" and not compared.norms
     assert set(compared.factors) == {"none", "own"}
@@ -234,7 +234,7 @@ def test_an_unknown_router_has_factors_only(plans: dict[str, Plan]) -> None:
 
 
 def test_the_page_is_not_written_into_a_checkpoint(plan: Plan, tmp_path: Path) -> None:
-    """A place inside the source or the destination is refused before anything is written."""
+    """A path inside the source or the destination is refused before anything is written."""
     folders = (Path(plan.source.id), tmp_path / "out")
     for path in (Path(plan.source.id) / "r.html", tmp_path / "out" / "r.html"):
         with pytest.raises(UsageError, match="lies in"):
@@ -249,7 +249,7 @@ def test_the_page_is_not_written_into_a_checkpoint(plan: Plan, tmp_path: Path) -
 
 
 def test_a_plan_by_the_routers_shows_what_was_sampled(tmp_path: Path) -> None:
-    """The rule gates fills the charts: its line keeps the norm, and every layer has its weights."""
+    """The line of the rule gates keeps the norm, and each layer has a chart of its gate weights."""
     gated_mixtral(tmp_path / "source")
     one = make_plan(LocalSource(tmp_path / "source"), Options(experts=3, rule="gates"))
     compared, found = one.comparison, charts(parsed(page(one)))
@@ -260,7 +260,7 @@ def test_a_plan_by_the_routers_shows_what_was_sampled(tmp_path: Path) -> None:
 
 
 def test_what_a_sharper_gate_does_is_not_the_config_edit_alone(tmp_path: Path) -> None:
-    """With --gate-scale, the line without a factor has both, and is called so."""
+    """With --gate-scale, the line without a factor includes both, and its name says so."""
     gated_mixtral(tmp_path / "source")
     options = Options(experts=3, rule="gates", gate_scale=1.5)
     one = make_plan(LocalSource(tmp_path / "source"), options)
@@ -270,7 +270,7 @@ def test_what_a_sharper_gate_does_is_not_the_config_edit_alone(tmp_path: Path) -
 
 
 def test_one_layer_is_no_layers(plans: dict[str, Plan]) -> None:
-    """The number of MoE layers is said in the singular, in the lead and in the table."""
+    """Both the introduction and the table use the singular."""
     text = page(plans["one layer"])
     assert text.count("1 MoE layer of 6 routed experts") == 2
     assert "1 MoE layers" not in text
@@ -303,7 +303,7 @@ document.title = JSON.stringify([document.querySelectorAll("path").length, fault
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[str]:
-    """A browser, where there is one."""
+    """A browser, if one is installed."""
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     found = next(filter(None, map(shutil.which, names)), None)
     if found is None:
@@ -315,7 +315,7 @@ def chromium() -> Iterator[str]:
 def test_a_browser_draws_it_at_phone_width(
     name: str, plans: dict[str, Plan], chromium: str, tmp_path: Path
 ) -> None:
-    """The page fits a phone; in the charts, all text is inside and none lies on another."""
+    """The page fits a phone; in the charts, no text is cut off or overlaps another."""
     text = page(plans[name])
     file = tmp_path / "page.html"
     file.write_bytes(text.replace("</main>", f"</main>{CHECK}").encode("utf-8", "replace"))

@@ -1,4 +1,4 @@
-"""Progress: a bar for all and one a file on a terminal, a line now and then elsewhere."""
+"""Progress: one bar in total and one per file on a terminal, occasional lines elsewhere."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ SIZES = {"model-1.safetensors": 4_000_000, "model-2.safetensors": 3_000_000, "ti
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
-        """Say so."""
+        """Return True."""
         return True
 
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Show everything at once, as a slow run does, on a usual terminal."""
+    """Show everything without a delay, on a usual terminal."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("JPY_PARENT_PID", raising=False)
     monkeypatch.delenv("MPLBACKEND", raising=False)
@@ -40,7 +40,7 @@ def bars(progress: Progress) -> dict[str, Any]:
 
 
 def test_a_terminal_shows_a_bar_for_all_and_one_a_file() -> None:
-    """Each file on its way has a bar with bytes, rate and remaining time, beside that for all."""
+    """Each file in progress has a bar with bytes, rate and remaining time, below the total."""
     stream = Terminal()
     with Progress(stream) as progress:
         progress.begin("writing", SIZES)
@@ -56,7 +56,7 @@ def test_a_terminal_shows_a_bar_for_all_and_one_a_file() -> None:
 
 
 def test_a_finished_file_makes_room() -> None:
-    """There are never more bars than files on their way; a free line is used again."""
+    """There are never more bars than files in progress; a free line is reused."""
     with Progress(Terminal()) as progress:
         progress.begin("writing", SIZES)
         progress.step("model-1.safetensors", 1)
@@ -71,7 +71,7 @@ def test_a_finished_file_makes_room() -> None:
 
 
 def test_a_second_pass_has_bars_again() -> None:
-    """While the output is verified, each file is on its way once more, with a rate of its own."""
+    """Verification shows each file again, with its own rate."""
     with Progress(Terminal()) as progress:
         for phase in ("writing", "verifying"):
             progress.begin(phase, SIZES)
@@ -85,7 +85,7 @@ def test_a_second_pass_has_bars_again() -> None:
 
 
 def test_what_was_there_already_is_counted_without_a_bar() -> None:
-    """The finished files of an earlier run are added to the bar for all at once."""
+    """Finished files of an earlier run are added to the total at once."""
     with Progress(Terminal()) as progress:
         progress.begin("writing", SIZES)
         progress.step("model-1.safetensors", 4_000_000)
@@ -95,7 +95,7 @@ def test_what_was_there_already_is_counted_without_a_bar() -> None:
 
 
 def test_threads_may_step_at_once() -> None:
-    """No byte is lost when several files move at the same time."""
+    """No byte is lost if several files progress at the same time."""
     sizes = {f"{number}.safetensors": 1000 for number in range(16)}
     with Progress(Terminal()) as progress:
         progress.begin("writing", sizes)
@@ -112,7 +112,7 @@ def test_threads_may_step_at_once() -> None:
 
 
 def test_the_bars_go_when_a_run_fails() -> None:
-    """An error in the middle leaves no bar behind."""
+    """An error during the run leaves no bar on the screen."""
     stream = Terminal()
     with pytest.raises(ZeroDivisionError), Progress(stream) as progress:
         progress.begin("writing", SIZES)
@@ -133,7 +133,7 @@ def test_bars_can_be_switched_off(monkeypatch: pytest.MonkeyPatch, value: str) -
 
 
 def test_without_a_terminal_there_are_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A log gets a line with bytes, rate and remaining time, and not more often than set."""
+    """A log gets lines with bytes, rate and remaining time, at most one per interval."""
     stream = io.StringIO()
     with Progress(stream) as progress:
         progress.begin("writing", SIZES)
@@ -144,7 +144,7 @@ def test_without_a_terminal_there_are_lines(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_dumb_terminal_has_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing moves where the terminal says that it cannot, such as the shell of an editor."""
+    """On a terminal that cannot move the cursor, such as an editor's shell, nothing moves."""
     monkeypatch.setenv("TERM", "dumb")
     stream = Terminal()
     with Progress(stream) as progress:
@@ -163,7 +163,7 @@ def test_a_dumb_terminal_has_lines(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cell_of_a_notebook_has_one_line(
     name: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the cursor cannot go up there is the bar for all, however many files are under way."""
+    """If the cursor cannot move up, only the total is shown, however many files are in progress."""
     monkeypatch.setenv(name, value)
     stream = Terminal()
     with Progress(stream) as progress:
@@ -176,7 +176,7 @@ def test_a_cell_of_a_notebook_has_one_line(
 
 
 def test_the_api_has_one_line() -> None:
-    """What `moescale.convert` shows is one bar of tqdm.auto, which is a widget where it can be."""
+    """`moescale.convert` shows one bar of tqdm.auto, which is a widget where possible."""
     with CellProgress() as progress:
         progress.begin("writing", SIZES)
         progress.step("model-1.safetensors", 1_000_000)
@@ -185,7 +185,7 @@ def test_the_api_has_one_line() -> None:
 
 
 def test_what_an_interruption_costs_is_said() -> None:
-    """What is finished, and what of the files that were begun has to be done again."""
+    """The text gives the finished bytes, and those of unfinished files that must be repeated."""
     with Progress(None) as progress:
         progress.begin("writing", SIZES)
         assert progress.unfinished_text() is None
@@ -206,12 +206,12 @@ def test_what_an_interruption_costs_is_said() -> None:
     ("seconds", "text"), [(59.6, "60 s"), (300, "5 min"), (7199, "2 h 0 min"), (9000, "2 h 30 min")]
 )
 def test_a_long_time_is_told_in_minutes_and_hours(seconds: float, text: str) -> None:
-    """Nobody has to divide by 3,600."""
+    """Times above a minute or so are not given in seconds."""
     assert progress_module._duration(seconds) == text
 
 
 def test_silence_is_kept() -> None:
-    """Without a stream nothing is shown, and steps are counted all the same."""
+    """Without a stream nothing is shown, but steps are counted."""
     with Progress(None) as progress:
         progress.begin("writing", SIZES)
         progress.step("model-1.safetensors", 5)
@@ -221,7 +221,7 @@ def test_silence_is_kept() -> None:
 def test_a_rule_that_samples_routers_is_told_of_when_it_takes_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """At first nothing is shown; after that, layers done and in all."""
+    """The output starts after a delay, and gives the layers done and their total."""
     stream = Terminal()
     with monkeypatch.context() as patch:
         patch.setattr(progress_module, "BAR_DELAY", 60)

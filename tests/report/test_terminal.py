@@ -1,4 +1,4 @@
-"""The plan as text: the chart of the factors by layer."""
+"""The plan as text: tables, the chart of factors by layer, warnings and the summary."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from moescale.storage.location import LocalPath
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    """A plan for a local Mixtral, 2 to 3."""
+    """A plan for a local Mixtral, from 2 to 3 experts."""
     folder = checkpoints.mixtral(tmp_path_factory.mktemp("source") / "tiny-mixtral")
     return make_plan(LocalSource(folder), Options(experts=3))
 
 
 def chart(plan: Plan, factors: dict[str, float], blocks: str) -> list[str]:
-    """The lines of the chart of these factors; none if there is no chart."""
+    """The lines of the chart of these factors; empty if there is no chart."""
     text = plan_text(replace(plan, factors=factors), blocks=blocks)
     found = [part for part in text.split("\n\n") if part.startswith("factor by layer")]
     return found[0].splitlines() if found else []
 
 
 def test_factors_that_are_alike_have_no_chart(plan: Plan) -> None:
-    """One factor for all layers is a number, not a chart."""
+    """One factor for all layers is shown as a number."""
     assert chart(plan, dict.fromkeys("0123", 1.2247), BLOCKS) == []
     assert chart(plan, {"0": 1.2247}, ASCII) == []
 
 
 def test_the_chart_rises_from_the_smallest_factor_to_the_largest(plan: Plan) -> None:
-    """The smallest factor is one step high, the largest fills the chart; both are named."""
+    """The smallest factor is one step high, the largest fills the chart; both are labelled."""
     factors = {"0": 1.6, "1": 1.2, "2": 1.45}
     assert chart(plan, factors, BLOCKS) == [
         "factor by layer, 0 to 2",
@@ -84,7 +84,7 @@ def test_the_chart_is_bounded(plan: Plan, layers: int) -> None:
 def test_a_plain_terminal_gets_plain_characters(
     encoding: str, environment: dict[str, str], blocks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks are drawn only where the encoding has them and nobody asked for plain text."""
+    """Blocks are drawn only if the encoding has them and no setting asks for plain text."""
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     for name, value in environment.items():
@@ -93,7 +93,7 @@ def test_a_plain_terminal_gets_plain_characters(
 
 
 def test_a_chart_goes_to_a_terminal_that_can_only_show_ascii(plan: Plan, tmp_path: Path) -> None:
-    """What is drawn for such a stream can be written to it."""
+    """A stream of this encoding accepts the chart."""
     with open(tmp_path / "out", "w", encoding="ascii") as stream:
         text = plan_text(replace(plan, factors={"0": 1.0, "1": 2.0}), blocks=blocks_for(stream))
         stream.write(text)
@@ -101,7 +101,7 @@ def test_a_chart_goes_to_a_terminal_that_can_only_show_ascii(plan: Plan, tmp_pat
 
 
 def test_the_summary_steers_no_terminal(plan: Plan) -> None:
-    """Where the output went is shown on one line, whatever its name holds."""
+    """The destination is printed on one line, with control characters escaped."""
     went = replace(plan, location=LocalPath("out\x1b[2J\nput"))
     statuses: tuple[Status, ...] = ("new", "resume", "done")
     for status in statuses:
@@ -111,7 +111,7 @@ def test_the_summary_steers_no_terminal(plan: Plan) -> None:
 
 
 def test_a_rule_that_does_not_help_is_a_warning(plan: Plan, tmp_path: Path) -> None:
-    """By the plan's own numbers: not a note in a table, and not where it does help."""
+    """The plan's own numbers decide, and a rule that helps gives no warning."""
     source = LocalSource(Path(plan.source.id))
     (warning,) = make_plan(source, Options(experts=3, rule="published")).warnings
     assert warning == (
@@ -129,7 +129,7 @@ def test_a_rule_that_does_not_help_is_a_warning(plan: Plan, tmp_path: Path) -> N
 
 
 def test_many_layers_leave_the_rules_on_the_first_screen(plan: Plan) -> None:
-    """Factors by layer are a range and a chart; their rows are there with -v."""
+    """Factors by layer become a range and a chart; -v lists them in rows."""
     one = plan.tensors[0]
 
     def tensor(layer: int) -> TensorEdit:
@@ -148,10 +148,10 @@ def test_many_layers_leave_the_rules_on_the_first_screen(plan: Plan) -> None:
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
-        """Say so."""
+        """Return True."""
         return True
 
 
@@ -172,7 +172,7 @@ def test_colour_is_for_terminals_that_want_it(
     coloured: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The rule that is taken and the numbers stand out; the text is the same without colour."""
+    """The chosen rule and the numbers are highlighted; the text is the same without colour."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     for name, value in environment.items():
@@ -187,7 +187,7 @@ def test_colour_is_for_terminals_that_want_it(
 
 
 def test_writing_and_proving_are_told_apart(plan: Plan) -> None:
-    """Each has its own time and rate; what an earlier run wrote is no part of the rate."""
+    """Each has its own time and rate; bytes of an earlier run do not count in the rate."""
     done = Result(replace(plan, location=LocalPath("out")), "new", True)
     seconds = {"writing": 2.0, "verifying": 4.0}
     first, last = summary(done, seconds).splitlines()
@@ -199,13 +199,13 @@ def test_writing_and_proving_are_told_apart(plan: Plan) -> None:
 
 
 def rules(plan: Plan) -> list[list[str]]:
-    """The table of rules, its cells."""
+    """The cells of the table of rules."""
     table = plan_text(plan).split("\n\n")[1]
     return [re.split(r"  +", line.removeprefix("->").strip()) for line in table.splitlines()]
 
 
 def test_the_norms_are_those_of_the_page(plan: Plan) -> None:
-    """Where something was sampled or measured, the column says so and holds what the page draws."""
+    """If gates were sampled or a run measured, the column says so and agrees with the page."""
     noted = replace(sampled(plan, ["0", "1"], 2, 3, run=True), samples={})
     heads = {
         "norm, measured": sampled(plan, ["0", "1"], 2, 3, run=True),
@@ -224,7 +224,7 @@ def test_the_norms_are_those_of_the_page(plan: Plan) -> None:
 
 
 def test_own_factors_have_a_norm_by_layer(plan: Plan) -> None:
-    """It says that it assumes a balanced gate."""
+    """The column says that it assumes a balanced gate."""
     options = Options(experts=3, factors={"0": 1.0, "1": 1.5})
     one = make_plan(LocalSource(Path(plan.source.id)), options)
     wanted = ["--factors", "1 to 1.5", "x 0.816 to 1.225", "norm if the gate is balanced"]
@@ -232,7 +232,7 @@ def test_own_factors_have_a_norm_by_layer(plan: Plan) -> None:
 
 
 def test_an_assumption_is_pointed_out_where_it_is_strong(plan: Plan, tmp_path: Path) -> None:
-    """Where weights are not renormalised, the plan says what `preserve` assumes."""
+    """If weights are not renormalised, the plan says what `preserve` assumes."""
     qwen2 = make_plan(LocalSource(checkpoints.qwen2(tmp_path / "qwen2")), Options(experts=3))
     assert "if the gate is balanced; --rule gates samples it" in plan_text(qwen2)
     assert "balanced" not in plan_text(plan)
