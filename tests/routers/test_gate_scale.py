@@ -40,9 +40,9 @@ def router_kind(entry: str) -> RouterKind:
 
 
 SUMS = {"mistral4", "mistral3", "mistral_large4", "mistral_large4_text"}
-"""Types whose groups are chosen by sums of scores."""
+"""Types that choose groups by sums of scores."""
 SCALES = [e for e in FORMED if not router_kind(e).bias and e not in SUMS]
-UNWEIGHTED = "flex_olmo"  # a norm undoes what its experts are scaled by, not how they are mixed
+UNWEIGHTED = "flex_olmo"  # a norm undoes scaled experts, but not changed gate weights
 MOVES = [e for e in FORMED if e not in SCALES]
 OTHERS = [e for e in TINY if e not in (*SCALES, *MOVES, UNWEIGHTED)]
 
@@ -53,7 +53,7 @@ OTHERS = [e for e in TINY if e not in (*SCALES, *MOVES, UNWEIGHTED)]
 def assert_weighs_scaled_logits(
     output: Path, entry: str, routers: Routers, before: Sequence[RouterArrays], scale: float
 ) -> None:
-    """Transformers weighs with an output as the source's routers do with logits times `scale`."""
+    """Transformers forms an output's gate weights as the source's routers do from scaled logits."""
     model = tiny_models.load(output, entry)
     blocks = list(tiny_models._blocks(model, TINY[entry]))
     for number, (block, router) in enumerate(zip(blocks, before, strict=True)):
@@ -71,7 +71,7 @@ def assert_weighs_scaled_logits(
 def test_the_choice_stays_and_weights_are_those_of_scaled_logits(
     entry: str, tmp_path: Path
 ) -> None:
-    """Transformers chooses the same experts and weighs them as logits times the number say."""
+    """Transformers chooses the same experts, with the gate weights of the scaled logits."""
     build_formed(entry, tmp_path / "in")
     part = entry.partition("/")[2] or None
     plan = api.convert(tmp_path / "in", tmp_path / "out", gate_scale=SCALE, part=part).plan
@@ -84,7 +84,7 @@ def test_the_choice_stays_and_weights_are_those_of_scaled_logits(
 
 @torch.no_grad()
 def test_the_same_experts_are_chosen(tmp_path: Path) -> None:
-    """In Mixtral the indices are those of before, and the weights softmax of scaled logits."""
+    """Mixtral keeps its indices, and its gate weights are the softmax of the scaled logits."""
     build("mixtral", tmp_path / "in")
     api.convert(tmp_path / "in", tmp_path / "out", gate_scale=SCALE)
     hidden = torch.randn(500, 32, generator=torch.Generator().manual_seed(0))
@@ -103,7 +103,7 @@ def test_the_same_experts_are_chosen(tmp_path: Path) -> None:
 def test_a_choice_that_may_move_is_said_and_made_as_transformers_makes_it(
     entry: str, tmp_path: Path
 ) -> None:
-    """Where more than the order of the logits decides, the choice follows the scaled logits."""
+    """If more than the order of the logits decides, the choice follows the scaled logits."""
     build_formed(entry, tmp_path / "in")
     part = entry.partition("/")[2] or None
     plan = api.convert(tmp_path / "in", tmp_path / "out", gate_scale=1.25, part=part).plan
@@ -116,7 +116,7 @@ def test_a_choice_that_may_move_is_said_and_made_as_transformers_makes_it(
 
 @pytest.mark.parametrize("entry", OTHERS)
 def test_a_router_that_cannot_be_scaled_is_refused(entry: str, tmp_path: Path) -> None:
-    """Where the logits are not its weight's alone, or it works otherwise, the refusal says how."""
+    """The error gives the reason, and says to leave --gate-scale out."""
     build(entry, tmp_path)
     part = entry.partition("/")[2] or None
     with pytest.raises(UnsupportedError) as caught:
@@ -126,7 +126,7 @@ def test_a_router_that_cannot_be_scaled_is_refused(entry: str, tmp_path: Path) -
 
 
 def test_a_norm_on_the_routed_output_is_no_obstacle(tmp_path: Path) -> None:
-    """Where scaling experts has no effect, the gate can be sharpened all the same."""
+    """If scaling the experts has no effect, the gate can still be sharpened."""
     build(UNWEIGHTED, tmp_path)
     plan = api.plan(tmp_path, gate_scale=SCALE, rule="none")
     assert {t.role for t in plan.changed_tensors} == {"router"}
@@ -150,7 +150,7 @@ def test_only_routers_change(tmp_path: Path) -> None:
 
 
 def test_the_plan_and_the_provenance_name_it(tmp_path: Path) -> None:
-    """Each router is a planned tensor with its role, and the number stands in moescale.json."""
+    """Each router is a planned tensor with its role, and moescale.json contains the number."""
     gated_mixtral(tmp_path / "in")
     options: dict[str, Any] = {"experts": 3, "rule": "gates", "gate_scale": SCALE}
     plan = api.convert(tmp_path / "in", tmp_path / "out", **options).plan
@@ -167,7 +167,7 @@ def test_the_plan_and_the_provenance_name_it(tmp_path: Path) -> None:
 
 
 def test_the_plan_for_people_names_it(tmp_path: Path) -> None:
-    """The page says what the routers are multiplied by, and lists their tensors by layer."""
+    """The text says what the routers are multiplied by, and lists their tensors by layer."""
     gated_mixtral(tmp_path)
     text = plan_text(api.plan(tmp_path, experts=3, rule="gates", gate_scale=0.5))
     assert "the routers' weights are multiplied by 0.5: flatter" in text
@@ -175,7 +175,7 @@ def test_the_plan_for_people_names_it(tmp_path: Path) -> None:
 
 
 def test_a_card_without_other_changes_says_so(tmp_path: Path) -> None:
-    """Where the experts stay, the card does not say that they were multiplied."""
+    """If the experts do not change, the card does not claim that they were multiplied."""
     gated_mixtral(tmp_path / "in")
     api.convert(tmp_path / "in", tmp_path / "out", gate_scale=SCALE)
     card = (tmp_path / "out" / "README.md").read_text()
@@ -184,7 +184,7 @@ def test_a_card_without_other_changes_says_so(tmp_path: Path) -> None:
 
 
 def test_verification_sees_a_router_that_was_not_scaled(tmp_path: Path) -> None:
-    """An output that says it has the number and has not: the tensor of a router is named."""
+    """If the provenance has the number but a router is unscaled, the error names its tensor."""
     gated_mixtral(tmp_path / "in")
     how = {"experts": 3, "rule": "none", "gate_scale": SCALE}
     api.convert(tmp_path / "in", tmp_path / "out", **how)
@@ -195,14 +195,14 @@ def test_verification_sees_a_router_that_was_not_scaled(tmp_path: Path) -> None:
 
 
 def test_one_copies(tmp_path: Path) -> None:
-    """A scale of 1 touches no value."""
+    """A scale of 1 changes no value."""
     gated_mixtral(tmp_path / "in")
     plan = api.convert(tmp_path / "in", tmp_path / "out", gate_scale=1.0).plan
     assert plan.changed_tensors == ()
 
 
 def test_the_rule_gates_sees_the_new_gate(tmp_path: Path) -> None:
-    """The gate after is that of the scaled router, as if scaled first and sampled then."""
+    """The samples after the change equal those of a router that was scaled before sampling."""
     gated_mixtral(tmp_path / "in", dtype="F32")
     api.convert(tmp_path / "in", tmp_path / "out", gate_scale=2.0)
     wanted = api.plan(tmp_path / "out", experts=3, rule="gates").samples
@@ -214,7 +214,7 @@ def test_the_rule_gates_sees_the_new_gate(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rule", ["preserve", "published"])
 def test_the_closed_forms_do_not_see_it(rule: str, tmp_path: Path) -> None:
-    """A rule that assumes a balanced gate is allowed, with a warning that names the other."""
+    """A rule that assumes a balanced gate is allowed, and a warning suggests --rule gates."""
     gated_mixtral(tmp_path)
     plan = api.plan(tmp_path, experts=3, rule=rule, gate_scale=SCALE)
     assert any("--rule gates" in warning for warning in plan.warnings)
@@ -223,13 +223,13 @@ def test_the_closed_forms_do_not_see_it(rule: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{"rule": "gates"}, {"rule": "none"}, {"factor": 1.5}])
 def test_no_warning_where_there_is_nothing_to_say(options: dict[str, Any], tmp_path: Path) -> None:
-    """Rules that see the gate, or that take no view of it, go without."""
+    """Rules that sample the gate, or do not depend on it, give no warning."""
     gated_mixtral(tmp_path)
     assert api.plan(tmp_path, experts=3, gate_scale=SCALE, **options).warnings == ()
 
 
 def test_it_goes_with_the_inverse_fold(tmp_path: Path) -> None:
-    """The norm before a router undoes a smaller stream, so both can be done together."""
+    """The norm before a router cancels the smaller stream, so the two can be combined."""
     build("gpt_oss", tmp_path / "in")
     plan = api.convert(
         tmp_path / "in",
@@ -247,14 +247,14 @@ def test_it_goes_with_the_inverse_fold(tmp_path: Path) -> None:
 
 
 def test_every_layer_needs_its_router(tmp_path: Path) -> None:
-    """A model in which one router would stay as it is, is refused."""
+    """A model of which one router would stay unscaled is refused."""
     gated_mixtral(tmp_path, {GATE.format(1): None})
     with pytest.raises(CheckpointError, match=r"layers\.1: has routed experts, but no"):
         api.plan(tmp_path, gate_scale=SCALE)
 
 
 def test_a_quantised_router_is_refused(tmp_path: Path) -> None:
-    """Codes cannot be multiplied."""
+    """Quantised codes cannot be multiplied."""
     gated_mixtral(tmp_path, {GATE.format(1): ("F8_E4M3", (4, 8), bytes(32))})
     with pytest.raises(UnsupportedError, match="needs an unquantised router"):
         api.plan(tmp_path, gate_scale=SCALE)
@@ -262,12 +262,12 @@ def test_a_quantised_router_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf"), 1e39, 1e-46])
 def test_a_number_that_is_none_is_refused(scale: float) -> None:
-    """Zero, negative, infinite or out of the range of float32: no scale."""
+    """The scale must be positive, finite and within the range of float32."""
     with pytest.raises(UsageError, match="--gate-scale"):
         api.plan("anywhere", gate_scale=scale)
 
 
 def test_folding_into_the_config_is_refused() -> None:
-    """--fold config promises to leave every weight as it is."""
+    """--fold config guarantees that no weight changes."""
     with pytest.raises(UsageError, match="--fold config"):
         api.plan("anywhere", factor=2.0, fold="config", gate_scale=SCALE)

@@ -1,4 +1,4 @@
-"""The rule gates as pure numbers: its limits, what is drawn, and that it is always the same."""
+"""The numbers of the rule gates: limits, random inputs, and reproducibility."""
 
 from __future__ import annotations
 
@@ -47,19 +47,19 @@ def test_a_gate_without_opinion_gives_the_closed_form(n: int, m: int) -> None:
 
 @pytest.mark.parametrize("gate", [NORMALISED, PLAIN])
 def test_a_gate_that_knows_only_one_expert_needs_no_factor(gate: RouterSpec) -> None:
-    """Where the first expert has all the weight, further ones change nothing."""
+    """If the first expert has all the weight, further experts change nothing."""
     assert factor(1e4, gate, (1, 4)) == pytest.approx(1, abs=2e-3)
 
 
 def test_a_sharper_gate_needs_less() -> None:
-    """From the balanced gate to the one that knows one expert, the factor falls to 1."""
+    """From the balanced gate to a gate with one dominant expert, the factor falls to 1."""
     found = [factor(size, NORMALISED, (2, 6)) for size in (0, 0.1, 0.3, 1, 10)]
     assert all(one > other for one, other in pairwise(found))
     assert found[0] == pytest.approx(math.sqrt(3), abs=1e-5)
 
 
 def test_rho_takes_part() -> None:
-    """Weights that sum to 1 need no factor when all experts say the same."""
+    """Weights that sum to 1 need no factor if all experts return the same output."""
     assert factor(0.3, NORMALISED, (2, 6), rho=1.0) == 1.0
     assert factor(0.3, NORMALISED, (2, 6), rho=0.0) > factor(0.3, NORMALISED, (2, 6), rho=0.5) > 1
 
@@ -77,18 +77,18 @@ def test_the_formula_is_that_of_the_contract() -> None:
 
 
 def test_ranks_are_percentiles_from_the_largest_weight_on() -> None:
-    """Each rank has three percentiles in order, and no rank is above the one before it."""
+    """Each rank has three ordered percentiles, and no rank exceeds the one before it."""
     ranks = sample_layer(router(0.3), NORMALISED, (4, 4), [0]).before.ranks
     assert len(ranks) == 4
     assert all(low <= middle <= high for low, middle, high in ranks)
     assert all(one[i] >= other[i] for one, other in pairwise(ranks) for i in range(3))
 
 
-# What is drawn ------------------------------------------------------------------------------------
+# Random inputs ------------------------------------------------------------------------------------
 
 
 def test_inputs_have_size_one_before_the_norm() -> None:
-    """Every input is brought to a root mean square of 1 and multiplied by the norm's weight."""
+    """Every input is normalised to a root mean square of 1 and multiplied by the norm's weight."""
     norm = np.linspace(0.5, 2, HIDDEN)
     logits = np.concatenate(list(drawn_logits(RouterArrays(np.eye(HIDDEN), norm), [3])))
     assert logits.shape == (routing.DRAWS, HIDDEN)
@@ -106,7 +106,7 @@ def test_the_numbers_are_normal() -> None:
 
 
 def test_the_same_numbers_everywhere() -> None:
-    """The first numbers of a layer are these, whatever version of numpy draws them."""
+    """The first numbers of a layer do not depend on the version of numpy."""
     numbers = routing._normal(np.random.PCG64([5]), 4)
     assert numbers == pytest.approx(FIRST, rel=1e-12)
     assert factor(0.3, NORMALISED, (2, 6)) == FACTOR
@@ -134,7 +134,7 @@ for experts, hidden in ((8, 24), (64, 300)):
     ids=lambda machine: next(iter(machine)),
 )
 def test_another_machine_gives_the_same_digits(machine: dict[str, str]) -> None:
-    """Sums in another order differ in digits that a factor does not keep."""
+    """Another order of summation changes only digits that a factor does not keep."""
     found = [
         subprocess.run(
             [sys.executable, "-c", SCRIPT],
@@ -150,7 +150,7 @@ def test_another_machine_gives_the_same_digits(machine: dict[str, str]) -> None:
 
 
 def test_pieces_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many inputs are drawn at once, they are the same."""
+    """The inputs do not depend on the number drawn at once."""
     whole = sample_layer(router(0.3), NORMALISED, (2, 4), [7])
     monkeypatch.setattr(routing, "_PIECE", 1000)
     pieces = sample_layer(router(0.3), NORMALISED, (2, 4), [7])
@@ -159,7 +159,7 @@ def test_pieces_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_each_layer_draws_its_own() -> None:
-    """Another seed gives other inputs, and close to the same factor."""
+    """Another seed gives other inputs, and almost the same factor."""
     one, other = (
         gates.factor(sample_layer(router(0.3), NORMALISED, (2, 6), seed)) for seed in ([1], [2])
     )
@@ -169,7 +169,7 @@ def test_each_layer_draws_its_own() -> None:
 
 @pytest.mark.parametrize("rho", [0.0, 0.3])
 def test_the_stated_error_is_how_far_other_draws_lie(rho: float) -> None:
-    """Over many seeds, the factors scatter as much as each of them says."""
+    """Over many seeds, the factors vary as much as each of them states."""
     found = [sample_layer(router(0.3), PLAIN, (2, 6), [seed], rho=rho) for seed in range(100)]
     factors = [gates.factor(sample, rho) for sample in found]
     scatter = float(np.std(factors, ddof=1) / np.mean(factors))
@@ -178,18 +178,18 @@ def test_the_stated_error_is_how_far_other_draws_lie(rho: float) -> None:
 
 
 def test_sharpness_is_that_of_the_gate_after() -> None:
-    """The logits are multiplied for the new gate alone."""
+    """Only the logits of the new gate are multiplied."""
     plain = sample_layer(router(0.6), NORMALISED, (2, 4), [0])
     sharp = sample_layer(router(0.3), NORMALISED, (2, 4), [0], sharpness=2.0)
     assert sharp.after == plain.after
     assert sharp.before == sample_layer(router(0.3), NORMALISED, (2, 4), [0]).before
 
 
-# How weights are formed, where no model of transformers shows it ----------------------------------
+# Gate weights that no model of transformers covers ------------------------------------------------
 
 
 def test_logits_far_from_zero_do_not_overflow() -> None:
-    """Scores of the largest and smallest logits are numbers, without a warning."""
+    """Scores of very large and very small logits are finite, without a warning."""
     logits = np.array([[1e6, -1e6, 0.0, 1.0]])
     for score in ("softmax", "sigmoid", "sqrtsoftplus"):
         for late in (False, True):
@@ -199,7 +199,7 @@ def test_logits_far_from_zero_do_not_overflow() -> None:
 
 
 def test_groups_shut_out_the_best_expert() -> None:
-    """Two good experts in one group win over the best one alone in another."""
+    """Two good experts in one group beat the single best expert in another."""
     logits = np.array([[3.0, -9, -9, 2.5, 2.4, -9]])
     two = RouterSpec(score="sigmoid", groups=(2, 1), group_best=2)
     one = RouterSpec(score="sigmoid", groups=(2, 1), group_best=1)

@@ -1,4 +1,4 @@
-"""Routers: the gate weights that numpy forms are those of transformers' own router modules."""
+"""Routers: the gate weights computed with numpy are those of transformers' router modules."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAMES = sorted(GATINGS)
 
 
 def names_of(row: Any) -> tuple[Any, ...]:
-    """All names that a row knows, tensor by tensor."""
+    """All names in a row, tensor by tensor."""
     return row.weight, row.norm, row.bias, row.logit_bias
 
 
@@ -45,7 +45,7 @@ pytestmark = [
 
 
 def routers_of(directory: Path, entry: str) -> tuple[Routers, list[RouterArrays]]:
-    """The routers of a checkpoint as the rule finds and reads them, in the order of the layers."""
+    """The routers of a checkpoint as the rule finds and reads them, in layer order."""
     source = LocalSource(directory)
     files = source.files()
     headers = read_shards(source, files).headers
@@ -57,7 +57,7 @@ def routers_of(directory: Path, entry: str) -> tuple[Routers, list[RouterArrays]
 
 
 def build_formed(entry: str, directory: Path, **how: Any) -> None:
-    """A checkpoint whose router can be computed: without layers that choose by token numbers."""
+    """Build a checkpoint whose router can be computed: no layer chooses experts by token id."""
     config = {"mlp_layer_types": ["moe"] * 3} if entry == "deepseek_v4" else {}
     build(entry, directory, config={**config, **how.pop("config", {})}, **how)
 
@@ -67,7 +67,7 @@ def build_formed(entry: str, directory: Path, **how: Any) -> None:
 
 @torch.no_grad()
 def transformers_weights(block: tiny_models.MoE, entry: str, hidden: Tensor, routers: Any) -> Any:
-    """The weights of the chosen experts ``[tokens, k]``, the largest first, by transformers."""
+    """The gate weights of the chosen experts by transformers, ``[tokens, k]``, largest first."""
     seen: dict[str, Tensor] = {}
     if entry == "doge":
         return _doge(block.block, hidden)
@@ -93,9 +93,9 @@ def _note(seen: dict[str, Tensor], module: nn.Module, args: tuple[Any, ...], out
 
 
 def _doge(block: nn.Module, hidden: Tensor) -> Any:
-    """Made visible: each expert returns 1 at its own place, whatever comes in.
+    """The gate weights, made visible: each expert returns 1 at its own position for any input.
 
-    Token by token, since transformers' code mixes tokens that come together.
+    It runs token by token, since transformers' code mixes tokens of one batch.
     """
     block.act_fn = _Ones()
     block.up_embed.weight.copy_(torch.eye(*block.up_embed.weight.shape))
@@ -110,7 +110,7 @@ class _Ones(nn.Module):
 
 
 def constants(folder: Path, routers: Routers, model: nn.Module, k: int) -> list[float]:
-    """By what all weights of a layer may differ: a constant of the config, or one that cancels."""
+    """The constants by which all weights of a layer may differ: from the config, or cancelling."""
     key = routers.moe.architecture.scale_key
     config = parse_config((folder / CONFIG).read_bytes())
     section = config.section(routers.moe.count_keys[0].section) if routers.moe.count_keys else None
@@ -130,7 +130,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("olmoe", {"norm_topk_prob": True}),
     ("dbrx", {"ffn_config": {"moe_normalize_expert_weights": None}}),
 ]
-"""What a config can switch in a router."""
+"""Router options that a config can set."""
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 def test_the_router_is_that_of_transformers(
     entry: str, config: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Its weights for the same inputs agree but for a constant, and so does the norm before it."""
+    """For the same inputs gate weights agree up to a constant, and so does the norm before."""
     build_formed(entry, tmp_path, config=config)
     routers, weights = routers_of(tmp_path, entry)
     k = 2 if TINY[entry].fixed else 3
@@ -164,7 +164,7 @@ def test_the_router_is_that_of_transformers(
 def assert_norms(
     model: nn.Module, entry: str, blocks: list[tiny_models.MoE], weights: list[RouterArrays]
 ) -> None:
-    """In a run of the whole model, what reaches a block is a unit input times the norm's weight."""
+    """In a run of the whole model, the input of a block is a unit input times the norm's weight."""
     inputs: dict[str, Tensor] = {}
     hooks = [
         block.block.register_forward_pre_hook(
@@ -190,7 +190,7 @@ def _note_input(
 
 @pytest.mark.parametrize("entry", RENAMED)
 def test_both_layouts_hold_the_same_routers(entry: str, tmp_path: Path) -> None:
-    """The names that transformers uses inside are found as well as those of the hub."""
+    """The names that transformers uses internally are found, as are those of the Hub."""
     for fused in (False, True):
         build_formed(entry, tmp_path / str(fused), fused=fused)
     hub, inside = (routers_of(tmp_path / str(fused), entry)[1] for fused in (False, True))
@@ -200,13 +200,13 @@ def test_both_layouts_hold_the_same_routers(entry: str, tmp_path: Path) -> None:
 
 
 def test_every_model_type_has_a_row() -> None:
-    """A type of the table of architectures is formed, or refused with the reason."""
+    """Every router in the table of architectures is computed, or refused with a reason."""
     assert not [name for name, kind in GATINGS.items() if kind is UNKNOWN]
 
 
 @pytest.mark.parametrize("entry", [*REFUSED, "deepseek_v4"])
 def test_a_router_that_works_otherwise_is_refused(entry: str, tmp_path: Path) -> None:
-    """The refusal gives the reason and names the rule that can be used."""
+    """The error gives the reason, and names a rule that works."""
     build(entry, tmp_path)
     part = entry.partition("/")[2] or None
     count = 1 if entry in ("zaya", "switch_transformers") else 2

@@ -22,7 +22,7 @@ from moescale.planning.sampling import decode
 from moescale.storage.hub.source import HubSource
 from moescale.storage.location import HubRef
 
-# Every layer of these routes by itself; k goes from 2 to 5 of 8.
+# In these, every layer has its own router; k goes from 2 to 5 of 8.
 MODELS = {
     "mixtral": {},
     "olmoe": {},
@@ -34,9 +34,9 @@ MODELS = {
 @torch.no_grad()
 @pytest.mark.parametrize("entry", MODELS)
 def test_the_factor_is_that_of_the_models_router(entry: str, tmp_path: Path) -> None:
-    """Transformers' router, fed with inputs that torch draws, gives the same but for chance.
+    """Transformers' router gives the same for inputs drawn by torch, within sampling error.
 
-    How much chance leaves is what the plan states.
+    The plan states that error.
     """
     tiny_models.build(entry, tmp_path, config=MODELS[entry])
     plan = api.plan(tmp_path, experts=5, rule="gates")
@@ -65,7 +65,7 @@ def test_a_block_that_predicts_a_second_token_has_its_own_factor(tmp_path: Path)
 
 
 def test_every_layer_that_is_sampled_is_told_of(tmp_path: Path) -> None:
-    """Layers done and in all; a plan by another rule has nothing to tell."""
+    """Layers done and their total are reported; a plan by another rule reports nothing."""
     tiny_models.build("mixtral", tmp_path)
     told: list[tuple[int, int]] = []
     api.plan(tmp_path, experts=3, rule="gates", measuring=lambda *now: told.append(now))
@@ -75,7 +75,7 @@ def test_every_layer_that_is_sampled_is_told_of(tmp_path: Path) -> None:
 
 
 def test_counts_may_differ_by_layer(tmp_path: Path) -> None:
-    """Each layer is sampled with the count that it was trained with."""
+    """Each layer is sampled with its trained count."""
     tiny_models.build("hunyuan_v1_moe", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["moe_topk"] = [1, 2, 3]
@@ -88,7 +88,7 @@ def test_counts_may_differ_by_layer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16", "F64"])
 def test_a_router_is_read_in_every_plain_dtype(dtype: str) -> None:
-    """The numbers are those that the bytes stand for."""
+    """The numbers are the values of the bytes."""
     numbers = np.array([0.0, 1.5, -2.25, 2.0**-10])
     raw = {
         "BF16": lambda: (numbers.astype("<f4").view("<u4") >> 16).astype("<u2"),
@@ -100,7 +100,7 @@ def test_a_router_is_read_in_every_plain_dtype(dtype: str) -> None:
 
 
 def test_runs_agree_to_the_last_byte(tmp_path: Path) -> None:
-    """Two runs write the same output, proven by --verify, with the factors in the provenance."""
+    """Two runs write the same output, which is verified; the provenance has the factors."""
     gated_mixtral(tmp_path / "in")
     for name in ("one", "two"):
         plan = api.convert(
@@ -114,7 +114,7 @@ def test_runs_agree_to_the_last_byte(tmp_path: Path) -> None:
 
 
 def test_the_factors_can_be_used_again(tmp_path: Path) -> None:
-    """The provenance of one output, given as --factors, makes the same shards."""
+    """The factors of one output, given as --factors, make the same shards."""
     gated_mixtral(tmp_path / "in")
     api.convert(tmp_path / "in", tmp_path / "one", experts=4, rule="gates")
     factors = json.loads((tmp_path / "one" / "moescale.json").read_text())["factors"]
@@ -159,14 +159,14 @@ WRONG: dict[str, tuple[dict[str, Raw | None], type[SourceError], str]] = {
 
 @pytest.mark.parametrize("what", WRONG)
 def test_a_router_that_cannot_be_read_is_refused(what: str, tmp_path: Path) -> None:
-    """The error names the tensor or the layer; the closed form needs no numbers."""
+    """The error names the tensor or the layer; the closed form does not read the router."""
     changes, error, why = WRONG[what]
     gated_mixtral(tmp_path, changes)
     with pytest.raises(error, match=why) as caught:
         api.plan(tmp_path, experts=3, rule="gates")
     assert what == "all turned" or "layers.1" in caught.value.message
     assert caught.value.hint
-    if what in ("no router", "turned", "empty"):  # no part of a model is scaled by any rule
+    if what in ("no router", "turned", "empty"):  # no rule scales only a part of a model
         with pytest.raises(error, match=why):
             api.plan(tmp_path, experts=3, rule="preserve")
     else:
@@ -174,7 +174,7 @@ def test_a_router_that_cannot_be_read_is_refused(what: str, tmp_path: Path) -> N
 
 
 def test_groups_that_do_not_divide_the_experts_are_refused(tmp_path: Path) -> None:
-    """A config with groups of unequal size belongs to no model."""
+    """No model has groups of unequal size."""
     tiny_models.build("deepseek_v3", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["n_group"], config["topk_group"] = 3, 2
@@ -186,7 +186,7 @@ def test_groups_that_do_not_divide_the_experts_are_refused(tmp_path: Path) -> No
 def test_a_router_too_large_to_be_one_is_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is read whole has a limit."""
+    """Tensors that are read whole have a size limit."""
     gated_mixtral(tmp_path)
     monkeypatch.setattr(sampling, "SMALL_FILE_BYTES", 10)
     with pytest.raises(CheckpointError, match="too large for a router"):
@@ -194,7 +194,7 @@ def test_a_router_too_large_to_be_one_is_not_read(
 
 
 def test_an_unknown_score_is_refused(tmp_path: Path) -> None:
-    """A score function that the config names and the table does not know is not guessed."""
+    """A score function in the config that the table lacks is not guessed."""
     tiny_models.build("inkling2_text", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["scoring_func"] = "relu"
@@ -204,7 +204,7 @@ def test_an_unknown_score_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_type_that_only_a_pattern_describes_is_refused(tmp_path: Path) -> None:
-    """Where nothing is known of the router, the refusal names the closed form."""
+    """The router is unknown, so the error suggests the closed form."""
     gated_mixtral(tmp_path)
     config = (tmp_path / "config.json").read_text().replace("mixtral", "newer")
     (tmp_path / "config.json").write_text(config)
@@ -220,7 +220,7 @@ def test_a_type_that_only_a_pattern_describes_is_refused(tmp_path: Path) -> None
 
 
 def test_norms_that_mlx_may_have_changed_are_refused(tmp_path: Path) -> None:
-    """mlx-lm adds 1 to zero-centred norms when it converts, which the file does not show."""
+    """Conversion by mlx-lm adds 1 to zero-centred norms, which the file does not show."""
     tiny_models.build("qwen3_next", tmp_path, fused=True)
     tensors = {
         name.replace("mlp.experts.down_proj", "mlp.switch_mlp.down_proj.weight"): tensor
@@ -236,7 +236,7 @@ def test_norms_that_mlx_may_have_changed_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_hub_gives_the_same_factors(lab: Lab) -> None:
-    """Routers are read by ranges, and the plan is the one of a directory."""
+    """Routers are read by ranges, and the plan is that of a local directory."""
     hub = lab.start()
     folder = lab.root / "gated"
     gated_mixtral(folder)
@@ -251,7 +251,7 @@ def test_the_hub_gives_the_same_factors(lab: Lab) -> None:
 
 
 def test_only_routers_come_over_the_network(lab: Lab) -> None:
-    """Of a shard, the plan fetches the header and the stretches where its routers are."""
+    """The plan fetches the header of a shard and the byte ranges of its routers."""
     hub = lab.start()
     folder = lab.root / "gated"
     write_shards(folder, {"model.embed": values("F32", (1000, 500)), **gated_tensors()}, 1)

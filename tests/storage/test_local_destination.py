@@ -1,4 +1,4 @@
-"""Output directories: runs that go on, replace what is there, and end; one at a time."""
+"""Output directories: runs that resume, replace old content, and finish; one at a time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Begin = Callable[..., LocalDestination]
 
 @pytest.fixture
 def begin() -> Iterator[Begin]:
-    """Begins runs, each of which ends the one before as a crash would, and closes them all."""
+    """Begin runs; each first ends the previous one as a crash would. Close them all at the end."""
     with contextlib.ExitStack() as stack:
 
         def begin(root: Path, job: Any = JOB, replace: bool = False) -> LocalDestination:
@@ -53,7 +53,7 @@ def destination(tmp_path: Path, begin: Begin) -> LocalDestination:
 
 
 def test_a_rerun_knows_what_is_finished(destination: LocalDestination, begin: Begin) -> None:
-    """The journal lists finished files, and they are still as they were written."""
+    """The journal lists finished files, which have not changed since."""
     destination.write_small("a.bin", b"aa")
     destination.write_small("sub/b.bin", b"b")
     found = begin(destination.root).finished_files()
@@ -61,7 +61,7 @@ def test_a_rerun_knows_what_is_finished(destination: LocalDestination, begin: Be
 
 
 def test_leftovers_are_removed(destination: LocalDestination, begin: Begin) -> None:
-    """Temporary files of a killed run do not stay."""
+    """Temporary files of a killed run are removed."""
     (destination.root / STATE / "x.bin.tmp").write_bytes(b"half")
     begin(destination.root)
     assert not list((destination.root / STATE).glob("*.tmp"))
@@ -82,7 +82,7 @@ def test_leftovers_are_removed(destination: LocalDestination, begin: Begin) -> N
 def test_a_file_that_was_altered_is_done_again(
     destination: LocalDestination, begin: Begin, change: Any
 ) -> None:
-    """A file that is not as the run left it is not trusted."""
+    """A file that differs from what the run wrote does not count as finished."""
     destination.write_small("a.bin", b"aa")
     destination.write_small("b.bin", b"b")
     change(destination.root / "a.bin")
@@ -90,7 +90,7 @@ def test_a_file_that_was_altered_is_done_again(
 
 
 def test_a_torn_line_is_not_counted(destination: LocalDestination, begin: Begin) -> None:
-    """What a crash leaves at the end of the journal is cut off, and later lines are whole."""
+    """The torn end of a journal is cut off, and later lines are complete."""
     destination.write_small("a.bin", b"a")
     destination.close()
     path = destination.root / STATE / JOURNAL
@@ -109,7 +109,7 @@ def test_a_torn_line_is_not_counted(destination: LocalDestination, begin: Begin)
 def test_a_strange_line_is_passed_over(
     destination: LocalDestination, begin: Begin, line: bytes
 ) -> None:
-    """A line that says nothing finishes nothing, and does not end the run."""
+    """An invalid line marks no file as finished, and does not end the run."""
     destination.write_small("a.bin", b"a")
     with open(destination.root / STATE / JOURNAL, "ab") as file:
         file.write(line + b"\n")
@@ -117,7 +117,7 @@ def test_a_strange_line_is_passed_over(
 
 
 def test_the_job_is_what_the_first_line_says(destination: LocalDestination) -> None:
-    """An unfinished run tells which job it was; without one there is none."""
+    """An unfinished run states its job; without a run there is None."""
     assert destination.unfinished_job() == JOB
     assert LocalDestination(destination.root.parent / "elsewhere").unfinished_job() is None
 
@@ -133,7 +133,7 @@ def test_the_run_of_another_job_is_not_continued(
 
 @pytest.mark.parametrize("content", [b"", b"hello\n", b"[]\n", b"{}\n", b"\xff\n", b"[" * 100_000])
 def test_a_foreign_journal_is_not_ours(tmp_path: Path, begin: Begin, content: bytes) -> None:
-    """A file of that name that we did not write is no run to continue."""
+    """A file of that name from another program is not a run to resume."""
     (tmp_path / STATE).mkdir()
     (tmp_path / STATE / JOURNAL).write_bytes(content)
     assert LocalDestination(tmp_path).unfinished_job() not in (None, JOB)
@@ -143,7 +143,7 @@ def test_a_foreign_journal_is_not_ours(tmp_path: Path, begin: Begin, content: by
 
 
 def test_many_threads_note_their_files(destination: LocalDestination, begin: Begin) -> None:
-    """Lines of shards that finish at once do not mix."""
+    """Lines of shards that finish at the same time do not mix."""
     threads = [
         threading.Thread(target=destination.write_small, args=(f"{i}.bin", bytes(i)))
         for i in range(12)
@@ -172,7 +172,7 @@ sys.stdin.read()
 
 
 def test_a_second_process_is_refused(tmp_path: Path, begin: Begin) -> None:
-    """While one process writes, another is told so; when it dies, the next one goes on."""
+    """While one process writes, another is refused; once it dies, the next one resumes."""
     child = subprocess.Popen(
         [sys.executable, "-c", HOLD, tmp_path / "out"],
         stdin=subprocess.PIPE,
@@ -198,7 +198,7 @@ def test_a_second_run_in_the_same_process_is_refused(destination: LocalDestinati
 
 
 def test_a_destination_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
-    """A file in the way is said in one line, with what to do."""
+    """A file in the way gives an error of one line and a hint."""
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(DestinationError, match="cannot be written to") as caught:
         LocalDestination(tmp_path / "file" / "out").begin(JOB, replace=False)
@@ -209,7 +209,7 @@ def test_a_destination_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
 
 
 def test_existing_files_are_seen(folder: Path) -> None:
-    """Everything but the folders of tools counts as something else."""
+    """All files count as existing except those in the folders of tools."""
     for name in (".git", ".cache", STATE):
         (folder / name).mkdir()
         (folder / name / "x").write_bytes(b"x")
@@ -229,7 +229,7 @@ def test_a_file_is_no_destination(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["notes.txt", "sub/config.json", "photo.jpg", ".bashrc"])
 def test_what_is_no_model_is_not_replaced(tmp_path: Path, name: str) -> None:
-    """--overwrite is no way to lose a home folder."""
+    """--overwrite does not delete a home folder."""
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(DestinationError, match="does not look like a model"):
@@ -247,7 +247,7 @@ def test_what_is_no_model_is_not_replaced(tmp_path: Path, name: str) -> None:
     ],
 )
 def test_a_model_may_be_replaced(tmp_path: Path, names: tuple[str, ...]) -> None:
-    """A checkpoint, an output of ours, and an unfinished run."""
+    """A checkpoint, an earlier output and an unfinished run may be replaced."""
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
@@ -256,14 +256,14 @@ def test_a_model_may_be_replaced(tmp_path: Path, names: tuple[str, ...]) -> None
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_half_a_model_is_none(tmp_path: Path, name: str) -> None:
-    """A web project has a config.json too; weights need a config beside them."""
+    """A web project has a config.json too, and weights need a config beside them."""
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(DestinationError, match="does not look like a model"):
         LocalDestination(tmp_path).check_replaceable()
 
 
 def test_a_replaced_model_stops_to_load_at_once(folder: Path, begin: Begin) -> None:
-    """Old content is gone before the new is there, so no mixture of both ever loads."""
+    """Old content is removed before new files appear, so a mixture never loads."""
     (folder / "model.safetensors.index.json").write_bytes(b"{}")
     assert begin(folder, replace=True).existing() == {}
 
@@ -277,7 +277,7 @@ def test_replacing_a_run_forgets_its_files(destination: LocalDestination, begin:
 
 
 def test_a_replaced_run_is_continued_as_such(folder: Path, begin: Begin) -> None:
-    """An interrupted --overwrite goes on without the option, and the old content still goes."""
+    """An interrupted --overwrite resumes without the option, and still removes the old content."""
     begin(folder, replace=True).write_small("data.bin", b"new")
     destination = begin(folder)
     assert set(destination.finished_files()) == {"data.bin"}
@@ -288,7 +288,7 @@ def test_a_replaced_run_is_continued_as_such(folder: Path, begin: Begin) -> None
 def test_an_overwrite_that_is_killed_at_its_start_can_be_begun_again(
     folder: Path, begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the moment, the same command finds a model to replace or a run to continue."""
+    """Whatever the moment, the same command finds a model to replace or a run to resume."""
 
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -301,7 +301,7 @@ def test_an_overwrite_that_is_killed_at_its_start_can_be_begun_again(
 
 @pytest.mark.parametrize("old", ["folder", "link"])
 def test_old_content_in_the_way_is_replaced(tmp_path: Path, begin: Begin, old: str) -> None:
-    """A new file may have the name of an old folder's file, or lie where an old link leads out."""
+    """A new file may have the path of an old file in a folder, or one behind an old link."""
     root, outside = tmp_path / "out", tmp_path / "outside"
     outside.mkdir()
     root.mkdir()
@@ -321,7 +321,7 @@ def test_old_content_in_the_way_is_replaced(tmp_path: Path, begin: Begin, old: s
 
 
 def test_an_old_file_where_a_folder_is_needed_is_replaced(folder: Path, begin: Begin) -> None:
-    """The other way round: an old file has the name of a new folder."""
+    """An old file may have the name of a new folder."""
     destination = begin(folder, replace=True)
     destination.write_small("data.bin/new.txt", b"new")
     destination.publish({"config.json": b"{}"}, keep=frozenset({"data.bin/new.txt", "config.json"}))
@@ -329,19 +329,19 @@ def test_an_old_file_where_a_folder_is_needed_is_replaced(folder: Path, begin: B
 
 
 def test_files_of_others_survive_a_run_without_overwrite(destination: LocalDestination) -> None:
-    """What somebody puts into the destination meanwhile is not removed unless they said so."""
+    """Files that others add during the run are kept unless --overwrite is given."""
     (destination.root / "notes.txt").write_bytes(b"mine")
     destination.publish({"config.json": b"{}"}, keep=frozenset({"config.json"}))
     assert (destination.root / "notes.txt").read_bytes() == b"mine"
 
 
-# The end ------------------------------------------------------------------------------------------
+# The end of a run ---------------------------------------------------------------------------------
 
 
 def test_nothing_loads_before_the_end(
     destination: LocalDestination, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last files come in the order that is given: provenance, index, config."""
+    """The last files appear in the given order: provenance, index, config."""
     order: list[str] = []
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (order.append(Path(b).name), replace(a, b))[1])
@@ -351,7 +351,7 @@ def test_nothing_loads_before_the_end(
 
 
 def test_a_finished_output_has_no_state(destination: LocalDestination) -> None:
-    """Journal, lock and temporary files are gone, and so are empty folders of old content."""
+    """Journal, lock, temporary files and empty old folders are removed."""
     (destination.root / "old" / "deep").mkdir(parents=True)
     destination.write_small("a.bin", b"a")
     destination.publish({"config.json": b"{}"}, keep=frozenset({"a.bin", "config.json"}))
@@ -361,7 +361,7 @@ def test_a_finished_output_has_no_state(destination: LocalDestination) -> None:
 
 
 def test_git_and_cache_of_the_destination_stay(folder: Path, begin: Begin) -> None:
-    """A clone that is replaced is still a clone."""
+    """A clone stays a clone when its files are replaced."""
     (folder / ".git").mkdir()
     (folder / ".git" / "HEAD").write_bytes(b"ref")
     (folder / ".cache" / "empty").mkdir(parents=True)
@@ -373,7 +373,7 @@ def test_git_and_cache_of_the_destination_stay(folder: Path, begin: Begin) -> No
 
 
 def test_a_finished_file_can_be_amended(destination: LocalDestination) -> None:
-    """The provenance gets its digests later, whole or not at all."""
+    """The provenance gets its digests later, atomically."""
     destination.publish({"moescale.json": b"old"}, keep=frozenset({"moescale.json"}))
     destination.replace_small("moescale.json", b"new")
     assert LocalDestination(destination.root).existing() == {"moescale.json": 3}
@@ -383,7 +383,7 @@ def test_a_finished_file_can_be_amended(destination: LocalDestination) -> None:
 def test_an_amendment_that_fails_leaves_the_old_file(
     destination: LocalDestination, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is lost, and nothing is left beside it that would not belong into the output."""
+    """The old file stays, and no temporary file remains beside it."""
     destination.publish({"moescale.json": b"old"}, keep=frozenset({"moescale.json"}))
 
     def full(fd: int) -> None:
@@ -400,7 +400,7 @@ def test_an_amendment_that_fails_leaves_the_old_file(
 def test_what_a_kill_at_the_very_end_leaves_does_no_harm(
     destination: LocalDestination, left: list[str]
 ) -> None:
-    """A state folder without a journal is a finished output all the same."""
+    """A state folder without a journal does not make an output unfinished."""
     destination.publish({"config.json": b"{}"}, keep=frozenset({"config.json"}))
     (destination.root / STATE).mkdir()
     for name in left:
@@ -413,7 +413,7 @@ def test_what_a_kill_at_the_very_end_leaves_does_no_harm(
 def test_the_lock_is_released_when_the_journal_cannot_be_used(
     destination: LocalDestination, begin: Begin
 ) -> None:
-    """A run that could not begin does not keep others out for the life of its process."""
+    """A run that could not begin does not block others for the life of its process."""
     destination.close()
     refused = LocalDestination(destination.root)
     with pytest.raises(DestinationError):
@@ -422,7 +422,7 @@ def test_the_lock_is_released_when_the_journal_cannot_be_used(
 
 
 def test_the_journal_is_one_line_a_file(destination: LocalDestination) -> None:
-    """Each line is JSON by itself, so that a torn one harms no other."""
+    """Each line is valid JSON, so a torn line does not damage the others."""
     destination.write_small("a.bin", b"a")
     lines = (destination.root / STATE / JOURNAL).read_bytes().splitlines()
     assert json.loads(lines[0]) == {"job": JOB}
@@ -430,6 +430,6 @@ def test_the_journal_is_one_line_a_file(destination: LocalDestination) -> None:
 
 
 def test_an_unfinished_output_is_no_source(destination: LocalDestination) -> None:
-    """What a run left behind is not rescaled again as if it were whole."""
+    """An unfinished output cannot be rescaled."""
     with pytest.raises(SourceError, match="unfinished"):
         LocalSource(destination.root)

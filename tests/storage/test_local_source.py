@@ -1,4 +1,4 @@
-"""Directories that are read as a checkpoint."""
+"""Directories as a source."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moescale.storage.local.source import LocalSource
 
 
 def read(source: LocalSource, name: str, start: int, size: int) -> bytes:
-    """A stretch of a file through its reader."""
+    """Read a part of a file through its reader."""
     buffer = memoryview(bytearray(size))
     with source.open(name) as reader:
         reader.read_into(buffer, start)
@@ -29,7 +29,7 @@ def read(source: LocalSource, name: str, start: int, size: int) -> bytes:
     "name", ["a", "a/b.txt", ".gitattributes", "a..b", "caf\u00e9", "xy:z", "..."]
 )
 def test_plain_names_pass(name: str) -> None:
-    """Any path inside the repo is a name."""
+    """Any relative path inside the repo is valid."""
     assert check_name(name, "x") == name
 
 
@@ -59,7 +59,7 @@ def test_names_that_could_leave_the_repo_are_refused(name: str) -> None:
 
 
 def test_a_name_that_is_no_text_is_refused() -> None:
-    """Bytes that are no UTF-8 cannot stand in the provenance, so they are an error at once."""
+    """Bytes that are not UTF-8 cannot go into the provenance, so they are an error at once."""
     with pytest.raises(CheckpointError):
         check_name("caf\udce9.txt", "x")
 
@@ -78,7 +78,7 @@ def test_a_source_has_all_files_of_the_directory(folder: Path) -> None:
 
 
 def test_git_and_cache_are_no_part_of_it(folder: Path) -> None:
-    """Folders of tools at the top are not read, not even for links; deeper ones are files."""
+    """Tool folders at the top are not read, and their links not checked; deeper ones are files."""
     for name in (".git", ".cache"):
         (folder / name).mkdir()
         (folder / name / "link").symlink_to("/nowhere")
@@ -96,13 +96,13 @@ def test_git_and_cache_are_no_part_of_it(folder: Path) -> None:
     ("name", "why"), [("missing", "does not exist"), ("model/config.json", "is not a directory")]
 )
 def test_what_is_no_directory_is_no_source(folder: Path, name: str, why: str) -> None:
-    """A missing place and a file are refused, each with its reason."""
+    """A missing path and a file are refused, each with its reason."""
     with pytest.raises(SourceError, match=f"{name}: {why}"):
         LocalSource(folder.parent / name)
 
 
 def test_reads_stretches_and_whole_files(folder: Path) -> None:
-    """Both the small reads and the reader give the bytes of the file."""
+    """`read` and the reader both give the bytes of the file."""
     source = LocalSource(folder)
     assert source.read("data.bin") == checkpoints.DATA
     assert source.read("data.bin", 5, 7) == checkpoints.DATA[5:12]
@@ -110,7 +110,7 @@ def test_reads_stretches_and_whole_files(folder: Path) -> None:
 
 
 def test_a_large_file_is_not_read_whole(folder: Path) -> None:
-    """A config of many gigabytes is refused instead of read."""
+    """A config of many gigabytes is refused without reading it."""
     with open(folder / "config.json", "r+b") as file:
         file.truncate(1 << 40)
     with pytest.raises(CheckpointError, match="too many"):
@@ -118,14 +118,14 @@ def test_a_large_file_is_not_read_whole(folder: Path) -> None:
 
 
 def test_short_reads_are_continued(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A system that returns fewer bytes than asked for is asked again."""
+    """If the system returns fewer bytes than requested, the rest is requested again."""
     whole = files._read_at
     monkeypatch.setattr(files, "_read_at", lambda fd, buffer, at: whole(fd, buffer[:7], at))
     assert read(LocalSource(folder), "data.bin", 3, 100) == checkpoints.DATA[3:103]
 
 
 def test_a_file_that_ends_early_is_an_error(folder: Path) -> None:
-    """Reading beyond the end names the file and the byte."""
+    """Reading beyond the end gives an error with the file and the byte."""
     with pytest.raises(RewriteError, match=f"data.bin.*byte {len(checkpoints.DATA)}"):
         read(LocalSource(folder), "data.bin", len(checkpoints.DATA) - 5, 10)
 
@@ -142,17 +142,17 @@ def test_a_file_that_changed_since_the_plan_is_an_error(folder: Path, new: bytes
 
 
 def test_a_file_that_changes_while_it_is_read_is_an_error(folder: Path) -> None:
-    """The check is made again at the end."""
+    """The file is checked again at the end."""
     source = LocalSource(folder)
     with pytest.raises(RewriteError, match="changed"), source.open("data.bin"):
         os.utime(folder / "data.bin", (1, 1))
 
 
-# Links and other things ---------------------------------------------------------------------------
+# Links and special files --------------------------------------------------------------------------
 
 
 def test_a_snapshot_of_the_hub_cache_is_a_source(tmp_path: Path) -> None:
-    """Links into the blobs of the same repo are followed, and repo and commit are known."""
+    """Links to the blobs of the same repo are followed, and repo and commit are known."""
     repo, commit = tmp_path / "models--org--name-x", "0123456789" * 4
     (repo / "blobs").mkdir(parents=True)
     (repo / "snapshots" / commit / "sub").mkdir(parents=True)
@@ -170,7 +170,7 @@ def test_a_snapshot_of_the_hub_cache_is_a_source(tmp_path: Path) -> None:
 
 
 def test_links_into_another_repo_of_the_cache_are_not_published(tmp_path: Path) -> None:
-    """Only the blobs of the same repo are its own; other links are those of the user's machine."""
+    """Only blobs of the same repo belong to it; other links lead to the user's own files."""
     for name in ("models--a--a", "models--b--b"):
         (tmp_path / name / "blobs").mkdir(parents=True)
     (tmp_path / "models--b--b" / "blobs" / "x").write_bytes(b"secret")
@@ -183,7 +183,7 @@ def test_links_into_another_repo_of_the_cache_are_not_published(tmp_path: Path) 
 
 
 def test_blobs_may_lie_on_another_disk(tmp_path: Path) -> None:
-    """The folder of blobs may be a link, and each of them; the first is the cache's own."""
+    """The folder of blobs or a blob may be a link; a linked folder belongs to the cache."""
     cache, disk = tmp_path / "models--org--x", tmp_path / "disk"
     (cache / "snapshots" / "c").mkdir(parents=True)
     disk.mkdir()
@@ -198,20 +198,20 @@ def test_blobs_may_lie_on_another_disk(tmp_path: Path) -> None:
 
 
 def test_links_inside_the_directory_are_files(folder: Path) -> None:
-    """A link to a file of the same checkpoint is that file."""
+    """A link to a file of the same checkpoint is read as that file."""
     (folder / "copy.bin").symlink_to("data.bin")
     assert LocalSource(folder).read("copy.bin") == checkpoints.DATA
 
 
 def test_a_source_that_is_itself_a_link_is_fine(folder: Path) -> None:
-    """The directory may be given through a link."""
+    """The path of the directory may be a link."""
     (folder.parent / "link").symlink_to(folder)
     assert len(LocalSource(folder.parent / "link").files()) == 3
 
 
 @pytest.mark.parametrize("target", ["../outside", "{absolute}", "sub/../../outside"])
 def test_links_out_of_the_directory_are_followed(folder: Path, target: str) -> None:
-    """Every loader does; what they lead to is published only if the user says so."""
+    """They are read as every loader does, but published only with --follow-links."""
     outside = folder.parent / "outside"
     outside.write_bytes(b"secret")
     (folder / "x").symlink_to(target.format(absolute=outside))
@@ -223,7 +223,7 @@ def test_links_out_of_the_directory_are_followed(folder: Path, target: str) -> N
 
 
 def test_a_linked_shard_may_be_published(folder: Path) -> None:
-    """It is the model that the user means; another file under the name of a shard is not."""
+    """A linked shard is part of the model; other content under a shard's name is not."""
     outside, link = folder.parent / "blob", folder / "model.safetensors"
     outside.write_bytes(checkpoints.shard({"a": checkpoints.values("F32", (2,))}))
     link.symlink_to(outside)
@@ -249,7 +249,7 @@ def test_a_link_that_a_loader_needs_must_lead_somewhere(
 
 @pytest.mark.parametrize("name", [".#config.json", "gone.lock", "notes.txt", ".x.safetensors"])
 def test_a_link_to_nothing_that_nobody_needs_is_left_out(folder: Path, name: str) -> None:
-    """An editor's lock is no part of a model; the user hears of it."""
+    """An editor's lock is not part of a model; a remark tells the user."""
     (folder / name).symlink_to("user@host.1234:99")
     source = LocalSource(folder)
     assert len(source.files()) == 3
@@ -257,7 +257,7 @@ def test_a_link_to_nothing_that_nobody_needs_is_left_out(folder: Path, name: str
 
 
 def test_linked_folders_are_followed(folder: Path) -> None:
-    """Inside the directory and out of it; their files may be published as other links may."""
+    """Links inside and outside are followed; files outside need --follow-links to be published."""
     outside = folder.parent / "outside"
     outside.mkdir()
     (outside / "b.txt").write_bytes(b"b")
@@ -269,7 +269,7 @@ def test_linked_folders_are_followed(folder: Path) -> None:
 
 
 def test_folders_that_lead_round_in_a_circle_are_left_out(folder: Path) -> None:
-    """A folder is not looked through again inside itself, nor by way of another."""
+    """A folder is not listed again inside itself, directly or through another link."""
     for name, target in (("sub/up", ".."), ("sub/z", "../other"), ("sub/self", ".")):
         (folder / name).symlink_to(target, target_is_directory=True)
     (folder / "other").mkdir()
@@ -282,7 +282,7 @@ def test_folders_that_lead_round_in_a_circle_are_left_out(folder: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 def test_a_pipe_is_refused(folder: Path) -> None:
-    """Opening a pipe would wait for ever, so it is refused before."""
+    """Opening a pipe would block forever, so it is refused first."""
     os.mkfifo(folder / "pipe")
     with pytest.raises(CheckpointError, match="'pipe' is not a regular file"):
         LocalSource(folder).files()

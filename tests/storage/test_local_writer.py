@@ -1,4 +1,4 @@
-"""How files of an output directory are made, and come to stand under their names."""
+"""How files of an output directory are written and get their names."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ kernel_copies = pytest.mark.skipif(
 
 @pytest.fixture
 def through_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write as on a file system that has no disk of its own."""
+    """Write through the page cache, as on a file system without a block device."""
     monkeypatch.setattr(local_writer, "set_direct_io", lambda fd, on: False)
 
 
 @pytest.fixture
 def sharing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write as on a disk whose file system shares blocks, and asks for whole ones."""
+    """Write as on a file system that shares blocks, and requires whole ones."""
 
     def share(source: int, start: int, size: int, target: int, offset: int) -> bool:
         assert size
@@ -65,7 +65,7 @@ def destination(tmp_path: Path) -> Iterator[LocalDestination]:
 
 
 def test_a_file_has_its_name_only_when_it_is_complete(destination: LocalDestination) -> None:
-    """Until then it lies under a temporary name in the state folder."""
+    """Before that it has a temporary name in the state folder."""
     with destination.writers.open("sub/x.bin", 3) as writer:
         writer.write(memoryview(b"abc"))
         assert not (destination.root / "sub").exists()
@@ -78,7 +78,7 @@ def test_a_file_has_its_name_only_when_it_is_complete(destination: LocalDestinat
 
 
 def test_a_file_that_is_not_finished_is_discarded(destination: LocalDestination) -> None:
-    """Leaving without `finish`, by an error say, leaves nothing behind."""
+    """Leaving without `finish`, for instance by an error, leaves nothing behind."""
     with pytest.raises(KeyboardInterrupt), destination.writers.open("x.bin", 3) as writer:
         writer.write(memoryview(b"ab"))
         raise KeyboardInterrupt
@@ -89,7 +89,7 @@ def test_a_file_that_is_not_finished_is_discarded(destination: LocalDestination)
 def test_a_file_is_synced_before_it_is_renamed(
     destination: LocalDestination, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sync, rename, sync of the directory, then the line in the journal: in this order."""
+    """The order is: sync, rename, sync of the directory, line in the journal."""
     steps: list[str] = []
     fsync, replace, add = os.fsync, os.replace, journal.Journal.add
     monkeypatch.setattr(os, "fsync", lambda fd: (steps.append("sync"), fsync(fd))[1])
@@ -114,7 +114,7 @@ def test_new_folders_are_durable_too(
 
 
 def test_a_file_of_another_size_than_planned_is_not_finished(destination: LocalDestination) -> None:
-    """A writer knows how long its file will be, so a fault elsewhere cannot pass for a shard."""
+    """A writer knows the length of its file, so a file of another length is never published."""
     with pytest.raises(RewriteError), destination.writers.open("x.bin", 4) as writer:
         writer.write(memoryview(b"abcde"))
         writer.finish()
@@ -122,14 +122,14 @@ def test_a_file_of_another_size_than_planned_is_not_finished(destination: LocalD
 
 
 def test_long_paths_can_be_written(destination: LocalDestination) -> None:
-    """A path that the file system allows is written, however long the temporary name gets."""
+    """Any path that the file system allows is written, despite the longer temporary name."""
     name = "/".join(["folder" * 10] * 5 + ["x.bin"])
     destination.write_small(name, b"abc")
     assert (destination.root / name).read_bytes() == b"abc"
 
 
 def test_names_with_odd_characters_do_not_collide(destination: LocalDestination) -> None:
-    """Names that look alike once slashes are gone are written side by side."""
+    """Names that are equal without their slashes are written side by side."""
     names = ["a/b", "a%-b", "a-b", "a%b", "a%%-b"]
     writers = [destination.writers.open(name, len(name)) for name in names]
     opened = [writer.__enter__() for writer in writers]
@@ -147,7 +147,7 @@ def test_names_with_odd_characters_do_not_collide(destination: LocalDestination)
 def copied(
     folder: Path, destination: LocalDestination, start: int = 0, stop: int = len(checkpoints.DATA)
 ) -> bytes:
-    """A file that was written as: two bytes, a copied stretch, two bytes."""
+    """The copied part of a file that is written as: two bytes, the copied range, two bytes."""
     source = LocalSource(folder)
     size = stop - start + 4
     with destination.writers.open("copy.bin", size) as writer, source.open("data.bin") as reader:
@@ -174,7 +174,7 @@ def test_a_stretch_is_copied(
     stop: int,
     way: str,
 ) -> None:
-    """Whatever its start and length, and with other writes before and after."""
+    """The bytes are right for any start and length, and with other writes before and after."""
     if way != "as it is":
         request.getfixturevalue(way)
     assert copied(folder, destination, start, stop) == checkpoints.DATA[start:stop]
@@ -183,7 +183,7 @@ def test_a_stretch_is_copied(
 def test_copies_without_help_of_the_kernel(
     folder: Path, destination: LocalDestination, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Systems without `copy_file_range` read and write."""
+    """Systems without `copy_file_range` use reads and writes."""
     monkeypatch.delattr(os, "copy_file_range", raising=False)
     assert copied(folder, destination, 3, 20_000) == checkpoints.DATA[3:20_000]
 
@@ -201,7 +201,7 @@ def test_copies_that_the_kernel_refuses(
     code: int,
     after: int,
 ) -> None:
-    """Across file systems, or halfway through, the rest is read and written."""
+    """If it refuses at once, or halfway through, the rest is read and written."""
     copy, calls = os.copy_file_range, []
 
     def refuse(*args: Any) -> int:
@@ -221,7 +221,7 @@ def test_copies_that_the_kernel_refuses(
 def test_short_copies_are_continued(
     folder: Path, destination: LocalDestination, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kernel that copies less than asked for is asked again, at the right place."""
+    """If the kernel copies less than requested, the rest is requested at the right offset."""
     copy = os.copy_file_range
     monkeypatch.setattr(
         os, "copy_file_range", lambda a, b, count, *rest: copy(a, b, min(count, 997), *rest)
@@ -234,7 +234,7 @@ def test_short_copies_are_continued(
 def test_a_kernel_that_copies_nothing_is_not_believed(
     folder: Path, destination: LocalDestination, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some file systems answer 0 though there is more: the bytes are then read and written."""
+    """Some file systems return 0 before the end; the bytes are then read and written."""
     monkeypatch.setattr(os, "copy_file_range", lambda *args: 0)
     assert copied(folder, destination, 3, 20_000) == checkpoints.DATA[3:20_000]
 
@@ -244,7 +244,7 @@ def test_a_kernel_that_copies_nothing_is_not_believed(
 def test_other_errors_of_a_copy_are_errors(
     folder: Path, destination: LocalDestination, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A full disk does not become a slow copy to a full disk."""
+    """If the disk is full, the copy is not tried again by reads and writes."""
 
     def full(*args: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -258,7 +258,7 @@ def test_other_errors_of_a_copy_are_errors(
 def test_short_writes_are_continued(
     folder: Path, destination: LocalDestination, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A system that writes less than asked for is asked again."""
+    """If the system writes less than requested, the rest is written again."""
     write = os.write
     monkeypatch.delattr(os, "copy_file_range", raising=False)
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:999]))
@@ -268,7 +268,7 @@ def test_short_writes_are_continued(
 def test_a_source_that_ends_early_ends_the_copy(
     folder: Path, destination: LocalDestination
 ) -> None:
-    """Both ways of copying say so, and nothing appears under the name."""
+    """Both ways of copying raise an error, and no file appears under the name."""
     with pytest.raises(RewriteError, match="ended early"):
         copied(folder, destination, 0, len(checkpoints.DATA) + 1)
     assert destination.existing() == {}
@@ -281,7 +281,7 @@ assert len(MIB) == PIECE
 
 
 def refuses_direct(folder: Path) -> str:
-    """Why files there cannot be written past the page cache; nothing where they can."""
+    """The reason why files in a folder cannot bypass the page cache; empty if they can."""
     if not hasattr(os, "O_DIRECT") or not os.major(folder.stat().st_dev):
         return f"{folder} is on no disk of its own, or the system cannot pass its page cache"
     try:
@@ -297,7 +297,7 @@ def refuses_direct(folder: Path) -> str:
 def test_a_disk_is_written_past_the_page_cache(
     tmp_path: Path, destination: LocalDestination, tail: bytes
 ) -> None:
-    """The system itself says so; only the piece with the last bytes may take the other way."""
+    """The file has O_DIRECT set; only the piece with the last bytes may be written without it."""
     if why := refuses_direct(tmp_path):
         pytest.skip(why)
     import fcntl
@@ -315,7 +315,7 @@ def test_a_disk_is_written_past_the_page_cache(
 def test_a_file_asks_for_its_room_at_once(
     folder: Path, destination: LocalDestination, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
-    """Files that grow side by side would lie in many small parts; an answer of no is no error."""
+    """Files that grow in parallel would fragment; a refusal is not an error."""
     reserve, asked = os.posix_fallocate, []
 
     def ask(fd: int, offset: int, size: int) -> None:
@@ -345,7 +345,7 @@ def test_a_file_asks_for_its_room_at_once(
 def test_a_write_that_fails_before_a_copy(
     folder: Path, destination: LocalDestination, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    """What a write says is no answer of the kernel to whether it copies."""
+    """An error of a write is not taken for the kernel's refusal to copy."""
     write, calls = os.write, []
 
     def refuse(fd: int, data: memoryview) -> int:
@@ -365,7 +365,7 @@ def test_a_write_that_fails_before_a_copy(
 def test_a_disk_that_refuses_such_writes(
     destination: LocalDestination, monkeypatch: pytest.MonkeyPatch, largest: int
 ) -> None:
-    """Its blocks may be larger than ours, or it writes less than asked for: then by the cache."""
+    """If its blocks are larger, or a write is short, the page cache is used."""
     state = {"uncached": False}
 
     def switch(fd: int, on: bool) -> bool:
@@ -392,7 +392,7 @@ def test_a_disk_that_refuses_such_writes(
 def test_what_fails_in_the_writing_thread_ends_the_file(
     destination: LocalDestination, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next write says so, and nothing is left: no file, no thread."""
+    """The next write raises the error, and no file or thread is left."""
 
     def full(fd: int, data: memoryview) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -402,7 +402,7 @@ def test_what_fails_in_the_writing_thread_ends_the_file(
         pytest.raises(OSError, match="No space"),
         destination.writers.open("x.bin", 9 * PIECE) as writer,
     ):
-        for _ in range(3):  # the first is on its way, and the second waits for it
+        for _ in range(3):  # the first is in progress, and the second waits for it
             writer.write(memoryview(MIB))
         pytest.fail("nobody noticed")
     assert not [t for t in threading.enumerate() if t.name.startswith("moescale-write")]
@@ -410,7 +410,7 @@ def test_what_fails_in_the_writing_thread_ends_the_file(
 
 
 def test_a_digest_is_that_of_all_bytes(destination: LocalDestination) -> None:
-    """It is made in the thread that writes, piece by piece."""
+    """The writing thread computes it, piece by piece."""
     with destination.writers.open("x.bin", 2 * PIECE + 3, digest=True) as writer:
         writer.write(memoryview(MIB + MIB + b"123"))
         made = writer.finish()

@@ -1,4 +1,4 @@
-"""What every source and destination must do: one suite over directory, Hub and cache."""
+"""Requirements for every source and destination: one suite for directory, Hub and cache."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NAME = "model.safetensors"
 
 
 def place_of(lab: Lab, kind: str) -> str:
-    """How the user names the source of this kind."""
+    """The location of this kind of source, as a user gives it."""
     if kind == "cache":
         lab.fill_cache()
         lab.monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -61,7 +61,7 @@ def test_a_source_lists_its_files(lab: Lab, source: Source) -> None:
 
 
 def test_a_source_says_what_it_is(lab: Lab, source: Source) -> None:
-    """A directory has a path, a repo its name and the commit that is read."""
+    """A directory has a path; a repo has a name and the commit that is read."""
     identity = source.identity
     if identity.kind == "hub":
         assert (identity.id, identity.revision, identity.repo) == (SRC, lab.commit, SRC)
@@ -71,7 +71,7 @@ def test_a_source_says_what_it_is(lab: Lab, source: Source) -> None:
 
 
 def test_a_source_reads_stretches(lab: Lab, source: Source) -> None:
-    """Any stretch of any file can be read, also in the order in which headers are."""
+    """Any part of any file can be read, also in the order in which headers are read."""
     shard = lab.source[SHARDS[1]]
     assert source.read(SHARDS[1], 0, 8) == shard[:8]
     assert source.read(SHARDS[1], 8, 1000) == shard[8:1008]
@@ -86,7 +86,7 @@ def test_a_source_reads_stretches(lab: Lab, source: Source) -> None:
 
 
 def test_a_source_streams(lab: Lab, source: Source) -> None:
-    """A file that is opened can be read from its start to its end, in pieces of any size."""
+    """An open file can be read from start to end, in pieces of any size."""
     for name in (SHARDS[0], "empty.txt", "tokenizer_config.json"):
         want = lab.source[name]
         found = bytearray(len(want))
@@ -97,7 +97,7 @@ def test_a_source_streams(lab: Lab, source: Source) -> None:
 
 
 def test_a_source_has_a_state_for_the_journal(lab: Lab, source: Source) -> None:
-    """The state of a file is JSON, and another look at the same source finds the same."""
+    """The state of a file is JSON, and is the same if the source is opened again."""
     states = {name: source.fingerprint(name) for name in source.files()}
     assert json.loads(json.dumps(states)) == states
     assert source.last_changed() >= 0
@@ -111,7 +111,7 @@ def test_a_source_has_a_state_for_the_journal(lab: Lab, source: Source) -> None:
 
 
 def test_another_content_is_another_state(lab: Lab) -> None:
-    """A file that changes in a directory or on a branch has another state."""
+    """A file that changes in a directory or on a branch gets another state."""
     hub = lab.start()
     before = [
         LocalSource(lab.folder).fingerprint(SHARDS[0]),
@@ -143,7 +143,7 @@ def test_names_that_could_leave_the_repo_are_refused(lab: Lab, kind: str, name: 
 
 @pytest.fixture(params=DESTINATIONS)
 def destinations(request: pytest.FixtureRequest, lab: Lab) -> Callable[..., Destination]:
-    """A function that opens the same destination again and again, as reruns do."""
+    """A function that opens the same destination repeatedly, as reruns do."""
     lab.start(xet=request.param != "Hub, no xet")
     if request.param == "directory":
         return lambda **_: LocalDestination(lab.root / "out")
@@ -151,7 +151,7 @@ def destinations(request: pytest.FixtureRequest, lab: Lab) -> Callable[..., Dest
 
 
 def contents(lab: Lab, destination: Destination) -> dict[str, bytes]:
-    """What a reader of the destination finds, without the state of an unfinished run."""
+    """The files that a reader of the destination finds, without the state of an unfinished run."""
     if isinstance(destination, LocalDestination):
         return {n: d for n, d in checkpoints.tree(destination.root).items() if ".moescale" not in n}
     found = lab.output() if lab.hub.has(DST) else {}
@@ -159,7 +159,7 @@ def contents(lab: Lab, destination: Destination) -> dict[str, bytes]:
 
 
 def write(destination: Destination, name: str, data: bytes, finish: bool = True) -> None:
-    """Write a large file in a few pieces."""
+    """Write a large file in several pieces."""
     with destination.writers.open(name, len(data), True) as writer:
         for start in range(0, len(data), 500_000):
             writer.write(memoryview(data)[start : start + 500_000])
@@ -169,7 +169,7 @@ def write(destination: Destination, name: str, data: bytes, finish: bool = True)
 
 
 def publish(destination: Destination, name: str = NAME, data: bytes = BIG) -> None:
-    """Do a whole run: a large file, a small one, and the last ones."""
+    """Perform a whole run: a large file, a small one, and the last ones."""
     write(destination, name, data)
     destination.write_small("README.md", b"# x\n")
     names = {name, "README.md", "config.json"}
@@ -178,7 +178,7 @@ def publish(destination: Destination, name: str = NAME, data: bytes = BIG) -> No
 
 
 def test_an_empty_destination_has_nothing(destinations: Callable[..., Destination]) -> None:
-    """A destination that is not there yet is empty and has no unfinished run."""
+    """A destination that does not exist is empty and has no unfinished run."""
     destination = destinations()
     assert destination.existing() == {}
     assert destination.unfinished_job() is None
@@ -187,7 +187,7 @@ def test_an_empty_destination_has_nothing(destinations: Callable[..., Destinatio
 def test_a_destination_shows_a_whole_output(
     lab: Lab, destinations: Callable[..., Destination]
 ) -> None:
-    """After `publish` all files are there with their bytes, and no run is unfinished."""
+    """After `publish` all files are present with their bytes, and no run is unfinished."""
     destination = destinations()
     destination.begin(JOB, replace=False)
     publish(destination)
@@ -205,7 +205,7 @@ def test_a_destination_shows_a_whole_output(
 def test_an_unfinished_run_loads_nowhere_and_is_known(
     lab: Lab, destinations: Callable[..., Destination]
 ) -> None:
-    """Before `publish` there is no config to load; another look finds job and finished files."""
+    """Before `publish` there is no config to load; job and finished files can be read back."""
     destination = destinations()
     destination.begin(JOB, replace=False)
     write(destination, NAME, BIG)
@@ -230,7 +230,7 @@ def test_an_unfinished_run_loads_nowhere_and_is_known(
 def test_a_replaced_run_starts_from_nothing(
     lab: Lab, destinations: Callable[..., Destination]
 ) -> None:
-    """With `replace` the files of the other run count for nothing, and are gone at the end."""
+    """With `replace` the other run's files do not count, and are gone at the end."""
     destination = destinations()
     destination.begin(JOB, replace=False)
     write(destination, "old.safetensors", BIG[::-1])
@@ -246,7 +246,7 @@ def test_a_replaced_run_starts_from_nothing(
 def test_old_content_goes_when_it_is_replaced(
     lab: Lab, destinations: Callable[..., Destination]
 ) -> None:
-    """What the new output does not have is removed by `publish`, in folders too."""
+    """`publish` removes files that the new output lacks, in folders too."""
     destination = destinations()
     destination.begin(JOB, replace=False)
     write(destination, "sub/old.safetensors", BIG)
@@ -262,7 +262,7 @@ def test_old_content_goes_when_it_is_replaced(
 def test_a_finished_output_can_be_amended(
     lab: Lab, destinations: Callable[..., Destination]
 ) -> None:
-    """A small file of a finished output is replaced by itself."""
+    """A small file of a finished output can be replaced alone."""
     destination = destinations()
     destination.begin(JOB, replace=False)
     publish(destination)
@@ -277,7 +277,7 @@ def test_a_finished_output_can_be_amended(
 def test_a_shard_that_is_given_up_can_be_written_again(
     lab: Lab, destinations: Callable[..., Destination]
 ) -> None:
-    """An error inside a shard discards it; the same destination takes it a second time."""
+    """An error inside a shard discards it; the same destination accepts it again."""
     destination = destinations()
     destination.begin(JOB, replace=False)
     with pytest.raises(ZeroDivisionError), destination.writers.open(NAME, len(BIG), True) as writer:
@@ -290,7 +290,7 @@ def test_a_shard_that_is_given_up_can_be_written_again(
 def test_a_destination_copies_from_a_reader(
     lab: Lab, destinations: Callable[..., Destination]
 ) -> None:
-    """A stretch of another file is appended and reported piece by piece."""
+    """A part of another file is appended and reported piece by piece."""
     destination = destinations()
     destination.begin(JOB, replace=False)
     with (
@@ -308,7 +308,7 @@ def test_a_destination_copies_from_a_reader(
 def test_a_destination_knows_whether_it_is_the_source(
     lab: Lab, destinations: Callable[..., Destination]
 ) -> None:
-    """A destination that the source is read from is noticed, another one is not."""
+    """It recognises the source that it contains, and no other."""
     destination = destinations()
     destination.begin(JOB, replace=False)
     publish(destination)
@@ -323,7 +323,7 @@ def test_a_destination_knows_whether_it_is_the_source(
 
 
 def test_two_jobs_do_not_mix(destinations: Callable[..., Destination]) -> None:
-    """Another job finds the unfinished one, and does not go on with its files unasked."""
+    """Another job sees the unfinished one, and differs from it."""
     destination = destinations()
     destination.begin(JOB, replace=False)
     destination.close()
@@ -338,7 +338,7 @@ def test_two_jobs_do_not_mix(destinations: Callable[..., Destination]) -> None:
 @pytest.mark.parametrize("to", DESTINATIONS)
 @pytest.mark.parametrize("kind", SOURCES)
 def test_every_pair_makes_the_same_model(lab: Lab, kind: str, to: str) -> None:
-    """Every source with every destination gives the shards that arithmetic gives, and all else."""
+    """Every source with every destination gives the expected shards and the same other files."""
     hub = lab.start(xet=to != "Hub, no xet")
     place = place_of(lab, kind)
     if kind == "cache" and to != "directory":
@@ -363,7 +363,7 @@ def test_every_pair_makes_the_same_model(lab: Lab, kind: str, to: str) -> None:
 def test_a_destination_refuses_to_go_on_with_a_stranger(
     destinations: Callable[..., Destination],
 ) -> None:
-    """A journal of another job is not continued even if it appears between look and begin."""
+    """A journal of another job is refused, even if it appears just before `begin`."""
     destination = destinations()
     other = destinations()
     destination.begin({"version": "other"}, replace=False)

@@ -19,7 +19,7 @@ IMAGE = 512 * MIB
 PADDINGS, PADDING = 6, ("BF16", (4 * MIB,), b"\x3c" * (8 * MIB))
 EXPERT = (MIB // 4,)
 SLACK = 4 * MIB
-"""Of journals, directories, and the blocks in which a tensor begins and ends."""
+"""Bytes for journals, directories, and blocks at the boundaries of tensors."""
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +44,13 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def used(place: Path) -> int:
-    """Bytes that are taken on the file system of a place."""
+    """The bytes in use on the file system of a path."""
     os.sync()
     return shutil.disk_usage(place).used
 
 
 def test_new_blocks_are_those_of_the_changed_bytes(disk: Path) -> None:
-    """Of 52 MiB, of which 4 MiB change, only about 4 MiB are new; the bytes are right."""
+    """If 4 of 52 MiB change, only about 4 MiB are new, and the bytes are right."""
     tensors = checkpoints.mixtral_tensors(layers=2, experts=4)
     routed = checkpoints.routed(tensors)
     for name in routed:

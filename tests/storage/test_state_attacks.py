@@ -1,4 +1,4 @@
-"""What lies in a destination is not believed: torn or hostile state, planted links, races."""
+"""The content of a destination is not trusted: torn or hostile state, planted links, races."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def whole(source: Path, tmp_path: Path) -> Tree:
-    """What an undisturbed run makes."""
+    """The output of an undisturbed run."""
     convert(source, tmp_path / "whole", experts=3)
     return checkpoints.tree(tmp_path / "whole")
 
 
 @pytest.fixture
 def out(source: Path, tmp_path: Path) -> Path:
-    """A run that was interrupted in its third shard; ``extra/a.txt`` and two shards are done."""
+    """A run interrupted in its third shard; ``extra/a.txt`` and two shards are finished."""
     interrupt(source, tmp_path / "out")
     return tmp_path / "out"
 
 
 @pytest.fixture
 def outside(tmp_path: Path) -> Iterator[Path]:
-    """A folder of somebody else, in which nothing may change."""
+    """A folder outside of the run, in which nothing may change."""
     folder = tmp_path / "outside"
     checkpoints.write_files(folder, {"file": b"theirs", "sub/file": b"theirs"})
     before = checkpoints.tree(folder)
@@ -61,20 +61,20 @@ def outside(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def no_hang() -> Iterator[None]:
-    """A pipe that is waited for ends the test, not the whole suite."""
+    """A read that blocks on a pipe ends the test, not the whole suite."""
 
     def hangs(*_: object) -> None:
         raise TimeoutError
 
     before = signal.signal(signal.SIGALRM, hangs)
-    signal.alarm(600)  # a loaded machine takes a minute for what is no hang
+    signal.alarm(600)  # a loaded machine can take a minute without hanging
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
 
 
 def interrupt(source: Path, out: Path, at: str = THIRD, **options: Any) -> None:
-    """Leave a run that was interrupted while it wrote the file `at`."""
+    """Leave a run that was interrupted while writing the file `at`."""
 
     def stop(name: str, size: int) -> None:
         if name == at:
@@ -90,13 +90,13 @@ def lines(out: Path) -> list[bytes]:
 
 
 def check_resumes(source: Path, out: Path, whole: Tree) -> None:
-    """Assert that the same command makes the whole output, and leaves nothing else."""
+    """Assert that the same command completes the output, and leaves nothing else."""
     assert convert(source, out, experts=3).status == "resume"
     assert checkpoints.tree(out) == whole
 
 
 def check_refused_or_whole(source: Path, out: Path, whole: Tree) -> str:
-    """Assert that the same command does either, and that --overwrite always works."""
+    """Assert that the command is refused or completes the output, and that --overwrite works."""
     try:
         status = convert(source, out, experts=3).status
     except DestinationError:
@@ -110,7 +110,7 @@ def check_refused_or_whole(source: Path, out: Path, whole: Tree) -> str:
 
 
 def test_the_fixture_is_a_run_to_resume(source: Path, out: Path, whole: Tree) -> None:
-    """Two shards and a small file are finished, noted, and not written again."""
+    """Two shards and a small file are finished, listed in the journal, and not written again."""
     names = [json.loads(line)["file"] for line in lines(out)[1:]]
     assert names == ["extra/a.txt", FIRST, SECOND]
     before = (out / FIRST).stat().st_ino
@@ -119,7 +119,7 @@ def test_the_fixture_is_a_run_to_resume(source: Path, out: Path, whole: Tree) ->
 
 
 def test_a_journal_that_is_torn_anywhere(source: Path, tmp_path: Path, whole: Tree) -> None:
-    """Cut at any byte: what is left of it is right, or it is no journal at all."""
+    """Cut at any byte, the journal gives the right output or is refused."""
     interrupt(source, tmp_path / "model")
     content = (tmp_path / "model" / STATE / JOURNAL).read_bytes()
     seen = set()
@@ -132,13 +132,13 @@ def test_a_journal_that_is_torn_anywhere(source: Path, tmp_path: Path, whole: Tr
 
 
 def test_a_job_without_its_line_end_is_torn(source: Path, out: Path, whole: Tree) -> None:
-    """A line is only one with its end, also the first."""
+    """A line without its end does not count, not even the first."""
     (out / STATE / JOURNAL).write_bytes(lines(out)[0].rstrip(b"\n"))
     assert check_refused_or_whole(source, out, whole) == "replace"
 
 
 def test_a_journal_with_flipped_bits(source: Path, tmp_path: Path, whole: Tree) -> None:
-    """Whatever a bad disk makes of it, the output is right or the run is refused."""
+    """Whatever bits a bad disk flips, the output is right or the run is refused."""
     for at in range(0, 2000, 83):
         out = tmp_path / f"flip{at}"
         interrupt(source, out)
@@ -183,7 +183,7 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_a_hostile_entry(
     source: Path, out: Path, whole: Tree, outside: Path, change: Callable[[Any], Any]
 ) -> None:
-    """An entry that is no honest one is passed over; its file is done again."""
+    """An invalid entry is skipped, and its file is written again."""
     entries = lines(out)
     hostile = json.dumps(change(json.loads(entries[2]))).encode() + b"\n"
     (out / STATE / JOURNAL).write_bytes(entries[0] + entries[1] + hostile + entries[3])
@@ -194,7 +194,7 @@ def test_a_hostile_entry(
     "line", [b"[" * 100_000, b'{"file": 1' + b"0" * 5000 + b"}", b"\xff", b"\0"]
 )
 def test_a_line_that_is_hard_to_read(source: Path, out: Path, whole: Tree, line: bytes) -> None:
-    """Nested without end, a number without end, no text: the run goes on without it."""
+    """Deep nesting, a huge number or invalid text: the run resumes without the line."""
     with open(out / STATE / JOURNAL, "ab") as file:
         file.write(line + b"\n")
     check_resumes(source, out, whole)
@@ -202,7 +202,7 @@ def test_a_line_that_is_hard_to_read(source: Path, out: Path, whole: Tree, line:
 
 @pytest.mark.parametrize("kind", ["a folder", "a pipe", "empty", "text", "binary"])
 def test_a_foreign_journal(source: Path, out: Path, whole: Tree, kind: str) -> None:
-    """What we did not write is refused without being waited for, and stays."""
+    """A journal of another program is refused without blocking, and is kept."""
     path = out / STATE / JOURNAL
     path.unlink()
     make = {"a folder": path.mkdir, "a pipe": lambda: os.mkfifo(path)}
@@ -218,12 +218,12 @@ def test_a_foreign_journal(source: Path, out: Path, whole: Tree, kind: str) -> N
 
 
 def truncate(path: Path) -> None:
-    """Half of a file."""
+    """Cut a file to half of its size."""
     os.truncate(path, path.stat().st_size // 2)
 
 
 def alter(path: Path) -> None:
-    """Another bit near the end, in place, with size and time as before."""
+    """Flip a bit near the end in place, and restore size and time."""
     info = path.stat()
     with open(path, "r+b") as file:
         file.seek(max(0, info.st_size - 10))
@@ -235,7 +235,7 @@ def alter(path: Path) -> None:
 
 
 def replace(path: Path) -> None:
-    """Another file of the same size and time under the name."""
+    """Put another file of the same size and time under the name."""
     info, new = path.stat(), path.with_name("new")
     new.write_bytes(path.read_bytes()[::-1])
     os.utime(new, ns=(info.st_atime_ns, info.st_mtime_ns))
@@ -243,7 +243,7 @@ def replace(path: Path) -> None:
 
 
 def link_to_source(path: Path) -> None:
-    """A link to the unscaled shard."""
+    """Put a link to the unscaled shard in its place."""
     path.unlink()
     path.symlink_to(Path("..") / "source" / path.name)
 
@@ -252,7 +252,7 @@ def link_to_source(path: Path) -> None:
 def test_a_finished_shard_that_is_damaged(
     source: Path, out: Path, whole: Tree, damage: Callable[[Path], Any]
 ) -> None:
-    """Size, times and kind of a finished file are compared, never only its name."""
+    """Size, times and type of a finished file are compared, not only its name."""
     before = checkpoints.tree(source)
     damage(out / FIRST)
     check_resumes(source, out, whole)
@@ -263,14 +263,14 @@ def test_a_finished_shard_that_is_damaged(
 def test_a_shard_of_another_run_under_the_right_name(
     source: Path, out: Path, whole: Tree, tmp_path: Path
 ) -> None:
-    """A file that no line vouches for is written over."""
+    """A file that the journal does not list is overwritten."""
     convert(source, tmp_path / "other", experts=4)
     (tmp_path / "other" / THIRD).rename(out / THIRD)
     check_resumes(source, out, whole)
 
 
 def test_what_everything_vouches_for_is_told_by_the_proof(source: Path, out: Path) -> None:
-    """Whoever can forge the journal too is found by --verify, with file and tensor."""
+    """If the journal is forged too, --verify finds the file and the tensor."""
     alter(out / FIRST)
     info = (out / FIRST).stat()
     content = lines(out)
@@ -286,7 +286,7 @@ def test_what_everything_vouches_for_is_told_by_the_proof(source: Path, out: Pat
 def test_a_finished_output_that_is_damaged(
     source: Path, tmp_path: Path, damage: Callable[[Path], Any]
 ) -> None:
-    """Same size and time: the proof tells, and nothing is written by it."""
+    """Size and time are the same; --verify finds the damage, and writes nothing."""
     convert(source, tmp_path / "out", experts=3)
     damage(tmp_path / "out" / SECOND)
     before = checkpoints.tree(tmp_path / "out")
@@ -310,7 +310,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 def test_other_options_do_not_go_on(
     source: Path, out: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    """They are refused and change nothing; with --overwrite nothing of the first run stays."""
+    """They are refused and change nothing; --overwrite keeps nothing of the first run."""
     before, other = checkpoints.tree(out), {"experts": 3, **options}
     with pytest.raises(DestinationError, match="other options"):
         convert(source, out, **other)
@@ -331,7 +331,7 @@ CHANGED = [
 def test_a_source_that_changed_meanwhile(
     source: Path, out: Path, tmp_path: Path, name: str, damage: Callable[[Path], Any]
 ) -> None:
-    """Even with size and time restored it is another source, and the run does not go on."""
+    """With size and time restored it is still another source, and the run is not resumed."""
     damage(source / name)
     with pytest.raises(MoescaleError):
         convert(source, out, experts=3)
@@ -341,7 +341,7 @@ def test_a_source_that_changed_meanwhile(
 def test_a_finished_run_of_a_changed_source_is_replaced_whole(
     source: Path, out: Path, tmp_path: Path
 ) -> None:
-    """Shards of two states of a source never stand side by side."""
+    """Shards of two versions of a source are never mixed."""
     alter(source / FIRST)
     with pytest.raises(DestinationError, match="one that has changed"):
         convert(source, out, experts=3)
@@ -354,7 +354,7 @@ def test_a_finished_run_of_a_changed_source_is_replaced_whole(
 
 
 def plant(path: Path, target: Path) -> None:
-    """A link instead of whatever is there; it may be a folder."""
+    """Put a link in place of whatever exists, which may be a folder."""
     if path.is_dir() and not path.is_symlink():
         path.rename(path.with_name(path.name + "-was"))
     else:
@@ -384,7 +384,7 @@ PLACES = {
 def test_a_link_in_an_unfinished_run(
     source: Path, out: Path, whole: Tree, outside: Path, place: str, target: str
 ) -> None:
-    """Nothing is ever written, removed or made through it: refused, or replaced by the file."""
+    """Nothing is written, removed or created through it; it is refused, or replaced by the file."""
     plant(out / place, outside / target)
     try:
         convert(source, out, experts=3)
@@ -402,7 +402,7 @@ def test_a_link_in_an_unfinished_run(
 def test_a_link_in_a_finished_output(
     source: Path, tmp_path: Path, outside: Path, place: str, target: str, overwrite: bool
 ) -> None:
-    """A proof and a replacement do not write through it either."""
+    """Verification and replacement do not write through it either."""
     convert(source, tmp_path / "out", experts=3)
     plant(tmp_path / "out" / place, outside / target)
     options = {"overwrite": True, "experts": 4} if overwrite else {"verify": True}
@@ -414,7 +414,7 @@ def test_a_link_in_a_finished_output(
 def test_links_that_are_planted_during_the_run(
     source: Path, tmp_path: Path, outside: Path, target: str
 ) -> None:
-    """Names that are taken in the middle of it end it, or are replaced; others it does not use."""
+    """A link at a name that the run uses ends the run or is replaced."""
     out = tmp_path / "out"
     names = [FIRST, SECOND, THIRD, "config.json", "moescale.json", "README.md"]
     planted = []
@@ -439,7 +439,7 @@ def test_links_that_are_planted_during_the_run(
 def test_a_folder_that_was_moved_away_is_not_finished(
     source: Path, out: Path, whole: Tree, tmp_path: Path
 ) -> None:
-    """A link to the very files that the run has written is not the output."""
+    """A link to the files that the run has written is not the output."""
     (out / "extra").rename(tmp_path / "elsewhere")
     (out / "extra").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(DestinationError, match="behind a link"):
@@ -449,7 +449,7 @@ def test_a_folder_that_was_moved_away_is_not_finished(
 
 
 def test_the_destination_itself_may_be_a_link(source: Path, tmp_path: Path, whole: Tree) -> None:
-    """A folder on another disk, say: the user named it."""
+    """The user gave that path, for instance to use another disk."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk")
     assert convert(source, tmp_path / "link", experts=3).status == "new"
@@ -466,7 +466,7 @@ def test_the_destination_itself_may_be_a_link(source: Path, tmp_path: Path, whol
 def test_a_pipe_in_a_finished_output(
     source: Path, tmp_path: Path, name: str, make: Callable[[Path], Any], options: dict[str, Any]
 ) -> None:
-    """Nobody waits for a pipe that stands where a file should; --overwrite removes it."""
+    """A run does not block on a pipe; --overwrite removes it."""
     out = tmp_path / "out"
     convert(source, out, experts=3)
     (out / name).unlink()
@@ -483,7 +483,7 @@ def test_a_pipe_in_a_finished_output(
 def test_a_lock_that_is_something_else(
     source: Path, out: Path, whole: Tree, make: Callable[[Path], Any]
 ) -> None:
-    """A pipe or a folder is said to be one; a file that a dead process left is taken."""
+    """A pipe or a folder is an error; a file that a dead process left is reused."""
     (out / STATE / "lock").unlink()
     make(out / STATE / "lock")
     if (out / STATE / "lock").is_file():
@@ -499,7 +499,7 @@ def test_a_lock_that_is_something_else(
 def test_a_disk_without_locks_is_said_as_such(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file system that has no locks is not taken for another run."""
+    """A file system without locks is not reported as another run."""
 
     def none(fd: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -510,7 +510,7 @@ def test_a_disk_without_locks_is_said_as_such(
 
 
 def test_a_proof_waits_for_no_run_and_writes_into_none(source: Path, tmp_path: Path) -> None:
-    """While a run holds the place, the digests of a proof are not written there."""
+    """While another run holds the destination, verification does not write digests there."""
     out = tmp_path / "out"
     convert(source, out, experts=3)
     destination = LocalDestination(out)
@@ -523,7 +523,7 @@ def test_a_proof_waits_for_no_run_and_writes_into_none(source: Path, tmp_path: P
 
 
 def test_the_end_of_a_run_leaves_the_next_one_alone(source: Path, tmp_path: Path) -> None:
-    """Whoever begins while another one ends keeps its journal, or is told to wait."""
+    """A run that begins while another one ends keeps its journal, or is refused."""
     out = tmp_path / "out"
     first = LocalDestination(out)
     first.begin({"job": "one"}, replace=False)
@@ -545,7 +545,7 @@ def test_the_end_of_a_run_leaves_the_next_one_alone(source: Path, tmp_path: Path
 
 
 def test_a_run_that_ends_between_look_and_lock(source: Path, tmp_path: Path, whole: Tree) -> None:
-    """What was empty when it was looked at is not written into if it is full when it is locked."""
+    """A destination that another run fills before the lock is refused."""
     out = tmp_path / "out"
     begin = LocalDestination.begin
 
@@ -563,7 +563,7 @@ def test_a_run_that_ends_between_look_and_lock(source: Path, tmp_path: Path, who
 
 @pytest.mark.parametrize("same", [True, False])
 def test_many_runs_at_once(source: Path, tmp_path: Path, whole: Tree, same: bool) -> None:
-    """Each is done or refused with 3, and the output is the whole one of one of them."""
+    """Each run succeeds or is refused with 3, and the output is that of one of them."""
     out, children = tmp_path / "out", []
     for number in range(4):
         experts = "3" if same or number % 2 else "4"

@@ -129,7 +129,7 @@ class Workers:
         (self._folder / "go").touch()
 
     def writing(self, count: int = 1) -> list[int]:
-        """Wait until so many processes have written; return their ids."""
+        """Wait until this number of processes have written; return their ids."""
 
         def found() -> list[int]:
             pids = [int(path.name) for path in self._folder.iterdir() if path.name.isdigit()]

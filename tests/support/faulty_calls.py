@@ -180,7 +180,7 @@ class Calls:
         _watched.clear()
 
     def audit(self, event: str, target: Any) -> None:
-        """Record an audit event that none of our calls caused."""
+        """Record an audit event that no call in `Calls` caused."""
         where = None if getattr(self._inside, "depth", 0) else self._where(target)
         if where is not None:
             self.unseen.append(f"{event} {where}")

@@ -99,23 +99,23 @@ def html(code: int = 200) -> Action:
 
 
 def reset(after: int = -1) -> Action:
-    """Reset the connection before the head (nothing is done), or after so many body bytes."""
+    """Reset the connection before the head (nothing is done), or after this many body bytes."""
     before = (lambda _: Response()) if after < 0 else None
     return Action(before=before, cut=after, ending="reset")
 
 
 def reset_upload(after: int = 0) -> Action:
-    """Reset the connection after so many bytes of the request's body were read."""
+    """Reset the connection after reading this many bytes of the request's body."""
     return Action(upload_cut=after)
 
 
 def truncate(after: int) -> Action:
-    """Announce the whole length, send so many bytes and close the connection properly."""
+    """Announce the whole length, send this many bytes and close the connection properly."""
     return Action(cut=after, ending="close")
 
 
 def stall(after: int = -1) -> Action:
-    """Stop before the head, or after so many body bytes, until released or the Hub closes.
+    """Stop before the head, or after this many body bytes, until released or the Hub closes.
 
     The request has been carried out by then; after a release the rest of the answer follows.
     """
@@ -149,7 +149,7 @@ def lost() -> Action:
 
 
 def run(function: Callable[[], object]) -> Action:
-    """Run something on the server first (an expiry, a commit of someone else), then answer."""
+    """Run something on the server first (an expiry, another user's commit), then answer."""
 
     def before(_: Request) -> None:
         function()

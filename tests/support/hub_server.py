@@ -369,7 +369,7 @@ class Hub:
         branch: str = "main",
         kind: str = "model",
     ) -> str:
-        """Commit to a branch, created if missing, without the API, as somebody else would."""
+        """Commit to a branch, created if missing, without the API, as another user would."""
         repo, ref = self.repo(name, kind), f"refs/heads/{branch}"
         with self.store.lock:
             head = repo.find(branch) or repo.resolve("main")

@@ -23,7 +23,7 @@ class Fault:
     tests: str
     """The ids of the tests that it breaks, as a regular expression."""
     raises: type[Exception]
-    """The error that they fail with; any other failure is ours."""
+    """The error that they fail with; any other failure is moescale's."""
     reason: str
     reproduction: str
     """A few lines that fail in the same way, without moescale."""

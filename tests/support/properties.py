@@ -40,7 +40,7 @@ from moescale.version import __version__
 
 NAME = "model-00001-of-00002.safetensors"
 STRICTER = ("occurs twice", "needs exactly", "too large", "-0 is not an integer")
-"""What safetensors accepts and we refuse, since loaders treat it differently."""
+"""Headers that safetensors accepts and moescale refuses, since loaders treat them differently."""
 
 
 # Headers ------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def with_header(text: str | bytes, body: bytes = b"") -> bytes:
 
 @contextmanager
 def one_line(*kinds: type[MoescaleError]) -> Iterator[None]:
-    """Allow only our own errors, each with one printable line."""
+    """Allow only moescale's own errors, each with one printable line."""
     try:
         yield
     except kinds as error:
@@ -279,7 +279,7 @@ def directory_holds(root: Path) -> None:
 
 
 def card_holds(data: bytes) -> None:
-    """Any card gives a card for the output, with our section and the old text."""
+    """Any card gives a card for the output, with moescale's section and the old text."""
     new = card.render(_a_plan(), data)
     assert b"## Rescaled mixture of experts" in new
     new.decode()

@@ -90,7 +90,7 @@ NF4 = np.linspace(-1, 1, 16)
 
 
 def unpack(words: Array, bits: int) -> Array:
-    """Unsigned codes of so many bits, from the low bits of each word to the high ones."""
+    """Unsigned codes of this number of bits, from the low bits of each word to the high ones."""
     width = words.dtype.itemsize * 8
     shifts = np.arange(0, width, bits, dtype=np.uint64)
     wide = words.astype(np.uint64) & np.uint64(2**width - 1)
