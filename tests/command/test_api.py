@@ -1,4 +1,4 @@
-"""From Python: the same as the command, typed, silent, and nothing left running."""
+"""From Python: the same as the command, typed, silent, and with nothing left running."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current directory, with a small Mixtral in it under the name that examples use."""
+    """The current directory, which contains a small Mixtral under the name used in examples."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     return checkpoints.mixtral(tmp_path / "Mixtral-8x7B")
 
 
-# What there is ------------------------------------------------------------------------------------
+# Public names -------------------------------------------------------------------------------------
 
 
 def test_every_public_name_is_there_and_no_other_is() -> None:
-    """What `__all__` lists can be had from the package, and an editor sees it."""
+    """Every name in `__all__` can be imported from the package, and an editor sees it."""
     assert set(moescale.__all__) <= set(dir(moescale))
     for name in moescale.__all__:
         assert getattr(moescale, name) is not None
@@ -70,7 +70,7 @@ print(sorted(heavy & (set(sys.modules) - before)))
 
 
 def test_the_import_costs_nothing() -> None:
-    """``import moescale`` brings its errors and its version, and no other module."""
+    """``import moescale`` imports its errors and its version, and no other module."""
     command = [sys.executable, "-c", LAZY]
     child = subprocess.run(command, capture_output=True, text=True, check=True)
     ours, heavy = child.stdout.splitlines()
@@ -79,7 +79,7 @@ def test_the_import_costs_nothing() -> None:
 
 
 def test_the_keywords_are_the_fields_of_options() -> None:
-    """An option that the plan knows can be given from Python, typed as there or wider."""
+    """Every option of a plan is available from Python, with the same or a wider type."""
     typed, kept = get_type_hints(Rescaling), get_type_hints(Options)
     assert (
         typed.keys() - {"max_memory", "device", "calibrate_out"}
@@ -95,7 +95,7 @@ def test_the_keywords_are_the_fields_of_options() -> None:
     [(api.plan, PlanOptions), (api.convert, ConvertOptions), (api.verify, VerifyOptions)],
 )
 def test_the_signature_shows_every_option(verb: Any, keywords: type) -> None:
-    """`help` and a notebook show each option with its type and default, not ``**options``."""
+    """`help` and a notebook show each option with type and default, not ``**options``."""
     signature = inspect.signature(verb)
     for name, hint in get_type_hints(keywords).items():
         assert signature.parameters[name].annotation == hint
@@ -123,7 +123,7 @@ def test_the_signature_shows_every_option(verb: Any, keywords: type) -> None:
     ],
 )
 def test_a_wrong_keyword_names_the_right_one(verb: str, word: str, meant: str | None) -> None:
-    """Words of the command, of configs and of other tools are told what they are called here."""
+    """For words of the command, of configs and of other tools, the error gives our keyword."""
     suggested = rf"; {meant}\?" if meant else ""
     with pytest.raises(TypeError, match=rf"^{verb}\(\) has no option '{word}'{suggested}$"):
         getattr(moescale, verb)("a", **{word: 3})
@@ -131,13 +131,13 @@ def test_a_wrong_keyword_names_the_right_one(verb: str, word: str, meant: str | 
 
 @pytest.mark.parametrize(("verb", "word"), [("plan", "jobs"), ("verify", "overwrite")])
 def test_an_option_of_another_verb_is_said_to_be_one(verb: str, word: str) -> None:
-    """It is not called unknown, and nothing else is suggested."""
+    """The option is not called unknown, and no other is suggested."""
     with pytest.raises(TypeError, match=rf"^{verb}\(\) has no option '{word}'; convert\(\) has$"):
         getattr(moescale, verb)("a", **{word: 3})
 
 
 def test_a_number_in_place_of_a_path_is_told_its_name(there: Path) -> None:
-    """A second or third argument by position is not the number of experts."""
+    """A second or third positional argument is not the number of experts."""
     wrong: Any = 3
     with pytest.raises(TypeError, match=r"^plan\(\) takes a path .*, not 3; experts=3\?$"):
         moescale.plan(there, wrong)
@@ -147,7 +147,7 @@ def test_a_number_in_place_of_a_path_is_told_its_name(there: Path) -> None:
 
 @pytest.mark.parametrize("verb", [api.plan, api.convert, api.verify])
 def test_what_is_raised_is_documented(verb: Any) -> None:
-    """Each docstring lists errors that there are, TypeError for a wrong keyword among them."""
+    """Each docstring lists existing errors, including TypeError for a wrong keyword."""
     text = (inspect.getdoc(verb) or "").partition("Raises:\n")[2]
     found = set(re.findall(r"^    (\w+): ", text, re.MULTILINE))
     assert {"TypeError", "UsageError", "SourceError", "TemporaryError"} <= found
@@ -155,14 +155,14 @@ def test_what_is_raised_is_documented(verb: Any) -> None:
 
 
 def test_a_keyword_that_resembles_nothing_is_named() -> None:
-    """No suggestion is better than a wrong one."""
+    """A wrong suggestion would be worse than none."""
     with pytest.raises(TypeError, match=r"^plan\(\) has no option 'zzz'$"):
         moescale.plan("a", zzz=1)
 
 
 @pytest.mark.parametrize("verb", [api.plan, api.convert, api.verify])
 def test_every_option_of_the_command_is_a_keyword(verb: Any) -> None:
-    """A long option is a keyword with underscores; what only the command needs is listed here."""
+    """A long option is a keyword with underscores; exceptions are listed here."""
     own = {"dry_run", "version", "json", "quiet", "verbose", "install_completion", "list_types"}
     own |= {"show_completion", "public"}
     taken = {*inspect.signature(verb).parameters}
@@ -187,7 +187,7 @@ def test_every_option_of_the_command_is_a_keyword(verb: Any) -> None:
 
 @pytest.mark.parametrize("verb", ["plan", "convert", "verify", "record", "model_types"])
 def test_the_examples_of_the_docstrings_hold(verb: str, there: Path) -> None:
-    """Each docstring's example runs as printed, on a small Mixtral of the example's name."""
+    """Each docstring's example runs as printed, on a small Mixtral with the example's name."""
     (test,) = doctest.DocTestFinder(recurse=False).find(getattr(api, verb), verb, globs={})
     done = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test)
     assert done.attempted >= 2
@@ -196,7 +196,7 @@ def test_the_examples_of_the_docstrings_hold(verb: str, there: Path) -> None:
 
 @pytest.mark.parametrize("verb", [api.plan, api.convert])
 def test_every_keyword_is_documented(verb: Any) -> None:
-    """Each parameter has its line in the docstring, each option that of the table."""
+    """Each parameter has a line in the docstring, each option the line of the table."""
     text = inspect.getdoc(verb) or ""
     for name in inspect.signature(verb).parameters:
         assert re.search(rf"^ +{name}: ", text, re.MULTILINE), name
@@ -204,7 +204,7 @@ def test_every_keyword_is_documented(verb: Any) -> None:
 
 
 def test_every_error_says_when_it_is_raised() -> None:
-    """The classes of `moescale.errors` all have a docstring, and stand in the module's tree."""
+    """All classes of `moescale.errors` have a docstring and are in the module's tree."""
     found = [c for c in vars(moescale.errors).values() if inspect.isclass(c)]
     assert len(found) > 8
     for kind in found:
@@ -255,11 +255,11 @@ ignore_missing_imports = True
 follow_imports = skip
 ignore_missing_imports = True
 """
-"""Strict, without the time that the types of other packages take."""
+"""Strict, without checking the types of other packages, which takes time."""
 
 
 def test_a_script_is_checked_against_the_installed_package(tmp_path: Path) -> None:
-    """Strict mypy takes what is right and finds each wrong keyword, type, value and attribute."""
+    """Strict mypy accepts a correct script and finds each wrong keyword, type and attribute."""
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "mypy.ini").write_text(CONFIG)
     command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "script.py"]
@@ -291,7 +291,7 @@ def test_a_script_is_checked_against_the_installed_package(tmp_path: Path) -> No
     ],
 )
 def test_a_value_that_no_type_checker_saw_is_refused(options: Any, why: str, there: Path) -> None:
-    """A wrong type is a usage error before anything is read or written."""
+    """A value of the wrong type is a usage error before anything is read or written."""
     with pytest.raises(UsageError) as caught:
         moescale.convert(there, "out", **options)
     assert why in caught.value.message
@@ -299,21 +299,21 @@ def test_a_value_that_no_type_checker_saw_is_refused(options: Any, why: str, the
 
 
 def test_a_keyword_that_is_none_is_a_type_error(there: Path) -> None:
-    """A misspelt keyword is refused as Python does, and named."""
+    """An unknown keyword raises Python's TypeError, which names it."""
     with pytest.raises(TypeError, match="'expert'"):
         moescale.plan(there, expert=3)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("jobs", [0, -1])
 def test_a_number_of_jobs_that_is_none_is_refused(there: Path, jobs: int) -> None:
-    """Less than one shard at once is a usage error."""
+    """Fewer than one job is a usage error."""
     for verb in (moescale.convert, moescale.verify):
         with pytest.raises(UsageError, match="--jobs"):
             verb(there, "out", experts=3, jobs=jobs)
 
 
 def test_numbers_of_numpy_give_the_same_bytes(there: Path) -> None:
-    """Whole numbers and floats of other kinds are what they stand for, in the provenance too."""
+    """Integers and floats of other types keep their values, in the provenance too."""
     moescale.convert(there, "one", experts=3, factor=2.0)
     numbers: Any = {"experts": np.int64(3), "factor": np.float32(2)}
     moescale.convert(there, "two", **numbers)
@@ -323,14 +323,14 @@ def test_numbers_of_numpy_give_the_same_bytes(there: Path) -> None:
 
 
 def test_factors_come_as_a_mapping_or_from_an_earlier_output(there: Path) -> None:
-    """A path stands for the factors in the file."""
+    """A path means the factors in that file."""
     made = moescale.convert(there, "one", experts=3).plan
     assert moescale.plan(there, experts=3, factors="one/moescale.json").factors == made.factors
     assert moescale.plan(there, experts=3, factors=made.factors).factors == made.factors
 
 
 def test_the_report_is_drawn_by_plan_and_convert(there: Path) -> None:
-    """`report` names the page, which is there before a run is planned for."""
+    """`report` names the page, which exists before the run is planned."""
     moescale.plan(there, "out", experts=3, report="plan.html")
     seen: list[bytes] = []
     moescale.convert(
@@ -344,7 +344,7 @@ def test_the_report_is_drawn_by_plan_and_convert(there: Path) -> None:
 
 
 def test_a_bad_place_for_the_report_is_refused_before_anything_else(there: Path) -> None:
-    """Even before the source is looked at; a page that is there stays as it is."""
+    """The refusal comes even before the source is read; an existing page stays."""
     Path("old.html").write_text("old")
     for report, why in (("no/r.html", "No such file"), (".", "directory"), ("x" * 999, "too long")):
         with pytest.raises(UsageError, match=f"--report .*{why}"):
@@ -369,7 +369,7 @@ def test_a_bad_place_for_the_report_is_refused_before_anything_else(there: Path)
 def test_a_bad_place_for_what_the_model_writes_is_refused_first(
     place: str, why: str, there: Path
 ) -> None:
-    """Before the model is loaded; a file that is there stays as it is."""
+    """The refusal comes before the model is loaded; an existing file stays."""
     Path("mine.txt").write_text("mine")
     before = checkpoints.tree(there)
     file = Path(place.format(source=there))
@@ -382,7 +382,7 @@ def test_a_bad_place_for_what_the_model_writes_is_refused_first(
 def test_a_page_that_cannot_be_drawn_any_more_stops_nothing(
     there: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Measured factors would be lost with the run, so it goes on and warns."""
+    """Measured factors would be lost with the run, so the run continues with a warning."""
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -397,7 +397,7 @@ def test_a_page_that_cannot_be_drawn_any_more_stops_nothing(
 
 
 def test_progress_adds_up_to_the_sizes_of_the_plan(there: Path) -> None:
-    """Once for the run, once more for the proof, and nothing where all is done."""
+    """Progress counts the run once, the verification once, and a finished job not at all."""
     done: Counter[str] = Counter()
     lock = threading.Lock()
 
@@ -408,7 +408,7 @@ def test_progress_adds_up_to_the_sizes_of_the_plan(there: Path) -> None:
 
     result = moescale.convert(there, "out", experts=3, progress=progress)
     sizes = {file.name: result.plan.output_size(file) for file in result.plan.large_files}
-    assert done == Counter(sizes)  # which counts an empty file like one without calls
+    assert done == Counter(sizes)  # which counts an empty file the same as one without calls
     moescale.verify(there, "out", experts=3, progress=progress)
     assert done == Counter({name: 2 * size for name, size in sizes.items()})
     moescale.convert(there, "out", experts=3, progress=progress)
@@ -417,11 +417,11 @@ def test_progress_adds_up_to_the_sizes_of_the_plan(there: Path) -> None:
     assert done == Counter({name: 4 * size for name, size in sizes.items()})
 
 
-# What it leaves alone -----------------------------------------------------------------------------
+# Side effects -------------------------------------------------------------------------------------
 
 
 def test_nothing_is_printed_or_changed(there: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """No output, no warning, no signal handler, no variable of the environment, no thread."""
+    """No output, no warning, no signal handler, no environment variable, no thread."""
 
     def world() -> tuple[Any, ...]:
         handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -445,7 +445,7 @@ def test_nothing_is_printed_or_changed(there: Path, capfd: pytest.CaptureFixture
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, SystemExit])
 def test_what_a_callback_raises_ends_the_threads(there: Path, error: type[BaseException]) -> None:
-    """The exception comes out of the call, no thread is left, and the same call resumes."""
+    """The exception leaves the call, no thread is left, and the same call resumes."""
 
     def fail(name: str, size: int) -> None:
         if name.startswith("model-00003"):
@@ -459,7 +459,7 @@ def test_what_a_callback_raises_ends_the_threads(there: Path, error: type[BaseEx
 
 
 def test_an_interrupted_call_resumes(there: Path) -> None:
-    """Ctrl-C in a notebook is a KeyboardInterrupt; the threads end, and the same call goes on."""
+    """Ctrl-C in a notebook is a KeyboardInterrupt; the threads end, and the same call resumes."""
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     pressed = threading.Event()
 
@@ -473,6 +473,6 @@ def test_an_interrupted_call_resumes(there: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         moescale.convert(there, "out", experts=3, jobs=1, progress=press)
     for thread in set(threading.enumerate()) - before:
-        thread.join()  # one that was just being started is not waited for, but ends as well
+        thread.join()  # a thread that is just starting is not waited for, but also ends
     assert not Path("out/config.json").exists()
     assert moescale.convert(there, "out", experts=3, verify=True).status == "resume"

@@ -1,4 +1,4 @@
-"""The command: what goes to stdout and what to stderr, exit codes, and errors in a line or two."""
+"""The command: what goes to stdout and to stderr, exit codes, and errors of one or two lines."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BOXES = "╭╮╰╯│─┌┐└┘"
 
 
 def shell(*arguments: object, **options: Any) -> Done:
-    """Runs the command as a user does, in a process of its own."""
+    """Runs the command as a user does, in a separate process."""
     command = [sys.executable, "-m", "moescale", *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, **options)
     return Done(result.returncode, result.stdout, result.stderr)
@@ -46,7 +46,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """Where the output goes."""
+    """The destination."""
     return tmp_path / "out"
 
 
@@ -58,7 +58,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 def fails(done: Done, code: int, *words: str) -> None:
-    """Assert an expected error: its code, nothing on stdout, one or two lines that say these."""
+    """Assert an expected error: exit code, nothing on stdout, one or two lines with these parts."""
     assert done.code == code, done
     assert done.out == ""
     lines = [line for line in done.err.splitlines() if not line.startswith("warning: ")]
@@ -74,7 +74,7 @@ def fails(done: Done, code: int, *words: str) -> None:
 
 
 def test_a_run_prints_the_destination_and_talks_on_stderr(source: Path, out: Path) -> None:
-    """Stdout is data: the place of the output; plan and summary are for people."""
+    """Stdout is data: the output's location; plan and summary go to stderr."""
     done = shell(source, out, "--experts", 3)
     assert (done.code, done.out) == (0, f"{out}\n")
     for part in ("preserve", "1.22474", "published", "0.816497", "2 -> 3", "8 tensors scaled"):
@@ -91,7 +91,7 @@ def test_quiet_prints_the_destination_only(moescale: Command, source: Path, out:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only there any bytes can be a name")
 def test_a_destination_whose_name_is_no_text(source: Path, tmp_path: Path) -> None:
-    """Its bytes are on stdout as they were given; on stderr, for people, they are escaped."""
+    """Stdout has the name's bytes as given; stderr has them escaped."""
     out = os.fsencode(tmp_path) + b"/\xff"
     command = [sys.executable, "-m", "moescale", os.fsencode(source), out, b"-k", b"3"]
     done = subprocess.run(command, capture_output=True, check=False)
@@ -102,7 +102,7 @@ def test_a_destination_whose_name_is_no_text(source: Path, tmp_path: Path) -> No
 def test_a_dry_run_prints_the_plan_and_writes_nothing(
     moescale: Command, source: Path, tmp_path: Path
 ) -> None:
-    """The plan is the data of a dry run; DST may be left out."""
+    """A dry run's data is the plan; DST is optional."""
     before = checkpoints.tree(tmp_path)
     for more in ((), (tmp_path / "out",)):
         done = moescale(source, *more, "-k", 3, "--dry-run")
@@ -114,7 +114,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
 def test_warnings_are_on_stderr_whatever_is_asked_for(
     moescale: Command, source: Path, out: Path
 ) -> None:
-    """-q and --json keep warnings, and keep them off stdout."""
+    """-q and --json still show warnings, but not on stdout."""
     (source / "moescale.json").write_bytes(b"{}")
     for more in (["-q"], ["--json"], ["--dry-run"], ["--dry-run", "--json"]):
         done = moescale(source, out, "-k", 3, *more)
@@ -126,7 +126,7 @@ def test_warnings_are_on_stderr_whatever_is_asked_for(
 def test_warnings_and_errors_stand_out_on_a_terminal(
     source: Path, out: Path, moescale: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their first word is coloured; what is read by a program never is."""
+    """Their first word is coloured; output for programs never is."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR")
     (source / "moescale.json").write_bytes(b"{}")
@@ -141,7 +141,7 @@ def test_warnings_and_errors_stand_out_on_a_terminal(
 def test_a_destination_that_looks_like_a_repo_is_said_to_be_a_folder(
     source: Path, tmp_path: Path, moescale: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before anything is written, with how the Hub is meant; not where there is such a folder."""
+    """The warning comes before any writing and shows the Hub syntax; not for an existing folder."""
     monkeypatch.chdir(tmp_path)
     said = "warning: me/out is a local folder, not a repo; to upload, give hf://me/out\n"
     for more in (["--dry-run"], ["-q", "--dry-run"], ["--json", "--dry-run"], ["-q"]):
@@ -155,7 +155,7 @@ def test_a_destination_that_looks_like_a_repo_is_said_to_be_a_folder(
 def test_what_is_found_while_writing_is_a_warning(
     moescale: Command, out: Path, tmp_path: Path, option: str
 ) -> None:
-    """Scales of nothing but zeros are seen when they are read, and named on stderr."""
+    """Scales that are all zero are noticed when they are read, and named on stderr."""
     case = next(case for case in quantised.EXACT if case.id == "tensor FP8, static")
     tensors = quantised.tensors(case)
     scale = f"{quantised.modules(case)[0]}.weight_scale"
@@ -170,7 +170,7 @@ def test_what_is_found_while_writing_is_a_warning(
 
 
 def test_verbose_lists_every_tensor_and_file(moescale: Command, source: Path) -> None:
-    """-v shows names that the short plan only counts."""
+    """-v lists names that the short plan only counts."""
     short = moescale(source, "-k", 3, "--dry-run").out
     long = moescale(source, "-k", 3, "--dry-run", "-v").out
     for name in ("layers.1.block_sparse_moe.experts.3.w2.weight", "tokenizer.json"):
@@ -181,7 +181,7 @@ def test_verbose_lists_every_tensor_and_file(moescale: Command, source: Path) ->
 def test_the_closing_summary_says_what_to_do_next(
     moescale: Command, source: Path, out: Path
 ) -> None:
-    """A run that was not verified says how; one that was says so, last, after what to run."""
+    """An unverified run shows how to verify; a verified one says so last, after what to run."""
     assert "--verify" in moescale(source, out, "-k", 3).err.splitlines()[-1]
     proved = moescale(source, out, "-k", 3, "--verify").err
     assert proved.splitlines()[-1].startswith("Verified in ")
@@ -219,7 +219,7 @@ def has_shape(value: Any, shape: Any) -> None:
 
 
 def test_the_json_of_a_plan(moescale: Command, source: Path) -> None:
-    """One object, as the contract has it."""
+    """The JSON is one object, as in the contract."""
     done = moescale(source, "-k", 3, "--dry-run", "--json")
     assert (done.code, done.err) == (0, "")
     plan = json.loads(done.out)
@@ -236,7 +236,7 @@ def test_the_json_of_a_plan(moescale: Command, source: Path) -> None:
 
 
 def test_the_tensors_of_the_json(moescale: Command, source: Path) -> None:
-    """Each planned tensor with its place, dtype, shape, role, layer and factor."""
+    """Each planned tensor has its shard, dtype, shape, role, layer and factor."""
     plan = json.loads(moescale(source, "-k", 3, "--dry-run", "--json").out)
     assert len(plan["tensors"]) == 8
     first = plan["tensors"][0]
@@ -253,7 +253,7 @@ def test_the_tensors_of_the_json(moescale: Command, source: Path) -> None:
 
 
 def test_the_files_of_the_json(moescale: Command, source: Path) -> None:
-    """Each file with its size, what happens to it and why; bytes add up."""
+    """Each file has its size, its action and the reason; the bytes add up."""
     checkpoints.write_files(source, checkpoints.LEFT_OUT)
     plan = json.loads(moescale(source, "-k", 3, "--dry-run", "--json").out)
     files = {file["name"]: file for file in plan["files"]}
@@ -278,7 +278,7 @@ def test_the_files_of_the_json(moescale: Command, source: Path) -> None:
 
 
 def test_a_run_with_json_prints_one_object(source: Path, out: Path) -> None:
-    """The plan with the outcome, and nothing else on stdout or stderr."""
+    """The object is the plan with the result, and there is no other output."""
     done = shell(source, out, "-k", 3, "--json", "--verify")
     assert (done.code, done.err) == (0, "")
     result = json.loads(done.out)
@@ -291,13 +291,13 @@ def test_a_run_with_json_prints_one_object(source: Path, out: Path) -> None:
 def test_json_has_no_numbers_that_are_none(
     moescale: Command, source: Path, options: list[Any]
 ) -> None:
-    """No NaN, no Infinity: any JSON reader takes it."""
+    """No NaN and no Infinity: any JSON reader accepts the output."""
     done = moescale(source, *options, "--dry-run", "--json")
     json.loads(done.out, parse_constant=pytest.fail)
 
 
 def test_factors_of_stacks_carry_their_names(moescale: Command, tmp_path: Path) -> None:
-    """MTP blocks under their own name are layers of their own stack."""
+    """MTP blocks with their own prefix are layers of a separate stack."""
     raw = checkpoints.qwen2_tensors(layers=4)
     raw = {n.replace("model.layers.3.", "mtp.layers.0."): value for n, value in raw.items()}
     checkpoints.write_shards(tmp_path / "m", raw, 1)
@@ -307,7 +307,7 @@ def test_factors_of_stacks_carry_their_names(moescale: Command, tmp_path: Path) 
     assert {t["layer"] for t in plan["tensors"]} == {1, 2, "mtp.0"}
 
 
-# Values that are wrong by themselves: 2 -----------------------------------------------------------
+# Invalid values: 2 --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ def test_factors_of_stacks_carry_their_names(moescale: Command, tmp_path: Path) 
 def test_usage_errors(
     moescale: Command, source: Path, out: Path, options: list[str], word: str
 ) -> None:
-    """A value that no source could allow is 2, before the source is looked at."""
+    """A value that is invalid for every source gives 2 before the source is read."""
     fails(moescale(source, out, *options), 2, word)
     assert not out.exists()
 
@@ -363,18 +363,18 @@ def test_usage_errors(
 def test_usage_errors_of_the_command_line(
     moescale: Command, source: Path, out: Path, options: list[str], word: str
 ) -> None:
-    """What the parser refuses is an error like every other: 2, in one or two lines."""
+    """The parser's errors are like all others: 2, in one or two lines."""
     fails(moescale(source, out, *options), 2, word)
 
 
 def test_a_missing_destination(moescale: Command, source: Path) -> None:
-    """Without --dry-run there has to be a place to write to."""
+    """Without --dry-run a destination is required."""
     fails(moescale(source, "-k", 3), 2, "DST is missing")
     fails(moescale(source), 2, "DST and --experts are missing", f"moescale {source} DST -k M")
 
 
 def test_an_output_is_shown_by_a_dry_run(moescale: Command, source: Path, out: Path) -> None:
-    """Without -k nothing else can be meant; a model is asked for the number."""
+    """Without -k an output is shown; for a model, the error asks for the number."""
     fails(moescale(source, "--dry-run"), 2, "--experts is missing", f"{source} -k M --dry-run")
     assert moescale(source, out, "-k", 3).code == 0
     done = moescale(out, "--dry-run")
@@ -390,7 +390,7 @@ def test_an_output_is_shown_by_a_dry_run(moescale: Command, source: Path, out: P
 
 
 def test_there_are_no_subcommands(moescale: Command, source: Path, out: Path) -> None:
-    """Who tries one is told the line that does it, and the line works."""
+    """Typing one gives an error with the line to use, and that line works."""
     for words in (
         ["help"],
         ["help", "convert"],
@@ -412,14 +412,14 @@ def test_there_are_no_subcommands(moescale: Command, source: Path, out: Path) ->
 def test_a_source_may_be_called_like_a_subcommand(
     moescale: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder that is there is a source, whatever its name."""
+    """An existing folder is a source, whatever its name."""
     checkpoints.mixtral(tmp_path / "plan")
     monkeypatch.chdir(tmp_path)
     assert moescale("plan", "out", "-k", 3).code == 0
 
 
 def test_a_missing_source(moescale: Command) -> None:
-    """What is needed is shown in one line."""
+    """One line shows what is required."""
     fails(moescale("-k", 3), 2, "SRC is missing", "moescale SRC DST -k M")
 
 
@@ -427,7 +427,7 @@ def test_a_missing_source(moescale: Command) -> None:
 def test_a_destination_that_is_the_source(
     moescale: Command, source: Path, tmp_path: Path, place: str
 ) -> None:
-    """The same folder, or one inside the other, is 2, for a dry run as well."""
+    """The same folder, or one inside the other, gives 2, even in a dry run."""
     before = checkpoints.tree(tmp_path)
     fails(moescale(source, tmp_path / place, "-k", 3), 2, "source and destination")
     fails(moescale(source, tmp_path / place, "-k", 3, "--overwrite"), 2)
@@ -443,19 +443,19 @@ def test_a_destination_that_is_the_source(
 def test_factors_that_do_not_fit(
     moescale: Command, source: Path, out: Path, tmp_path: Path, content: str
 ) -> None:
-    """No JSON, a missing layer, no number, no factor: all are 2."""
+    """Invalid JSON, a missing layer, a value that is not a factor: all give 2."""
     (tmp_path / "f.json").write_text(content)
     fails(moescale(source, out, "--factors", tmp_path / "f.json"), 2)
     assert not out.exists()
 
 
 def test_a_missing_factors_file(moescale: Command, source: Path, out: Path, tmp_path: Path) -> None:
-    """The file is named."""
+    """The error names the file."""
     fails(moescale(source, out, "--factors", tmp_path / "none.json"), 2, "none.json")
 
 
 def test_the_factors_of_an_earlier_output(moescale: Command, source: Path, tmp_path: Path) -> None:
-    """``moescale.json`` is taken as it is."""
+    """``moescale.json`` is accepted without changes."""
     assert moescale(source, tmp_path / "one", "-k", 3).code == 0
     done = moescale(source, tmp_path / "two", "--factors", tmp_path / "one" / "moescale.json")
     assert done.code == 0
@@ -471,41 +471,41 @@ def test_the_factors_of_an_earlier_output(moescale: Command, source: Path, tmp_p
 def test_a_place_on_the_hub_that_is_none(
     moescale: Command, source: Path, tmp_path: Path, destination: str, monkeypatch: Any
 ) -> None:
-    """A misspelt Hub place never becomes a local folder of that name."""
+    """A misspelt Hub location never becomes a local folder of that name."""
     monkeypatch.chdir(tmp_path)
     fails(moescale(source, destination, "-k", 3), 2, "hf://")
     assert not list(tmp_path.glob("hf*"))
 
 
 def test_a_source_on_the_hub_that_is_misspelt(moescale: Command, out: Path) -> None:
-    """The line shows how a repo and a revision of it are written."""
+    """The error shows the syntax of a repo and its revision."""
     fails(moescale("hf:lab/source", out, "-k", 3), 2, "hf://org/name")
     fails(moescale("hf:/lab/source", "-k", 3, "--dry-run"), 2, "hf://org/name")
     fails(moescale("source", out, "-k", 3), 3, "does not exist", "hf://org/name@rev")
 
 
-# What this source does not allow: 3 ---------------------------------------------------------------
+# Values that this source does not allow: 3 --------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [5, 1000])
 def test_more_experts_than_there_are(
     moescale: Command, source: Path, out: Path, count: int
 ) -> None:
-    """The range is said."""
+    """The error gives the range."""
     fails(moescale(source, out, "-k", count), 3, f"--experts is {count}", "1 to 4")
     fails(moescale(source, out, "-k", 2, "-n", count), 3, "--trained-experts", "1 to 4")
     assert not out.exists()
 
 
 def test_the_limit_of_groups(moescale: Command, tmp_path: Path, out: Path) -> None:
-    """A group-limited router cannot choose more than its groups hold."""
+    """A group-limited router cannot choose more experts than its groups contain."""
     source = checkpoints.deepseek(tmp_path / "source", n_group=2, topk_group=1)
     fails(moescale(source, out, "-k", 3), 3, "group", "1 to 2")
     assert moescale(source, out, "-k", 1).code == 0
 
 
 def test_a_path_that_is_nearly_right(moescale: Command, source: Path, out: Path) -> None:
-    """The folder that is meant is named, or the one that a file is in."""
+    """The error names the folder that is meant, or the one that contains the file."""
     for wrong in ("Source", "sourc", "source2"):
         slip = source.with_name(wrong)
         fails(moescale(slip, out, "-k", 3), 3, "does not exist", f"(did you mean {source}?)")
@@ -514,7 +514,7 @@ def test_a_path_that_is_nearly_right(moescale: Command, source: Path, out: Path)
 
 
 def test_a_link_to_nowhere(moescale: Command, source: Path, tmp_path: Path) -> None:
-    """As a source and as a destination, its target is named."""
+    """The error names the link's target, for a source and for a destination."""
     (tmp_path / "link").symlink_to("nowhere")
     word = "is a link to nowhere, which does not exist"
     fails(moescale(tmp_path / "link", tmp_path / "o", "-k", 3), 3, word)
@@ -526,7 +526,7 @@ def test_a_link_to_nowhere(moescale: Command, source: Path, tmp_path: Path) -> N
 def test_the_home_is_expanded(
     moescale: Command, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In places and in the names of files, for the command and for the API."""
+    """``~`` is expanded in locations and file names, in the command and the API."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     (tmp_path / "elsewhere").mkdir()
@@ -544,12 +544,12 @@ def test_the_home_is_expanded(
 def test_a_source_that_is_no_directory(
     moescale: Command, source: Path, out: Path, place: str
 ) -> None:
-    """A missing place and a file are unusable sources."""
+    """A missing path and a file are unusable sources."""
     fails(moescale(source.parent / place, out, "-k", 3), 3, place)
 
 
 def test_a_source_without_a_config(moescale: Command, source: Path, out: Path) -> None:
-    """A folder of weights alone is no model."""
+    """A folder with only weights is not a model."""
     (source / "config.json").unlink()
     fails(moescale(source, out, "-k", 3), 3, "config.json")
 
@@ -569,7 +569,7 @@ def test_a_source_without_a_config(moescale: Command, source: Path, out: Path) -
 def test_a_broken_file(
     moescale: Command, source: Path, out: Path, name: str, content: bytes, word: str
 ) -> None:
-    """The file is named, and what is wrong with it, before anything is written."""
+    """The error names the file and the fault, before anything is written."""
     (source / name).write_bytes(content)
     fails(moescale(source, out, "-k", 3), 3, name, word)
     assert not out.exists()
@@ -596,7 +596,7 @@ EDITED = {
 def test_a_file_that_an_editor_broke(
     moescale: Command, source: Path, out: Path, name: str, edit: str
 ) -> None:
-    """The cause is said with line and column, or how to save the file; nothing is to be fetched."""
+    """The error gives line and column, or how to save the file; a new download is not suggested."""
     content, *words = EDITED[edit]
     (source / name).write_bytes(content)
     done = moescale(source, out, "-k", 3)
@@ -606,7 +606,7 @@ def test_a_file_that_an_editor_broke(
 
 
 def test_a_file_that_is_cut_off(moescale: Command, source: Path, out: Path) -> None:
-    """Only what ends in the middle is to be fetched again."""
+    """A new download is only suggested for a file that is cut off."""
     for name in ("config.json", "model-00002-of-00003.safetensors"):
         whole = (source / name).read_bytes()
         (source / name).write_bytes(whole[: len(whole) // 2])
@@ -622,7 +622,7 @@ def test_an_index_that_leads_out_of_the_repo(moescale: Command, source: Path, ou
 
 
 def test_a_missing_shard(moescale: Command, source: Path, out: Path) -> None:
-    """The shard that the index lists is named."""
+    """The error names the shard that the index lists."""
     (source / "model-00003-of-00003.safetensors").unlink()
     fails(moescale(source, out, "-k", 3), 3, "model-00003-of-00003.safetensors")
 
@@ -631,7 +631,7 @@ def test_a_missing_shard(moescale: Command, source: Path, out: Path) -> None:
 def test_a_file_that_cannot_be_read(
     moescale: Command, source: Path, out: Path, monkeypatch: Any, flags: list[str]
 ) -> None:
-    """A file without permission makes the source unusable: 3, and the file is named."""
+    """A file without read permission makes the source unusable: 3, and the error names the file."""
     name = "model-00002-of-00003.safetensors"
 
     def refuse(path: Any, *args: Any, **options: Any) -> Any:
@@ -647,7 +647,7 @@ def test_a_file_that_cannot_be_read(
 def test_an_unknown_model_type_names_the_closest(
     moescale: Command, source: Path, out: Path
 ) -> None:
-    """A misspelt or new type is told the types that it may mean, and what its tensors look like."""
+    """For a misspelt or new type the error lists similar ones; --arch accepts them."""
     edit_config(source, model_type="mixtrale")
     fails(moescale(source, out, "-k", 3), 3, "'mixtrale'", "mixtral", "--arch")
     assert moescale(source, out, "-k", 3, "--arch", "mixtral").code == 0
@@ -656,7 +656,7 @@ def test_an_unknown_model_type_names_the_closest(
 def test_an_unknown_model_type_that_is_like_none(
     moescale: Command, source: Path, out: Path
 ) -> None:
-    """Tensors that look routed are shown with the way to name them."""
+    """The error shows tensors that look routed, and how to name them."""
     edit_config(source, model_type="xyzzy123")
     failed = moescale(source, out, "-k", 3)
     fails(failed, 3, "'xyzzy123'", "--pattern", "experts.0.w2", "--factor or --rule published")
@@ -672,7 +672,7 @@ def test_an_unknown_model_type_that_is_like_none(
 
 
 def test_an_unknown_model_type_with_names_of_its_own(moescale: Command, tmp_path: Path) -> None:
-    """The suggestion that the README's recipe follows."""
+    """The error suggests the command in the README's recipe."""
     folder = tmp_path / "new"
     names = [
         f"model.layers.0.moe.{e}.{suffix}.weight" for e in range(4) for suffix in ("out", "gate")
@@ -688,7 +688,7 @@ def test_an_unknown_model_type_with_names_of_its_own(moescale: Command, tmp_path
 
 @pytest.mark.parametrize("arch", ["llama", "Mixtral"])
 def test_an_arch_that_is_not_known(moescale: Command, source: Path, out: Path, arch: str) -> None:
-    """--arch takes the types of the table."""
+    """--arch accepts the types in the table."""
     fails(moescale(source, out, "-k", 3, "--arch", arch), 3, "not known")
 
 
@@ -698,20 +698,20 @@ def test_a_part_that_is_none(moescale: Command, source: Path, out: Path) -> None
 
 
 def test_a_missing_count(moescale: Command, source: Path, out: Path) -> None:
-    """A config without the key says which key."""
+    """The error names the missing key."""
     edit_config(source, num_experts_per_tok=None)
     fails(moescale(source, out, "-k", 3), 3, "num_experts_per_tok")
 
 
 @pytest.mark.parametrize("value", [0, -1, "2", 2.5, True])
 def test_a_count_that_is_none(moescale: Command, source: Path, out: Path, value: Any) -> None:
-    """A config with another value than a number of experts says which."""
+    """The error names the key whose value is not a number of experts."""
     edit_config(source, num_experts_per_tok=value)
     fails(moescale(source, out, "-k", 3), 3, "num_experts_per_tok")
 
 
 def test_a_missing_expert(moescale: Command, tmp_path: Path, out: Path) -> None:
-    """An incomplete checkpoint is refused as a whole."""
+    """An incomplete checkpoint is refused."""
     raw = checkpoints.mixtral_tensors()
     del raw["model.layers.1.block_sparse_moe.experts.2.w2.weight"]
     checkpoints.write_shards(tmp_path / "m", raw, 2)
@@ -720,7 +720,7 @@ def test_a_missing_expert(moescale: Command, tmp_path: Path, out: Path) -> None:
 
 
 def test_a_pattern_names_the_projections(moescale: Command, tmp_path: Path, out: Path) -> None:
-    """An architecture that nobody knows is rescaled by its names and its key."""
+    """An unknown architecture is rescaled by its tensor names and its config key."""
     raw = {
         name.replace("block_sparse_moe", "moe"): value
         for name, value in checkpoints.mixtral_tensors().items()
@@ -739,11 +739,11 @@ def test_a_pattern_names_the_projections(moescale: Command, tmp_path: Path, out:
     fails(moescale(source, tmp_path / "x", "-k", 3, "--factor", 1.5, *wrong), 3, "w9")
 
 
-# Destinations in the way: 3 -----------------------------------------------------------------------
+# Existing destinations: 3 -------------------------------------------------------------------------
 
 
 def test_a_destination_with_other_content(moescale: Command, source: Path, out: Path) -> None:
-    """It stays as it is; --overwrite, which replaces models only, is named for those only."""
+    """The folder stays; --overwrite is only suggested for models, since it only replaces those."""
     checkpoints.write_files(out, {"config.json": b"{}", "model.safetensors": b"mine"})
     fails(moescale(source, out, "-k", 3, "-q"), 3, str(out), "--overwrite")
     shutil.rmtree(out)
@@ -756,32 +756,32 @@ def test_a_destination_with_other_content(moescale: Command, source: Path, out: 
 
 
 def test_overwrite_replaces_another_output(moescale: Command, source: Path, out: Path) -> None:
-    """An output of other options is refused, and replaced when asked."""
+    """An output of other options is refused, and replaced on request."""
     assert moescale(source, out, "-k", 4).code == 0
     fails(moescale(source, out, "-k", 3, "-q"), 3, "4 experts per token", "--overwrite")
     assert moescale(source, out, "-k", 3, "--overwrite", "--verify").code == 0
 
 
 def test_a_destination_that_is_a_file(moescale: Command, source: Path, out: Path) -> None:
-    """A file under that name stays."""
+    """A file of that name stays."""
     out.write_bytes(b"mine")
     fails(moescale(source, out, "-k", 3, "-q"), 3, "not a directory")
     assert out.read_bytes() == b"mine"
 
 
 def test_a_done_run_is_done(moescale: Command, source: Path, out: Path) -> None:
-    """The same command again is 0 and writes nothing."""
+    """The same command again gives 0 and writes nothing."""
     assert moescale(source, out, "-k", 3).code == 0
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert moescale(source, out, "-k", 3, "-q") == Done(0, f"{out}\n", "")
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
-# On the way: 1, 4, 130 ----------------------------------------------------------------------------
+# During a run: 1, 4, 130 --------------------------------------------------------------------------
 
 
 def test_overflow(moescale: Command, source: Path, out: Path) -> None:
-    """A value too large for its dtype is 1; the tensor is named, and nothing loads."""
+    """A value too large for its dtype gives 1; the error names the tensor, and nothing loads."""
     path = source / "model-00002-of-00003.safetensors"
     data = bytearray(path.read_bytes())
     places = checkpoints.places(bytes(data))
@@ -794,7 +794,7 @@ def test_overflow(moescale: Command, source: Path, out: Path) -> None:
 
 
 def test_a_difference(moescale: Command, source: Path, out: Path) -> None:
-    """A byte that is not as planned is 4, with file, tensor and offset."""
+    """A byte that differs from the plan gives 4, with file, tensor and offset."""
     assert moescale(source, out, "-k", 3).code == 0
     path = out / "model-00003-of-00003.safetensors"
     data = bytearray(path.read_bytes())
@@ -809,7 +809,7 @@ def test_a_difference(moescale: Command, source: Path, out: Path) -> None:
 def test_a_full_disk_says_which_file(
     moescale: Command, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An error of the system that has no file name does not become ``None``."""
+    """A system error without a file name does not become ``None``."""
     from moescale.storage.local.destination import LocalDestination
 
     def full(self: Any, name: str, data: bytes) -> Any:
@@ -840,7 +840,7 @@ main()
 
 
 def slow(code: str, marker: Path, *arguments: object) -> subprocess.Popen[str]:
-    """Start a command that stands still until a signal comes, and wait until it does so."""
+    """Start a command that waits for a signal, and wait until it does."""
     command = [sys.executable, "-c", code, marker, *map(str, arguments)]
     pipe = subprocess.PIPE
     child = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment())
@@ -861,7 +861,7 @@ runpy.run_module("moescale", run_name="__main__")
 
 
 def test_an_interrupted_start() -> None:
-    """Ctrl-C while the program is still being imported is one line too."""
+    """Ctrl-C during imports gives one line too."""
     command = [sys.executable, "-c", INTERRUPTED_IMPORT]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
     fails(Done(child.returncode, child.stdout, child.stderr), 130, "interrupted")
@@ -870,14 +870,14 @@ def test_an_interrupted_start() -> None:
 def test_an_interruption_that_typer_answered(
     moescale: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While options are parsed, Typer turns Ctrl-C into a bare exit code; a line goes with it."""
+    """During option parsing, Typer turns Ctrl-C into a bare exit code; a line is added."""
     monkeypatch.setattr("moescale.cli.app", lambda **_: 130)
     fails(moescale("--dry-run"), 130, "resumes")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run(source: Path, tmp_path: Path, number: int) -> None:
-    """130, one line, nothing that loads; the same command then finishes the same bytes."""
+    """130, one line, nothing that loads; the same command then completes the same bytes."""
     out, marker = tmp_path / "out", tmp_path / "marker"
     child = slow(SLOW, marker, source, out, "-k", "3", "-q", "-j", "1")
     child.send_signal(number)
@@ -913,18 +913,18 @@ main()
 
 
 def test_an_interrupted_proof(moescale: Command, source: Path, tmp_path: Path) -> None:
-    """A verification stops at the next piece, not at the end of its shard."""
+    """A verification stops at the next piece, not at the end of the shard."""
     out, marker = tmp_path / "out", tmp_path / "marker"
     assert moescale(source, out, "-k", 3).code == 0
     child = slow(SLOW_PROOF, marker, source, out, "-k", "3", "-q", "-j", "1", "--verify")
     child.send_signal(signal.SIGINT)
     output, errors = child.communicate(timeout=120)
     fails(Done(child.returncode, output, errors), 130)
-    assert 3 <= int(marker.read_text()) < 10  # of the hundreds of pieces of a shard
+    assert 3 <= int(marker.read_text()) < 10  # of the hundreds of pieces in a shard
 
 
 def test_a_second_run_at_the_same_time(source: Path, tmp_path: Path) -> None:
-    """While one command writes, the same command elsewhere is refused with 3."""
+    """While one command writes, the same command elsewhere gives 3."""
     out, marker = tmp_path / "out", tmp_path / "marker"
     child = slow(SLOW, marker, source, out, "-k", "3", "-q")
     try:
@@ -939,7 +939,7 @@ def test_a_second_run_at_the_same_time(source: Path, tmp_path: Path) -> None:
 
 
 def test_help_leads_with_examples(moescale: Command) -> None:
-    """Whoever asks for help sees commands to copy before the list of options."""
+    """The help begins with commands to copy, before the list of options."""
     done = moescale("--help")
     assert moescale("-h") == done
     assert (done.code, done.err) == (0, "")
@@ -950,7 +950,7 @@ def test_help_leads_with_examples(moescale: Command) -> None:
 
 
 def test_help_lists_every_option_of_the_contract(moescale: Command) -> None:
-    """Each option is there by its name."""
+    """The help lists each option by name."""
     text = moescale("--help").out
     for option in (
         "--experts",
@@ -984,7 +984,7 @@ def test_help_lists_every_option_of_the_contract(moescale: Command) -> None:
 
 
 def test_help_fits_a_screen_or_two(moescale: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At 80 columns it has less than 70 lines; what installs completion is the last of it."""
+    """At 80 columns the help has fewer than 70 lines and ends with the shell completion."""
     monkeypatch.setenv("COLUMNS", "80")
     lines = moescale("--help").out.splitlines()
     assert len(lines) < 70
@@ -993,7 +993,7 @@ def test_help_fits_a_screen_or_two(moescale: Command, monkeypatch: pytest.Monkey
 
 
 def test_help_shows_the_options_in_sections(moescale: Command) -> None:
-    """What everybody needs comes first; each option stands once, under a heading."""
+    """What everyone needs comes first; each option appears once, under a heading."""
     text = moescale("--help").out
     headings = re.findall(r"^(\S.*):$", text, re.M)
     assert headings[:2] == ["Options", "Which factor, and where it goes"]
@@ -1016,7 +1016,7 @@ def test_help_shows_the_options_in_sections(moescale: Command) -> None:
     ],
 )
 def test_the_shell_completes_what_an_option_takes(typed: str, completed: set[str]) -> None:
-    """Names of the tables, and not of files."""
+    """The completions are names from the tables, not files."""
     line = {"COMP_WORDS": f"moescale {typed}", "COMP_CWORD": "2"}
     environment = {**os.environ, **line, "_MOESCALE_COMPLETE": "complete_bash"}
     assert set(shell(env=environment).out.split()) == completed
@@ -1024,7 +1024,7 @@ def test_the_shell_completes_what_an_option_takes(typed: str, completed: set[str
 
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_help_and_version_import_little(option: str) -> None:
-    """Neither waits for numpy, the Hub's client, rich or anything else that takes long to start."""
+    """Neither imports numpy, the Hub's client, rich or anything else that starts slowly."""
     code = (
         "import sys; from moescale.__main__ import main\n"
         "try: main()\n"
@@ -1038,7 +1038,7 @@ def test_help_and_version_import_little(option: str) -> None:
 
 
 def test_the_known_types_can_be_listed(moescale: Command) -> None:
-    """A line a model type with what happens to it; as data the same, as in the docs."""
+    """Each model type has a line with what happens to it; the JSON agrees with the docs."""
     done = moescale("--list-types")
     assert (done.code, done.err) == (0, "")
     lines = dict(re.split("  +", line) for line in done.out.splitlines())
@@ -1062,22 +1062,22 @@ def test_the_known_types_can_be_listed(moescale: Command) -> None:
 
 
 def test_version() -> None:
-    """The version alone, on stdout."""
+    """The version alone is on stdout."""
     assert shell("--version") == Done(0, f"moescale {__version__}\n", "")
 
 
 def test_no_arguments_are_a_usage_error(moescale: Command) -> None:
-    """Without arguments the help is shown, and nothing was done."""
+    """Without arguments the help is shown, and nothing is done."""
     done = moescale()
     assert done.code == 2
     assert "Examples:" in done.out + done.err
 
 
-# The end of the pipe ------------------------------------------------------------------------------
+# Closed pipes -------------------------------------------------------------------------------------
 
 
 def test_a_reader_that_went_away_is_no_traceback(source: Path) -> None:
-    """``moescale ... | head -1`` ends without complaints of Python."""
+    """``moescale ... | head -1`` ends without a traceback."""
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "moescale", source, "-k", "3", "--dry-run"]
@@ -1088,7 +1088,7 @@ def test_a_reader_that_went_away_is_no_traceback(source: Path) -> None:
 
 
 def test_output_of_any_name_can_be_printed(tmp_path: Path) -> None:
-    """A terminal that knows ASCII only does not end the run."""
+    """An ASCII-only terminal does not end the run."""
     source = checkpoints.mixtral(tmp_path / "caf\u00e9", extras=False)
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     done = shell(source, tmp_path / "\u00fcber", "-k", 3, env=env)
@@ -1097,7 +1097,7 @@ def test_output_of_any_name_can_be_printed(tmp_path: Path) -> None:
 
 
 def test_a_small_run_needs_little_time_and_no_hub(source: Path, out: Path) -> None:
-    """Nothing of the Hub's client, and no torch, is imported for a local run."""
+    """A local run imports neither the Hub's client nor torch."""
     code = (
         "import sys; from moescale.cli import main\n"
         "try: main()\n"
@@ -1111,7 +1111,7 @@ def test_a_small_run_needs_little_time_and_no_hub(source: Path, out: Path) -> No
 
 @pytest.mark.parametrize("place", ["", " "])
 def test_an_empty_place_is_refused(moescale: Command, source: Path, place: str) -> None:
-    """An unset variable of the shell is not the current directory."""
+    """An unset shell variable does not mean the current directory."""
     fails(moescale(source, place, "-k", 3, "--overwrite"), 2, "empty")
     fails(moescale(place, "out", "-k", 3), 2, "empty")
 
@@ -1130,7 +1130,7 @@ def test_an_empty_place_is_refused(moescale: Command, source: Path, place: str) 
 def test_nonsense_in_the_config_is_one_line(
     moescale: Command, source: Path, change: dict[str, Any]
 ) -> None:
-    """A number of another type, or without end, is neither a traceback nor a hang."""
+    """A number of another type or an infinite one gives neither a traceback nor a hang."""
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, **change}))
     done = moescale(source, "-k", 2, "--dry-run")
@@ -1141,7 +1141,7 @@ def test_nonsense_in_the_config_is_one_line(
 def test_report_draws_the_plan_of_a_dry_run_and_of_a_run(
     moescale: Command, source: Path, out: Path, tmp_path: Path
 ) -> None:
-    """The page is the same with and without --dry-run, and stdout stays as it is."""
+    """The page is the same with and without --dry-run; --report does not change stdout."""
     pages = [tmp_path / "dry.html", tmp_path / "run.html"]
     plain = moescale(source, out, "-k", 3, "--dry-run")
     assert moescale(source, out, "-k", 3, "--dry-run", "--report", pages[0]).out == plain.out
@@ -1154,7 +1154,7 @@ def test_report_draws_the_plan_of_a_dry_run_and_of_a_run(
 def test_a_report_that_cannot_be_written_stops_the_run_before_it_starts(
     moescale: Command, source: Path, out: Path, tmp_path: Path
 ) -> None:
-    """A place without a folder, or inside a checkpoint, is one line, and nothing is written."""
+    """A path without a folder, or inside a checkpoint, gives one line, and nothing is written."""
     missing = moescale(source, out, "-k", 3, "--report", tmp_path / "no" / "r.html")
     fails(missing, 2, "r.html: No such file or directory")
     fails(moescale(source, out, "-k", 3, "--report", tmp_path), 2, "Is a directory")

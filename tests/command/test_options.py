@@ -1,4 +1,4 @@
-"""What a user may ask for: values that are wrong by themselves are refused before anything else."""
+"""What a user may request: invalid values are refused before anything else."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ BOTH = factors_of({"factors": {"0": 1.0}, "router_scales": {"0": 1.5}}, "here")
     ],
 )
 def test_what_is_right_by_itself_is_taken(given_: dict[str, Any]) -> None:
-    """Options hold what was given, and nothing is decided yet."""
+    """Options store the values as given; nothing is decided yet."""
     options = Options(**given_)
     assert {name: getattr(options, name) for name in given_} == given_
 
@@ -75,7 +75,7 @@ def test_what_is_right_by_itself_is_taken(given_: dict[str, Any]) -> None:
     ],
 )
 def test_what_is_wrong_by_itself_is_refused(given_: dict[str, Any], why: str) -> None:
-    """The error names the option and says what is wrong with it, in one line."""
+    """The error names the option and the fault, in one line."""
     with pytest.raises(UsageError) as caught:
         Options(**given_)
     assert why in caught.value.message
@@ -87,7 +87,7 @@ BAD_FACTORS = [0.0, -0.0, -1.0, math.nan, math.inf, -math.inf, 1e39, 1e-46, 5e-3
 
 @pytest.mark.parametrize("factor", BAD_FACTORS)
 def test_a_factor_that_cannot_be_multiplied_by_is_refused(factor: float) -> None:
-    """Zero, negative, infinite or out of the range of float32: not a factor."""
+    """Zero, negative, infinite and out of float32's range: these are not factors."""
     with pytest.raises(UsageError, match="it must be above 0 and fit into float32"):
         check_factor(factor)
     with pytest.raises(UsageError):
@@ -96,25 +96,25 @@ def test_a_factor_that_cannot_be_multiplied_by_is_refused(factor: float) -> None
 
 @given(st.floats(1e-38, 3e38))
 def test_any_factor_of_float32_is_taken(factor: float) -> None:
-    """Whatever float32 can hold above zero is a factor."""
+    """Any positive float32 is a factor."""
     check_factor(factor)
 
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "measured"])
 def test_the_method_is_the_rule(rule: str) -> None:
-    """Reports call the method by the name of its rule."""
+    """Reports call the method by the rule's name."""
     assert Options(experts=2, rule=rule).method == rule
 
 
 def test_the_method_without_a_rule() -> None:
-    """No rule leaves it to the source; a factor or factors replace a rule."""
+    """Without a rule, the source decides; a factor or factors replace a rule."""
     assert Options(experts=2).method is None
     assert Options(factor=2.0).method == "factor"
     assert Options(factors={"0": 2.0}).method == "factors"
 
 
 def test_options_are_frozen() -> None:
-    """Nothing changes what the user asked for."""
+    """A user's request never changes."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         Options(experts=2).experts = 3  # type: ignore[misc]
 
@@ -131,7 +131,7 @@ def test_options_are_frozen() -> None:
     ],
 )
 def test_factors_come_bare_or_in_a_provenance_file(content: Any) -> None:
-    """The mapping, the mapping under its key, and an earlier output's file are all taken."""
+    """The bare mapping, the mapping under its key, and an earlier output's file are accepted."""
     assert parse_factors(json.dumps(content), "f.json") == {"0": 1.5, "mtp.0": 2.0}
 
 
@@ -155,7 +155,7 @@ def test_factors_come_bare_or_in_a_provenance_file(content: Any) -> None:
     ids=range(13),
 )
 def test_what_holds_no_factors_is_refused(text: str) -> None:
-    """One line that names the file."""
+    """One line names the file."""
     with pytest.raises(UsageError) as caught:
         parse_factors(text, "f.json")
     assert caught.value.message.startswith("f.json: ")
@@ -164,12 +164,12 @@ def test_what_holds_no_factors_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("number", ["1" + "0" * 400, "-1" + "0" * 400, "1e999", "NaN", "-Infinity"])
 def test_a_number_that_is_no_factor_is_refused(number: str) -> None:
-    """Numbers that no float can hold are a mistake in the file, not a crash."""
+    """Numbers that no float can represent are a fault of the file, not a crash."""
     with pytest.raises(UsageError):
         Options(factors=parse_factors(f'{{"0": {number}}}', "f.json"))
 
 
 def test_a_layer_that_stands_twice_is_refused() -> None:
-    """Which of two factors of a layer counts is not guessed."""
+    """Of two factors for one layer, none is guessed."""
     with pytest.raises(UsageError, match="twice"):
         parse_factors('{"factors": {"0": 1.2, "0": 1.3}}', "f.json")

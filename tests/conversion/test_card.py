@@ -1,4 +1,4 @@
-"""The card of the output: metadata as the source wrote it, but for what is no longer true."""
+"""The card of the output: the source's metadata, except for what is no longer true."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 @pytest.fixture(scope="module")
 def hub_plan(plan: Plan) -> Plan:
-    """The same from a repo of the Hub."""
+    """A plan for the same model in a Hub repo."""
     return replace(plan, source=SourceId("hub", "org/tiny", "c" * 40, "org/tiny"))
 
 
 def split(card: bytes) -> tuple[str, str]:
-    """Metadata and body, as the Hub's reader splits them."""
+    """Metadata and body, as the Hub's reader separates them."""
     text = card.decode()
     assert text.startswith("---")
     metadata, _, body = text.removeprefix("---").partition("\n---")
@@ -61,7 +61,7 @@ def card(front: str, body: str = "# Tiny\n") -> bytes:
 
 
 def test_metadata_is_kept_verbatim(hub_plan: Plan) -> None:
-    """Every line that stays true stays as it is, comments and quotes included."""
+    """Every line that is still true is unchanged, including comments and quotes."""
     front, _ = split(render(hub_plan, checkpoints.CARD.encode()))
     for line in (
         "license: apache-2.0   # as upstream\n",
@@ -72,7 +72,7 @@ def test_metadata_is_kept_verbatim(hub_plan: Plan) -> None:
 
 
 def test_evaluation_results_are_dropped(hub_plan: Plan) -> None:
-    """The results are those of another model."""
+    """The results belong to another model."""
     assert "model-index" in checkpoints.CARD
     front, _ = split(render(hub_plan, checkpoints.CARD.encode()))
     assert "model-index" not in front
@@ -80,14 +80,14 @@ def test_evaluation_results_are_dropped(hub_plan: Plan) -> None:
 
 
 def test_base_model_and_tag_are_set(hub_plan: Plan) -> None:
-    """The source becomes the base model, and the old tags keep their places before ours."""
+    """The source becomes the base model, and the old tags come before the new one."""
     found = metadata(render(hub_plan, checkpoints.CARD.encode()))
     assert found["base_model"] in ("org/tiny", ["org/tiny"])
     assert found["tags"] == ["moe", "a: b", "moescale"]
 
 
 def test_a_tag_is_not_doubled(hub_plan: Plan) -> None:
-    """Rescaling an output again adds nothing."""
+    """Rescaling an output again adds no second tag."""
     once = render(hub_plan, card("tags: [moescale, x]\n"))
     assert metadata(once)["tags"] == ["moescale", "x"]
 
@@ -96,12 +96,12 @@ def test_a_tag_is_not_doubled(hub_plan: Plan) -> None:
     ("tags", "expected"), [("moe", ["moe", "moescale"]), ("", ["moescale"]), ("[]", ["moescale"])]
 )
 def test_tags_of_any_form_are_taken(hub_plan: Plan, tags: str, expected: list[str]) -> None:
-    """A single tag, none, or an empty list."""
+    """The source may have a single tag, none, or an empty list."""
     assert metadata(render(hub_plan, card(f"tags: {tags}\n")))["tags"] == expected
 
 
 def test_tags_that_yaml_takes_for_something_else_stay_words(hub_plan: Plan) -> None:
-    """Norwegian is ``no`` and a version ``1.0``: as tags they are words, before and after."""
+    """Norwegian is ``no`` and a version ``1.0``: as tags they stay words."""
     # fails today: YAML 1.1 reads no and on as booleans, and they are written as false and true
     new = render(hub_plan, card("tags: [no, on, 1.0, 0x10, 2024-01-01, null]\nlicense: mit\n"))
     found = yaml.load(split(new)[0], Loader=yaml.BaseLoader)
@@ -114,14 +114,14 @@ def test_tags_that_yaml_takes_for_something_else_stay_words(hub_plan: Plan) -> N
 def test_a_language_that_yaml_takes_for_something_else_stays_a_word(
     hub_plan: Plan, front: str
 ) -> None:
-    """Also where the metadata have to be written anew, Norwegian does not become false."""
+    """If the metadata must be rewritten, Norwegian does not become false either."""
     # fails today: the values are loaded and dumped as YAML 1.1
     found = yaml.load(split(render(hub_plan, card(front)))[0], Loader=yaml.BaseLoader)
     assert found["language"] == "no"
 
 
 def test_a_local_source_has_no_repo_to_name(plan: Plan) -> None:
-    """The name of a directory is no base model; what the card says about one stays."""
+    """A directory name is not a base model; a base model named by the card stays."""
     found = metadata(render(plan, checkpoints.CARD.encode()))
     assert found["base_model"] == "someone/older"
     assert found["tags"][-1] == "moescale"
@@ -152,7 +152,7 @@ def yaml_texts(draw: st.DrawFn) -> str:
 @settings(deadline=None, max_examples=100)
 @given(yaml_texts())
 def test_any_metadata_means_the_same_afterwards(hub_plan: Plan, text: str) -> None:
-    """Whatever YAML dumps: the output is YAML, and only the promised keys differ."""
+    """The output of any YAML dumper stays YAML, and only the promised keys differ."""
     value = yaml.safe_load(text)
     assume(not isinstance(value.get("tags"), dict))
     found = metadata(render(hub_plan, card(text)))
@@ -174,7 +174,7 @@ KEPT = {
 
 @pytest.mark.parametrize("front", KEPT.values(), ids=KEPT)
 def test_unusual_metadata_stays_valid(hub_plan: Plan, front: str) -> None:
-    """Metadata that was YAML is YAML afterwards, and the licence is still there."""
+    """Valid YAML stays valid YAML, and the licence is still there."""
     found = metadata(render(hub_plan, f"---\n{front}\n---\nbody\n".encode()))
     assert (found["license"], found["language"]) == ("mit", "en")
 
@@ -194,14 +194,14 @@ INVALID = {
 
 @pytest.mark.parametrize("front", INVALID.values(), ids=INVALID)
 def test_invalid_metadata_is_left_alone(hub_plan: Plan, front: str) -> None:
-    """What no reader can read is not made worse, and the run does not end with it."""
+    """Metadata that no reader can parse stay as they are, and do not end the run."""
     old = card(front)
     assert not metadata_is_valid(old)
     assert split(render(hub_plan, old))[0] == front.rstrip("\n")
 
 
 def test_valid_metadata_is_known_as_such() -> None:
-    """Mappings, empty metadata and none at all are valid."""
+    """Mappings, empty metadata and missing metadata are valid."""
     for text in (card("license: mit\n"), b"# No metadata\n", b"", checkpoints.CARD.encode()):
         assert metadata_is_valid(text)
 
@@ -210,7 +210,7 @@ def test_valid_metadata_is_known_as_such() -> None:
 
 
 def test_windows_line_ends_stay(hub_plan: Plan) -> None:
-    """A card with CRLF is one afterwards, throughout, with the same metadata."""
+    """A card with CRLF keeps CRLF throughout, with the same metadata."""
     old = checkpoints.CARD.replace("\n", "\r\n").encode()
     new = render(hub_plan, old)
     assert new.count(b"\n") == new.count(b"\r\n")
@@ -228,7 +228,7 @@ def test_no_readme_makes_a_card(hub_plan: Plan) -> None:
     "old", [b"", b"# Title\n\nText\n", b"--- not front matter\n", b"text ---\n"]
 )
 def test_a_card_without_metadata_keeps_its_text(hub_plan: Plan, old: bytes) -> None:
-    """The text follows after the section of ours."""
+    """The text follows after the new section."""
     new = render(hub_plan, old)
     assert metadata(new)["tags"] == ["moescale"]
     assert new.endswith(old)
@@ -242,14 +242,14 @@ def test_metadata_after_blank_space_is_metadata(hub_plan: Plan, before: str) -> 
 
 
 def test_empty_metadata_leaves_no_dashes_behind(hub_plan: Plan) -> None:
-    """A card with an empty block of metadata gets ours in its place."""
+    """An empty metadata block is replaced by the new one."""
     _, body = split(render(hub_plan, b"---\n---\nText\n"))
     assert "---\n---" not in body
     assert body.endswith("Text\n")
 
 
 def test_a_rule_in_the_text_is_no_end_of_metadata(hub_plan: Plan) -> None:
-    """Dashes further down belong to the text, and the text stays byte for byte."""
+    """Dashes further down are part of the text, which stays byte for byte."""
     body = "# Tiny\n\n---\nlicense: other\n---\n\n| a |\n|---|\n"
     new = render(hub_plan, card("license: mit\n", body))
     assert metadata(new)["license"] == "mit"
@@ -257,7 +257,7 @@ def test_a_rule_in_the_text_is_no_end_of_metadata(hub_plan: Plan) -> None:
 
 
 def test_bytes_that_are_no_text_are_no_crash(hub_plan: Plan) -> None:
-    """A card in another encoding still gives a card."""
+    """A card in another encoding still becomes a card."""
     assert metadata(render(hub_plan, b"---\nlicense: mit\n---\ncaf\xe9\n"))["license"] == "mit"
 
 
@@ -265,7 +265,7 @@ def test_bytes_that_are_no_text_are_no_crash(hub_plan: Plan) -> None:
 
 
 def test_the_section_says_what_was_done(hub_plan: Plan) -> None:
-    """Source, commit, counts, rule and factor are there; the old text follows."""
+    """The section has source, commit, counts, rule and factor; the old text follows."""
     text = render(hub_plan, checkpoints.CARD.encode()).decode()
     for fact in ("org/tiny", "c" * 40, "3 experts per token", "`preserve`", "1.22474", "| 4 |"):
         assert fact in text
@@ -274,7 +274,7 @@ def test_the_section_says_what_was_done(hub_plan: Plan) -> None:
 
 
 def test_the_section_promises_no_quality(hub_plan: Plan) -> None:
-    """The card says that a kept norm is no quality, and claims none."""
+    """The card says that an equal norm does not imply quality, and claims no quality."""
     text = render(hub_plan, None).decode().lower()
     assert "says nothing about quality" in text
     for claim in ("better", "improve", "state of the art", "outperform"):
@@ -282,13 +282,13 @@ def test_the_section_promises_no_quality(hub_plan: Plan) -> None:
 
 
 def test_a_config_edit_says_so(hub_plan: Plan) -> None:
-    """Where no weight was scaled, the card does not say that weights were."""
+    """If no weight was scaled, the card does not say that weights were."""
     unscaled = replace(hub_plan, tensors=())
     assert "no weight was scaled" in render(unscaled, None).decode()
 
 
 def test_the_same_plan_gives_the_same_card(plan: Plan) -> None:
-    """No time, no place of this machine."""
+    """The card contains no time and no path of this machine."""
     new = render(plan, checkpoints.CARD.encode())
     assert new == render(plan, checkpoints.CARD.encode())
     assert plan.source.id.encode() not in new
@@ -310,7 +310,7 @@ def test_a_long_model_index_is_fast(hub_plan: Plan) -> None:
 
 @pytest.mark.parametrize("nested", ["[", "- "], ids=["lists", "dashes"])
 def test_deep_nesting_is_no_crash(plan: Plan, nested: str) -> None:
-    """Metadata nested without end are invalid metadata, and never the end of the process."""
+    """Metadata that are nested too deep are invalid metadata, not a crash."""
     code = (
         "import sys; from moescale.conversion.card import metadata_is_valid;"
         f"metadata_is_valid(('---\\na: ' + {nested!r} * 50_000 + '\\n---\\n').encode())"
@@ -334,7 +334,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("front", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_card_is_fast(hub_plan: Plan, front: str) -> None:
-    """Metadata that are built to cost time cost no more than a second."""
+    """Metadata designed to be slow take at most a second."""
     code = (
         "import sys; from moescale.conversion.card import metadata_is_valid;"
         "metadata_is_valid(sys.stdin.buffer.read())"
@@ -349,13 +349,13 @@ def test_a_hostile_card_is_fast(hub_plan: Plan, front: str) -> None:
 
 
 def seconds_of_children() -> float:
-    """Processor time of the child processes that have ended."""
+    """Processor time of child processes that have ended."""
     times = os.times()
     return times.children_user + times.children_system
 
 
 def test_a_path_in_the_card_is_never_followed(hub_plan: Plan, tmp_path: Path) -> None:
-    """Metadata with tags of YAML objects construct nothing."""
+    """YAML tags for Python objects create nothing."""
     marker = tmp_path / "made"
     front = f"x: !!python/object/apply:os.mkdir ['{marker}']\n"
     render(hub_plan, card(front))

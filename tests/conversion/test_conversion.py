@@ -1,4 +1,4 @@
-"""From directory to directory: every byte of the output, however the run went."""
+"""From directory to directory: every byte of the output, however the run goes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MADE = {"README.md", "moescale.json", "config.json"}
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A complete small Mixtral repo, with twins of its weights and a side model beside."""
+    """A complete small Mixtral repo, with twins of its weights and a model in a subfolder."""
     folder = checkpoints.mixtral(tmp_path / "source")
     side = checkpoints.shard({"linear.weight": checkpoints.values("F32", (2,))})
     checkpoints.write_files(folder, {**checkpoints.LEFT_OUT, "side/model.safetensors": side})
@@ -70,7 +70,7 @@ def check_weights(
 
 
 def config_count(output: Path) -> int:
-    """The experts per token that the output says."""
+    """The experts per token in the output's config."""
     return json.loads((output / "config.json").read_bytes())["num_experts_per_tok"]
 
 
@@ -94,7 +94,7 @@ CASES: dict[str, tuple[dict[str, Any], float, int]] = {
 def test_mixtral_byte_for_byte(
     source: Path, tmp_path: Path, options: dict[str, Any], factor: float, count: int
 ) -> None:
-    """Routed down-projections are scaled, one number of the config changes, all else is copied."""
+    """Routed down-projections are scaled, one number in the config changes, all else is copied."""
     convert(source, tmp_path / "out", **options)
     check_weights(source, tmp_path / "out", factor_by_layer(factor))
     config = checkpoints.MIXTRAL_CONFIG.replace("\t2 ,", f"\t{count} ,")
@@ -103,7 +103,7 @@ def test_mixtral_byte_for_byte(
 
 @pytest.mark.parametrize("dtype", ["F16", "F32", "F64"])
 def test_other_dtypes_byte_for_byte(tmp_path: Path, dtype: str) -> None:
-    """Each dtype is scaled in itself."""
+    """Each dtype is scaled in that dtype."""
     source = checkpoints.mixtral(tmp_path / "source", dtype=dtype, extras=False)
     result = convert(source, tmp_path / "out", experts=3)
     factor = result.plan.factors["0"]
@@ -112,7 +112,7 @@ def test_other_dtypes_byte_for_byte(tmp_path: Path, dtype: str) -> None:
 
 
 def test_fused_experts_byte_for_byte(tmp_path: Path) -> None:
-    """One tensor with all experts of a layer, in a single shard without an index."""
+    """One tensor has all experts of a layer, in a single shard without an index."""
     source = checkpoints.fused_mixtral(tmp_path / "source")
     convert(source, tmp_path / "out", experts=3)
     check_weights(source, tmp_path / "out", factor_by_layer(UP))
@@ -138,7 +138,7 @@ def test_deepseek_scales_its_mtp_block_too(tmp_path: Path) -> None:
 
 
 def test_factors_by_layer(source: Path, tmp_path: Path) -> None:
-    """Each layer gets its own; the config keeps its number."""
+    """Each layer gets its own factor; the config keeps its number."""
     convert(source, tmp_path / "out", factors={"0": 1.0, "1": 0.25})
     check_weights(source, tmp_path / "out", factor_by_layer(1.0, l1=0.25))
     assert config_count(tmp_path / "out") == 2
@@ -185,7 +185,7 @@ def test_factors_of_an_earlier_output(source: Path, tmp_path: Path) -> None:
 def test_factors_that_were_made_for_another_job_are_warned_of(
     tmp_path: Path, made_for: Any, options: Any, says: str | None
 ) -> None:
-    """The file says for which numbers, routers and model type; each that differs is named."""
+    """The file gives its numbers, routers and model type; each difference is named."""
     source, file = tmp_path / "source", tmp_path / "plan.json"
     gated_mixtral(source)
     file.write_text(json.dumps({**plan(source, experts=3).as_json(), **made_for}))
@@ -197,7 +197,7 @@ def test_factors_that_were_made_for_another_job_are_warned_of(
 
 
 def test_bare_factors_say_nothing_of_their_job(source: Path) -> None:
-    """A mapping is taken for any numbers, as it always was."""
+    """A mapping of factors is accepted for any numbers of experts."""
     for experts in (None, 1, 4):
         found = plan(source, factors={"0": 1.0, "1": 2.0}, experts=experts)
         assert not any("--factors" in warning for warning in found.warnings)
@@ -207,14 +207,14 @@ def test_bare_factors_say_nothing_of_their_job(source: Path) -> None:
     "given", [{"0": 1.0}, {"0": 1.0, "1": 1.0, "2": 1.0}, {"0": 1.0, "x": 1.0}]
 )
 def test_factors_must_fit_the_layers(source: Path, tmp_path: Path, given: dict[str, float]) -> None:
-    """A layer without a factor, and a factor without a layer, are refused before anything."""
+    """A layer without a factor, or a factor without a layer, is refused before anything else."""
     with pytest.raises(UsageError, match="layer"):
         convert(source, tmp_path / "out", factors=given)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_tensor_of_several_pieces(tmp_path: Path) -> None:
-    """Tensors larger than a piece, at odd places of the file, are right to the last byte."""
+    """Tensors that are larger than a piece, at odd offsets, are right to the last byte."""
     tensors = checkpoints.fused_mixtral_tensors(layers=1)
     tensors = {"odd": ("U8", (3,), b"abc"), **tensors}
     big = checkpoints.values("BF16", (4, 301, 997), special=False)
@@ -232,7 +232,7 @@ def test_a_tensor_of_several_pieces(tmp_path: Path) -> None:
 
 
 def test_every_file_is_accounted_for(source: Path) -> None:
-    """The plan has a row for each file of the source, with the reason where it is left out."""
+    """The plan has a row for each file of the source, and the reason if it is left out."""
     rows = {f.name: f for f in plan(source, experts=3).files}
     for name in checkpoints.LEFT_OUT:
         assert rows[name].action == "skip"
@@ -245,7 +245,7 @@ def test_every_file_is_accounted_for(source: Path) -> None:
 
 
 def test_the_provenance_lists_what_is_there(source: Path, tmp_path: Path) -> None:
-    """Every file of the output but itself, with its size, and digests where they are known."""
+    """The provenance lists all other files with their sizes, and with digests if known."""
     convert(source, tmp_path / "out", experts=3)
     content = json.loads((tmp_path / "out" / "moescale.json").read_bytes())
     tree = checkpoints.tree(tmp_path / "out")
@@ -266,14 +266,14 @@ def test_shards_without_an_index_get_one(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_source_without_a_card_gets_one(source: Path, tmp_path: Path) -> None:
-    """The output says what it is, whether or not the source did."""
+    """The output describes itself, even if the source has no card."""
     (source / "README.md").unlink()
     convert(source, tmp_path / "out", experts=3)
     assert b"3 experts per token" in (tmp_path / "out" / "README.md").read_bytes()
 
 
 def test_the_source_is_never_touched(source: Path, tmp_path: Path) -> None:
-    """No file of it is written, made, removed or given another time."""
+    """No file of the source is written, created, removed or touched."""
     before = checkpoints.tree(source)
     stats = {name: (source / name).stat().st_mtime_ns for name in before}
     convert(source, tmp_path / "out", experts=3, verify=True)
@@ -282,7 +282,7 @@ def test_the_source_is_never_touched(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_source_in_the_hub_cache(source: Path, tmp_path: Path) -> None:
-    """A snapshot made of links becomes a directory of files, and the card names the repo."""
+    """A snapshot of links becomes a directory of files, and the card names the repo."""
     cache, commit = tmp_path / "models--org--tiny", "0" * 40
     (cache / "blobs").mkdir(parents=True)
     for number, (name, data) in enumerate(checkpoints.tree(source).items()):
@@ -299,7 +299,7 @@ def test_a_source_in_the_hub_cache(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_source_of_links_becomes_files(source: Path, tmp_path: Path) -> None:
-    """Shards that lie elsewhere beside a config of one's own, the way people try numbers out."""
+    """A config next to links to shards elsewhere: this is how people try other numbers."""
     own = tmp_path / "own"
     own.mkdir()
     for path in source.iterdir():
@@ -315,7 +315,7 @@ def test_a_source_of_links_becomes_files(source: Path, tmp_path: Path) -> None:
 def test_a_destination_that_links_of_the_source_lead_to_is_refused(
     source: Path, tmp_path: Path, run: Callable[..., object]
 ) -> None:
-    """To replace it would remove the very weights that are read."""
+    """Replacing it would remove the very weights that are read."""
     own, before = tmp_path / "own", checkpoints.tree(source)
     own.mkdir()
     for name in before:
@@ -326,11 +326,11 @@ def test_a_destination_that_links_of_the_source_lead_to_is_refused(
     assert checkpoints.tree(source) == before
 
 
-# However the run goes, the same bytes -------------------------------------------------------------
+# The same bytes, however the run goes -------------------------------------------------------------
 
 
 def test_any_number_of_jobs_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
-    """One shard after the other or all at once."""
+    """Shards may be processed one after the other or all at once."""
     convert(source, tmp_path / "one", experts=3, jobs=1)
     convert(source, tmp_path / "four", experts=3, jobs=4)
     assert checkpoints.tree(tmp_path / "one") == checkpoints.tree(tmp_path / "four")
@@ -339,7 +339,7 @@ def test_any_number_of_jobs_gives_the_same_bytes(source: Path, tmp_path: Path) -
 def test_the_place_does_not_matter(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same source by another way and to another place gives the same bytes."""
+    """The same source through other paths gives the same bytes."""
     convert(source, tmp_path / "one", experts=3)
     monkeypatch.chdir(tmp_path)
     convert("source", "deep/down/two", experts=3)
@@ -384,7 +384,7 @@ convert(sys.argv[1], sys.argv[2], experts=3, jobs=1, overwrite=len(sys.argv) > 5
 
 
 def killed(source: Path, output: Path, after: int, when: str, *more: str) -> bool:
-    """Run in another process that dies at the file number `after`; whether it did."""
+    """Run in another process that dies at file number `after`; returns whether it did."""
     command = [sys.executable, "-c", KILLED, source, output, str(after), when, *more]
     code = subprocess.run(command, check=False).returncode
     assert code in (0, 9)
@@ -393,7 +393,7 @@ def killed(source: Path, output: Path, after: int, when: str, *more: str) -> boo
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    """A Mixtral with little beside its three shards."""
+    """A Mixtral with three shards and few other files."""
     source = checkpoints.mixtral(tmp_path / "source", extras=False)
     checkpoints.write_files(source, {"extra/a.txt": b"a", "README.md": b"# Tiny\n"})
     return source
@@ -401,7 +401,7 @@ def small(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_killed_run_is_resumed_at_any_file(small: Path, tmp_path: Path, when: str) -> None:
-    """Killed at each file in turn, then finished: the same bytes, and nothing loads before."""
+    """A run is killed at each file in turn and then finished: no partial output ever loads."""
     convert(small, tmp_path / "whole", experts=3)
     whole = checkpoints.tree(tmp_path / "whole")
     for number in range(len(whole)):
@@ -415,7 +415,7 @@ def test_a_killed_run_is_resumed_at_any_file(small: Path, tmp_path: Path, when: 
 
 
 def test_finished_shards_are_not_written_again(small: Path, tmp_path: Path) -> None:
-    """A rerun begins at the first file that is not finished."""
+    """A rerun starts with the first file that is not finished."""
     output = tmp_path / "out"
     assert killed(small, output, 3, "before")
     done = {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")}
@@ -425,7 +425,7 @@ def test_finished_shards_are_not_written_again(small: Path, tmp_path: Path) -> N
 
 
 def test_a_shard_that_was_damaged_meanwhile_is_done_again(small: Path, tmp_path: Path) -> None:
-    """A finished shard that is not as it was left is not trusted."""
+    """A finished shard that has changed is not trusted."""
     output = tmp_path / "out"
     assert killed(small, output, 4, "before")
     for shard in output.glob("*.safetensors"):
@@ -448,7 +448,7 @@ def test_an_interrupted_overwrite_goes_on_without_the_option(small: Path, tmp_pa
 
 
 def test_an_interrupt_leaves_a_run_that_can_be_continued(small: Path, tmp_path: Path) -> None:
-    """What the progress raises stops the threads; the next run goes on."""
+    """An exception from the progress callback stops the threads; the next run continues."""
 
     def stop(name: str, size: int) -> None:
         if name.startswith("model-00002"):
@@ -463,17 +463,17 @@ def test_an_interrupt_leaves_a_run_that_can_be_continued(small: Path, tmp_path: 
 
 
 def test_progress_counts_every_byte(source: Path, tmp_path: Path) -> None:
-    """The sizes that are reported add up to the bytes that the plan streams."""
+    """The reported sizes add up to the bytes that the plan streams."""
     sizes: list[int] = []
     result = convert(source, tmp_path / "out", experts=3, progress=lambda _, n: sizes.append(n))
     assert sum(sizes) == result.plan.bytes_streamed
 
 
-# Done, stale and in the way -----------------------------------------------------------------------
+# Finished, stale and foreign outputs --------------------------------------------------------------
 
 
 def test_a_done_run_does_nothing(source: Path, tmp_path: Path) -> None:
-    """The second time nothing is written, not even a time."""
+    """The second run writes nothing, and no timestamp changes."""
     assert convert(source, tmp_path / "out", experts=3).status == "new"
     paths = list((tmp_path / "out").rglob("*"))
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in paths}
@@ -485,7 +485,7 @@ def test_a_done_run_does_nothing(source: Path, tmp_path: Path) -> None:
 def test_where_nothing_changes_nothing_is_written(
     source: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    """The number that the model has already, and factors of 1: no copy of the whole model."""
+    """With the trained number and factors of 1, the model is not copied."""
     result = convert(source, tmp_path / "out", **options)
     assert (result.status, result.verified) == ("nothing", False)
     assert "nothing to do" in result.plan.warnings[-1]
@@ -514,7 +514,7 @@ SAID_OTHERWISE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", SAID_OTHERWISE.values(), ids=SAID_OTHERWISE)
 def test_the_same_job_in_other_words(source: Path, tmp_path: Path, options: dict[str, Any]) -> None:
-    """What decides the same is done already, proves, and keeps the words of the first run."""
+    """Options with the same meaning find the job done, and keep the first run's wording."""
     out = tmp_path / "out"
     convert(source, out, experts=3)
     before = checkpoints.tree(out)
@@ -532,7 +532,7 @@ def test_the_same_job_in_other_words(source: Path, tmp_path: Path, options: dict
 def test_an_unfinished_run_goes_on_in_other_words(
     small: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    """And ends with the bytes that the first run would have made."""
+    """It ends with the bytes that the first run would have written."""
     convert(small, tmp_path / "whole", experts=3)
     assert killed(small, tmp_path / "out", 2, "before")
     assert convert(small, tmp_path / "out", **options).status == "resume"
@@ -544,7 +544,7 @@ def test_an_unfinished_run_goes_on_in_other_words(
     [{"rule": 3}, {"rule": "best"}, {"experts": "3"}, {"nothing": 1}, {"pattern": ["x"]}, 7, None],
 )
 def test_words_that_make_no_sense_are_not_taken(source: Path, tmp_path: Path, options: Any) -> None:
-    """Whoever wrote them: the output was changed, which is said."""
+    """If recorded options make no sense, the error says that the output was changed."""
     out = tmp_path / "out"
     convert(source, out, experts=3)
     content = json.loads((out / "moescale.json").read_text())
@@ -554,7 +554,7 @@ def test_words_that_make_no_sense_are_not_taken(source: Path, tmp_path: Path, op
 
 
 def test_overwrite_writes_again(source: Path, tmp_path: Path) -> None:
-    """A finished output too, whose damage nothing but a proof would tell."""
+    """A finished output is written again too: only a verification would find damage in it."""
     out = tmp_path / "out"
     convert(source, out, experts=3)
     before = checkpoints.tree(out)
@@ -573,7 +573,7 @@ def damage(path: Path) -> None:
 
 
 def test_a_repair_writes_what_differs_and_nothing_else(source: Path, tmp_path: Path) -> None:
-    """A proof with overwrite: damaged and missing files come again, what is surplus goes."""
+    """Verifying with --overwrite rewrites damaged and missing files and removes extra ones."""
     out = tmp_path / "out"
     convert(source, out, experts=3)
     before = checkpoints.tree(out)
@@ -604,7 +604,7 @@ def test_a_repair_writes_what_differs_and_nothing_else(source: Path, tmp_path: P
 
 
 def test_the_options_of_an_output_are_taken_from_it(source: Path, tmp_path: Path) -> None:
-    """A proof without options is one with those that the output was made with."""
+    """A verification without options uses those of the output."""
     out = tmp_path / "out"
     with pytest.raises(UsageError, match="--experts is missing"):
         convert(source, out, verify=True)
@@ -624,7 +624,7 @@ def test_the_options_of_an_output_are_taken_from_it(source: Path, tmp_path: Path
     "options", [{"experts": 4}, {"experts": 3, "rule": "none"}, {"experts": 3, "rho": 0.5}]
 )
 def test_another_job_is_refused(source: Path, tmp_path: Path, options: dict[str, Any]) -> None:
-    """An output of other options is something else, and stays; both are named."""
+    """An output with other options stays; the error names both."""
     convert(source, tmp_path / "out", experts=3)
     before = checkpoints.tree(tmp_path / "out")
     with pytest.raises(
@@ -643,7 +643,7 @@ def test_an_unfinished_run_of_other_options_is_refused(small: Path, tmp_path: Pa
 
 
 def test_an_unfinished_run_of_a_changed_source_is_refused(small: Path, tmp_path: Path) -> None:
-    """Shards of two states of a source are never mixed."""
+    """Shards of two versions of a source are never mixed."""
     assert killed(small, tmp_path / "out", 2, "before")
     os.utime(small / "extra" / "a.txt", (1, 1))
     with pytest.raises(DestinationError, match="changed"):
@@ -652,7 +652,7 @@ def test_an_unfinished_run_of_a_changed_source_is_refused(small: Path, tmp_path:
 
 @pytest.mark.parametrize("name", ["notes.txt", "config.json", "moescale.json", "deep/x"])
 def test_something_else_is_refused(source: Path, tmp_path: Path, name: str) -> None:
-    """A destination that holds anything is not written into."""
+    """A destination that is not empty is not written to."""
     checkpoints.write_files(tmp_path / "out", {name: b"[]"})
     with pytest.raises(DestinationError, match=r"is not empty|holds another output"):
         convert(source, tmp_path / "out", experts=3)
@@ -660,14 +660,14 @@ def test_something_else_is_refused(source: Path, tmp_path: Path, name: str) -> N
 
 
 def test_a_hostile_provenance_is_something_else(source: Path, tmp_path: Path) -> None:
-    """A file that is nested without end is no output of ours, and no crash."""
+    """A file that is nested too deep is not an output of moescale, and does not crash it."""
     checkpoints.write_files(tmp_path / "out", {"moescale.json": b"[" * 100_000})
     with pytest.raises(DestinationError, match="holds another output"):
         convert(source, tmp_path / "out", experts=3)
 
 
 def test_overwrite_replaces_another_model(source: Path, tmp_path: Path) -> None:
-    """Files of the old content that the new one does not have are gone."""
+    """Old files that the new output does not have are removed."""
     old = {
         "config.json": b"{}",
         "consolidated.safetensors": b"",
@@ -682,7 +682,7 @@ def test_overwrite_replaces_another_model(source: Path, tmp_path: Path) -> None:
 
 
 def test_overwrite_does_not_replace_what_is_no_model(source: Path, tmp_path: Path) -> None:
-    """A home folder is no model."""
+    """A home folder is not a model."""
     checkpoints.write_files(tmp_path / "out", {"thesis.tex": b"years"})
     with pytest.raises(DestinationError, match="does not look like a model"):
         convert(source, tmp_path / "out", experts=3, overwrite=True)
@@ -690,7 +690,7 @@ def test_overwrite_does_not_replace_what_is_no_model(source: Path, tmp_path: Pat
 
 
 def test_a_younger_source_makes_the_output_stale(source: Path, tmp_path: Path) -> None:
-    """An output of this job whose source was written since is neither done nor overwritten."""
+    """If the source was written later, the output is neither finished nor overwritten."""
     convert(source, tmp_path / "out", experts=3)
     later = (tmp_path / "out" / "moescale.json").stat().st_mtime + 100
     os.utime(source / "model-00001-of-00003.safetensors", (later, later))
@@ -704,7 +704,7 @@ def test_a_younger_source_makes_the_output_stale(source: Path, tmp_path: Path) -
 def test_a_source_with_other_files_makes_the_output_outdated(
     change: str, source: Path, tmp_path: Path
 ) -> None:
-    """The words are the same, so they are not the difference; a proof names the file."""
+    """The options are equal, so they are not the difference; a verification names the file."""
     out = tmp_path / "out"
     convert(source, out, experts=3)
     name = {"a new file": "notes.txt", "another config": "config.json"}[change]
@@ -720,14 +720,14 @@ def test_a_source_with_other_files_makes_the_output_outdated(
 
 
 def test_a_proof_without_options_needs_an_output(source: Path, tmp_path: Path) -> None:
-    """What nobody made says nothing of options; whoever asks is told so."""
+    """A folder that is not an output has no options; the error says so."""
     for prove in (partial(convert, verify=True), verify):
         with pytest.raises(UsageError, match="does not record its options"):
             prove(source, tmp_path / "out")
 
 
 def test_an_output_that_lost_a_file_is_not_done(source: Path, tmp_path: Path) -> None:
-    """Done means that all files are there in their sizes."""
+    """An output is finished only if all files exist with their sizes."""
     convert(source, tmp_path / "out", experts=3)
     (tmp_path / "out" / "tokenizer.json").unlink()
     with pytest.raises(DestinationError):
@@ -737,7 +737,7 @@ def test_an_output_that_lost_a_file_is_not_done(source: Path, tmp_path: Path) ->
 
 
 def test_an_output_whose_config_was_edited_is_not_done(source: Path, tmp_path: Path) -> None:
-    """The small files are cheap to compare, so another number in the config is noticed."""
+    """Small files are cheap to compare, so a changed number in the config is noticed."""
     convert(source, tmp_path / "out", experts=3)
     path = tmp_path / "out" / "config.json"
     path.write_bytes(path.read_bytes().replace(b"\t3 ,", b"\t4 ,"))
@@ -748,7 +748,7 @@ def test_an_output_whose_config_was_edited_is_not_done(source: Path, tmp_path: P
 
 
 def test_an_output_can_be_rescaled_again(source: Path, tmp_path: Path) -> None:
-    """An output is a source like any other, with a word of warning."""
+    """An output is a source like any other, with a warning."""
     convert(source, tmp_path / "one", experts=3)
     result = convert(tmp_path / "one", tmp_path / "two", experts=2)
     assert any("moescale" in warning for warning in result.plan.warnings)
@@ -757,7 +757,7 @@ def test_an_output_can_be_rescaled_again(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["source", "source/out", "."])
 def test_source_and_destination_must_be_apart(source: Path, tmp_path: Path, place: str) -> None:
-    """The same folder, one inside the other, or reached through a link: all are refused."""
+    """Equal folders, nested folders and folders reached through a link are refused."""
     (tmp_path / "link").symlink_to(tmp_path)
     before = checkpoints.tree(source)
     for destination in (tmp_path / place, tmp_path / "link" / place):
@@ -768,11 +768,11 @@ def test_source_and_destination_must_be_apart(source: Path, tmp_path: Path, plac
     assert checkpoints.tree(source) == before
 
 
-# What goes wrong on the way -----------------------------------------------------------------------
+# Failures during a run ----------------------------------------------------------------------------
 
 
 def overflowing(folder: Path) -> Path:
-    """A Mixtral with two weights that are too large for a factor above 1."""
+    """A Mixtral with two weights that overflow with a factor above 1."""
     tensors = checkpoints.mixtral_tensors()
     name = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
     dtype, shape, data = tensors[name]
@@ -785,7 +785,7 @@ def overflowing(folder: Path) -> Path:
 
 
 def test_overflow_is_an_error_with_a_name(tmp_path: Path) -> None:
-    """No silent infinity: the shard, the tensor and the count are named, and nothing loads."""
+    """Overflow is never silent: the error names shard, tensor and count, and nothing loads."""
     source = overflowing(tmp_path / "source")
     with pytest.raises(RewriteError) as caught:
         convert(source, tmp_path / "out", experts=3)
@@ -796,13 +796,13 @@ def test_overflow_is_an_error_with_a_name(tmp_path: Path) -> None:
 
 
 def no_space(*_: Any) -> Any:
-    """Fail as a full disk does, without a file name."""
+    """Fail like a full disk, without a file name."""
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("call", ["fsync", "write"])
 def test_a_full_disk_is_said_as_such(small: Path, tmp_path: Path, call: str) -> None:
-    """The file is named, and a rerun continues once there is room."""
+    """The error names the file, and a rerun continues once there is space."""
     begin = LocalDestination.begin
 
     def then_full(self: LocalDestination, *args: Any, **options: Any) -> None:
@@ -818,7 +818,7 @@ def test_a_full_disk_is_said_as_such(small: Path, tmp_path: Path, call: str) -> 
 
 
 def test_a_disk_that_is_full_at_the_end_is_said_as_such(small: Path, tmp_path: Path) -> None:
-    """The small files at the end are written with the same care as the shards."""
+    """The small files at the end are written as carefully as the shards."""
     put = LocalDestination.write_small
 
     def full(self: LocalDestination, name: str, data: bytes) -> Any:
@@ -835,7 +835,7 @@ def test_a_disk_that_is_full_at_the_end_is_said_as_such(small: Path, tmp_path: P
 def test_a_source_that_changes_during_the_run_is_noticed(
     small: Path, tmp_path: Path, name: str
 ) -> None:
-    """A file that is written to after the plan was made ends the run, not in the output."""
+    """A file that is written to after planning ends the run and is not in the output."""
 
     def change(_: Plan) -> None:
         (small / name).write_bytes((small / name).read_bytes()[::-1])
@@ -855,7 +855,7 @@ def test_a_source_that_changes_during_the_run_is_noticed(
 def test_a_small_file_that_changes_after_the_plan_is_noticed(
     small: Path, tmp_path: Path, name: str
 ) -> None:
-    """Card and index are read after the plan, so they are checked like the shards."""
+    """Card and index are read after planning, so they are checked like the shards."""
 
     def change(_: Plan) -> None:
         (small / name).write_bytes((small / name).read_bytes() + b" ")
@@ -866,7 +866,7 @@ def test_a_small_file_that_changes_after_the_plan_is_noticed(
 
 
 def test_an_error_in_one_shard_stops_the_others(small: Path, tmp_path: Path) -> None:
-    """The error that ended the run is the one that is told, not those of the stopped threads."""
+    """The reported error is the one that ended the run, not one of the stopped threads."""
 
     def fail(name: str, size: int) -> None:
         if name.startswith("model-00003"):
@@ -901,7 +901,7 @@ def test_the_public_names_can_be_used_twice(small: Path, tmp_path: Path) -> None
 
 
 def test_a_count_for_each_layer_is_done_and_proven_like_any_other(tmp_path: Path) -> None:
-    """A config with a list of counts gives a factor by layer, and the output is known again."""
+    """A config with a list of counts gives factors by layer, and its output is recognised."""
     source = checkpoints.qwen2(tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     del config["num_experts_per_tok"]

@@ -1,7 +1,7 @@
-"""Whatever call fails, falls short or is the last: never half an output, and always resumed.
+"""Whichever call fails, falls short or is the last: no partial output, and a rerun resumes.
 
-Every run here is made again and again, with another of its calls hit each time. The runs and the
-checks are in `crash_lab`; with ``MOESCALE_EVERY_CRASH=1`` no call of any scenario is left out.
+Every run is repeated with a fault at a different call each time. The runs and the checks are in
+`crash_lab`; ``MOESCALE_EVERY_CRASH=1`` includes every call of every scenario.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system can
 
 @pytest.fixture(scope="module")
 def base() -> Iterator[Path]:
-    """A folder in memory where there is one: nothing here waits for a disk."""
+    """A folder in memory if there is one: no test here has to wait for a disk."""
     memory = Path("/dev/shm")
     place = tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else None)
     os.chmod(place, 0o755)
@@ -45,7 +45,7 @@ Ask = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def ask(base: Path) -> Iterator[Ask]:
-    """Has a task done by the warm process."""
+    """Have the warm process run a task."""
     command = [sys.executable, "-m", "support.crash_lab"]
     env = environment(OPENBLAS_NUM_THREADS="1")
     pipe = subprocess.PIPE
@@ -114,16 +114,16 @@ MATRIX: tuple[tuple[str, str, int, int], ...] = (
     ("gguf, overwrite", "power cut", 4, 15),
     ("gguf, over another run", "killed after", 5, 8),
 )
-"""Scenario, fault, every how many calls, and how many points there have to be at the least.
+"""Scenario, fault, step between the calls that are hit, and the fewest points expected.
 
-Being killed before a call leaves what being killed after the one before leaves, so a sample of it
-is enough where the other is tried at every call.
+Being killed before a call leaves the same files as being killed after the previous one. A sample of
+one is enough if the other is tried at every call.
 """
 
 
 @pytest.mark.parametrize(("scenario", "mode", "step", "least"), MATRIX)
 def test_any_call_may_be_hit(ask: Ask, scenario: str, mode: str, step: int, least: int) -> None:
-    """Nothing loads before it is whole, no content mixes, and a rerun gives the same bytes."""
+    """Nothing loads before it is complete, no content mixes, and a rerun gives the same bytes."""
     step = 1 if os.environ.get("MOESCALE_EVERY_CRASH") else step
     report = ask(scenario=scenario, mode=mode, step=step)
     print(f"{report['points']} points: {report['outcomes']}")
@@ -133,7 +133,7 @@ def test_any_call_may_be_hit(ask: Ask, scenario: str, mode: str, step: int, leas
 
 
 def test_nothing_listens_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a hook runs, threads that coverage traces fail to start until Python 3.12."""
+    """Under a hook, threads that coverage traces fail to start before Python 3.12."""
     hooks: list[object] = []
     monkeypatch.setattr(sys, "addaudithook", hooks.append)
     for name in ("faulty_calls", "crash_lab"):
@@ -166,14 +166,14 @@ main()
 
 @pytest.fixture(scope="module")
 def whole(base: Path) -> dict[str, bytes]:
-    """What an uninterrupted run makes of the source."""
+    """The output of an uninterrupted run."""
     small_mixtral(base / "real" / "source")
     convert(base / "real" / "source", base / "real" / "whole", experts=3)
     return checkpoints.tree(base / "real" / "whole")
 
 
 def paused(base: Path, at: int) -> tuple[subprocess.Popen[str], Path]:
-    """The real command, which stands still at a call until a signal comes, and its destination."""
+    """The real command, which waits at a call until a signal comes, and its destination."""
     place, output = base / "real", base / "real" / f"out{at}"
     shutil.rmtree(output, ignore_errors=True)
     marker = base / f"marker{at}"
@@ -189,7 +189,7 @@ def paused(base: Path, at: int) -> tuple[subprocess.Popen[str], Path]:
 
 
 def check_resumed(base: Path, output: Path, whole: dict[str, bytes]) -> None:
-    """Assert that nothing loads, and that the same run then makes the whole output."""
+    """Assert that nothing loads, and that the same run then writes the complete output."""
     found = {n: d for n, d in checkpoints.tree(output).items() if not n.startswith(".moescale/")}
     assert "config.json" not in found or found == whole
     assert convert(base / "real" / "source", output, experts=3).status in ("new", "resume")
@@ -221,7 +221,7 @@ def test_a_run_that_is_killed(base: Path, whole: dict[str, bytes], at: int) -> N
 def test_a_run_that_is_interrupted(
     base: Path, whole: dict[str, bytes], at: int, signals: list[signal.Signals]
 ) -> None:
-    """130, a line or two, resumable: while it plans, writes and ends, and twice in a row too."""
+    """Exit code 130 and a line or two in every phase, even if interrupted twice; resumable."""
     child, output = paused(base, at)
     for number in signals:
         child.send_signal(number)
@@ -229,12 +229,12 @@ def test_a_run_that_is_interrupted(
     out, err = child.communicate(timeout=120)
     assert (child.returncode, out) == (130, "")
     assert err.startswith(RESUMES)
-    assert len(err.splitlines()) <= 2  # the second says what has to be done again
+    assert len(err.splitlines()) <= 2  # the second message says what has to be done again
     check_resumed(base, output, whole)
 
 
 def test_an_interrupt_while_a_thread_is_being_started() -> None:
-    """The library's lock for new threads is held then; the program still ends by itself."""
+    """The library's lock for new threads is locked at that point; the program still ends."""
     code = (
         "import os, signal, threading, time\n"
         "from moescale import interrupts\n"
@@ -252,7 +252,7 @@ def test_an_interrupt_while_a_thread_is_being_started() -> None:
 
 
 def test_an_interrupt_while_the_program_starts(base: Path, whole: dict[str, bytes]) -> None:
-    """Modules are still being imported when the signal comes: one line, no traceback."""
+    """The signal comes during imports: one line, no traceback."""
     code = (
         "import sys, os, signal, moescale\n"
         "class Find:\n"
@@ -281,7 +281,7 @@ assert len(hits) > 10, hits
 
 
 def test_a_storm_of_signals_changes_nothing(base: Path) -> None:
-    """Calls that are really interrupted, some halfway, are continued at the right place."""
+    """Calls that are really interrupted, some halfway, continue at the right offset."""
     tensors = checkpoints.fused_mixtral_tensors()
     big = {"big": ("U8", (24 << 20,), os.urandom(1 << 20) * 24)}
     checkpoints.write_shards(base / "big", {**big, **tensors}, 2)
@@ -301,7 +301,7 @@ def test_a_storm_of_signals_changes_nothing(base: Path) -> None:
 @pytest.mark.parametrize("change", ["shrinks", "grows", "is rewritten", "is replaced"])
 @pytest.mark.parametrize("name", ["model-00002-of-00003.safetensors", "README.md"])
 def test_a_source_that_changes_at_any_moment(ask: Ask, name: str, change: str) -> None:
-    """The output is of the source as it was planned, or there is an error and no output."""
+    """The output is that of the source as planned, or there is an error and no output."""
     step = 1 if os.environ.get("MOESCALE_EVERY_CRASH") else 13
     report = ask(change=change, name=name, step=step)
     print(f"{report['points']} points: {report['outcomes']}")
@@ -310,7 +310,7 @@ def test_a_source_that_changes_at_any_moment(ask: Ask, name: str, change: str) -
     assert {"done", "error"} <= report["outcomes"].keys()
 
 
-# A destination that is not for us -----------------------------------------------------------------
+# A destination that is not writable ---------------------------------------------------------------
 
 NOBODY = """
 import os, sys
@@ -333,7 +333,7 @@ else:
 
 @pytest.mark.parametrize("what", ["nothing", "a model", "a finished output"])
 def test_a_read_only_destination(base: Path, whole: dict[str, bytes], what: str) -> None:
-    """It is said in one line, before anything is written or removed; what is there stays."""
+    """One line says so before anything is written or removed; existing files stay."""
     output = base / "read-only"
     content = {"config.json": b"{}", "x.safetensors": b"old"}
     checkpoints.write_files(output, whole if what == "a finished output" else content)

@@ -40,14 +40,14 @@ from moescale.storage.location import HubRef
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[LocalCluster]:
-    """Two workers for the tests that go from disk to disk."""
+    """Two workers for the tests from disk to disk."""
     with cluster() as running:
         yield running
 
 
 @pytest.fixture
 def workers(running: LocalCluster, tmp_path: Path) -> Iterator[Workers]:
-    """Those workers, as they are without what a test did to them."""
+    """Those workers, without the changes of other tests."""
     folder = tmp_path / "marks"
     folder.mkdir()
     workers = Workers(running, folder)
@@ -71,7 +71,7 @@ def wanted(source: Path, tmp_path: Path) -> dict[str, bytes]:
 
 @contextmanager
 def start(source: Path, out: Path, dask: str | Path) -> Iterator[subprocess.Popen[str]]:
-    """Start the command in a process of its own."""
+    """Start the command in a separate process."""
     command = [sys.executable, "-m", "moescale", source, out, "-k", "3", "-q", "--dask", dask]
     pipe = subprocess.PIPE
     with subprocess.Popen([*map(str, command)], stdout=pipe, stderr=pipe, text=True) as child:
@@ -82,7 +82,7 @@ def start(source: Path, out: Path, dask: str | Path) -> Iterator[subprocess.Pope
 
 
 def end(process: subprocess.Popen[str], code: int) -> str:
-    """Wait for the command; its one or two lines."""
+    """Wait for the command; returns its one or two lines."""
     out, err = process.communicate(timeout=300)
     assert (process.returncode, out) == (code, ""), err
     assert 1 <= len(err.splitlines()) <= 2, err
@@ -96,7 +96,7 @@ def end(process: subprocess.Popen[str], code: int) -> str:
 def test_a_cluster_makes_what_one_machine_makes(
     source: Path, wanted: dict[str, bytes], tmp_path: Path, workers: Workers
 ) -> None:
-    """Every byte is the same, every byte is reported once, and nothing else is left behind."""
+    """Every byte is the same and reported once, and no other files remain."""
     sizes: dict[str, int] = {}
 
     def progress(name: str, size: int) -> None:
@@ -110,7 +110,7 @@ def test_a_cluster_makes_what_one_machine_makes(
 
 
 def test_a_cluster_proves_an_output(source: Path, tmp_path: Path, workers: Workers) -> None:
-    """The workers read again and compare; what differs is said as by one machine."""
+    """The workers read and compare again; differences are reported as by one machine."""
     out = tmp_path / "out"
     assert convert(source, out, experts=3, dask=workers.address, verify=True).verified
     assert verify(source, out, experts=3, dask=workers.address).verified
@@ -128,7 +128,7 @@ def test_a_cluster_proves_an_output(source: Path, tmp_path: Path, workers: Worke
 def test_jobs_bounds_the_shards_in_flight(
     source: Path, tmp_path: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch, jobs: int
 ) -> None:
-    """No more than so many tasks are with the cluster at any time, however many it could take."""
+    """At most `--jobs` tasks are with the cluster at any time, however many it could run."""
     flying, most = 0, 0
     submit = ClientExecutor.submit
 
@@ -153,7 +153,7 @@ def test_jobs_bounds_the_shards_in_flight(
 def test_a_worker_that_is_killed_has_its_shard_redone(
     source: Path, wanted: dict[str, bytes], tmp_path: Path, workers: Workers
 ) -> None:
-    """The run goes on with the others, and the output is the same."""
+    """The run continues with the other workers, and the output is the same."""
     workers.hold()
     out = tmp_path / "out"
     with start(source, out, workers.address) as process:
@@ -172,7 +172,7 @@ def test_a_shard_that_kills_its_workers_ends_the_run(
     workers: Workers,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """When Dask gives a shard up, that is 5 and two lines; the same command resumes."""
+    """If Dask gives up on a shard, the exit code is 5, with two lines; a rerun resumes."""
     monkeypatch.setattr(workers.scheduler, "allowed_failures", 0)
     workers.hold()
     out = tmp_path / "out"
@@ -189,14 +189,14 @@ def test_a_shard_that_kills_its_workers_ends_the_run(
 def test_ctrl_c_stops_the_workers_too(
     source: Path, wanted: dict[str, bytes], tmp_path: Path, workers: Workers
 ) -> None:
-    """It is 130 at once, the workers let go within seconds, and the same command resumes."""
+    """The exit code is 130 at once, workers stop within seconds, and a rerun resumes."""
     workers.crawl(1.0)
     out = tmp_path / "out"
     with start(source, out, workers.address) as process:
         workers.writing(2)
         process.send_signal(signal.SIGINT)
         assert "the same command resumes" in end(process, 130)
-    until(lambda: not workers.busy())  # a shard would have taken more than that
+    until(lambda: not workers.busy())  # a shard would have taken longer than that
     assert {path.name for path in (out / STATE).iterdir()} == {"journal.jsonl", "lock"}
     assert convert(source, out, experts=3).status == "resume"
     assert checkpoints.tree(out) == wanted
@@ -205,7 +205,7 @@ def test_ctrl_c_stops_the_workers_too(
 def test_a_run_that_is_killed_lets_the_workers_go(
     source: Path, wanted: dict[str, bytes], tmp_path: Path, workers: Workers
 ) -> None:
-    """What they still write is not listened to, and gone when another run is done."""
+    """Late results are ignored, and leftover files are gone after another run."""
     workers.crawl(1.0)
     out = tmp_path / "out"
     with start(source, out, workers.address) as process:
@@ -220,7 +220,7 @@ def test_a_run_that_is_killed_lets_the_workers_go(
 def test_an_error_of_a_worker_is_that_of_one_machine(
     source: Path, tmp_path: Path, workers: Workers
 ) -> None:
-    """Kind, message and hint come through, with the machine on which it was."""
+    """Class, message and hint are kept, with the name of the machine."""
     seen = []
     for dask in (None, workers.address):
         with pytest.raises(errors.RewriteError) as caught:
@@ -234,9 +234,9 @@ def test_an_error_of_a_worker_is_that_of_one_machine(
 
 
 def test_from_hub_to_hub_a_killed_worker_costs_nothing(lab: Lab) -> None:
-    """Shards go through the workers into xet, one commit brings them, no token goes to a worker.
+    """Workers send shards to xet, and one commit adds them; workers never get a token.
 
-    The storage is spoken to over HTTP, since a folder of it is locked by one process at a time.
+    xet is reached over HTTP here: only one process at a time can lock a folder of it.
     """
     hub = lab.start(xet="http")
     want = lab.on_disk()
@@ -260,7 +260,7 @@ def test_from_hub_to_hub_a_killed_worker_costs_nothing(lab: Lab) -> None:
 
 
 def test_without_xet_workers_upload_and_the_coordinator_commits(lab: Lab) -> None:
-    """Each shard goes to the CDN once, from a worker; counts come back from there."""
+    """Each shard goes to the CDN once, from a worker; byte counts come back from there."""
     hub = lab.start(xet=False)
     want, total = lab.on_disk(), sum(len(lab.source[name]) for name in SHARDS)
     with cluster(env=hub.env(lab.root / "workers")) as running:
@@ -273,7 +273,7 @@ def test_without_xet_workers_upload_and_the_coordinator_commits(lab: Lab) -> Non
 
 
 def test_a_worker_without_a_token_is_refused(lab: Lab) -> None:
-    """It is told before a repo is made, with the way to give it one."""
+    """The error comes before a repo is created, and says how to give the worker a token."""
     hub = lab.start()
     with cluster(1, {**hub.env(lab.root / "workers"), "HF_TOKEN": ""}) as running:
         outcome = lab.run(SRC, PLACE, "-k", "3", "-q", "--dask", running.scheduler_address)
@@ -284,7 +284,7 @@ def test_a_worker_without_a_token_is_refused(lab: Lab) -> None:
 
 
 def test_another_hub_is_refused(lab: Lab) -> None:
-    """A worker whose HF_ENDPOINT is another one would read and write elsewhere."""
+    """A worker with another HF_ENDPOINT would read and write elsewhere."""
     lab.start()
     part = HubSource(HubRef(SRC)).subset([SHARDS[0]])
     pickle.loads(pickle.dumps(part)).check_reachable()
@@ -293,7 +293,7 @@ def test_another_hub_is_refused(lab: Lab) -> None:
         Access("another", here.logged_in).check_here(SRC, errors.SourceError)
 
 
-# Programs of their own ----------------------------------------------------------------------
+# Separate programs --------------------------------------------------------------------------
 
 
 SLOW_WORKER = """
@@ -310,7 +310,7 @@ local_writer.LocalWriter.write = slow
 def test_scheduler_and_workers_as_programs(
     source: Path, wanted: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """A scheduler file is an address; a worker without moescale, or a lost scheduler, is told."""
+    """A scheduler file is an address; a worker without moescale or a lost scheduler is reported."""
     file, out, mark = tmp_path / "scheduler.json", tmp_path / "out", tmp_path / "mark"
     (tmp_path / "bare" / "moescale").mkdir(parents=True)
     (tmp_path / "bare" / "moescale" / "__init__.py").touch()
@@ -338,7 +338,7 @@ def test_scheduler_and_workers_as_programs(
 def test_another_version_is_refused(
     source: Path, tmp_path: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker with another moescale would make other bytes."""
+    """A worker with another version of moescale would write other bytes."""
     monkeypatch.setattr(on_cluster, "__version__", "9.9")
     with pytest.raises(errors.UsageError, match=r"worker tcp://.* has moescale .*; this is 9\.9"):
         convert(source, tmp_path / "out", experts=3, dask=workers.address)
@@ -393,7 +393,7 @@ def test_a_source_that_is_not_shared_is_refused(
 def test_a_worker_that_comes_later_is_refused_too(
     source: Path, tmp_path: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each task says which version it is for, whoever was asked at the start."""
+    """Each task contains its version, so it does not matter which workers were asked first."""
     monkeypatch.setattr(on_cluster, "_check_versions", lambda client: None)
     monkeypatch.setattr(on_cluster, "__version__", "9.9")
     with pytest.raises(errors.UsageError, match=r"a worker has moescale .*, not 9\.9 \(worker on"):
@@ -403,7 +403,7 @@ def test_a_worker_that_comes_later_is_refused_too(
 def test_a_run_does_not_wait_for_workers_for_ever(
     workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When none has been there for long, that is told, and a rerun resumes."""
+    """If there has been no worker for a long time, the error says so, and a rerun resumes."""
     monkeypatch.setattr(on_cluster, "WORKER_CHECK_SECONDS", 0.0)
     with on_cluster.connect(workers.address) as found:
         assert found.size() == 2
@@ -431,7 +431,7 @@ def test_a_scheduler_that_is_not_there(
     error: type[errors.MoescaleError],
     why: str,
 ) -> None:
-    """What is no address is wrong usage; where nobody answers it may be better later."""
+    """An invalid address is a usage error; an address without an answer may work later."""
     monkeypatch.setattr(on_cluster, "CONNECT_SECONDS", 0.5)
     with pytest.raises(error, match=why):
         convert(source, tmp_path / "out", experts=3, dask=place)
@@ -442,7 +442,7 @@ def test_a_scheduler_that_is_not_there(
 
 
 def test_a_job_is_one_shard(source: Path, tmp_path: Path) -> None:
-    """What a worker gets names the tensors of its own shard and no other, and is small."""
+    """A job names only the tensors of its own shard, and is small."""
     reader = LocalSource(source)
     plan = make_plan(reader, Options(experts=3))
     files = {file.name: file for file in plan.large_files}
@@ -456,7 +456,7 @@ def test_a_job_is_one_shard(source: Path, tmp_path: Path) -> None:
 
 
 def test_without_dask_nothing_of_it_is_imported(source: Path, tmp_path: Path) -> None:
-    """A run without --dask costs no import of dask or distributed."""
+    """A run without --dask does not import dask or distributed."""
     code = (
         "import sys; from moescale.api import convert\n"
         "convert(sys.argv[1], sys.argv[2], experts=3, verify=True)\n"
@@ -480,7 +480,7 @@ def test_the_extra_is_named_where_it_is_missing(
 
 
 def test_two_attempts_at_a_shard_do_not_meet(tmp_path: Path) -> None:
-    """A worker that is believed dead and still writes has a file of its own, and no say."""
+    """A worker that is believed dead and still writes has a separate file that is not used."""
     destination = LocalDestination(tmp_path / "out")
     destination.begin({}, replace=False)
     destination.share_writers()
@@ -502,7 +502,7 @@ def test_two_attempts_at_a_shard_do_not_meet(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_short_where_it_is_named_is_refused(tmp_path: Path) -> None:
-    """A file system that does not show all that a worker wrote does not make a broken shard."""
+    """If a file system does not show all that a worker wrote, no incomplete shard is accepted."""
     destination = LocalDestination(tmp_path / "out")
     destination.begin({}, replace=False)
     with destination.writers.open("x.bin", 6) as writer:
@@ -517,6 +517,6 @@ def test_a_file_that_is_short_where_it_is_named_is_refused(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kind", [e for e in vars(errors).values() if isinstance(e, type)])
 def test_an_error_can_be_sent(kind: type[errors.MoescaleError]) -> None:
-    """Message and hint of every error survive the way from a worker."""
+    """Message and hint of every error can be sent from a worker."""
     error = pickle.loads(pickle.dumps(kind("what", hint="how")))
     assert (type(error), error.message, error.hint) == (kind, "what", "how")

@@ -39,7 +39,7 @@ class Call(Generic[_R]):
 def call(
     names: Sequence[str], work: Callable[[str, Callable[[], None]], _R], limit: int
 ) -> dict[str, _R]:
-    """Call a function for every name, at most so many at once."""
+    """Call a function for every name, at most `limit` at once."""
 
     def keep(name: str, done: JobResult[_R]) -> _R:
         return done.result
@@ -49,7 +49,7 @@ def call(
 
 @pytest.fixture
 def _raising() -> Iterator[None]:
-    """Let SIGUSR1 do what Ctrl-C does, in the main thread's absence."""
+    """Let SIGUSR1 do what Ctrl-C does, while the main thread is away."""
     before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     yield
@@ -59,7 +59,7 @@ def _raising() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_raising")
 def test_a_signal_that_another_thread_took_ends_the_run() -> None:
-    """The system may give a signal to any thread; the one that waits hears of it all the same."""
+    """The system may deliver a signal to any thread; the waiting thread still notices it."""
     stopped = threading.Event()
 
     def work(name: str, check: Callable[[], None]) -> None:
@@ -81,7 +81,7 @@ def test_a_signal_that_another_thread_took_ends_the_run() -> None:
 
 
 def test_the_first_failure_stops_the_others() -> None:
-    """What runs ends at its next piece, what waits is not started; the failure is raised."""
+    """Running jobs end at their next piece, waiting ones never start; the failure is raised."""
     started: list[str] = []
     running = threading.Event()
 
@@ -101,7 +101,7 @@ def test_the_first_failure_stops_the_others() -> None:
 
 
 def test_a_thread_that_has_failed_begins_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It need not wait for the main thread to hear of it, which takes its time when busy."""
+    """A failed thread starts no other job, even before the main thread notices the failure."""
     monkeypatch.setattr(parallel, "wait", lambda left, *_: wait(left))
     started: list[str] = []
 
@@ -115,6 +115,6 @@ def test_a_thread_that_has_failed_begins_nothing_else(monkeypatch: pytest.Monkey
 
 
 def test_results_are_by_name() -> None:
-    """Every name gets what its call returned."""
+    """Every name gets the result of its call."""
     assert call(["a", "b", "c"], lambda name, _: name * 2, 2) == {"a": "aa", "b": "bb", "c": "cc"}
     assert call([], lambda name, _: name, 2) == {}

@@ -1,4 +1,4 @@
-"""What a finished output says of itself: what was done, and whether its files are as written."""
+"""What a finished output says about itself: what was done, and whether its files are unchanged."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from moescale.report.terminal import record_text
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """A finished output of a small Mixtral, whose digests are all noted."""
+    """A finished output of a small Mixtral, with all digests recorded."""
     source = checkpoints.mixtral(tmp_path / "source")
     moescale.convert(source, tmp_path / "out", experts=3, trained_experts=2, verify=True)
     return tmp_path / "out"
 
 
 def found(out: Path, check: bool = False) -> moescale.Record:
-    """The record of a place that has one."""
+    """The record of a folder that has one."""
     record = moescale.record(out, verify=check)
     assert record is not None
     return record
 
 
 def test_an_output_says_what_was_done(out: Path) -> None:
-    """Source, options, rule, factors and counts, and that every file is as it was written."""
+    """The record gives source, options, rule, factors and counts, and that no file has changed."""
     record = found(out)
     assert record.differences == {}
     assert record.read == len(checkpoints.tree(out)) - 1 and record.sized == 0
@@ -52,7 +52,7 @@ def test_an_output_says_what_was_done(out: Path) -> None:
 
 
 def test_every_change_is_named(out: Path) -> None:
-    """A file that is gone, longer, other or new."""
+    """A file that is missing, longer, changed or new is named."""
     (out / "LICENSE").unlink()
     shard = out / "model-00002-of-00003.safetensors"
     data = bytearray(shard.read_bytes())
@@ -72,7 +72,7 @@ def test_every_change_is_named(out: Path) -> None:
 
 
 def test_large_files_are_read_when_asked(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without `check` their size has to do, and the text says so."""
+    """Without `check` only their sizes are compared, and the text says so."""
     monkeypatch.setattr(record_module, "SMALL_BYTES", 100)
     shard = out / "model-00002-of-00003.safetensors"
     data = bytearray(shard.read_bytes())
@@ -85,7 +85,7 @@ def test_large_files_are_read_when_asked(out: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_gguf_file_says_it_in_its_header(tmp_path: Path) -> None:
-    """It cannot have its own digest, and may lie among other files."""
+    """A GGUF file cannot contain its own digest, and may be among other files."""
     (source,) = write_model(tmp_path / "m.gguf")
     moescale.convert(source, tmp_path / "out.gguf", experts=3, rule="preserve")
     record = found(tmp_path / "out.gguf")
@@ -96,7 +96,7 @@ def test_a_gguf_file_says_it_in_its_header(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [None, b"", b"[]", b"{}", b'{"a": 1}'])
 def test_another_place_has_no_record(content: bytes | None, tmp_path: Path) -> None:
-    """A model, or a file of that name that is somebody else's."""
+    """The folder is a model, or has another program's file of that name."""
     source = checkpoints.mixtral(tmp_path / "source")
     if content is not None:
         (source / "moescale.json").write_bytes(content)
@@ -106,7 +106,7 @@ def test_another_place_has_no_record(content: bytes | None, tmp_path: Path) -> N
 @pytest.mark.parametrize("key", ["files", "factors", "source", "experts", "options", "rule"])
 @pytest.mark.parametrize("value", [None, 1, "x\x1b[2J", [1], {"name": 1}, [{"name": "a"}]])
 def test_nonsense_in_a_record_is_shown_as_it_is(key: str, value: object, out: Path) -> None:
-    """Anybody may have written it: no error, and nothing that steers the terminal."""
+    """The record may come from anyone: no error, and no control characters on the terminal."""
     path = out / "moescale.json"
     path.write_text(json.dumps({**json.loads(path.read_bytes()), key: value}))
     assert "\x1b" not in record_text(found(out))

@@ -1,4 +1,4 @@
-"""The proof of an output: any byte that is not as planned is found, and said where."""
+"""Verification of an output: any byte that is not as planned is found and located."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def output(source: Path, tmp_path: Path) -> Path:
-    """It, from 2 experts to 3."""
+    """The output of that source, from 2 experts to 3."""
     convert(source, tmp_path / "out", experts=3)
     return tmp_path / "out"
 
@@ -43,18 +43,18 @@ def flip(path: Path, offset: int, bit: int = 1) -> None:
 
 
 def difference(source: Path, output: Path, **options: Any) -> str:
-    """The one line with which a verification fails."""
+    """The one-line error with which a verification fails."""
     with pytest.raises(VerificationError) as caught:
         verify(source, output, **{"experts": 3, **options})
     assert len(caught.value.message.splitlines()) == 1
     return caught.value.message
 
 
-# What is right ------------------------------------------------------------------------------------
+# Correct outputs ----------------------------------------------------------------------------------
 
 
 def test_a_good_output_passes(source: Path, output: Path) -> None:
-    """The proof says so, and changes nothing but the digests in the provenance."""
+    """Verification passes, and changes only the digests in the provenance."""
     before = checkpoints.tree(output)
     assert verify(source, output, experts=3).verified
     after = checkpoints.tree(output)
@@ -62,7 +62,7 @@ def test_a_good_output_passes(source: Path, output: Path) -> None:
 
 
 def test_the_digests_are_filled_in(source: Path, output: Path) -> None:
-    """Afterwards every file has its SHA-256, and the rest of the provenance is as it was."""
+    """Afterwards every file has its SHA-256, and the rest of the provenance is unchanged."""
     before = json.loads((output / "moescale.json").read_bytes())
     verify(source, output, experts=3)
     after = json.loads((output / "moescale.json").read_bytes())
@@ -76,7 +76,7 @@ def test_the_digests_are_filled_in(source: Path, output: Path) -> None:
 
 
 def test_a_second_proof_changes_nothing(source: Path, output: Path) -> None:
-    """Digests that are known are compared, and the output stays byte for byte."""
+    """Known digests are compared, and the output stays byte for byte."""
     verify(source, output, experts=3)
     before = checkpoints.tree(output)
     verify(source, output, experts=3, jobs=3)
@@ -84,7 +84,7 @@ def test_a_second_proof_changes_nothing(source: Path, output: Path) -> None:
 
 
 def test_a_run_with_proof_is_as_good(source: Path, tmp_path: Path) -> None:
-    """Written and verified in one go gives the bytes of written, then verified."""
+    """Writing and verifying in one run gives the same bytes as in two."""
     convert(source, tmp_path / "one", experts=3, verify=True)
     convert(source, tmp_path / "two", experts=3)
     verify(source, tmp_path / "two", experts=3)
@@ -92,25 +92,25 @@ def test_a_run_with_proof_is_as_good(source: Path, tmp_path: Path) -> None:
 
 
 def test_an_output_that_is_not_rescaled_passes(source: Path, tmp_path: Path) -> None:
-    """The rule none is verified like every other."""
+    """An output of the rule none is verified like any other."""
     assert convert(source, tmp_path / "out", experts=3, rule="none", verify=True).verified
 
 
 def test_a_stale_output_that_is_still_right_passes(source: Path, output: Path) -> None:
-    """Times of the source are no difference, and after the proof the output is done again."""
+    """Times of the source do not matter, and after verification the output is finished again."""
     later = (output / "moescale.json").stat().st_mtime + 5
     os.utime(source / SHARD, (later, later))
     assert convert(source, output, experts=3, verify=True).status in ("stale", "done")
 
 
 def test_git_and_cache_of_the_output_do_not_matter(source: Path, output: Path) -> None:
-    """A destination that is a clone is verified without its folders of tools."""
+    """A cloned destination is verified without the folders of git and the Hub's client."""
     checkpoints.write_files(output, checkpoints.NO_CHECKPOINT)
     assert verify(source, output, experts=3).verified
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """Inode, and times of content and entry, of every file: what a rewrite would change."""
+    """Inode, mtime and ctime of every file: what rewriting would change."""
     return {
         str(path.relative_to(folder)): (info.st_ino, info.st_mtime_ns, info.st_ctime_ns)
         for path in folder.rglob("*")
@@ -119,7 +119,7 @@ def stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
 
 
 def test_the_same_command_again_rewrites_nothing(source: Path, output: Path) -> None:
-    """The first proof writes the digests only, the second one nothing at all, both read all."""
+    """The first run only adds the digests, the second writes nothing; both read everything."""
     seen: dict[str, int] = {}
 
     def count(name: str, size: int) -> None:
@@ -137,7 +137,7 @@ def test_the_same_command_again_rewrites_nothing(source: Path, output: Path) -> 
 
 
 def test_an_output_in_the_cache_of_the_hub_passes(source: Path, output: Path) -> None:
-    """An output that was uploaded and fetched again lies in links to blobs, and is proved there."""
+    """In the Hub cache an output consists of links to blobs; it is verified there."""
     verify(source, output, experts=3)  # an output on the Hub has its digests
     snapshot = output.parent / "models--me--out" / "snapshots" / ("c" * 40)
     blobs = snapshot.parent.parent / "blobs"
@@ -153,11 +153,11 @@ def test_an_output_in_the_cache_of_the_hub_passes(source: Path, output: Path) ->
     assert "byte 2000" in difference(source, snapshot)
 
 
-# What is wrong ------------------------------------------------------------------------------------
+# Wrong outputs ------------------------------------------------------------------------------------
 
 
 def tensor_at(path: Path, offset: int) -> str:
-    """The tensor that a byte of a shard belongs to; "header" for what stands before."""
+    """The tensor that a byte of a shard belongs to; "header" for the bytes before the tensors."""
     for name, (_, start, stop) in checkpoints.places(path.read_bytes()).items():
         if start <= offset < stop:
             return name
@@ -165,7 +165,7 @@ def tensor_at(path: Path, offset: int) -> str:
 
 
 def fails_with_four(source: Path, output: Path, **options: Any) -> str:
-    """The line of the same command with --verify, which changes nothing, and its exit code."""
+    """The line of the same command with --verify, which exits with 4 and changes nothing."""
     before = checkpoints.tree(output)
     with pytest.raises(VerificationError) as caught:
         convert(source, output, verify=True, **{"experts": 3, **options})
@@ -176,7 +176,7 @@ def fails_with_four(source: Path, output: Path, **options: Any) -> str:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_any_byte_of_any_file(source: Path, output: Path, seed: int) -> None:
-    """Wherever a bit is changed: exit 4, with file, tensor and first offset; nothing is mended."""
+    """Any flipped bit: exit 4, with file, tensor and first offset; nothing is repaired."""
     rng = random.Random(seed)
     verify(source, output, experts=3)
     names = [name for name, data in checkpoints.tree(output).items() if data]
@@ -197,7 +197,7 @@ def test_any_byte_of_any_file(source: Path, output: Path, seed: int) -> None:
 
 
 def test_a_bit_of_the_provenance(source: Path, output: Path) -> None:
-    """A digest that was changed is known as such; whatever else, the first wrong byte is named."""
+    """A changed digest is reported as such; for other changes, the first wrong byte is named."""
     path = output / "moescale.json"
     verify(source, output, experts=3)
     data = path.read_bytes()
@@ -212,7 +212,7 @@ def test_a_bit_of_the_provenance(source: Path, output: Path) -> None:
 
 @pytest.mark.parametrize("where", ["first", "last", "neighbour", "header"])
 def test_a_byte_of_a_promoted_scale(tmp_path: Path, where: str) -> None:
-    """In a shard whose header is new, offsets and names are those of the output."""
+    """In a shard with a new header, offsets and names are those of the output."""
     case = next(c for c in quantised_checkpoints.EXACT if c.id == "block FP8, BF16 scales")
     source, output = tmp_path / "source", tmp_path / "out"
     quantised_checkpoints.write(case, source)
@@ -233,7 +233,7 @@ def test_a_byte_of_a_promoted_scale(tmp_path: Path, where: str) -> None:
 
 @pytest.mark.parametrize("name", ["moescale.json", "config.json", "README.md", SHARD, "LICENSE"])
 def test_a_missing_file_of_an_earlier_output(source: Path, output: Path, name: str) -> None:
-    """The same command with --verify says what is lost, the provenance included."""
+    """The same command with --verify reports what is missing, even the provenance."""
     (output / name).unlink()
     if name == "moescale.json":
         assert fails_with_four(source, output) == f"{name}: is missing from the output"
@@ -242,7 +242,7 @@ def test_a_missing_file_of_an_earlier_output(source: Path, output: Path, name: s
 
 
 def test_an_output_of_another_version(source: Path, output: Path) -> None:
-    """Both versions are named, since neither is wrong."""
+    """The error names both versions, since neither is wrong."""
     path = output / "moescale.json"
     path.write_bytes(path.read_bytes().replace(__version__.encode(), b"99.1"))
     (output / "README.md").write_bytes(b"Made by another version.")
@@ -251,7 +251,7 @@ def test_an_output_of_another_version(source: Path, output: Path) -> None:
 
 
 def test_an_output_of_links_out_of_it(source: Path, output: Path) -> None:
-    """What lies elsewhere is not the output's own, however right it is."""
+    """A linked file outside the output does not count, even if its bytes are right."""
     farm = output.parent / "farm"
     farm.mkdir()
     for path in output.iterdir():
@@ -260,7 +260,7 @@ def test_an_output_of_links_out_of_it(source: Path, output: Path) -> None:
 
 
 def test_a_pipe_in_the_output(source: Path, output: Path) -> None:
-    """Nobody waits for it, whatever name it has."""
+    """A pipe does not block the verification, whatever its name is."""
     for name in ("README.md", "moescale.json", SHARD):
         (output / name).rename(output.parent / "aside")
         os.mkfifo(output / name)
@@ -272,7 +272,7 @@ def test_a_pipe_in_the_output(source: Path, output: Path) -> None:
 
 @pytest.mark.parametrize("where", ["first", "middle", "last"])
 def test_a_byte_of_a_planned_tensor(source: Path, output: Path, where: str) -> None:
-    """File, tensor and offset are named."""
+    """The error names file, tensor and offset."""
     places = checkpoints.places((output / SHARD).read_bytes())
     name = checkpoints.routed(places)[1]
     _, start, stop = places[name]
@@ -286,7 +286,7 @@ def test_a_byte_of_a_planned_tensor(source: Path, output: Path, where: str) -> N
 
 @pytest.mark.parametrize("special", [0, 2, 5, 7, 9, 13])
 def test_a_bit_of_zero_infinity_or_nan(source: Path, output: Path, special: int) -> None:
-    """Values that scaling leaves alone are compared bit for bit too."""
+    """Values that scaling does not change are compared bit for bit too."""
     places = checkpoints.places((output / SHARD).read_bytes())
     name = checkpoints.routed(places)[0]
     flip(output / SHARD, places[name][1] + special)
@@ -294,7 +294,7 @@ def test_a_bit_of_zero_infinity_or_nan(source: Path, output: Path, special: int)
 
 
 def test_a_byte_of_another_tensor(source: Path, output: Path) -> None:
-    """A tensor that was to be copied is compared as well."""
+    """A copied tensor is compared too."""
     places = checkpoints.places((output / SHARD).read_bytes())
     other = next(name for name in places if name not in checkpoints.routed(places))
     flip(output / SHARD, places[other][1] + 3)
@@ -304,7 +304,7 @@ def test_a_byte_of_another_tensor(source: Path, output: Path) -> None:
 
 
 def test_a_weight_that_was_not_scaled(source: Path, output: Path) -> None:
-    """The very thing that a run is for."""
+    """An unscaled weight is found."""
     (output / SHARD).write_bytes((source / SHARD).read_bytes())
     assert "in tensor" in difference(source, output)
 
@@ -320,7 +320,7 @@ def test_a_byte_of_the_header(source: Path, output: Path, offset: int) -> None:
 def test_a_shard_of_another_size(
     source: Path, output: Path, change: Callable[[bytes], bytes]
 ) -> None:
-    """Too long, too short or empty: both sizes are said."""
+    """A shard that is too long, too short or empty: the error gives both sizes."""
     data = (output / SHARD).read_bytes()
     (output / SHARD).write_bytes(change(data))
     message = difference(source, output)
@@ -341,7 +341,7 @@ def test_a_byte_of_a_small_file(source: Path, output: Path, name: str) -> None:
 
 
 def test_a_config_with_another_number(source: Path, output: Path) -> None:
-    """The experts per token are part of the proof."""
+    """The experts per token are verified too."""
     path = output / "config.json"
     path.write_bytes(path.read_bytes().replace(b"\t3 ,", b"\t2 ,"))
     assert difference(source, output).startswith("config.json")
@@ -349,14 +349,14 @@ def test_a_config_with_another_number(source: Path, output: Path) -> None:
 
 @pytest.mark.parametrize("name", ["tokenizer.json", SHARD, "moescale.json", "empty.txt"])
 def test_a_missing_file(source: Path, output: Path, name: str) -> None:
-    """What the source has and the output has not is named."""
+    """The error names a file that the source has and the output lacks."""
     (output / name).unlink()
     assert difference(source, output) == f"{name}: is missing from the output"
 
 
 @pytest.mark.parametrize("name", ["consolidated.safetensors", "pytorch_model.bin", "extra/x", "y"])
 def test_a_surplus_file(source: Path, output: Path, name: str) -> None:
-    """A twin that was put beside the output, or anything else."""
+    """A twin that was added to the output is found, and so is any other file."""
     checkpoints.write_files(output, {name: b"x"})
     assert difference(source, output).startswith(f"{name}: ")
 
@@ -365,13 +365,13 @@ def test_a_surplus_file(source: Path, output: Path, name: str) -> None:
     "options", [{"experts": 4}, {"rule": "none"}, {"rule": "published"}, {"factor": 1.2}]
 )
 def test_another_job(source: Path, output: Path, options: dict[str, Any]) -> None:
-    """An output of other options is not what these options make."""
+    """The output was not made with these options."""
     assert difference(source, output, **options)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"files": 3}', b"\xff"])
 def test_a_broken_provenance(source: Path, output: Path, content: bytes) -> None:
-    """A provenance that says something else is a difference."""
+    """A provenance with other content is a difference."""
     (output / "moescale.json").write_bytes(content)
     assert difference(source, output).startswith("moescale.json")
 
@@ -383,7 +383,7 @@ def test_a_provenance_that_is_nested_without_end(source: Path, output: Path) -> 
 
 
 def test_a_wrong_digest_in_the_provenance(source: Path, output: Path) -> None:
-    """Digests that were noted are compared with those that were found."""
+    """Recorded digests are compared with those of the files."""
     verify(source, output, experts=3)
     path = output / "moescale.json"
     content = json.loads(path.read_bytes())
@@ -393,7 +393,7 @@ def test_a_wrong_digest_in_the_provenance(source: Path, output: Path) -> None:
 
 
 def test_a_source_that_was_changed_since(source: Path, output: Path) -> None:
-    """Verified against another source, the output is wrong."""
+    """An output verified against a changed source is wrong."""
     places = checkpoints.places((source / SHARD).read_bytes())
     _, start, _ = places[checkpoints.routed(places)[0]]
     flip(source / SHARD, start + 41)
@@ -401,7 +401,7 @@ def test_a_source_that_was_changed_since(source: Path, output: Path) -> None:
 
 
 def test_a_failed_proof_changes_nothing(source: Path, output: Path) -> None:
-    """No digest is noted for an output that is wrong."""
+    """A failed verification records no digest."""
     flip(output / SHARD, 2000)
     before = checkpoints.tree(output)
     difference(source, output)
@@ -410,7 +410,7 @@ def test_a_failed_proof_changes_nothing(source: Path, output: Path) -> None:
 
 @pytest.mark.parametrize("what", ["nothing", "a run"])
 def test_an_output_that_is_not_finished(source: Path, tmp_path: Path, what: str) -> None:
-    """What is not there or not finished cannot be proved."""
+    """A missing or unfinished output cannot be verified."""
     if what == "a run":
         checkpoints.write_files(tmp_path / "out", {".moescale/journal.jsonl": b'{"job": 1}\n'})
     with pytest.raises(SourceError):
@@ -418,7 +418,7 @@ def test_an_output_that_is_not_finished(source: Path, tmp_path: Path, what: str)
 
 
 def test_a_link_in_the_output(source: Path, output: Path) -> None:
-    """A file that was replaced by a link to the right bytes is still no file of the output."""
+    """A link to the right bytes is not a file of the output."""
     (output / "LICENSE").unlink()
     (output / "LICENSE").symlink_to(source / "LICENSE")
     with pytest.raises(MoescaleError, match="LICENSE"):
@@ -426,7 +426,7 @@ def test_a_link_in_the_output(source: Path, output: Path) -> None:
 
 
 def test_the_first_difference_of_a_large_file_is_found(tmp_path: Path) -> None:
-    """Offsets are right beyond the first piece as well."""
+    """Offsets beyond the first piece are right too."""
     tensors = checkpoints.fused_mixtral_tensors(layers=1)
     tensors["big"] = ("U8", (3 << 20,), bytes(3 << 20))
     name = "model.layers.0.mlp.experts.down_proj"

@@ -31,7 +31,7 @@ def edited(text: str, new: int, keys: tuple[str, ...] = KEYS) -> str:
 
 
 def changes_only_numbers(before: str, after: str, old: str, new: str) -> None:
-    """Assert that `after` is `before` with some numbers `old` replaced."""
+    """Assert that `after` is `before` with some of the numbers `old` replaced."""
     parts, position = re.split(rf"(?<![\d.])({old})(?![\d.])", before), 0
     for i, part in enumerate(parts):
         for choice in (part, new) if i % 2 else (part,):
@@ -47,7 +47,7 @@ def changes_only_numbers(before: str, after: str, old: str, new: str) -> None:
 
 
 def test_an_odd_layout_stays() -> None:
-    """CRLF, tabs, spaces, escapes, number formats and what follows the object stay as they are."""
+    """CRLF, tabs, spaces, escapes, number formats and trailing text stay unchanged."""
     assert edited(ODD, 13) == ODD.replace(":\t2 ,", ":\t13 ,")
 
 
@@ -59,7 +59,7 @@ def test_the_new_number_may_be_longer_or_shorter(new: int) -> None:
 
 
 def test_the_same_words_elsewhere_stay() -> None:
-    """The key in other sections, in strings and in lists is somebody else's."""
+    """The key in other sections, in strings and in lists has another meaning and stays."""
     text = (
         '{"num_experts_per_tok": 2, "note": "\\"num_experts_per_tok\\": 2",'
         ' "vision_config": {"num_experts_per_tok": 2}, "l": [{"num_experts_per_tok": 2}],'
@@ -71,7 +71,7 @@ def test_the_same_words_elsewhere_stay() -> None:
 
 
 def test_an_escaped_key_is_the_key() -> None:
-    """JSON allows a key to be escaped; it is found all the same."""
+    """JSON allows escapes in keys; an escaped key is still found."""
     assert edited('{"num_experts_per_\\u0074ok": 2}', 3) == '{"num_experts_per_\\u0074ok": 3}'
 
 
@@ -87,13 +87,13 @@ def test_infinity_elsewhere_is_no_obstacle() -> None:
 
 
 def test_every_spelling_is_set() -> None:
-    """Engines read different keys, so all that are present get the new number."""
+    """Engines read different keys, so every key that is present gets the new number."""
     text = '{"moe_topk": 6, "num_experts_per_tok": 6}'
     assert json.loads(edited(text, 4)) == {"moe_topk": 4, "num_experts_per_tok": 4}
 
 
 def test_every_section_is_set() -> None:
-    """Duplicate sections of the text model are all set."""
+    """All duplicate sections of the text model are set."""
     text = (
         '{"text_config": {"num_experts_per_tok": 6}, "llm_config": {"num_experts_per_tok": 6},\n'
         ' "language_config": {"a": 1,\n"num_experts_per_tok":6}, "num_experts_per_tok": 6}'
@@ -102,7 +102,7 @@ def test_every_section_is_set() -> None:
 
 
 def test_the_first_spelling_is_the_one_that_transformers_reads() -> None:
-    """Of keys and sections that disagree, the order of the table decides."""
+    """If keys or sections disagree, the order of the table decides."""
     config = parse_config(
         b'{"moe_topk": 1, "num_experts_per_tok": 2, "text_config": {"moe_topk": 3}}'
     )
@@ -111,7 +111,7 @@ def test_the_first_spelling_is_the_one_that_transformers_reads() -> None:
 
 
 def test_duplicate_keys_are_all_set() -> None:
-    """A key or a section that stands twice is set at both places, since readers differ."""
+    """A duplicate key or section is set in both places, since readers differ."""
     text = (
         '{"num_experts_per_tok": 2, "text_config": {"num_experts_per_tok": 2},'
         ' "text_config": {"num_experts_per_tok":2}, "num_experts_per_tok": 2}'
@@ -120,13 +120,13 @@ def test_duplicate_keys_are_all_set() -> None:
 
 
 def test_null_is_no_spelling() -> None:
-    """A key that is null says nothing and stays null."""
+    """A null key gives no count and stays null."""
     text = '{"num_experts_per_tok": null, "moe_topk": 2}'
     assert edited(text, 3) == '{"num_experts_per_tok": null, "moe_topk": 3}'
 
 
 def test_a_dotted_section_is_found() -> None:
-    """Sections may lie inside sections."""
+    """Sections may be nested."""
     config = parse_config(b'{"thinker_config": {"text_config": {"num_experts_per_tok": 8}}}')
     [place] = find_count_keys(config, ("thinker_config.text_config",), KEYS)
     assert place.path == "thinker_config.text_config.num_experts_per_tok"
@@ -134,7 +134,7 @@ def test_a_dotted_section_is_found() -> None:
 
 
 def test_a_list_for_each_layer_is_set_number_by_number() -> None:
-    """Where every layer has its own count, all of them become the new one, in the same layout."""
+    """If every layer has its own count, all become the new one, in the same layout."""
     text = '{"moe_topk": [ 8,8,\n 4 ,2]}'
     config = parse_config(text.encode())
     [place] = find_count_keys(config, TEXT_SECTIONS, KEYS)
@@ -158,7 +158,7 @@ def test_a_list_for_each_layer_is_set_number_by_number() -> None:
     st.sampled_from([None, 1, "\t"]),
 )
 def test_only_the_numbers_change(value: dict[str, Any], indent: Any) -> None:
-    """For any config in which the count can be read, the edit touches nothing but counts."""
+    """In any config with a readable count, the edit changes only counts."""
     text = json.dumps(value, indent=indent)
     config = parse_config(text.encode())
     try:
@@ -188,7 +188,7 @@ def test_every_row_of_the_table_can_be_set(row: architectures.Architecture) -> N
             assert set_count(config, count_keys, 5).text == json.dumps(value).replace("2}", "5}")
 
 
-# What is no count ---------------------------------------------------------------------------------
+# Invalid counts -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, "2", True, [], [2, 0], [2, "2"], {}, [[2]]])
@@ -203,13 +203,13 @@ def test_what_is_no_number_of_experts_is_refused(value: Any) -> None:
     "data", [b"", b"{", b"[]", b"1", b"\xff", b"\xef\xbb\xbf{}", b"[" * 100_000]
 )
 def test_what_is_no_config_is_refused(data: bytes) -> None:
-    """A config that is not a JSON object is an error in one line that names the file."""
+    """A config that is not a JSON object gives a one-line error that names the file."""
     with pytest.raises(CheckpointError, match=r"^config\.json: ") as caught:
         parse_config(data)
     assert len(caught.value.message.splitlines()) == 1
 
 
 def test_a_section_that_is_no_object_is_absent() -> None:
-    """``text_config: null`` is as good as none."""
+    """``text_config: null`` counts as absent."""
     config = parse_config(b'{"text_config": null, "llm_config": 3, "moe_topk": 2}')
     assert [place.path for place in find_count_keys(config, TEXT_SECTIONS, KEYS)] == ["moe_topk"]

@@ -1,4 +1,4 @@
-"""The count in second places: the same number of the same model is set, any other is named."""
+"""Counts in other keys and files: the same number of the same model is set, others are named."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def converted(source: Path, **options: Any) -> tuple[Path, list[str]]:
-    """The output with three experts, proved; and what the plan warned of."""
+    """The verified output with three experts, and the warnings of the plan."""
     out = source.parent / "out"
     result = api.convert(source, out, **{"experts": 3, "verify": True, **options})
     assert result.verified
@@ -30,7 +30,7 @@ def converted(source: Path, **options: Any) -> tuple[Path, list[str]]:
 
 @pytest.mark.parametrize("key", ["num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts"])
 def test_another_spelling_beside_the_one_that_counts_is_set(source: Path, key: str) -> None:
-    """A key that some loader reads, with the same number, in the same section."""
+    """A key that some loader reads, with the same number, in the same section, is set too."""
     (source / "config.json").write_text(json.dumps({**CONFIG, key: 2}, indent=3))
     out, warnings = converted(source)
     assert (out / "config.json").read_text() == json.dumps(
@@ -40,7 +40,7 @@ def test_another_spelling_beside_the_one_that_counts_is_set(source: Path, key: s
 
 
 def test_another_number_is_named_and_left(source: Path) -> None:
-    """Nobody knows what it is the number of."""
+    """Another number may count something else, so it stays."""
     odd = {"num_experts_per_token": 4, "draft_config": {"num_experts_per_tok": 2}}
     (source / "config.json").write_text(json.dumps({**CONFIG, **odd}))
     out, warnings = converted(source)
@@ -57,7 +57,7 @@ def test_another_number_is_named_and_left(source: Path) -> None:
 
 @pytest.mark.parametrize("name", ["mlc-chat-config.json", "model_args.json", "llm/config.json"])
 def test_configs_of_other_programs_are_set(source: Path, name: str) -> None:
-    """The number of experts beside it tells that it is the same model."""
+    """The number of experts next to the count shows that it is the same model."""
     text = '{"model_config": {"num_local_experts": 4, "num_experts_per_tok": 2}}'
     checkpoints.write_files(source, {name: text.encode()})
     out, warnings = converted(source)
@@ -76,7 +76,7 @@ def test_configs_of_other_programs_are_set(source: Path, name: str) -> None:
     ],
 )
 def test_what_may_be_the_number_is_named(source: Path, key: str, value: Any) -> None:
-    """No whole number, or a key that no row has: somebody may read it, so nothing is silent."""
+    """A value that is not an integer, or an unknown key, may be read by a loader: it is named."""
     (source / "config.json").write_text(json.dumps({**CONFIG, key: value}))
     out, warnings = converted(source)
     assert json.loads((out / "config.json").read_text())[key] == value
@@ -84,7 +84,7 @@ def test_what_may_be_the_number_is_named(source: Path, key: str, value: Any) -> 
 
 
 def test_a_list_of_the_number_is_the_number(source: Path) -> None:
-    """One for each layer, under a second key, in a second file, and where the first is a list."""
+    """A count per layer works in a second key, in a second file, and if the first one is a list."""
     text = '{"num_experts": 4, "moe_topk": [2, 2]}'
     for config, beside in (({"moe_topk": [2, 2]}, [3, 3]), ({"num_experts_per_token": 2}, 3)):
         (source / "params.json").write_text(text)
@@ -98,7 +98,7 @@ def test_a_list_of_the_number_is_the_number(source: Path) -> None:
 
 @pytest.mark.parametrize("key", ["top_k", "num_experts", "intermediate_size", "num_hidden_layers"])
 def test_keys_of_other_things_are_left(source: Path, key: str) -> None:
-    """A sampler's top_k of 2, or two layers, are no experts."""
+    """A sampler's top_k of 2, or two layers, are not counts of experts."""
     (source / "config.json").write_text(json.dumps({**CONFIG, key: CONFIG.get(key, 2)}))
     out, warnings = converted(source)
     assert json.loads((out / "config.json").read_text())[key] == CONFIG.get(key, 2)
@@ -106,7 +106,7 @@ def test_keys_of_other_things_are_left(source: Path, key: str) -> None:
 
 
 def test_how_the_model_was_quantised_is_no_setting(source: Path) -> None:
-    """It stays without a word."""
+    """The quantisation config stays as it is, without a warning."""
     how = {"quantization_config": {"quant_method": "x", "num_experts_per_tok": 2}}
     (source / "config.json").write_text(json.dumps({**CONFIG, **how}))
     out, warnings = converted(source)
@@ -122,7 +122,7 @@ INFERENCE = '{"n_routed_experts": 4, "n_activated_experts": 2, "route_scale": 2.
 
 
 def test_other_files_that_loaders_read_are_set_to_the_byte(source: Path) -> None:
-    """Mistral's params.json and the config of DeepSeek's own code; the plan says so."""
+    """Mistral's params.json and the config of DeepSeek's code are set; the plan says so."""
     second = ("inference/config_1B.json", "configs/1B.json", "inference/1B.json")
     files = {"params.json": PARAMS, **dict.fromkeys(second, INFERENCE)}
     checkpoints.write_files(source, {name: text.encode() for name, text in files.items()})
@@ -160,7 +160,7 @@ OURS = ("README.md", "moescale.json")
     ],
 )
 def test_other_files_stay(source: Path, name: str, text: str, named: bool) -> None:
-    """Another number or model is named; what is no config of a model is not looked at."""
+    """Another number or model is named; files that are not model configs are ignored."""
     (source / name).write_text(text)
     out, warnings = converted(source)
     assert (out / name).read_text() == text
@@ -168,7 +168,7 @@ def test_other_files_stay(source: Path, name: str, text: str, named: bool) -> No
 
 
 def test_a_model_beside_keeps_its_number(source: Path) -> None:
-    """A config in a folder with weights of its own says something of those."""
+    """A config in a folder with weights describes those weights."""
     text = '{"num_experts_per_tok": 2, "num_experts": 4}'
     files = {"talker/config.json": text.encode(), "talker/pytorch_model.bin": b"\x80\x02}q\x00."}
     checkpoints.write_files(source, files)
@@ -177,7 +177,7 @@ def test_a_model_beside_keeps_its_number(source: Path) -> None:
 
 
 def test_a_damaged_second_file_is_found_by_the_proof(source: Path) -> None:
-    """It is as much of the output as the config."""
+    """Verification covers the second file as it covers the config."""
     (source / "params.json").write_text(PARAMS)
     out, _ = converted(source)
     (out / "params.json").write_text(PARAMS)

@@ -1,4 +1,4 @@
-"""The routed down-projections: found in full, and never a part of them in silence."""
+"""The routed down-projections: all of them are found, or the source is refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from moescale.families.projections import (
 
 
 def tensor(name: str, shape: tuple[int, ...] = (8, 6), dtype: str = "BF16") -> Tensor:
-    """A tensor that is only a name, a shape and a dtype."""
+    """A tensor with only a name, a shape and a dtype."""
     return Tensor(name, dtype, shape, 0, 0)
 
 
@@ -51,7 +51,7 @@ MIXTRAL = {"num_local_experts": 4, "num_hidden_layers": 2}
 
 
 def without(tensors: list[Tensor], *parts: str) -> list[Tensor]:
-    """The tensors whose names hold none of these parts."""
+    """The tensors whose names contain none of these parts."""
     return [t for t in tensors if not any(part in t.name for part in parts)]
 
 
@@ -65,12 +65,12 @@ REMOTE = {
     "xverse": ("model.layers.0.mlp.experts.{}.down_proj.weight", "num_experts"),
     "grok-1": ("model.layers.0.moe_block.experts.{}.linear_1.weight", "num_experts"),
 }
-"""Names of published checkpoints whose code comes with them, and the key that counts experts."""
+"""Names from published checkpoints with remote code, and the key that counts their experts."""
 
 
 @pytest.mark.parametrize("model_type", REMOTE)
 def test_names_of_remote_code_are_found(model_type: str) -> None:
-    """All experts of a layer are found by their published names, and one too few is refused."""
+    """All experts of a layer are found by their published names; one too few is refused."""
     name, key = REMOTE[model_type]
     shared = name.replace("experts.{}", "shared_experts")
     tensors = [tensor(shared), *(tensor(name.format(expert)) for expert in range(4))]
@@ -80,17 +80,17 @@ def test_names_of_remote_code_are_found(model_type: str) -> None:
 
 
 def test_experts_by_layer_may_be_a_list() -> None:
-    """Where the config counts the experts of each layer, the largest is the total."""
+    """If the config counts the experts of each layer, the largest count is the total."""
     config = read_moe_config({"num_experts": [4, 2, 4]}, architectures.find("hunyuan_v1_moe"))
     assert config.experts == 4
-    vision = {"moe_num_experts": [64, 64]}  # as ERNIE-4.5-VL counts those of text and vision
+    vision = {"moe_num_experts": [64, 64]}  # as in ERNIE-4.5-VL: one count for text, one for vision
     assert read_moe_config(vision, architectures.find("ernie4_5_vl_moe")).experts == 64
     assert [config.experts_in(layer) for layer in range(4)] == [4, 2, 4, 4]
 
 
 @pytest.mark.parametrize("layer", ["9" * 5000, "\u0663", "03", "-1", "all"])
 def test_a_layer_that_is_not_a_number_has_no_experts_of_its_own(layer: str) -> None:
-    """Layers are looked up as JSON spells them; any other key is passed over."""
+    """Layers are looked up by their JSON spelling; any other key is ignored."""
     row = architectures.find("mixtral")
     for section in (
         {"num_local_experts": 4, "per_layer_config": {layer: {"num_local_experts": 2}}},
@@ -101,7 +101,7 @@ def test_a_layer_that_is_not_a_number_has_no_experts_of_its_own(layer: str) -> N
 
 
 def test_a_count_for_some_layers_is_noticed_under_any_key() -> None:
-    """It cannot be set, whatever the key says which layers are meant."""
+    """Such a count cannot be set, whatever key says which layers are meant."""
     overrides = {"num_local_experts": 4, "per_layer_config": {"all": {"num_experts_per_tok": 1}}}
     assert read_moe_config(overrides, architectures.find("mixtral")).has_layer_counts
 
@@ -122,14 +122,14 @@ def test_a_count_for_some_layers_is_noticed_under_any_key() -> None:
 def test_exactly_the_routed_projections_are_found(
     model_type: str, raw: dict[str, checkpoints.Raw], section: dict[str, Any]
 ) -> None:
-    """Routers, shared experts, dense layers, gate and up projections and attention are not."""
+    """Routers, shared experts, dense layers, gate and up projections and attention are left out."""
     found = names(find(model_type, tensors_of(raw), section))
     assert found == sorted(checkpoints.routed(raw))
     assert not any("shared" in name or "gate" in name or "attn" in name for name in found)
 
 
 def test_mtp_blocks_are_matched() -> None:
-    """The block after the last layer shares the count, so it is scaled like the others."""
+    """The block after the last layer shares the count, so it is scaled too."""
     found = find(
         "deepseek_v3", tensors_of(checkpoints.deepseek_tensors()), dict(checkpoints.DEEPSEEK_CONFIG)
     )
@@ -137,7 +137,7 @@ def test_mtp_blocks_are_matched() -> None:
 
 
 def test_mtp_blocks_under_a_name_of_their_own_are_a_stack() -> None:
-    """``mtp.layers.0`` is layer ``mtp.0`` beside the layers of the model."""
+    """``mtp.layers.0`` is layer ``mtp.0`` next to the layers of the model."""
     raw = checkpoints.qwen2_tensors(layers=4)
     moved = [
         tensor(name.replace("model.layers.3.", "mtp.layers.0."), shape)
@@ -149,20 +149,20 @@ def test_mtp_blocks_under_a_name_of_their_own_are_a_stack() -> None:
 
 
 def test_prefixes_are_allowed() -> None:
-    """Wrappers put words before the name; the layer is called the same."""
+    """Wrappers add a prefix to the names; the layers keep their names."""
     for prefix in ("language_model.", "model.language_model.", "base_model.model."):
         raw = {prefix + name: raw for name, raw in checkpoints.mixtral_tensors().items()}
         assert {str(p.layer) for p in find("mixtral", tensors_of(raw), MIXTRAL)} == {"0", "1"}
 
 
 def test_a_single_stack_has_plain_numbers() -> None:
-    """The stack stands in front of the number only where a checkpoint has several."""
+    """The stack precedes the number only if a checkpoint has several stacks."""
     raw = {"vlm.decoder." + name: raw for name, raw in checkpoints.mixtral_tensors().items()}
     assert {str(p.layer) for p in find("mixtral", tensors_of(raw), MIXTRAL)} == {"0", "1"}
 
 
 def test_layers_come_in_the_order_of_their_numbers() -> None:
-    """Layer 10 follows layer 9, whatever the order in the shards."""
+    """Layer 10 follows layer 9, whatever their order in the shards."""
     raw = checkpoints.mixtral_tensors(layers=12)
     found = find("mixtral", reversed(tensors_of(raw)), {**MIXTRAL, "num_hidden_layers": 12})
     assert [p.layer.number for p in found] == [n for n in range(12) for _ in range(4)]
@@ -170,7 +170,7 @@ def test_layers_come_in_the_order_of_their_numbers() -> None:
 
 
 def test_layers_are_written_with_their_stack() -> None:
-    """Keys of factors are numbers, with the stack in front where there are several."""
+    """Keys of factors are numbers, prefixed with the stack if there are several."""
     assert [str(Layer("", 3)), str(Layer("decoder", 3))] == ["3", "decoder.3"]
 
 
@@ -213,49 +213,49 @@ FAULTS = {
 
 @pytest.mark.parametrize(("part", "why"), FAULTS.values(), ids=FAULTS)
 def test_a_missing_part_is_refused(part: str, why: str) -> None:
-    """An expert or a layer that is not there is named; nothing is scaled in part."""
+    """The error names the missing expert or layer; nothing is scaled in part."""
     tensors = without(tensors_of(checkpoints.mixtral_tensors()), part)
     with pytest.raises(CheckpointError, match=why):
         find("mixtral", tensors, MIXTRAL)
 
 
 def test_the_same_expert_missing_everywhere_is_refused() -> None:
-    """A hole that all layers share is one too."""
+    """An expert that is missing in all layers is a gap too."""
     tensors = without(tensors_of(checkpoints.mixtral_tensors()), "experts.2.")
     with pytest.raises(CheckpointError, match="expert 2 is missing"):
         find("mixtral", tensors, MIXTRAL)
 
 
 def test_more_experts_than_the_config_says_are_refused() -> None:
-    """Config and weights of different checkpoints do not pass."""
+    """The config and weights of different checkpoints are refused."""
     tensors = tensors_of(checkpoints.mixtral_tensors(experts=5))
     with pytest.raises(CheckpointError, match="4 routed experts, but it has more"):
         find("mixtral", tensors, MIXTRAL)
 
 
 def test_a_layer_where_the_config_has_a_dense_one_is_refused() -> None:
-    """A layer with experts that the config calls dense is a contradiction."""
+    """A layer with experts that the config calls dense is refused."""
     section = {**checkpoints.QWEN2_CONFIG, "mlp_only_layers": [0, 2]}
     with pytest.raises(CheckpointError, match=r"layer 2.*dense"):
         find("qwen2_moe", tensors_of(checkpoints.qwen2_tensors()), section)
 
 
 def test_a_fused_tensor_of_other_experts_is_refused() -> None:
-    """A stacked tensor must hold the experts that the config names."""
+    """A stacked tensor must have the number of experts in the config."""
     tensors = tensors_of(checkpoints.fused_mixtral_tensors(experts=3))
     with pytest.raises(CheckpointError, match="says 4 routed experts, but expert 3 is missing"):
         find("mixtral", tensors, MIXTRAL)
 
 
 def test_both_layouts_in_one_layer_are_refused() -> None:
-    """Experts that are there one by one and fused cannot both be right."""
+    """One layer cannot have both separate and fused experts."""
     both = {**checkpoints.mixtral_tensors(), **checkpoints.fused_mixtral_tensors()}
     with pytest.raises(CheckpointError, match=r"layer 0.*twice"):
         find("mixtral", tensors_of(both), MIXTRAL)
 
 
 def test_layouts_may_differ_between_stacks() -> None:
-    """Main layers fused and an MTP block one by one is what real checkpoints have."""
+    """Real checkpoints have fused main layers and an MTP block with separate experts."""
     fused = {f"model.layers.{n}.mlp.experts.down_proj": ("BF16", (4, 8, 6), b"") for n in range(2)}
     mtp = {
         f"mtp.layers.0.mlp.experts.{e}.down_proj.weight": ("BF16", (8, 6), b"") for e in range(4)
@@ -274,7 +274,7 @@ def test_a_tensor_under_two_prefixes_is_refused() -> None:
 
 
 def test_a_router_without_experts_is_refused() -> None:
-    """Where the config does not tell the MoE layers, a router does."""
+    """If the config does not list the MoE layers, a router shows which they are."""
     tensors = tensors_of(checkpoints.deepseek_tensors())
     section = {"n_routed_experts": 4}
     for layer in (2, 3):
@@ -293,7 +293,7 @@ def test_an_expert_without_its_projection_is_refused() -> None:
 
 
 def test_a_stack_without_any_projection_is_refused() -> None:
-    """An MTP block that has a router but lost all its down-projections is not left out silently."""
+    """An MTP block that has a router but no down-projections is not silently left out."""
     mtp = [
         tensor("mtp.layers.0.mlp.gate.weight"),
         tensor("mtp.layers.0.mlp.experts.0.up_proj.weight"),
@@ -305,7 +305,7 @@ def test_a_stack_without_any_projection_is_refused() -> None:
 
 @pytest.mark.parametrize("stack", ["mtp", "a", "z"])
 def test_the_model_is_told_from_its_mtp_block(stack: str) -> None:
-    """A model with as many MoE layers as MTP blocks is planned right, whatever their name."""
+    """A model with as many MoE layers as MTP blocks is planned correctly, whatever their names."""
     raw = checkpoints.qwen2_tensors(layers=2)
     mtp = {
         name.replace("model.layers.1.", f"{stack}.layers.0."): value
@@ -318,7 +318,7 @@ def test_the_model_is_told_from_its_mtp_block(stack: str) -> None:
 
 
 def test_a_missing_number_of_experts_is_refused() -> None:
-    """A config that does not say how many experts there are cannot be checked."""
+    """Without a number of experts in the config, the experts cannot be checked."""
     with pytest.raises(UnsupportedError, match="num_local_experts"):
         read_moe_config({"num_local_experts": "8"}, architectures.find("mixtral"))
 
@@ -328,21 +328,21 @@ def test_a_missing_number_of_experts_is_refused() -> None:
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "I8", "U8", "I32", "F8_E8M0", "C64"])
 def test_a_weight_that_cannot_be_multiplied_is_refused(dtype: str) -> None:
-    """Codes of a quantised format are no values, so multiplying them would be wrong."""
+    """Codes of a quantised format are not values, so they must not be multiplied."""
     with pytest.raises(UnsupportedError, match=dtype):
         scaled_tensors("m", {"weight": tensor("m.weight", dtype=dtype)}, 1.5)
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "I8", "I64", "U8"])
 def test_a_bias_that_cannot_be_multiplied_is_refused(dtype: str) -> None:
-    """A bias is checked like a weight: bytes of another dtype are never taken for float64."""
+    """A bias is checked like a weight: another dtype is never read as float64."""
     by_suffix = {"weight": tensor("m.weight"), "bias": tensor("m.bias", dtype=dtype)}
     with pytest.raises(UnsupportedError, match=dtype):
         scaled_tensors("m", by_suffix, 1.5)
 
 
 def test_an_unknown_companion_is_refused() -> None:
-    """A tensor beside the weight that no format knows may carry its scale."""
+    """An unknown tensor next to the weight may be its scale."""
     by_suffix = {"weight": tensor("m.weight"), "zero_point": tensor("m.zero_point")}
     with pytest.raises(UnsupportedError, match="zero_point"):
         scaled_tensors("m", by_suffix, 1.5)
@@ -355,7 +355,7 @@ PATTERN = r"net\.\d+\.moe\.\d+\.out\.weight"
 
 
 def by_pattern(pattern: str, names_: Iterable[str] = NAMES) -> list[Projection]:
-    """The projections that a user's expression finds."""
+    """The projections that match a user's pattern."""
     return find_by_pattern([tensor(name) for name in names_], pattern)
 
 
@@ -367,26 +367,26 @@ def test_a_pattern_takes_the_first_number_as_layer_and_the_second_as_expert() ->
 
 
 def test_a_pattern_may_name_its_groups() -> None:
-    """``layer`` and ``expert`` tell which number is which, in any order."""
+    """``layer`` and ``expert`` say which number is which, in any order."""
     swapped = [f"moe.{e}.net.{n}.weight" for n in range(2) for e in range(3)]
     found = by_pattern(r"moe\.(?P<expert>\d+)\.net\.(?P<layer>\d+)\.weight", swapped)
     assert [(p.layer.number, p.expert) for p in found] == [(n, e) for n in (0, 1) for e in range(3)]
 
 
 def test_a_pattern_has_to_match_the_whole_name() -> None:
-    """An expression for a part of the name does not catch scales and other neighbours."""
+    """A pattern for a part of the name does not match scales and other neighbours."""
     assert by_pattern(PATTERN, ["net.0.moe.0.out.weight_scale", "x.net.0.moe.0.out.weight"]) == []
 
 
 def test_a_pattern_without_numbers_is_refused() -> None:
-    """A layer has to have a number, since factors go by layer."""
+    """Factors are given by layer, so a layer needs a number."""
     with pytest.raises(UsageError, match="no layer number"):
         by_pattern(".*", ["model.out.weight"])
 
 
 @pytest.mark.parametrize("pattern", ["(", "[", "*", "(?P<layer>", "a{99999999999}", "\\"])
 def test_a_broken_pattern_is_one_line(pattern: str) -> None:
-    """What is wrong with an expression is said in one line."""
+    """An invalid pattern gives a one-line error."""
     with pytest.raises(UsageError, match="--pattern") as caught:
         by_pattern(pattern)
     assert len(caught.value.message.splitlines()) == 1
@@ -394,11 +394,11 @@ def test_a_broken_pattern_is_one_line(pattern: str) -> None:
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timer sends a signal here")
 def test_a_pattern_without_end_is_interrupted() -> None:
-    """What Ctrl-C raises ends an expression that backtracks without end."""
+    """Ctrl-C ends a pattern that backtracks forever."""
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, 0.5)
     try:
-        with pytest.raises(KeyboardInterrupt):  # or it would take for ever
+        with pytest.raises(KeyboardInterrupt):  # or it would never end
             by_pattern("(a+)+b", ["a" * 60 + ".0"])
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -410,7 +410,7 @@ def test_a_pattern_without_end_is_interrupted() -> None:
     [r"(?P<layer>net)\..*", r"net\.(?P<layer>[^.]*\.moe)\..*", r"net\.\d+\.(?P<expert>moe).*"],
 )
 def test_a_group_that_is_no_number_is_refused(pattern: str) -> None:
-    """A group that catches words instead of a number is a mistake of the user's, not a crash."""
+    """A group that matches words instead of a number is a usage error, not a crash."""
     with pytest.raises(MoescaleError):
         by_pattern(pattern)
 
@@ -419,7 +419,7 @@ def test_a_group_that_is_no_number_is_refused(pattern: str) -> None:
 
 
 def test_a_likely_name_is_shown_for_an_unknown_type() -> None:
-    """A name that looks like a routed down-projection helps to write a pattern."""
+    """A name that looks like a routed down-projection helps the user write a pattern."""
     others = ["h.0.moe.shared_experts.down.weight", "h.0.attn.o.weight"]
     likely = [f"h.0.moe.experts.{i}.down.weight" for i in range(9)]
     assert likely_down_projection([*others, *reversed(likely)]) == likely[0]
@@ -427,7 +427,7 @@ def test_a_likely_name_is_shown_for_an_unknown_type() -> None:
 
 
 def test_an_expert_with_a_number_is_likely_where_one_name_is_left() -> None:
-    """Without a known word the kind that is no gate, no up and no norm is meant, if it is one."""
+    """Without a known word, the one matrix that is not a gate, up or norm is suggested."""
     experts = [f"model.layers.{i}.moe.{e}" for i in range(2) for e in range(4)]
     names = [f"{expert}.{suffix}" for expert in experts for suffix in ("gate.weight", "up.weight")]
     names += ["model.layers.0.attn.0.out.weight", "a.0.shared_experts.0.out.weight"]

@@ -1,4 +1,4 @@
-"""The table of formats: which row fits which tensors, what is refused, and what is said of it."""
+"""The table of formats: which row matches which tensors, what is refused, what is remarked."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tensor(name: str, dtype: str, shape: tuple[int, ...] = (8, 8)) -> Tensor:
 
 
 def by_suffix(**dtypes: str) -> dict[str, Tensor]:
-    """Tensors of a projection by leaf, ``__`` for a dot."""
+    """Tensors of a projection by leaf, with ``__`` for a dot."""
     return {n.replace("__", "."): tensor(f"m.{n}", dtype) for n, dtype in dtypes.items()}
 
 
@@ -53,7 +53,7 @@ def leaves_of(case: Case) -> dict[str, Tensor]:
 
 
 def rows_of(by_suffix: Mapping[str, Tensor]) -> list[Format]:
-    """The rows that fit."""
+    """The rows that match."""
     dtypes = {suffix: tensor.dtype for suffix, tensor in by_suffix.items()}
     return [
         row for row in ROWS if formats._has_tensors(row, dtypes) and row.shapes_match(by_suffix)
@@ -65,21 +65,21 @@ def rows_of(by_suffix: Mapping[str, Tensor]) -> list[Format]:
 
 @every_case
 def test_exactly_one_row_fits(case: Case) -> None:
-    """No order of the rows decides: a projection is of one format only."""
+    """A projection has exactly one format, so the order of the rows does not matter."""
     assert len(rows_of(leaves_of(case))) == 1
 
 
 def test_every_row_is_converted_in_a_test() -> None:
-    """Each row of the table has a checkpoint that goes through the whole conversion."""
+    """Each row of the table has a checkpoint that is converted in a test."""
     plain = {"weight": tensor("m.weight", "BF16")}
     tested = [row for found in (plain, *map(leaves_of, CASES)) for row in rows_of(found)]
-    names = {row.name for row in tested}  # rows of one name differ in the scale's name only
+    names = {row.name for row in tested}  # rows of the same name differ only in the scale's name
     assert {row.name for row in ROWS} == names
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.name} {next(iter(row.scaled))}")
 def test_a_row_is_whole(row: Format) -> None:
-    """A row says where its facts are from, and what it scales it needs or may miss."""
+    """A row has a source, scales a tensor, and its parts are consistent."""
     assert row.source
     assert row.scaled
     assert not set(row.unchanged) & (row.dtypes.keys() | row.scaled.keys())
@@ -109,13 +109,13 @@ def test_a_row_is_whole(row: Format) -> None:
     ],
 )
 def test_a_leaf_is_what_follows_the_module(ending: str, suffix: str) -> None:
-    """Separators do not count, nor does it whether bitsandbytes packed a module or a parameter."""
+    """Separators do not matter, nor whether bitsandbytes packed a module or a parameter."""
     assert plain_suffix(ending) == suffix
     assert split_name("a.0.experts.1.down_proj" + ending) == ("a.0.experts.1.down_proj", suffix)
 
 
 def test_a_pattern_for_weights_finds_what_belongs_to_them() -> None:
-    """A user's expression for the weights alone does not leave their scales and biases behind."""
+    """A user's pattern for the weights alone also finds their scales and biases."""
     names = [
         f"h.0.moe.{e}.out.{suffix}" for e in (0, 1) for suffix in ("weight", "weight_scale", "bias")
     ]
@@ -161,7 +161,7 @@ UNKNOWN = {
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_what_is_not_in_the_table_is_refused_by_name(name: str) -> None:
-    """The error names format and tensors, says why, and what to do instead."""
+    """The error names format and tensors, gives the reason, and suggests an alternative."""
     with pytest.raises(UnsupportedError) as caught:
         scaled_tensors("model.m", UNKNOWN[name], 1.5)
     assert caught.value.message.startswith("model.m: ") and name in caught.value.message
@@ -169,7 +169,7 @@ def test_what_is_not_in_the_table_is_refused_by_name(name: str) -> None:
 
 
 def test_every_refused_format_has_a_test() -> None:
-    """The list of refusals above is that of the table."""
+    """The refusals tested above are all of the table's."""
     names = {row.name for row in UNSUPPORTED}
     assert {n for n in names if not any(key in n or n in key for key in UNKNOWN)} == set()
 
@@ -186,12 +186,12 @@ def partners() -> list[Any]:
 
 @pytest.mark.parametrize(("case", "suffix"), partners())
 def test_a_missing_partner_is_refused(case: Case, suffix: str) -> None:
-    """Without one of the tensors that its format needs, a projection is never scaled by guess."""
+    """A projection that lacks a tensor required by its format is never scaled on a guess."""
     left = leaves_of(case)
     del left[suffix]
     if case.id == "INT4-FP8, Quark" and suffix == "weight_scale_2":
         assert [s.tensor.name for s in scaled_tensors("m", left, 2.0)] == ["m.weight_scale"]
-        return  # what is left is a packed INT4, and the tensor that is scaled is the same
+        return  # the rest is a packed INT4, whose scaled tensor is the same
     with pytest.raises(SourceError):
         scaled_tensors("m", left, 2.0)
 
@@ -211,13 +211,13 @@ def test_a_missing_partner_is_refused(case: Case, suffix: str) -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_missing_partner_is_named(found: dict[str, Tensor], name: str, missing: str) -> None:
-    """The error says which format it would be and which tensor it lacks."""
+    """The error names the likely format and the missing tensor."""
     with pytest.raises(CheckpointError, match=f"looks like .*{name}.* has no {missing}"):
         scaled_tensors("m", found, 1.5)
 
 
 def test_a_state_that_is_no_state_is_refused() -> None:
-    """A quantisation state is read whole, so a huge tensor under its name is not taken for one."""
+    """A quantisation state is read whole, so a huge tensor of that name is refused."""
     case = next(c for c in q.EXACT if c.id == "bitsandbytes nf4 double")
     found = leaves_of(case)
     name = "quant_state.bitsandbytes__nf4"
@@ -227,7 +227,7 @@ def test_a_state_that_is_no_state_is_refused() -> None:
 
 
 def test_a_factor_of_one_needs_no_format(tmp_path: Path) -> None:
-    """Where nothing is scaled, nothing has to be known of how the weights are stored."""
+    """If nothing is scaled, the storage format of the weights does not matter."""
     tensors = {
         f"model.layers.0.mlp.experts.{e}.down_proj.{suffix}": q.raw("I16", [1, 2])
         for e in range(2)
@@ -246,7 +246,7 @@ def test_a_factor_of_one_needs_no_format(tmp_path: Path) -> None:
 
 
 def test_the_format_is_decided_module_by_module(tmp_path: Path) -> None:
-    """Layers of several formats in one checkpoint are each scaled by their own rule."""
+    """Layers of different formats in one checkpoint are each scaled by their own rule."""
     names = ("block FP8, BF16 scales", "NVFP4, compressed-tensors", "GPTQ")
     cases = [next(case for case in q.EXACT if case.id == name) for name in names]
     tensors = {
@@ -272,7 +272,7 @@ FUSED = [case for case in CASES if case.fused and "bitsandbytes" not in case.id]
 
 @pytest.mark.parametrize("case", FUSED, ids=lambda case: case.id)
 def test_fused_codes_hold_as_many_experts_as_the_config(case: Case, tmp_path: Path) -> None:
-    """A fused tensor of another number of experts is refused, whatever its scales look like."""
+    """A fused tensor with another number of experts is refused, whatever its scales are."""
     q.write(case, tmp_path)
     config = q.config(case)
     key = "n_routed_experts" if "n_routed_experts" in config else "num_local_experts"
@@ -282,7 +282,7 @@ def test_fused_codes_hold_as_many_experts_as_the_config(case: Case, tmp_path: Pa
 
 
 def test_a_router_of_mlx_needs_its_experts(tmp_path: Path) -> None:
-    """The names of mlx-lm are checked for completeness like all others."""
+    """The names of mlx-lm are checked for completeness too."""
     case = next(case for case in q.EXACT if case.id == "MLX affine")
     tensors = {n: t for n, t in q.tensors(case).items() if "layers.1" not in n}
     tensors["model.layers.1.mlp.gate.weight"] = q.raw("F32", [[1.0]])
@@ -300,14 +300,14 @@ MXFP4 = TensorEdit(tensor("m.weight_scale", "U8"), 2.0, "shift", role="scale", f
 
 
 def ue8m0(section: str = "") -> Mapping[str, Any]:
-    """A config that says so, in a section or at the top."""
+    """A config that declares UE8M0, in a section or at the top level."""
     inner = {"quantization_config": {"quant_method": "fp8", "scale_fmt": "ue8m0"}}
     return {section: inner} if section else inner
 
 
 @pytest.mark.parametrize("section", ["", "text_config"])
 def test_ue8m0_in_the_config_is_said_once(section: str) -> None:
-    """Some engines round such scales again, so one remark points to the config factor."""
+    """Some engines round such scales again, so one remark suggests a fold into the config."""
     remarks = check_quantisation_config([FP8] * 3, ue8m0(section), "--fold config is better.")
     assert len(remarks) == 1
     assert "ue8m0" in remarks[0] and "--fold config is better." in remarks[0]
@@ -322,12 +322,12 @@ def test_ue8m0_takes_powers_of_two_in_silence(factor: float) -> None:
 
 
 def test_no_ue8m0_no_remark() -> None:
-    """Without that key in the config F32 scales are taken as they are."""
+    """Without that key in the config, F32 scales may have any value."""
     assert check_quantisation_config([FP8], {"quantization_config": {"quant_method": "fp8"}}) == []
 
 
 def test_the_remark_reaches_the_plan(tmp_path: Path) -> None:
-    """The plan of a DeepSeek-V3.1 warns before anything is written, and names its key."""
+    """The plan of a DeepSeek-V3.1 warns before any writing, and names the config key."""
     case = next(case for case in q.EXACT if case.id == "block FP8")
     q.write(case, tmp_path)
     config = {**q.config(case), **ue8m0()}
@@ -337,13 +337,13 @@ def test_the_remark_reaches_the_plan(tmp_path: Path) -> None:
 
 
 def test_e5m3_scales_are_no_powers_of_two() -> None:
-    """Bytes that the config calls E5M3 are not shifted, though they look like E8M0."""
+    """Bytes that the config calls E5M3 are not shifted, although they look like E8M0."""
     config = {"quantization_config": {"global_quant_config": {"weight": {"scale_format": "e5m3"}}}}
     with pytest.raises(UnsupportedError, match="E5M3"):
         check_quantisation_config([MXFP4], config)
 
 
-# Arithmetic that only quantised formats have ------------------------------------------------------
+# Arithmetic of quantised formats ------------------------------------------------------------------
 
 
 @given(
@@ -375,7 +375,7 @@ def test_every_offset_fits_and_reads_back(offset: float, factor: float, ascii_on
 
 @given(k=st.integers(-260, 260))
 def test_exponents_are_shifted_or_counted_as_lost(k: int) -> None:
-    """All 256 bytes: 0 and NaN stay, others move by k, and those that cannot are counted."""
+    """All 256 bytes: 0 and NaN stay, others shift by k, and those out of range are counted."""
     edit = TensorEdit(Tensor("s", "F8_E8M0", (256,), 0, 256), 2.0**k, "shift", role="scale")
     codes, result = np.arange(256, dtype=np.uint8), np.empty(256, np.uint8)
     lost = scaler(edit)(codes, result)

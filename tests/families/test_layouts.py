@@ -1,4 +1,4 @@
-"""Names are one thing and the router another: layouts, wrappers and pruned layers by looking."""
+"""Names and routers vary separately: layouts, wrappers and pruned layers are inspected."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from moescale.planning.plan import Plan
 
 CONFIG = json.loads(checkpoints.MIXTRAL_CONFIG)
 PRESERVED = 1.224744871391589
-"""Of a router that renormalises, from 2 experts to 3."""
+"""The factor of a renormalising router, from 2 experts to 3."""
 
 
 def written(folder: Path, tensors: Mapping[str, Raw], **config: Any) -> Path:
-    """The tensors in one shard, beside a config."""
+    """Write the tensors as one shard, with a config."""
     checkpoints.write_shards(folder, tensors, 1)
     (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
     return folder
@@ -38,7 +38,7 @@ def renamed(
 
 
 def scaled(plan: Plan) -> set[str]:
-    """The names of what changes, all by one factor."""
+    """The names of the tensors that change, all by one factor."""
     assert [t.factor for t in plan.tensors] == [pytest.approx(PRESERVED)] * len(plan.tensors)
     return {t.tensor.name for t in plan.tensors}
 
@@ -57,7 +57,7 @@ ONE_BY_ONE = {
 
 @pytest.mark.parametrize("layout", ONE_BY_ONE)
 def test_experts_one_by_one_are_found_in_every_spelling(layout: str, tmp_path: Path) -> None:
-    """A Mixtral that a tool wrote under the names of another type stays a Mixtral."""
+    """A Mixtral that a tool wrote with the names of another type is still a Mixtral."""
     before, matrices = ONE_BY_ONE[layout]
     block = before.partition("experts")[0]
     number = {"w1": 0, "w3": 1, "w2": 2}
@@ -82,7 +82,7 @@ STACKED += ["mlp.switch_mlp.down_proj", "feed_forward.experts.w2", "mlp.experts.
 
 @pytest.mark.parametrize("name", STACKED)
 def test_stacked_experts_are_found_in_every_spelling(name: str, tmp_path: Path) -> None:
-    """All experts of a layer in one tensor, under the names of any type."""
+    """All experts of a layer may be in one tensor, with the names of any type."""
     tensors = {
         f"model.layers.{layer}.{name}.weight": values("BF16", (4, HIDDEN, INNER))
         for layer in range(2)
@@ -92,7 +92,7 @@ def test_stacked_experts_are_found_in_every_spelling(name: str, tmp_path: Path) 
 
 
 def test_a_dense_down_projection_is_in_no_layout(tmp_path: Path) -> None:
-    """What stands in a dense layer is not taken for the experts of another type."""
+    """A dense layer's tensors are not mistaken for the experts of another type."""
     tensors = checkpoints.mixtral_tensors()
     tensors["model.layers.2.mlp.down_proj.weight"] = values("BF16", (HIDDEN, INNER))
     tensors["model.layers.2.mlp.output_linear.weight"] = values("BF16", (HIDDEN, INNER))
@@ -101,7 +101,7 @@ def test_a_dense_down_projection_is_in_no_layout(tmp_path: Path) -> None:
 
 
 def test_an_expert_in_two_layouts_is_refused_by_both_names(tmp_path: Path) -> None:
-    """Which of them is loaded depends on the loader."""
+    """The loader decides which of the two it loads."""
     tensors = checkpoints.mixtral_tensors()
     twin = "model.layers.1.mlp.experts.2.down_proj"
     tensors[f"{twin}.weight"] = values("BF16", (HIDDEN, INNER))
@@ -111,7 +111,7 @@ def test_an_expert_in_two_layouts_is_refused_by_both_names(tmp_path: Path) -> No
 
 
 def test_a_part_in_a_layout_is_refused(tmp_path: Path) -> None:
-    """One expert too few is one too few in every layout."""
+    """A missing expert is found in every layout."""
     tensors = renamed(lambda name: name.replace("block_sparse_moe", "feed_forward"))
     del tensors["model.layers.1.feed_forward.experts.3.w2.weight"]
     with pytest.raises(CheckpointError, match=r"layer 1.*expert 3 is missing"):
@@ -119,7 +119,7 @@ def test_a_part_in_a_layout_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_arch_that_contradicts_the_config_is_a_loud_warning(tmp_path: Path) -> None:
-    """The names need no --arch, and the router of another type turns the factor round."""
+    """The names need no --arch, and another type's router inverts the factor."""
     source = written(tmp_path / "m", checkpoints.mixtral_tensors())
     plan = api.plan(source, experts=3, rule="preserve", arch="qwen3_moe")
     (warning,) = (w for w in plan.warnings if "contradicts" in w)
@@ -129,7 +129,7 @@ def test_an_arch_that_contradicts_the_config_is_a_loud_warning(tmp_path: Path) -
 
 @pytest.mark.parametrize("names", ["mlp.router.linear", "feed_forward.router", "mlp.gate.linear"])
 def test_a_router_is_found_beside_its_experts(names: str, tmp_path: Path) -> None:
-    """The rule gates and --gate-scale find the router by looking."""
+    """The rule gates and --gate-scale find the router by inspection."""
     tensors = gated_checkpoints.gated_tensors()
     block = names.partition(".")[0]
 
@@ -147,7 +147,7 @@ def test_a_router_is_found_beside_its_experts(names: str, tmp_path: Path) -> Non
 
 
 def test_a_dense_model_is_called_one(tmp_path: Path) -> None:
-    """Nothing is advised where there is nothing to rescale."""
+    """A model without experts gets no advice on rescaling."""
     tensors = {"model.layers.0.mlp.down_proj.weight": values("BF16", (HIDDEN, INNER))}
     with pytest.raises(UnsupportedError, match=r"dense model.*nothing to rescale") as caught:
         api.plan(written(tmp_path / "a", tensors, model_type="llama"), experts=3)
@@ -170,7 +170,7 @@ WRAPPED: dict[str, Callable[[str], str]] = {
 
 @pytest.mark.parametrize("wrapper", WRAPPED)
 def test_words_of_wrappers_are_seen_through(wrapper: str, tmp_path: Path) -> None:
-    """The tensors keep their names, and the plan is that of the model inside."""
+    """The tensors keep their names, and the plan is that of the inner model."""
     change = WRAPPED[wrapper]
     plan = api.plan(written(tmp_path / "m", renamed(change)), experts=3, rule="preserve")
     assert scaled(plan) == set(map(change, checkpoints.routed(checkpoints.mixtral_tensors())))
@@ -178,7 +178,7 @@ def test_words_of_wrappers_are_seen_through(wrapper: str, tmp_path: Path) -> Non
 
 
 def test_a_wrapped_router_is_sampled(tmp_path: Path) -> None:
-    """The rule gates sees through the same words."""
+    """The rule gates ignores the same prefixes."""
     tensors = gated_checkpoints.gated_tensors()
     wrapped = renamed(lambda name: name.replace("layers.1.", "layers.1._orig_mod."), tensors)
     plans = [
@@ -189,7 +189,7 @@ def test_a_wrapped_router_is_sampled(tmp_path: Path) -> None:
 
 
 def test_twins_of_a_running_average_are_scaled_too(tmp_path: Path) -> None:
-    """Weights under ``ema.`` are a stack of their own."""
+    """Weights below ``ema.`` are a separate stack."""
     tensors = checkpoints.mixtral_tensors()
     both = {**tensors, **renamed("ema.{}".format)}
     plan = api.plan(written(tmp_path / "m", both), experts=3, rule="preserve")
@@ -198,7 +198,7 @@ def test_twins_of_a_running_average_are_scaled_too(tmp_path: Path) -> None:
 
 
 def test_a_tensor_under_two_wrapped_names_is_refused(tmp_path: Path) -> None:
-    """Which of them is the model's cannot be seen."""
+    """Nothing shows which of the two is the model's."""
     name = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
     tensors = checkpoints.mixtral_tensors()
     tensors[f"_orig_mod.{name}"] = tensors[name]
@@ -219,7 +219,7 @@ AT = "model.layers.1.block_sparse_moe."
     ],
 )
 def test_an_unmerged_adapter_of_the_experts_is_named(name: str, tmp_path: Path) -> None:
-    """Its part of the output would not be scaled."""
+    """The adapter's part of the output would not be scaled."""
     tensors = {**checkpoints.mixtral_tensors(), name: values("BF16", (2, 8))}
     with pytest.raises(UnsupportedError, match="unmerged adapter") as caught:
         api.plan(written(tmp_path / "m", tensors), experts=3)
@@ -227,7 +227,7 @@ def test_an_unmerged_adapter_of_the_experts_is_named(name: str, tmp_path: Path) 
 
 
 def test_an_adapter_elsewhere_is_a_warning(tmp_path: Path) -> None:
-    """What it adds to the attention has nothing to do with the factor."""
+    """An adapter on the attention does not affect the factor."""
     name = "model.layers.1.self_attn.o_proj.lora_A.default.weight"
     tensors = {**checkpoints.mixtral_tensors(), name: values("BF16", (2, 8))}
     (warning,) = api.plan(written(tmp_path / "m", tensors), experts=3, rule="preserve").warnings
@@ -248,7 +248,7 @@ def test_an_adapter_elsewhere_is_a_warning(tmp_path: Path) -> None:
 def test_what_is_wrong_with_a_weight_is_said_as_it_is(
     change: Callable[[str], str | None], said: str, advice: str, tmp_path: Path
 ) -> None:
-    """Neither is quantised, so nobody is told to quantise it again."""
+    """The weights are not quantised, so the error does not suggest to quantise them again."""
     tensors = checkpoints.mixtral_tensors()
     for name in checkpoints.routed(tensors):
         tensors[name.replace("weight", "bias")] = values("BF16", (HIDDEN,))
@@ -262,11 +262,11 @@ def test_what_is_wrong_with_a_weight_is_said_as_it_is(
 # Pruned models ------------------------------------------------------------------------------------
 
 KEPT = (4, 3)
-"""Experts that pruning left in the layers."""
+"""Experts that pruning left in each layer."""
 
 
 def pruned(*kept: int, rows: tuple[int, ...] = (), fused: bool = False) -> dict[str, Raw]:
-    """A Mixtral of so many experts in its layers, and routers of as many rows."""
+    """A Mixtral with these numbers of experts in its layers, and routers of as many rows."""
     make = checkpoints.fused_mixtral_tensors if fused else checkpoints.mixtral_tensors
     return {
         name: raw
@@ -285,7 +285,7 @@ def pruned(*kept: int, rows: tuple[int, ...] = (), fused: bool = False) -> dict[
     "numbers", [[0, 4, 3, 4], [None, 4, 3, 4], {"1": 4, "2": 3, "3": 4}, {"0": None, "2": 3}, 4]
 )
 def test_dense_layers_have_no_number(numbers: Any, tmp_path: Path) -> None:
-    """A list of a number for each layer says 0 or null for those without experts."""
+    """A list of numbers per layer has 0 or null for layers without experts."""
     tensors = {
         name: raw
         for name, raw in checkpoints.deepseek_tensors(3, 4).items()
@@ -302,7 +302,7 @@ def test_dense_layers_have_no_number(numbers: Any, tmp_path: Path) -> None:
 
 
 def test_a_count_of_the_config_that_cannot_be_is_its_own(tmp_path: Path) -> None:
-    """Nobody gave an option that could be blamed, but one helps."""
+    """The error does not blame an option that was not given, but suggests one that helps."""
     source = written(tmp_path / "m", checkpoints.mixtral_tensors(), num_experts_per_tok=9)
     with pytest.raises(UnsupportedError, match="own number of experts per token is 9") as caught:
         api.plan(source, experts=3)
@@ -324,7 +324,7 @@ def test_a_count_of_the_config_that_cannot_be_is_its_own(tmp_path: Path) -> None
 def test_layers_have_what_their_tensors_hold(
     config: dict[str, Any], fused: bool, tmp_path: Path
 ) -> None:
-    """Pruning leaves other numbers in each layer, however the config says so, or not at all."""
+    """After pruning, layers have different numbers of experts, whatever the config says."""
     tensors = pruned(*KEPT, fused=fused)
     source = written(tmp_path / "m", tensors, **config)
     plan = api.plan(source, experts=3, rule="preserve")
@@ -336,7 +336,7 @@ def test_layers_have_what_their_tensors_hold(
 
 
 def test_a_pattern_finds_pruned_layers(tmp_path: Path) -> None:
-    """The numbers are those of the tensors there too."""
+    """A pattern also takes the numbers from the tensors."""
     source = written(tmp_path / "m", pruned(*KEPT))
     pattern = r"model\.layers\.\d+\.block_sparse_moe\.experts\.\d+\.w2\.weight"
     options = {"pattern": pattern, "experts_key": "num_experts_per_tok", "rule": "preserve"}
@@ -355,13 +355,13 @@ def test_a_pattern_finds_pruned_layers(tmp_path: Path) -> None:
 def test_a_router_has_to_agree(
     kept: tuple[int, ...], rows: tuple[int, ...], says: str, tmp_path: Path
 ) -> None:
-    """Experts that are missing are no pruning, and a config of another model is none either."""
+    """Missing experts are not pruning, and neither is the config of another model."""
     with pytest.raises(CheckpointError, match=says):
         api.plan(written(tmp_path / "m", pruned(*kept, rows=rows)), experts=3)
 
 
 def test_pruned_layers_are_sampled_with_their_own_routers(tmp_path: Path) -> None:
-    """The rule gates takes each router as it is."""
+    """The rule gates uses each layer's router."""
     tensors = pruned(*KEPT)
     for layer, experts in enumerate(KEPT):
         name, norm = (
@@ -377,7 +377,7 @@ def test_pruned_layers_are_sampled_with_their_own_routers(tmp_path: Path) -> Non
 def test_groups_that_do_not_divide_the_experts_are_a_warning(
     groups: int, warned: bool, tmp_path: Path
 ) -> None:
-    """A pruned model may keep the groups of the whole one."""
+    """A pruned model may keep the expert groups of the original."""
     source = checkpoints.deepseek(tmp_path / "m", n_group=groups, topk_group=2)
     warnings = api.plan(source, experts=1, rule="preserve").warnings
     assert any("cannot be divided into the 3 groups" in warning for warning in warnings) is warned

@@ -1,4 +1,4 @@
-"""The inverse fold: dividing the rest of the residual stream is scaling the experts."""
+"""The inverse fold: dividing the rest of the residual stream equals scaling the experts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FACTOR = 1.37
 
 @torch.no_grad()
 def logits(directory: Path) -> torch.Tensor:
-    """What transformers computes for a fixed text, in float32."""
+    """The logits that transformers computes for a fixed text, in float32."""
     torch.set_num_threads(1)
     model = tiny_models.load(directory, "gpt_oss")
     tokens = torch.randint(0, 50, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -41,20 +41,20 @@ def differences(
 
 
 def test_folding_gives_the_logits_of_scaling(tmp_path: Path) -> None:
-    """Without an epsilon in the norms, transformers computes the same but for float32 rounding."""
+    """Without an epsilon in the norms, the logits are equal except for float32 rounding."""
     folded, scaled = differences(tmp_path, eps=1e-12)
     assert scaled > 0.1
     assert folded < 1e-5
 
 
 def test_what_epsilon_leaves_is_small(tmp_path: Path) -> None:
-    """With the model's own epsilon the rest is small beside what the factor changes."""
+    """With the model's epsilon, the difference is small compared with the factor's effect."""
     folded, scaled = differences(tmp_path, eps=1e-5)
     assert folded < 2e-3 * scaled
 
 
 def test_rounding_in_bf16_stays_that_of_bf16(tmp_path: Path) -> None:
-    """Where every expert is chosen, so that no choice flips, only rounded weights differ."""
+    """If every expert is chosen, no choice can flip: only the rounding of weights differs."""
     every = tiny_models.SIZES["num_local_experts"]
     folded, scaled = differences(tmp_path, eps=1e-5, dtype="bfloat16", num_experts_per_tok=every)
     assert folded < 0.05 * scaled
@@ -66,7 +66,7 @@ CASE = next(case for case in q.POWER_OF_TWO if case.id == "MXFP4, gpt-oss")
 
 
 def gpt_oss(folder: Path, **changes: Raw | None) -> dict[str, Raw]:
-    """A checkpoint with MXFP4 experts and what else writes into the stream; None leaves out."""
+    """A checkpoint with MXFP4 experts and the other writers of the stream; None omits a tensor."""
     tensors: dict[str, Raw | None] = dict(q.tensors(CASE))
     tensors["model.embed_tokens.weight"] = values("BF16", (6, q.OUT), 1, special=False)
     for layer in range(q.LAYERS + 1):
@@ -81,7 +81,7 @@ def gpt_oss(folder: Path, **changes: Raw | None) -> dict[str, Raw]:
 
 
 def test_experts_stay_and_all_other_writers_are_divided(tmp_path: Path) -> None:
-    """Any factor works on MXFP4: only embedding and attention outputs change, by its inverse."""
+    """Any factor works with MXFP4: only embedding and attention outputs are divided by it."""
     before = gpt_oss(tmp_path / "in")
     plan = api.convert(
         tmp_path / "in", tmp_path / "out", factor=FACTOR, fold="residual", verify=True
@@ -99,7 +99,7 @@ def test_experts_stay_and_all_other_writers_are_divided(tmp_path: Path) -> None:
 
 
 def test_mxfp4_points_to_it(tmp_path: Path) -> None:
-    """The refusal of another factor than a power of two says that this way exists."""
+    """The refusal of a factor that is not a power of two suggests this fold."""
     gpt_oss(tmp_path)
     with pytest.raises(UnsupportedError) as caught:
         api.plan(tmp_path, factor=FACTOR)
@@ -107,7 +107,7 @@ def test_mxfp4_points_to_it(tmp_path: Path) -> None:
 
 
 def test_the_card_says_what_was_divided(tmp_path: Path) -> None:
-    """A reader of the card learns that the experts' weights are as they were."""
+    """The card says that the experts' weights are unchanged."""
     gpt_oss(tmp_path / "in")
     api.convert(tmp_path / "in", tmp_path / "out", factor=FACTOR, fold="residual")
     card = (tmp_path / "out" / "README.md").read_text()
@@ -126,14 +126,14 @@ WRONG = {
 
 @pytest.mark.parametrize("what", WRONG)
 def test_a_stream_that_is_not_known_whole_is_refused(what: str, tmp_path: Path) -> None:
-    """One writer that is not divided would spoil the model, so all must be there and plain."""
+    """An undivided writer would spoil the model, so all must be present and unquantised."""
     gpt_oss(tmp_path, **WRONG[what])
     with pytest.raises(SourceError):
         api.plan(tmp_path, factor=FACTOR, fold="residual")
 
 
 def test_a_tied_embedding_is_refused(tmp_path: Path) -> None:
-    """An embedding that is the head as well cannot be divided alone."""
+    """An embedding that is also the output head cannot be divided alone."""
     gpt_oss(tmp_path)
     config = {**q.config(CASE), "tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -142,7 +142,7 @@ def test_a_tied_embedding_is_refused(tmp_path: Path) -> None:
 
 
 def test_factors_that_differ_by_layer_are_refused(tmp_path: Path) -> None:
-    """The stream runs through all layers, so there is one factor for it."""
+    """The stream passes through all layers, so there is one factor for it."""
     gpt_oss(tmp_path)
     with pytest.raises(UsageError, match="one factor"):
         api.plan(tmp_path, factors={"0": 1.1, "1": 1.2, "2": 1.3}, fold="residual")
@@ -152,14 +152,14 @@ def test_factors_that_differ_by_layer_are_refused(tmp_path: Path) -> None:
 
 
 def test_other_model_types_are_refused(tmp_path: Path) -> None:
-    """Only where all that writes into the stream is known it can be divided."""
+    """A stream can be divided only if all its writers are known."""
     q.write(next(case for case in q.EXACT if case.id == "block FP8"), tmp_path)
     with pytest.raises(UnsupportedError, match="residual stream are not known"):
         api.plan(tmp_path, factor=FACTOR, fold="residual")
 
 
 def test_a_factor_of_one_divides_nothing(tmp_path: Path) -> None:
-    """A factor of one leaves every tensor as it was."""
+    """A factor of one leaves every tensor unchanged."""
     before = gpt_oss(tmp_path / "in")
     how = {"factor": 1.0, "experts": 2, "fold": "residual"}
     assert api.convert(tmp_path / "in", tmp_path / "out", verify=True, **how).verified
@@ -167,7 +167,7 @@ def test_a_factor_of_one_divides_nothing(tmp_path: Path) -> None:
 
 
 def test_a_missing_writer_is_named(tmp_path: Path) -> None:
-    """The error says which layer lacks its writer."""
+    """The error names the layer whose writer is missing."""
     gpt_oss(tmp_path, model__layers__1__self_attn__o_proj__weight=None)
     with pytest.raises(CheckpointError, match="layer 1 has no writer"):
         api.plan(tmp_path, factor=FACTOR, fold="residual")

@@ -1,4 +1,4 @@
-"""How a router weighs the experts, and how many it can choose, as the config says."""
+"""How a router weights the experts, and how many it can choose, according to the config."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from moescale.routers.normalisation import Normalisation
 
 
 def renormalised(model_type: str, **section: Any) -> bool:
-    """Whether this model type renormalises, with these config keys."""
+    """Whether this model type renormalises with these config keys."""
     return router(model_type, **section).renormalised
 
 
 def router(model_type: str, **section: Any) -> Normalisation:
-    """The router of this model type, with these config keys."""
+    """The router of this model type with these config keys."""
     row = architectures.find(model_type)
     found = read_moe_config({row.total_keys[0]: 8, **section}, row).normalisation
     assert found is not None
@@ -39,7 +39,7 @@ def router(model_type: str, **section: Any) -> Normalisation:
     ],
 )
 def test_routers_without_a_flag(model_type: str, expected: bool) -> None:
-    """Where the class decides, a flag in the config has no say."""
+    """If the class decides, a flag in the config has no effect."""
     for flag in ({}, {"norm_topk_prob": True}, {"norm_topk_prob": False}):
         assert renormalised(model_type, **flag) is expected
 
@@ -57,7 +57,7 @@ def test_routers_without_a_flag(model_type: str, expected: bool) -> None:
     ],
 )
 def test_routers_with_a_flag(model_type: str, default: bool) -> None:
-    """The flag decides; without it, or with null, the default of the class does."""
+    """The flag decides; without it, or with null, the class default applies."""
     assert renormalised(model_type) is default
     assert renormalised(model_type, norm_topk_prob=None) is default
     assert renormalised(model_type, norm_topk_prob=True) is True
@@ -77,26 +77,26 @@ def test_a_flag_that_counts_for_one_score_only() -> None:
 
 
 def test_a_flag_of_another_name() -> None:
-    """Some types call the flag otherwise."""
+    """Some types have another name for the flag."""
     assert renormalised("kimi_linear", moe_renormalize=False) is False
     assert renormalised("kimi_linear", norm_topk_prob=False) is False  # an alias of it
     assert renormalised("kimi_linear", norm_expert_weight=False) is True
 
 
 def test_shared_experts_in_the_normalisation_are_counted() -> None:
-    """Where routed and shared weights sum to 1 together, the shared ones are known."""
+    """If routed and shared weights sum to 1 together, the number of shared experts is known."""
     found = router("inkling_mm_model", n_shared_experts=2)
     assert (found.renormalised, found.shared) == (True, 2)
 
 
 @pytest.mark.parametrize(("power", "expected"), [(1, True), (1.0, True), (None, False)])
 def test_dbrx_divides_by_a_norm(power: Any, expected: bool) -> None:
-    """The p-norm of the weights: 1 is the usual sum, null is no normalisation."""
+    """The p-norm of the weights: 1 is the usual sum, null turns normalisation off."""
     assert renormalised("dbrx", moe_normalize_expert_weights=power) is expected
 
 
 def test_another_norm_is_refused() -> None:
-    """A p-norm that the closed forms do not cover is not taken for another one."""
+    """A p-norm that the closed forms do not cover is refused."""
     with pytest.raises(UnsupportedError, match="moe_normalize_expert_weights is 2"):
         renormalised("dbrx", moe_normalize_expert_weights=2)
 
@@ -124,7 +124,7 @@ def largest(model_type: str, total: int, **section: Any) -> int:
     ],
 )
 def test_groups_limit_the_count(section: dict[str, Any], expected: int) -> None:
-    """At most ``topk_group * E / n_group`` experts are in the chosen groups."""
+    """The chosen groups contain at most ``topk_group * E / n_group`` experts."""
     assert largest("deepseek_v3", 256, **section) == expected
 
 
@@ -136,5 +136,5 @@ def test_a_greedy_router_is_not_limited() -> None:
 
 
 def test_types_without_groups_ignore_the_keys() -> None:
-    """Keys that a class never reads limit nothing."""
+    """Keys that a class never reads have no effect."""
     assert largest("mixtral", 8, n_group=4, topk_group=1) == 8

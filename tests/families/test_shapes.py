@@ -1,4 +1,4 @@
-"""A checkpoint is checked against itself: shapes of experts, scales, biases and routers."""
+"""A checkpoint is checked for consistency: shapes of experts, scales, biases and routers."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ EVERY = (0, 1, 2, 3)
 
 
 def written(folder: Path, tensors: Mapping[str, Raw], **config: Any) -> Path:
-    """The tensors in one shard, beside a config."""
+    """Write the tensors as one shard, with a config."""
     checkpoints.write_shards(folder, tensors, 1)
     (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
     return folder
 
 
 def mixtral(changes: Mapping[str, Raw | None], **rest: Any) -> dict[str, Raw]:
-    """A small Mixtral with tensors changed or left out."""
+    """A small Mixtral with some tensors changed or omitted."""
     found = {**checkpoints.mixtral_tensors(**rest), **changes}
     return {name: raw for name, raw in found.items() if raw is not None}
 
 
 def bf16(*shape: int) -> Raw:
-    """Values of a shape."""
+    """BF16 values of a shape."""
     return values("BF16", shape)
 
 
 def refused(source: Path, *says: str) -> None:
-    """The plan is refused, also where nothing would be scaled, and the error says all of it."""
+    """The plan is refused, even if nothing would be scaled, and the error has all these parts."""
     for rule in ("preserve", "none"):
         with pytest.raises(CheckpointError) as caught:
             api.plan(source, experts=3, rule=rule)
@@ -53,7 +53,7 @@ def refused(source: Path, *says: str) -> None:
 
 
 def experts_(*shape: int, of: str = "w2") -> dict[str, Raw]:
-    """One matrix of every expert with another shape."""
+    """One matrix of every expert, with another shape."""
     at = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
     return {at.format(layer, e, of): bf16(*shape) for layer in range(2) for e in EVERY}
 
@@ -83,12 +83,12 @@ def experts_(*shape: int, of: str = "w2") -> dict[str, Raw]:
 def test_experts_that_cannot_be_are_refused(
     changes: Mapping[str, Raw], says: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """Empty, flat, transposed and smaller tensors: by name, with the shape and the right one."""
+    """Empty, flat, transposed and smaller tensors are named, with both shapes."""
     refused(written(tmp_path / "m", mixtral(changes)), *says)
 
 
 def test_an_empty_tensor_elsewhere_is_named(tmp_path: Path) -> None:
-    """Attention that was not gathered is none of the experts', but makes no model either."""
+    """Attention that was not gathered does not concern the experts, but the model is broken."""
     name = "model.layers.0.self_attn.o_proj.weight"
     (warning,) = api.plan(written(tmp_path, mixtral({name: bf16(0)})), experts=3).warnings
     assert name in warning and "without gathering" in warning
@@ -96,14 +96,14 @@ def test_an_empty_tensor_elsewhere_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(12, INNER), (INNER, HIDDEN), (HIDDEN * INNER,)])
 def test_without_gate_and_up_the_config_tells(shape: tuple[int, ...], tmp_path: Path) -> None:
-    """Hidden states have the size that the config says."""
+    """The config gives the size of the hidden states."""
     alone: dict[str, Raw | None] = dict.fromkeys((*experts_(1, of="w1"), *experts_(1, of="w3")))
     tensors = mixtral({**alone, **experts_(*shape)})
     refused(written(tmp_path / "m", tensors), "w2.weight", str(list(shape)))
 
 
 def test_a_part_of_every_expert_is_refused(tmp_path: Path) -> None:
-    """One rank of a split model: gate and up may be elsewhere, but the config says the size."""
+    """On one rank of a split model, gate and up may be missing, but the config gives the size."""
     alone: dict[str, Raw | None] = dict.fromkeys((*experts_(1, of="w1"), *experts_(1, of="w3")))
     tensors = mixtral({**alone, **experts_(HIDDEN, INNER // 2)})
     source = written(tmp_path / "m", tensors, moe_intermediate_size=INNER)
@@ -111,13 +111,13 @@ def test_a_part_of_every_expert_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_of_another_size_is_refused(tmp_path: Path) -> None:
-    """Config and weights of two models do not pass, however well the weights fit together."""
+    """Config and weights of two models are refused, however consistent the weights are."""
     refused(written(tmp_path / "m", checkpoints.mixtral_tensors(), hidden_size=16), "16 numbers")
 
 
 @pytest.mark.parametrize("router", [None, bf16(4, HIDDEN), bf16(HIDDEN, 4)])
 def test_experts_that_all_lie_transposed_are_refused(router: Raw | None, tmp_path: Path) -> None:
-    """They fit together, but not the config; where the router lies so, too, Paddle wrote it."""
+    """The tensors match each other but not the config; a transposed router shows a Paddle file."""
     turned = {**experts_(INNER, HIDDEN), **experts_(HIDDEN, INNER, of="w1")}
     turned |= experts_(HIDDEN, INNER, of="w3")
     routers = {n: router for n in mixtral({}) if n.endswith(".gate.weight")}
@@ -130,7 +130,7 @@ def test_experts_that_all_lie_transposed_are_refused(router: Raw | None, tmp_pat
 
 
 def test_experts_may_be_narrower_than_the_model(tmp_path: Path) -> None:
-    """A latent MoE: by a key of the config, or by its router where the key is not known."""
+    """A latent MoE is known by a config key, or by its router if the key is unknown."""
     narrow = {**experts_(5, INNER), **experts_(INNER, 5, of="w1"), **experts_(INNER, 5, of="w3")}
     for more in ({"moe_latent_size": 5}, {"routed_expert_hidden_size": 5}, {}):
         source = written(tmp_path / f"m{len(more)}", mixtral(narrow), **more)
@@ -138,7 +138,7 @@ def test_experts_may_be_narrower_than_the_model(tmp_path: Path) -> None:
 
 
 def test_where_the_config_is_silent_the_tensors_are_compared(tmp_path: Path) -> None:
-    """A config without a hidden size is no reason to refuse."""
+    """A config without a hidden size is accepted."""
     source = written(tmp_path / "m", checkpoints.mixtral_tensors(), hidden_size=None)
     assert len(api.plan(source, experts=3).tensors) == 8
 
@@ -147,7 +147,7 @@ def test_where_the_config_is_silent_the_tensors_are_compared(tmp_path: Path) -> 
     ("joined", "down", "fits"),
     [
         ((2 * INNER, HIDDEN), (HIDDEN, INNER), True),
-        ((HIDDEN, 2 * INNER), (INNER, HIDDEN), True),  # as Llama 4 and gpt-oss store them
+        ((HIDDEN, 2 * INNER), (INNER, HIDDEN), True),  # as stored by Llama 4 and gpt-oss
         ((INNER, HIDDEN), (HIDDEN, INNER), False),
         ((2 * INNER, HIDDEN), (HIDDEN, 2 * INNER), False),
         ((2 * INNER, HIDDEN), (INNER, HIDDEN), False),
@@ -157,7 +157,7 @@ def test_where_the_config_is_silent_the_tensors_are_compared(tmp_path: Path) -> 
 def test_stacked_experts_fit_in_either_orientation(
     joined: tuple[int, ...], down: tuple[int, ...], fits: bool, tmp_path: Path
 ) -> None:
-    """Gate and up in one tensor have twice the rows, or twice the columns."""
+    """Gate and up in one tensor have twice the rows or twice the columns."""
     tensors = checkpoints.fused_mixtral_tensors()
     for layer in range(2):
         tensors[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = bf16(4, *joined)
@@ -173,7 +173,7 @@ def test_stacked_experts_fit_in_either_orientation(
 
 
 def biased(**changes: Raw | None) -> dict[str, Raw]:
-    """A fused Mixtral with biases as gpt-oss has them."""
+    """A fused Mixtral with biases like gpt-oss."""
     tensors: dict[str, Raw | None] = dict(checkpoints.fused_mixtral_tensors())
     for layer in range(2):
         at = f"model.layers.{layer}.mlp.experts."
@@ -186,14 +186,14 @@ def biased(**changes: Raw | None) -> dict[str, Raw]:
 
 
 def test_a_layer_without_its_bias_is_refused(tmp_path: Path) -> None:
-    """Biases are everywhere or nowhere."""
+    """Either all layers have biases or none."""
     assert len(api.plan(written(tmp_path / "a", biased()), experts=3).tensors) == 4
     source = written(tmp_path / "b", biased(down_proj_bias=None))
     refused(source, "model.layers.1.mlp.experts.down_proj: has no bias")
 
 
 def test_a_bias_before_means_a_bias_behind(tmp_path: Path) -> None:
-    """Where gate and up have biases, all down-projections have lost theirs."""
+    """If gate and up have biases, the down-projections must have them too."""
     tensors = {n: raw for n, raw in biased().items() if not n.endswith("down_proj_bias")}
     refused(written(tmp_path / "m", tensors), "has no bias", "gate_up_proj_bias")
 
@@ -212,7 +212,7 @@ SCALE = "model.layers.1.mlp.experts.2.down_proj.weight_scale"
 
 
 def fp8(scale: tuple[int, ...], odd: Raw | None = None) -> dict[str, Raw]:
-    """A Qwen3-MoE in FP8 with scales of one shape, one of them `odd`."""
+    """A Qwen3-MoE in FP8 with scales of one shape, except one that is `odd`."""
     tensors: dict[str, Raw] = {}
     for layer in range(2):
         for expert in EVERY:
@@ -227,7 +227,7 @@ def fp8(scale: tuple[int, ...], odd: Raw | None = None) -> dict[str, Raw]:
     "shape", [(), (1,), (1, 1), (ROWS,), (ROWS, 1), (1, COLUMNS), (2, 2), (ROWS, 6), (4, 3), (6, 4)]
 )
 def test_scales_of_usual_blocks_pass(shape: tuple[int, ...], tmp_path: Path) -> None:
-    """One for the tensor, for each row or column, or for each block, the last of them cut."""
+    """One scale per tensor, per row or column, or per block, the last of which may be partial."""
     source = written(tmp_path / "m", fp8(shape), **QWEN, hidden_size=ROWS)
     assert len(api.plan(source, experts=3, rule="preserve").tensors) == 8
 
@@ -244,7 +244,7 @@ def test_scales_of_usual_blocks_pass(shape: tuple[int, ...], tmp_path: Path) -> 
 def test_scales_that_fit_nothing_are_refused(
     shape: tuple[int, ...], says: str, tmp_path: Path
 ) -> None:
-    """A scale belongs to a number of values, also where all of them are wrong."""
+    """The shape of a scale must match its weight, even if all scales are wrong alike."""
     odd = values("F32", shape, special=False)
     source = written(tmp_path / "a", fp8((ROWS, 1), odd), **QWEN, hidden_size=ROWS)
     refused(source, SCALE, str(list(shape)), says)
@@ -252,7 +252,7 @@ def test_scales_that_fit_nothing_are_refused(
 
 
 def test_a_scale_unlike_its_siblings_is_refused(tmp_path: Path) -> None:
-    """Each of two shapes could be, but not both in one layer."""
+    """Both shapes are possible, but not in one layer."""
     odd = values("F32", (1,), special=False)
     source = written(tmp_path / "m", fp8((ROWS, 1), odd), **QWEN, hidden_size=ROWS)
     refused(source, SCALE, "[1]", f"[{ROWS}, 1]")
@@ -263,7 +263,7 @@ def test_a_scale_unlike_its_siblings_is_refused(tmp_path: Path) -> None:
 def test_a_scale_that_is_no_number_is_refused_before_anything_is_written(
     dtype: str, value: float, tmp_path: Path
 ) -> None:
-    """Every weight that it belongs to would be NaN or infinite, as it was."""
+    """Every weight with that scale would be NaN or infinite."""
     codes = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}[dtype]
     odd = np.ones((ROWS, 1), codes)
     odd[-1] = value

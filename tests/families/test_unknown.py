@@ -1,4 +1,4 @@
-"""What a row of the table knows nothing of is said: types, config keys, tensors of a MoE block."""
+"""Whatever a row does not know is reported: types, config keys, tensors of an MoE block."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ CONFIG = json.loads(checkpoints.MIXTRAL_CONFIG)
 
 
 def written(folder: Path, config: dict[str, Any], more: dict[str, Raw] | None = None) -> Path:
-    """A small Mixtral with routers and norms, other tensors and another config."""
+    """A small Mixtral with routers and norms, extra tensors and another config."""
     write_shards(folder, {**gated_tensors(), **(more or {})}, 1)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
 def warnings(folder: Path, **options: Any) -> list[str]:
-    """What a plan warns of."""
+    """The warnings of a plan."""
     return list(api.plan(folder, **{"experts": 3, **options}).warnings)
 
 
@@ -37,7 +37,7 @@ def warnings(folder: Path, **options: Any) -> list[str]:
 
 
 def test_a_text_models_type_is_named_where_the_outer_one_is_not_known(tmp_path: Path) -> None:
-    """A model inside another may be built otherwise there."""
+    """A text model inside another model may be built differently."""
     config = {"model_type": "new_vl", "text_config": CONFIG}
     (warning,) = warnings(written(tmp_path / "m", config))
     assert "'new_vl' is not known, so it is treated as its text model, 'mixtral'" in warning
@@ -57,7 +57,7 @@ def test_a_text_models_type_is_named_where_the_outer_one_is_not_known(tmp_path: 
 def test_a_type_that_holds_any_text_model_has_the_router_of_that(
     outer: str, inner: str, factor: float, tmp_path: Path
 ) -> None:
-    """What is taken is named where it is not the outer type; others ignore the inner one."""
+    """A warning names the inner type where it is used; other models ignore it."""
     more = {"first_k_dense_replace": 0, "n_routed_experts": 4}
     config = {"model_type": outer, "text_config": {**CONFIG, "model_type": inner, **more}}
     plan = api.plan(written(tmp_path / "m", config), experts=3, rule="preserve")
@@ -66,13 +66,13 @@ def test_a_type_that_holds_any_text_model_has_the_router_of_that(
 
 
 def kimi_k3(**more: Any) -> dict[str, Any]:
-    """The config of a small Kimi-K3, which keeps its text model under the type of another."""
+    """The config of a small Kimi-K3, whose text model has another type."""
     text = {**CONFIG, "model_type": "kimi_linear", "num_experts": 4, "num_experts_per_token": 2}
     return {"model_type": "kimi_k3", "text_config": {**text, **more}}
 
 
 def test_a_norm_on_the_routed_sum_removes_every_factor(tmp_path: Path) -> None:
-    """Kimi-K3 is refused, unless its config turns the norm off or no factor is asked for."""
+    """Kimi-K3 is refused, unless its config turns the norm off or no factor is requested."""
     folder = written(tmp_path / "m", kimi_k3(latent_moe_use_norm=True))
     with pytest.raises(UnsupportedError, match="routed_expert_norm"):
         api.plan(folder, experts=3)
@@ -95,7 +95,7 @@ OTHER_NAMES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("model_type", OTHER_NAMES)
 def test_types_that_keep_the_code_of_another(model_type: str, tmp_path: Path) -> None:
-    """Their weights are renormalised, so three experts instead of two need a factor above 1."""
+    """Their weights are renormalised, so going from two experts to three needs a factor above 1."""
     folder = written(
         tmp_path / "m", {**CONFIG, "model_type": model_type, **OTHER_NAMES[model_type]}
     )
@@ -113,7 +113,7 @@ def test_types_that_keep_the_code_of_another(model_type: str, tmp_path: Path) ->
 def test_step_is_read_in_every_spelling_of_its_config(
     spelled: dict[str, int], tmp_path: Path
 ) -> None:
-    """Flat and nested, by Step's own keys and by those of transformers."""
+    """The config may be flat or nested, with Step's keys or those of transformers."""
     own = {"model_type": "step3p7", "num_hidden_layers": 2, "hidden_size": HIDDEN, **spelled}
     for name, config in {
         "flat": own,
@@ -124,7 +124,7 @@ def test_step_is_read_in_every_spelling_of_its_config(
 
 
 def test_a_draft_of_its_own_size_is_a_part_of_its_own(tmp_path: Path) -> None:
-    """DeepSeek-V4.1: two counts, two numbers of experts; the main model is the default."""
+    """DeepSeek-V4.1 has two counts and two numbers of experts; the main model is the default."""
     tensors = {}
     for at, experts in (("layers.0", 4), ("layers.1", 4), ("mtp.0", 2)):
         for e in range(experts):
@@ -149,7 +149,7 @@ def test_a_draft_of_its_own_size_is_a_part_of_its_own(tmp_path: Path) -> None:
     assert len(draft.tensors) == 2 and draft.experts.total == 2
     assert b'"dspark_num_experts_per_tok": 2' in draft.config
     assert not any("num_experts_per_tok" in w for w in draft.warnings)
-    for count in (1, 2):  # two counts that are one number stay two
+    for count in (1, 2):  # two counts with the same value remain two
         config |= dict.fromkeys(("num_experts_per_tok", "dspark_num_experts_per_tok"), count)
         (tmp_path / "config.json").write_text(json.dumps(config))
         after = json.loads(api.plan(tmp_path, experts=3 - count, part="draft").config)
@@ -190,13 +190,13 @@ def test_a_draft_of_its_own_size_is_a_part_of_its_own(tmp_path: Path) -> None:
 def test_a_key_that_changes_the_routing_is_named_where_it_is_not_read(
     key: str, value: Any, tmp_path: Path
 ) -> None:
-    """A Mixtral reads none of these; whoever wrote one may run other code."""
+    """Mixtral reads none of these keys; a config that has one may need other code."""
     (warning,) = warnings(written(tmp_path / "m", {**CONFIG, key: value}))
     assert f"{key} is {value!r}, which moescale does not read for 'mixtral'" in warning
 
 
 def test_a_limit_to_groups_is_named_where_it_is_not_read(tmp_path: Path) -> None:
-    """A Mixtral chooses from all of its experts, unless other code runs it."""
+    """Mixtral chooses from all experts, unless other code runs it."""
     for groups, limited in ((4, True), (1, False), (None, False)):
         config = {**CONFIG, "n_group": groups, "topk_group": 1}
         said = [w for w in warnings(written(tmp_path / str(groups), config)) if "topk_group" in w]
@@ -225,7 +225,7 @@ def test_a_limit_to_groups_is_named_where_it_is_not_read(tmp_path: Path) -> None
     ],
 )
 def test_a_key_that_says_what_is_so_anyway_is_not(key: str, value: Any, tmp_path: Path) -> None:
-    """Many configs carry keys of their kin."""
+    """Many configs have such keys with the default value."""
     assert warnings(written(tmp_path / "m", {**CONFIG, key: value})) == []
 
 
@@ -236,19 +236,19 @@ def test_a_key_that_says_what_is_so_anyway_is_not(key: str, value: Any, tmp_path
 def test_another_types_key_is_held_against_what_the_row_reads(
     key: str, value: bool, named: bool, tmp_path: Path
 ) -> None:
-    """Qwen3-MoE reads ``norm_topk_prob`` alone; a key that says the opposite may be right."""
+    """Qwen3-MoE only reads ``norm_topk_prob``; a key that says the opposite may be right."""
     config = {**CONFIG, "model_type": "qwen3_moe", "num_experts": 4, key: value}
     assert any(f"{key} is" in w for w in warnings(written(tmp_path / "m", config))) is named
 
 
 def test_a_softmax_of_the_chosen_sums_to_1_whatever_a_key_says(tmp_path: Path) -> None:
-    """gpt-oss makes weights of the chosen logits alone."""
+    """gpt-oss computes the gate weights from the chosen logits only."""
     config = {**CONFIG, "model_type": "gpt_oss", "norm_topk_prob": False}
     assert warnings(written(tmp_path / "m", config)) == []
 
 
 def bailing(folder: Path, bias: float | None, **more: Any) -> Path:
-    """A small Ling: gates by `score_function`, and a bias or none."""
+    """A small Ling: gates by `score_function`, with or without a bias."""
     tensors = {n.replace("block_sparse_moe", "mlp"): raw for n, raw in gated_tensors("F32").items()}
     extra: dict[str, Raw] = {}
     for layer in range(2 if bias is not None else 0):
@@ -261,7 +261,7 @@ def bailing(folder: Path, bias: float | None, **more: Any) -> Path:
 
 
 def test_one_type_with_two_scores_is_read_as_the_config_says(tmp_path: Path) -> None:
-    """Ling-2.0 is a sigmoid with a bias under the type of the softmax Ling without one."""
+    """Ling-2.0 has a sigmoid with a bias, under the type of the older Ling with a softmax."""
     how: dict[str, Any] = {"experts": 3, "rule": "gates"}
     softmax = api.plan(bailing(tmp_path / "a", None), **how).factors["0"]
     sigmoid = api.plan(bailing(tmp_path / "b", None, score_function="sigmoid"), **how).factors["0"]
@@ -273,7 +273,7 @@ def test_one_type_with_two_scores_is_read_as_the_config_says(tmp_path: Path) -> 
 
 
 def test_every_alias_of_transformers_is_honoured() -> None:
-    """What an ``attribute_map`` renames to a key that a row reads, the row reads as well."""
+    """If an ``attribute_map`` renames a key to one that a row reads, the row reads both."""
     missed = [
         (row.model_type, alias, target)
         for row in ROWS
@@ -336,7 +336,7 @@ BESIDE_BLOCK = ("post_feedforward_layernorm.weight", "post_moe_norm.weight", "ff
     "name", [*(f"block_sparse_moe.{name}" for name in IN_BLOCK), *BESIDE_BLOCK]
 )
 def test_a_tensor_that_the_row_does_not_know_is_named(name: str, tmp_path: Path) -> None:
-    """A norm, bias or scale may follow the experts; what every layer has is said once."""
+    """A norm, bias or scale may follow the experts; what all layers have is reported once."""
     size = 4 if "bias" in name or name.endswith("expert_scale") else HIDDEN
     extra = {f"model.layers.{layer}.{name}": values("BF16", (size,), 9) for layer in range(2)}
     (warning,) = warnings(written(tmp_path / "m", CONFIG, extra))
@@ -357,7 +357,7 @@ def test_a_tensor_that_the_row_does_not_know_is_named(name: str, tmp_path: Path)
     ],
 )
 def test_what_the_row_knows_is_not(model_type: str, name: str, tmp_path: Path) -> None:
-    """Shared experts stand beside the experts of many types, biases and norms in those of some."""
+    """Many types have shared experts, and some have biases or norms; none of them are reported."""
     size = (4,) if name.endswith("bias") else (4, HIDDEN)
     extra = {f"model.layers.{layer}.{name}": values("BF16", size, 9) for layer in range(2)}
     folder = written(tmp_path / "m", {**CONFIG, "model_type": model_type}, extra)
