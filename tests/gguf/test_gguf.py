@@ -529,7 +529,7 @@ def test_the_other_writers_of_the_stream_are_divided_instead(tmp_path: Path) -> 
 
 
 def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
-    """The error names the unknown architecture, the draft or dense model, or the other reason."""
+    """The error gives the reason, such as an unknown architecture, a draft or a dense model."""
     cases = (
         ("newmoe", {}, {}, "architecture 'newmoe' is not known"),
         ("dflash", {}, {}, "draft model"),

@@ -229,7 +229,7 @@ GROUPED = [arch for arch in FORMED if BY_NAME[arch].renormalises == "key"]
 def test_gate_weights_are_those_of_the_client(
     client: Client, tmp_path: Path, arch: str, groups: int
 ) -> None:
-    """The rule gates finds the router and its norm, and weights a real input as the client does."""
+    """The rule gates finds the router and its norm, and computes the client's gate weights."""
     kind = BY_NAME[arch].router
     assert isinstance(kind, RouterKind)
     biases = {f"blk.{i}.{name}" for i in range(2) for name in kind.bias}
@@ -318,7 +318,7 @@ NORMS = {f"blk.{i}.attn_{s}_norm.weight": numbers(8) for i in range(4) for s in 
 def test_what_else_is_in_a_file_takes_room_too(
     client: Client, tmp_path: Path, arch: str, more: dict[str, Any], keys: dict[str, Any]
 ) -> None:
-    """Optional weights of the architecture, groups and a factor count."""
+    """Optional weights of the architecture, groups and a factor take nodes of the graph."""
     source, most = crowded(tmp_path / "m.gguf", arch, more=more, keys=keys)
     check_room(client, source, arch, most)
 

@@ -20,7 +20,7 @@ def names(blocks: int, by_suffix: tuple[str, ...] = QWEN3) -> set[str]:
 
 
 def test_qwen3_30b_a3b_runs_with_24() -> None:
-    """25 end the client: both counts were run in it, in the shape of that model."""
+    """In the shape of that model, the client ran with 24 and ended with 25."""
     assert len(names(48)) == 579
     assert max_experts_per_token(BY_NAME["qwen3moe"], {}, names(48)) == 24
 

@@ -202,7 +202,7 @@ def test_a_child_honours_the_variable_that_turns_xet_off(lab: Lab) -> None:
 
 
 def test_room_for_the_file_is_checked_first(lab: Lab) -> None:
-    """Without room for a shard none is read, and the error names the file system."""
+    """Without room for a shard none is read, and the error names the folder for temporary files."""
     hub = lab.start(xet=False)
     usage = shutil.disk_usage(lab.root)._replace(free=1000)
     lab.monkeypatch.setattr("moescale.storage.hub.writer.shutil.disk_usage", lambda _: usage)

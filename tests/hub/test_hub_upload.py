@@ -130,7 +130,7 @@ MIB = 1 << 20
     ("to", "limit"), [("disk", 120), ("Hub", 330)], ids=["to disk", "to the Hub, all bytes new"]
 )
 def test_memory_stays_within_limits(lab: Lab, to: str, limit: int) -> None:
-    """A shard of 150 MB is never in memory: the peak stays far below the contract's limits."""
+    """The peak memory of a run with a shard of 150 MB stays below a fixed limit."""
     hub = lab.start(xet="http")
     folder = lab.root / "large"
     folder.mkdir()

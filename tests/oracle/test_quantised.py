@@ -164,7 +164,7 @@ def test_a_factor_of_one_changes_nothing(case: Case, tmp_path: Path) -> None:
     assert before == after
 
 
-# What goes wrong ----------------------------------------------------------------------------------
+# Errors -------------------------------------------------------------------------------------------
 
 
 def case_of(id: str) -> Case:

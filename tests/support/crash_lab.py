@@ -206,7 +206,7 @@ class Lab:
         self.output.parent.mkdir(parents=True)
         checkpoints.write_files(self.output, self.scenario.old)
         self.scenario.prelude(self)
-        # Each time anew: the progress of a killed run depends on the order of its threads.
+        # Every time: the progress of a killed run depends on the order of its threads.
         self.old = visible(self.output)
 
     def _stamps(self) -> list[tuple[str, int, int, int]]:

@@ -56,7 +56,7 @@ def until(what: Callable[[], Any]) -> Any:
 
 @contextmanager
 def program(*command: str | Path, **more: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a program of Dask in a process of its own, and end it."""
+    """Start a Dask program in a separate process, and end it."""
     program = Path(sys.executable).with_name("dask")
     with tempfile.TemporaryDirectory() as scratch:
         child = subprocess.Popen(

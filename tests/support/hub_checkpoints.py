@@ -74,7 +74,7 @@ def rescaled(files: Mapping[str, bytes], factor: float = FACTOR) -> dict[str, by
 
 
 class Outcome(Done):
-    """What a run of the command did."""
+    """The result of a run of the command."""
 
     @property
     def failure(self) -> str:

@@ -227,7 +227,7 @@ def error_response(error: HubError, host: str) -> Response:
 
 
 class Server(ThreadingHTTPServer):
-    """One host of the Hub, in a thread of its own."""
+    """One host of the Hub, in its own thread."""
 
     daemon_threads = False
     request_queue_size = 64

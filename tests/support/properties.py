@@ -70,7 +70,7 @@ def one_line(*kinds: type[MoescaleError]) -> Iterator[None]:
 
 
 def header_holds(file: bytes) -> None:
-    """What safetensors rejects is refused, and what is taken means the same."""
+    """Headers that safetensors rejects are refused, and accepted ones mean the same."""
     try:
         theirs = dict(safetensors.deserialize(file))
     except safetensors.SafetensorError:

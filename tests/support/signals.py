@@ -1,4 +1,4 @@
-"""For programs that wait until they are interrupted, so that no test has to guess the time."""
+"""For programs that wait for a signal, so that no test has to guess the time."""
 
 from __future__ import annotations
 
