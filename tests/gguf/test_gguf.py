@@ -192,7 +192,7 @@ def test_a_folder_of_one_model_stands_for_it(tmp_path: Path) -> None:
     plan = moescale.plan(source, experts=3)
     assert [file.name for file in plan.files] == [part.name for part in parts]
     write_model(source / "n.gguf")
-    with pytest.raises(SourceError, match="one is to be given"):
+    with pytest.raises(SourceError, match="one of them must be given"):
         moescale.plan(source, experts=3)
 
 

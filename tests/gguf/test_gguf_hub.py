@@ -86,7 +86,7 @@ def test_what_is_not_there_is_said(lab: Lab) -> None:
     failure = lab.run(f"{REPO}:Q2_K", "--dry-run", *K3).failure
     assert "has no Q2_K" in failure
     assert "m.Q8_0.gguf" in failure
-    assert "one is to be given" in lab.run(REPO, "--dry-run", *K3).failure
+    assert "one of them must be given" in lab.run(REPO, "--dry-run", *K3).failure
 
 
 def test_it_is_streamed_to_a_repo_with_a_card(lab: Lab) -> None:

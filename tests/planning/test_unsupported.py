@@ -16,12 +16,12 @@ CONFIG = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok"
 OTHERS = {
     "a GGUF folder": (
         {"m-Q4.gguf": b"GGUF", "m-Q6.gguf": b"GGUF"},
-        "holds GGUF files, of which one is to be given",
+        "holds GGUF files; one of them must be given",
         "m-Q4.gguf",
     ),
     "a GGUF folder with a config": (
         {"m-Q4.gguf": b"GGUF", "n-Q4.gguf": b"GGUF", "config.json": CONFIG},
-        "holds GGUF files, of which one is to be given",
+        "holds GGUF files; one of them must be given",
         "m-Q4.gguf",
     ),
     "an adapter": (

@@ -115,11 +115,11 @@ def test_a_rule_that_does_not_help_is_a_warning(plan: Plan, tmp_path: Path) -> N
     source = LocalSource(Path(plan.source.id))
     (warning,) = make_plan(source, Options(experts=3, rule="published")).warnings
     assert warning == (
-        "--rule published does not help: it takes the norm of the routed output further from the"
+        "--rule published does not help: it moves the norm of the routed output further from the"
         " trained one (x 0.667) than the config edit alone (x 0.816)"
     )
     assert make_plan(source, Options(experts=2, rule="published")).warnings == (
-        "nothing to do: the model has this number of experts per token, every factor is 1",
+        "nothing to do: the number of experts per token stays, and every factor is 1",
     )
     qwen2 = LocalSource(checkpoints.qwen2(tmp_path / "qwen2"))
     for one in (plan, make_plan(qwen2, Options(experts=3, rule="published"))):

@@ -179,7 +179,7 @@ def test_groups_that_do_not_divide_the_experts_are_refused(tmp_path: Path) -> No
     config = json.loads((tmp_path / "config.json").read_text())
     config["n_group"], config["topk_group"] = 3, 2
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="8 experts are not 3 equal groups"):
+    with pytest.raises(CheckpointError, match="8 experts do not form 3 equal groups"):
         api.plan(tmp_path, experts=3, rule="gates")
 
 

@@ -1,1 +1,1 @@
-"""The one place where everything is decided, before a weight is read: one frozen plan."""
+"""Makes all decisions of a run before a weight is read, as one frozen plan."""

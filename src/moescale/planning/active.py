@@ -20,9 +20,9 @@ class Active:
     """The weights that a token uses, before and after, and all weights.
 
     Attributes:
-        before: with the number of experts that the config had.
-        after: with the new one.
-        total: of the whole checkpoint.
+        before: used with the source's number of experts per token.
+        after: used with the output's number.
+        total: all weights of the checkpoint.
         unit: ``parameters``; ``bytes`` for quantised weights, whose codes may have any width.
     """
 
@@ -33,7 +33,7 @@ class Active:
 
     @property
     def ratio(self) -> float:
-        """The ratio of weights read for a token, which is roughly the ratio of times."""
+        """Weights read per token, after over before: roughly the ratio of decoding times."""
         return self.after / self.before if self.before else 1.0
 
     def as_json(self) -> dict[str, Any]:
@@ -47,12 +47,12 @@ def active(
     experts_by_layer: Mapping[Layer, int],
     experts: Experts,
 ) -> Active:
-    """Count them; every tensor except those of routed experts is used in full.
+    """Count the weights that a token uses: routed experts in part, everything else in full.
 
     Args:
         tensors: all tensors of the checkpoint.
         projections: the routed down-projections.
-        experts_by_layer: routed experts of each layer.
+        experts_by_layer: number of routed experts in each layer.
         experts: experts per token.
     """
     homes = {_home(p.module): (p.layer, p.expert is None) for p in projections}
@@ -80,7 +80,7 @@ def _home(module: str) -> str:
 def _layer_of(
     tensor: Tensor, homes: Mapping[str, tuple[Layer, bool]], experts_by_layer: Mapping[Layer, int]
 ) -> Layer | None:
-    """The layer whose routed experts a tensor belongs to."""
+    """The layer whose routed experts a tensor belongs to; None if it belongs to none."""
     at = plain_name(tensor.name)
     while at:
         at = at.rpartition(".")[0]

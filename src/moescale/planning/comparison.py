@@ -1,8 +1,8 @@
-"""The effect of each rule on each MoE layer, as far as a plan knows it; every report shows this.
+"""The effect of each rule on each MoE layer, as far as a plan knows it; every report shows it.
 
 It has the factors of all rules that can be computed, and the norm of the routed output with each,
-relative to the model as trained. The norm is measured if experts were run, now or for recorded
-factors; else predicted from sampled gate weights; else from the closed form.
+relative to the model as trained. The norm is measured if experts were run, for this plan or for
+recorded factors; else it is predicted from sampled gate weights, or from the closed form.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Comparison:
 
     Attributes:
         layers: names of the MoE layers.
-        taken: the rule of the plan; ``own`` if the user gave the factors.
+        taken: the rule of the plan; ``own`` if the user gave factors.
         factors: the factor of each layer, by rule; ``none`` is the config edit alone.
         norms: the relative norm in each layer, by rule; empty if unknown.
         basis: the origin of the norms.
@@ -51,7 +51,7 @@ class Comparison:
     edit: str
 
     def name(self, rule: str) -> str:
-        """The usual name of a rule."""
+        """The name of a rule in reports."""
         return {"none": self.edit, "own": "given"}.get(rule, rule)
 
     def norm(self, rule: str) -> ByLayer:
@@ -60,19 +60,19 @@ class Comparison:
 
     @property
     def harm(self) -> str | None:
-        """The warning if the chosen rule is worse than none by its own measure."""
+        """A warning if the chosen rule is worse than the config edit, by the predicted norms."""
         norms, none = self.norms.get(self.taken), self.norms.get("none")
         if norms is None or none is None or self.taken == "own" or _far(norms) <= _far(none):
             return None
         return (
-            f"--rule {self.taken} does not help: it takes the norm of the routed output further"
+            f"--rule {self.taken} does not help: it moves the norm of the routed output further"
             f" from the trained one (x {geometric_mean(norms):.3f}) than the {self.edit} (x"
             f" {geometric_mean(none):.3f})"
         )
 
 
 def _far(norms: Sequence[float]) -> float:
-    """The distance from 1, up to rounding."""
+    """The mean distance from 1, in logarithms, rounded so that equal norms compare as equal."""
     return round(sum(abs(math.log(norm)) for norm in norms) / len(norms), 9)
 
 
@@ -113,14 +113,14 @@ def compare(
         if edited
     }
     if scaled_routers and taken == "fitted":
-        norms[taken] = (1.0,) * len(layers)  # the purpose of its factor
+        norms[taken] = (1.0,) * len(layers)  # its factors are fitted to keep the norm
     elif scaled_routers:
         norms.pop(taken, None)
     return Comparison(layers, taken, found, norms, basis, edit)
 
 
 def collapse_equal(by_layer: Mapping[str, float]) -> ByLayer:
-    """The value of all layers if they are equal."""
+    """One number if it is the same for all layers, else the mapping."""
     values = set(by_layer.values())
     return values.pop() if len(values) == 1 else dict(by_layer)
 
@@ -132,7 +132,10 @@ def _by_layer(value: ByLayer, layers: tuple[str, ...]) -> tuple[float, ...]:
 def _edited(
     factors: Mapping[str, tuple[float, ...]], sampled: bool
 ) -> tuple[tuple[float, ...], Basis]:
-    """The relative norm of each layer with the config edit alone: the inverse of its remedy."""
+    """The relative norm of each layer with the config edit alone, and the origin of these norms.
+
+    It is the inverse of the factor that restores the norm.
+    """
     bases: tuple[tuple[str, Basis], ...] = (
         ("measured", "measured" if sampled else "noted"),
         ("gates", "sampled"),

@@ -38,7 +38,7 @@ from moescale.storage.base import Source, no_progress
 from moescale.storage.location import Location
 
 Sampler = Callable[[Moe, Experts, Adjustable | None], Findings]
-"""Samples every MoE layer for a rule; for ``fitted``, given the adjustable tensors."""
+"""Samples every MoE layer for a rule; ``fitted`` also needs the adjustable tensors."""
 
 
 def make_plan(
@@ -49,18 +49,18 @@ def make_plan(
     known: KnownFactors | None = None,
     progress: Callable[[int, int], None] = no_progress,
 ) -> Plan:
-    """Decide everything.
+    """Make every decision of a run.
 
     Args:
         source: the checkpoint; its config, index and shard headers are read.
-        options: as the user gave them.
-        location: of the output.
+        options: the options as the user gave them.
+        location: location of the output; None without a destination.
         sampler: runs the model for ``measured`` and ``fitted``; other rules need none.
         known: factors that an earlier run of the same job found.
-        progress: called with the layers done and all layers while gates are sampled.
+        progress: called with the number of layers done and of all layers while gates are sampled.
 
     Raises:
-        SourceError: the checkpoint is malformed, incomplete or cannot be rescaled so.
+        SourceError: the checkpoint is malformed or incomplete, or these options cannot be applied.
         UsageError: the factors do not cover the checkpoint's MoE layers.
     """
     checkpoint = open_checkpoint(source, options, location)
@@ -94,7 +94,7 @@ def make_plan(
         edits += [edit.with_(factor=scales[edit.layer]) for edit in routers.edits]
         if routers.choice_warning:
             warnings.append(
-                f"with scaled routers other experts may be chosen: {routers.choice_warning}"
+                f"scaling the routers may change which experts are chosen: {routers.choice_warning}"
             )
     used = active(tensors, moe.projections, moe.experts_by_layer, experts)
     placed = in_shards(edits, headers)
@@ -137,7 +137,7 @@ def make_plan(
         plan = replace(plan, warnings=(*plan.warnings, harm))
     plan = checkpoint.sealed(plan)
     if plan.changes_nothing:
-        already = "nothing to do: the model has this number of experts per token, every factor is 1"
+        already = "nothing to do: the number of experts per token stays, and every factor is 1"
         plan = replace(plan, warnings=(*plan.warnings, already))
     return plan
 
@@ -157,11 +157,11 @@ def _experts(moe: Moe, options: Options) -> Experts:
     if row.fixed and after != before:
         raise UnsupportedError(
             f"model type {moe.model_type!r} cannot run with {after} experts per token: {row.fixed}",
-            hint="--factor scales the experts and leaves their number as it is.",
+            hint="--factor scales the experts without changing their number.",
         )
     if after != before and moe.config.has_layer_counts:
         raise UnsupportedError(
-            f"config.json: per_layer_config gives single layers their own {row.count_keys[0]}",
+            f"config.json: per_layer_config sets {row.count_keys[0]} for individual layers",
             hint="Set those numbers yourself, then use --factors without --experts.",
         )
     _check_choice(moe, options, after, trained)
@@ -171,7 +171,7 @@ def _experts(moe: Moe, options: Options) -> Experts:
 def _check_choice(
     moe: Moe, options: Options, after: int | tuple[int, ...], trained: int | tuple[int, ...]
 ) -> None:
-    """Refuse more experts than the router of some layer can choose from."""
+    """Refuse more experts per token than the router of some layer can choose."""
     fewest = min(moe.experts_by_layer.values())
     largest = moe.config.max_count(fewest)
     limit = f"a layer has {fewest} routed experts"
@@ -184,10 +184,10 @@ def _check_choice(
         if given[name] is None:
             raise UnsupportedError(
                 f"the model's own number of experts per token is {count}, but {limit}",
-                hint="Say the number that the weights were trained for: --trained-experts N.",
+                hint="Give the number that the weights were trained with: --trained-experts N.",
             )
         raise UnsupportedError(
-            f"{name} is {count}, but {limit}", hint=f"Choose from 1 to {largest}."
+            f"{name} is {count}, but {limit}", hint=f"Choose a number from 1 to {largest}."
         )
 
 
@@ -203,7 +203,7 @@ def _sampled_gates(
     choice: RuleChoice,
     progress: Callable[[int, int], None],
 ) -> Mapping[Layer, Sample]:
-    """Samples for the rule ``gates``; nothing for other rules."""
+    """Samples for the rule ``gates``; empty for other rules."""
     if choice.routers is None:
         return {}
     from moescale.planning.sampling import sample_gates  # here: other rules need no numpy

@@ -24,12 +24,12 @@ class Experts:
     total: int
 
     def at(self, layer: Layer) -> tuple[int, int, int]:
-        """Trained, before and after, for one layer."""
+        """The numbers of one layer: trained, before and after."""
         return _at(self.trained, layer), _at(self.before, layer), _at(self.after, layer)
 
 
 def _at(count: int | tuple[int, ...], layer: Layer) -> int:
-    """The count of one layer; a layer beyond the list is an MTP block."""
+    """The count of one layer; a layer beyond the list is an MTP layer and has the last count."""
     if isinstance(count, int):
         return count
     return count[min(layer.number, len(count) - 1)]

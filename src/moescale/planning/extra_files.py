@@ -1,7 +1,7 @@
 """Files beside the shards: unscaled twins are left out, unlisted shards are scaled, others copied.
 
-A twin holds tensors that the plan scales, under the same names or those of another layout. The
-contents of a file decide if they can be read, else its name, folder and size.
+A twin holds tensors that the plan scales, under the same names or those of another layout. A file
+that can be read is judged by its contents, any other file by its name, folder and size.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _MODEL = re.compile(
     r"consolidated.*|ggml-.*|(?:pytorch_|tf_|flax_|rust_|openvino_)?model(?:[-.].*)?\.[a-z0-9]+"
     r"|(?:.*_)?model(?:[-_.].*)?\.onnx(?:_data)?"
 )
-"""File names of a whole model in another format; readable contents count more."""
+"""File names of a whole model in another format; contents take precedence if they can be read."""
 _CONSOLIDATED = re.compile("consolidated.*")
 _NO_TWIN = re.compile(
     r"adapter_model\b|non_lora|mmproj|imatrix|training_args|optim|scheduler|rng_state|random_states"
@@ -54,7 +54,7 @@ _NO_TWIN = re.compile(
 )
 """Adapters, projectors and leftovers of a training run."""
 _STAYS = re.compile(r"\.(?:py|ipynb|sh|md)$|(?:^|/)(?:LICEN[CS]E|NOTICE)[^/]*$", re.IGNORECASE)
-"""Code and texts, which are kept even if the weights beside them are left out."""
+"""Code and texts; they are kept even if the weights beside them are left out."""
 _RENAMED = re.compile(rf".*(?:{'|'.join(map(re.escape, WEIGHTS))})(?!\.index)[-.~_].*", re.DOTALL)
 """Weights with another suffix appended: ``model.safetensors.bak``."""
 _NO_WEIGHTS = re.compile(
@@ -72,18 +72,18 @@ LAYOUT = "an unscaled twin: it holds the routed experts under other names"
 INDEX = "an index of files that are left out"
 EVALUATION = "evaluation results of the source model"
 _SMALLEST = 32
-"""A twin is at least as large as the scaled tensors at half a bit for 16."""
+"""A twin has at least this fraction of the scaled tensors' bytes: half a bit for 16."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileContents:
-    """The contents of a file.
+    """The contents of a file that is not among the shards.
 
     Attributes:
         layers: the layers whose routed experts it holds, by tensor names; None if unreadable.
         same: whether it has scaled tensors, by name and shape.
-        other: whether it has such names with other shapes: another model.
-        header: the header of a safetensors file with routed experts.
+        other: whether it has those names only with other shapes, as another model would.
+        header: the header of a safetensors file with routed experts of further layers.
     """
 
     layers: frozenset[Layer] | None
@@ -99,7 +99,7 @@ class ExtraFiles:
     Attributes:
         unlisted_shards: headers of shards with routed experts that the index does not list.
         left_out: files that do not belong in the output, each with the reason.
-        warnings: warnings of files that are copied.
+        warnings: warnings about files that are copied.
     """
 
     unlisted_shards: dict[str, Header] = field(default_factory=dict)
@@ -112,7 +112,7 @@ def look_beside(source: Source, found: ShardSet, moe: Moe) -> ExtraFiles:
 
     Raises:
         CheckpointError: a file holds routed experts of the model but can neither be scaled with
-            the others nor left out; or it is a second set of weights.
+            the others nor left out, or is part of a second set of weights.
     """
     ours = {*found.headers, *found.left_out, found.shards.index, CONFIG}
     names = [name for name in source.files() if name not in ours]
@@ -127,7 +127,10 @@ def look_beside(source: Source, found: ShardSet, moe: Moe) -> ExtraFiles:
 
 
 def forgotten(source: Source, found: ShardSet) -> str | None:
-    """A file in the top folder with routed experts that is not a shard of an incomplete model."""
+    """A file in the top folder that holds routed experts, but is not among the shards.
+
+    None if there is none. It explains why experts are missing.
+    """
     files = source.files()
     names = [n for n in files if n.endswith(SUFFIX) and "/" not in n and n not in found.headers]
     for name in names:
@@ -143,7 +146,7 @@ def forgotten(source: Source, found: ShardSet) -> str | None:
 
 
 class _Inspector:
-    """Inspects sets of files and adds the decisions to a result."""
+    """Inspects sets of files, and adds its decisions to a result."""
 
     def __init__(self, source: Source, found: ShardSet, moe: Moe, result: ExtraFiles) -> None:
         self._source = source
@@ -156,7 +159,7 @@ class _Inspector:
         self._least = sum(t.nbytes for t in self._scaled.values()) // _SMALLEST
 
     def decide_all(self, names: Iterable[str]) -> None:
-        """Inspect all files, several at a time if each is a request; decide set by set."""
+        """Inspect all files, several at a time if each read is a request; decide set by set."""
         sets: dict[str, list[str]] = defaultdict(list)
         for name in sorted(names):
             if not _is_no_twin(name):
@@ -177,20 +180,20 @@ class _Inspector:
             self._routed(looks, layers)
 
     def _unread(self, names: Sequence[str]) -> None:
-        """An unreadable file is a twin by its name and folder, or by its size."""
+        """Decide about unreadable files by their names, folders and sizes."""
         first, size = names[0], sum(self._files[name].size for name in names)
         if not first.endswith(WEIGHTS):
             if _RENAMED.fullmatch(first) and size >= self._least:
-                self._warn(first, "cannot be looked into")
+                self._warn(first, "its tensors cannot be read")
         elif _is_model(first) or (
             _is_placed(first) and size >= self._least and not _is_shard(first)
         ):
             self._result.left_out |= dict.fromkeys(names, FORM)
         elif _is_shard(first) or size >= self._least:
-            self._warn(first, "cannot be looked into")
+            self._warn(first, "its tensors cannot be read")
 
     def _routed(self, looks: Mapping[str, FileContents], layers: set[Layer]) -> None:
-        """A set with routed experts: a twin, another model, or forgotten shards of this one."""
+        """Decide about a set with routed experts: a twin, another model, or unlisted shards."""
         first = next(name for name, look in looks.items() if look.layers or look.same)
         same = any(look.same for look in looks.values())
         ours = layers & self._layers
@@ -209,7 +212,7 @@ class _Inspector:
             self._join(looks)
 
     def _warn(self, name: str, why: str) -> None:
-        self._result.warnings.append(f"{name}: {why}; it is copied as it is")
+        self._result.warnings.append(f"{name}: {why}; it is copied unchanged")
 
     def _look(self, name: str) -> FileContents:
         try:
@@ -241,23 +244,23 @@ class _Inspector:
         return FileContents(frozenset(layers), same, bool(pairs) and not same, joins)
 
     def _check_single(self, names: Sequence[str]) -> None:
-        """Refuse another complete set beside ``model.safetensors``: loaders differ in their choice.
+        """Refuse another complete set beside ``model.safetensors``: loaders choose differently.
 
-        Without an index, some read every file.
+        Without an index, some of them read every file.
         """
         counted = _is_shard(names[0]) and set_of(names[0]) != names[0] and "/" not in names[0]
         if not counted or self._found.shards.names != (SINGLE,):
             return
         try:
             check_parts(names)
-        except CheckpointError:  # a leftover of a set
+        except CheckpointError:  # an incomplete set
             return
         headers = {name: read_header(self._source, self._files[name]) for name in names}
         if not same_weights(self._source, self._found.headers, headers):
             raise two_sets(self._source, f"{names[0]} and its set")
 
     def _join(self, looks: Mapping[str, FileContents]) -> None:
-        """Add unlisted shards, without tensors that other shards have."""
+        """Add unlisted shards, without the tensors that other shards have."""
         names = {t.name for header in self._found.headers.values() for t in header.tensors}
         for shard, look in looks.items():
             if (header := look.header) is not None:
@@ -265,7 +268,7 @@ class _Inspector:
                 self._result.unlisted_shards[shard] = replace(header, tensors=own)
 
     def _is_other_model(self, name: str, alike: bool) -> bool:
-        """Whether the folder of a file has its own config; if `alike`, with other sizes."""
+        """Whether the folder of a file has its own config; if `alike`, one with other sizes."""
         folder = name.rpartition("/")[0]
         at = f"{folder}/{CONFIG}"
         if not folder or at not in self._files or self._files[at].size > SMALL_FILE_BYTES:
@@ -301,7 +304,7 @@ def _is_no_twin(name: str) -> bool:
 
 
 def _is_placed(name: str) -> bool:
-    """Whether the file is in a folder in which publishers put the model in another format."""
+    """Whether the file is in the top folder, or in one for the same model in another format."""
     return "/" not in name or name.partition("/")[0] in TWIN_FOLDERS
 
 
@@ -315,7 +318,7 @@ def _is_model(name: str) -> bool:
 
 
 def _is_named(names: Sequence[str]) -> bool:
-    """Whether a set is a twin by its names; nothing is read then."""
+    """Whether its names alone show that a set is a twin, so that it is not read."""
     first = names[0]
     known = _is_shard(first) or first.startswith("consolidated") or set_of(first) != first
     return _is_model(first) and known and first.endswith(WEIGHTS) and not first.endswith(".gguf")
@@ -328,14 +331,14 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 
 def _undecided(name: str, layers: Collection[Layer]) -> CheckpointError:
     return CheckpointError(
-        f"{name}: holds routed experts (layer {min(layers)}) and is not among the shards of the"
-        " model",
-        hint="List it in the index, so that it is scaled with them, or move it out of the folder.",
+        f"{name}: holds routed experts (layer {min(layers)}), but is not among the shards of"
+        " the model",
+        hint="List it in the index, so that it is scaled, too, or move it out of the folder.",
     )
 
 
 def _leave_out_companions(names: Iterable[str], left_out: dict[str, str]) -> None:
-    """Leave out the companions of files that are left out: indexes and folders."""
+    """Leave out what goes with files that are left out: indexes, and other files in folders."""
     kept = [name for name in names if name not in left_out]
     twins = sorted(left_out)
     weights = [name for name in kept if name.endswith(WEIGHTS) and not _is_no_twin(name)]
@@ -344,7 +347,7 @@ def _leave_out_companions(names: Iterable[str], left_out: dict[str, str]) -> Non
             left_out[name] = INDEX
         elif not _STAYS.search(name) and (folder := _folder_left_out(name, twins, weights)):
             twin = next(twin for twin in twins if twin.startswith(folder))
-            left_out[name] = f"goes with {twin}, which is left out"
+            left_out[name] = f"belongs to {twin}, which is left out"
 
 
 def _is_listed(index: re.Match[str], name: str) -> bool:
@@ -353,7 +356,7 @@ def _is_listed(index: re.Match[str], name: str) -> bool:
 
 
 def _folder_left_out(name: str, twins: Collection[str], weights: Collection[str]) -> str | None:
-    """The folder of a file in which all weights are left out."""
+    """The outermost folder of a file in which all weights are left out; None if there is none."""
     for slash in re.finditer("/", name):
         folder = name[: slash.end()]
         lost = any(twin.startswith(folder) for twin in twins)
@@ -366,6 +369,6 @@ def _adapters(names: Collection[str]) -> Iterator[str]:
     config, weights = "adapter_config.json", [n for n in names if n.startswith("adapter_model.")]
     if config in names and weights:
         yield (
-            f"{weights[0]}: is an adapter beside the model; it is copied with {config}, and not"
+            f"{weights[0]}: is an adapter beside the model; it is copied with {config}, but not"
             " rescaled"
         )

@@ -1,4 +1,4 @@
-"""The factor of each MoE layer, by the rule or as the user gave it."""
+"""The factor of each MoE layer, from the rule or from the user."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Findings:
     """The findings of a rule that sampled a model.
 
     Attributes:
-        samples: one for each layer; may be empty.
+        samples: by layer; may be empty.
         taken: the rule that the guard of ``fitted`` chose; None for other rules.
     """
 
@@ -87,14 +87,14 @@ def choose_scales(
 def of_one_layer(
     factors: Mapping[Layer, float], rule: str, options: Options
 ) -> tuple[dict[Layer, float], list[str]]:
-    """The geometric mean of a rule's factors if only one is possible, with a remark."""
+    """A rule's factors, or their geometric mean and a remark if the fold takes only one."""
     ends = min(factors.values()), max(factors.values())
     if options.fold not in ("config", "residual") or rule not in BY_LAYER or ends[0] == ends[1]:
         return dict(factors), []
     mean = rounded(geometric_mean(factors.values()))
     return dict.fromkeys(factors, mean), [
         f"--fold {options.fold} takes one factor for all layers: {mean:g}, the geometric mean of"
-        f" {ends[0]:g} to {ends[1]:g} that --rule {rule} gives"
+        f" those of --rule {rule}, {ends[0]:g} to {ends[1]:g}"
     ]
 
 
@@ -109,7 +109,7 @@ def _given(moe: Moe, given: Mapping[str, float], what: str, file: str) -> dict[L
     given = {str(own[name]): value for name, value in given.items() if own[name] is not None}
     where = f"--factors {file}".rstrip()
     surplus = sorted(given.keys() - names)
-    more = f" has a {what} for layer {surplus[0]}, which is no MoE layer" if surplus else ""
+    more = f" has a {what} for layer {surplus[0]}, which is not an MoE layer" if surplus else ""
     if missing := [str(layer) for layer in layers if str(layer) not in given]:
         raise UsageError(
             f"{where} has no {what} for layer {missing[0]} ({len(missing)} of {len(layers)}"
@@ -131,8 +131,9 @@ def _factor(rule: str, moe: Moe, experts: Experts, options: Options, layer: Laye
         case "preserve":
             if moe.config.normalisation is None:
                 raise UnsupportedError(
-                    f"model type {moe.model_type!r}: how its router weighs experts is not known",
-                    hint="Use --arch with a type that routes alike, --factor, or --rule published.",
+                    f"model type {moe.model_type!r}: how its router weights experts is not known",
+                    hint="Use --arch with a type whose router is the same, --factor, or --rule"
+                    " published.",
                 )
             return closed_form.preserve(
                 n, m, moe.config.normalisation.balanced_weight, options.rho or 0.0
@@ -144,14 +145,14 @@ def _factor(rule: str, moe: Moe, experts: Experts, options: Options, layer: Laye
 def of_another_job(
     made_for: Mapping[str, Any], moe: Moe, experts: Experts, options: Options
 ) -> Iterator[str]:
-    """Warnings of differences between the file of factors and this job or model."""
+    """Warnings about differences between the job of the ``--factors`` file and this one."""
     given = options.factors or {}
     scales = getattr(given, "router_scales", {})
     absent = sorted(n for n in {*map(str, given), *scales} if moe.layer_aliases.get(n, n) is None)
     if absent:
         yield (
-            f"--factors has values for {', '.join(absent)}, layers for further tokens that this"
-            " model does not have: they are left out"
+            f"--factors has values for {', '.join(absent)}, MTP layers that this model does not"
+            " have: they are left out"
         )
     if not made_for:
         return
@@ -166,11 +167,15 @@ def of_another_job(
     for what, (old, new) in both.items():
         now = list(new) if isinstance(new, tuple) else new  # JSON has no tuples
         if old is not None and old != now:
-            yield f"--factors were made with {what} {old}, this run has {now}"
+            yield f"the values of --factors were made with {what} {old}, this run has {now}"
 
 
 def one_factor(factors: Mapping[Layer, float], options: Options) -> float:
-    """The one factor of all layers, which a config or a residual stream needs."""
+    """The factor of all layers, for a fold that takes only one.
+
+    Raises:
+        UsageError: the layers have different factors.
+    """
     if len(set(factors.values())) > 1:
         raise UsageError(
             f"--fold {options.fold} needs one factor for all layers; these differ by layer"

@@ -24,9 +24,9 @@ class PlannedFile:
 
     Attributes:
         name: path in the checkpoint.
-        size: bytes of the source's file; None if the source has none.
+        size: bytes of the file in the source; None if it is new.
         action: what a run does with it.
-        why: the reason to leave it out.
+        why: the reason why it is left out; None for other actions.
     """
 
     name: str
@@ -54,7 +54,7 @@ def plan_files(
         files: the source's files.
         shards: the names of the shards.
         changed: those of them in which a tensor changes.
-        index: the name of the index of the output, None for a single shard.
+        index: the name of the output's index; None for a single shard.
         config_changes: whether the config's text changes.
         edited: other small files that change.
         left_out: files that do not belong in the output, each with the reason.
@@ -84,13 +84,13 @@ def _check_folders(names: Collection[str]) -> None:
         for slash in re.finditer("/", name):
             if (folder := name[: slash.start()]) in names:
                 raise CheckpointError(
-                    f"{folder}: is a folder, and the output needs a file of this name",
+                    f"{folder}: is a folder, but the output needs a file of this name",
                     hint="Remove or rename the folder.",
                 )
 
 
 def left_out_warnings(files: Iterable[PlannedFile]) -> list[str]:
-    """The files left out, one line for each reason."""
+    """Warnings about the files left out, one for each reason."""
     names: dict[str, list[str]] = {}
     for file in files:
         if file.action == "skip":

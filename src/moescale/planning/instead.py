@@ -1,19 +1,19 @@
 """Alternatives to rewriting: new values for the config, and how to give them to each engine.
 
-They exist if only the number of experts changes, or if the model's own routed scaling key can take
-the one factor of all layers.
+They exist if only the number of experts changes, or if all layers have the same factor and the
+config has a routed scaling key that can take it.
 
 Each form was looked up in the engine's code:
 
 - vLLM: ``--hf-overrides`` is JSON, nested as the config is (`_apply_dict_overrides` in
   vllm/config/model.py).
-- SGLang: ``--json-model-override-args``, likewise JSON (`get_config` in
-  sglang/srt/utils/hf_transformers/config.py of 0.5.23, whose parser was given such lines; before
-  2026 it replaced nested sections whole).
+- SGLang: ``--json-model-override-args``, also JSON (`get_config` in
+  sglang/srt/utils/hf_transformers/config.py; tried with the parser of 0.5.23; before 2026 a nested
+  section was replaced as a whole).
 - transformers: keywords of ``from_pretrained`` that are keys of the config; a mapping updates a
   section.
-- llama.cpp: ``--override-kv KEY=TYPE:VALUE,...`` (common/arg.cpp; since 2025 a repeated option
-  is deprecated; earlier it was the way to give several).
+- llama.cpp: ``--override-kv KEY=TYPE:VALUE,...`` (common/arg.cpp; until 2025 the option was
+  repeated to set several keys, which is deprecated since).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from moescale.storage.location import Location
 
 @dataclass(frozen=True, slots=True)
 class NewValue:
-    """A number of the config: its dotted path, its old and its new value."""
+    """A config value to change: its dotted path, its old and its new value."""
 
     path: str
     before: Any
@@ -45,14 +45,14 @@ class NewValue:
 
 @dataclass(frozen=True, slots=True)
 class Instead:
-    """The values that the config would get in place of a rewritten checkpoint.
+    """New config values that have the same effect as rewriting the checkpoint.
 
     Attributes:
-        counts: the experts per token at every key; empty if they stay.
+        counts: the experts per token at every key; empty if unchanged.
         scales: the routed scaling key in every section; empty if nothing is scaled.
         model_type: the model type of the config.
-        loader: the class of transformers that loads the model; None for a GGUF file, whose values
-            have the names of its keys.
+        loader: the transformers class that loads the model; None for a GGUF file, where paths are
+            the names of GGUF keys.
     """
 
     counts: Sequence[NewValue]
@@ -62,7 +62,7 @@ class Instead:
 
     @property
     def depth(self) -> int:
-        """Keys in the longest path; SGLang and transformers update one section."""
+        """Keys in the longest path; SGLang and transformers update only one level of sections."""
         return max(len(split_path(value.path)) for value in (*self.counts, *self.scales))
 
     @property
@@ -91,7 +91,7 @@ def instead(
         config: the source's config.
         architecture: the row of the model type.
         count_keys: the keys of the experts per token.
-        count: the new number; None if it stays.
+        count: the new number; None if unchanged.
         factors: the factors of all layers.
     """
     different = set(factors)
@@ -148,7 +148,7 @@ def by_engine(instead: Instead, source: SourceId) -> dict[str, str]:
         return {"llama.cpp": _llama_server(file, keys)}
     lines = {}
     place = source.repo if source.kind == "hub" and source.repo else source.id
-    if source.kind == "local" or place == source.id:  # they do not know folders of repos
+    if source.kind == "local" or place == source.id:  # engines do not load a folder of a repo
         values = json.dumps(instead.values)
         path = shlex.quote(place)
         lines["vllm"] = f"vllm serve {path} --hf-overrides {shlex.quote(values)}"
@@ -206,7 +206,7 @@ def gguf_to_run(location: Location, first: str, parts: int) -> Mapping[str, str]
 
 
 def first_file(location: Location, parts: int) -> str:
-    """The first file of a split GGUF output that was given a file name; else the location."""
+    """The first file of a split GGUF output whose location is a file name; else the location."""
     text = location.text
     if parts < 2 or location.on_hub or not is_gguf(text):
         return text

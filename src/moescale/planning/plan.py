@@ -1,7 +1,7 @@
 """The plan: everything that a run will do, as one frozen object.
 
-The dry run prints it, the run executes it, the card and the verification read it; none of them
-decides anything.
+The dry run prints it, the run executes it, and the card and the verification read it. None of them
+makes a decision.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class NewHeader:
 
 
 class View(Protocol):
-    """Shows a plan to people; planning knows nothing else of reports."""
+    """Renders a plan for people; planning uses nothing else from the reports."""
 
     def text(self, plan: Plan) -> str:
         """The plan as a page of text."""
@@ -54,44 +54,44 @@ class View(Protocol):
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Plan:
-    """Everything that a run will do, and why. Nothing is decided after it.
+    """Everything that a run will do, and why; the run itself decides nothing.
 
-    A notebook shows it with its tables and charts; `summary` is the text that the command prints.
-    Mappings by layer have the layers' names as keys.
+    A notebook shows it with tables and charts; `summary` is the text that the command prints.
+    Mappings by layer are keyed by layer name.
 
     Attributes:
         source: identity of the source.
-        location: location of the output; None for a plan without one.
-        options: as the user gave them.
+        location: location of the output; None without a destination.
+        options: the options as the user gave them.
         model_type: the model type of the MoE.
         part: name of the MoE in a model with several; None for a model with one.
-        experts: numbers of experts.
-        router: normalisation of the router's weights; None if unknown.
+        experts: experts per token, and routed experts per layer.
+        router: how the router normalises its gate weights; None if unknown.
         rule: name of the rule, or ``factor`` or ``factors``.
         why: reason for the rule; None if the user asked for it.
         rho: correlation of expert outputs.
         factors: multiplier of the routed output, by layer.
         router_scales: multiplier of the router's logits, by layer; empty if none changes.
-        alternatives: factors of the closed forms.
+        alternatives: factors of the closed forms, by rule.
         tensors: edits of tensors.
-        files: all files of source and output with their actions.
+        files: all files of source and output, with their actions.
         config: content of the new config; None for GGUF.
         index: name of the index, and its content if it is new; None without an index.
         new_headers: replacements in headers of shards, by file.
         edits: new content of other small files, by file.
         keys: values to set in the header of a shard, by key.
-        record: the file with the provenance.
-        opens: the file without which nothing loads; it is written last.
-        samples: gate and expert statistics, by layer; empty for rules without samples.
+        record: name of the file that holds the provenance.
+        opens: name of the file without which the output does not load; it is written last.
+        samples: gate and expert statistics, by layer; empty if the rule needs none.
         calibration: facts of the calibration text; empty without one.
         factors_rule: the rule that made the factors in the user's file; None if unknown.
-        evaluation: losses on a text; None if not asked for.
+        evaluation: losses on a text; None if not requested.
         warnings: warnings for the user.
         states: fingerprint of each source file, to notice changes during a run.
         active: weights that a token uses; None if unknown.
         instead: the alternative without rewriting; None if there is none.
         fold_key: the config key that ``--fold config`` multiplies; None if there is none.
-        view: shows the plan to people.
+        view: renders the plan for people.
     """
 
     source: SourceId
@@ -193,7 +193,7 @@ class Plan:
 
     @property
     def large_sizes(self) -> dict[str, int]:
-        """The size in the output of each large file, in bytes."""
+        """The size of each large file in the output, in bytes."""
         return {f.name: self.output_size(f) for f in self.large_files}
 
     @property
@@ -213,7 +213,7 @@ class Plan:
 
     @property
     def bytes_written(self) -> int:
-        """Bytes of the output, without card and provenance, which are written at the end."""
+        """Bytes of the output without card and provenance, whose sizes are not known yet."""
         name, made = self.index or ("", b"")
         sizes = {f.name: f.size or 0 for f in self.files}
         index = len(made) if made is not None else sizes[name]
@@ -222,7 +222,7 @@ class Plan:
 
     @property
     def comparison(self) -> Comparison:
-        """Factor and norm of the routed output by rule and layer, as far as they are known."""
+        """Factor and norm of the routed output, by rule and layer, where known."""
         sharper = self.options.gate_scale is not None
         return compare(
             self.rule,
@@ -236,15 +236,15 @@ class Plan:
 
     @property
     def overrides(self) -> dict[str, str]:
-        """By engine, the command with the same effect without rewriting; empty if there is none."""
+        """By engine, a command that has the same effect without rewriting; may be empty."""
         return by_engine(self.instead, self.source) if self.instead else {}
 
     @property
     def predicted_norm(self) -> dict[str, ByLayer]:
         """By rule, the norm of the routed output relative to that of the trained model.
 
-        One number if all layers are equal, else one for each layer. The name is ``factor`` or
-        ``factors`` if the user gave them. Empty if the router is unknown.
+        One number if it is the same in all layers, else one for each layer. Factors that the user
+        gave are listed as ``factor`` or ``factors``. Empty if the router is unknown.
         """
         found = self.comparison
         named = {"own": self.rule}

@@ -1,7 +1,7 @@
 """``moescale.json``: a record of the job, enough to redo it or to reuse its factors.
 
-A GGUF file has it in its header. It holds nothing that differs between two runs of the same job: no
-time, host, path or thread.
+A GGUF file has it in its header. It is equal for two runs of the same job: it holds no time, host,
+path or number of threads.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from moescale.version import __version__
 def provenance(plan: Plan, written: Mapping[str, FileRecord]) -> dict[str, Any]:
     """The content of ``moescale.json``; `written` has all other files of the output.
 
-    Inside a shard it does not list that shard, nor files that are written later.
+    If it is stored in a shard, it lists neither that shard nor files that are written later.
     """
     shards = {file.name for file in plan.large_files}
     listed = written.keys() & (shards - {plan.record} if plan.record in shards else written)
@@ -73,7 +73,7 @@ def options_given(options: Options) -> dict[str, Any]:
 
 
 def same_job(one: Any, other: Mapping[str, Any]) -> bool:
-    """Whether two provenances are of the same job; only one may have digests."""
+    """Whether two provenances are of the same job; digests are not compared."""
     return bool(_without_digests(one) == _without_digests(other))
 
 
@@ -86,9 +86,9 @@ def _without_digests(content: Any) -> Any:
 
 
 def decided(plan: Plan) -> str:
-    """SHA-256 of everything that decides the output's bytes, whatever the options' wording.
+    """SHA-256 of everything that decides the output's bytes, however the options were spelled.
 
-    Only card and provenance also hold the options as given.
+    Card and provenance are excluded: they also hold the options as given.
     """
     digest = hashlib.sha256(plan.config or b"")
     if plan.keys:
@@ -97,13 +97,13 @@ def decided(plan: Plan) -> str:
         digest.update(json.dumps([name, data.decode()]).encode())
     files = ([f.name, f.action] for f in plan.files)
     tensors = map(_as_applied, plan.changed_tensors)
-    for part in chain(files, tensors):  # piece by piece: there may be many
+    for part in chain(files, tensors):  # one by one: there may be many
         digest.update(json.dumps(part, sort_keys=True).encode())
     return digest.hexdigest()
 
 
 def _as_applied(edit: TensorEdit) -> dict[str, Any]:
-    """A tensor with the factor that it is multiplied by; see `scaling`."""
+    """An edit with its factor as applied: in float32 for dtypes up to F32; see `scaling`."""
     in_f32 = edit.operation == "multiply" and edit.tensor.dtype in _IN_F32
     factor = struct.unpack("<f", struct.pack("<f", edit.factor))[0] if in_f32 else edit.factor
     return {**edit.as_json(), "factor": factor}
@@ -113,7 +113,7 @@ _IN_F32 = frozenset({"BF16", "F16", "F32"})
 
 
 def job(plan: Plan) -> dict[str, Any]:
-    """The facts that an unfinished run must share with this one to be continued."""
+    """The facts that must be the same in an unfinished run for this one to resume it."""
     return {
         "version": __version__,
         "source": {
@@ -129,7 +129,7 @@ def job(plan: Plan) -> dict[str, Any]:
 
 
 def same_decisions(found: Any, plan: Plan) -> bool:
-    """Whether a provenance, or an unfinished job, has equal decisions for this source."""
+    """Whether a provenance or an unfinished job has the decisions and the source of this plan."""
     if not isinstance(found, dict):
         return False
     wanted = job(plan) if "version" in found else provenance(plan, {})
@@ -140,7 +140,7 @@ def same_decisions(found: Any, plan: Plan) -> bool:
 def made_with(found: Any) -> Options | None:
     """The options in a provenance or in the job of an unfinished run.
 
-    None if they are invalid: anybody may have written the file.
+    None if they are invalid: the file is untrusted input.
     """
     given = found.get("options") if isinstance(found, dict) else None
     if not isinstance(given, dict) or not given.keys() <= {f.name for f in fields(Options)}:
@@ -160,7 +160,7 @@ _TEXTS = frozenset({"rule", "calibrate", "fold", "part", "arch", "pattern", "exp
 
 
 def in_words(found: Any) -> str | None:
-    """The options of a provenance or a job, in words; None if it has none."""
+    """The options of a provenance or a job, in words; None if they are missing or invalid."""
     options = made_with(found)
     if options is None:
         return None
@@ -185,7 +185,7 @@ def described(options: Options, rule: str) -> str:
 
 
 def _measured(plan: Plan) -> dict[str, Any]:
-    """The state that a resumed run reuses: measuring again might change a digit."""
+    """The results that a resumed run reuses: a second measurement may differ in a digit."""
     if plan.rule not in RUN_RULES:
         return {}
     return {
@@ -211,7 +211,7 @@ def measured_on(calibration: Mapping[str, Any]) -> str:
     """The calibration text, in words."""
     unit = "tokens" if "tokens" in calibration else "bytes"
     first = "the first " if calibration.get("cut") else ""
-    what = "text that the model wrote itself" if calibration.get("own") else "text"
+    what = "text that the model generated" if calibration.get("own") else "text"
     return (
         f"{first}{calibration[unit]:,} {unit} of {what}, SHA-256 {calibration['text_sha256'][:12]}…"
     )

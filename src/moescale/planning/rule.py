@@ -1,4 +1,4 @@
-"""Chooses the rule: as asked for, else ``gates`` if the router can be computed."""
+"""Chooses the rule: the requested one, else ``gates`` if the router can be computed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moescale.planning.tensors import find_scaled_routers
 if TYPE_CHECKING:
     from moescale.planning.sampling import Routers
 
-BY_DEFAULT = "default: it looks at the model's own routers"
+BY_DEFAULT = "default: it samples the model's own routers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,8 @@ class RuleChoice:
 
     Attributes:
         rule: its name, or ``factor`` or ``factors``.
-        why: the reason, if no rule was asked for.
-        routers: the routers that ``gates`` samples.
+        why: the reason for a default; None if the rule was requested.
+        routers: the routers that ``gates`` samples; None for other rules.
     """
 
     rule: str
@@ -40,21 +40,21 @@ class RuleChoice:
 def choose_rule(
     moe: Moe, experts: Experts, options: Options, headers: Mapping[str, Header]
 ) -> RuleChoice:
-    """The rule that was asked for, else the default.
+    """The requested rule, else the default.
 
     Raises:
-        SourceError: ``gates`` was asked for, but the routers cannot be computed; or scaling has no
+        SourceError: ``gates`` was requested, but the routers cannot be computed; or scaling has no
             effect.
     """
     asked = options.method
     if asked is None and experts.trained == experts.after:
-        return RuleChoice("none", "default, since the number of experts stays")
+        return RuleChoice("none", "default, since the number of experts stays the same")
     if asked not in ("none", "fitted"):
         _check_effect(moe)
     if asked not in (None, "gates"):
         return RuleChoice(asked)
     if asked is None and options.fold != "residual" and not _takes_any_factor(moe):
-        return RuleChoice("preserve", "default: this format takes powers of two alone")
+        return RuleChoice("preserve", "default: this format takes only powers of two")
     from moescale.planning.sampling import find_gates  # here, since other rules need no numpy
 
     try:
@@ -76,29 +76,30 @@ def _check_effect(moe: Moe) -> None:
     if not moe.config.scaling_has_effect:
         raise UnsupportedError(
             f"scaling has no effect on model type {moe.model_type!r}: {moe.architecture.no_effect}",
-            hint="--rule none changes the number of experts alone.",
+            hint="--rule none changes only the number of experts.",
         )
 
 
 def remarks(rule: str, moe: Moe, experts: Experts, options: Options) -> Iterator[str]:
-    """Warnings of the rule and of the place of the factor."""
+    """Warnings about the rule and the fold."""
     if options.fold == "residual":
         yield (
             "--fold residual equals scaling the experts except for the rounding of the divided"
-            " weights and the epsilon of the norms, which stays while the stream shrinks"
+            " weights and the epsilon of the norms, which stays the same while the residual stream"
+            " shrinks"
         )
     changes = experts.trained != experts.after
     router = moe.config.normalisation
     if options.rule == "preserve" and changes and router and not router.renormalised:
         yield (
-            "--rule preserve assumes a balanced gate, and a router that does not renormalise is"
-            " far from one: on trained models that lost more than the config edit alone"
-            " (docs/study.md)"
+            "--rule preserve assumes a balanced gate, but the gate of a router that does not"
+            " renormalise is far from balanced: on trained models, the rule lost more than the"
+            " config edit alone (docs/study.md)"
         )
     if options.gate_scale not in (None, 1.0) and rule in ("preserve", "published"):
         yield (
-            f"--gate-scale changes the gate weights, which --rule {rule} does not see, since it"
-            " assumes a balanced gate; --rule gates does"
+            f"--rule {rule} assumes a balanced gate and ignores how --gate-scale changes the gate"
+            " weights; --rule gates accounts for it"
         )
 
 
@@ -108,7 +109,7 @@ class Adjustable:
 
     Attributes:
         routers: edits of the routers; None if their logits cannot be multiplied.
-        experts: whether the down-projections take any factor, with an effect.
+        experts: whether the down-projections take any factor, and scaling them has an effect.
         remarks: remarks for the user.
     """
 
@@ -126,30 +127,30 @@ def adjustable(moe: Moe, tensors: Sequence[Tensor]) -> Adjustable:
     """The parts that can be multiplied.
 
     Raises:
-        UnsupportedError: nothing can.
+        UnsupportedError: neither the experts nor the routers can.
     """
     routers, said = None, []
     try:
         routers = find_scaled_routers(moe, tensors)
     except (UnsupportedError, CheckpointError) as error:
-        said.append(f"--rule fitted scales the experts alone: {error.message}")
+        said.append(f"--rule fitted scales only the experts: {error.message}")
     why = None
     if not moe.config.scaling_has_effect:
         why = moe.architecture.no_effect
     elif not _takes_any_factor(moe):
-        why = "their format takes powers of two alone"
+        why = "the format of the experts takes only powers of two"
     if why is not None:
         if routers is None:
             raise UnsupportedError(
                 f"--rule fitted can scale neither experts nor routers of {moe.model_type!r}: {why}",
-                hint="--rule none changes the number of experts alone.",
+                hint="--rule none changes only the number of experts.",
             )
-        said.append(f"--rule fitted scales the routers alone, not the experts: {why}")
+        said.append(f"--rule fitted scales only the routers, not the experts: {why}")
     return Adjustable(routers, why is None, said)
 
 
 def _takes_any_factor(moe: Moe) -> bool:
-    """Whether every projection can be multiplied by more than powers of two."""
+    """Whether every projection can be multiplied by any number, not only by powers of two."""
     kinds = {
         tuple((suffix, tensor.dtype) for suffix, tensor in projection.by_suffix.items()): projection
         for projection in moe.projections

@@ -23,26 +23,26 @@ from moescale.routers.weights import Array, RouterArrays, RouterSpec, Score, sam
 from moescale.storage.base import SMALL_FILE_BYTES, Source, no_progress
 
 HUB_READS = 4
-"""Layers to read at a time from the Hub; from a disk it is one."""
+"""Layers read at a time from the Hub; from a disk, one."""
 
 
 def gate_of(moe: Moe, kind: RouterKind, biased: bool) -> RouterSpec:
-    """How the router of this checkpoint turns logits into weights, by row and config.
+    """How the router of this checkpoint turns logits into gate weights.
 
     Args:
         moe: the MoE.
-        kind: the row of its router.
-        biased: a bias takes part in the choice of experts.
+        kind: the kind of its router.
+        biased: whether a bias affects the choice of experts.
 
     Raises:
-        UnsupportedError: the config names a score that is not known.
-        CheckpointError: the bound of the logits is not a number.
+        UnsupportedError: the config names an unknown score function.
+        CheckpointError: the bound of the logits is not a number of at least 0.
     """
     config, router = moe.config, moe.config.normalisation
-    assert router is not None, "a model type with a row of gating has one of architectures"
+    assert router is not None, "a model type with a router kind has its normalisation"
     cap = config.logit_cap
     if cap is not None and (type(cap) not in (int, float) or not 0 <= cap < math.inf):
-        raise CheckpointError(f"{CONFIG}: {kind.cap_key} is {cap!r}, not a number from 0 on")
+        raise CheckpointError(f"{CONFIG}: {kind.cap_key} is {cap!r}, not a number of at least 0")
     return RouterSpec(
         score=_score(kind, config.score, biased),
         late=kind.late,
@@ -63,8 +63,8 @@ def _score(kind: RouterKind, stated: Any, biased: bool) -> Score:
             known: Score = score
             return known
     raise UnsupportedError(
-        f"{CONFIG}: {kind.score_key} is {named!r}, a score that --rule gates does not know",
-        hint="--rule preserve needs no score.",
+        f"{CONFIG}: {kind.score_key} is {named!r}, a score that --rule gates cannot compute",
+        hint="--rule preserve does not compute scores.",
     )
 
 
@@ -87,31 +87,31 @@ def sample_gates(
     rho: float = 0.0,
     progress: Callable[[int, int], None] = no_progress,
 ) -> dict[Layer, Sample]:
-    """The gate's moments of every layer.
+    """Statistics of the gate weights of every layer.
 
     Args:
         source: the checkpoint; its routers and the norms before them are read.
         routers: the routers of all layers.
-        counts: experts per token before and after, by layer.
-        sharpness: multiplies the logits after.
+        counts: experts per token in training and in the output, by layer.
+        sharpness: multiplier of the router's logits in the output.
         rho: correlation of the experts' outputs.
-        progress: called with the layers done and all layers.
+        progress: called with the number of layers done and of all layers.
 
     Raises:
-        CheckpointError: a router has another shape than the config says, or holds NaN.
+        CheckpointError: a router's shape does not match the config, or a value is not finite.
     """
     result = {}
     for tensors, weights in read_gates(source, routers):
         layer = tensors.layer
         seed = (layer.number, *layer.stack.encode(errors="surrogatepass"))
-        with np.errstate(all="ignore"):  # results of NaN and infinity are refused below
+        with np.errstate(all="ignore"):  # NaN and infinity are refused below
             sample = sample_layer(weights, routers.gate, counts[layer], seed, sharpness, rho)
-        del weights  # before those of the next layer are read
+        del weights  # frees them before the next layer is read
         sizes = (sample.before.expected_norm(0), sample.after.expected_norm(0))
         if not all(math.isfinite(size) and size > 0 for size in sizes):
             raise CheckpointError(
                 f"{tensors.weight.name}: gives gate weights that are zero or not finite",
-                hint="The tensor is damaged, or of another model type.",
+                hint="The tensor is damaged, or belongs to another model type.",
             )
         result[layer] = sample
         progress(len(result), len(routers.tensors))
@@ -119,7 +119,7 @@ def sample_gates(
 
 
 def find_gates(moe: Moe, headers: Mapping[str, Header]) -> Routers:
-    """The routers of all layers, complete.
+    """The routers of all layers.
 
     Raises:
         UnsupportedError: the router of this model type cannot be computed, or is quantised.
@@ -130,7 +130,7 @@ def find_gates(moe: Moe, headers: Mapping[str, Header]) -> Routers:
     if kind.zero_centred and any(".switch_mlp." in p.module for p in moe.projections):
         raise UnsupportedError(
             f"--rule gates: mlx-lm may have added 1 to the norms of this {moe.model_type!r} model",
-            hint="--rule preserve needs the config alone.",
+            hint="--rule preserve needs only the config.",
         )
     found = find_routers(kind, moe.config, moe.projections, tensors, RULE)
     names = {tensor.name for router in found for tensor in router.present}
@@ -140,10 +140,10 @@ def find_gates(moe: Moe, headers: Mapping[str, Header]) -> Routers:
 
 
 def read_gates(source: Source, routers: Routers) -> Iterator[tuple[RouterTensors, RouterArrays]]:
-    """Every layer's router.
+    """Yield every layer's router.
 
-    Several are fetched at a time from the Hub, where each read is a request; only one at a time is
-    float64, since all of a large model would exceed the memory limit.
+    Several are fetched at a time from the Hub, where each read is a request. Only one at a time is
+    converted to float64: all routers of a large model would exceed the memory limit.
     """
 
     def fetch(tensors: RouterTensors) -> list[bytes]:
@@ -178,13 +178,15 @@ def _weights(routers: Routers, tensors: RouterTensors, data: list[bytes]) -> Rou
             )
         return found[tensor].reshape(shape)
 
-    assert tensors.norm is not None, "a row without a norm has experts whose scaling does nothing"
+    assert tensors.norm is not None, "scaling has no effect without this norm, and is refused"
     moe, gate = routers.moe, routers.gate
     experts = moe.experts_by_layer[tensors.layer] + gate.idle
     logits = 2 * math.isqrt(experts) if gate.grid else experts + gate.shared
     hidden = math.prod(tensors.norm.shape)
     if gate.groups is not None and experts % gate.groups[0]:
-        raise CheckpointError(f"{CONFIG}: {experts} experts are not {gate.groups[0]} equal groups")
+        raise CheckpointError(
+            f"{CONFIG}: {experts} experts do not form {gate.groups[0]} equal groups"
+        )
     norm = values(tensors.norm, hidden)
     return RouterArrays(
         values(tensors.weight, logits, hidden),
@@ -199,7 +201,7 @@ _PIECE = 1 << 16
 
 
 def decode(data: bytes, dtype: str) -> Array:
-    """Little-endian F16, BF16, F32 or F64 as float64, in pieces to save memory."""
+    """Convert little-endian F16, BF16, F32 or F64 to float64, in pieces to save memory."""
     codes = np.frombuffer(data, _NUMPY[dtype])
     numbers = np.empty(codes.size)
     for start in range(0, codes.size, _PIECE):

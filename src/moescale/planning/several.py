@@ -15,7 +15,7 @@ class Several:
 
     Attributes:
         plans: at least one; each number of experts with each rule.
-        evaluation: their losses on a text, if that was asked for.
+        evaluation: their losses on a text; None if not requested.
         remarks: remarks for the user.
     """
 
@@ -25,7 +25,7 @@ class Several:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """The warnings of all plans, each once, and of the evaluation."""
+        """The warnings of all plans and of the evaluation, each once."""
         found = [warning for plan in self.plans for warning in plan.warnings]
         cost = self.evaluation.warnings if self.evaluation else ()
         return tuple(dict.fromkeys([*found, *cost, *self.remarks]))

@@ -42,7 +42,7 @@ def read_shards(source: Source, files: Mapping[str, FileInfo]) -> ShardSet:
     """The set of weights that loaders read.
 
     Raises:
-        CheckpointError: a shard is damaged or missing, or loaders differ in their choice.
+        CheckpointError: a shard is damaged or missing, or loaders would read different sets.
     """
     shards, listed, left_out = _find_shards(source, files)
     headers, faults = check_against_headers(
@@ -63,7 +63,7 @@ def _find_shards(
     listed = by_shard(parse_index(source.read(index), index))
     absent = [name for name in sorted(listed) if check_name(name, index) not in files]
     if absent and SINGLE in files and SINGLE not in listed:
-        why = f"stale: it lists {absent[0]}, which is not there, and {SINGLE} is what loaders take"
+        why = f"stale: it lists {absent[0]}, which is missing, and loaders read {SINGLE}"
         return Shards((SINGLE,)), None, {index: why}
     if absent:
         raise _absent(source, files, index, absent[0], listed)
@@ -88,12 +88,12 @@ def _absent(
         there = {}
     if wanted <= there.keys():
         return CheckpointError(
-            f"{index}: lists {absent}, which is not there; its tensors are in other files, such as"
+            f"{index}: lists {absent}, which is missing; its tensors are in other files, such as"
             f" {there[min(wanted)]}",
             hint="The index is stale: remove it, or write a new one.",
         )
     return CheckpointError(
-        f"{index}: lists {absent}, which is not there",
+        f"{index}: lists {absent}, which is missing",
         hint="The download is incomplete; fetch the missing file.",
     )
 
@@ -113,19 +113,19 @@ def _same_as_set(
 
 
 def two_sets(source: Source, other: str) -> CheckpointError:
-    """The error for two sets of weights between which loaders differ."""
-    why = ", or nobody has compared them" if source.remote else ""
+    """The error for two sets of weights of which loaders read different ones."""
+    why = " or were not compared, since they are on the Hub" if source.remote else ""
     return CheckpointError(
-        f"{SINGLE} and the shards of {other} are two sets of weights, and not the same{why}:"
-        " transformers takes the first, other loaders the second",
+        f"{SINGLE} and the shards of {other} are two sets of weights, which differ{why}:"
+        " transformers reads the first, other loaders the second",
         hint="Remove the set that is not the model.",
     )
 
 
 def same_weights(source: Source, one: Mapping[str, Header], other: Mapping[str, Header]) -> bool:
-    """Whether two sets of shards hold the same tensors; False from the Hub, where that is unknown.
+    """Whether two sets of shards hold the same tensors.
 
-    Comparing there would take as long as two downloads.
+    Always False on the Hub, where a comparison would take as long as two downloads.
     """
     places = {t.name: (shard, t) for shard, header in other.items() for t in header.tensors}
     pairs = {s: [(t, places.get(t.name)) for t in h.tensors] for s, h in one.items()}
@@ -164,7 +164,7 @@ def read_header(source: Source, file: FileInfo) -> Header:
 def read_headers(
     source: Source, files: Mapping[str, FileInfo], names: Iterable[str]
 ) -> Iterator[tuple[str, Header]]:
-    """The headers of all shards; several at a time if each is a request."""
+    """The headers of the named files; several are read at a time if each read is a request."""
     names = list(names)
     if source.parallel_reads == 1:
         yield from ((name, read_header(source, files[name])) for name in names)

@@ -29,7 +29,7 @@ def alternative(moe: Moe, factors: Mapping[Layer, float]) -> str | None:
     if row.can_fold and moe.config.has_scale:
         return f"--fold config multiplies {row.scale_key} by any factor, exactly."
     if row.model_type in WRITERS:
-        return "--fold residual takes any factor: it divides all other writers to the stream."
+        return "--fold residual takes any factor: it divides all else that writes to the stream."
     return None
 
 
@@ -41,7 +41,7 @@ def scaled_weights(
         return []
     if options.fold == "scale":
         raise UnsupportedError(
-            "--fold scale goes with a GGUF file", hint="Leave --fold out; the weights are scaled."
+            "--fold scale needs a GGUF file", hint="Leave --fold out; the weights are scaled then."
         )
     if options.fold == "residual":
         divisor = one_factor(factors, options)
@@ -59,12 +59,12 @@ def scaled_weights(
 
 
 def find_scaled_routers(moe: Moe, tensors: Sequence[Tensor]) -> ScaledRouters:
-    """The tensors of the routers, whose logits are to be multiplied; see `scaled_routers`."""
+    """The router tensors to multiply, so that the logits are scaled; see `scaled_routers`."""
     return scaled_routers(moe.architecture, moe.config, moe.projections, tensors)
 
 
 def in_shards(edits: Sequence[TensorEdit], headers: Mapping[str, Header]) -> tuple[TensorEdit, ...]:
-    """The edits with the shards that hold their tensors."""
+    """The edits, each with the shard that holds its tensor."""
     home = dict.fromkeys((edit.tensor.name for edit in edits), "")
     for shard, header in headers.items():
         home.update((t.name, shard) for t in header.tensors if t.name in home)

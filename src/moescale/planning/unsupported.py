@@ -1,4 +1,4 @@
-"""Identifies folders and repos that hold no safetensors checkpoint."""
+"""Refuses folders and repos that do not hold a safetensors checkpoint, and says what they hold."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ ADAPTER = "adapter_config.json"
 _OTHER = (
     (
         ".gguf",
-        "holds GGUF files, of which one is to be given",
-        "Say moescale {where}/{name}, or the first file of a split set.",
+        "holds GGUF files; one of them must be given",
+        "For example: moescale {where}/{name}, or the first file of a split set.",
     ),
     (
         ".distcp",
-        "is a sharded checkpoint of torch.distributed ({name}), which is not read",
+        "is a sharded checkpoint of torch.distributed ({name}), which is not supported",
         "Merge it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch, or"
         " accelerate merge-weights, then save_pretrained(...).",
     ),
     (
         "consolidated.00.pth",
-        "has only {name}, Meta's own layout, which is not read",
+        "has only {name}, in Meta's own layout, which is not supported",
         "Give the repo with the safetensors weights of the same model.",
     ),
     (
         TORCH,
-        "has only {name}, which is not read",
+        "has only {name}, which is not supported",
         "Convert it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...).",
     ),
     (
         (".h5", ".msgpack", ".onnx", ".tflite", ".npz", ".nemo", ".mlmodel", ".pte"),
-        "has only {name}, which is not read",
+        "has only {name}, which is not supported",
         "Give the repo with the safetensors weights that it was made from.",
     ),
 )
-"""Weights of other programs: suffix, description, and remedy."""
+"""Weights in other formats: suffix, description, and remedy."""
 
 
 def refuse_other(source: Source, files: Collection[str]) -> None:
-    """Refuse a source that holds no safetensors checkpoint but something else that is known.
+    """Refuse a source that holds something else that is known instead of a safetensors checkpoint.
 
     Raises:
-        SourceError: names it, and the remedy.
+        SourceError: says what it holds, and the remedy.
     """
     top = sorted(name for name in files if "/" not in name)
     weights = [n for n in top if n.endswith(SUFFIX) and not n.startswith("adapter_")]

@@ -22,9 +22,9 @@ class Weights:
     """The weights of a checkpoint.
 
     Attributes:
-        found: the shards, unlisted ones included, and their headers.
+        found: the shards and their headers, including shards that the index does not list.
         tensors: all tensors.
-        moe: the MoE that they hold.
+        moe: the MoE in the weights.
         left_out: files that do not belong in the output, each with the reason.
         warnings: warnings for the user.
     """
@@ -41,7 +41,7 @@ def find_weights(source: Source, config: Config, options: Options) -> Weights:
 
     Raises:
         UnsupportedError: the model type is not known.
-        CheckpointError: a file is damaged, or files, index and config do not fit.
+        CheckpointError: a file is damaged, or files, index and config do not match.
     """
     found = read_shards(source, source.files())
     moe = _moe(source, config, options, found)
@@ -80,7 +80,7 @@ def _moe(source: Source, config: Config, options: Options, found: ShardSet) -> M
         if (name := forgotten(source, found)) is None:
             raise
         raise CheckpointError(
-            f"{error.message}; {name} holds routed experts, and is not among the shards of the"
+            f"{error.message}; {name} holds routed experts, but is not among the shards of the"
             " model",
             hint="The index is stale or missing: write one that lists all shards of the model.",
         ) from None
@@ -101,14 +101,14 @@ def _with_forgotten(
     for shard, header in unlisted_shards.items():
         if taken.isdisjoint(tensor.name for tensor in header.tensors):
             raise CheckpointError(
-                f"{shard}: holds routed experts under names that the other shards do not have",
+                f"{shard}: holds routed experts under names that the other shards do not use",
                 hint="Move it out of the folder if it is not part of the model.",
             )
     return moe
 
 
 def _joined(index: str | None, names: Iterable[str]) -> list[str]:
-    why = f"{index} does not list it" if index else "loaders may take model.safetensors alone"
+    why = f"{index} does not list it" if index else "loaders may read only model.safetensors"
     return [
         f"{name}: its routed experts are scaled with the others, although {why}" for name in names
     ]

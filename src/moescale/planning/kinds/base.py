@@ -24,13 +24,13 @@ class Output:
 
     Attributes:
         files: every file and its action.
-        config: the config of the output; None if it is not a file of its own.
+        config: the config of the output; None if it is not a separate file.
         index: the name of the index, and its content if it is new; None without an index.
         new_headers: replacements of the headers of shards.
         edits: other small files that change, with their new content.
         keys: values set in the header of a shard, by key.
-        record: the file with the provenance.
-        opens: the file without which nothing loads; it is written last.
+        record: name of the file that holds the provenance.
+        opens: name of the file without which the output does not load; it is written last.
         warnings: warnings for the user.
         instead: the alternative without rewriting; None if there is none.
         fold_key: the config key that ``--fold config`` multiplies; None if there is none.
@@ -50,11 +50,11 @@ class Output:
 
 
 class Checkpoint(Protocol):
-    """A checkpoint of which config and headers were read.
+    """A checkpoint whose config and headers have been read.
 
     Attributes:
         moe: the MoE that it holds.
-        headers: of all shards, by name; tensor positions are offsets in the file.
+        headers: headers of all shards, by name; tensor positions are offsets in the file.
         tensors: all tensors.
         warnings: warnings for the user.
     """
@@ -73,7 +73,7 @@ class Checkpoint(Protocol):
         """Warnings about the planned changes.
 
         Raises:
-            UnsupportedError: the format cannot hold them.
+            UnsupportedError: the format cannot hold the changes.
         """
 
     def output(
@@ -82,8 +82,8 @@ class Checkpoint(Protocol):
         """The files of the output.
 
         Raises:
-            UnsupportedError: the format cannot hold them.
+            UnsupportedError: the format cannot hold the changes.
         """
 
     def sealed(self, plan: Plan) -> Plan:
-        """The plan, completed with facts that depend on everything else."""
+        """The plan, completed with what depends on all other decisions."""

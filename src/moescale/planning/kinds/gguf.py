@@ -35,7 +35,7 @@ from moescale.storage.base import FileRecord, Source
 from moescale.version import __version__
 
 _OWN: Final = "moescale."
-"""The prefix of keys with provenance."""
+"""The prefix of the keys that hold the provenance."""
 
 _SPLIT: Final = "split.tensors.count"
 
@@ -46,7 +46,7 @@ class GgufCheckpoint:
     """See `moescale.planning.kinds.base.Checkpoint`."""
 
     def __init__(self, source: Source, options: Options, published: bool) -> None:
-        """Read the headers; with `published` the output gets a card.
+        """Read the headers; if `published`, the output gets a card.
 
         Raises:
             SourceError: the file is damaged, incomplete or not a model.
@@ -67,7 +67,7 @@ class GgufCheckpoint:
         given = options.arch, options.pattern, options.experts_key
         self.moe = find_gguf_moe(self._first, self.tensors, *given)
         self._row = llama_cpp.BY_NAME.get(options.arch or self.moe.model_type, Row("", "never"))
-        again = f"the source is itself an output of moescale ({KEY}); its factors stay in it"
+        again = f"the source is itself an output of moescale ({KEY}); its factors remain"
         there = any(name.startswith(_OWN) for name in self._first.keys)
         self.warnings: Sequence[str] = [*self.moe.warnings, *([again] * there)]
 
@@ -80,7 +80,7 @@ class GgufCheckpoint:
     # Which tensors --------------------------------------------------------------------------
 
     def edits(self, factors: Mapping[Layer, float]) -> list[TensorEdit]:
-        """What happens to every tensor that is scaled for the factors.
+        """The edit of every tensor that is scaled.
 
         Raises:
             UnsupportedError: a tensor type cannot hold the product.
@@ -106,17 +106,17 @@ class GgufCheckpoint:
         if kind.kind == "E8M0" and frexp(factor)[0] != 0.5:
             raise UnsupportedError(
                 f"{tensor.name}: is {kind.name}, whose scales are powers of two; {factor:.6g} is"
-                " none",
+                " not one",
                 hint=self._instead(factor),
             )
         role: Role = "bias" if suffix.endswith("bias") else "weight"
         return TensorEdit(tensor, factor, role=role, format=kind.name, layer=layer)
 
     def _instead(self, factor: float) -> str:
-        """Alternatives to scaling such weights."""
+        """Alternatives for weights that cannot hold the factor, as sentences for the user."""
         ways = []
         if self._row.scale_tensor:
-            ways.append("--fold scale multiplies by any factor, in a tensor of its own.")
+            ways.append("--fold scale multiplies by any factor, in a separate tensor.")
         if self._row.scale_key:
             ways.append("--fold config multiplies by any factor, in one key.")
         if self._row.name in _WRITERS:
@@ -134,7 +134,7 @@ class GgufCheckpoint:
         if writers is None or "output.weight" not in names:
             why = "the modules that write into its residual stream are not known"
             if writers is not None:
-                why = "its embedding is also its head"
+                why = "its embedding is also its output head"
             raise UnsupportedError(
                 f"--fold residual cannot be used with {self.moe.model_type!r}: {why}",
                 hint="Leave --fold out; the weights are scaled then.",
@@ -168,12 +168,12 @@ class GgufCheckpoint:
             name = self._row.name
             yield (
                 f"--fold scale: the oldest llama.cpp known to use the tensor with {name!r} is"
-                f" {llama_cpp.tensor_since(name)}; run it in no older one"
+                f" {llama_cpp.tensor_since(name)}; do not run the output in an older one"
             )
         if experts.after != experts.before:
             yield (
-                f"a start script that has --override-kv {self._count_key}=... sets another number"
-                " than the one that the factors are made for: take it out"
+                f"remove --override-kv {self._count_key}=... from start scripts: it overrides the"
+                " number of experts that the factors are made for"
             )
         yield from self._room(experts, factors)
 
@@ -187,14 +187,14 @@ class GgufCheckpoint:
             }
             raise UnsupportedError(
                 f"--fold {fold} cannot be used with {self.moe.model_type!r}: llama.cpp does not"
-                f" {what[fold]} there, so the file would load and nothing would change",
+                f" {what[fold]} for it, so the file would load and nothing would change",
                 hint="Leave --fold out; the weights are scaled then.",
             )
         if fold == "config":
             one_factor(factors, self._options)
 
     def _room(self, experts: Experts, factors: Mapping[Layer, float]) -> Iterator[str]:
-        """Whether llama.cpp has room for so many experts in its graph."""
+        """A warning if llama.cpp has no room in its graph for this number of experts."""
         added = {tensor.name for tensor in self._added(factors)}
         names = added.union(tensor.name for tensor in self.tensors)
         most = max_experts_per_token(self._row, self._first, names)
@@ -202,9 +202,9 @@ class GgufCheckpoint:
         if most is not None and after > most:
             counted = self._row.name in GRAPHS
             yield (
-                f"the graph that llama.cpp {llama_cpp.RELEASE} makes of this model has room for"
+                f"the graph that llama.cpp {llama_cpp.RELEASE} builds of this model has room for"
                 f" {'' if counted else 'about '}{most} experts per token; with {after} it"
-                f" {'ends' if counted else 'is likely to end'} with a failed GGML_ASSERT"
+                f" {'aborts' if counted else 'is likely to abort'} with a failed GGML_ASSERT"
             )
 
     # Files --------------------------------------------------------------
@@ -291,7 +291,7 @@ class GgufCheckpoint:
         ]
 
     def sealed(self, plan: Plan) -> Plan:
-        """The plan with the new headers; the first part's has the provenance."""
+        """The plan with the new headers; that of the first part holds the provenance."""
         if plan.changes_nothing:
             return plan
         new = {t.name for t in self._added(_factors(plan))}
@@ -340,7 +340,10 @@ class GgufCheckpoint:
 _WRITERS: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
     {"gpt-oss": ("attn_output.weight", "attn_output.bias")}
 )
-"""Each layer's additions to the stream besides the experts (``src/models/openai-moe.cpp``)."""
+"""What writes to the residual stream in each layer, except the experts.
+
+Source: ``src/models/openai-moe.cpp`` of llama.cpp.
+"""
 
 
 def _check_options(options: Options) -> None:
@@ -348,16 +351,16 @@ def _check_options(options: Options) -> None:
         raise UnsupportedError("--part: a GGUF file has one MoE", hint="Leave --part out.")
     if options.calibrate is not None or options.rule in ("measured", "fitted"):
         raise UnsupportedError(
-            f"--rule {options.rule} runs the model in transformers, which a GGUF file is not for",
-            hint="Measure the safetensors model, and give its moescale.json with --factors.",
+            f"--rule {options.rule} runs the model in transformers, so it needs safetensors",
+            hint="Run it on the safetensors model, then give that moescale.json with --factors.",
         )
 
 
 def _check_set(headers: Mapping[str, GgufHeader]) -> None:
-    """Refuse a set with missing or misnumbered files, or with a tensor in two of them.
+    """Check a split set.
 
     Raises:
-        SourceError: names the file.
+        SourceError: a file is missing or misnumbered, or a tensor is in two files.
     """
     first, *_ = headers
     stated = headers[first].get("split.count", 0) or 1
@@ -383,7 +386,7 @@ def _check_set(headers: Mapping[str, GgufHeader]) -> None:
         for tensor in header.tensors:
             if tensor.name in seen:
                 raise CheckpointError(
-                    f"{name}: has the tensor {tensor.name!r}, which {seen[tensor.name]} has, too"
+                    f"{name}: has the tensor {tensor.name!r}, which is also in {seen[tensor.name]}"
                 )
             seen[tensor.name] = name
     total = headers[first].get(_SPLIT)
@@ -395,7 +398,7 @@ def _check_set(headers: Mapping[str, GgufHeader]) -> None:
 
 
 def _plain(header: GgufHeader) -> Header:
-    """The tensors with shapes as in other formats: the slowest dimension first."""
+    """The header with shapes as in other formats: the slowest dimension first."""
     tensors = tuple(
         Tensor(t.name, t.type.name, tuple(reversed(t.shape)), t.start, t.stop)
         for t in header.tensors
@@ -406,7 +409,7 @@ def _plain(header: GgufHeader) -> Header:
 def _rounding(kind: GgmlType) -> str:
     what = {"F16": "F16", "NIBBLES": "F16"}.get(kind.kind, kind.kind)
     return (
-        f"the scale of each block of {kind.name} is {what}: multiplying rounds it once more, by at"
+        f"the scale of each block of {kind.name} is {what}: multiplying rounds it again, by at"
         f" most {kind.rounding:.2%} (below {_SMALLEST[what]}, where steps are 6e-08, by more)"
     )
 
@@ -423,7 +426,7 @@ def _factors(plan: Plan) -> dict[Layer, float]:
 
 
 def _own_keys(plan: Plan, said: Mapping[str, Any], blocks: int) -> dict[str, tuple[int, Any]]:
-    """The provenance in the header; an array has one number for each block."""
+    """The provenance keys of the header; arrays have one number for each block."""
 
     def by_block(values: Mapping[str, float]) -> tuple[float, ...]:
         return tuple(values.get(str(number), 1.0) for number in range(blocks))

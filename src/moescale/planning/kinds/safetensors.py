@@ -44,7 +44,7 @@ class SafetensorsCheckpoint:
         self.moe = self._weights.moe
         self.tensors = self._weights.tensors
         self.headers = self._weights.found.headers
-        again = f"the source is itself an output of moescale ({PROVENANCE}); its factors stay in it"
+        again = f"the source is itself an output of moescale ({PROVENANCE}); its factors remain"
         self.warnings: Sequence[str] = [*self._weights.warnings, *([again] * (PROVENANCE in files))]
 
     def edits(self, factors: Mapping[Layer, float]) -> list[TensorEdit]:
@@ -98,7 +98,7 @@ class SafetensorsCheckpoint:
         return instead(self._config, moe.architecture, moe.count_keys, options.experts, values)
 
     def sealed(self, plan: Plan) -> Plan:
-        """Nothing is missing."""
+        """The plan, unchanged: it is already complete."""
         return plan
 
 
@@ -124,7 +124,7 @@ def _edited(config: Config, moe: Moe, factors: Mapping[Layer, float], options: O
 
 
 def _fold_key(moe: Moe, options: Options) -> str | None:
-    """The config key that ``--fold config`` would multiply."""
+    """The config key that ``--fold config`` would multiply; None if there is none."""
     key = moe.architecture.scale_key if moe.architecture.can_fold else None
     return key if moe.config.has_scale and options.gate_scale is None else None
 
@@ -132,11 +132,11 @@ def _fold_key(moe: Moe, options: Options) -> str | None:
 def _second_files(
     source: Source, moe: Moe, experts: Experts, others: Collection[str]
 ) -> tuple[dict[str, bytes], list[str]]:
-    """Other files that hold the count, with their new content; and warnings about them."""
+    """Other files with the number of experts and their new content, and warnings about them."""
     edits: dict[str, bytes] = {}
     warnings: list[str] = []
     before, after = common_count(experts.before), experts.after
-    if not isinstance(after, int):  # every layer keeps its own
+    if not isinstance(after, int):  # every layer keeps its own number
         return edits, warnings
     sizes = {name: file.size for name, file in source.files().items() if name not in others}
     for name in candidate_files(sizes):
@@ -148,7 +148,7 @@ def _second_files(
 
 
 def _of_arch(config: Config, moe: Moe, experts: Experts, options: Options) -> Iterator[str]:
-    """The warning if --arch contradicts a known type of the config."""
+    """A warning if --arch contradicts a known type of the config."""
     own = configured_router(config, moe) if options.arch is not None else None
     if own is None or moe.config.normalisation is None:
         return
@@ -159,6 +159,6 @@ def _of_arch(config: Config, moe: Moe, experts: Experts, options: Options) -> It
     )
     yield (
         f"--arch {options.arch} contradicts {CONFIG}, whose model_type is {own[0]!r}: the router of"
-        f" {options.arch!r} makes the factor {asked:.4f}, that of {own[0]!r} {known:.4f}; the names"
-        " of the tensors need no --arch"
+        f" {options.arch!r} gives the factor {asked:.4f}, that of {own[0]!r} {known:.4f}; tensor"
+        " names are found without --arch"
     )
