@@ -113,7 +113,7 @@ def compare(
         if edited
     }
     if scaled_routers and taken == "fitted":
-        norms[taken] = (1.0,) * len(layers)  # its factors are fitted to keep the norm
+        norms[taken] = (1.0,) * len(layers)  # its factors keep the trained norm
     elif scaled_routers:
         norms.pop(taken, None)
     return Comparison(layers, taken, found, norms, basis, edit)

@@ -1,4 +1,4 @@
-"""Files beside the shards: unscaled twins are left out, unlisted shards are scaled, others copied.
+"""Files beside the shards: twins are left out, unlisted shards scaled, all others copied.
 
 A twin holds tensors that the plan scales, under the same names or those of another layout. A file
 that can be read is judged by its contents, any other file by its name, folder and size.
@@ -72,7 +72,7 @@ LAYOUT = "an unscaled twin: it holds the routed experts under other names"
 INDEX = "an index of files that are left out"
 EVALUATION = "evaluation results of the source model"
 _SMALLEST = 32
-"""A twin has at least this fraction of the scaled tensors' bytes: half a bit for 16."""
+"""A twin has at least the bytes of the scaled tensors divided by this: half a bit for 16."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,7 @@ def options_given(options: Options) -> dict[str, Any]:
 
 
 def same_job(one: Any, other: Mapping[str, Any]) -> bool:
-    """Whether two provenances are of the same job; digests are not compared."""
+    """Whether two provenances are of the same job, without digests, which one of them may lack."""
     return bool(_without_digests(one) == _without_digests(other))
 
 
@@ -88,7 +88,7 @@ def _without_digests(content: Any) -> Any:
 def decided(plan: Plan) -> str:
     """SHA-256 of everything that decides the output's bytes, however the options were spelled.
 
-    Card and provenance are excluded: they also hold the options as given.
+    The contents of card and provenance are excluded: they hold the options as given.
     """
     digest = hashlib.sha256(plan.config or b"")
     if plan.keys:
@@ -103,7 +103,7 @@ def decided(plan: Plan) -> str:
 
 
 def _as_applied(edit: TensorEdit) -> dict[str, Any]:
-    """An edit with its factor as applied: in float32 for dtypes up to F32; see `scaling`."""
+    """An edit with its factor as applied: in float32 for BF16, F16 and F32; see `scaling`."""
     in_f32 = edit.operation == "multiply" and edit.tensor.dtype in _IN_F32
     factor = struct.unpack("<f", struct.pack("<f", edit.factor))[0] if in_f32 else edit.factor
     return {**edit.as_json(), "factor": factor}
