@@ -269,7 +269,7 @@ def test_wrong_use_is_exit_code_2(
     moescale: Command,
     tmp_path: Path,
 ) -> None:
-    """Options that exclude each other are an error of one or two lines, before any writing."""
+    """Wrong options and texts are an error of one or two lines, before anything is written."""
     short = tmp_path / "short"
     short.write_bytes(b"1234567")
     texts = {"{text}": model.text, "{short}": short}
@@ -301,7 +301,7 @@ def test_who_stops_a_measurement_is_not_told_that_it_goes_on(
     moescale: Command,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """An interrupted measurement saves no factors, so the message does not promise to resume."""
+    """An interrupted measurement saves no factors, so a rerun measures from the beginning."""
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt

@@ -91,7 +91,7 @@ def loss(folder: Path, data: bytes, experts: int | None = None) -> float:
 
 
 def forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the guard choose `fitted`: the losses of an untrained model are chance."""
+    """Make the guard choose `fitted`: which rule wins on an untrained model is chance."""
     monkeypatch.setattr("moescale.factors.fitted.Guard.taken", "fitted")
 
 

@@ -259,7 +259,7 @@ def test_of_two_copies_the_listed_one_counts(home: str) -> None:
 
 
 def test_without_an_index_the_last_copy_counts() -> None:
-    """That is the copy of a loader that reads all shards in the order of their names."""
+    """A loader that reads all shards in the order of their names ends up with that copy."""
     taken, [remark] = checked(None, headers({"s1": ["x"], "s2": ["x"], "s3": ["x", "b"]}))
     assert taken == {"s1": [], "s2": [], "s3": ["x", "b"]}
     assert "'x' is in s3 and in s1 (and 1 more)" in remark

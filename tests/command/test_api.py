@@ -330,7 +330,7 @@ def test_factors_come_as_a_mapping_or_from_an_earlier_output(there: Path) -> Non
 
 
 def test_the_report_is_drawn_by_plan_and_convert(there: Path) -> None:
-    """`report` names the page, which exists before the run is planned."""
+    """`report` names the page, which exists when `planned` is called."""
     moescale.plan(there, "out", experts=3, report="plan.html")
     seen: list[bytes] = []
     moescale.convert(

@@ -1130,7 +1130,7 @@ def test_an_empty_place_is_refused(moescale: Command, source: Path, place: str) 
 def test_nonsense_in_the_config_is_one_line(
     moescale: Command, source: Path, change: dict[str, Any]
 ) -> None:
-    """A number of another type or an infinite one gives neither a traceback nor a hang."""
+    """A value of another type or a huge number gives neither a traceback nor a hang."""
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, **change}))
     done = moescale(source, "-k", 2, "--dry-run")

@@ -401,7 +401,7 @@ def small(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_killed_run_is_resumed_at_any_file(small: Path, tmp_path: Path, when: str) -> None:
-    """A run is killed at each file in turn and then finished: no partial output ever loads."""
+    """Killed at each file in turn and then resumed: the same bytes, and nothing loads before."""
     convert(small, tmp_path / "whole", experts=3)
     whole = checkpoints.tree(tmp_path / "whole")
     for number in range(len(whole)):

@@ -133,7 +133,7 @@ def test_any_call_may_be_hit(ask: Ask, scenario: str, mode: str, step: int, leas
 
 
 def test_nothing_listens_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under a hook, threads that coverage traces fail to start before Python 3.12."""
+    """With an audit hook, threads that coverage traces fail to start before Python 3.12."""
     hooks: list[object] = []
     monkeypatch.setattr(sys, "addaudithook", hooks.append)
     for name in ("faulty_calls", "crash_lab"):

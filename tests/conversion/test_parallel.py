@@ -49,7 +49,7 @@ def call(
 
 @pytest.fixture
 def _raising() -> Iterator[None]:
-    """Let SIGUSR1 do what Ctrl-C does, while the main thread is away."""
+    """Let SIGUSR1 do what Ctrl-C does, blocked in the main thread."""
     before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     yield

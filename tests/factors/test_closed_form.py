@@ -28,7 +28,7 @@ def test_renormalised_weights_give_sqrt_m_over_n(n: int, m: int) -> None:
 @settings(max_examples=200)
 @given(COUNTS, COUNTS)
 def test_other_weights_give_sqrt_n_over_m(n: int, m: int) -> None:
-    """If they do not, more experts make it larger; both closed forms are then equal."""
+    """If they do not, more experts make the output larger; both closed forms are then equal."""
     assert preserve(n, m, PLAIN) == pytest.approx(math.sqrt(n / m), rel=1e-14)
     assert preserve(n, m, PLAIN) == pytest.approx(published(n, m), rel=1e-14)
 

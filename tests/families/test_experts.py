@@ -101,7 +101,7 @@ def test_a_layer_that_is_not_a_number_has_no_experts_of_its_own(layer: str) -> N
 
 
 def test_a_count_for_some_layers_is_noticed_under_any_key() -> None:
-    """Such a count cannot be set, whatever key says which layers are meant."""
+    """A count for some layers cannot be set, whatever key says which layers are meant."""
     overrides = {"num_local_experts": 4, "per_layer_config": {"all": {"num_experts_per_tok": 1}}}
     assert read_moe_config(overrides, architectures.find("mixtral")).has_layer_counts
 

@@ -248,7 +248,7 @@ def test_an_adapter_elsewhere_is_a_warning(tmp_path: Path) -> None:
 def test_what_is_wrong_with_a_weight_is_said_as_it_is(
     change: Callable[[str], str | None], said: str, advice: str, tmp_path: Path
 ) -> None:
-    """The weights are not quantised, so the error does not suggest to quantise them again."""
+    """The weights are not quantised, so the hint does not suggest another quantisation."""
     tensors = checkpoints.mixtral_tensors()
     for name in checkpoints.routed(tensors):
         tensors[name.replace("weight", "bias")] = values("BF16", (HIDDEN,))
