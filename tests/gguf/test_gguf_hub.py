@@ -43,7 +43,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
     ],
 )
 def test_a_model_of_a_repo_is_named(text: str, place: HubRef) -> None:
-    """A part of the model's name or a path selects it; its text form parses to the same."""
+    """A part of its name or a path selects a model; references survive printing and parsing."""
     assert parse_ref(text) == place
     assert parse_ref(str(place)) == place
 

@@ -33,7 +33,7 @@ DATA = r"^cdn /\w{64}"
 
 
 def complete(lab: Lab) -> None:
-    """Run the command without faults; the output must be right, in one commit, and the only one."""
+    """Run the command without faults, and check the destination."""
     lab.hub.log.clear()
     lab.done(SRC, PLACE, "-k", "3", "-q")
     check(lab)

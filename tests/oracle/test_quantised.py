@@ -93,7 +93,7 @@ def test_weights_are_multiplied_and_codes_stay(case: Case, tmp_path: Path) -> No
 @pytest.mark.parametrize("factor", [2.0, 0.25])
 @powers_of_two
 def test_power_of_two_scales_take_a_power_of_two(case: Case, factor: float, tmp_path: Path) -> None:
-    """Exponents are shifted, zero blocks stay, and weights are multiplied without an error."""
+    """Exponents are shifted, zero blocks stay, and weights are multiplied without any rounding."""
     before, after = convert(case, tmp_path, factor)
     check_bytes(case, before, after, factor)
     for module in q.modules(case):
@@ -146,7 +146,7 @@ def test_safetensors_loads_the_output(case: Case, tmp_path: Path) -> None:
 
 @every_format
 def test_rounding_is_said_once(case: Case, tmp_path: Path) -> None:
-    """A scale that stays in 16 bits is rounded, and one warning per format gives the error."""
+    """A scale that stays in 16 bits is rounded; one warning per format gives the error."""
     q.write(case, tmp_path / "in")
     said = [w for w in api.plan(tmp_path / "in", factor=FACTOR).warnings if "rounded" in w]
     assert [case.note in w for w in said] == ([True] if case.note else [])

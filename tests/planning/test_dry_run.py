@@ -79,7 +79,7 @@ def test_an_earlier_output_is_looked_at(change: str, source: Path, tmp_path: Pat
 def test_a_place_that_cannot_be_written_to_is_a_warning(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file in the way, a missing permission and a read-only mount appear before the run."""
+    """A file in the way, a missing permission and a read-only mount are reported before the run."""
     (tmp_path / "file").write_text("x")
     (warning,) = api.plan(source, tmp_path / "file" / "out", experts=3).warnings
     assert "cannot be written to" in warning and "is not a directory" in warning
@@ -125,7 +125,7 @@ def test_a_disk_that_is_too_small_is_said_first(
 def test_another_disk_that_is_too_small_is_refused(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On another device the run ends at once; a subvolume with the same free space is allowed."""
+    """Another device is refused if too small, unless it is as free as the source (a subvolume)."""
     real, usage, free = Path.stat, shutil.disk_usage(tmp_path), {"source": 200}
 
     def stat(path: Path, **more: Any) -> os.stat_result:

@@ -247,7 +247,7 @@ def test_it_goes_with_the_inverse_fold(tmp_path: Path) -> None:
 
 
 def test_every_layer_needs_its_router(tmp_path: Path) -> None:
-    """A model of which one router would stay unscaled is refused."""
+    """A model is refused if one of its routers would stay unscaled."""
     gated_mixtral(tmp_path, {GATE.format(1): None})
     with pytest.raises(CheckpointError, match=r"layers\.1: has routed experts, but no"):
         api.plan(tmp_path, gate_scale=SCALE)

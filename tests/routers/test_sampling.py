@@ -34,7 +34,7 @@ MODELS = {
 @torch.no_grad()
 @pytest.mark.parametrize("entry", MODELS)
 def test_the_factor_is_that_of_the_models_router(entry: str, tmp_path: Path) -> None:
-    """Transformers' router gives the same for inputs drawn by torch, within sampling error.
+    """Transformers' router gives the same factors for inputs drawn by torch, within sampling error.
 
     The plan states that error.
     """
