@@ -119,7 +119,7 @@ def test_a_rule_that_does_not_help_is_a_warning(plan: Plan, tmp_path: Path) -> N
         " trained one (x 0.667) than the config edit alone (x 0.816)"
     )
     assert make_plan(source, Options(experts=2, rule="published")).warnings == (
-        "nothing to do: the number of experts per token stays, and every factor is 1",
+        "nothing to do: experts per token do not change, and every factor is 1",
     )
     qwen2 = LocalSource(checkpoints.qwen2(tmp_path / "qwen2"))
     for one in (plan, make_plan(qwen2, Options(experts=3, rule="published"))):

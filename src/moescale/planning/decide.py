@@ -137,7 +137,7 @@ def make_plan(
         plan = replace(plan, warnings=(*plan.warnings, harm))
     plan = checkpoint.sealed(plan)
     if plan.changes_nothing:
-        already = "nothing to do: the number of experts per token stays, and every factor is 1"
+        already = "nothing to do: experts per token do not change, and every factor is 1"
         plan = replace(plan, warnings=(*plan.warnings, already))
     return plan
 
@@ -206,7 +206,7 @@ def _sampled_gates(
     """Samples for the rule ``gates``; empty for other rules."""
     if choice.routers is None:
         return {}
-    from moescale.planning.sampling import sample_gates  # here: other rules need no numpy
+    from moescale.planning.sampling import sample_gates  # here, since other rules need no numpy
 
     counts = {layer: (n, m) for layer in moe.layers for n, _, m in (experts.at(layer),)}
     sharpness, rho = options.gate_scale or 1.0, options.rho or 0.0

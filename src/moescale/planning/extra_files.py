@@ -333,7 +333,7 @@ def _undecided(name: str, layers: Collection[Layer]) -> CheckpointError:
     return CheckpointError(
         f"{name}: holds routed experts (layer {min(layers)}), but is not among the shards of"
         " the model",
-        hint="List it in the index, so that it is scaled, too, or move it out of the folder.",
+        hint="List it in the index to have it scaled, or move it out of the folder.",
     )
 
 

@@ -12,8 +12,8 @@ Each form was looked up in the engine's code:
   section was replaced as a whole).
 - transformers: keywords of ``from_pretrained`` that are keys of the config; a mapping updates a
   section.
-- llama.cpp: ``--override-kv KEY=TYPE:VALUE,...`` (common/arg.cpp; until 2025 the option was
-  repeated to set several keys, which is deprecated since).
+- llama.cpp: ``--override-kv KEY=TYPE:VALUE,...`` (common/arg.cpp; versions before 2025 need the
+  option once for each key, which is deprecated now).
 """
 
 from __future__ import annotations

@@ -29,7 +29,10 @@ def alternative(moe: Moe, factors: Mapping[Layer, float]) -> str | None:
     if row.can_fold and moe.config.has_scale:
         return f"--fold config multiplies {row.scale_key} by any factor, exactly."
     if row.model_type in WRITERS:
-        return "--fold residual takes any factor: it divides all else that writes to the stream."
+        return (
+            "--fold residual takes any factor: it divides everything else that writes to the"
+            " residual stream."
+        )
     return None
 
 

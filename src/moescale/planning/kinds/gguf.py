@@ -120,11 +120,13 @@ class GgufCheckpoint:
         if self._row.scale_key:
             ways.append("--fold config multiplies by any factor, in one key.")
         if self._row.name in _WRITERS:
-            ways.append("--fold residual divides everything else that writes to the stream.")
+            ways.append(
+                "--fold residual divides everything else that writes to the residual stream."
+            )
         return " ".join(ways) or "--factor takes a power of two, such as 2 or 0.5, if one fits."
 
     def _residual(self, factors: Mapping[Layer, float]) -> list[TensorEdit]:
-        """The tensors to divide: all that write to the stream, except the routed experts.
+        """The tensors to divide: all that write to the residual stream, except routed experts.
 
         Raises:
             UnsupportedError: they are unknown, or one cannot be divided.
@@ -348,11 +350,11 @@ Source: ``src/models/openai-moe.cpp`` of llama.cpp.
 
 def _check_options(options: Options) -> None:
     if options.part is not None:
-        raise UnsupportedError("--part: a GGUF file has one MoE", hint="Leave --part out.")
+        raise UnsupportedError("--part: a GGUF file has only one MoE", hint="Leave --part out.")
     if options.calibrate is not None or options.rule in ("measured", "fitted"):
         raise UnsupportedError(
             f"--rule {options.rule} runs the model in transformers, so it needs safetensors",
-            hint="Run it on the safetensors model, then give that moescale.json with --factors.",
+            hint="Run it on the safetensors model, then pass the new moescale.json with --factors.",
         )
 
 
