@@ -34,7 +34,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 @pytest.fixture(scope="module")
 def hub_plan(plan: Plan) -> Plan:
     """A plan for the same model in a Hub repo."""
-    return replace(plan, source=SourceId("hub", "org/tiny", "c" * 40, "org/tiny"))
+    return replace(plan, source=SourceId("org/tiny", None, "c" * 40, "org/tiny"))
 
 
 def split(card: bytes) -> tuple[str, str]:

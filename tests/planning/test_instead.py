@@ -21,7 +21,7 @@ from moescale.planning.instead import Instead, by_engine, instead
 from moescale.report.terminal import plan_text, run_commands_text
 from moescale.storage.base import SourceId
 
-HERE = SourceId("local", "some/model")
+HERE = SourceId("some/model", Path("some/model"))
 
 
 def tiny_config(tiny: Tiny) -> Config:
@@ -160,9 +160,9 @@ def test_a_folder_of_a_repo_is_for_nobody() -> None:
     row = architectures.find("mixtral")
     found = instead(config, row, find_count_keys(config, row.sections, row.count_keys), 3, [1.0])
     assert found is not None
-    folder = SourceId("hub", "org/name/sub", "c" * 40, "org/name")
+    folder = SourceId("org/name/sub", None, "c" * 40, "org/name")
     assert by_engine(found, folder).keys() == {"llama.cpp"}
-    assert "vllm serve org/name " in by_engine(found, SourceId("hub", "org/name", "c" * 40))["vllm"]
+    assert "vllm serve org/name " in by_engine(found, SourceId("org/name", None, "c" * 40))["vllm"]
 
 
 def test_keys_of_a_gguf_file(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def plans(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pla
         "unknown router": replace(plan, router=None, alternatives={}, options=own, rule=own.method),
         "hostile": replace(
             plan,
-            source=SourceId("local", HOSTILE, None, None, HOSTILE),
+            source=SourceId(HOSTILE, Path(HOSTILE), None, None, HOSTILE),
             location=LocalPath(HOSTILE),
             files=(replace(plan.files[0], name=HOSTILE), *plan.files[1:]),
             warnings=(HOSTILE,),

@@ -153,7 +153,7 @@ class MemorySource:
         self.received, self.remote, self.parallel_reads = 0, False, 1
         self.remarks: list[str] = []
         self.gguf_set = None
-        self.identity = SourceId("local", "source", folder="source")
+        self.identity = SourceId("source", Path("source"), folder="source")
         self.gguf_set = GgufSet("m", "m", None) if "m.gguf" in files else None
 
     def files(self) -> Mapping[str, FileInfo]:

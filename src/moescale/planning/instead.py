@@ -143,14 +143,14 @@ def loader_of(config: Mapping[str, Any]) -> str:
 def by_engine(instead: Instead, source: SourceId) -> dict[str, str]:
     """For each engine, the command that runs the unchanged source with the new values."""
     if instead.loader is None:
-        file = source.id if source.kind == "local" and source.id.endswith(".gguf") else "MODEL.gguf"
+        here = source.path is not None and is_gguf(source.id)
+        file = source.id if here else "MODEL.gguf"
         keys = [(value.path, value.after) for value in (*instead.counts, *instead.scales)]
         return {"llama.cpp": _llama_server(file, keys)}
     lines = {}
-    place = source.repo if source.kind == "hub" and source.repo else source.id
-    if source.kind == "local" or place == source.id:  # engines do not load a folder of a repo
-        values = json.dumps(instead.values)
-        path = shlex.quote(place)
+    model = source.model_id
+    if model is not None:
+        path, values = shlex.quote(model), json.dumps(instead.values)
         lines["vllm"] = f"vllm serve {path} --hf-overrides {shlex.quote(values)}"
         if instead.depth <= 2:
             lines["sglang"] = (
@@ -158,7 +158,7 @@ def by_engine(instead: Instead, source: SourceId) -> dict[str, str]:
                 f" --json-model-override-args {shlex.quote(values)}"
             )
             given = ", ".join(f"{key}={value!r}" for key, value in instead.values.items())
-            lines["transformers"] = f"{instead.loader}.from_pretrained({place!r}, {given})"
+            lines["transformers"] = f"{instead.loader}.from_pretrained({model!r}, {given})"
     name = llama_cpp_name(instead.model_type, bool(instead.scales))
     if name is not None and not any(isinstance(value.after, list) for value in instead.counts):
         keys = [(f"{name}.{key}", value) for key, value in _keys(instead)]

@@ -122,10 +122,7 @@ def _files_text(record: Record) -> str:
 
 def fact_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     """Names and values that describe the plan."""
-    where = (
-        "local directory" if plan.source.kind == "local" else f"Hub, commit {plan.source.revision}"
-    )
-    yield "source", f"{plan.source.id} ({where})"
+    yield "source", f"{plan.source.id} ({plan.source.where})"
     to = plan.location
     yield "destination", "none given" if to is None else f"{to.text} ({to.kind})"
     part = f", part {plan.part}" if plan.part else ""

@@ -26,23 +26,39 @@ class SourceId:
     """Where a checkpoint comes from.
 
     Attributes:
-        kind: a directory of this machine, or the Hub.
         id: the path as the user gave it, or the repo with its folder.
+        path: the path; None for a repo on the Hub.
         revision: the commit; None for a directory outside the Hub's cache.
         repo: the Hub repo, if known.
         folder: the name of a directory, without its parents.
     """
 
-    kind: Literal["local", "hub"]
     id: str
+    path: Path | None = None
     revision: str | None = None
     repo: str | None = None
     folder: str | None = None
 
     @property
+    def kind(self) -> Literal["local", "hub"]:
+        """The kind of source, as plans and records state it."""
+        return "hub" if self.path is None else "local"
+
+    @property
+    def where(self) -> str:
+        """The kind of source, in words, with the commit of a repo."""
+        return f"Hub, commit {self.revision}" if self.path is None else "local directory"
+
+    @property
+    def model_id(self) -> str | None:
+        """The argument for ``from_pretrained`` and engines; they cannot load a folder of a repo."""
+        whole = self.path is not None or self.repo in (None, self.id)
+        return self.id if whole else None
+
+    @property
     def name(self) -> str:
         """The name, without any path of this machine."""
-        name = self.id if self.kind == "hub" else self.repo or self.folder or self.id
+        name = self.id if self.path is None else self.repo or self.folder or self.id
         return name.encode(errors="backslashreplace").decode()
 
 

@@ -88,8 +88,8 @@ def _gguf_source(path: Path, follow_links: bool) -> LocalSource:
         path.parent, follow_links=follow_links, gguf_set=GgufSet(part.stem, part.stem, part.count)
     )
     first = parts_of(path.name, folder.files())[0]
-    known = folder.identity
-    folder.identity = SourceId("local", str(path.parent / first), known.revision, known.repo, first)
+    file, known = path.parent / first, folder.identity
+    folder.identity = SourceId(str(file), file, known.revision, known.repo, first)
     return folder
 
 

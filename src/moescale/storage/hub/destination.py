@@ -113,7 +113,7 @@ class HubDestination:
     def is_same_as(self, source: SourceId) -> bool:
         """Whether the source is the head of this branch."""
         return (
-            source.kind == "hub"
+            source.path is None
             and (source.repo or "").lower() == self.ref.repo.lower()
             and source.revision == self._repo.head(self.branch)
         )
@@ -284,7 +284,7 @@ class HubDestination:
 
         The Hub keeps the path of a copied file, so files from a folder of a repo cannot be copied.
         """
-        if source.kind != "hub" or source.id != source.repo:
+        if source.path is not None or source.id != source.repo:
             return {}
         large = {f.name: FileRecord(f.size, f.sha256) for f in files if f.sha256 is not None}
         large = {name: record for name, record in large.items() if name not in self._finished}

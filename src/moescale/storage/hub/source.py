@@ -71,7 +71,7 @@ class HubSource:
         self._repo, self._folder = ref.repo, f"{folder}/" if folder else ""
         named = HubRef(ref.repo, folder=folder)
         self._name = str(named)
-        self.identity = SourceId("hub", named.model_id, self._commit, ref.repo)
+        self.identity = SourceId(named.model_id, None, self._commit, ref.repo)
         self.received = 0
         self.remarks: list[str] = []
         self.gguf_set: GgufSet | None = None
@@ -189,7 +189,7 @@ class HubSource:
         part, model = part_name(names[0]), self.subset(names)
         model.gguf_set = GgufSet(part.stem, part.stem.rpartition("/")[2], part.count)
         name = f"{self._repo}/{self._folder}{names[0]}"
-        model.identity = SourceId("hub", name, self._commit, self._repo)
+        model.identity = SourceId(name, None, self._commit, self._repo)
         return model
 
     @property
@@ -245,32 +245,33 @@ class HubSource:
 
     def _fetch(self, name: str, start: int, stop: int) -> bytes:
         buffer = bytearray(stop - start)
-        with self._reader(name) as reader:
-            if isinstance(reader, HubReader):
-                reader.read_into(memoryview(buffer), start, stop)
-                if stop - start == self.files()[name].size:
-                    reader.check_digest()
-            else:
-                reader.read_into(memoryview(buffer), start)
+        cached = self._cached(name)
+        if cached is not None:
+            with open(cached, "rb") as file:
+                FileReader(file.fileno(), name).read_into(memoryview(buffer), start)
+            return bytes(buffer)
+        with self._hub_reader(name) as reader:
+            reader.read_into(memoryview(buffer), start, stop)
+            if stop - start == self.files()[name].size:
+                reader.check_digest()
         return bytes(buffer)
 
     @contextmanager
     def open(self, name: str) -> Iterator[Reader]:
         """Open a file as a stream; at the end, compare its bytes with the Hub's digest."""
-        with self._reader(name) as reader:
-            yield reader
-            if isinstance(reader, HubReader):
-                reader.check_digest()
-
-    @contextmanager
-    def _reader(self, name: str) -> Iterator[Reader]:
-        from huggingface_hub import hf_hub_url
-
         cached = self._cached(name)
         if cached is not None:
             with open(cached, "rb") as file:
                 yield FileReader(file.fileno(), name)
             return
+        with self._hub_reader(name) as reader:
+            yield reader
+            reader.check_digest()
+
+    @contextmanager
+    def _hub_reader(self, name: str) -> Iterator[HubReader]:
+        from huggingface_hub import hf_hub_url
+
         if self._offline:
             raise self._not_cached(name)
         url = hf_hub_url(

@@ -76,9 +76,9 @@ class LocalDestination:
 
     def is_same_as(self, source: SourceId) -> bool:
         """Whether the source is this directory, or a file of the output."""
-        if source.kind != "local":
+        path = source.path
+        if path is None:
             return False
-        path = Path(source.id)
         if self.gguf_set is None:
             return path.resolve() == self.root.resolve()
         same = path.parent.resolve() == self.root.resolve()
@@ -123,9 +123,9 @@ class LocalDestination:
 
     def may_share_blocks(self, source: SourceId) -> bool:
         """Whether the source may be on this disk; its subvolumes show the same free space."""
-        if source.kind == "hub":
+        here, there = self._nearest_existing(), source.path
+        if there is None:
             return False
-        here, there = self._nearest_existing(), Path(source.id)
         if here.stat().st_dev == there.stat().st_dev:
             return True
         return shutil.disk_usage(here).free == shutil.disk_usage(there).free

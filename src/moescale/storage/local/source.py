@@ -76,7 +76,7 @@ class LocalSource:
         self._states: dict[str, list[int]] = {}
         self._entry_times: dict[str, int] = {}
         repo, revision = _hub_cache_snapshot(self.root)
-        self.identity = identity or SourceId("local", str(root), revision, repo, self.root.name)
+        self.identity = identity or SourceId(str(root), root, revision, repo, self.root.name)
 
     def files(self) -> Mapping[str, FileInfo]:
         """All regular files, by name relative to the root.
