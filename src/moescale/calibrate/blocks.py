@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from moescale.factors.samples import Sample
 from moescale.families import architectures
 from moescale.families.architectures import ROWS, Architecture
 from moescale.families.projections import Layer, find_projections
+from moescale.planning.experts import LayerExperts
 
 COUNT_NAMES = frozenset({"top_k", "topk", "k", *(key for row in ROWS for key in row.count_keys)})
 """Names of the number of experts per token in modules and configs."""
@@ -68,16 +68,6 @@ def _routed_module(parameter: str) -> str | None:
     return ".".join(words[: words.index(_EXPERTS) + 1]) if _EXPERTS in words else None
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertCounts:
-    """Experts of one layer: per token as trained, as loaded and new, and in total."""
-
-    trained: int
-    loaded: int
-    after: int
-    total: int
-
-
 class BlockProbe:
     """A block that runs twice for each run of the model, and collects its experts' statistics."""
 
@@ -85,11 +75,12 @@ class BlockProbe:
         self,
         model: nn.Module,
         path: str,
-        numbers: ExpertCounts,
+        numbers: LayerExperts,
+        total: int,
         every: int,
         biases: frozenset[str] | None = None,
     ) -> None:
-        """`path` is the path of the experts; `every` as in `RunningStatistics`.
+        """`path` is the path of the `total` experts; `every` as in `RunningStatistics`.
 
         `biases` are names of biases of the router's logits; None if the logits must not be
         multiplied.
@@ -97,7 +88,7 @@ class BlockProbe:
         self.path, self._numbers = path, numbers
         self._experts = model.get_submodule(path)
         self._block = model.get_submodule(path.rpartition(".")[0])
-        self._attributes = _count_attributes(self._block, numbers)
+        self._attributes = _count_attributes(self._block, numbers.before, total)
         self._before = RunningStatistics(numbers.trained, every)
         self._after = RunningStatistics(numbers.after, every)
         self._cosines = Cosines()
@@ -110,7 +101,7 @@ class BlockProbe:
         router = getattr(self._block, "router", None)
         if isinstance(router, nn.Module):
             self._handles.append(router.register_forward_hook(self._note_scores))
-        self.router = _router_scale(self._block, self._experts, numbers, biases)
+        self.router = _router_scale(self._block, self._experts, total, biases)
         self._fitting: Fitting | None = None
         self._forward = self._block.forward
         self._block.forward = self._run_twice
@@ -263,21 +254,25 @@ def scored_blocks(
     model: nn.Module,
     paths: Iterable[str],
     layer: Layer,
-    numbers: ExpertCounts,
+    count: int,
+    total: int,
     biases: frozenset[str] | None,
 ) -> Iterator[Block]:
-    """The blocks of a layer, for `moescale.calibrate.scoring`; the arguments are `BlockProbe`'s."""
+    """The blocks of a layer, for `moescale.calibrate.scoring`.
+
+    The model was loaded with `count` of `total` experts per token; the rest is as in `BlockProbe`.
+    """
     for path in paths:
         block, experts = model.get_submodule(path.rpartition(".")[0]), model.get_submodule(path)
-        router = _router_scale(block, experts, numbers, biases)
-        yield Block(layer, experts, router, _count_attributes(block, numbers))
+        router = _router_scale(block, experts, total, biases)
+        yield Block(layer, experts, router, _count_attributes(block, count, total))
 
 
 def _router_scale(
-    block: nn.Module, experts: nn.Module, numbers: ExpertCounts, biases: frozenset[str] | None
+    block: nn.Module, experts: nn.Module, total: int, biases: frozenset[str] | None
 ) -> RouterScale | None:
     """The multiplier of the router's logits; None if they cannot be multiplied."""
-    found = None if biases is None else find_router(block, experts, numbers.total, biases)
+    found = None if biases is None else find_router(block, experts, total, biases)
     return RouterScale(*found) if found else None
 
 
@@ -300,7 +295,7 @@ def _gain(block: Tensor, routed: Tensor) -> float:
     return gain if difference < _PROPORTIONAL and abs(gain - 1) > _SAME else 1.0
 
 
-def _count_attributes(block: nn.Module, numbers: ExpertCounts) -> list[tuple[Any, str]]:
+def _count_attributes(block: nn.Module, count: int, total: int) -> list[tuple[Any, str]]:
     """The attributes of the block's modules and their configs that set the experts per token.
 
     Attributes are found by name and value. ``num_experts`` is a count unless it equals the number
@@ -311,13 +306,13 @@ def _count_attributes(block: nn.Module, numbers: ExpertCounts) -> list[tuple[Any
         holders[id(module)] = module
         config = getattr(module, "config", None)
         holders[id(config)] = config
-    names = COUNT_NAMES if numbers.loaded == numbers.total else COUNT_NAMES | {"num_experts"}
+    names = COUNT_NAMES if count == total else COUNT_NAMES | {"num_experts"}
     return [
         (holder, name)
         for holder in holders.values()
         if holder is not None
         for name, value in vars(holder).items()
-        if name in names and type(value) is int and value == numbers.loaded
+        if name in names and type(value) is int and value == count
     ]
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from moescale.calibrate import runner
 from moescale.calibrate.blocks import (
     BlockProbe,
-    ExpertCounts,
     find_blocks,
     find_modules,
     scored_blocks,
@@ -111,8 +110,8 @@ def measure(
     every = max(1, len(text.tokens) // WEIGHTS_KEPT)
     probes: dict[Layer, list[BlockProbe]] = {}
     for layer, paths in model.paths.items():
-        numbers = _numbers(moe, experts, layer)
-        probes[layer] = [BlockProbe(model.model, p, numbers, every, biases) for p in paths]
+        numbers, total = experts.at(layer), moe.experts_by_layer[layer]
+        probes[layer] = [BlockProbe(model.model, p, numbers, total, every, biases) for p in paths]
     blocks = [b for blocks in probes.values() for b in blocks]
     if fitted:
         for block in blocks:
@@ -149,9 +148,16 @@ def evaluate(
         progress: called with tokens done and total tokens.
     """
     blocks = [
-        b
+        block
         for layer, paths in model.paths.items()
-        for b in scored_blocks(model.model, paths, layer, _numbers(moe, experts, layer), biases)
+        for block in scored_blocks(
+            model.model,
+            paths,
+            layer,
+            experts.at(layer).before,
+            moe.experts_by_layer[layer],
+            biases,
+        )
     ]
     try:
         ids = batches_of(text, model.config, progress, context)
@@ -221,10 +227,6 @@ def _measured_layers(wanted: Sequence[Layer], found: Collection[Layer]) -> list[
                 hint=runner.INSTEAD,
             )
     return measured
-
-
-def _numbers(moe: Moe, experts: Experts, layer: Layer) -> ExpertCounts:
-    return ExpertCounts(*experts.at(layer), moe.experts_by_layer[layer])
 
 
 def _run(

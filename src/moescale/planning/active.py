@@ -65,9 +65,9 @@ def active(
         if (layer := _layer_of(tensor, homes, experts_by_layer)) is not None:
             routed[layer] += amount
     rest = total - sum(routed.values())
-    shares = {layer: (*experts.at(layer), experts_by_layer[layer]) for layer in routed}
-    before = sum(routed[layer] * old / all_ for layer, (_, old, _, all_) in shares.items())
-    after = sum(routed[layer] * new / all_ for layer, (_, _, new, all_) in shares.items())
+    shares = [(size, experts.at(at), experts_by_layer[at]) for at, size in routed.items()]
+    before = sum(size * of_layer.before / count for size, of_layer, count in shares)
+    after = sum(size * of_layer.after / count for size, of_layer, count in shares)
     unit = "parameters" if plain else "bytes"
     return Active(round(rest + before), round(rest + after), total, unit)
 

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from moescale.families.projections import Layer
+
+
+class LayerExperts(NamedTuple):
+    """The numbers of experts per token of one layer, as in `Experts`."""
+
+    trained: int
+    before: int
+    after: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +32,9 @@ class Experts:
     after: int | tuple[int, ...]
     total: int
 
-    def at(self, layer: Layer) -> tuple[int, int, int]:
-        """The numbers of one layer: trained, before and after."""
-        return _at(self.trained, layer), _at(self.before, layer), _at(self.after, layer)
+    def at(self, layer: Layer) -> LayerExperts:
+        """The numbers of experts per token of one layer."""
+        return LayerExperts(*(_at(n, layer) for n in (self.trained, self.before, self.after)))
 
 
 def _at(count: int | tuple[int, ...], layer: Layer) -> int:
