@@ -144,7 +144,7 @@ def kind(row: formats.Format) -> str:
 
 
 PACKAGES = (
-    *("", "report", "conversion", "calibrate", "planning", "planning/kinds", "families"),
+    *("", "report", "conversion", "calibrate", "planning", "planning/formats", "families"),
     *("routers", "factors", "storage", "storage/local", "storage/hub", "checkpoint"),
     *("checkpoint/safetensors", "checkpoint/gguf"),
 )

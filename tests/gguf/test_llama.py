@@ -18,7 +18,7 @@ from moescale.checkpoint.gguf.header import GgufHeader, parse_header
 from moescale.errors import CheckpointError, UnsupportedError
 from moescale.families.llama_cpp import BY_NAME
 from moescale.options import Options
-from moescale.planning.kinds.gguf import GgufCheckpoint
+from moescale.planning.formats.gguf import GgufCheckpoint
 from moescale.planning.sampling import find_gates, read_gates
 from moescale.routers.kinds import RouterKind
 from moescale.routers.weights import gate_weights

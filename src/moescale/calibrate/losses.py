@@ -15,7 +15,7 @@ from moescale.factors.evaluation import Evaluation, Run
 from moescale.families.find import Moe
 from moescale.families.projections import Layer
 from moescale.planning.experts import Experts
-from moescale.planning.kinds import open_checkpoint
+from moescale.planning.formats import open_checkpoint
 from moescale.planning.plan import Plan
 from moescale.planning.tensors import find_scaled_routers
 from moescale.storage.base import Source, no_progress

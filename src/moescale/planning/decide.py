@@ -24,7 +24,7 @@ from moescale.planning.factors import (
     of_another_job,
     of_one_layer,
 )
-from moescale.planning.kinds import open_checkpoint
+from moescale.planning.formats import open_checkpoint
 from moescale.planning.plan import Plan
 from moescale.planning.rule import (
     Adjustable,

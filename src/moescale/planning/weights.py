@@ -50,7 +50,7 @@ def find_weights(source: Source, config: Config, options: Options) -> Weights:
     if beside.unlisted_shards:
         found = replace(found, headers={**found.headers, **beside.unlisted_shards})
         moe = _with_forgotten(config, options, found, beside.unlisted_shards)
-        warnings += _joined(found.shards.index, beside.unlisted_shards)
+        warnings += _unlisted_warnings(found.shards.index, beside.unlisted_shards)
     return Weights(
         found,
         _tensors(found.headers),
@@ -107,8 +107,13 @@ def _with_forgotten(
     return moe
 
 
+<<<<<<< HEAD
 def _joined(index: str | None, names: Iterable[str]) -> list[str]:
     why = f"{index} does not list it" if index else "loaders may read only model.safetensors"
+=======
+def _unlisted_warnings(index: str | None, names: Iterable[str]) -> list[str]:
+    why = f"{index} does not list it" if index else "loaders may take model.safetensors alone"
+>>>>>>> 71e2d83 (planning/formats: the directory says what it holds)
     return [
         f"{name}: its routed experts are scaled with the others, although {why}" for name in names
     ]

@@ -1,11 +1,11 @@
-"""The kinds of checkpoints, behind one interface: `Checkpoint`."""
+"""The formats of checkpoints, behind one interface: `Checkpoint`."""
 
 from __future__ import annotations
 
 from moescale.options import Options
-from moescale.planning.kinds.base import Checkpoint
-from moescale.planning.kinds.gguf import GgufCheckpoint
-from moescale.planning.kinds.safetensors import SafetensorsCheckpoint
+from moescale.planning.formats.base import Checkpoint
+from moescale.planning.formats.gguf import GgufCheckpoint
+from moescale.planning.formats.safetensors import SafetensorsCheckpoint
 from moescale.storage.base import Source
 from moescale.storage.location import Location
 

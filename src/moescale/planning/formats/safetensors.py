@@ -17,8 +17,8 @@ from moescale.options import Options
 from moescale.planning.experts import Experts
 from moescale.planning.factors import one_factor
 from moescale.planning.files import PROVENANCE, left_out_warnings, plan_files
+from moescale.planning.formats.base import Output
 from moescale.planning.instead import Instead, instead
-from moescale.planning.kinds.base import Output
 from moescale.planning.plan import Plan
 from moescale.planning.shards import output_index
 from moescale.planning.tensors import alternative, new_headers, scaled_weights
@@ -28,7 +28,7 @@ from moescale.storage.base import Source
 
 
 class SafetensorsCheckpoint:
-    """See `moescale.planning.kinds.base.Checkpoint`."""
+    """See `moescale.planning.formats.base.Checkpoint`."""
 
     def __init__(self, source: Source, options: Options) -> None:
         """Read config, index and shard headers.

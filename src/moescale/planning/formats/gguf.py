@@ -28,8 +28,8 @@ from moescale.planning import provenance
 from moescale.planning.experts import Experts
 from moescale.planning.factors import one_factor
 from moescale.planning.files import CARD, Action, PlannedFile
+from moescale.planning.formats.base import Output
 from moescale.planning.instead import Instead, NewValue
-from moescale.planning.kinds.base import Output
 from moescale.planning.plan import NewHeader, Plan
 from moescale.storage.base import FileRecord, Source
 from moescale.version import __version__
@@ -43,7 +43,7 @@ SCALE: Final = "ffn_down_exps.scale"
 
 
 class GgufCheckpoint:
-    """See `moescale.planning.kinds.base.Checkpoint`."""
+    """See `moescale.planning.formats.base.Checkpoint`."""
 
     def __init__(self, source: Source, options: Options, published: bool) -> None:
         """Read the headers; if `published`, the output gets a card.
