@@ -107,13 +107,8 @@ def _with_forgotten(
     return moe
 
 
-<<<<<<< HEAD
-def _joined(index: str | None, names: Iterable[str]) -> list[str]:
-    why = f"{index} does not list it" if index else "loaders may read only model.safetensors"
-=======
 def _unlisted_warnings(index: str | None, names: Iterable[str]) -> list[str]:
-    why = f"{index} does not list it" if index else "loaders may take model.safetensors alone"
->>>>>>> 71e2d83 (planning/formats: the directory says what it holds)
+    why = f"{index} does not list it" if index else "loaders may read only model.safetensors"
     return [
         f"{name}: its routed experts are scaled with the others, although {why}" for name in names
     ]
