@@ -139,19 +139,29 @@ def test_what_does_not_pass_ends_in_two_lines_and_a_rerun_completes(lab: Lab, po
 
 @pytest.mark.parametrize("point", POINTS)
 def test_a_stall_does_not_hold_a_run_up_for_ever(lab: Lab, point: str) -> None:
-    """A request without an answer ends at its time limit, and is repeated."""
+    """A request without an answer ends at its time limit, and is repeated.
+
+    A busy machine may miss a short limit at any request; then the run has a longer one.
+    """
     match, xet = POINTS[point]
     hub = lab.start(xet=xet)
-    lab.monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
-    lab.monkeypatch.setattr("moescale.storage.hub.upload.STALL_SECONDS", 2.0)
-    fault = hub.fault(match, stall())
-    outcome = lab.run(SRC, PLACE, "-k", "3", "-q")
-    fault.release()
-    if point == "the end of an upload":  # hf_xet itself waits without a limit
-        assert outcome.code == 5
+    endless = point == "the end of an upload"  # hf_xet itself waits without a limit
+    for seconds in (10.0,) if endless else (0.2, 4.0, 60.0):
+        with lab.monkeypatch.context() as limits:
+            limits.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", seconds)
+            limits.setenv("HF_XET_CLIENT_READ_TIMEOUT", f"{5 * seconds:.0f}s")
+            limits.setattr("moescale.storage.hub.upload.STALL_SECONDS", 2.0 if endless else 60.0)
+            fault = hub.fault(match, stall())
+            outcome = lab.run(SRC, PLACE, "-k", "3", "-q")
+        fault.release()
+        assert outcome.code in (0, 5), outcome.err
+        if outcome.code == 0:
+            break
+        hub.log.clear()
+    if endless:
         assert "nothing arrived for 2 s" in outcome.failure
         complete(lab)
-    assert outcome.code in (0, 5)
+    assert endless or outcome.code == 0
     check(lab)
 
 
@@ -190,7 +200,7 @@ def test_what_only_some_runs_ask_for_is_waited_for_too(lab: Lab, request_: str) 
 def test_bytes_that_break_off_are_taken_up_again(lab: Lab, action: Action, to: str) -> None:
     """A truncated or stalled body costs another request, not the whole shard."""
     hub = lab.start()
-    lab.monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1.0)
+    lab.monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 3.0)
     faults = [
         hub.fault(lambda r: r.host == "cdn" and r.headers["range"] != "bytes=0-32767", action, nth)
         for nth in (1, 3)

@@ -30,11 +30,7 @@ STREAM = r"^cdn /\w"
 
 CARD = checkpoints.CARD.replace("   # as upstream", "").encode()
 
-QUICK_XET = {
-    "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms",
-    "HF_XET_CLIENT_READ_TIMEOUT": "1s",
-    "HF_XET_CLIENT_CONNECT_TIMEOUT": "1s",
-}
+QUICK_XET = {"HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms"}
 """Settings that shorten the waits of `hf_xet`."""
 
 KEPT = [*(name for name in checkpoints.EXTRAS if name != "README.md"), "config.json"]
