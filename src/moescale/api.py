@@ -479,11 +479,11 @@ def _evaluate(
 ) -> Evaluation:
     """The losses of plans on a text, or that of a single plan's output."""
     check_installed("--evaluate")
-    from moescale.calibrate.losses import evaluated
+    from moescale.calibrate.losses import evaluate_plans
 
     text, calibrated = given.get("evaluate"), given.get("calibrate")
     assert text is not None
-    return evaluated(
+    return evaluate_plans(
         source,
         plans,
         Path(expand_user(text)),

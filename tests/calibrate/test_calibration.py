@@ -88,7 +88,7 @@ def test_the_provenance_names_the_text_but_not_its_place(model: Model) -> None:
 
 def test_a_long_text_is_cut_and_said_to_be(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan, the card and the provenance say that only the first tokens were used."""
-    monkeypatch.setattr("moescale.calibrate.text.MOST", 2_100)
+    monkeypatch.setattr("moescale.calibrate.text.MAX_TOKENS", 2_100)
     model.text.write_bytes(TEXT * 2)
     plan = api.plan(model.source, **model.options())
     assert plan.calibration["cut"] is True

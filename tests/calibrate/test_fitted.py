@@ -15,7 +15,7 @@ from support import tiny_models
 from support.tiny_models import build
 
 from moescale.calibrate import generated_text, guard, runner
-from moescale.calibrate.measure import LoadedModel, evaluate, measure, opened
+from moescale.calibrate.measure import LoadedModel, evaluate, measure, open_model
 from moescale.calibrate.routers import scaled
 from moescale.calibrate.scoring import Setting, paired
 from moescale.calibrate.text import Text
@@ -116,7 +116,7 @@ def at_work(source: Path, experts: int) -> Iterator[tuple[LoadedModel, Moe, Expe
     with pytest.raises(LookupError):
         make_plan(LocalSource(source), Options(experts=experts, rule="none"), None, sampler)
     ((moe, counts),) = found
-    with opened(source, runner.read_config(source), moe) as model:
+    with open_model(source, runner.read_config(source), moe) as model:
         yield model, moe, counts
 
 
@@ -239,7 +239,7 @@ def test_the_model_is_as_it_was_afterwards(tmp_path: Path) -> None:
         before = runner.forward(model.model, IDS).logits
         found = measure(model, TEXT, moe, counts, fitted=True, biases=frozenset())
         held = Text(TEXT.tokens[: 2 * LENGTH], length=LENGTH)
-        guard.tried(model, held, moe, counts, found, by="loss", biases=frozenset())
+        guard.run_trials(model, held, moe, counts, found, by="loss", biases=frozenset())
         assert torch.equal(before, runner.forward(model.model, IDS).logits)
 
 
@@ -277,12 +277,16 @@ def test_the_guard_takes_what_loses_least(tmp_path: Path) -> None:
     with at_work(tmp_path, 3) as (model, moe, counts):
         found = measure(model, TEXT, moe, counts, fitted=True, biases=frozenset())
         nonsense = {layer: inflated(sample) for layer, sample in found.items()}
-        tried = guard.tried(model, TEXT, moe, counts, nonsense, by="divergence", biases=frozenset())
+        tried = guard.run_trials(
+            model, TEXT, moe, counts, nonsense, by="divergence", biases=frozenset()
+        )
         assert tried.taken == "none"
         assert [trial.rule for trial in tried.trials] == ["none", "measured", "fitted"]
         assert tried.as_json()["taken"] == "none"
         assert tried.trials[0].difference == tried.trials[0].standard_error == 0.0
-        good = guard.tried(model, TEXT, moe, counts, found, by="divergence", biases=frozenset())
+        good = guard.run_trials(
+            model, TEXT, moe, counts, found, by="divergence", biases=frozenset()
+        )
         best = min(good.trials, key=lambda trial: trial.divergence)
         assert good.taken == best.rule
 
@@ -306,11 +310,11 @@ def test_standard_errors_are_of_paired_differences() -> None:
 def test_a_model_writes_the_same_text_twice_and_it_is_read_again(tmp_path: Path) -> None:
     """The seed is fixed; a saved file gives the same tokens."""
     build("mixtral", tmp_path / "m", dtype="float32", config={"vocab_size": 256})
-    own = {"SEQUENCES": 3, "GUARDED": 1, "LENGTH": 16, "AT_ONCE": 2}
+    own = {"SEQUENCES": 3, "GUARDED": 1, "LENGTH": 16, "SEQUENCES_PER_BATCH": 2}
     with pytest.MonkeyPatch.context() as patch, at_work(tmp_path / "m", 3) as (model, _, __):
         for name, value in own.items():
             patch.setattr(generated_text, name, value)
-        patch.setattr("moescale.calibrate.text.FEWEST", 16)
+        patch.setattr("moescale.calibrate.text.MIN_TOKENS", 16)
         first = generated_text.write_text(model.model, None, 256)
         state = torch.random.get_rng_state()
         assert generated_text.write_text(model.model, None, 256) == first

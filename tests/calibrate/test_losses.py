@@ -370,7 +370,7 @@ def test_one_load_serves_all_plans_and_their_losses(
 ) -> None:
     """Loading a large model takes minutes."""
     loads: list[Path] = []
-    real = runner.loaded
+    real = runner.load_model
 
     def counted(folder: Path, *more: Any) -> Any:
         loads.append(folder)

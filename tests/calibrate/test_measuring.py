@@ -15,8 +15,8 @@ from support.tiny_models import TINY, build
 from moescale import api
 from moescale.calibrate import runner
 from moescale.calibrate.devices import Running
-from moescale.calibrate.measure import measure, opened
-from moescale.calibrate.text import FEWEST, MOST, Text, read_text
+from moescale.calibrate.measure import measure, open_model
+from moescale.calibrate.text import MAX_TOKENS, MIN_TOKENS, Text, read_text
 from moescale.errors import SourceError, UnsupportedError, UsageError
 from moescale.factors.samples import Sample
 from moescale.families.architectures import find
@@ -58,7 +58,7 @@ def samples(
     def sampler(moe: Any, experts: Any, _: Any) -> Findings:
         config = runner.read_config(source)
         text = Text(tuple(IDS.flatten().tolist()))
-        with opened(source, config, moe, Running(max_memory)) as model:
+        with open_model(source, config, moe, Running(max_memory)) as model:
             measured = measure(model, text, moe, experts)
         found.update({str(layer): sample for layer, sample in measured.items()})
         return Findings(measured)
@@ -267,7 +267,7 @@ def test_bytes_are_tokens_where_the_vocabulary_is_one_of_bytes(tmp_path: Path) -
     found = read_text(text, empty, 256)
     assert found.unit == "bytes"
     assert found.tokens == tuple(bytes(range(256)) * 256)
-    assert len(found.tokens) == MOST
+    assert len(found.tokens) == MAX_TOKENS
     with pytest.raises(UnsupportedError, match="a vocabulary of 32,000 cannot be raw bytes"):
         read_text(text, empty, 32_000)
 
@@ -275,21 +275,21 @@ def test_bytes_are_tokens_where_the_vocabulary_is_one_of_bytes(tmp_path: Path) -
 def test_a_short_text_is_refused(tmp_path: Path) -> None:
     """The error gives the length and the required length."""
     text = tmp_path / "text"
-    text.write_bytes(b"a" * (FEWEST - 1))
+    text.write_bytes(b"a" * (MIN_TOKENS - 1))
     with pytest.raises(UsageError, match=r"has 2,047 bytes, needs 2,048"):
         read_text(text, tmp_path, 256)
-    text.write_bytes(b"a" * FEWEST)
-    assert len(read_text(text, tmp_path, 256).tokens) == FEWEST
+    text.write_bytes(b"a" * MIN_TOKENS)
+    assert len(read_text(text, tmp_path, 256).tokens) == MIN_TOKENS
 
 
-LINE = json.dumps({"text": "a" * FEWEST, "tokens": 17})
+LINE = json.dumps({"text": "a" * MIN_TOKENS, "tokens": 17})
 
 
 @pytest.mark.parametrize(
     ("bad", "why"),
     [
         ("[" * 100_000, "line 4 is not valid JSON"),
-        ('{"text": "a \\ud800"}', "the text of line 4 has half of a surrogate pair"),
+        ('{"text": "a \\ud800"}', "the text of line 4 has a lone surrogate"),
         ('{"tokens": [1]}', "line 4 has no field text"),
     ],
 )
@@ -308,12 +308,12 @@ def test_a_string_of_json_may_hold_what_else_ends_a_line(end: str, tmp_path: Pat
     lines = [LINE, json.dumps({"text": "b\u2028\x85c"}, ensure_ascii=False)]
     text.write_text(end.join(lines) + end, encoding="utf-8", newline="")
     assert bytes(read_text(text, tmp_path, 256).tokens) == b"%s\n\n%s" % (
-        b"a" * FEWEST,
+        b"a" * MIN_TOKENS,
         "b\u2028\x85c".encode(),
     )
 
 
-@pytest.mark.parametrize("tokens", range(FEWEST, FEWEST + 300, 7))
+@pytest.mark.parametrize("tokens", range(MIN_TOKENS, MIN_TOKENS + 300, 7))
 def test_what_is_held_back_is_two_sequences_at_least(tokens: int) -> None:
     """One sequence has no standard error; an incomplete sequence goes to the held-back text."""
     some, held_back = Text(tuple(range(tokens)), length=256).split(256, 0.25)
@@ -387,7 +387,7 @@ def test_every_token_of_the_text_is_run_once(tokens: int) -> None:
     found = list(runner.batches(text, (7777,), 33))
     rows = [row[1:] for batch in found for row in batch.tolist()]
     assert [token for row in rows for token in row] == list(text)
-    assert all(batch.numel() <= runner.AT_ONCE for batch in found)
+    assert all(batch.numel() <= runner.TOKENS_PER_BATCH for batch in found)
     assert all(row[0] == 7777 for batch in found for row in batch.tolist())
 
 

@@ -193,7 +193,7 @@ def test_logits_far_from_zero_do_not_overflow() -> None:
     logits = np.array([[1e6, -1e6, 0.0, 1.0]])
     for score in ("softmax", "sigmoid", "sqrtsoftplus"):
         for late in (False, True):
-            weights = gate_weights(logits, 3, RouterSpec(score=score, late=late))
+            weights = gate_weights(logits, 3, RouterSpec(score=score, chosen_by_logits=late))
             assert np.isfinite(weights).all()
             assert weights[0, 0] >= weights[0, 1] >= weights[0, 2] >= 0
 

@@ -77,7 +77,7 @@ def transformers_weights(block: tiny_models.MoE, entry: str, hidden: Tensor, rou
     hook.remove()
     weights, index = seen["weights"].double(), seen["index"]
     experts = routers.moe.config.experts
-    if routers.gate.idle:
+    if routers.gate.zero_experts:
         weights = torch.where(index < experts, weights, 0.0)
     return weights.sort(dim=-1, descending=True)[0].numpy()
 

@@ -135,9 +135,9 @@ class Calibration:
         samples: Mapping[Layer, Sample],
         able: Adjustable,
     ) -> Guard:
-        from moescale.calibrate.guard import tried
+        from moescale.calibrate.guard import run_trials
 
-        return tried(
+        return run_trials(
             model,
             text,
             moe,

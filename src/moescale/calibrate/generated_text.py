@@ -22,7 +22,7 @@ SEQUENCES, GUARDED, LENGTH = 64, 16, 256
 """Sequences to calibrate on, sequences reserved for the guard, and tokens of each."""
 
 SEED = 294
-AT_ONCE = 16
+SEQUENCES_PER_BATCH = 16
 """Sequences generated at a time."""
 
 
@@ -49,8 +49,8 @@ def write_text(
     pieces: list[int] = []
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        for done in range(0, total, AT_ONCE):
-            first = _first(tokeniser, vocabulary, min(AT_ONCE, total - done))
+        for done in range(0, total, SEQUENCES_PER_BATCH):
+            first = _first(tokeniser, vocabulary, min(SEQUENCES_PER_BATCH, total - done))
             ids = _write(model, first, length)
             pieces += ids.flatten().tolist()
             progress(len(pieces), total * length)

@@ -36,7 +36,7 @@ def candidates(samples: Mapping[Layer, Sample], scalable: bool) -> dict[str, Set
     }
 
 
-def tried(
+def run_trials(
     model: LoadedModel,
     text: Text,
     moe: Moe,

@@ -46,11 +46,11 @@ class Loader:
         Raises:
             UnsupportedError: transformers cannot load it here, or has no module for its experts.
         """
-        from moescale.calibrate.measure import opened
+        from moescale.calibrate.measure import open_model
 
         if self._model is None or folder != self._folder:
             self._close()  # two models may not fit into memory
-            self._model = self._open.enter_context(opened(folder, config, moe, self._how))
+            self._model = self._open.enter_context(open_model(folder, config, moe, self._how))
             self._folder = folder
         return self._model
 

@@ -23,7 +23,7 @@ from moescale.storage.base import Source, no_progress
 OPTION = "--evaluate"
 
 
-def evaluated(
+def evaluate_plans(
     source: Source,
     plans: Sequence[Plan],
     file: Path,

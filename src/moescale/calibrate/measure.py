@@ -29,10 +29,10 @@ from moescale.families.projections import Layer
 from moescale.planning.experts import Experts
 from moescale.storage.base import no_progress
 
-SEQUENCE, AT_ONCE = 256, 1_024
+SEQUENCE, TOKENS_PER_BATCH = 256, 1_024
 """`SEQUENCE`: tokens of a sequence for ``fitted`` and for losses, as in the model's own text; the
-config may name a longer context than the one used in training. `AT_ONCE`: tokens of a batch for
-losses, whose logits stay in memory."""
+config may name a longer context than the one used in training. `TOKENS_PER_BATCH`: tokens of a
+batch for losses, whose logits stay in memory."""
 
 COMPARED_RUNS, COMPARED = 4, 128
 """Batches, and tokens in each, for which the outputs of the chosen experts are compared."""
@@ -57,7 +57,9 @@ class LoadedModel:
 
 
 @contextmanager
-def opened(folder: Path, config: Any, moe: Moe, how: Running = ANYWHERE) -> Iterator[LoadedModel]:
+def open_model(
+    folder: Path, config: Any, moe: Moe, how: Running = ANYWHERE
+) -> Iterator[LoadedModel]:
     """Load the model.
 
     Args:
@@ -70,7 +72,7 @@ def opened(folder: Path, config: Any, moe: Moe, how: Running = ANYWHERE) -> Iter
         UnsupportedError: transformers cannot load it here, or has no module for its experts.
     """
     _check_part(moe)
-    with runner.loaded(folder, config, how) as (model, left_over):
+    with runner.load_model(folder, config, how) as (model, left_over):
         found = find_blocks(model, moe.architecture)
         _check_scales(find_modules(left_over, moe.architecture), found)
         measured = _measured_layers(moe.layers, found)
@@ -174,7 +176,7 @@ def batches_of(
     """The sequences to score, of at most `context` tokens, default `SEQUENCE`."""
     length = text.length or min(context or SEQUENCE, context_of(config))
     done = 0
-    for ids in runner.batches(text.tokens, text.start, length, max(length, AT_ONCE)):
+    for ids in runner.batches(text.tokens, text.start, length, max(length, TOKENS_PER_BATCH)):
         if ids.shape[1] > 1:
             yield ids
         done += ids.shape[0] * (ids.shape[1] - len(text.start))
@@ -192,7 +194,8 @@ def _check_part(moe: Moe) -> None:
     row = moe.architecture
     if row.part is not None and row.part != architectures.find(row.model_type, None).part:
         raise UnsupportedError(
-            f"the part {row.part!r} of {moe.model_type} does not run on text", hint=runner.INSTEAD
+            f"the part {row.part!r} of {moe.model_type} does not run on text",
+            hint=runner.OTHER_RULES,
         )
 
 
@@ -224,7 +227,7 @@ def _measured_layers(wanted: Sequence[Layer], found: Collection[Layer]) -> list[
             raise UnsupportedError(
                 f"layer {layer}: transformers has no separate module for its experts, so their"
                 " output cannot be measured",
-                hint=runner.INSTEAD,
+                hint=runner.OTHER_RULES,
             )
     return measured
 
@@ -250,6 +253,6 @@ def _sample(blocks: Sequence[BlockProbe]) -> Sample:
     reached = [block for block in blocks if block.reached]
     if not reached:
         raise UnsupportedError(
-            f"{blocks[0].path}: text does not pass through it", hint=runner.INSTEAD
+            f"{blocks[0].path}: text does not pass through it", hint=runner.OTHER_RULES
         )
     return reached[0].sample()

@@ -38,10 +38,10 @@ from moescale.errors import (
 LONGEST = 2_048
 """Tokens of the longest sequence; the model's context may be shorter."""
 
-AT_ONCE = 4_096
+TOKENS_PER_BATCH = 4_096
 """Tokens of a batch; this bounds the memory for activations."""
 
-INSTEAD = "--rule gates needs only the routers, --rule preserve no weights at all."
+OTHER_RULES = "--rule gates needs only the routers, --rule preserve no weights at all."
 
 
 def read_config(folder: Path) -> Any:
@@ -56,13 +56,15 @@ def read_config(folder: Path) -> Any:
         why = f"is not known to transformers {transformers.__version__}"
         if raw.get("auto_map"):
             why = "needs remote code, which is never run"
-        raise UnsupportedError(f"model type {raw.get('model_type')!r} {why}", hint=INSTEAD)
+        raise UnsupportedError(f"model type {raw.get('model_type')!r} {why}", hint=OTHER_RULES)
     with _quiet(), _in_one_line("its config"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 @contextmanager
-def loaded(folder: Path, config: Any, how: Running) -> Iterator[tuple[PreTrainedModel, list[str]]]:
+def load_model(
+    folder: Path, config: Any, how: Running
+) -> Iterator[tuple[PreTrainedModel, list[str]]]:
     """Load the model in its stored dtype; also gives the names of tensors that it does not use.
 
     Weights that exceed the allowed main memory go to a temporary folder, removed on exit.
@@ -148,7 +150,7 @@ def _check_whole(report: Mapping[str, Iterable[Any]]) -> None:
             raise CheckpointError(
                 f"transformers cannot load the whole model: {what.replace('_', ' ')}: {names[0]}"
                 f" ({len(names)} in all)",
-                hint=INSTEAD,
+                hint=OTHER_RULES,
             )
 
 
@@ -164,7 +166,7 @@ def text_model(model: PreTrainedModel, paths: Iterable[str]) -> nn.Module:
 
 
 def batches(
-    tokens: tuple[int, ...], start: tuple[int, ...], context: int, at_once: int = AT_ONCE
+    tokens: tuple[int, ...], start: tuple[int, ...], context: int, at_once: int = TOKENS_PER_BATCH
 ) -> Iterator[Tensor]:
     """Token ids [sequences, length] of at most `at_once` tokens; the last batch may be shorter."""
     length = max(1, context - len(start))
@@ -210,20 +212,22 @@ def _in_one_line(what: str) -> Iterator[None]:
     except MoescaleError:
         raise
     except MemoryError as error:
-        raise UnsupportedError(f"{what} does not fit into memory", hint=_LESS) from error
+        raise UnsupportedError(f"{what} does not fit into memory", hint=_MAX_MEMORY_HINT) from error
     except Exception as error:  # the library runs the code of a hundred models
         if "out of memory" in str(error).lower():
-            raise UnsupportedError(f"{what} does not fit into memory", hint=_LESS) from error
+            raise UnsupportedError(
+                f"{what} does not fit into memory", hint=_MAX_MEMORY_HINT
+            ) from error
         raise UnsupportedError(
             f"transformers {transformers.__version__} cannot handle {what}:"
             f" {type(error).__name__}: {one_line(error)}",
-            hint=INSTEAD,
+            hint=OTHER_RULES,
         ) from error
 
 
 _logging: Any = transformers_logging
 
-_LESS = "--max-memory keeps the weights that exceed it on disk."
+_MAX_MEMORY_HINT = "--max-memory keeps the weights that exceed it on disk."
 
 
 @contextmanager

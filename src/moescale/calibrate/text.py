@@ -13,19 +13,19 @@ from typing import Any
 
 from moescale.errors import UnsupportedError, UsageError
 
-FEWEST, MOST = 2_048, 65_536
+MIN_TOKENS, MAX_TOKENS = 2_048, 65_536
 """Limits of a text in tokens: a shorter text is refused, a longer one is cut."""
 
-_MOST_BYTES = 32 * MOST
+_MAX_BYTES = 32 * MAX_TOKENS
 """Bytes read from a file; no tokeniser needs 32 bytes per token on average."""
 
 _BYTE_VOCABULARY = range(256, 385)
 """Sizes of a vocabulary of bytes: 256, and the tokens that a model may add."""
 
-_ROWS = range(2, 257)
+_SEQUENCE_LENGTHS = range(2, 257)
 """Lengths of sequences that a model may have generated; others are cut like any text."""
 
-_HALF_A_PAIR = re.compile(r"[\ud800-\udfff]")
+_LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 """Halves of surrogate pairs, which JSON can spell and UTF-8 cannot."""
 
 _TOKENISERS = ("tokenizer*", "vocab.*", "spiece.model", "sentencepiece*.model", "*.tiktoken")
@@ -36,7 +36,7 @@ class Text:
     """A text as tokens.
 
     Attributes:
-        tokens: the token ids, at least `FEWEST` and at most `MOST`.
+        tokens: the token ids, at least `MIN_TOKENS` and at most `MAX_TOKENS`.
         start: the ids that the tokeniser puts at the beginning of every sequence.
         unit: ``tokens`` of the model's tokeniser, or ``bytes``.
         cut: whether the file has more.
@@ -89,7 +89,7 @@ def check_kept(path: Path) -> None:
 
 
 def read_text(path: Path, folder: Path, vocabulary: int, option: str = "--calibrate") -> Text:
-    """The first `MOST` tokens of a text.
+    """The first `MAX_TOKENS` tokens of a text.
 
     Args:
         path: UTF-8 text; lines of JSON (``.jsonl``) with a field ``text``, or with the ``tokens``
@@ -104,18 +104,18 @@ def read_text(path: Path, folder: Path, vocabulary: int, option: str = "--calibr
         UnsupportedError: the model's tokeniser cannot be used.
     """
     with open(path, "rb") as file:
-        data = file.read(_MOST_BYTES)
+        data = file.read(_MAX_BYTES)
     text = _read(data, f"{option} {path}", path.suffix.lower() == ".jsonl", folder, vocabulary)
-    if len(text.tokens) < FEWEST:
+    if len(text.tokens) < MIN_TOKENS:
         raise UsageError(
-            f"{option} {path}: has {len(text.tokens):,} {text.unit}, needs {FEWEST:,}",
+            f"{option} {path}: has {len(text.tokens):,} {text.unit}, needs {MIN_TOKENS:,}",
             hint="Give a longer text of the kind that the model is for.",
         )
     return text
 
 
 def _read(data: bytes, where: str, is_json: bool, folder: Path, vocabulary: int) -> Text:
-    whole = len(data) < _MOST_BYTES
+    whole = len(data) < _MAX_BYTES
     if is_json:
         lines = _json_lines(_decoded(data, where), where, whole)
         if lines and all(isinstance(line.get("tokens"), list) for line in lines):
@@ -123,7 +123,7 @@ def _read(data: bytes, where: str, is_json: bool, folder: Path, vocabulary: int)
         data = "\n\n".join(line["text"] for line in lines).encode()
     tokeniser = tokeniser_of(folder, vocabulary)
     if tokeniser is None:
-        return Text(tuple(data[:MOST]), unit="bytes", cut=len(data) > MOST)
+        return Text(tuple(data[:MAX_TOKENS]), unit="bytes", cut=len(data) > MAX_TOKENS)
     text = _tokenised(_decoded(data, where), tokeniser)
     return text if whole else replace(text, cut=True)
 
@@ -143,10 +143,9 @@ def _json_lines(text: str, where: str, whole: bool) -> list[dict[str, Any]]:
             raise UsageError(f"{where}: line {number} is not valid JSON") from None
         if not isinstance(value, dict) or type(value.get("text")) is not str:
             raise UsageError(f"{where}: line {number} has no field text")
-        if _HALF_A_PAIR.search(value["text"]):
+        if _LONE_SURROGATE.search(value["text"]):
             raise UsageError(
-                f"{where}: the text of line {number} has half of a surrogate pair, which is not a"
-                " character",
+                f"{where}: the text of line {number} has a lone surrogate, not a character",
                 hint="Save the text as UTF-8 again, or leave the line out.",
             )
         found.append(value)
@@ -160,9 +159,9 @@ def _given_tokens(rows: Sequence[Any], where: str, vocabulary: int) -> Text:
             raise UsageError(
                 f"{where}: line {number} has tokens of another model, or another length"
             )
-    tokens = tuple(token for row in rows for token in row)[:MOST]
+    tokens = tuple(token for row in rows for token in row)[:MAX_TOKENS]
     length = len(rows[0])
-    return Text(tokens, length=length if length in _ROWS else None)
+    return Text(tokens, length=length if length in _SEQUENCE_LENGTHS else None)
 
 
 def tokeniser_of(folder: Path, vocabulary: int) -> Any:
@@ -188,7 +187,7 @@ def _tokenised(words: str, tokeniser: Any) -> Text:
     both: list[int] = tokeniser("a")["input_ids"]
     bare: list[int] = tokeniser("a", add_special_tokens=False)["input_ids"]
     start = both[: _find(bare, both)]
-    return Text(tuple(tokens[:MOST]), tuple(start), cut=len(tokens) > MOST)
+    return Text(tuple(tokens[:MAX_TOKENS]), tuple(start), cut=len(tokens) > MAX_TOKENS)
 
 
 def overlap(one: Text, other: Text) -> bool:
@@ -206,7 +205,7 @@ def _find(part: list[int], whole: list[int]) -> int:
 
 def _decoded(data: bytes, where: str) -> str:
     """The text, without a character that the end of the read part cuts in two."""
-    whole = len(data) < _MOST_BYTES
+    whole = len(data) < _MAX_BYTES
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-Scale = Callable[[Bytes, Bytes], int]
+ScaleFunction = Callable[[Bytes, Bytes], int]
 """Reads the first array, fills the second, and returns the number of unusable results: infinities
 from finite values; for scales, also values that are no longer normal or became zero. Both arrays
 hold whole little-endian elements."""

@@ -190,7 +190,7 @@ def edited(
     """
     import numpy as np  # imported here, so that a plan saves 15 MB and half of the start-up time
 
-    from moescale.checkpoint.scaling import holds_no_number, scaler
+    from moescale.checkpoint.scaling import has_non_finite, scaler
 
     tensor, scale = edit.tensor, scaler(edit, seen)
     whole = tensor.nbytes if edit.operation == "nested_offset" else EDIT_PIECE
@@ -200,7 +200,7 @@ def edited(
     for start in range(tensor.start, tensor.stop, length):
         size = min(length, tensor.stop - start)
         reader.read_into(source[:size], start)
-        if edit.role == "scale" and holds_no_number(edit, source[:size]):
+        if edit.role == "scale" and has_non_finite(edit, source[:size]):
             raise CheckpointError(
                 f"tensor {tensor.name!r}: holds a scale that is NaN or infinite, and so is every"
                 " weight that it scales",

@@ -17,7 +17,7 @@ import numpy as np
 from moescale.checkpoint.arithmetic import (
     INFINITY_16,
     Bytes,
-    Scale,
+    ScaleFunction,
     exponent,
     float_16bit,
     table_16bit,
@@ -30,7 +30,7 @@ from moescale.checkpoint.rounding import Rounding
 from moescale.errors import RewriteError
 
 
-def scaler(edit: TensorEdit, seen: Rounding | None = None) -> Scale:
+def scaler(edit: TensorEdit, seen: Rounding | None = None) -> ScaleFunction:
     """The function that applies an edit piece by piece; only GGUF blocks are counted in `seen`."""
     if edit.operation == "nested_offset":
         return _nested_offset_scaler(edit.tensor.name, edit.factor)
@@ -43,7 +43,7 @@ def scaler(edit: TensorEdit, seen: Rounding | None = None) -> Scale:
 @lru_cache(maxsize=16)
 def _scaler(
     dtype: str, factor: float, operation: Operation, store_as: str | None, scale: bool
-) -> Scale:
+) -> ScaleFunction:
     if operation == "shift":
         return _shift_scaler(exponent(factor))
     if store_as is not None:
@@ -54,7 +54,7 @@ def _scaler(
     return _direct_scaler(np.dtype("<f4" if dtype == "F32" else "<f8"), factor, operation, scale)
 
 
-def _table_scaler(table: np.ndarray[Any, np.dtype[np.uint16]], infinity: int) -> Scale:
+def _table_scaler(table: np.ndarray[Any, np.dtype[np.uint16]], infinity: int) -> ScaleFunction:
     table = table.astype("<u2")
 
     def scale(source: Bytes, result: Bytes) -> int:
@@ -72,7 +72,9 @@ def _table_scaler(table: np.ndarray[Any, np.dtype[np.uint16]], infinity: int) ->
     return scale
 
 
-def _scale_table_scaler(table: np.ndarray[Any, np.dtype[np.uint16]], infinity: int) -> Scale:
+def _scale_table_scaler(
+    table: np.ndarray[Any, np.dtype[np.uint16]], infinity: int
+) -> ScaleFunction:
     """Like `_table_scaler`, for scales: normal ones must stay normal, and nonzero ones nonzero."""
     table = table.astype("<u2")
     before, after = np.arange(1 << 16) & 0x7FFF, table & 0x7FFF
@@ -89,7 +91,7 @@ def _scale_table_scaler(table: np.ndarray[Any, np.dtype[np.uint16]], infinity: i
 
 def _direct_scaler(
     dtype: np.dtype[Any], factor: float, operation: Operation, scales: bool
-) -> Scale:
+) -> ScaleFunction:
     operand = dtype.type(factor)
     compute = np.divide if operation == "divide" else np.multiply
 
@@ -104,7 +106,7 @@ def _direct_scaler(
     return scale
 
 
-def _promoting_scaler(dtype: str, factor: float, scales: bool) -> Scale:
+def _promoting_scaler(dtype: str, factor: float, scales: bool) -> ScaleFunction:
     """Multiplies 16-bit values and stores F32; the product is rounded once, to float32."""
     narrow = float_16bit(dtype)
 
@@ -119,7 +121,7 @@ def _promoting_scaler(dtype: str, factor: float, scales: bool) -> Scale:
     return scale
 
 
-def holds_no_number(edit: TensorEdit, data: memoryview) -> bool:
+def has_non_finite(edit: TensorEdit, data: memoryview) -> bool:
     """Whether any of the values is NaN or infinite."""
     dtype = edit.tensor.dtype
     if edit.operation == "shift":
@@ -149,7 +151,7 @@ def _underflowed(values: np.ndarray[Any, Any], scaled: np.ndarray[Any, Any]) -> 
     return int(np.count_nonzero(below & (was_normal | ((scaled == 0) & (values != 0)))))
 
 
-def _shift_scaler(k: int) -> Scale:
+def _shift_scaler(k: int) -> ScaleFunction:
     """E8M0: the byte b means 2**(b - 127). 0 (a block of zeros) and 255 (NaN) stay."""
     codes = np.arange(256)
     shifted = np.where((codes == 0) | (codes == 255), codes, codes + k)
@@ -163,7 +165,7 @@ def _shift_scaler(k: int) -> Scale:
     return scale
 
 
-def _nested_offset_scaler(name: str, factor: float) -> Scale:
+def _nested_offset_scaler(name: str, factor: float) -> ScaleFunction:
     """Scales ``nested_offset`` in the JSON text of a whole tensor, and pads to the old length."""
 
     def scale(source: Bytes, result: Bytes) -> int:

@@ -284,7 +284,10 @@ def _write_large_files(
         with io_errors(name):
             return destination.commit_file(name, done.result)
 
-    for group in ([n for n in left if n != plan.opens], [n for n in left if n == plan.opens]):
+    for group in (
+        [n for n in left if n != plan.last_file],
+        [n for n in left if n == plan.last_file],
+    ):
         work = (rewrite_job(left[name], plan, source, destination.writers) for name in group)
         done |= run_jobs(work, jobs, keep, progress, pool, destination.cancel)
     return done

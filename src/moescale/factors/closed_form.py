@@ -13,17 +13,17 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 
-Weight = Callable[[int], Fraction]
+WeightFunction = Callable[[int], Fraction]
 """Returns the gate weight of each expert, up to a constant, given the experts per token."""
 
 
-def expected_square(k: int, weight: Weight, rho: float) -> Fraction:
+def expected_square(k: int, weight: WeightFunction, rho: float) -> Fraction:
     """``E|S_k|^2 / r^2`` for `k` experts with equal gate weights."""
     g, correlation = weight(k), Fraction(rho)
     return (1 - correlation) * k * g**2 + correlation * (k * g) ** 2
 
 
-def preserve(n: int, m: int, weight: Weight, rho: float = 0.0) -> float:
+def preserve(n: int, m: int, weight: WeightFunction, rho: float = 0.0) -> float:
     """The factor that keeps the expected norm when `n` experts per token become `m`.
 
     At ``rho = 0`` it is ``sqrt(m/n)`` if the gate weights are renormalised, else ``sqrt(n/m)``.

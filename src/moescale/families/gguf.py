@@ -273,8 +273,8 @@ def _architecture(
         if score is None:
             router = OtherRouter(f"{file_arch}.expert_gating_func names an unknown function")
         else:
-            kind, late = score
-            router = replace(router, score=kind, late=late)
+            kind, chosen_by_logits = score
+            router = replace(router, score=kind, chosen_by_logits=chosen_by_logits)
     removed = row.no_effect is not None
     if row.no_effect_if:
         removed = row.no_effect_if in names

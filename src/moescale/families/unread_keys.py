@@ -89,7 +89,7 @@ def _read_by(row: Architecture, kind: RouterKind | None) -> set[str | None]:
     if row.model_type == "deepseek_v2":  # it has a separate warning
         keys.add("norm_topk_prob")
     if kind is not None:
-        keys |= {kind.score_key, kind.bias_key, kind.cap_key, kind.idle_key}
+        keys |= {kind.score_key, kind.bias_key, kind.cap_key, kind.zero_experts_key}
     return keys
 
 
@@ -102,7 +102,7 @@ def _is_unusual(
     if _SCORE_LIKE.fullmatch(key) and value in _SCORE_NAMES:
         return kind is not None and value != kind.score
     if key in NORMALISED or (value is False and _NORMALISED_LIKE.fullmatch(key)):
-        anyway = kind is not None and kind.late and kind.score == "softmax"
+        anyway = kind is not None and kind.chosen_by_logits and kind.score == "softmax"
         contradicts = normalisation is not None and value is not normalisation.renormalised
         return isinstance(value, bool) and contradicts and not anyway
     if key in BIASED or (key, value) == ("topk_method", "noaux_tc"):

@@ -123,7 +123,7 @@ def make_plan(
         edits=MappingProxyType(output.edits),
         keys=MappingProxyType(output.keys),
         record=output.record,
-        opens=output.opens,
+        last_file=output.last_file,
         samples=_by_name(findings.samples),
         calibration=made_for.get("calibration", {}),
         factors_rule=made_for.get("factors_rule", made_for.get("rule")),
@@ -135,7 +135,7 @@ def make_plan(
     )
     if (harm := plan.comparison.harm) is not None:
         plan = replace(plan, warnings=(*plan.warnings, harm))
-    plan = checkpoint.sealed(plan)
+    plan = checkpoint.completed(plan)
     if plan.changes_nothing:
         already = "nothing to do: experts per token do not change, and every factor is 1"
         plan = replace(plan, warnings=(*plan.warnings, already))

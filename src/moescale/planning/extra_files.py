@@ -71,7 +71,7 @@ TWIN = "an unscaled twin: it holds the routed experts too"
 LAYOUT = "an unscaled twin: it holds the routed experts under other names"
 INDEX = "an index of files that are left out"
 EVALUATION = "evaluation results of the source model"
-_SMALLEST = 32
+_SIZE_DIVISOR = 32
 """A twin has at least the bytes of the scaled tensors divided by this: half a bit for 16."""
 
 
@@ -126,7 +126,7 @@ def look_beside(source: Source, found: ShardSet, moe: Moe) -> ExtraFiles:
     return result
 
 
-def forgotten(source: Source, found: ShardSet) -> str | None:
+def unlisted_shard_name(source: Source, found: ShardSet) -> str | None:
     """A file in the top folder that holds routed experts, but is not among the shards.
 
     None if there is none. It explains why experts are missing.
@@ -156,7 +156,7 @@ class _Inspector:
         self._result = result
         self._layers = layers_of(moe.projections)
         self._scaled = {t.name: t for p in moe.projections for t in p.by_suffix.values()}
-        self._least = sum(t.nbytes for t in self._scaled.values()) // _SMALLEST
+        self._least = sum(t.nbytes for t in self._scaled.values()) // _SIZE_DIVISOR
 
     def decide_all(self, names: Iterable[str]) -> None:
         """Inspect all files, several at a time if each read is a request; decide set by set."""

@@ -29,7 +29,7 @@ from moescale.storage.location import Location
 if TYPE_CHECKING:
     from moescale.planning.active import Active
 
-_OUR_WORDS = frozenset({CARD, PROVENANCE})
+_CARD_AND_PROVENANCE = frozenset({CARD, PROVENANCE})
 _MAKES = frozenset({"rewrite", "edit", "create"})
 _SHOWN_WARNINGS = 5
 
@@ -81,7 +81,7 @@ class Plan:
         edits: new content of other small files, by file.
         keys: values to set in the header of a shard, by key.
         record: name of the file that holds the provenance.
-        opens: name of the file without which the output does not load; it is written last.
+        last_file: name of the file without which the output does not load; it is written last.
         samples: gate and expert statistics, by layer; empty if the rule needs none.
         calibration: facts of the calibration text; empty without one.
         factors_rule: the rule that made the factors in the user's file; None if unknown.
@@ -115,7 +115,7 @@ class Plan:
     edits: Mapping[str, bytes] = field(default_factory=dict)
     keys: Mapping[str, Any] = field(default_factory=dict)
     record: str = PROVENANCE
-    opens: str = CONFIG
+    last_file: str = CONFIG
     samples: Mapping[str, Sample] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
     factors_rule: str | None = None
@@ -164,7 +164,7 @@ class Plan:
     @property
     def changes_nothing(self) -> bool:
         """Whether the output would equal the source, except for card and provenance."""
-        made = any(f.action in _MAKES for f in self.files if f.name not in _OUR_WORDS)
+        made = any(f.action in _MAKES for f in self.files if f.name not in _CARD_AND_PROVENANCE)
         return not made and not self.changed_tensors
 
     @property

@@ -45,13 +45,13 @@ def gate_of(moe: Moe, kind: RouterKind, biased: bool) -> RouterSpec:
         raise CheckpointError(f"{CONFIG}: {kind.cap_key} is {cap!r}, not a number of at least 0")
     return RouterSpec(
         score=_score(kind, config.score, biased),
-        late=kind.late,
+        chosen_by_logits=kind.chosen_by_logits,
         normalised=router.renormalised,
         groups=config.groups,
         group_best=kind.group_best,
         shared=router.shared,
-        idle=config.experts_without_weights if kind.idle_key else 0,
-        grid=kind.grid,
+        zero_experts=config.experts_without_weights if kind.zero_experts_key else 0,
+        product_keys=kind.product_keys,
         cap=cap or None,
     )
 
@@ -180,8 +180,8 @@ def _weights(routers: Routers, tensors: RouterTensors, data: list[bytes]) -> Rou
 
     assert tensors.norm is not None, "scaling has no effect without this norm, and is refused"
     moe, gate = routers.moe, routers.gate
-    experts = moe.experts_by_layer[tensors.layer] + gate.idle
-    logits = 2 * math.isqrt(experts) if gate.grid else experts + gate.shared
+    experts = moe.experts_by_layer[tensors.layer] + gate.zero_experts
+    logits = 2 * math.isqrt(experts) if gate.product_keys else experts + gate.shared
     hidden = math.prod(tensors.norm.shape)
     if gate.groups is not None and experts % gate.groups[0]:
         raise CheckpointError(

@@ -12,7 +12,7 @@ from moescale.families.config import Config
 from moescale.families.find import Moe, find_moe
 from moescale.families.foreign_names import expert_names, layer_from_name
 from moescale.options import Options
-from moescale.planning.extra_files import forgotten, look_beside
+from moescale.planning.extra_files import look_beside, unlisted_shard_name
 from moescale.planning.shards import ShardSet, read_shards
 from moescale.storage.base import Source
 
@@ -49,7 +49,7 @@ def find_weights(source: Source, config: Config, options: Options) -> Weights:
     beside = look_beside(source, found, moe)
     if beside.unlisted_shards:
         found = replace(found, headers={**found.headers, **beside.unlisted_shards})
-        moe = _with_forgotten(config, options, found, beside.unlisted_shards)
+        moe = _with_unlisted(config, options, found, beside.unlisted_shards)
         warnings += _unlisted_warnings(found.shards.index, beside.unlisted_shards)
     return Weights(
         found,
@@ -77,7 +77,7 @@ def _moe(source: Source, config: Config, options: Options, found: ShardSet) -> M
         found.faults.check(
             {name for name in found.faults.names if layer_from_name(name) is not None}
         )
-        if (name := forgotten(source, found)) is None:
+        if (name := unlisted_shard_name(source, found)) is None:
             raise
         raise CheckpointError(
             f"{error.message}; {name} holds routed experts, but is not among the shards of the"
@@ -86,7 +86,7 @@ def _moe(source: Source, config: Config, options: Options, found: ShardSet) -> M
         ) from None
 
 
-def _with_forgotten(
+def _with_unlisted(
     config: Config, options: Options, found: ShardSet, unlisted_shards: Mapping[str, Header]
 ) -> Moe:
     """The MoE with unlisted shards, each of which holds a part of it."""

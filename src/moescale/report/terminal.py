@@ -209,7 +209,7 @@ def _parts(plan: Plan) -> int:
 
 def _to_run(plan: Plan, location: Location) -> Mapping[str, str]:
     if plan.config is None:
-        return gguf_to_run(location, plan.opens, _parts(plan))
+        return gguf_to_run(location, plan.last_file, _parts(plan))
     return to_run(location, loader_of(parse_config(plan.config).value))
 
 

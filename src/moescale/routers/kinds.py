@@ -30,14 +30,14 @@ class RouterKind:
         score: ``softmax``, ``sigmoid`` or ``sqrtsoftplus``.
         score_key: config key that may name another score.
         biased_score: the score if there is a `bias` and no key names a score.
-        late: experts are chosen by their logits, and scores are computed after the choice.
+        chosen_by_logits: experts are chosen by logits; only those chosen have scores.
         group_best: a group is chosen by the sum of this many of its best scores.
         zero_centred: the norm multiplies by 1 + weight.
         bias_key: config key that is false if there is no `bias`.
         bias_optional: some models of the type have no `bias`; their tensors show it.
-        idle_key: config key of the number of experts without weights, which come last.
+        zero_experts_key: config key of the number of experts without weights, which come last.
         cap_key: config key of the soft cap of the logits (``tanh(x / cap) * cap``); 0 for none.
-        grid: the logits are two halves; an expert's logit is the sum of one from each.
+        product_keys: the logits are two halves; an expert's logit is the sum of one from each.
         not_if: suffix of a tensor name that shows a router of another kind, and the reason why
             that is refused.
     """
@@ -49,14 +49,14 @@ class RouterKind:
     score: str = "softmax"
     score_key: str | None = None
     biased_score: str | None = None
-    late: bool = False
+    chosen_by_logits: bool = False
     group_best: int = 2
     zero_centred: bool = False
     bias_key: str | None = None
     bias_optional: bool = False
-    idle_key: str | None = None
+    zero_experts_key: str | None = None
     cap_key: str | None = None
-    grid: bool = False
+    product_keys: bool = False
     not_if: tuple[str, str] | None = None
 
 
@@ -88,11 +88,14 @@ NEMOTRON: Final = replace(
     norm=("norm.weight",),
     bias=(f"mixer.gate.{_BIAS}",),
 )
-LATE: Final = replace(SOFTMAX, late=True)
+SOFTMAX_OF_CHOSEN: Final = replace(SOFTMAX, chosen_by_logits=True)
 """Granite: the top k logits, then their softmax."""
-GPT_OSS: Final = replace(LATE, weight=("mlp.router.weight",), logit_bias=("mlp.router.bias",))
+GPT_OSS: Final = replace(
+    SOFTMAX_OF_CHOSEN, weight=("mlp.router.weight",), logit_bias=("mlp.router.bias",)
+)
 GRANITE: Final = replace(
-    LATE, weight=("block_sparse_moe.router.layer.weight", "block_sparse_moe.router.weight")
+    SOFTMAX_OF_CHOSEN,
+    weight=("block_sparse_moe.router.layer.weight", "block_sparse_moe.router.weight"),
 )
 SPARSE_SIGMOID: Final = replace(
     MIXTRAL,
@@ -164,7 +167,7 @@ LONGCAT: Final = replace(
     weight=("mlp.router.classifier.weight",),
     norm=("post_attention_layernorm.0.weight",),
     bias=(f"mlp.router.{_BIAS}",),
-    idle_key="zero_expert_num",
+    zero_experts_key="zero_expert_num",
 )
 BEAM: Final = replace(SIGMOID, norm=("pre_feedforward_layernorm.weight",))
 MINIMAX_M3: Final = replace(SPARSE_SIGMOID, zero_centred=True)
@@ -178,7 +181,9 @@ HY_V3: Final = replace(SIGMOID, weight=("mlp.router.gate.weight", "mlp.gate.weig
 AFMOE: Final = replace(
     SIGMOID, weight=("mlp.router.gate.weight",), norm=("pre_mlp_layernorm.weight",)
 )
-KOLIBRI: Final = replace(SIGMOID, bias=("moe.router.expert_bias", f"mlp.gate.{_BIAS}"), late=True)
+KOLIBRI: Final = replace(
+    SIGMOID, bias=("moe.router.expert_bias", f"mlp.gate.{_BIAS}"), chosen_by_logits=True
+)
 LAGUNA: Final = replace(
     SIGMOID,
     bias=(f"mlp.experts.{_BIAS}", f"mlp.gate.{_BIAS}"),
@@ -198,10 +203,12 @@ DOTS_VISION: Final = replace(
     bias=("mlp.router_bias", f"mlp.{_BIAS}"),
 )
 INKLING2: Final = replace(INKLING, score_key="scoring_func")
-COHERE2: Final = replace(LATE, norm=("input_layernorm.weight",), score_key="expert_selection_fn")
-JETMOE: Final = replace(LATE, weight=("mlp.router.layer.weight",))
-ARIA: Final = replace(LATE, weight=("mlp.router.weight",))
-DOGE: Final = replace(LATE, weight=("mlp.router_gate.weight",), grid=True)
+COHERE2: Final = replace(
+    SOFTMAX_OF_CHOSEN, norm=("input_layernorm.weight",), score_key="expert_selection_fn"
+)
+JETMOE: Final = replace(SOFTMAX_OF_CHOSEN, weight=("mlp.router.layer.weight",))
+ARIA: Final = replace(SOFTMAX_OF_CHOSEN, weight=("mlp.router.weight",))
+DOGE: Final = replace(SOFTMAX_OF_CHOSEN, weight=("mlp.router_gate.weight",), product_keys=True)
 SPARSEMIXER: Final = OtherRouter(
     "it masks logits far below the largest, and weights its two experts separately"
 )

@@ -40,25 +40,26 @@ class RouterSpec:
 
     Attributes:
         score: the function from logits to scores.
-        late: experts are chosen by their logits, and scores are computed after the choice.
+        chosen_by_logits: experts are chosen by logits; only those chosen have scores.
         normalised: the weights of the chosen experts are divided by their sum.
         groups: number of groups of experts, and of those that a token may choose from; None for
             no limit.
         group_best: a group is chosen by the sum of this many of its best scores.
         shared: number of shared experts, which have the last logits and are included in the sum.
-        idle: number of experts without weights, which come last; their gate weights count as 0.
-        grid: the logits are two halves; an expert's logit is the sum of one from each.
+        zero_experts: number of experts without weights, which come last; their gate weights
+            count as 0.
+        product_keys: the logits are two halves; an expert's logit is the sum of one from each.
         cap: soft cap of the logits (``tanh(x / cap) * cap``); None for none.
     """
 
     score: Score = "softmax"
-    late: bool = False
+    chosen_by_logits: bool = False
     normalised: bool = False
     groups: tuple[int, int] | None = None
     group_best: int = 1
     shared: int = 0
-    idle: int = 0
-    grid: bool = False
+    zero_experts: int = 0
+    product_keys: bool = False
     cap: float | None = None
 
 
@@ -89,7 +90,8 @@ def gate_weights(logits: Array, k: int, gate: RouterSpec, bias: Array | None = N
             grid, ``[tokens, 2 sqrt(experts)]``.
         k: experts per token.
         gate: how this router works.
-        bias: ``[experts]``, added to the scores (to the logits if `gate.late`) for the choice only.
+        bias: ``[experts]``, added for the choice only: to the scores, or to the logits if
+            `gate.chosen_by_logits`.
 
     Returns:
         ``[tokens, k]``, the largest weight of a token first.
@@ -97,24 +99,24 @@ def gate_weights(logits: Array, k: int, gate: RouterSpec, bias: Array | None = N
     score = _SCORES[gate.score]
     logits = _prepared(logits, gate)
     routed = logits[:, : logits.shape[1] - gate.shared]
-    scores = routed if gate.late else score(routed)
+    scores = routed if gate.chosen_by_logits else score(routed)
     chosen = _best(_limited(scores if bias is None else scores + bias, gate), k)
     weights = np.take_along_axis(scores, chosen, axis=1)
-    if gate.late:
+    if gate.chosen_by_logits:
         weights = score(weights)
     if gate.normalised:
         total = weights.sum(axis=1, keepdims=True)
         if gate.shared:
             total = total + score(logits[:, -gate.shared :]).sum(axis=1, keepdims=True)
         weights = weights / total
-    weights = np.where(chosen < routed.shape[1] - gate.idle, weights, 0.0)
+    weights = np.where(chosen < routed.shape[1] - gate.zero_experts, weights, 0.0)
     return -np.sort(-weights, axis=1)
 
 
 def _prepared(logits: Array, gate: RouterSpec) -> Array:
     if gate.cap is not None:
         logits = np.tanh(logits / gate.cap) * gate.cap
-    if not gate.grid:
+    if not gate.product_keys:
         return logits
     first, second = np.split(logits, 2, axis=1)
     return (first[:, :, None] + second[:, None, :]).reshape(len(logits), -1)

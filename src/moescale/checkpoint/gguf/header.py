@@ -232,7 +232,7 @@ def _head(cursor: _Cursor) -> tuple[int, int, int]:
         raise cursor.bad("is not a GGUF file", lfs)
     if version not in VERSIONS:
         if version & 0xFFFF == 0:
-            raise cursor.bad("is big-endian, which llama.cpp does not read on this machine")
+            raise cursor.bad("is big-endian; only little-endian files are supported")
         raise cursor.bad(f"is GGUF version {version}; only 2 and 3 are supported")
     # The entry of a tensor has at least 24 bytes, that of a key at least 13.
     if tensors * 24 + keys * 13 > cursor.left:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from moescale.checkpoint.arithmetic import Bytes, Scale, exponent, table_16bit
+from moescale.checkpoint.arithmetic import Bytes, ScaleFunction, exponent, table_16bit
 from moescale.checkpoint.gguf.types import GgmlType
 from moescale.checkpoint.rounding import Rounding as Rounding
 
@@ -43,7 +43,7 @@ def scale_blocks(
             _count(_table(kind.kind, factor), codes, seen)
 
 
-def block_scaler(kind: GgmlType, factor: float, seen: Rounding) -> Scale:
+def block_scaler(kind: GgmlType, factor: float, seen: Rounding) -> ScaleFunction:
     """The function that multiplies blocks, piece by piece, and counts infinite results."""
 
     def scale(source: Bytes, result: Bytes) -> int:

@@ -33,7 +33,7 @@ _OTHERS = (
 )
 """First bytes of files in other formats that may be named like a shard."""
 _CUT = "The file is truncated or has extra bytes at its end; fetch it again."
-_WRONG = "safetensors rejects this file, too; write it again with the program that made it."
+_WRONG = "Not a valid safetensors file; write it again with the program that made it."
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 

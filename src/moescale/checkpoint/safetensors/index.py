@@ -98,7 +98,7 @@ def shards_without_index(files: Iterable[str]) -> Shards:
     if not names:
         raise CheckpointError(
             "no safetensors weights found",
-            hint="Weights in other formats (*.bin, *.gguf) must be converted first.",
+            hint="Convert other formats (*.bin) to safetensors; name a GGUF file itself.",
         )
     check_parts(names)
     return Shards(tuple(names))

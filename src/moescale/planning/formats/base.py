@@ -30,7 +30,7 @@ class Output:
         edits: other small files that change, with their new content.
         keys: values set in the header of a shard, by key.
         record: name of the file that holds the provenance.
-        opens: name of the file without which the output does not load; it is written last.
+        last_file: name of the file without which the output does not load; it is written last.
         warnings: warnings for the user.
         instead: the alternative without rewriting; None if there is none.
         fold_key: the config key that ``--fold config`` multiplies; None if there is none.
@@ -43,7 +43,7 @@ class Output:
     edits: Mapping[str, bytes] = field(default_factory=dict)
     keys: Mapping[str, Any] = field(default_factory=dict)
     record: str = PROVENANCE
-    opens: str = CONFIG
+    last_file: str = CONFIG
     warnings: Sequence[str] = ()
     instead: Instead | None = None
     fold_key: str | None = None
@@ -85,5 +85,5 @@ class Checkpoint(Protocol):
             UnsupportedError: the format cannot hold the changes.
         """
 
-    def sealed(self, plan: Plan) -> Plan:
+    def completed(self, plan: Plan) -> Plan:
         """The plan, completed with what depends on all other decisions."""

@@ -236,7 +236,7 @@ class GgufCheckpoint:
             files=tuple(rows),
             keys={**keys, **{tensor.name: tensor.values[0] for tensor in added}},
             record=self._parts[0],
-            opens=self._parts[0],
+            last_file=self._parts[0],
             instead=self._in_keys(factors, experts),
             fold_key=self._scale_name if self._row.scale_key else None,
         )
@@ -292,7 +292,7 @@ class GgufCheckpoint:
             if factors[p.layer] != 1.0
         ]
 
-    def sealed(self, plan: Plan) -> Plan:
+    def completed(self, plan: Plan) -> Plan:
         """The plan with the new headers; that of the first part holds the provenance."""
         if plan.changes_nothing:
             return plan

@@ -97,7 +97,7 @@ class SafetensorsCheckpoint:
         values = factors.values()
         return instead(self._config, moe.architecture, moe.count_keys, options.experts, values)
 
-    def sealed(self, plan: Plan) -> Plan:
+    def completed(self, plan: Plan) -> Plan:
         """The plan, unchanged: it is already complete."""
         return plan
 
