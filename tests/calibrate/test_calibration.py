@@ -296,7 +296,7 @@ def test_a_text_that_is_no_file_is_refused_and_not_waited_for(
         assert f"--calibrate {text}: must be a regular file" in done.err
 
 
-def test_who_stops_a_measurement_is_not_told_that_it_goes_on(
+def test_an_interrupted_measurement_writes_nothing(
     model: Model,
     moescale: Command,
     monkeypatch: pytest.MonkeyPatch,

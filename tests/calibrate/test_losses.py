@@ -162,7 +162,7 @@ def test_its_numbers_are_used_again_without_torch(
     assert shards and all(one[name] == two[name] for name in shards)
 
 
-def test_a_finished_run_is_not_fitted_again_and_proves_without_options(
+def test_a_finished_run_is_verified_without_options_and_not_fitted_again(
     source: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The result is stored in moescale.json, including the guard's."""

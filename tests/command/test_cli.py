@@ -912,7 +912,7 @@ main()
 """
 
 
-def test_an_interrupted_proof(moescale: Command, source: Path, tmp_path: Path) -> None:
+def test_an_interrupted_verification(moescale: Command, source: Path, tmp_path: Path) -> None:
     """A verification stops at the next piece, not at the end of the shard."""
     out, marker = tmp_path / "out", tmp_path / "marker"
     assert moescale(source, out, "-k", 3).code == 0
@@ -949,7 +949,7 @@ def test_help_leads_with_examples(moescale: Command) -> None:
     assert not set(BOXES) & set(done.out)
 
 
-def test_help_lists_every_option_of_the_contract(moescale: Command) -> None:
+def test_help_lists_every_option(moescale: Command) -> None:
     """The help lists each option by name."""
     text = moescale("--help").out
     for option in (

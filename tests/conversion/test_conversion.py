@@ -719,7 +719,7 @@ def test_a_source_with_other_files_makes_the_output_outdated(
     assert convert(source, out, experts=3).status == "done"
 
 
-def test_a_proof_without_options_needs_an_output(source: Path, tmp_path: Path) -> None:
+def test_verification_without_options_needs_an_output(source: Path, tmp_path: Path) -> None:
     """A folder that is not an output has no options; the error says so."""
     for prove in (partial(convert, verify=True), verify):
         with pytest.raises(UsageError, match="does not record its options"):

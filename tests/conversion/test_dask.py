@@ -109,7 +109,7 @@ def test_a_cluster_makes_what_one_machine_makes(
     assert sizes == {name: size for name, size in expected.items() if size}
 
 
-def test_a_cluster_proves_an_output(source: Path, tmp_path: Path, workers: Workers) -> None:
+def test_a_cluster_verifies_an_output(source: Path, tmp_path: Path, workers: Workers) -> None:
     """The workers read and compare again; differences are reported as by one machine."""
     out = tmp_path / "out"
     assert convert(source, out, experts=3, dask=workers.address, verify=True).verified

@@ -75,7 +75,7 @@ def test_the_digests_are_filled_in(source: Path, output: Path) -> None:
     assert before == after
 
 
-def test_a_second_proof_changes_nothing(source: Path, output: Path) -> None:
+def test_a_second_verification_changes_nothing(source: Path, output: Path) -> None:
     """Known digests are compared, and the output stays byte for byte."""
     verify(source, output, experts=3)
     before = checkpoints.tree(output)
@@ -83,7 +83,7 @@ def test_a_second_proof_changes_nothing(source: Path, output: Path) -> None:
     assert checkpoints.tree(output) == before
 
 
-def test_a_run_with_proof_is_as_good(source: Path, tmp_path: Path) -> None:
+def test_a_verified_run_writes_the_same(source: Path, tmp_path: Path) -> None:
     """Writing and verifying in one run gives the same bytes as in two."""
     convert(source, tmp_path / "one", experts=3, verify=True)
     convert(source, tmp_path / "two", experts=3)
@@ -400,7 +400,7 @@ def test_a_source_that_was_changed_since(source: Path, output: Path) -> None:
     assert "in tensor" in difference(source, output)
 
 
-def test_a_failed_proof_changes_nothing(source: Path, output: Path) -> None:
+def test_a_failed_verification_changes_nothing(source: Path, output: Path) -> None:
     """A failed verification records no digest."""
     flip(output / SHARD, 2000)
     before = checkpoints.tree(output)

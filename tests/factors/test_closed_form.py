@@ -33,7 +33,7 @@ def test_other_weights_give_sqrt_n_over_m(n: int, m: int) -> None:
     assert preserve(n, m, PLAIN) == pytest.approx(published(n, m), rel=1e-14)
 
 
-def test_the_numbers_of_the_contract() -> None:
+def test_known_factors() -> None:
     """Mixtral from 2 to 3, as printed by the plan."""
     assert preserve(2, 3, RENORMALISED) == pytest.approx(1.2247448713915892, rel=1e-15)
     assert published(2, 3) == 0.816496580927726

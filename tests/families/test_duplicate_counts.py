@@ -176,7 +176,7 @@ def test_a_model_beside_keeps_its_number(source: Path) -> None:
     assert (out / "talker/config.json").read_text() == text
 
 
-def test_a_damaged_second_file_is_found_by_the_proof(source: Path) -> None:
+def test_a_damaged_second_file_is_found_by_verification(source: Path) -> None:
     """Verification covers the second file as it covers the config."""
     (source / "params.json").write_text(PARAMS)
     out, _ = converted(source)

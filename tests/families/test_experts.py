@@ -304,7 +304,7 @@ def test_a_stack_without_any_projection_is_refused() -> None:
 
 
 @pytest.mark.parametrize("stack", ["mtp", "a", "z"])
-def test_the_model_is_told_from_its_mtp_block(stack: str) -> None:
+def test_a_model_is_distinguished_from_its_mtp_block(stack: str) -> None:
     """A model with as many MoE layers as MTP blocks is planned correctly, whatever their names."""
     raw = checkpoints.qwen2_tensors(layers=2)
     mtp = {

@@ -445,7 +445,7 @@ def test_each_layer_may_have_a_count_and_a_factor_of_its_own(tmp_path: Path) -> 
     assert found["moescale.factors"] == [ROOT, 1.0, math.sqrt(3)]
 
 
-def test_factors_of_the_safetensors_model_serve(tmp_path: Path) -> None:
+def test_factors_are_matched_by_layer(tmp_path: Path) -> None:
     """Factors are matched by the number of the layer."""
     (source,) = write_model(tmp_path / "m.gguf")
     result = convert(source, tmp_path / "out.gguf", rule=None, factors={0: 1.25, 1: 0.75})
@@ -598,7 +598,7 @@ def test_nothing_to_do_is_said(tmp_path: Path) -> None:
     assert not (tmp_path / "out.gguf").exists()
 
 
-def test_glm_4_7_flash_is_told_by_its_size(tmp_path: Path) -> None:
+def test_glm_4_7_flash_is_known_by_its_vocabulary(tmp_path: Path) -> None:
     """An old deepseek2 file may lack the gating function; the client then assumes sigmoid."""
     words = {"token_embd.weight": numbers(154_880, HIDDEN)}
     found = []

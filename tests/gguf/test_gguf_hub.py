@@ -48,7 +48,7 @@ def test_a_model_of_a_repo_is_named(text: str, place: HubRef) -> None:
     assert parse_ref(str(place)) == place
 
 
-def test_a_name_of_nothing_is_refused() -> None:
+def test_a_quant_has_no_path_and_an_address_may_be_that_of_a_file() -> None:
     """Paths and empty names after the colon are refused; a file's address refers to the file."""
     for text in ("org/name:", "org/name:a/b", "org/name:a:b"):
         with pytest.raises(UsageError):

@@ -477,7 +477,7 @@ def test_what_the_hub_lists_is_compared_with_what_was_sent(lab: Lab) -> None:
     assert set(hub.files(DST)) == {".gitattributes"}
 
 
-def test_a_destination_has_no_other_way_out(lab: Lab) -> None:
+def test_a_run_with_an_unreadable_journal_is_refused(lab: Lab) -> None:
     """An unreadable journal belongs to another program, and the run is refused."""
     hub = lab.start()
     hub.add_repo(DST, {"a.txt": b"1"})

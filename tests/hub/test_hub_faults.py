@@ -347,7 +347,7 @@ def test_the_hub_says_how_long_to_wait(lab: Lab) -> None:
 @pytest.mark.parametrize(
     ("match", "xet"), [(DATA, True), ("/tree/", True), (WORK, True), (("PUT", "^cdn"), False)]
 )
-def test_nobody_waits_for_hours(lab: Lab, match: Match, xet: bool) -> None:
+def test_a_wait_of_hours_ends_the_run(lab: Lab, match: Match, xet: bool) -> None:
     """If a server asks for more than five minutes, the run ends with 5 and the error says so."""
     hub = lab.start(xet=xet)
     hub.fault(match, status(429, Retry_After=3600), times=None)

@@ -160,7 +160,7 @@ def test_an_output_is_no_folder_of_a_repo(lab: Lab) -> None:
         assert word in outcome.failure
 
 
-def test_a_slip_beside_a_local_folder_is_said(lab: Lab) -> None:
+def test_a_misspelt_local_path_is_named(lab: Lab) -> None:
     """If a local folder has the first part of the name, the error names the likely path."""
     lab.start()
     lab.monkeypatch.chdir(lab.root)

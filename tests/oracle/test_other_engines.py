@@ -249,7 +249,7 @@ def test_a_router_that_some_models_of_a_type_have_is_refused_by_its_tensors(
         ({"score_function": "sigmoid"}, ("mlp.gate.expert_bias",), True),
     ],
 )
-def test_lings_score_is_that_of_its_bias(
+def test_ling_has_sigmoid_scores_if_it_has_a_bias(
     keys: dict[str, str], left_out: tuple[str, ...], sigmoid: bool, tmp_path: Path
 ) -> None:
     """Sigmoid if there is a bias, unless a key of the config says otherwise."""

@@ -236,7 +236,7 @@ SIDE: Mapping[str, Any] = {
 }
 
 
-def test_what_is_nobodys_twin_is_copied(source: Path, tmp_path: Path) -> None:
+def test_files_that_are_not_twins_are_copied(source: Path, tmp_path: Path) -> None:
     """Side models, heads, projectors and leftovers of training are copied byte for byte."""
     for name, content in SIDE.items():
         add(source, name, content)
@@ -459,7 +459,7 @@ def test_one_file_under_another_name_gets_an_index(tmp_path: Path, name: str) ->
     assert made["weight_map"] == dict.fromkeys(sorted(checkpoints.qwen2_tensors()), name)
 
 
-def test_an_absent_or_doubled_expert_is_refused(tmp_path: Path) -> None:
+def test_an_absent_expert_is_refused(tmp_path: Path) -> None:
     """Each tensor that the plan scales must be where the index says."""
     tensors = checkpoints.qwen2_tensors()
     expert = next(name for name in reversed(tensors) if name.endswith("experts.3.down_proj.weight"))
@@ -508,7 +508,7 @@ def test_every_layout_of_the_table_is_recognised(template: str) -> None:
         ("experts.down." * 100, None),
     ],
 )
-def test_other_names_are_told_apart(name: str, layer: Layer | None) -> None:
+def test_other_names_are_distinguished(name: str, layer: Layer | None) -> None:
     """Only second projections of routed experts match, not shared experts or adapters."""
     assert layer_from_name(name) == layer
 

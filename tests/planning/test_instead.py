@@ -154,7 +154,7 @@ def test_deep_sections_are_for_vllm_alone() -> None:
     assert not {"sglang", "transformers"} & by_engine(found, HERE).keys()
 
 
-def test_a_folder_of_a_repo_is_for_nobody() -> None:
+def test_engines_do_not_load_a_folder_of_a_repo() -> None:
     """Engines load whole repos."""
     config = parse_config(b'{"num_experts_per_tok": 2}')
     row = architectures.find("mixtral")

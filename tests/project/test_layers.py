@@ -57,7 +57,7 @@ def files_of(package: str) -> list[Path]:
 
 
 @pytest.mark.parametrize("package", MAY_USE)
-def test_a_room_knows_only_what_is_below(package: str) -> None:
+def test_a_package_imports_only_what_is_below(package: str) -> None:
     """A package imports only itself and the packages below it."""
     files = files_of(package)
     assert files
@@ -92,6 +92,10 @@ def test_a_plan_needs_no_numpy() -> None:
     """Numpy takes 15 MB and half of the start-up time; only runs and rules that sample load it."""
     code = "import sys; from moescale import api; sys.exit('numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_only_the_command_handles_signals() -> None:
+    """A library leaves the handlers of its program alone."""
     users = {p.name for p in PACKAGE.rglob("*.py") if "interrupts" in imports(p)}
     assert users == {"__main__.py", "cli.py"}
 

@@ -126,7 +126,7 @@ def test_gemma4_assistant_is_dense() -> None:
         CONFIG_MAPPING["gemma4_assistant"](text_config=text)
 
 
-def test_vitpose_is_told_its_expert() -> None:
+def test_the_caller_of_vitpose_names_the_expert() -> None:
     """The caller names an expert, and the backbone has no router."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     sizes |= {"num_experts": 2, "part_features": 8, "image_size": [16, 16], "patch_size": [8, 8]}

@@ -205,7 +205,7 @@ def test_what_an_interruption_costs_is_said() -> None:
 @pytest.mark.parametrize(
     ("seconds", "text"), [(59.6, "60 s"), (300, "5 min"), (7199, "2 h 0 min"), (9000, "2 h 30 min")]
 )
-def test_a_long_time_is_told_in_minutes_and_hours(seconds: float, text: str) -> None:
+def test_a_long_time_is_shown_in_minutes_and_hours(seconds: float, text: str) -> None:
     """Times above a minute or so are not given in seconds."""
     assert progress_module._duration(seconds) == text
 
@@ -218,7 +218,7 @@ def test_silence_is_kept() -> None:
         assert progress._done == 5
 
 
-def test_a_rule_that_samples_routers_is_told_of_when_it_takes_long(
+def test_a_rule_that_takes_long_is_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The output starts after a delay, and gives the layers done and their total."""

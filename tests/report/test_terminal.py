@@ -186,7 +186,7 @@ def test_colour_is_for_terminals_that_want_it(
     assert ("\x1b" in colour.summary_painted(done, stream)) == coloured
 
 
-def test_writing_and_proving_are_told_apart(plan: Plan) -> None:
+def test_writing_and_verifying_have_their_own_times(plan: Plan) -> None:
     """Each has its own time and rate; bytes of an earlier run do not count in the rate."""
     done = Result(replace(plan, location=LocalPath("out")), "new", True)
     seconds = {"writing": 2.0, "verifying": 4.0}

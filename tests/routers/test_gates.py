@@ -64,7 +64,7 @@ def test_rho_takes_part() -> None:
     assert factor(0.3, NORMALISED, (2, 6), rho=0.0) > factor(0.3, NORMALISED, (2, 6), rho=0.5) > 1
 
 
-def test_the_formula_is_that_of_the_contract() -> None:
+def test_the_moments_and_their_mix() -> None:
     """A is the mean sum of squares, B the mean square of the sum; the factor mixes them by rho."""
     weights = np.array([[0.5, 0.25], [0.75, 0.25]])
     found = routing.moments(weights)

@@ -64,7 +64,7 @@ def test_a_block_that_predicts_a_second_token_has_its_own_factor(tmp_path: Path)
     assert len(set(factors.values())) == 3
 
 
-def test_every_layer_that_is_sampled_is_told_of(tmp_path: Path) -> None:
+def test_every_sampled_layer_is_reported(tmp_path: Path) -> None:
     """Layers done and their total are reported; a plan by another rule reports nothing."""
     tiny_models.build("mixtral", tmp_path)
     told: list[tuple[int, int]] = []

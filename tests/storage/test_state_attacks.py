@@ -269,7 +269,7 @@ def test_a_shard_of_another_run_under_the_right_name(
     check_resumes(source, out, whole)
 
 
-def test_what_everything_vouches_for_is_told_by_the_proof(source: Path, out: Path) -> None:
+def test_verification_finds_a_change_with_a_forged_journal(source: Path, out: Path) -> None:
     """If the journal is forged too, --verify finds the file and the tensor."""
     alter(out / FIRST)
     info = (out / FIRST).stat()
@@ -463,7 +463,7 @@ def test_the_destination_itself_may_be_a_link(source: Path, tmp_path: Path, whol
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 @pytest.mark.parametrize("name", ["moescale.json", "config.json", "README.md", FIRST])
 @pytest.mark.parametrize("options", [{}, {"verify": True}, {"overwrite": True, "experts": 4}])
-def test_a_pipe_in_a_finished_output(
+def test_a_pipe_or_folder_in_a_finished_output(
     source: Path, tmp_path: Path, name: str, make: Callable[[Path], Any], options: dict[str, Any]
 ) -> None:
     """A run does not block on a pipe; --overwrite removes it."""
@@ -509,7 +509,7 @@ def test_a_disk_without_locks_is_said_as_such(
         convert(source, tmp_path / "out", experts=3)
 
 
-def test_a_proof_waits_for_no_run_and_writes_into_none(source: Path, tmp_path: Path) -> None:
+def test_verification_does_not_write_where_another_run_does(source: Path, tmp_path: Path) -> None:
     """While another run holds the destination, verification does not write digests there."""
     out = tmp_path / "out"
     convert(source, out, experts=3)
