@@ -376,7 +376,7 @@ def test_one_load_serves_all_plans_and_their_losses(
         loads.append(folder)
         return real(folder, *more)
 
-    monkeypatch.setattr(runner, "loaded", counted)
+    monkeypatch.setattr(runner, "load_model", counted)
     how: Any = {"calibrate": texts[0], "evaluate": texts[1]}
     table = api.compare(source, experts=[3, 4], rules=["none", "measured", "fitted"], **how)
     assert len(loads) == 1 and table.evaluation

@@ -894,7 +894,6 @@ assert callable(convert) and callable(plan) and callable(verify)
 
 def test_the_public_names_can_be_used_twice(small: Path, tmp_path: Path) -> None:
     """``moescale.plan``, ``convert`` and ``verify`` are functions, whatever was imported before."""
-    # fails today: the modules of the same names take their places in the package on first import
     command = [sys.executable, "-c", PUBLIC, small, tmp_path / "out"]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr

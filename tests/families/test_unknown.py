@@ -306,7 +306,7 @@ def read(row: Any) -> set[str]:
         keys |= {
             kind.score_key,
             kind.bias_key,
-            kind.idle_key,
+            kind.zero_experts_key,
             kind.cap_key,
         } - {None}
     return keys
