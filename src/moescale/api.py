@@ -149,7 +149,7 @@ def plan(
 
     Raises:
         UsageError: an option is invalid.
-        SourceError: the checkpoint cannot be read, or not be rescaled this way.
+        SourceError: the checkpoint cannot be read, or cannot be rescaled this way.
         TemporaryError: the Hub does not answer.
     """
     report, revision = options.get("report"), options.get("revision")
@@ -270,7 +270,7 @@ def convert(
 
     Raises:
         UsageError: an option is invalid.
-        SourceError: the checkpoint cannot be read, or not be rescaled this way; nothing was
+        SourceError: the checkpoint cannot be read, or cannot be rescaled this way; nothing was
             written.
         DestinationError: the destination has other content, or cannot take the output.
         RewriteError: a shard could not be rewritten, or a value would overflow.
@@ -333,7 +333,7 @@ def _scale_warnings(seen: Mapping[str, Rounding]) -> Iterator[str]:
     """Warnings about the scales that were written."""
     if empty := sorted(name for name, one in seen.items() if one.empty):
         yield (
-            f"{empty[0]}: every scale in it is 0 ({len(empty)} such), so its weights are 0, scaled"
+            f"{empty[0]}: every scale in it is 0 ({len(empty)} in all), so its weights are 0, scaled"
             " or not; the tensor may be damaged"
         )
 
@@ -368,7 +368,7 @@ def verify(
         VerificationError: files differ; names them, and tensor and offset of the first difference.
             Or the output was made with other options.
         UsageError: an option is invalid.
-        SourceError: the checkpoint cannot be read, or not be rescaled this way.
+        SourceError: the checkpoint cannot be read, or cannot be rescaled this way.
         DestinationError: the destination cannot be read, or its provenance cannot be completed.
         TemporaryError: the Hub or the cluster failed for now.
     """

@@ -68,21 +68,24 @@ class MoescaleError(Exception):
 class UsageError(MoescaleError):
     """A value is wrong for any source, or two options exclude each other.
 
-    Raised before anything is read, except for factors that do not fit the source's layers.
+    Usually raised before anything is read; later if a value does not fit the source, such as
+    factors for layers that it does not have.
     """
 
 
 class SourceError(MoescaleError):
-    """The source cannot be used; nothing was written.
+    """The source cannot be used.
 
-    Raised if it does not exist, is not a checkpoint, or is not accessible.
+    Raised if it does not exist, is not a checkpoint, or is not accessible. Nothing was written,
+    unless it became inaccessible during a run; then the next run continues.
     """
 
 
 class CheckpointError(SourceError):
     """A file of the checkpoint is malformed, or does not match the others.
 
-    Raised during planning: for a config, an index, a header, a missing shard or expert.
+    Usually raised during planning: for a config, an index, a header, a missing shard or expert.
+    Scales of a Hub source are only read during a run.
     """
 
 
@@ -96,8 +99,8 @@ class UnsupportedError(SourceError):
 class DestinationError(MoescaleError):
     """The destination has other content, or cannot take the output.
 
-    Raised before the first shard; existing content is untouched. `moescale.plan` turns it into a
-    warning.
+    Usually raised before the first shard; existing content is untouched. Raised during a run if
+    something else has changed the destination. `moescale.plan` turns it into a warning.
     """
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first signal ends the run in order, the second one at once.
+"""Ctrl-C and SIGTERM: the first signal shuts the run down cleanly, the second at once.
 
 Both print one line. An immediate exit is safe at any time, since the same command resumes.
 """
@@ -18,7 +18,7 @@ MESSAGE = "interrupted; the same command resumes"
 EXIT_CODE = 130
 
 GRACE_SECONDS = 2.0
-"""How long an interrupted run may take to end in order."""
+"""How long an interrupted run may take to shut down cleanly."""
 
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 _exiting = threading.Lock()

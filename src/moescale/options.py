@@ -82,7 +82,7 @@ class ChoiceOptions(TypedDict, total=False):
     experts: Annotated[
         int | None,
         Option(
-            "Needed: experts per token of the output.",
+            "Required: experts per token of the output.",
             "M[,M...]",
             flags=("-k", "--experts"),
             kind=int,

@@ -310,7 +310,7 @@ def test_standard_errors_are_of_paired_differences() -> None:
 def test_a_model_writes_the_same_text_twice_and_it_is_read_again(tmp_path: Path) -> None:
     """The seed is fixed; a saved file gives the same tokens."""
     build("mixtral", tmp_path / "m", dtype="float32", config={"vocab_size": 256})
-    own = {"SEQUENCES": 3, "GUARDED": 1, "LENGTH": 16, "SEQUENCES_PER_BATCH": 2}
+    own = {"SEQUENCES": 4, "LENGTH": 16, "SEQUENCES_PER_BATCH": 2}
     with pytest.MonkeyPatch.context() as patch, at_work(tmp_path / "m", 3) as (model, _, __):
         for name, value in own.items():
             patch.setattr(generated_text, name, value)

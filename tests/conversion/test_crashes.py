@@ -69,7 +69,7 @@ MATRIX: tuple[tuple[str, str, int, int], ...] = (
     ("new", "killed before", 4, 25),
     ("new", "killed after", 1, 100),
     ("new", "power cut", 1, 100),
-    ("new", "power cut, but for names", 4, 25),
+    ("new", "power cut, except names", 4, 25),
     ("new", "disk full", 1, 100),
     ("new", "disk full for good", 4, 20),
     ("new", "bad disk", 3, 90),

@@ -1,4 +1,4 @@
-"""The table of formats: which row matches which tensors, what is refused, what is remarked."""
+"""The table of formats: which row matches which tensors, what is refused, which remarks are made."""
 
 from __future__ import annotations
 

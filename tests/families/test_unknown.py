@@ -340,7 +340,7 @@ def test_a_tensor_that_the_row_does_not_know_is_named(name: str, tmp_path: Path)
     size = 4 if "bias" in name or name.endswith("expert_scale") else HIDDEN
     extra = {f"model.layers.{layer}.{name}": values("BF16", (size,), 9) for layer in range(2)}
     (warning,) = warnings(written(tmp_path / "m", CONFIG, extra))
-    assert f"model.layers.0.{name} (2 such)" in warning and "'mixtral'" in warning
+    assert f"model.layers.0.{name} (2 in all)" in warning and "'mixtral'" in warning
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ class Type:
         config: keys besides those that all types have.
         down: name of a layer's down-projections, with `{E}` if each expert has one.
         up: names of the matrices before them, likewise.
-        beside: other tensors of a MoE layer, with their shapes.
+        beside: other tensors of an MoE layer, with their shapes.
         section: the section of the config with the keys.
         count: key of the experts per token.
         factor: of ``--rule preserve`` from 2 to 3.

@@ -200,7 +200,7 @@ def test_scales_that_are_all_zero_are_named(
     result = api.convert(source, tmp_path / "out", factor=2.0)
     name = q.modules(case_of(id))[1] + ending
     assert [w.partition(":")[0] for w in result.warnings] == [name]
-    assert result.warnings[0].count("every scale in it is 0 (1 such)") == 1
+    assert result.warnings[0].count("every scale in it is 0 (1 in all)") == 1
     assert result.rounding == {}
     zeros.flat[-1] = 120
     source = with_scale(id, tmp_path / "well", ending, q.raw(dtype, zeros))

@@ -220,7 +220,7 @@ STRANGE: tuple[Any, ...] = (
 
 
 def strange(rng: random.Random, depth: int = 0) -> Any:
-    """A value that does not fit its place."""
+    """A value of the wrong type for its key."""
     if depth > 2 or rng.random() < 0.6:
         return rng.choice(STRANGE)
     if rng.random() < 0.5:

@@ -144,7 +144,7 @@ MODES: Mapping[str, Mode] = {
     "killed before": Mode("before"),
     "killed after": Mode("after"),
     "power cut": Mode("cut"),
-    "power cut, but for names": Mode("names"),
+    "power cut, except names": Mode("names"),
     "disk full": Mode("error", CHANGING, errno.ENOSPC),
     "disk full for good": Mode("error", CHANGING - {"unlink", "rmdir"}, errno.ENOSPC, True),
     "bad disk": Mode("error", CHANGING | READING),

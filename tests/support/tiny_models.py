@@ -460,7 +460,7 @@ def _given(modules: dict[str, nn.Module], seed: int) -> Iterator[None]:
         yield
 
 
-# How a MoE block takes its inputs, by name.
+# How an MoE block takes its inputs, by name.
 
 
 def _feed_router(layer: nn.Module, hidden: Tensor) -> None:

@@ -84,7 +84,7 @@ class Tiny:
     silenced: tuple[str, ...] = ()
     """Parameters of a routed module that add other terms to its output."""
     feed: str = "block"
-    """How a MoE block takes hidden states: a key of `tiny_models.FEEDS`."""
+    """How an MoE block takes hidden states: a key of `tiny_models.FEEDS`."""
     run: str = "generate"
     """How the whole model runs: a key of `tiny_models.RUNS`."""
     width: str = "index"

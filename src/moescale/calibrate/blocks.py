@@ -197,7 +197,7 @@ class BlockProbe:
             self._compare(hidden.reshape(tokens, -1), index, weights)
 
     def _note_scores(self, _: nn.Module, __: Any, out: Any) -> None:
-        """Keep the router's gate weights, one row a token.
+        """Keep the router's gate weights, one row per token.
 
         Some blocks multiply the experts' inputs by them and do not pass them on.
         """

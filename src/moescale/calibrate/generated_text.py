@@ -18,8 +18,8 @@ from moescale.calibrate.text import Text
 from moescale.errors import UnsupportedError
 from moescale.storage.base import no_progress
 
-SEQUENCES, GUARDED, LENGTH = 64, 16, 256
-"""Sequences to calibrate on, sequences reserved for the guard, and tokens of each."""
+SEQUENCES, LENGTH = 80, 256
+"""Sequences, and tokens of each."""
 
 SEED = 294
 SEQUENCES_PER_BATCH = 16
@@ -45,7 +45,7 @@ def write_text(
         raise UnsupportedError(
             "the model cannot generate text", hint="Give a text: --calibrate FILE."
         )
-    total, length = SEQUENCES + GUARDED, min(LENGTH, context)
+    total, length = SEQUENCES, min(LENGTH, context)
     pieces: list[int] = []
     with torch.random.fork_rng():
         torch.manual_seed(SEED)

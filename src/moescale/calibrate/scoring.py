@@ -37,8 +37,8 @@ class Score:
     """The loss of a setting on each sequence, in nats per token.
 
     Attributes:
-        losses: cross entropy of the next token, one number a sequence.
-        divergences: KL divergence from the first setting, one number a sequence.
+        losses: cross entropy of the next token, one number per sequence.
+        divergences: KL divergence from the first setting, one number per sequence.
         tokens: predicted tokens of each sequence.
     """
 

@@ -232,7 +232,7 @@ class Workers(Pool):
         return TemporaryError(f"--dask {self._scheduler}: the scheduler is lost", hint=_RESUMES)
 
     def _on_position(self, name: str, position: int) -> None:
-        """Report the progress of a file; a second attempt counts beyond that of the first one."""
+        """Report the progress of a file; a second attempt counts only what exceeds the first."""
         with self._lock:
             if name not in self._running:
                 return

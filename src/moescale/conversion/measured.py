@@ -98,8 +98,8 @@ def measured_plan(
         location: the location of the output.
         calibration: the text.
         destination: may have the measurement of an earlier run.
-        overwrite: that of the run to follow: if that would be refused, it is refused before the
-            measurement; if it starts again, the measurement does too. None: no run follows.
+        overwrite: the option of the run that follows; None if none follows. A run that would be
+            refused is refused before measuring; one that starts over measures again.
 
     Raises:
         MoescaleError: see `make_plan`, `status_of` and `moescale.calibrate.measure`.

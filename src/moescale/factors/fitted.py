@@ -116,7 +116,7 @@ def _interpolated(values: Sequence[float], position: float) -> float:
 
 
 def factor(sample: Sample) -> float:
-    """The factor of one layer; that of ``measured`` if nothing was fitted."""
+    """The factor of one layer; the ``measured`` factor if nothing was fitted."""
     return sample.fit.factor if sample.fit else measured.factor(sample)
 
 

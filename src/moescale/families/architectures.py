@@ -150,7 +150,7 @@ class Architecture:
         no_effect: why scaling the down-projections has no effect.
         no_effect_if: config key that switches the cause of `no_effect` on; None if it is always on.
         partial_effect: what scaling the down-projections does not reach.
-        partial_effect_if: tensor of a MoE layer that has the cause; None if every layer has it.
+        partial_effect_if: tensor of an MoE layer that has the cause; None if every layer has it.
         other_modules: modules of the MoE block that other types do not have and that do not change
             the effect of a factor, by the first word of their names.
         scale_key: config key of a constant that multiplies the routed output.

@@ -180,7 +180,7 @@ def _check_layers(found: set[Layer], config: MoeConfig) -> None:
     surplus = sorted(layer for layer in main - expected if layer < config.layers)
     if missing:
         raise CheckpointError(
-            f"layer {missing[0]}: the config makes it a MoE layer, but it has no routed"
+            f"layer {missing[0]}: the config makes it an MoE layer, but it has no routed"
             f" down-projections ({len(missing)} of {len(expected)} MoE layers are missing)",
             hint=_INCOMPLETE,
         )

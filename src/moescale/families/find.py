@@ -203,8 +203,8 @@ def _expert_number_warnings(config: MoeConfig, found: Mapping[Layer, int]) -> It
         layer = differing[0]
         yield (
             f"{CONFIG} says {stated[layer]} routed experts, but layer {layer} has {found[layer]}"
-            f" ({len(differing)} of {len(found)} layers differ); its router confirms the number of"
-            " the tensors, which is used"
+            f" ({len(differing)} of {len(found)} layers differ); the number of the tensors is used,"
+            " which the router confirms"
         )
     limit = config.groups
     odd = sorted({number for number in found.values() if limit and number % limit[0]})

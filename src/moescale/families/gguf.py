@@ -150,7 +150,7 @@ def _whole(keys: GgufKeys, name: str) -> int:
     value = keys.get(name)
     if type(value) is not int or not 0 < value <= MAX_NUMBER:
         fault = "is missing" if value is None else f"is {repr(value)[:40]}, not a number of experts"
-        raise CheckpointError(f"key {name} {fault}", hint="The header is not that of a MoE model.")
+        raise CheckpointError(f"key {name} {fault}", hint="The header is not that of an MoE model.")
     return value
 
 

@@ -108,7 +108,7 @@ def empty_weights(tensors: Iterable[Tensor]) -> Iterator[str]:
     """A warning if weights outside the experts are empty."""
     found = [t.name for t in tensors if t.shape == (0,) and t.name.endswith(".weight")]
     if found:
-        yield f"{found[0]} is empty; its shape is [0] ({len(found)} such). {ZERO3_HINT}"
+        yield f"{found[0]} is empty; its shape is [0] ({len(found)} in all). {ZERO3_HINT}"
 
 
 # The experts of a layer ---------------------------------------------------------------------------

@@ -29,7 +29,7 @@ _LINEAR: Final = re.compile(
     r"(?:(?:global_)?shared?_?(?:mlp|experts?)\w*|switch_mlp|(?:gate|up|down|gate_up)_proj"
     r"|w[123]|fc[1-3]|(?:in|out)put_linear|[0-9]+)(?![a-z0-9])"
 )
-"""First words, after the name of a MoE block, of linear layers in various types."""
+"""Names of linear layers in MoE blocks of all model types, up to the first part."""
 _ROUTER: Final = re.compile(
     r"(?:gate|router)(?:\.(?:layer|linear|gate|proj|wg|classifier))?|gate_weight|router_gate|wg"
 )
@@ -74,7 +74,7 @@ def unknown_tensors(
             found[name[len(at) :]].append(tensor.name)
     for rest, names in sorted(found.items()):
         yield (
-            f"{names[0]} ({len(names)} such): moescale does not know what {rest} does in a MoE"
+            f"{names[0]} ({len(names)} in all): moescale does not know what {rest} does in an MoE"
             f" layer of {row.model_type!r}; if it follows the experts, the factors may be wrong"
         )
 

@@ -72,7 +72,7 @@ LAYOUT = "an unscaled twin: it holds the routed experts under other names"
 INDEX = "an index of files that are left out"
 EVALUATION = "evaluation results of the source model"
 _SIZE_DIVISOR = 32
-"""A twin has at least the bytes of the scaled tensors divided by this: half a bit for 16."""
+"""A twin has at least the size of the scaled tensors divided by this: 16 bits in half a bit."""
 
 
 @dataclass(frozen=True, slots=True)

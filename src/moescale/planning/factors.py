@@ -21,7 +21,7 @@ class Findings:
 
     Attributes:
         samples: by layer; may be empty.
-        taken: the rule that the guard of ``fitted`` chose; None for other rules.
+        taken: the rule that the guard of ``fitted`` chose; ``fitted`` if there was no guard.
     """
 
     samples: Mapping[Layer, Sample]

@@ -299,7 +299,10 @@ def _kind_rows(tensors: Iterable[TensorEdit]) -> Iterator[tuple[str, ...]]:
 
 
 def _factor_chart(factors: Mapping[str, float], blocks: str) -> str:
-    """One column per layer, from the smallest to the largest factor; empty if all are equal."""
+    """One column per layer or group of layers, scaled from the smallest to the largest factor.
+
+    Empty if all factors are equal.
+    """
     columns, each = _columns(list(factors.values()))
     low, high = min(columns), max(columns)
     if f"{low:.4g}" == f"{high:.4g}":

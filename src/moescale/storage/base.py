@@ -312,7 +312,7 @@ def io_errors(name: str) -> Iterator[None]:
     """Turn an error of the operating system into one that names the file.
 
     Raises:
-        RewriteError: with a hint what to do.
+        RewriteError: with a hint about what to do.
     """
     try:
         yield

@@ -100,7 +100,7 @@ _SOURCE_FORMS = (
 
 
 def _check_directory(text: str) -> None:
-    """Refuse a path that is not a directory, with a hint what to give instead.
+    """Refuse a path that is not a directory, with a hint about what to give instead.
 
     Raises:
         SourceError: the path does not exist, or is a file.

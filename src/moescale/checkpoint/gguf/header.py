@@ -21,7 +21,7 @@ from moescale.errors import CheckpointError
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_HEADER_BYTES = 1 << 30
-"""A longer header is refused; the largest known one has 10 MB."""
+"""A longer header is refused; the largest known one has 12 MB."""
 ALIGNMENT = "general.alignment"
 
 _MOST = 1 << 30

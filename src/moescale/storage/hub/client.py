@@ -328,7 +328,7 @@ def wait_before_retry(attempt: int, error: MoescaleError | None = None) -> None:
     if asked is not None and asked > LONGEST_WAIT:
         raise TemporaryError(
             f"{error}: the Hub asks to wait {asked:.0f} s".replace(f"\n{RESUMES}", ""),
-            hint="Run the same command again then; it resumes.",
+            hint="Wait that long, then run the same command again; it resumes.",
         )
     sleep(min(8.0, 0.5 * 2.0**attempt) if asked is None else asked)
 
