@@ -333,8 +333,8 @@ def _scale_warnings(seen: Mapping[str, Rounding]) -> Iterator[str]:
     """Warnings about the scales that were written."""
     if empty := sorted(name for name, one in seen.items() if one.empty):
         yield (
-            f"{empty[0]}: every scale in it is 0 ({len(empty)} in all), so its weights are 0, scaled"
-            " or not; the tensor may be damaged"
+            f"{empty[0]}: every scale in it is 0 ({len(empty)} in all), so its weights are 0,"
+            " scaled or not; the tensor may be damaged"
         )
 
 

@@ -14,15 +14,7 @@ from moescale.planning.plan import Plan
 Status = Literal[
     "new", "resume", "replace", "repair", "done", "stale", "changed", "outdated", "nothing"
 ]
-"""What a run finds and does.
-
-``new``: the destination was empty. ``resume``: an unfinished run was continued. ``replace``:
-existing content was replaced. ``repair``: files that differed were rewritten. ``done``: nothing was
-left to do. ``nothing``: the output would equal the source, so nothing was written. ``stale``: done,
-but the source has changed since, or at least its modification times. ``changed``: done, but a file
-of the output, perhaps its provenance, was changed or lost since. ``outdated``: made with the same
-options, but from other files than the source has now; a verification names them.
-"""
+"""What a run finds and does; `Result` explains each value."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -31,7 +23,14 @@ class Result:
 
     Attributes:
         plan: the plan.
-        status: see `Status`; ``stale``, ``changed`` and ``outdated`` only if verified.
+        status: ``new``: the destination was empty. ``resume``: an unfinished run was continued.
+            ``replace``: existing content was replaced. ``repair``: files that differed were
+            rewritten. ``done``: nothing was left to do. ``nothing``: the output would equal the
+            source, so nothing was written. Three only occur in a verification: ``stale``: done,
+            but the source has changed since, or at least its modification times. ``changed``:
+            done, but a file of the output, perhaps its provenance, was changed or lost since.
+            ``outdated``: made with the same options, but from other files than the source has now;
+            the verification names them.
         verified: whether the output was read again and compared.
         url: the page of the output, if it is on the Hub.
         remarks: notes for the user.

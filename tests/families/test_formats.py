@@ -1,4 +1,4 @@
-"""The table of formats: which row matches which tensors, what is refused, which remarks are made."""
+"""The table of formats: which row matches which tensors, and what is refused or remarked on."""
 
 from __future__ import annotations
 

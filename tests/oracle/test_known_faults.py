@@ -11,7 +11,7 @@ from support.known_faults import FAULTS, HERE, Fault
 
 @pytest.mark.parametrize("fault", HERE, ids=str)
 def test_a_fault_shows_without_anything_of_ours(fault: Fault) -> None:
-    """The reproductions in the table fail with the same error; if they pass, the fault has been fixed."""
+    """The reproductions in the table fail as stated; if one passes, its fault has been fixed."""
     assert "moescale" not in fault.reproduction
     with pytest.raises(fault.raises):
         exec(fault.reproduction, {})
