@@ -26,7 +26,7 @@ from moescale.calibrate.loading import Loader
 from moescale.calibrate.text import Text, check_kept
 from moescale.checkpoint.rounding import Rounding
 from moescale.conversion.measured import measured_plan
-from moescale.conversion.preflight import check_status, with_refusal, with_space_warning
+from moescale.conversion.preflight import with_refusal, with_space_warning
 from moescale.conversion.previous import (
     check_same_job,
     previous_options,
@@ -34,7 +34,8 @@ from moescale.conversion.previous import (
 )
 from moescale.conversion.record import read_record
 from moescale.conversion.repair import may_repair, repair, verify_output
-from moescale.conversion.run import run, status_of
+from moescale.conversion.run import run
+from moescale.conversion.status import check_status, status_of
 from moescale.errors import (
     DestinationError,
     MoescaleError,

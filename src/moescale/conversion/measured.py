@@ -8,7 +8,7 @@ from typing import Any
 
 from moescale.calibrate.calibration import Calibration, needed_files
 from moescale.calibrate.devices import check_installed
-from moescale.conversion.run import status_of
+from moescale.conversion.status import status_of
 from moescale.errors import UsageError
 from moescale.factors.samples import Moments, Sample
 from moescale.families.find import Moe

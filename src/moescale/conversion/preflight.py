@@ -1,4 +1,4 @@
-"""Checks before a run: the state of the destination, and free space."""
+"""Checks before a run: free space, and what a run would refuse."""
 
 from __future__ import annotations
 
@@ -6,33 +6,7 @@ from dataclasses import replace
 
 from moescale.errors import DestinationError, bytes_text
 from moescale.planning.plan import Plan
-from moescale.results import Status
 from moescale.storage.base import Destination
-from moescale.storage.location import Location
-
-
-def check_status(status: Status, destination: Location) -> None:
-    """Refuse an output of this job if source or output may have changed since.
-
-    Raises:
-        DestinationError: names the change.
-    """
-    if status == "stale":
-        raise DestinationError(
-            f"{destination}: is an output of this job, but the source is newer",
-            hint="--verify shows whether it is still correct; --overwrite writes it again.",
-        )
-    if status == "changed":
-        raise DestinationError(
-            f"{destination}: is an output of this job, but was changed since",
-            hint="--verify shows where; --overwrite writes it again.",
-        )
-    if status == "outdated":
-        raise DestinationError(
-            f"{destination}: was made with the same options, but from other files than the source"
-            " has now",
-            hint="--verify names the files that differ; --overwrite writes it again.",
-        )
 
 
 def with_space_warning(plan: Plan, destination: Destination) -> Plan:

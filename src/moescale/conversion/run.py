@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
 from threading import Lock
 from types import MappingProxyType
 
 from moescale.checkpoint.edit import TensorEdit
 from moescale.checkpoint.rewrite import Segment, check_scales, rewrite
 from moescale.checkpoint.rounding import Rounding
-from moescale.conversion import card
 from moescale.conversion.executor import JobResult, Monitor, Pool, run_jobs
-from moescale.errors import DestinationError
+from moescale.conversion.small_files import generated_files, record_of, small_files
+from moescale.conversion.status import status_of
 from moescale.families.config import CONFIG
 from moescale.planning import provenance
 from moescale.planning.files import CARD, PlannedFile
@@ -31,10 +29,6 @@ from moescale.storage.base import (
     io_errors,
     no_progress,
 )
-from moescale.version import __version__
-
-SmallFiles = Callable[[], Mapping[str, bytes]]
-"""Returns the small files of the output, as `small_files` does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,111 +44,6 @@ class RunOutcome:
     status: Status
     written: Mapping[str, FileRecord]
     rounding: Mapping[str, Rounding] = field(default_factory=dict)
-
-
-def status_of(plan: Plan, source: Source, destination: Destination, overwrite: bool) -> Status:
-    """What the run finds at the destination, and will do.
-
-    Raises:
-        DestinationError: the destination has other content, and `overwrite` is false.
-    """
-    unfinished = destination.unfinished_job()
-    if unfinished is not None:
-        wanted = provenance.job(plan)
-        if unfinished == wanted:
-            return "resume"
-        difference = provenance.job_difference(unfinished, wanted)
-        return _status_if_replaceable(
-            destination, overwrite, f"holds an unfinished run of {difference}"
-        )
-    existing = destination.existing()
-    if not existing:
-        return "new"
-    small = cache(partial(small_files, plan, source))  # read at most once
-    same_job = _is_output(plan, destination, small)
-    complete = _is_complete(plan, destination, existing, small) and bool(same_job or small())
-    if same_job or complete:
-        if overwrite:
-            return "replace"
-        if not (same_job and complete):
-            return "changed"
-        return "done" if source.last_changed() <= destination.changed_at(plan.record) else "stale"
-    if not overwrite and _has_same_options(plan, destination):
-        return "outdated"
-    return _status_if_replaceable(
-        destination, overwrite, _describe_existing(plan, destination, existing)
-    )
-
-
-def _has_same_options(plan: Plan, destination: Destination) -> bool:
-    """Whether the destination was made with the same options from other files of this source."""
-    recorded = destination.read_provenance()
-    found = None if recorded is None else provenance.decode(recorded)
-    options = provenance.made_with(found)
-    if found is None or options is None:
-        return False
-    now = provenance.provenance(plan, {})
-    same = all(found.get(key) == now[key] for key in ("moescale", "source"))
-    return same and provenance.options_given(options) == now["options"]
-
-
-def _describe_existing(plan: Plan, destination: Destination, existing: Mapping[str, int]) -> str:
-    if (recorded := destination.read_provenance()) is None:
-        some = ", ".join(sorted(existing)[:3])
-        return f"is not empty ({some}{', ...' if len(existing) > 3 else ''})"
-    found = provenance.decode(recorded) or {}
-    version, options = found.get("moescale"), provenance.made_with(found)
-    if isinstance(version, str) and version != __version__:
-        return f"holds an output of moescale {version[:20]}; this is {__version__}"
-    source = found.get("source")
-    name = source.get("id") if isinstance(source, dict) else None
-    if not isinstance(name, str) or options is None:
-        return "holds another output of moescale"
-    rule = str(found.get("rule"))[:20]
-    theirs = provenance.described(options, rule)
-    ours = provenance.described(plan.options, plan.rule)
-    this = ours if name == plan.source.name else f"{plan.source.name} with {ours}"
-    return f"holds {name} with {theirs}; this run is {this}"
-
-
-def _status_if_replaceable(destination: Destination, overwrite: bool, why: str) -> Status:
-    what = "--overwrite to replace its content"
-    try:
-        destination.check_replaceable()
-    except DestinationError:
-        if overwrite:
-            raise
-        what = "empty this one"
-    if overwrite:
-        return "replace"
-    verify = (
-        "; --verify without other options verifies it"
-        if destination.read_provenance() is not None
-        else ""
-    )
-    hint = f"Give another destination, or {what}{verify}."
-    raise DestinationError(f"{destination.identity}: {why}", hint=hint)
-
-
-def _is_output(plan: Plan, destination: Destination, small: SmallFiles) -> bool:
-    """Whether the destination's provenance is that of this job."""
-    if (recorded := destination.read_provenance()) is None:
-        return False
-    sizes = {f.name: FileRecord(plan.output_size(f)) for f in plan.large_files}
-    others = {name: _record_of(data) for name, data in small().items()}
-    wanted = provenance.provenance(plan, {**sizes, **others})
-    return provenance.same_job(provenance.decode(recorded), wanted)
-
-
-def _is_complete(
-    plan: Plan, destination: Destination, existing: Mapping[str, int], small: SmallFiles
-) -> bool:
-    """Whether all files exist: large ones with the right size, small ones with the right bytes."""
-    if any(existing.get(f.name) != plan.output_size(f) for f in plan.large_files):
-        return False
-    if any(existing.get(name) != len(data) for name, data in small().items()):
-        return False
-    return all(destination.read_existing(name) == data for name, data in small().items())
 
 
 def run(
@@ -204,7 +93,7 @@ def run(
             plan, source, destination, jobs, progress, pool or Pool(), rounding
         )
         small = small_files(plan, source)  # late, since an index may have many megabytes
-        written |= {name: _record_of(data) for name, data in small.items()}
+        written |= {name: record_of(data) for name, data in small.items()}
         if CARD in small:
             with io_errors(CARD):
                 destination.write_small(CARD, small.pop(CARD))
@@ -230,27 +119,6 @@ def _dry_run_scales(plan: Plan, source: Source) -> None:
     for shard, chosen in edits.items():
         with io_errors(shard), source.open(shard) as reader:
             check_scales(reader, chosen, shard)
-
-
-def small_files(plan: Plan, source: Source) -> dict[str, bytes]:
-    """The generated and edited files, and the index."""
-    index, made = plan.index or ("", b"")
-    first = {} if made is not None else {index: source.read(index)}
-    return {**first, **generated_files(plan, source)}
-
-
-def generated_files(plan: Plan, source: Source) -> dict[str, bytes]:
-    """The generated and edited files: card, config, and an index if the source has none."""
-    result = {}
-    if (row := next((f for f in plan.files if f.name == CARD), None)) is not None:
-        result[CARD] = card.render(plan, source.read(CARD) if row.action == "edit" else None)
-    if plan.index is not None and plan.index[1] is not None:
-        result[plan.index[0]] = plan.index[1]
-    return {**result, **plan.edits, **({} if plan.config is None else {CONFIG: plan.config})}
-
-
-def _record_of(data: bytes) -> FileRecord:
-    return FileRecord(len(data), hashlib.sha256(data).hexdigest())
 
 
 def _write_large_files(

@@ -12,7 +12,7 @@ from moescale.checkpoint.rewrite import PIECE, Segment, expected
 from moescale.checkpoint.safetensors.header import LENGTH_BYTES, header_length, parse_header
 from moescale.checkpoint.safetensors.index import SUFFIX
 from moescale.conversion.executor import JobResult, Monitor, Pool, run_jobs
-from moescale.conversion.run import generated_files
+from moescale.conversion.small_files import generated_files
 from moescale.errors import CheckpointError, SourceError, VerificationError
 from moescale.planning import provenance
 from moescale.planning.files import PROVENANCE, PlannedFile
