@@ -25,14 +25,14 @@ from moescale.calibrate.devices import DEVICES, check_installed, running
 from moescale.calibrate.loading import Loader
 from moescale.calibrate.text import Text, check_kept
 from moescale.checkpoint.rounding import Rounding
-from moescale.conversion.measured import measured_plan
+from moescale.conversion.measured_plan import measured_plan
 from moescale.conversion.preflight import with_refusal, with_space_warning
 from moescale.conversion.previous import (
     check_same_job,
     previous_options,
     with_original_options,
 )
-from moescale.conversion.record import read_record
+from moescale.conversion.recorded_output import read_record
 from moescale.conversion.repair import may_repair, repair, verify_output
 from moescale.conversion.run import run
 from moescale.conversion.status import check_status, status_of
@@ -658,7 +658,7 @@ def _make_plan(
     destination: Destination | None = None,
     overwrite: bool | None = None,
 ) -> Plan:
-    """Make the plan, and attach its view; see `moescale.conversion.measured.measured_plan`."""
+    """Make the plan, and attach its view; see `moescale.conversion.measured_plan.measured_plan`."""
     if calibration is None:
         made = make_plan(source, wanted, target, progress=measuring)
     else:

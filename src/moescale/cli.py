@@ -362,7 +362,7 @@ def _show_plan(
     verbose: bool,
 ) -> None:
     from moescale import api
-    from moescale.report import progress, terminal
+    from moescale.report import progress, run_commands, terminal
 
     measuring = progress.measuring_printer(None if quiet or as_json else sys.stderr)
     plan = api.plan(source, destination, measuring=measuring, **options)
@@ -372,10 +372,10 @@ def _show_plan(
     elif not quiet:
         text = terminal.plan_text(plan, verbose, terminal.blocks_for(sys.stdout))
         print(colour.plan_painted(text, sys.stdout))
-        if more := terminal.run_commands_text(plan, written=False):
+        if more := run_commands.commands_text(plan, written=False):
             print(f"\n{more}")
     elif plan.destination is not None:
-        print(terminal.output_location(plan))
+        print(run_commands.output_location(plan))
 
 
 def _print_json(content: dict[str, Any]) -> None:
@@ -404,7 +404,7 @@ def _convert(
     verbose: bool,
 ) -> None:
     from moescale import api
-    from moescale.report import losses, terminal
+    from moescale.report import losses, run_commands, terminal
     from moescale.report.progress import Progress, measuring_printer
 
     shows_text = not (quiet or as_json)
@@ -451,14 +451,14 @@ def _convert(
     if shows_text and found:
         print(losses.evaluation_text(found), end="\n\n", file=sys.stderr)
     if shows_text:
-        if more := terminal.run_commands_text(result.plan, written=True):
+        if more := run_commands.commands_text(result.plan, written=True):
             print(more, end="\n\n", file=sys.stderr)
         text = terminal.summary(result, progress.seconds, progress.resumed)
         print(colour.summary_painted(text, sys.stderr), file=sys.stderr)
     elif options["create_pr"] and result.url is not None:
         print(result.url, file=sys.stderr)
     if result.status != "nothing":
-        print(terminal.output_location(result.plan))
+        print(run_commands.output_location(result.plan))
 
 
 def _warn(plan: Plan) -> None:

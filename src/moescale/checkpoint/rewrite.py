@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-from moescale.checkpoint.dtypes import BITS
 from moescale.checkpoint.edit import TensorEdit
 from moescale.checkpoint.rounding import Rounding
-from moescale.checkpoint.safetensors.header import LENGTH_BYTES
 from moescale.errors import CheckpointError, RewriteError
 
 PIECE = 1 << 20
@@ -69,30 +66,6 @@ def segments(
     if file_size > position:
         result.append(Segment(position, file_size))
     return result
-
-
-def relaid_header(data: bytes, promoted: Mapping[str, str]) -> bytes:
-    """The header, with its length, of a shard that stores some tensors in another dtype.
-
-    Entries keep their order; dtypes and offsets change. Spaces pad the text to a multiple of eight
-    bytes, as in safetensors.
-
-    Args:
-        data: the old header's JSON.
-        promoted: new dtypes, by tensor name.
-    """
-    entries: dict[str, Any] = json.loads(data)
-    tensors = [(name, e) for name, e in entries.items() if name != "__metadata__"]
-    position = 0
-    for name, entry in sorted(tensors, key=lambda item: item[1]["data_offsets"]):
-        old, start = entry["dtype"], position
-        first, last = entry["data_offsets"]
-        entry["dtype"] = promoted.get(name, old)
-        position += (last - first) * BITS[entry["dtype"]] // BITS[old]
-        entry["data_offsets"] = [start, position]
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
 def rewrite(

@@ -662,7 +662,7 @@ def scaled_tensors(
     module: str,
     tensors: BySuffix,
     factor: float,
-    instead: str | None = None,
+    alternative: str | None = None,
     layer: Layer = FIRST,
 ) -> list[TensorEdit]:
     """The edits that multiply a down-projection by `factor`.
@@ -671,7 +671,7 @@ def scaled_tensors(
         module: the projection's name, for errors.
         tensors: its tensors by suffix.
         factor: the number to multiply by.
-        instead: an alternative for this model, as a sentence for the error.
+        alternative: an alternative for this model, as a sentence for the error.
         layer: its layer.
 
     Raises:
@@ -686,7 +686,7 @@ def scaled_tensors(
         raise _format_error(module, tensors)
     parts = {**row.scaled, "bias": ScaledTensor("bias")}
     if any(part.operation == "shift" for part in parts.values()):
-        _check_power_of_two(module, row, factor, instead)
+        _check_power_of_two(module, row, factor, alternative)
     found = [(tensors[suffix], part) for suffix, part in parts.items() if suffix in tensors]
     return [_make_edit(tensor, part, row, factor, layer) for tensor, part in found]
 
@@ -733,7 +733,7 @@ def _is_power_of_two(factor: float) -> bool:
     return math.frexp(factor)[0] == 0.5
 
 
-def _check_power_of_two(module: str, row: Format, factor: float, instead: str | None) -> None:
+def _check_power_of_two(module: str, row: Format, factor: float, alternative: str | None) -> None:
     if _is_power_of_two(factor):
         return
     below = 2.0 ** (math.frexp(factor)[1] - 1)
@@ -741,7 +741,7 @@ def _check_power_of_two(module: str, row: Format, factor: float, instead: str | 
     raise UnsupportedError(
         f"{module}: is stored as {row.name}, whose scales are powers of two: multiplying it by"
         f" {factor:.9g} would need new codes",
-        hint=f"{instead} {exact}" if instead else exact,
+        hint=f"{alternative} {exact}" if alternative else exact,
     )
 
 
@@ -820,14 +820,14 @@ _SECTIONS = frozenset({"quantization_config", "compression_config", "quantizatio
 
 
 def check_quantisation_config(
-    edits: Iterable[TensorEdit], config: Mapping[str, Any], instead: str | None = None
+    edits: Iterable[TensorEdit], config: Mapping[str, Any], alternative: str | None = None
 ) -> list[str]:
     """Check the config for facts that the tensors do not show, and warn of rounding.
 
     Args:
         edits: the tensors to scale.
         config: the whole ``config.json``.
-        instead: as in `scaled_tensors`.
+        alternative: as in `scaled_tensors`.
 
     Returns:
         One remark per format.
@@ -850,7 +850,7 @@ def check_quantisation_config(
         if _rounds(edit):
             rounded[_rounding_remark(edit)] = None
         elif edit.format == "FP8" and ue8m0:
-            rounded[_ue8m0_remark(instead)] = None
+            rounded[_ue8m0_remark(alternative)] = None
     return list(rounded)
 
 
@@ -872,9 +872,9 @@ def _rounding_remark(edit: TensorEdit) -> str:
     )
 
 
-def _ue8m0_remark(instead: str | None) -> str:
+def _ue8m0_remark(alternative: str | None) -> str:
     return (
         "config.json says scale_fmt ue8m0, and the factor is not a power of two: transformers, and"
         " vLLM and SGLang with DeepGEMM, silently round such scales to powers of two"
-        + (f". {instead}" if instead else "")
+        + (f". {alternative}" if alternative else "")
     )

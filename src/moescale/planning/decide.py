@@ -18,11 +18,11 @@ from moescale.planning.experts import Experts
 from moescale.planning.factors import (
     Findings,
     KnownFactors,
+    averaged_for_fold,
     choose_factors,
     choose_scales,
     closed_forms,
     of_another_job,
-    of_one_layer,
 )
 from moescale.planning.formats import open_checkpoint
 from moescale.planning.plan import Plan
@@ -78,7 +78,7 @@ def make_plan(
     factors = choose_factors(rule, moe, experts, options, findings, known)
     if able and not able.experts:
         factors = dict.fromkeys(factors, 1.0)
-    factors, said = of_one_layer(factors, rule, options)
+    factors, said = averaged_for_fold(factors, rule, options)
     scales = choose_scales(rule, moe, options, findings, known)
     edits = checkpoint.edits(factors)
     made_for = getattr(options.factors, "made_for", {})
@@ -130,7 +130,7 @@ def make_plan(
         warnings=(*warnings, *output.warnings),
         states=MappingProxyType({name: source.fingerprint(name) for name in source.files()}),
         active=used,
-        instead=None if scales else output.instead,
+        config_overrides=None if scales else output.config_overrides,
         fold_key=output.fold_key,
     )
     if (harm := plan.comparison.harm) is not None:

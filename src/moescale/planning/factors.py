@@ -84,7 +84,7 @@ def choose_scales(
     return scales if any(scale != 1.0 for scale in scales.values()) else {}
 
 
-def of_one_layer(
+def averaged_for_fold(
     factors: Mapping[Layer, float], rule: str, options: Options
 ) -> tuple[dict[Layer, float], list[str]]:
     """A rule's factors, or their geometric mean and a remark if the fold takes only one."""

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from moescale.checkpoint.record import PROVENANCE as PROVENANCE
+from moescale.checkpoint.stored_provenance import PROVENANCE as PROVENANCE
 from moescale.errors import CheckpointError
 from moescale.families.config import CONFIG
 from moescale.storage.base import FileInfo

@@ -21,7 +21,7 @@ from moescale.options import Options
 from moescale.planning.comparison import ByLayer, Comparison, compare
 from moescale.planning.experts import Experts
 from moescale.planning.files import CARD, PROVENANCE, PlannedFile
-from moescale.planning.instead import Instead, by_engine
+from moescale.planning.overrides import ConfigOverrides, by_engine
 from moescale.routers.normalisation import Normalisation
 from moescale.storage.base import SourceId
 from moescale.storage.location import Location
@@ -89,7 +89,7 @@ class Plan:
         warnings: warnings for the user.
         states: fingerprint of each source file, to notice changes during a run.
         active: weights that a token uses; None if unknown.
-        instead: the alternative without rewriting; None if there is none.
+        config_overrides: the alternative without rewriting; None if there is none.
         fold_key: the config key that ``--fold config`` multiplies; None if there is none.
         view: renders the plan for people.
     """
@@ -123,7 +123,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     states: Mapping[str, Any] = field(default_factory=dict)
     active: Active | None = None
-    instead: Instead | None = None
+    config_overrides: ConfigOverrides | None = None
     fold_key: str | None = None
     view: View | None = field(default=None, compare=False)
 
@@ -237,7 +237,7 @@ class Plan:
     @property
     def overrides(self) -> dict[str, str]:
         """By engine, a command that has the same effect without rewriting; may be empty."""
-        return by_engine(self.instead, self.source) if self.instead else {}
+        return by_engine(self.config_overrides, self.source) if self.config_overrides else {}
 
     @property
     def predicted_norm(self) -> dict[str, ByLayer]:

@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from moescale.checkpoint.edit import TensorEdit
-from moescale.checkpoint.rewrite import Segment, relaid_header
-from moescale.checkpoint.safetensors.header import LENGTH_BYTES, Header
+from moescale.checkpoint.rewrite import Segment
+from moescale.checkpoint.safetensors.header import LENGTH_BYTES, Header, relaid_header
 from moescale.checkpoint.tensor import Tensor
 from moescale.errors import UnsupportedError
 from moescale.families.find import Moe
@@ -53,11 +53,11 @@ def scaled_weights(
         return residual_writers(
             model_type, moe.config.tied_embeddings, tensors, layers, 1 / divisor
         )
-    instead = alternative(moe, factors)
+    hint = alternative(moe, factors)
     return [
         edit
         for p in moe.projections
-        for edit in scaled_tensors(p.module, p.by_suffix, factors[p.layer], instead, p.layer)
+        for edit in scaled_tensors(p.module, p.by_suffix, factors[p.layer], hint, p.layer)
     ]
 
 

@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, TextIO
 from moescale.checkpoint.edit import TensorEdit
 from moescale.checkpoint.gguf.types import NOISE
 from moescale.errors import bytes_text, printable
-from moescale.families.config import parse_config
 from moescale.families.listing import ModelType
 from moescale.planning.comparison import BASES
 from moescale.planning.files import Action, PlannedFile
-from moescale.planning.instead import first_file, gguf_to_run, loader_of, to_run
 from moescale.planning.plan import Plan
 from moescale.planning.provenance import measured_on
 from moescale.report import losses
@@ -23,7 +21,6 @@ from moescale.report.table import count_text, span, table
 if TYPE_CHECKING:
     from moescale.planning.active import Active
     from moescale.results import Record, Result
-    from moescale.storage.location import Location
 
 LAYER_HEADER = ("layers", "tensors", "of", "dtype", "factor")
 
@@ -159,7 +156,7 @@ def fact_rows(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _new_scales(plan: Plan) -> str:
-    scales = plan.instead.scales if plan.instead else ()
+    scales = plan.config_overrides.scales if plan.config_overrides else ()
     return ", ".join(f"{s.path} {s.before:g} -> {s.after:.6g}" for s in scales) or "as it is"
 
 
@@ -181,42 +178,6 @@ def active_text(active: Active) -> str:
     ends = dict.fromkeys(f"{count / each:.3g}" for count in (active.before, active.after))
     text = f"{' -> '.join(ends)} of {active.total / each:.3g} {unit}"
     return text if len(ends) == 1 else f"{text} per token: x {active.ratio:.2g} the time"
-
-
-ENGINES = {"vllm": "vLLM", "sglang": "SGLang"}
-"""Names of engines that differ from their keys."""
-
-
-def run_commands_text(plan: Plan, written: bool) -> str:
-    """The commands that run the output and, before it is written, the source with other values."""
-    parts = []
-    if plan.overrides and not written:
-        parts.append("The same without rewriting:\n" + _engines(plan.overrides))
-    if plan.location is not None and not plan.changes_nothing:
-        parts.append("To run it:\n" + _engines(_to_run(plan, plan.location)))
-    return "\n\n".join(parts)
-
-
-def output_location(plan: Plan) -> str:
-    """The location of the output, for scripts; for a split GGUF set, that of its first file."""
-    assert plan.location is not None, "a plan without a destination has no output"
-    return first_file(plan.location, 1 if plan.config is not None else _parts(plan))
-
-
-def _parts(plan: Plan) -> int:
-    return sum(file.name.endswith(".gguf") for file in plan.files)
-
-
-def _to_run(plan: Plan, location: Location) -> Mapping[str, str]:
-    if plan.config is None:
-        return gguf_to_run(location, plan.last_file, _parts(plan))
-    return to_run(location, loader_of(parse_config(plan.config).value))
-
-
-def _engines(lines: Mapping[str, str]) -> str:
-    names = {engine: ENGINES.get(engine, engine) for engine in lines}
-    width = max(map(len, names.values()))
-    return "\n".join(f"  {names[e]:{width}}  {printable(line)}" for e, line in lines.items())
 
 
 def _sharpness(scales: Sequence[float]) -> str:

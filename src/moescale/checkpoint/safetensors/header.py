@@ -8,7 +8,9 @@ safetensors 0.8 (`SafeTensors::read_metadata`, `Metadata::validate`).
 from __future__ import annotations
 
 import functools
+import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,3 +191,27 @@ def _check_contiguous(tensors: list[Tensor], data_start: int, file_size: int, wh
 
 def _bad(where: str, why: str, hint: str = _WRONG) -> CheckpointError:
     return CheckpointError(f"{where}: {why}", hint=hint)
+
+
+def relaid_header(data: bytes, promoted: Mapping[str, str]) -> bytes:
+    """The header, with its length, of a shard that stores some tensors in another dtype.
+
+    Entries keep their order; dtypes and offsets change. Spaces pad the text to a multiple of eight
+    bytes, as in safetensors.
+
+    Args:
+        data: the old header's JSON.
+        promoted: new dtypes, by tensor name.
+    """
+    entries: dict[str, Any] = json.loads(data)
+    tensors = [(name, e) for name, e in entries.items() if name != "__metadata__"]
+    position = 0
+    for name, entry in sorted(tensors, key=lambda item: item[1]["data_offsets"]):
+        old, start = entry["dtype"], position
+        first, last = entry["data_offsets"]
+        entry["dtype"] = promoted.get(name, old)
+        position += (last - first) * BITS[entry["dtype"]] // BITS[old]
+        entry["data_offsets"] = [start, position]
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text

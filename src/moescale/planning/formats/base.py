@@ -14,7 +14,7 @@ from moescale.families.find import Moe
 from moescale.families.projections import Layer
 from moescale.planning.experts import Experts
 from moescale.planning.files import PROVENANCE, PlannedFile
-from moescale.planning.instead import Instead
+from moescale.planning.overrides import ConfigOverrides
 from moescale.planning.plan import NewHeader, Plan
 
 
@@ -32,7 +32,7 @@ class Output:
         record: name of the file that holds the provenance.
         last_file: name of the file without which the output does not load; it is written last.
         warnings: warnings for the user.
-        instead: the alternative without rewriting; None if there is none.
+        config_overrides: the alternative without rewriting; None if there is none.
         fold_key: the config key that ``--fold config`` multiplies; None if there is none.
     """
 
@@ -45,7 +45,7 @@ class Output:
     record: str = PROVENANCE
     last_file: str = CONFIG
     warnings: Sequence[str] = ()
-    instead: Instead | None = None
+    config_overrides: ConfigOverrides | None = None
     fold_key: str | None = None
 
 

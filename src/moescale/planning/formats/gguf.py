@@ -14,8 +14,8 @@ from moescale.checkpoint.gguf.edit import F32, F64, U32, HeaderEdit, NewTensor, 
 from moescale.checkpoint.gguf.header import STRING, GgufHeader, parse_header
 from moescale.checkpoint.gguf.names import part_name, parts_of
 from moescale.checkpoint.gguf.types import BY_NAME, GgmlType
-from moescale.checkpoint.record import KEY
 from moescale.checkpoint.safetensors.header import Header
+from moescale.checkpoint.stored_provenance import KEY
 from moescale.checkpoint.tensor import Tensor
 from moescale.errors import CheckpointError, SourceError, UnsupportedError
 from moescale.families import llama_cpp
@@ -29,7 +29,7 @@ from moescale.planning.experts import Experts
 from moescale.planning.factors import one_factor
 from moescale.planning.files import CARD, Action, PlannedFile
 from moescale.planning.formats.base import Output
-from moescale.planning.instead import Instead, NewValue
+from moescale.planning.overrides import ConfigOverrides, NewValue
 from moescale.planning.plan import NewHeader, Plan
 from moescale.storage.base import FileRecord, Source
 from moescale.version import __version__
@@ -237,7 +237,7 @@ class GgufCheckpoint:
             keys={**keys, **{tensor.name: tensor.values[0] for tensor in added}},
             record=self._parts[0],
             last_file=self._parts[0],
-            instead=self._in_keys(factors, experts),
+            config_overrides=self._in_keys(factors, experts),
             fold_key=self._scale_name if self._row.scale_key else None,
         )
 
@@ -245,7 +245,7 @@ class GgufCheckpoint:
     def _scale_name(self) -> str:
         return f"{self.moe.model_type}.expert_weights_scale"
 
-    def _in_keys(self, factors: Mapping[Layer, float], experts: Experts) -> Instead | None:
+    def _in_keys(self, factors: Mapping[Layer, float], experts: Experts) -> ConfigOverrides | None:
         """The alternative: new values for keys of the file instead of its tensors."""
         before, after = experts.before, experts.after
         factor, *others = set(factors.values())
@@ -258,7 +258,9 @@ class GgufCheckpoint:
         if factor != 1.0:
             scale = self._weights_scale(self._scale_name)
             scales = [NewValue(self._scale_name, scale, scale * factor)]
-        return Instead(counts, scales, self.moe.model_type, None) if counts or scales else None
+        return (
+            ConfigOverrides(counts, scales, self.moe.model_type, None) if counts or scales else None
+        )
 
     def _keys(self, factors: Mapping[Layer, float], experts: Experts) -> dict[str, Any]:
         """The keys of the model that change, with their new values."""

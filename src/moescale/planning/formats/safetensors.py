@@ -18,7 +18,7 @@ from moescale.planning.experts import Experts
 from moescale.planning.factors import one_factor
 from moescale.planning.files import PROVENANCE, left_out_warnings, plan_files
 from moescale.planning.formats.base import Output
-from moescale.planning.instead import Instead, instead
+from moescale.planning.overrides import ConfigOverrides, find_overrides
 from moescale.planning.plan import Plan
 from moescale.planning.shards import output_index
 from moescale.planning.tensors import alternative, new_headers, scaled_weights
@@ -85,17 +85,19 @@ class SafetensorsCheckpoint:
             new_headers=new_headers(source, self.headers, edits),
             edits=others_edited,
             warnings=(*warnings, *left_out_warnings(files)),
-            instead=self._instead(factors),
+            config_overrides=self._config_overrides(factors),
             fold_key=_fold_key(self.moe, self._options),
         )
 
-    def _instead(self, factors: Mapping[Layer, float]) -> Instead | None:
+    def _config_overrides(self, factors: Mapping[Layer, float]) -> ConfigOverrides | None:
         """The alternative: new values for the config instead of the weights."""
         options, moe = self._options, self.moe
         if options.fold == "residual" or options.gate_scale is not None:
             return None
         values = factors.values()
-        return instead(self._config, moe.architecture, moe.count_keys, options.experts, values)
+        return find_overrides(
+            self._config, moe.architecture, moe.count_keys, options.experts, values
+        )
 
     def completed(self, plan: Plan) -> Plan:
         """The plan, unchanged: it is already complete."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from moescale.checkpoint.record import recorded
+from moescale.checkpoint.stored_provenance import stored_provenance
 from moescale.errors import (
     DestinationError,
     MoescaleError,
@@ -143,7 +143,7 @@ class HubDestination:
 
     def read_provenance(self) -> bytes | None:
         """The provenance of the existing output."""
-        return recorded(
+        return stored_provenance(
             self.existing(), lambda name, *part: self._repo.read(name, self.branch, *part)
         )
 

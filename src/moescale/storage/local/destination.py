@@ -21,7 +21,7 @@ from typing import Any
 
 from moescale.checkpoint.gguf.header import MAGIC
 from moescale.checkpoint.gguf.names import first_of
-from moescale.checkpoint.record import recorded
+from moescale.checkpoint.stored_provenance import stored_provenance
 from moescale.errors import DestinationError, RewriteError
 from moescale.storage.base import (
     SMALL_FILE_BYTES,
@@ -197,7 +197,7 @@ class LocalDestination:
 
     def read_provenance(self) -> bytes | None:
         """The provenance of the existing output."""
-        return recorded(self.existing(), self.read_existing)
+        return stored_provenance(self.existing(), self.read_existing)
 
     def changed_at(self, name: str) -> int:
         """When a file of the output was written, in nanoseconds."""

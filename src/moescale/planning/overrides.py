@@ -24,14 +24,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moescale.checkpoint.gguf.names import is_gguf, part_name
+from moescale.checkpoint.gguf.names import is_gguf
 from moescale.errors import UnsupportedError
 from moescale.families.architectures import Architecture
 from moescale.families.config import Config, ConfigKey, split_path
 from moescale.families.llama_cpp_names import llama_cpp_name
 from moescale.families.scale_key import fold_factor
 from moescale.storage.base import SourceId
-from moescale.storage.location import Location
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +43,7 @@ class NewValue:
 
 
 @dataclass(frozen=True, slots=True)
-class Instead:
+class ConfigOverrides:
     """New config values that have the same effect as rewriting the checkpoint.
 
     Attributes:
@@ -78,13 +77,13 @@ class Instead:
         return nested
 
 
-def instead(
+def find_overrides(
     config: Config,
     architecture: Architecture,
     count_keys: Sequence[ConfigKey],
     count: int | None,
     factors: Iterable[float],
-) -> Instead | None:
+) -> ConfigOverrides | None:
     """The new values; None if a config cannot express the change, or nothing changes.
 
     Args:
@@ -104,7 +103,7 @@ def instead(
     if not counts and not scales:
         return None
     name = str(config.value.get("model_type", architecture.model_type))
-    return Instead(counts, scales, name, loader_of(config.value))
+    return ConfigOverrides(counts, scales, name, loader_of(config.value))
 
 
 def new_scales(
@@ -140,28 +139,28 @@ def loader_of(config: Mapping[str, Any]) -> str:
     return "AutoModelForImageTextToText" if images else "AutoModelForCausalLM"
 
 
-def by_engine(instead: Instead, source: SourceId) -> dict[str, str]:
+def by_engine(overrides: ConfigOverrides, source: SourceId) -> dict[str, str]:
     """For each engine, the command that runs the unchanged source with the new values."""
-    if instead.loader is None:
+    if overrides.loader is None:
         here = source.path is not None and is_gguf(source.id)
         file = source.id if here else "MODEL.gguf"
-        keys = [(value.path, value.after) for value in (*instead.counts, *instead.scales)]
+        keys = [(value.path, value.after) for value in (*overrides.counts, *overrides.scales)]
         return {"llama.cpp": _llama_server(file, keys)}
     lines = {}
     model = source.model_id
     if model is not None:
-        path, values = shlex.quote(model), json.dumps(instead.values)
+        path, values = shlex.quote(model), json.dumps(overrides.values)
         lines["vllm"] = f"vllm serve {path} --hf-overrides {shlex.quote(values)}"
-        if instead.depth <= 2:
+        if overrides.depth <= 2:
             lines["sglang"] = (
                 f"python -m sglang.launch_server --model-path {path}"
                 f" --json-model-override-args {shlex.quote(values)}"
             )
-            given = ", ".join(f"{key}={value!r}" for key, value in instead.values.items())
-            lines["transformers"] = f"{instead.loader}.from_pretrained({model!r}, {given})"
-    name = llama_cpp_name(instead.model_type, bool(instead.scales))
-    if name is not None and not any(isinstance(value.after, list) for value in instead.counts):
-        keys = [(f"{name}.{key}", value) for key, value in _keys(instead)]
+            given = ", ".join(f"{key}={value!r}" for key, value in overrides.values.items())
+            lines["transformers"] = f"{overrides.loader}.from_pretrained({model!r}, {given})"
+    name = llama_cpp_name(overrides.model_type, bool(overrides.scales))
+    if name is not None and not any(isinstance(value.after, list) for value in overrides.counts):
+        keys = [(f"{name}.{key}", value) for key, value in _keys(overrides)]
         lines["llama.cpp"] = _llama_server("MODEL.gguf", keys)
     return lines
 
@@ -173,41 +172,9 @@ def _llama_server(file: str, keys: Iterable[tuple[str, Any]]) -> str:
     return f"llama-server -m {shlex.quote(file)} --override-kv {given}"
 
 
-def _keys(instead: Instead) -> Iterator[tuple[str, Any]]:
+def _keys(overrides: ConfigOverrides) -> Iterator[tuple[str, Any]]:
     """The new values by llama.cpp's names of the keys."""
-    if instead.counts:
-        yield "expert_used_count", instead.counts[0].after
-    if instead.scales:
-        yield "expert_weights_scale", float(instead.scales[0].after)
-
-
-def to_run(location: Location, loader: str) -> Mapping[str, str]:
-    """For each engine, the command that runs a finished output."""
-    name, branch = location.model_id, location.revision
-    revision = f" --revision {shlex.quote(branch)}" if branch else ""
-    more = f", revision={branch!r}" if branch else ""
-    path = shlex.quote(name)
-    return {
-        "vllm": f"vllm serve {path}{revision}",
-        "sglang": f"python -m sglang.launch_server --model-path {path}{revision}",
-        "transformers": f"{loader}.from_pretrained({name!r}{more})",
-    }
-
-
-def gguf_to_run(location: Location, first: str, parts: int) -> Mapping[str, str]:
-    """The command of llama.cpp for a finished output, whose first file is `first`."""
-    if location.on_hub:
-        branch = f"@{location.revision}" if location.revision else ""
-        return {"llama.cpp": f"llama-server -hf {shlex.quote(location.model_id + branch)}"}
-    path = first_file(location, parts)
-    if not is_gguf(path):
-        path = f"{path.rstrip('/')}/{first}"
-    return {"llama.cpp": f"llama-server -m {shlex.quote(path)}"}
-
-
-def first_file(location: Location, parts: int) -> str:
-    """The first file of a split GGUF output whose location is a file name; else the location."""
-    text = location.text
-    if parts < 2 or location.on_hub or not is_gguf(text):
-        return text
-    return f"{part_name(text).stem}-00001-of-{parts:05d}.gguf"
+    if overrides.counts:
+        yield "expert_used_count", overrides.counts[0].after
+    if overrides.scales:
+        yield "expert_weights_scale", float(overrides.scales[0].after)

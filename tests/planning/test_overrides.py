@@ -17,8 +17,9 @@ import moescale
 from moescale.families import architectures
 from moescale.families.config import Config, find_count_keys, parse_config, set_count
 from moescale.families.duplicate_counts import duplicate_count_keys
-from moescale.planning.instead import Instead, by_engine, instead
-from moescale.report.terminal import plan_text, run_commands_text
+from moescale.planning.overrides import ConfigOverrides, by_engine, find_overrides
+from moescale.report.run_commands import commands_text
+from moescale.report.terminal import plan_text
 from moescale.storage.base import SourceId
 
 HERE = SourceId("some/model", Path("some/model"))
@@ -57,7 +58,7 @@ def test_transformers_gets_the_config_of_the_output(kind: str, tmp_path: Path) -
     config, row = tiny_config(TINY[kind]), architectures.find(kind)
     count_keys = find_count_keys(config, row.sections, row.count_keys)
     count_keys += duplicate_count_keys(config, row, count_keys)[0]
-    found = instead(config, row, count_keys, 1, [1.0])
+    found = find_overrides(config, row, count_keys, 1, [1.0])
     assert found is not None
     wanted = loaded(set_count(config, count_keys, 1).text, tmp_path).to_dict()
     if found.depth <= 2:
@@ -147,8 +148,8 @@ def test_deep_sections_are_for_vllm_alone() -> None:
     row = architectures.find("mixtral")
     section = "thinker_config.text_config"
     count_keys = find_count_keys(config, [section], row.count_keys)
-    found = instead(config, row, count_keys, 3, [1.0])
-    assert isinstance(found, Instead)
+    found = find_overrides(config, row, count_keys, 3, [1.0])
+    assert isinstance(found, ConfigOverrides)
     assert found.values == {"thinker_config": {"text_config": {"num_experts_per_tok": 3}}}
     assert "vllm" in by_engine(found, HERE)
     assert not {"sglang", "transformers"} & by_engine(found, HERE).keys()
@@ -158,7 +159,9 @@ def test_engines_do_not_load_a_folder_of_a_repo() -> None:
     """Engines load whole repos."""
     config = parse_config(b'{"num_experts_per_tok": 2}')
     row = architectures.find("mixtral")
-    found = instead(config, row, find_count_keys(config, row.sections, row.count_keys), 3, [1.0])
+    found = find_overrides(
+        config, row, find_count_keys(config, row.sections, row.count_keys), 3, [1.0]
+    )
     assert found is not None
     folder = SourceId("org/name/sub", None, "c" * 40, "org/name")
     assert by_engine(found, folder).keys() == {"llama.cpp"}
@@ -193,31 +196,29 @@ def test_a_gguf_output_is_for_llama_cpp(tmp_path: Path) -> None:
         (path, "out", "out/m.gguf"),
         (first, "out", f"out/{first.name}"),
     ):
-        text = run_commands_text(
-            moescale.plan(source, place, experts=3, rule="preserve"), written=True
-        )
+        text = commands_text(moescale.plan(source, place, experts=3, rule="preserve"), written=True)
         assert text == f"To run it:\n  llama.cpp  llama-server -m {opened}"
     plan = moescale.plan(first, "out.gguf", experts=3, rule="preserve")
     parts = sum(file.name.endswith(".gguf") for file in plan.files)
-    assert run_commands_text(plan, written=True).endswith(f"-m out-00001-of-{parts:05d}.gguf")
+    assert commands_text(plan, written=True).endswith(f"-m out-00001-of-{parts:05d}.gguf")
     hub = moescale.plan(first, "hf://me/out@try", experts=3, rule="preserve")
-    assert run_commands_text(hub, written=True).endswith("llama-server -hf me/out@try")
+    assert commands_text(hub, written=True).endswith("llama-server -hf me/out@try")
 
 
 def test_the_text_says_what_to_run(tmp_path: Path) -> None:
     """Before a run it lists the source with other values and the output; after it, the output."""
     source = checkpoints.deepseek(tmp_path / "in", routed_scaling_factor=2.5)
     plan = moescale.plan(source, "my out", experts=3, rule="preserve")
-    before, after = run_commands_text(plan, written=False), run_commands_text(plan, written=True)
+    before, after = commands_text(plan, written=False), commands_text(plan, written=True)
     assert "The same without rewriting:\n  vLLM " in before and "--override-kv" in before
     for text in (before, after):
         assert "vllm serve 'my out'" in text
         assert "AutoModelForCausalLM.from_pretrained('my out')" in text
     assert "without rewriting" not in after
     hub = moescale.plan(source, "hf://me/out@try", experts=3, rule="preserve")
-    assert "vllm serve me/out --revision try\n" in run_commands_text(hub, written=True)
-    assert "from_pretrained('me/out', revision='try')" in run_commands_text(hub, written=True)
-    assert run_commands_text(moescale.plan(source, experts=2), written=False) == ""
+    assert "vllm serve me/out --revision try\n" in commands_text(hub, written=True)
+    assert "from_pretrained('me/out', revision='try')" in commands_text(hub, written=True)
+    assert commands_text(moescale.plan(source, experts=2), written=False) == ""
 
 
 def test_the_plan_shows_and_suggests_the_key(tmp_path: Path) -> None:

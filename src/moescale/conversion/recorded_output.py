@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moescale.checkpoint.record import PROVENANCE, names_here, recorded
 from moescale.checkpoint.rewrite import PIECE
+from moescale.checkpoint.stored_provenance import PROVENANCE, names_here, stored_provenance
 from moescale.planning import provenance
 from moescale.results import Record
 from moescale.storage.base import FileInfo, Source, io_errors
@@ -24,7 +24,7 @@ def read_record(output: Source, verify: bool) -> Record | None:
         verify: read every file with a recorded SHA-256, whatever its size.
     """
     files = output.files()
-    data = recorded({name: file.size for name, file in files.items()}, output.read)
+    data = stored_provenance({name: file.size for name, file in files.items()}, output.read)
     content = provenance.decode(data) if data is not None else None
     if content is None or "moescale" not in content:
         return None

@@ -17,7 +17,7 @@ Read = Callable[[str, int, int], bytes]
 """Reads part of a file, given its name, the offset and the maximum number of bytes."""
 
 
-def recorded(files: Mapping[str, int], read: Read) -> bytes | None:
+def stored_provenance(files: Mapping[str, int], read: Read) -> bytes | None:
     """The text of an output's provenance; None if it has none.
 
     Args:
