@@ -70,7 +70,7 @@ from moescale.planning.several import Several
 from moescale.report.progress import progress_callbacks
 from moescale.report.view import PLAN_VIEW
 from moescale.results import Record, Result
-from moescale.storage.base import Destination, Phase, Progress, Source, no_progress
+from moescale.storage.base import Destination, Phase, Progress, Source, ignore
 from moescale.storage.location import (
     Location,
     destination_location,
@@ -125,7 +125,7 @@ def plan(
     source: StrPath,
     destination: StrPath | None = None,
     *,
-    measuring: Measuring = no_progress,
+    measuring: Measuring = ignore,
     **options: Unpack[PlanOptions],
 ) -> Plan:
     """Plan a conversion without writing; reads the config, the index and the shard headers.
@@ -186,7 +186,7 @@ def compare(
     *,
     experts: Sequence[int],
     rules: Sequence[Rule | None] = (None,),
-    measuring: Measuring = no_progress,
+    measuring: Measuring = ignore,
     **options: Unpack[CompareOptions],
 ) -> Several:
     """Plan every number of experts with every rule, side by side, without writing.
@@ -236,9 +236,9 @@ def convert(
     destination: StrPath,
     *,
     progress: Progress | bool | None = None,
-    phase: Phase = no_progress,
-    planned: Callable[[Plan], None] = no_progress,
-    measuring: Measuring = no_progress,
+    phase: Phase = ignore,
+    planned: Callable[[Plan], None] = ignore,
+    measuring: Measuring = ignore,
     **options: Unpack[ConvertOptions],
 ) -> Result:
     """Rescale a checkpoint, or continue an interrupted run of the same job.
@@ -345,7 +345,7 @@ def verify(
     destination: StrPath,
     *,
     progress: Progress | bool | None = None,
-    measuring: Measuring = no_progress,
+    measuring: Measuring = ignore,
     **options: Unpack[VerifyOptions],
 ) -> Result:
     """Verify that `destination` is the output of `convert` from `source` with the same options.

@@ -349,7 +349,7 @@ def test_a_destination_that_is_not_shared_is_refused(
     source: Path, tmp_path: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker that does not find this run's marker sees another folder; old content stays."""
-    share = LocalDestination.share_writers
+    share = LocalDestination.prepare_for_workers
 
     def elsewhere(self: LocalDestination) -> None:
         share(self)
@@ -358,7 +358,7 @@ def test_a_destination_that_is_not_shared_is_refused(
 
     convert(source, tmp_path / "out", experts=2, factor=2.0)
     before = checkpoints.tree(tmp_path / "out")
-    monkeypatch.setattr(LocalDestination, "share_writers", elsewhere)
+    monkeypatch.setattr(LocalDestination, "prepare_for_workers", elsewhere)
     with pytest.raises(errors.DestinationError, match=r"out: cannot be reached \(worker on \S+\)"):
         convert(source, tmp_path / "out", experts=3, dask=workers.address, overwrite=True)
     assert checkpoints.tree(tmp_path / "out") == before
@@ -483,7 +483,7 @@ def test_two_attempts_at_a_shard_do_not_meet(tmp_path: Path) -> None:
     """A worker that is believed dead and still writes has a separate file that is not used."""
     destination = LocalDestination(tmp_path / "out")
     destination.begin({}, replace=False)
-    destination.share_writers()
+    destination.prepare_for_workers()
     lost, again = (pickle.loads(pickle.dumps(destination.writers)) for _ in range(2))
     with lost.open("x.bin", 6) as zombie:
         zombie.write(memoryview(b"dea"))

@@ -125,7 +125,7 @@ def test_a_rule_that_does_not_help_is_a_warning(plan: Plan, tmp_path: Path) -> N
     for one in (plan, make_plan(qwen2, Options(experts=3, rule="published"))):
         assert not any("does not help" in warning for warning in one.warnings)
     worse = replace(sampled(plan, ["0", "1"], 2, 3, run=True).comparison, taken="published")
-    assert "--rule published does not help" in (worse.harm or "")
+    assert "--rule published does not help" in (worse.warning or "")
 
 
 def test_many_layers_leave_the_rules_on_the_first_screen(plan: Plan) -> None:

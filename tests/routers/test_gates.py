@@ -180,7 +180,7 @@ def test_the_stated_error_is_how_far_other_draws_lie(rho: float) -> None:
 def test_sharpness_is_that_of_the_gate_after() -> None:
     """Only the logits of the new gate are multiplied."""
     plain = sample_layer(router(0.6), NORMALISED, (2, 4), [0])
-    sharp = sample_layer(router(0.3), NORMALISED, (2, 4), [0], sharpness=2.0)
+    sharp = sample_layer(router(0.3), NORMALISED, (2, 4), [0], router_scale=2.0)
     assert sharp.after == plain.after
     assert sharp.before == sample_layer(router(0.3), NORMALISED, (2, 4), [0]).before
 

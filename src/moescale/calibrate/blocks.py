@@ -100,7 +100,7 @@ class BlockProbe:
         self._handles = [self._experts.register_forward_hook(self._hook, with_kwargs=True)]
         router = getattr(self._block, "router", None)
         if isinstance(router, nn.Module):
-            self._handles.append(router.register_forward_hook(self._note_scores))
+            self._handles.append(router.register_forward_hook(self._record_scores))
         self.router = _router_scale(self._block, self._experts, total, biases)
         self._fitting: Fitting | None = None
         self._forward = self._block.forward
@@ -196,7 +196,7 @@ class BlockProbe:
         if stats is self._before and self._compared and index is not None and index.ndim == 2:
             self._compare(hidden.reshape(tokens, -1), index, weights)
 
-    def _note_scores(self, _: nn.Module, __: Any, out: Any) -> None:
+    def _record_scores(self, _: nn.Module, __: Any, out: Any) -> None:
         """Keep the router's gate weights, one row per token.
 
         Some blocks multiply the experts' inputs by them and do not pass them on.

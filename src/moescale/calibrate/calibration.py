@@ -19,8 +19,8 @@ from moescale.families.projections import Layer
 from moescale.planning.experts import Experts
 from moescale.planning.factors import Findings
 from moescale.planning.plan import Plan
-from moescale.planning.rule import Adjustable
-from moescale.storage.base import no_progress
+from moescale.planning.rule import ScalableParts
+from moescale.storage.base import ignore
 
 if TYPE_CHECKING:
     from moescale.calibrate.measure import LoadedModel
@@ -50,7 +50,7 @@ class Calibration:
     own: Text | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def __call__(self, moe: Moe, experts: Experts, able: Adjustable | None) -> Findings:
+    def __call__(self, moe: Moe, experts: Experts, scalable: ScalableParts | None) -> Findings:
         """A sample of each MoE layer, and the rule that the guard of ``fitted`` chooses.
 
         Transformers does not run MTP layers; they get the sample of the last layer, and the facts
@@ -68,22 +68,22 @@ class Calibration:
         text = self._given(config)
         model = self.loader.model(self.folder, config, moe)
         text = text or self._written(model)
-        if able is not None and text.length is None:
+        if scalable is not None and text.length is None:
             text = replace(text, length=min(SEQUENCE, context_of(config)))
         some, held_back, guard = text, None, None
-        if able is not None and experts.trained != experts.after:
+        if scalable is not None and experts.trained != experts.after:
             some, held_back = text.split(context_of(config), HELD_BACK)
         samples = measure(
             model,
             some,
             moe,
             experts,
-            fitted=able is not None,
-            biases=able.biases if able else None,
+            fitted=scalable is not None,
+            biases=scalable.biases if scalable else None,
             progress=self.progress,
         )
-        if able is not None and held_back is not None:
-            guard = self._guarded(model, held_back, moe, experts, samples, able)
+        if scalable is not None and held_back is not None:
+            guard = self._guarded(model, held_back, moe, experts, samples, scalable)
         rest = [layer for layer in moe.layers if layer not in samples]
         self.facts = {
             "text_sha256": self.sha256,
@@ -133,7 +133,7 @@ class Calibration:
         moe: Moe,
         experts: Experts,
         samples: Mapping[Layer, Sample],
-        able: Adjustable,
+        scalable: ScalableParts,
     ) -> Guard:
         from moescale.calibrate.guard import run_trials
 
@@ -144,8 +144,8 @@ class Calibration:
             experts,
             samples,
             by="loss" if self.text is not None else "divergence",
-            biases=able.biases,
-            scalable=able.experts,
+            biases=scalable.biases,
+            scalable=scalable.experts,
             progress=self.progress,
         )
 
@@ -158,7 +158,7 @@ def open_calibration(
     text: str | Path | None,
     loader: Loader,
     keep: Path | None = None,
-    progress: Callable[[int, int], None] = no_progress,
+    progress: Callable[[int, int], None] = ignore,
 ) -> Calibration:
     """Open a calibration text; only its digest is computed now.
 

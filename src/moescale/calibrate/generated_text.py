@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from moescale.calibrate.runner import device_of, quiet_run
 from moescale.calibrate.text import Text
 from moescale.errors import UnsupportedError
-from moescale.storage.base import no_progress
+from moescale.storage.base import ignore
 
 SEQUENCES, LENGTH = 80, 256
 """Sequences, and tokens of each."""
@@ -31,7 +31,7 @@ def write_text(
     tokeniser: Any,
     vocabulary: int,
     context: int = LENGTH,
-    progress: Callable[[int, int], None] = no_progress,
+    progress: Callable[[int, int], None] = ignore,
 ) -> Text:
     """Let the model generate a text at temperature 1 from a fixed seed.
 

@@ -14,7 +14,7 @@ from moescale.factors.samples import Sample
 from moescale.families.find import Moe
 from moescale.families.projections import Layer
 from moescale.planning.experts import Experts
-from moescale.storage.base import no_progress
+from moescale.storage.base import ignore
 
 
 def candidates(samples: Mapping[Layer, Sample], scalable: bool) -> dict[str, Setting]:
@@ -46,7 +46,7 @@ def run_trials(
     by: Literal["loss", "divergence"],
     biases: frozenset[str] | None,
     scalable: bool = True,
-    progress: Callable[[int, int], None] = no_progress,
+    progress: Callable[[int, int], None] = ignore,
 ) -> Guard:
     """Run the model with each rule, without writing anything.
 

@@ -18,7 +18,7 @@ from moescale.planning.experts import Experts
 from moescale.planning.formats import open_checkpoint
 from moescale.planning.plan import Plan
 from moescale.planning.tensors import find_scaled_routers
-from moescale.storage.base import Source, no_progress
+from moescale.storage.base import Source, ignore
 
 OPTION = "--evaluate"
 
@@ -31,7 +31,7 @@ def evaluate_plans(
     *,
     calibrated: Path | None = None,
     output: Path | None = None,
-    progress: Callable[[int, int], None] = no_progress,
+    progress: Callable[[int, int], None] = ignore,
 ) -> Evaluation:
     """Run a model as trained, with the config edit of each number of experts, and as planned.
 

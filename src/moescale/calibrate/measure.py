@@ -27,7 +27,7 @@ from moescale.families import architectures
 from moescale.families.find import Moe
 from moescale.families.projections import Layer
 from moescale.planning.experts import Experts
-from moescale.storage.base import no_progress
+from moescale.storage.base import ignore
 
 SEQUENCE, TOKENS_PER_BATCH = 256, 1_024
 """`SEQUENCE`: tokens of a sequence for ``fitted`` and for losses, as in the model's own text; the
@@ -87,7 +87,7 @@ def measure(
     *,
     fitted: bool = False,
     biases: frozenset[str] | None = None,
-    progress: Progress = no_progress,
+    progress: Progress = ignore,
 ) -> dict[Layer, Sample]:
     """Run the model as trained over a text, and each MoE block with both counts.
 
@@ -135,7 +135,7 @@ def evaluate(
     *,
     biases: frozenset[str] | None = None,
     context: int | None = None,
-    progress: Progress = no_progress,
+    progress: Progress = ignore,
 ) -> list[Score]:
     """Score settings of a model on a text; the first is the model as trained.
 

@@ -15,7 +15,7 @@ from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
 from moescale.errors import InterruptedRun
-from moescale.storage.base import Progress, Source, Writers, no_progress
+from moescale.storage.base import Progress, Source, Writers, ignore
 
 _R = TypeVar("_R")
 _R_co = TypeVar("_R_co", covariant=True)
@@ -125,7 +125,7 @@ def run_jobs(
     keep: Callable[[str, JobResult[_R]], _K],
     progress: Progress,
     pool: Pool,
-    cancel: Callable[[], None] = no_progress,
+    cancel: Callable[[], None] = ignore,
 ) -> dict[str, _K]:
     """Run all jobs in parallel, and process their results one after the other.
 

@@ -18,7 +18,7 @@ from moescale.planning.decide import make_plan
 from moescale.planning.experts import Experts
 from moescale.planning.factors import Findings, KnownFactors
 from moescale.planning.plan import Plan
-from moescale.planning.rule import Adjustable
+from moescale.planning.rule import ScalableParts
 from moescale.storage.base import Destination, Source
 from moescale.storage.location import Location
 
@@ -73,7 +73,7 @@ def _is_factor(value: Any) -> bool:
     return isinstance(value, float | int) and not isinstance(value, bool) and 0 < value < 1e30
 
 
-def _placeholder_factors(moe: Moe, experts: Experts, _: Adjustable | None) -> Findings:
+def _placeholder_factors(moe: Moe, experts: Experts, _: ScalableParts | None) -> Findings:
     """Samples for a plan before the measurement.
 
     Their factor is not a power of two, so that formats which need one are refused now.

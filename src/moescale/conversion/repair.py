@@ -9,7 +9,7 @@ from moescale.conversion.verify import verify_files
 from moescale.planning.plan import Plan
 from moescale.planning.provenance import same_decisions
 from moescale.results import Status
-from moescale.storage.base import Destination, Phase, Progress, Source, no_progress
+from moescale.storage.base import Destination, Phase, Progress, Source, ignore
 
 
 def may_repair(plan: Plan, destination: Destination) -> bool:
@@ -60,7 +60,7 @@ def verify_output(
     source: Source,
     destination: Destination,
     jobs: int,
-    progress: Progress = no_progress,
+    progress: Progress = ignore,
     pool: Pool | None = None,
 ) -> None:
     """Verify a finished output, and add the digests to its provenance."""

@@ -26,8 +26,8 @@ from moescale.storage.base import (
     Progress,
     Source,
     Writers,
+    ignore,
     io_errors,
-    no_progress,
 )
 
 
@@ -54,7 +54,7 @@ def run(
     jobs: int,
     overwrite: bool = False,
     keep: Mapping[str, FileRecord] = MappingProxyType({}),
-    progress: Progress = no_progress,
+    progress: Progress = ignore,
     pool: Pool | None = None,
 ) -> RunOutcome:
     """Carry out a plan, unless its output is already done.
@@ -84,7 +84,7 @@ def run(
         destination.check_card(made)
     try:
         if pool is not None:  # before any old content is removed
-            destination.share_writers()
+            destination.prepare_for_workers()
             pool.check_reachable(
                 source.subset(f.name for f in plan.large_files), destination.writers
             )

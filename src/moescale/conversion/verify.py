@@ -17,7 +17,7 @@ from moescale.errors import CheckpointError, SourceError, VerificationError
 from moescale.planning import provenance
 from moescale.planning.files import PROVENANCE, PlannedFile
 from moescale.planning.plan import Plan
-from moescale.storage.base import FileRecord, Progress, Source, io_errors, no_progress
+from moescale.storage.base import FileRecord, Progress, Source, ignore, io_errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def verify_files(
     *,
     jobs: int,
     only: Collection[str] | None = None,
-    progress: Progress = no_progress,
+    progress: Progress = ignore,
     pool: Pool | None = None,
 ) -> Proof:
     """Compare every byte of the output with the plan.

@@ -59,7 +59,7 @@ class Comparison:
         return collapse_equal(dict(zip(self.layers, self.norms[rule], strict=True)))
 
     @property
-    def harm(self) -> str | None:
+    def warning(self) -> str | None:
         """A warning if the chosen rule is worse than the config edit, by the predicted norms."""
         norms, none = self.norms.get(self.taken), self.norms.get("none")
         if norms is None or none is None or self.taken == "own" or _far(norms) <= _far(none):

@@ -27,17 +27,17 @@ from moescale.planning.factors import (
 from moescale.planning.formats import open_checkpoint
 from moescale.planning.plan import Plan
 from moescale.planning.rule import (
-    Adjustable,
     RuleChoice,
-    adjustable,
+    ScalableParts,
     choose_rule,
     remarks,
+    scalable_parts,
 )
 from moescale.planning.tensors import find_scaled_routers, in_shards
-from moescale.storage.base import Source, no_progress
+from moescale.storage.base import Source, ignore
 from moescale.storage.location import Location
 
-Sampler = Callable[[Moe, Experts, Adjustable | None], Findings]
+Sampler = Callable[[Moe, Experts, ScalableParts | None], Findings]
 """Samples every MoE layer for a rule; ``fitted`` also needs the adjustable tensors."""
 
 
@@ -47,7 +47,7 @@ def make_plan(
     location: Location | None = None,
     sampler: Sampler | None = None,
     known: KnownFactors | None = None,
-    progress: Callable[[int, int], None] = no_progress,
+    progress: Callable[[int, int], None] = ignore,
 ) -> Plan:
     """Make every decision of a run.
 
@@ -70,13 +70,13 @@ def make_plan(
     choice = choose_rule(moe, experts, options, headers)
     rule = choice.rule
     forms = closed_forms(moe, experts, options)
-    able = adjustable(moe, tensors) if rule == "fitted" else None
+    scalable = scalable_parts(moe, tensors) if rule == "fitted" else None
     if sampler is not None:
-        findings = sampler(moe, experts, able)
+        findings = sampler(moe, experts, scalable)
     else:
         findings = Findings(_sampled_gates(source, moe, experts, options, choice, progress))
     factors = choose_factors(rule, moe, experts, options, findings, known)
-    if able and not able.experts:
+    if scalable and not scalable.experts:
         factors = dict.fromkeys(factors, 1.0)
     factors, said = averaged_for_fold(factors, rule, options)
     scales = choose_scales(rule, moe, options, findings, known)
@@ -84,13 +84,13 @@ def make_plan(
     made_for = getattr(options.factors, "made_for", {})
     warnings += [
         *checkpoint.remarks(edits, factors, experts),
-        *(able.remarks if able else ()),
+        *(scalable.remarks if scalable else ()),
         *said,
         *remarks(rule, moe, experts, options),
         *of_another_job(made_for, moe, experts, options),
     ]
     if scales:
-        routers = (able and able.routers) or find_scaled_routers(moe, tensors)
+        routers = (scalable and scalable.routers) or find_scaled_routers(moe, tensors)
         edits += [edit.with_(factor=scales[edit.layer]) for edit in routers.edits]
         if routers.choice_warning:
             warnings.append(
@@ -133,8 +133,8 @@ def make_plan(
         config_overrides=None if scales else output.config_overrides,
         fold_key=output.fold_key,
     )
-    if (harm := plan.comparison.harm) is not None:
-        plan = replace(plan, warnings=(*plan.warnings, harm))
+    if (warning := plan.comparison.warning) is not None:
+        plan = replace(plan, warnings=(*plan.warnings, warning))
     plan = checkpoint.completed(plan)
     if plan.changes_nothing:
         already = "nothing to do: experts per token do not change, and every factor is 1"
@@ -209,5 +209,5 @@ def _sampled_gates(
     from moescale.planning.sampling import sample_gates  # here, since other rules need no numpy
 
     counts = {layer: (n, m) for layer in moe.layers for n, _, m in (experts.at(layer),)}
-    sharpness, rho = options.gate_scale or 1.0, options.rho or 0.0
-    return sample_gates(source, choice.routers, counts, sharpness, rho, progress)
+    router_scale, rho = options.gate_scale or 1.0, options.rho or 0.0
+    return sample_gates(source, choice.routers, counts, router_scale, rho, progress)

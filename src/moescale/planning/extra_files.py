@@ -107,7 +107,7 @@ class ExtraFiles:
     warnings: list[str] = field(default_factory=list)
 
 
-def look_beside(source: Source, found: ShardSet, moe: Moe) -> ExtraFiles:
+def classify_extra_files(source: Source, found: ShardSet, moe: Moe) -> ExtraFiles:
     """Decide about every file that is not a shard.
 
     Raises:

@@ -21,11 +21,11 @@ class Findings:
 
     Attributes:
         samples: by layer; may be empty.
-        taken: the rule that the guard of ``fitted`` chose; ``fitted`` if there was no guard.
+        chosen_rule: the rule that the guard of ``fitted`` chose; ``fitted`` if there was no guard.
     """
 
     samples: Mapping[Layer, Sample]
-    taken: str = "fitted"
+    chosen_rule: str = "fitted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def choose_factors(
     layers, samples = moe.layers, findings.samples
     if (given := options.factors if known is None else known.factors) is not None:
         return _given(moe, given, "factor", getattr(options.factors, "file", ""))
-    match findings.taken if rule == "fitted" else rule:
+    match findings.chosen_rule if rule == "fitted" else rule:
         case "gates":
             return {layer: gates.factor(samples[layer], options.rho or 0.0) for layer in layers}
         case "measured":
@@ -78,7 +78,7 @@ def choose_scales(
     given = getattr(options.factors, "router_scales", {}) if known is None else known.router_scales
     if given:
         return _given(moe, given, "router scale", getattr(options.factors, "file", ""))
-    if rule != "fitted" or findings.taken != "fitted" or known is not None:
+    if rule != "fitted" or findings.chosen_rule != "fitted" or known is not None:
         return {}
     scales = {layer: fitted.scale(findings.samples[layer]) for layer in layers}
     return scales if any(scale != 1.0 for scale in scales.values()) else {}

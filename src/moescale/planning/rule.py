@@ -104,7 +104,7 @@ def remarks(rule: str, moe: Moe, experts: Experts, options: Options) -> Iterator
 
 
 @dataclass(frozen=True, slots=True)
-class Adjustable:
+class ScalableParts:
     """The parts of a model that the rule ``fitted`` can multiply.
 
     Attributes:
@@ -123,7 +123,7 @@ class Adjustable:
         return self.routers.biases if self.routers else None
 
 
-def adjustable(moe: Moe, tensors: Sequence[Tensor]) -> Adjustable:
+def scalable_parts(moe: Moe, tensors: Sequence[Tensor]) -> ScalableParts:
     """The parts that can be multiplied.
 
     Raises:
@@ -146,7 +146,7 @@ def adjustable(moe: Moe, tensors: Sequence[Tensor]) -> Adjustable:
                 hint="--rule none changes only the number of experts.",
             )
         said.append(f"--rule fitted scales only the routers, not the experts: {why}")
-    return Adjustable(routers, why is None, said)
+    return ScalableParts(routers, why is None, said)
 
 
 def _takes_any_factor(moe: Moe) -> bool:

@@ -20,7 +20,7 @@ from moescale.families.projections import Layer
 from moescale.families.router_tensors import RULE, RouterTensors, find_routers, router_kind_of
 from moescale.routers.kinds import RouterKind
 from moescale.routers.weights import Array, RouterArrays, RouterSpec, Score, sample_layer
-from moescale.storage.base import SMALL_FILE_BYTES, Source, no_progress
+from moescale.storage.base import SMALL_FILE_BYTES, Source, ignore
 
 HUB_READS = 4
 """Layers read at a time from the Hub; from a disk, one."""
@@ -83,9 +83,9 @@ def sample_gates(
     source: Source,
     routers: Routers,
     counts: Mapping[Layer, tuple[int, int]],
-    sharpness: float = 1.0,
+    router_scale: float = 1.0,
     rho: float = 0.0,
-    progress: Callable[[int, int], None] = no_progress,
+    progress: Callable[[int, int], None] = ignore,
 ) -> dict[Layer, Sample]:
     """Statistics of the gate weights of every layer.
 
@@ -93,7 +93,7 @@ def sample_gates(
         source: the checkpoint; its routers and the norms before them are read.
         routers: the routers of all layers.
         counts: experts per token in training and in the output, by layer.
-        sharpness: multiplier of the router's logits in the output.
+        router_scale: multiplier of the router's logits in the output.
         rho: correlation of the experts' outputs.
         progress: called with the number of layers done and of all layers.
 
@@ -105,7 +105,7 @@ def sample_gates(
         layer = tensors.layer
         seed = (layer.number, *layer.stack.encode(errors="surrogatepass"))
         with np.errstate(all="ignore"):  # NaN and infinity are refused below
-            sample = sample_layer(weights, routers.gate, counts[layer], seed, sharpness, rho)
+            sample = sample_layer(weights, routers.gate, counts[layer], seed, router_scale, rho)
         del weights  # frees them before the next layer is read
         sizes = (sample.before.expected_norm(0), sample.after.expected_norm(0))
         if not all(math.isfinite(size) and size > 0 for size in sizes):

@@ -12,7 +12,7 @@ from moescale.families.config import Config
 from moescale.families.find import Moe, find_moe
 from moescale.families.foreign_names import expert_names, layer_from_name
 from moescale.options import Options
-from moescale.planning.extra_files import look_beside, unlisted_shard_name
+from moescale.planning.extra_files import classify_extra_files, unlisted_shard_name
 from moescale.planning.shards import ShardSet, read_shards
 from moescale.storage.base import Source
 
@@ -46,7 +46,7 @@ def find_weights(source: Source, config: Config, options: Options) -> Weights:
     found = read_shards(source, source.files())
     moe = _moe(source, config, options, found)
     warnings = found.faults.check(expert_names(found.faults.names, moe.projections))
-    beside = look_beside(source, found, moe)
+    beside = classify_extra_files(source, found, moe)
     if beside.unlisted_shards:
         found = replace(found, headers={**found.headers, **beside.unlisted_shards})
         moe = _with_unlisted(config, options, found, beside.unlisted_shards)

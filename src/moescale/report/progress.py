@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from moescale.errors import bytes_text
-from moescale.storage.base import Phase, no_progress
+from moescale.storage.base import Phase, ignore
 from moescale.storage.base import Progress as ProgressCallback
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ class CellProgress(Progress):
 
 @contextmanager
 def progress_callbacks(
-    progress: ProgressCallback | bool | None, phase: Phase = no_progress
+    progress: ProgressCallback | bool | None, phase: Phase = ignore
 ) -> Iterator[tuple[ProgressCallback, Phase]]:
     """The callbacks of a run: those of the caller, or of a bar.
 
@@ -205,7 +205,7 @@ def progress_callbacks(
 
             yield bar.step, begin
     else:
-        yield no_progress, phase
+        yield ignore, phase
 
 
 def in_notebook() -> bool:

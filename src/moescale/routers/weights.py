@@ -163,7 +163,7 @@ def sample_layer(
     gate: RouterSpec,
     counts: tuple[int, int],
     seed: Sequence[int],
-    sharpness: float = 1.0,
+    router_scale: float = 1.0,
     rho: float = 0.0,
 ) -> Sample:
     """The moments of one layer's gate weights, over `DRAWS` inputs.
@@ -173,12 +173,12 @@ def sample_layer(
         gate: how it works.
         counts: experts per token, as trained and new.
         seed: integers that are different for each layer.
-        sharpness: what the logits are multiplied by for the new count.
+        router_scale: what the logits are multiplied by for the new count.
         rho: correlation of the experts' outputs, for the standard error.
     """
     weights: tuple[list[Array], list[Array]] = ([], [])
     for logits in drawn_logits(router, seed):
-        for pieces, k, scale in zip(weights, counts, (1.0, sharpness), strict=True):
+        for pieces, k, scale in zip(weights, counts, (1.0, router_scale), strict=True):
             pieces.append(gate_weights(logits * scale, k, gate, router.bias))
     before, after = (np.concatenate(pieces) for pieces in weights)
     error = _factor_error(_expected_squares(before, rho), _expected_squares(after, rho))

@@ -141,7 +141,7 @@ OnSent = Callable[[int], None]
 """Called with the number of bytes sent since the last call, from any thread."""
 
 
-def no_progress(*_: object) -> None:
+def ignore(*_: object) -> None:
     """Ignore progress; the default of every callback."""
 
 
@@ -209,7 +209,7 @@ class Destination(Protocol):
     def writers(self) -> Writers:
         """The writers of its large files."""
 
-    def share_writers(self) -> None:
+    def prepare_for_workers(self) -> None:
         """Prepare the writers for other machines, so that each can check that it sees this one."""
 
     def is_same_as(self, source: SourceId) -> bool:

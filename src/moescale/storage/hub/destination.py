@@ -179,7 +179,7 @@ class HubDestination:
 
     # The start of a run ----------------------------------------------------------------------
 
-    def share_writers(self) -> None:
+    def prepare_for_workers(self) -> None:
         """Do nothing: each machine connects to the Hub itself."""
 
     def begin(

@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from moescale.checkpoint.rewrite import Reader, pieces
 from moescale.errors import DestinationError, InterruptedRun
-from moescale.storage.base import OnSent, PendingFile, no_progress
+from moescale.storage.base import OnSent, PendingFile, ignore
 from moescale.storage.hub import client
 
 STREAM_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -170,7 +170,7 @@ class UploadedFile:
 class StreamUpload:
     """The upload of one file; hf_xet splits it into chunks and sends the new ones."""
 
-    def __init__(self, session: Any, repo: str, branch: str, on_sent: OnSent = no_progress) -> None:
+    def __init__(self, session: Any, repo: str, branch: str, on_sent: OnSent = ignore) -> None:
         """Start an upload to a branch of a repo, in a session of `new_session`."""
         headers = client.headers()
         open_headers = {k: v for k, v in headers.items() if k.lower() != "authorization"}

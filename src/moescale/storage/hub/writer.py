@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from moescale.errors import DestinationError, RewriteError, bytes_text
-from moescale.storage.base import FileRecord, OnSent, PendingFile, no_progress
+from moescale.storage.base import FileRecord, OnSent, PendingFile, ignore
 from moescale.storage.hub import client
 from moescale.storage.hub.repo import HubRepo
 from moescale.storage.hub.upload import (
@@ -80,7 +80,7 @@ class HubWriters:
             can_stream(self._ref.repo, "main", str(self._ref))
 
     def open(
-        self, name: str, size: int, digest: bool = True, on_sent: OnSent = no_progress
+        self, name: str, size: int, digest: bool = True, on_sent: OnSent = ignore
     ) -> AbstractContextManager[HubWriter]:
         """Open a writer for a file of `size` bytes; leaving without `finish` discards it."""
         if size <= SMALL_BYTES and not name.endswith(WEIGHTS):

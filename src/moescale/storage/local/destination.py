@@ -233,7 +233,7 @@ class LocalDestination:
                     hint="Remove it yourself, or give another destination.",
                 )
 
-    def share_writers(self) -> None:
+    def prepare_for_workers(self) -> None:
         """Create a marker for the time of the run; other machines must find it.
 
         Raises:

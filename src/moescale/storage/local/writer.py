@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from moescale.checkpoint.rewrite import PIECE, Reader
 from moescale.errors import DestinationError, RewriteError
-from moescale.storage.base import FileRecord, OnSent, PendingFile, no_progress
+from moescale.storage.base import FileRecord, OnSent, PendingFile, ignore
 from moescale.storage.local.filesystem import BINARY, clone_blocks, preallocate, set_direct_io
 from moescale.storage.local.source import SHARE_HINT
 from moescale.storage.reader import FileReader
@@ -205,7 +205,7 @@ class LocalWriters:
 
     @contextmanager
     def open(
-        self, name: str, size: int, digest: bool = False, on_sent: OnSent = no_progress
+        self, name: str, size: int, digest: bool = False, on_sent: OnSent = ignore
     ) -> Iterator[LocalWriter]:
         """Open a writer for a file of `size` bytes; leaving without `finish` discards it."""
         self.check_reachable()
