@@ -11,7 +11,7 @@ from support import checkpoints
 from support.gguf_models import write_model
 
 import moescale
-from moescale.conversion import record as record_module
+from moescale.conversion import recorded_output
 from moescale.report.terminal import record_text
 
 
@@ -73,7 +73,7 @@ def test_every_change_is_named(out: Path) -> None:
 
 def test_large_files_are_read_when_asked(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without `check` only their sizes are compared, and the text says so."""
-    monkeypatch.setattr(record_module, "SMALL_BYTES", 100)
+    monkeypatch.setattr(recorded_output, "SMALL_BYTES", 100)
     shard = out / "model-00002-of-00003.safetensors"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
