@@ -245,7 +245,8 @@ class Benchmark:
     def upload_source(self, server: Hub) -> None:
         """Upload the source, so that the storage knows its content."""
         place = "hf://me/base"
-        command = [str(self.model), place, "-k", "2", "--rule", "none", "-q"]
+        # another number of experts: a run that changes nothing writes nothing
+        command = [str(self.model), place, "-k", "3", "--rule", "none", "-q"]
         environment = self.machine(server)
         done = subprocess.run(
             [*MOESCALE, *command], env=environment, capture_output=True, text=True, check=False
