@@ -244,13 +244,9 @@ class Benchmark:
 
     def upload_source(self, server: Hub) -> None:
         """Upload the source, so that the storage knows its content."""
-        place = "hf://me/base"
-        # another number of experts: a run that changes nothing writes nothing
-        command = [str(self.model), place, "-k", "3", "--rule", "none", "-q"]
+        command = [*HF, "upload", "me/base", str(self.model)]
         environment = self.machine(server)
-        done = subprocess.run(
-            [*MOESCALE, *command], env=environment, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(f"{' '.join(command)} failed: {done.stderr}")
 

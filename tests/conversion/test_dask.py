@@ -17,9 +17,10 @@ import pytest
 from distributed import LocalCluster
 from distributed.cfexecutor import ClientExecutor
 from support import checkpoints, hub_checkpoints
-from support.dask_cluster import Wiretap, Workers, cluster, program, until
+from support.dask_cluster import Wiretap, Workers, cluster, program
 from support.hub_checkpoints import DST, PLACE, SHARDS, SRC, STREAM, Lab
 from support.hub_faults import stall
+from support.waiting import until
 
 from moescale import errors
 from moescale.api import convert, verify

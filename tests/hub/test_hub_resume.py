@@ -14,6 +14,7 @@ import pytest
 from support import checkpoints
 from support.hub_checkpoints import DST, PLACE, SHARDS, SRC, STREAM, Lab, rescaled
 from support.hub_faults import Action, Fault, Match, Request, lost, reset, run, stall, status
+from support.waiting import until
 
 from moescale.storage.local.journal import JOURNAL as LOCAL_JOURNAL
 from moescale.storage.local.journal import STATE
@@ -69,9 +70,8 @@ def kill(
     options = ("-k", "3", "-q", "-j", "1")
     with lab.start_child(SRC, *arguments, *options, **PATIENT) as process:
         fault.wait()
-        while not done():
-            assert process.poll() is None
-            time.sleep(0.01)
+        until(lambda: done() or process.poll() is not None)
+        assert process.poll() is None
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     fault.release()

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from distributed import Client, LocalCluster
 
 from moescale.checkpoint import rewrite
 from moescale.storage.local import writer as local_writer
+from support.waiting import until
 
 WRITE, PIECE = local_writer.LocalWriter.write, rewrite.EDIT_PIECE
-DEADLINE = 120.0
 
 
 @contextmanager
@@ -43,15 +43,6 @@ def cluster(workers: int = 2, env: Mapping[str, str] | None = None) -> Iterator[
         ) as running,
     ):
         yield running
-
-
-def until(what: Callable[[], Any]) -> Any:
-    """Wait until a condition is true; return its value."""
-    end = time.monotonic() + DEADLINE
-    while not (value := what()):
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
-    return value
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from moescale.calibrate.text import Text, digest, overlap, read_text
 from moescale.factors.evaluation import Evaluation, Run
 from moescale.families.find import Moe
 from moescale.families.projections import Layer
-from moescale.planning.experts import Experts
 from moescale.planning.formats import open_checkpoint
 from moescale.planning.plan import Plan
 from moescale.planning.tensors import find_scaled_routers
@@ -99,18 +98,16 @@ _TRAINED: _Key = (0, "")
 
 def _settings(moe: Moe, plans: Sequence[Plan], hooks: bool) -> dict[_Key, Setting]:
     """Settings by number of experts and rule; the model as trained comes first."""
-    found = {_TRAINED: Setting(_counts(moe, plans[0].experts, 0))}
+    experts = plans[0].experts
+    found = {_TRAINED: Setting({layer: experts.at(layer).trained for layer in moe.layers})}
     for plan in plans:
-        after, counts = plan.experts.after, _counts(moe, plan.experts, 2)
+        after = plan.experts.after
+        counts = {layer: plan.experts.at(layer).after for layer in moe.layers}
         found.setdefault((after, "none"), Setting(counts))
         if hooks:
             factors, scales = _by_layer(moe, plan.factors), _by_layer(moe, plan.router_scales)
             found.setdefault((after, plan.rule), Setting(counts, factors, scales))
     return found
-
-
-def _counts(moe: Moe, experts: Experts, which: int) -> dict[Layer, int]:
-    return {layer: experts.at(layer)[which] for layer in moe.layers}
 
 
 def _by_layer(moe: Moe, values: Mapping[str, float]) -> dict[Layer, float]:

@@ -94,9 +94,8 @@ class SafetensorsCheckpoint:
         options, moe = self._options, self.moe
         if options.fold == "residual" or options.gate_scale is not None:
             return None
-        values = factors.values()
         return find_overrides(
-            self._config, moe.architecture, moe.count_keys, options.experts, values
+            self._config, moe.architecture, moe.count_keys, options.experts, factors.values()
         )
 
     def completed(self, plan: Plan) -> Plan:
