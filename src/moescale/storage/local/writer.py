@@ -93,8 +93,10 @@ class LocalWriter:
     def _buffer(self, size: int) -> memoryview:
         """The buffer for the next bytes, at most `size`; the caller fills all of it."""
         if self._gathered == PIECE:
+            # Submitted before waiting for the other buffer: the thread goes straight on.
+            writing = self._thread.submit(self._write_out, self._gathering)
             self._wait()
-            self._writing = self._thread.submit(self._write_out, self._gathering)
+            self._writing = writing
             self._gathering, self._other = self._other, self._gathering
             self._gathered = 0
         room = self._gathering[self._gathered : self._gathered + size]
