@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--planning", action="store_true", help="measure dry runs only")
     parser.add_argument("--running", action="store_true", help="measure what runs the model only")
     arguments = parser.parse_args()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed program is compiled
     with tempfile.TemporaryDirectory(dir=arguments.dir, prefix="moescale-bench-") as folder:
         root = Path(folder)
         print(f"{describe_machine()}; {file_system(root)}")
