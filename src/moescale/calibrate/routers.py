@@ -37,15 +37,17 @@ class RouterScale:
     def _run(self, *args: Any, **named: Any) -> Any:
         if self.scale == 1.0:
             return self._forward(*args, **named)
-        own = self.module._parameters
-        before = {name: own[name] for name in self._parameters}
+        parameters = self.module._parameters
+        before = {name: parameters[name] for name in self._parameters}
         for name, parameter in before.items():
             assert parameter is not None
-            own[name] = nn.Parameter(scaled(parameter.detach(), self.scale), requires_grad=False)
+            parameters[name] = nn.Parameter(
+                scaled(parameter.detach(), self.scale), requires_grad=False
+            )
         try:
             return self._forward(*args, **named)
         finally:
-            own.update(before)
+            parameters.update(before)
 
 
 def scaled(weight: Tensor, scale: float) -> Tensor:
@@ -78,8 +80,8 @@ def find_router(
     if len(found) != 1:
         return None
     ((module, weight),) = found
-    own = [name for name, p in module.named_parameters(recurse=False) if name in biases]
-    return module, [weight, *own]
+    own_biases = [name for name, p in module.named_parameters(recurse=False) if name in biases]
+    return module, [weight, *own_biases]
 
 
 class _Chosen(BaseException):

@@ -33,10 +33,10 @@ def stored_provenance(files: Mapping[str, int], read: Read) -> bytes | None:
         return read(first, start, size)
 
     try:
-        said = parse_header(stretch, files[first], first).get(KEY)
+        record = parse_header(stretch, files[first], first).get(KEY)
     except CheckpointError:
         return None
-    return said.encode(errors="surrogateescape") if isinstance(said, str) else None
+    return record.encode(errors="surrogateescape") if isinstance(record, str) else None
 
 
 def names_here(listed: Iterable[str], files: Iterable[str]) -> dict[str, str]:

@@ -57,8 +57,8 @@ def previous_measurement(destination: Destination, trial: Plan) -> PreviousMeasu
         return None
     if not is_calibration(calibration):
         return None
-    wanted_text, own = trial.options.calibrate, calibration.get("own") is True
-    same = own if wanted_text is None else calibration["text_sha256"] == wanted_text
+    wanted_text, generated = trial.options.calibrate, calibration.get("own") is True
+    same = generated if wanted_text is None else calibration["text_sha256"] == wanted_text
     return PreviousMeasurement(KnownFactors(factors, scales), calibration) if same else None
 
 
@@ -66,11 +66,7 @@ def _are_of_layers(values: Any, plan: Plan) -> bool:
     """Whether the values are factors, one for each MoE layer."""
     if not isinstance(values, dict) or values.keys() != plan.factors.keys():
         return False
-    return all(_is_factor(value) for value in values.values())
-
-
-def _is_factor(value: Any) -> bool:
-    return isinstance(value, float | int) and not isinstance(value, bool) and 0 < value < 1e30
+    return all(type(value) in (float, int) and 0 < value < 1e30 for value in values.values())
 
 
 def _placeholder_factors(moe: Moe, experts: Experts, _: ScalableParts | None) -> Findings:

@@ -27,8 +27,8 @@ def with_space_warning(plan: Plan, destination: Destination) -> Plan:
     if missing <= 0:
         return plan
     free = plan.bytes_written - missing
-    needed, there = bytes_text(plan.bytes_written), bytes_text(free)
-    less = f"{destination.identity}: the output needs {needed}, but {there} are free"
+    needed, available = bytes_text(plan.bytes_written), bytes_text(free)
+    less = f"{destination.identity}: the output needs {needed}, but {available} are free"
     if not may_share:
         raise DestinationError(less, hint="Free some space, or give another destination.")
     warning = f"{less}; that is only enough if it can share blocks with the source"

@@ -91,7 +91,8 @@ def verify_files(
     """
     small = generated_files(plan, source)
     large = {file.name for file in plan.large_files}
-    files = {f.name: f for f in plan.files if f.name in large or _is_copied_index(f, plan)}
+    # A copied index can be large, so it is read like a shard.
+    files = {f.name: f for f in plan.files if f.name in large or plan.index == (f.name, None)}
     found = _found_names(output)
     differences = list(_name_differences({*files, *small, plan.record}, found))
     read = [n for n in files if n in found and (only is None or n in only or n not in large)]
@@ -116,11 +117,6 @@ def verify_files(
     if not differences and only is None and plan.record not in large:
         differences += _provenance_differences(plan, output.read(PROVENANCE), written)
     return Proof(written, tuple(differences))
-
-
-def _is_copied_index(file: PlannedFile, plan: Plan) -> bool:
-    """Whether the file is a copied index; these can be large, so they are read like shards."""
-    return plan.index == (file.name, None)
 
 
 def _found_names(output: Source) -> Collection[str]:

@@ -56,7 +56,8 @@ def duplicate_count_keys(
     count = common_count(count_keys[0].value)
     known = {(key.section, key.key) for key in count_keys}
     part_sections = {s for r in ROWS if r.model_type == row.model_type for s in r.sections}
-    known |= {(s, key) for r in _other_parts(row) for s in r.sections for key in r.count_keys}
+    other_parts = (r for r in ROWS if r.model_type == row.model_type and r.part != row.part)
+    known |= {(s, key) for r in other_parts for s in r.sections for key in r.count_keys}
     found, warnings = [], []
     for path, value in _counts(config.value, count, ()):
         section, key = ".".join(path[:-1]), path[-1]
@@ -69,10 +70,6 @@ def duplicate_count_keys(
         elif section not in part_sections or section in row.sections:
             warnings.append(_unchanged_warning(CONFIG, path, value))
     return found, warnings
-
-
-def _other_parts(row: Architecture) -> Iterator[Architecture]:
-    return (r for r in ROWS if r.model_type == row.model_type and r.part != row.part)
 
 
 def common_count(count: int | Sequence[int]) -> int | None:
@@ -146,7 +143,8 @@ def replace_count(
         text = data.decode()
         value = parse_lenient(text)
     except ValueError:
-        return None, list(_invalid_json_warning(name, data))
+        unread = f"{name}: is not valid JSON; the experts per token in it are left as they are"
+        return None, [unread] if any(f'"{key}"'.encode() in data for key in KEYS) else []
     same, warnings = set(), []
     for path, found in _counts(value, before, ()):
         beside = value
@@ -158,11 +156,6 @@ def replace_count(
         else:
             warnings.append(_unchanged_warning(name, path, found))
     return (_set_counts(text, same, after) if same and after != before else None), warnings
-
-
-def _invalid_json_warning(name: str, data: bytes) -> Iterator[str]:
-    if any(f'"{key}"'.encode() in data for key in KEYS):
-        yield f"{name}: is not valid JSON; the experts per token in it are left as they are"
 
 
 def _set_counts(text: str, paths: Collection[Path], new: int) -> bytes:

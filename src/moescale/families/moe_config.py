@@ -112,15 +112,17 @@ def read_moe_config(section: Section, row: Architecture) -> MoeConfig:
     count = row.count_keys[0] if row.count_keys else None
     kind = row.router if isinstance(row.router, RouterKind) else None
     layers = read_integer(section, "num_hidden_layers", 0)
+    limited = row.groups and section.get("topk_method") != "greedy"
+    no_effect = row.no_effect and (row.no_effect_if is None or section.get(row.no_effect_if))
     return MoeConfig(
         experts=experts,
         experts_by_layer=_experts_by_layer(section, overrides, experts),
         layers=layers,
         moe_layers=_moe_layers(layers, row.moe_layers, section),
         experts_without_weights=read_integer(section, "zero_expert_num", 0),
-        groups=group_limit(*group_keys(section)) if row.groups and _is_limited(section) else None,
+        groups=group_limit(*group_keys(section)) if limited else None,
         normalisation=normalisation,
-        scaling_has_effect=not (row.no_effect and _is_on(row.no_effect_if, section)),
+        scaling_has_effect=not no_effect,
         has_layer_counts=any(count in layer for layer in overrides.values()),
         hidden_size=next((n for n in _hidden_sizes(section) if type(n) is int), None),
         narrow_sizes=frozenset(_narrow_sizes(section)),
@@ -212,14 +214,6 @@ def _normalisation(row: Architecture, section: Section) -> Normalisation | None:
     if row.model_type or "norm_topk_prob" in section:
         return normalisation_of(row, section)
     return None
-
-
-def _is_limited(section: Section) -> bool:
-    return section.get("topk_method") != "greedy"
-
-
-def _is_on(switch: str | None, section: Section) -> bool:
-    return switch is None or bool(section.get(switch))
 
 
 def _layer_overrides(section: Section) -> dict[str, Section]:

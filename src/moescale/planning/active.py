@@ -55,7 +55,7 @@ def active(
         experts_by_layer: number of routed experts in each layer.
         experts: experts per token.
     """
-    homes = {_home(p.module): (p.layer, p.expert is None) for p in projections}
+    homes = {p.module.rpartition(".")[0]: (p.layer, p.expert is None) for p in projections}
     plain = all(tensor.dtype in SCALABLE for tensor in tensors)
     routed: dict[Layer, int] = defaultdict(int)
     total = 0
@@ -70,11 +70,6 @@ def active(
     after = sum(size * of_layer.after / count for size, of_layer, count in shares)
     unit = "parameters" if plain else "bytes"
     return Active(round(rest + before), round(rest + after), total, unit)
-
-
-def _home(module: str) -> str:
-    """The name of the module that holds a down-projection and its siblings."""
-    return module.rpartition(".")[0]
 
 
 def _layer_of(

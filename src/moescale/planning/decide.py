@@ -78,14 +78,14 @@ def make_plan(
     factors = choose_factors(rule, moe, experts, options, findings, known)
     if scalable and not scalable.experts:
         factors = dict.fromkeys(factors, 1.0)
-    factors, said = averaged_for_fold(factors, rule, options)
+    factors, rounding_notes = averaged_for_fold(factors, rule, options)
     scales = choose_scales(rule, moe, options, findings, known)
     edits = checkpoint.edits(factors)
     made_for = getattr(options.factors, "made_for", {})
     warnings += [
         *checkpoint.remarks(edits, factors, experts),
         *(scalable.remarks if scalable else ()),
-        *said,
+        *rounding_notes,
         *remarks(rule, moe, experts, options),
         *of_another_job(made_for, moe, experts, options),
     ]
@@ -179,7 +179,7 @@ def _check_choice(
         limit += f", of which its group-limited router can choose {largest}"
     given = {"--experts": options.experts, "--trained-experts": options.trained_experts}
     for name, count in (("--experts", after), ("--trained-experts", trained)):
-        if max(_as_tuple(count)) <= largest:
+        if (max(count) if isinstance(count, tuple) else count) <= largest:
             continue
         if given[name] is None:
             raise UnsupportedError(
@@ -189,10 +189,6 @@ def _check_choice(
         raise UnsupportedError(
             f"{name} is {count}, but {limit}", hint=f"Choose a number from 1 to {largest}."
         )
-
-
-def _as_tuple(count: int | tuple[int, ...]) -> tuple[int, ...]:
-    return count if isinstance(count, tuple) else (count,)
 
 
 def _sampled_gates(

@@ -264,8 +264,8 @@ class _Inspector:
         names = {t.name for header in self._found.headers.values() for t in header.tensors}
         for shard, look in looks.items():
             if (header := look.header) is not None:
-                own = tuple(t for t in header.tensors if t.name not in names)
-                self._result.unlisted_shards[shard] = replace(header, tensors=own)
+                new = tuple(t for t in header.tensors if t.name not in names)
+                self._result.unlisted_shards[shard] = replace(header, tensors=new)
 
     def _is_other_model(self, name: str, alike: bool) -> bool:
         """Whether the folder of a file has its own config; if `alike`, one with other sizes."""
@@ -279,12 +279,12 @@ class _Inspector:
             value = parse_lenient(self._source.read(at).decode())
         except ValueError:
             return False
-        own = Config("", value if isinstance(value, dict) else {})
-        mine = self._moe.config.hidden_size, self._moe.config.layers
+        nested = Config("", value if isinstance(value, dict) else {})
+        expected = self._moe.config.hidden_size, self._moe.config.layers
         return any(
             other not in (None, size) and bool(size)
-            for others in sizes(own)
-            for other, size in zip(others, mine, strict=True)
+            for others in sizes(nested)
+            for other, size in zip(others, expected, strict=True)
         )
 
 

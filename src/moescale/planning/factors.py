@@ -105,8 +105,8 @@ BY_LAYER = ("gates", "measured")
 def _given(moe: Moe, given: Mapping[str, float], what: str, file: str) -> dict[Layer, float]:
     layers = moe.layers
     names = {str(layer) for layer in layers}
-    own = {name: moe.layer_aliases.get(name, name) for name in given}
-    given = {str(own[name]): value for name, value in given.items() if own[name] is not None}
+    aliases = {name: moe.layer_aliases.get(name, name) for name in given}
+    given = {str(layer): given[name] for name, layer in aliases.items() if layer is not None}
     where = f"--factors {file}".rstrip()
     surplus = sorted(given.keys() - names)
     more = f" has a {what} for layer {surplus[0]}, which is not an MoE layer" if surplus else ""

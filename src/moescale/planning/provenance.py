@@ -175,8 +175,8 @@ def described(options: Options, rule: str) -> str:
     """A job in words: the number of experts, the rule, and other options."""
     count = options.experts
     what = f"{count} experts per token" if count is not None else "the config's experts per token"
-    said = {"experts", "rule", "factors", "calibrate"}
-    others = {k: v for k, v in options_given(options).items() if k not in said}
+    stated = {"experts", "rule", "factors", "calibrate"}
+    others = {k: v for k, v in options_given(options).items() if k not in stated}
     text = []
     if options.rule in RUN_RULES:
         text = [f"on text {options.calibrate[:12]}…" if options.calibrate else "on its own text"]

@@ -129,11 +129,11 @@ def scalable_parts(moe: Moe, tensors: Sequence[Tensor]) -> ScalableParts:
     Raises:
         UnsupportedError: neither the experts nor the routers can.
     """
-    routers, said = None, []
+    routers, warnings = None, []
     try:
         routers = find_scaled_routers(moe, tensors)
     except (UnsupportedError, CheckpointError) as error:
-        said.append(f"--rule fitted scales only the experts: {error.message}")
+        warnings.append(f"--rule fitted scales only the experts: {error.message}")
     why = None
     if not moe.config.scaling_has_effect:
         why = moe.architecture.no_effect
@@ -145,8 +145,8 @@ def scalable_parts(moe: Moe, tensors: Sequence[Tensor]) -> ScalableParts:
                 f"--rule fitted can scale neither experts nor routers of {moe.model_type!r}: {why}",
                 hint="--rule none changes only the number of experts.",
             )
-        said.append(f"--rule fitted scales only the routers, not the experts: {why}")
-    return ScalableParts(routers, why is None, said)
+        warnings.append(f"--rule fitted scales only the routers, not the experts: {why}")
+    return ScalableParts(routers, why is None, warnings)
 
 
 def _takes_any_factor(moe: Moe) -> bool:

@@ -80,16 +80,16 @@ def _absent(
     """The error for a missing shard: its tensors may be in files with other names."""
     wanted = {tensor for shard, names in listed.items() if shard not in files for tensor in names}
     others = [n for n in files if n.endswith(SUFFIX) and "/" not in n and n not in listed]
-    there: dict[str, str] = {}
+    found_in: dict[str, str] = {}
     try:
         for name, header in read_headers(source, files, others):
-            there |= dict.fromkeys((t.name for t in header.tensors), name)
+            found_in |= dict.fromkeys((t.name for t in header.tensors), name)
     except CheckpointError:  # a damaged file proves nothing
-        there = {}
-    if wanted <= there.keys():
+        found_in = {}
+    if wanted <= found_in.keys():
         return CheckpointError(
             f"{index}: lists {absent}, which is missing; its tensors are in other files, such as"
-            f" {there[min(wanted)]}",
+            f" {found_in[min(wanted)]}",
             hint="The index is stale: remove it, or write a new one.",
         )
     return CheckpointError(

@@ -412,8 +412,8 @@ def _loss_chart(evaluation: Evaluation) -> str:
         )
         for rule, line in found.items()
     ]
-    there = [(float(counts.index(trained[0])), trained[1])]
-    series.append(Series("as trained", LineStyle("ink", "", "circle"), there, taken=True))
+    point = [(float(counts.index(trained[0])), trained[1])]
+    series.append(Series("as trained", LineStyle("ink", "", "circle"), point, taken=True))
     described = f"As trained, with {count_text(trained[0])} experts: {trained[1]:.4f}. " + " ".join(
         f"{losses.rule_name(run.rule)}, {count_text(run.experts)} experts: {run.loss:.4f}."
         for run in evaluation.runs

@@ -12,7 +12,7 @@ from moescale.checkpoint.gguf.types import NOISE
 from moescale.errors import bytes_text, printable
 from moescale.families.listing import ModelType
 from moescale.planning.comparison import BASES
-from moescale.planning.files import Action, PlannedFile
+from moescale.planning.files import Action
 from moescale.planning.plan import Plan
 from moescale.planning.provenance import measured_on
 from moescale.report import losses
@@ -52,7 +52,7 @@ def plan_text(plan: Plan, verbose: bool = False, blocks: str = ASCII) -> str:
         _layers(plan.tensors, verbose),
         _factor_chart(plan.factors, blocks),
         table(byte_rows(plan)),
-        _left_out(plan.files),
+        table(("left out", f.name, f.why or "") for f in plan.files if f.action == "skip"),
         losses.evaluation_text(plan.evaluation),
     ]
     if verbose:
@@ -311,10 +311,6 @@ def byte_rows(plan: Plan) -> Iterator[tuple[str, str]]:
             f" {bytes_text(plan.bytes_written)} written"
         ),
     )
-
-
-def _left_out(files: Iterable[PlannedFile]) -> str:
-    return table(("left out", f.name, f.why or "") for f in files if f.action == "skip")
 
 
 def summary(result: Result, seconds: Mapping[str, float], resumed: int = 0) -> str:

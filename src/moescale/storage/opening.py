@@ -162,7 +162,9 @@ def open_destination(
     """
     match location:
         case LocalPath():
-            _check_no_dangling_link(location.text)
+            if os.path.islink(location.text) and not os.path.exists(location.text):
+                hint = "Create that folder, or remove the link."
+                raise DestinationError(_why_missing(location.text), hint=hint)
             if private is not None or create_pr or commit_message is not None:
                 options = "--private, --create-pr and --commit-message"
                 raise UsageError(f"{options} need hf://, not {location}")
@@ -195,11 +197,6 @@ def _local_destination(location: LocalPath, gguf_set: GgufSet | None) -> LocalDe
         own = replace(gguf_set, stem=part_name(path.name).stem)
         return LocalDestination(path.parent, own, location.text)
     return LocalDestination(path, gguf_set, location.text)
-
-
-def _check_no_dangling_link(text: str) -> None:
-    if os.path.islink(text) and not os.path.exists(text):
-        raise DestinationError(_why_missing(text), hint="Create that folder, or remove the link.")
 
 
 def check_apart(source: Location, destination: Location, revision: str | None) -> None:

@@ -107,13 +107,9 @@ def parse_header(data: bytes, file_size: int, where: str) -> Header:
         _check_metadata(metadata, where)
     data_start = LENGTH_BYTES + len(data)
     tensors = [_tensor(name, entry, data_start, where) for name, entry in entries.items()]
-    tensors.sort(key=_data_span)
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
     _check_contiguous(tensors, data_start, file_size, where)
     return Header(tuple(tensors), data_start, file_size)
-
-
-def _data_span(tensor: Tensor) -> tuple[int, int]:
-    return tensor.start, tensor.stop
 
 
 def _decode(data: bytes, where: str) -> dict[str, Any]:

@@ -199,10 +199,10 @@ class Faults:
         return list(self._remarks())
 
     def _two_copies(self, doubled: Doubled) -> CheckpointError:
-        said = f" (where {self.index} lists it)" if self.index else ""
+        listed = f" (where {self.index} lists it)" if self.index else ""
         why = f"{self.index} is stale, or the" if self.index else "The"
         return CheckpointError(
-            f"{doubled.name!r}: is in {doubled.kept}{said} and in {doubled.other}",
+            f"{doubled.name!r}: is in {doubled.kept}{listed} and in {doubled.other}",
             hint=f"{why} shard {doubled.other} was reused or is part of another set: remove the"
             " copy that does not belong, since loaders differ in which one they read.",
         )

@@ -27,7 +27,7 @@ from moescale.options import Options
 from moescale.planning import provenance
 from moescale.planning.experts import Experts
 from moescale.planning.factors import one_factor
-from moescale.planning.files import CARD, Action, PlannedFile
+from moescale.planning.files import CARD, PlannedFile
 from moescale.planning.formats.base import Output
 from moescale.planning.overrides import ConfigOverrides, NewValue
 from moescale.planning.plan import NewHeader, Plan
@@ -68,8 +68,8 @@ class GgufCheckpoint:
         self.moe = find_gguf_moe(self._first, self.tensors, *given)
         self._row = llama_cpp.BY_NAME.get(options.arch or self.moe.model_type, Row("", "never"))
         again = f"the source is itself an output of moescale ({KEY}); its factors remain"
-        there = any(name.startswith(_OWN) for name in self._first.keys)
-        self.warnings: Sequence[str] = [*self.moe.warnings, *([again] * there)]
+        rescaled = any(name.startswith(_OWN) for name in self._first.keys)
+        self.warnings: Sequence[str] = [*self.moe.warnings, *([again] * rescaled)]
 
     def _parse(self, name: str) -> GgufHeader:
         def read(start: int, size: int) -> bytes:
@@ -227,7 +227,7 @@ class GgufCheckpoint:
         if added:
             changed.update(self._parts)
         rows = [
-            PlannedFile(name, self._files[name].size, _action(name in changed))
+            PlannedFile(name, self._files[name].size, "rewrite" if name in changed else "copy")
             for name in self._parts
         ]
         if self._published:
@@ -306,23 +306,23 @@ class GgufCheckpoint:
         }
         partly = replace(plan, new_headers=MappingProxyType(others))
         sizes = {f.name: FileRecord(partly.output_size(f)) for f in partly.large_files}
-        said = provenance.provenance(partly, sizes)
-        first = self._parts[0]
-        own = {first: self._grown(first, self._first_edit(plan, said))}
-        return replace(plan, new_headers=MappingProxyType({**others, **own}))
+        record = provenance.provenance(partly, sizes)
+        name = self._parts[0]
+        first = {name: self._grown(name, self._first_edit(plan, record))}
+        return replace(plan, new_headers=MappingProxyType({**others, **first}))
 
-    def _first_edit(self, plan: Plan, said: Mapping[str, Any]) -> HeaderEdit:
+    def _first_edit(self, plan: Plan, record: Mapping[str, Any]) -> HeaderEdit:
         """The changes in the header of the first part."""
         added = self._added(_factors(plan))
         names = {tensor.name for tensor in added}
         keys = {name: value for name, value in plan.keys.items() if name not in names}
-        there = self._first.keys
-        in_place = {name: value for name, value in keys.items() if name in there}
-        new = {name: (F32, value) for name, value in keys.items() if name not in there}
+        existing = self._first.keys
+        in_place = {name: value for name, value in keys.items() if name in existing}
+        new = {name: (F32, value) for name, value in keys.items() if name not in existing}
         return HeaderEdit(
             set={**in_place, **self._split(self._parts[0], len(added))},
-            add={**new, **_own_keys(plan, said, self._blocks())},
-            drop=[name for name in there if name.startswith(_OWN)],
+            add={**new, **_own_keys(plan, record, self._blocks())},
+            drop=[name for name in existing if name.startswith(_OWN)],
             tensors=added,
         )
 
@@ -421,15 +421,11 @@ def _rounding(kind: GgmlType) -> str:
 _SMALLEST: Final = {"F16": "6.1e-05"}
 
 
-def _action(changed: bool) -> Action:
-    return "rewrite" if changed else "copy"
-
-
 def _factors(plan: Plan) -> dict[Layer, float]:
     return {Layer("", int(name)): factor for name, factor in plan.factors.items()}
 
 
-def _own_keys(plan: Plan, said: Mapping[str, Any], blocks: int) -> dict[str, tuple[int, Any]]:
+def _own_keys(plan: Plan, record: Mapping[str, Any], blocks: int) -> dict[str, tuple[int, Any]]:
     """The provenance keys of the header; arrays have one number for each block."""
 
     def by_block(values: Mapping[str, float]) -> tuple[float, ...]:
@@ -445,5 +441,5 @@ def _own_keys(plan: Plan, said: Mapping[str, Any], blocks: int) -> dict[str, tup
         f"{_OWN}trained_experts": (U32, trained),
         f"{_OWN}factors": (F64, by_block(plan.factors)),
         **(scales if plan.router_scales else {}),
-        KEY: (STRING, json.dumps(said, ensure_ascii=False)),
+        KEY: (STRING, json.dumps(record, ensure_ascii=False)),
     }

@@ -141,8 +141,8 @@ def _second_files(
         return edits, warnings
     sizes = {name: file.size for name, file in source.files().items() if name not in others}
     for name in candidate_files(sizes):
-        changed, said = replace_count(name, source.read(name), before, after, moe.config.experts)
-        warnings += said
+        changed, notes = replace_count(name, source.read(name), before, after, moe.config.experts)
+        warnings += notes
         if changed is not None:
             edits[name] = changed
     return edits, warnings
@@ -150,16 +150,17 @@ def _second_files(
 
 def _of_arch(config: Config, moe: Moe, experts: Experts, options: Options) -> Iterator[str]:
     """A warning if --arch contradicts a known type of the config."""
-    own = configured_router(config, moe) if options.arch is not None else None
-    if own is None or moe.config.normalisation is None:
+    configured = configured_router(config, moe) if options.arch is not None else None
+    if configured is None or moe.config.normalisation is None:
         return
+    known_type, known_router = configured
     n, _, m = experts.at(moe.layers[0])
     asked, known = (
         closed_form.preserve(n, m, router.balanced_weight, options.rho or 0.0)
-        for router in (moe.config.normalisation, own[1])
+        for router in (moe.config.normalisation, known_router)
     )
     yield (
-        f"--arch {options.arch} contradicts {CONFIG}, whose model_type is {own[0]!r}: the router of"
-        f" {options.arch!r} gives the factor {asked:.4f}, that of {own[0]!r} {known:.4f}; tensor"
-        " names are found without --arch"
+        f"--arch {options.arch} contradicts {CONFIG}, whose model_type is {known_type!r}: the"
+        f" router of {options.arch!r} gives the factor {asked:.4f}, that of {known_type!r}"
+        f" {known:.4f}; tensor names are found without --arch"
     )

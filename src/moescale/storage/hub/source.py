@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import re
 import shutil
@@ -154,7 +155,7 @@ class HubSource:
             )
 
         def fetch() -> Path:
-            patterns = [_escape_pattern(self._folder + name) for name in names]
+            patterns = [glob.escape(self._folder + name) for name in names]
             root = client.hf_api().snapshot_download(
                 self._repo, revision=self._commit, allow_patterns=patterns
             )
@@ -297,11 +298,6 @@ def _by_quant(names: Iterable[str], quant: str) -> str:
     wanted = re.compile(re.escape(quant) + "[.-]", re.IGNORECASE)
     firsts = (name for name in sorted(names) if part_name(name).number == 1)
     return next((name for name in firsts if wanted.search(name)), "")
-
-
-def _escape_pattern(name: str) -> str:
-    """A pattern that only matches this name."""
-    return re.sub(r"([*?[])", r"[\1]", name)
 
 
 def _resolve(ref: HubRef, offline: bool) -> tuple[HubRef, str]:
