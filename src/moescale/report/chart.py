@@ -142,7 +142,8 @@ def number_axis(label: str, values: Iterable[float], margin: float = 0.06) -> Ax
     room = (abs(high) * 0.1 or 1.0) if alike else (high - low) * margin
     low, high = (0.0 if low == 0 else low - room), high + room
     step = _round_step((high - low) / 5)
-    positions = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    multiples = range(math.ceil(low / step), math.floor(high / step) + 1)
+    positions = [min(max(i * step, low), high) for i in multiples]  # a product may round outwards
     return Axis(label, low, high, [(position, _number(position, step)) for position in positions])
 
 
