@@ -25,7 +25,13 @@ LOGITS = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How a model is run: experts per token, factor and router scale of each MoE layer."""
+    """How a model is run.
+
+    Attributes:
+        experts: experts per token, by layer.
+        factors: multiplier of the routed output, by layer; 1 for a layer that is not in it.
+        scales: multiplier of the router's logits, by layer; 1 for a layer that is not in it.
+    """
 
     experts: Mapping[Layer, int]
     factors: Mapping[Layer, float] = field(default_factory=dict)

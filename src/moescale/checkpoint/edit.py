@@ -21,7 +21,12 @@ Role = Literal["weight", "bias", "scale", "router"]
 
 @dataclass(frozen=True, slots=True, order=True)
 class Layer:
-    """A layer, identified by its stack ("" for the main one) and number: ``3`` or ``mtp.0``."""
+    """A layer; as a string, ``3`` or ``mtp.0``.
+
+    Attributes:
+        stack: the name of its stack; "" for the main one.
+        number: its number in the stack.
+    """
 
     stack: str
     number: int

@@ -36,7 +36,14 @@ class Writer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Bytes `start` to `stop` of a shard: copied, edited, or replaced by `data`."""
+    """Consecutive bytes of a shard: copied, edited or replaced.
+
+    Attributes:
+        start: offset in the source's file.
+        stop: offset of the end; equal to `start` if `data` is inserted.
+        edit: the edit of the tensor that has these bytes; None if they are not edited.
+        data: the bytes to write instead; None if they are copied or edited.
+    """
 
     start: int
     stop: int

@@ -6,7 +6,15 @@ from typing import NamedTuple
 
 
 class Tensor(NamedTuple):
-    """One entry of a header; `start` and `stop` are byte offsets in the file."""
+    """One entry of a header.
+
+    Attributes:
+        name: as in the header.
+        dtype: as in the header (``BF16``); for GGUF, the name of the type (``Q4_K``).
+        shape: the slowest dimension first.
+        start: offset of its data in the file, in bytes.
+        stop: offset of the end of its data.
+    """
 
     name: str
     dtype: str

@@ -9,7 +9,13 @@ from moescale.families.projections import Layer
 
 
 class LayerExperts(NamedTuple):
-    """The numbers of experts per token of one layer, as in `Experts`."""
+    """The numbers of experts per token of one layer, as in `Experts`.
+
+    Attributes:
+        trained: experts per token that the weights were trained for.
+        before: experts per token of the source.
+        after: experts per token of the output.
+    """
 
     trained: int
     before: int

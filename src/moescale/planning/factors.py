@@ -30,7 +30,12 @@ class Findings:
 
 @dataclass(frozen=True, slots=True)
 class KnownFactors:
-    """Factors and router scales of an earlier run of the same job, by layer name."""
+    """Factors and router scales of an earlier run of the same job.
+
+    Attributes:
+        factors: multiplier of the routed output, by layer name.
+        router_scales: multiplier of the router's logits, by layer name; empty if none changes.
+    """
 
     factors: Mapping[str, float]
     router_scales: Mapping[str, float]

@@ -35,7 +35,13 @@ from moescale.storage.base import SourceId
 
 @dataclass(frozen=True, slots=True)
 class NewValue:
-    """A config value to change: its dotted path, its old and its new value."""
+    """A config value to change.
+
+    Attributes:
+        path: its dotted path; for GGUF, the name of the key.
+        before: the value in the source.
+        after: the value for the output.
+    """
 
     path: str
     before: Any

@@ -36,7 +36,12 @@ _SHOWN_WARNINGS = 5
 
 @dataclass(frozen=True, slots=True)
 class NewHeader:
-    """Replacements of bytes of a shard's header, and the new size of the file."""
+    """The changes of a shard's header.
+
+    Attributes:
+        patches: replacements and insertions, in file order; for GGUF, also tensors to append.
+        file_size: size of the new shard in bytes.
+    """
 
     patches: tuple[Segment, ...]
     file_size: int

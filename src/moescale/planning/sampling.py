@@ -70,13 +70,21 @@ def _score(kind: RouterKind, stated: Any, biased: bool) -> Score:
 
 @dataclass(frozen=True, slots=True)
 class Routers:
-    """The routers of a checkpoint: their kind, and their tensors with shards."""
+    """The routers of a checkpoint: their kind, and their tensors with shards.
+
+    Attributes:
+        moe: their MoE.
+        gate: how they turn logits into gate weights.
+        zero_centred: the norms before them multiply by 1 + weight.
+        tensors: the tensors of each router, one item for each layer.
+        shards: the shard that holds each of these tensors, by name of the tensor.
+    """
 
     moe: Moe
     gate: RouterSpec
     zero_centred: bool
     tensors: Sequence[RouterTensors]
-    shards: Mapping[str, str]  # by name of the tensor
+    shards: Mapping[str, str]
 
 
 def sample_gates(

@@ -30,12 +30,19 @@ PIECE = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class ShardSet:
-    """The shards, their headers by name, faults of the index, and files to leave out."""
+    """The set of weights that loaders read.
+
+    Attributes:
+        shards: names of the shards, and of their index.
+        headers: by name of the shard, without copies of tensors that are not kept.
+        faults: differences between the index and the headers.
+        left_out: files that do not belong in the output, each with the reason.
+    """
 
     shards: Shards
     headers: Mapping[str, Header]
     faults: Faults
-    left_out: Mapping[str, str] = field(default_factory=dict)  # with the reason
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_shards(source: Source, files: Mapping[str, FileInfo]) -> ShardSet:

@@ -83,14 +83,23 @@ KEPT = 4_096
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """One tensor; `shape` has the fastest dimension first; `start` is an offset in the file."""
+    """One tensor.
+
+    Attributes:
+        name: as in the header.
+        type: the type of its weights.
+        shape: the fastest dimension first.
+        start: offset of its data in the file.
+        nbytes: size of its data in bytes, without padding.
+        info: start and stop of its entry in the header, as offsets in the file.
+    """
 
     name: str
     type: GgmlType
     shape: tuple[int, ...]
     start: int
     nbytes: int
-    info: tuple[int, int]  # start and stop of its entry in the header, as offsets in the file
+    info: tuple[int, int]
 
     @property
     def stop(self) -> int:
@@ -100,7 +109,18 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """A decoded header; keys and tensors are in file order."""
+    """A decoded header; keys and tensors are in file order.
+
+    Attributes:
+        version: the version of the format.
+        keys: by name.
+        tensors: all tensors of the file.
+        alignment: the data of every tensor starts at a multiple of this, in bytes.
+        infos_start: offset of the first tensor's entry, where the keys end.
+        infos_stop: offset of the end of the last tensor's entry.
+        data_start: offset of the first tensor's data; `infos_stop` without tensors.
+        file_size: size of the whole file in bytes.
+    """
 
     version: int
     keys: Mapping[str, Key]
