@@ -56,7 +56,19 @@ class TensorEdit(Mapping[str, Any]):
         shard: the file that holds the tensor; "" until it is looked up.
     """
 
-    __slots__ = ("factor", "format", "layer", "operation", "role", "shard", "store_as", "tensor")
+    __slots__ = (  # in the order of the arguments
+        *("tensor", "factor", "operation", "store_as"),
+        *("role", "format", "layer", "shard"),
+    )
+
+    tensor: Tensor
+    factor: float
+    operation: Operation
+    store_as: str | None
+    role: Role
+    format: str
+    layer: Layer
+    shard: str
 
     def __init__(
         self,
@@ -69,18 +81,32 @@ class TensorEdit(Mapping[str, Any]):
         layer: Layer = FIRST,
         shard: str = "",
     ) -> None:
-        """Do not assign to attributes afterwards; `with_` makes a changed copy."""
-        self.tensor, self.factor, self.operation, self.store_as = (
-            tensor,
-            factor,
-            operation,
-            store_as,
-        )
-        self.role, self.format, self.layer, self.shard = role, format, layer, shard
+        """The attributes are final; `with_` makes a changed copy."""
+        values = tensor, factor, operation, store_as, role, format, layer, shard
+        for name, value in zip(self.__slots__, values, strict=True):
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{name!r} is final; `with_` makes a changed copy")
+
+    def _values(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in self.__slots__)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TensorEdit, self._values()
 
     def with_(self, **changes: Any) -> TensorEdit:
         """A copy with some attributes changed."""
-        return TensorEdit(**{name: getattr(self, name) for name in self.__slots__} | changes)
+        return TensorEdit(**dict(zip(self.__slots__, self._values(), strict=True)) | changes)
+
+    def __eq__(self, other: object) -> bool:
+        """Compare all attributes of two edits; another mapping is compared with the row."""
+        if isinstance(other, TensorEdit):
+            return self._values() == other._values()
+        return super().__eq__(other)
+
+    def __hash__(self) -> int:
+        return hash(self._values())
 
     @property
     def nbytes(self) -> int:
