@@ -22,7 +22,7 @@ Rule = Literal["preserve", "published", "gates", "measured", "fitted", "none"]
 
 Fold = Literal["weights", "config", "scale", "residual"]
 
-RULES: tuple[Rule, ...] = ("preserve", "published", "gates", "measured", "fitted", "none")
+RULES: tuple[Rule, ...] = get_args(Rule)
 
 RUN_RULES: tuple[Rule, ...] = ("measured", "fitted")
 """The rules that run the model."""

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import checkpoints
 
 import moescale
 
@@ -30,6 +31,7 @@ MAY_USE = {
     "calibrate": {*BELOW, "options", "planning"},
     "conversion": {*BELOW, "options", "planning", "calibrate", "results"},
     "report": {*BELOW, "planning", "results"},
+    "api": {*BELOW, "options", "planning", "results", "calibrate", "conversion", "report"},
 }
 """The packages that each package may import besides itself."""
 
@@ -88,10 +90,15 @@ def test_nothing_imports_the_command() -> None:
     assert users == {"__main__.py"}
 
 
-def test_a_plan_needs_no_numpy() -> None:
+def test_a_plan_needs_no_numpy(tmp_path: Path) -> None:
     """Numpy takes 15 MB and half of the start-up time; only runs and rules that sample load it."""
-    code = "import sys; from moescale import api; sys.exit('numpy' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    checkpoints.mixtral(tmp_path / "model")
+    code = (
+        "import sys, moescale; moescale.plan(sys.argv[1], experts=3, rule='preserve');"
+        "sys.exit('numpy' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "model")]
+    assert subprocess.run(command, check=False).returncode == 0
 
 
 def test_only_the_command_handles_signals() -> None:
@@ -150,6 +157,16 @@ def test_the_config_is_read_once() -> None:
         if isinstance(node, ast.arg) and node.arg == "section"
     }
     assert takers == {"config.py", "moe_config.py", "unread_keys.py"}
+    uses = re.compile(
+        r"^from moescale\.families\.config import .*\b(?:Config|parse_config)\b", re.M
+    )
+    users = {p for p in PACKAGE.rglob("*.py") if uses.search(p.read_text("utf-8"))}
+    users = {p for p in users if p.parent.name != "families"}
+    assert {p.name for p in users} == {
+        *("safetensors.py", "weights.py", "overrides.py", "extra_files.py")
+    }
+    parsers = {p for p in users if "parse_config(" in p.read_text("utf-8")}
+    assert {p.name for p in parsers} == {"safetensors.py"}
     readers = {
         p.name for p in PACKAGE.rglob("*.py") if '"per_layer_config"' in p.read_text("utf-8")
     }

@@ -118,6 +118,7 @@ def make_plan(
         tensors=placed,
         files=output.files,
         config=output.config,
+        loader=checkpoint.loader,
         index=output.index,
         new_headers=MappingProxyType(output.new_headers),
         edits=MappingProxyType(output.edits),

@@ -81,6 +81,7 @@ class Plan:
         tensors: edits of tensors.
         files: all files of source and output, with their actions.
         config: content of the new config; None for GGUF.
+        loader: class of transformers that loads the output; None for GGUF.
         index: name of the index, and its content if it is new; None without an index.
         new_headers: replacements in headers of shards, by file.
         edits: new content of other small files, by file.
@@ -115,6 +116,7 @@ class Plan:
     tensors: tuple[TensorEdit, ...]
     files: tuple[PlannedFile, ...]
     config: bytes | None
+    loader: str | None
     index: tuple[str, bytes | None] | None
     new_headers: Mapping[str, NewHeader]
     edits: Mapping[str, bytes] = field(default_factory=dict)

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 
 from moescale.checkpoint.gguf.names import is_gguf, part_name
 from moescale.errors import printable
-from moescale.families.config import parse_config
-from moescale.planning.overrides import loader_of
 from moescale.planning.plan import Plan
 from moescale.storage.location import Location
 
@@ -29,7 +27,7 @@ def commands_text(plan: Plan, written: bool) -> str:
 def output_location(plan: Plan) -> str:
     """The location of the output, for scripts; for a split GGUF set, that of its first file."""
     assert plan.location is not None, "a plan without a destination has no output"
-    return _first_file(plan.location, 1 if plan.config is not None else _parts(plan))
+    return _first_file(plan.location, _parts(plan) if plan.loader is None else 1)
 
 
 def _parts(plan: Plan) -> int:
@@ -37,9 +35,9 @@ def _parts(plan: Plan) -> int:
 
 
 def _to_run(plan: Plan, location: Location) -> Mapping[str, str]:
-    if plan.config is None:
+    if plan.loader is None:
         return _gguf_to_run(location, plan.last_file, _parts(plan))
-    return _folder_to_run(location, loader_of(parse_config(plan.config).value))
+    return _folder_to_run(location, plan.loader)
 
 
 def _folder_to_run(location: Location, loader: str) -> Mapping[str, str]:

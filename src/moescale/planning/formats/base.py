@@ -56,12 +56,14 @@ class Checkpoint(Protocol):
         moe: the MoE that it holds.
         headers: headers of all shards, by name; tensor positions are offsets in the file.
         tensors: all tensors.
+        loader: class of transformers that loads it; None for GGUF.
         warnings: warnings for the user.
     """
 
     moe: Moe
     headers: Mapping[str, Header]
     tensors: Sequence[Tensor]
+    loader: str | None
     warnings: Sequence[str]
 
     def edits(self, factors: Mapping[Layer, float]) -> list[TensorEdit]:

@@ -57,6 +57,7 @@ class GgufCheckpoint:
         self._parts = parts_of(next(iter(self._files)), self._files)
         self._gguf = {name: self._parse(name) for name in self._parts}
         self._first = self._gguf[self._parts[0]]
+        self.loader: str | None = None
         _check_set(self._gguf)
         self.headers: Mapping[str, Header] = {
             name: _plain(header) for name, header in self._gguf.items()

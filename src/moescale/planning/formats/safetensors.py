@@ -18,7 +18,7 @@ from moescale.planning.experts import Experts
 from moescale.planning.factors import one_factor
 from moescale.planning.files import PROVENANCE, left_out_warnings, plan_files
 from moescale.planning.formats.base import Output
-from moescale.planning.overrides import ConfigOverrides, find_overrides
+from moescale.planning.overrides import ConfigOverrides, find_overrides, loader_of
 from moescale.planning.plan import Plan
 from moescale.planning.shards import output_index
 from moescale.planning.tensors import alternative, new_headers, scaled_weights
@@ -44,6 +44,7 @@ class SafetensorsCheckpoint:
         self.moe = self._weights.moe
         self.tensors = self._weights.tensors
         self.headers = self._weights.found.headers
+        self.loader: str | None = loader_of(self._config.value)
         again = f"the source is itself an output of moescale ({PROVENANCE}); its factors remain"
         self.warnings: Sequence[str] = [*self._weights.warnings, *([again] * (PROVENANCE in files))]
 
