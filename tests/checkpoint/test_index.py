@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 import pytest
 from support import checkpoints
 
-from moescale.checkpoint.safetensors.header import Header, header_length, parse_header
+from moescale.checkpoint.safetensors.header import header_length, parse_header
 from moescale.checkpoint.safetensors.index import (
     INDEX,
     Shards,
@@ -19,6 +19,7 @@ from moescale.checkpoint.safetensors.index import (
     parse_index,
     shards_without_index,
 )
+from moescale.checkpoint.tensor import Header
 from moescale.errors import CheckpointError
 
 

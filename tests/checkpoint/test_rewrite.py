@@ -11,7 +11,8 @@ from support import checkpoints
 
 from moescale.checkpoint.edit import TensorEdit
 from moescale.checkpoint.rewrite import PIECE, Segment, expected, rewrite, segments
-from moescale.checkpoint.safetensors.header import Header, header_length, parse_header
+from moescale.checkpoint.safetensors.header import header_length, parse_header
+from moescale.checkpoint.tensor import Header
 from moescale.errors import RewriteError
 
 

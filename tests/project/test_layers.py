@@ -84,6 +84,15 @@ def test_local_and_hub_storages_know_nothing_of_each_other(own: str, other: str)
         assert f"moescale.storage.{other}" not in path.read_text("utf-8"), path
 
 
+@pytest.mark.parametrize(("own", "other"), [("gguf", "safetensors"), ("safetensors", "gguf")])
+def test_formats_of_files_know_nothing_of_each_other(own: str, other: str) -> None:
+    """What they share is beside their folders."""
+    files = sorted((PACKAGE / "checkpoint" / own).glob("*.py"))
+    assert files
+    for path in files:
+        assert f"moescale.checkpoint.{other}" not in path.read_text("utf-8"), path
+
+
 def test_nothing_imports_the_command() -> None:
     """Only ``__main__`` imports the command line."""
     users = {p.name for p in PACKAGE.rglob("*.py") if "cli" in imports(p)}

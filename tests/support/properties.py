@@ -20,8 +20,9 @@ import safetensors
 
 from moescale.checkpoint.gguf.header import parse_header as parse_gguf
 from moescale.checkpoint.json_text import parse_lenient, value_spans
-from moescale.checkpoint.safetensors.header import Header, header_length, parse_header
+from moescale.checkpoint.safetensors.header import header_length, parse_header
 from moescale.checkpoint.safetensors.index import parse_index
+from moescale.checkpoint.tensor import Header
 from moescale.conversion import card
 from moescale.errors import CheckpointError, DestinationError, MoescaleError, UsageError
 from moescale.families import architectures

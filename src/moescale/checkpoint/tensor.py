@@ -1,7 +1,8 @@
-"""The entry of one tensor in a header."""
+"""The header of one file in any format, and the entries of its tensors."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 
@@ -26,3 +27,23 @@ class Tensor(NamedTuple):
     def nbytes(self) -> int:
         """Size of the data in bytes."""
         return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The header of one shard.
+
+    Attributes:
+        tensors: in the order of their data.
+        data_start: offset of the first tensor in the file.
+        file_size: size of the whole file in bytes.
+    """
+
+    tensors: tuple[Tensor, ...]
+    data_start: int
+    file_size: int
+
+    @property
+    def by_name(self) -> dict[str, Tensor]:
+        """A new mapping from name to tensor."""
+        return {tensor.name: tensor for tensor in self.tensors}

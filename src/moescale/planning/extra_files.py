@@ -22,9 +22,8 @@ from moescale.checkpoint.foreign import (
     weights_suffix,
 )
 from moescale.checkpoint.json_text import parse_lenient
-from moescale.checkpoint.safetensors.header import Header
 from moescale.checkpoint.safetensors.index import SINGLE, SUFFIX, check_parts, set_of
-from moescale.checkpoint.tensor import Tensor
+from moescale.checkpoint.tensor import Header, Tensor
 from moescale.errors import CheckpointError, SourceError
 from moescale.families.config import CONFIG, Config
 from moescale.families.find import Moe

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moescale.checkpoint.safetensors.header import Header
-from moescale.checkpoint.tensor import Tensor
+from moescale.checkpoint.tensor import Header, Tensor
 from moescale.errors import CheckpointError, UnsupportedError
 from moescale.families.find import Moe
 from moescale.families.formats import takes_any_factor

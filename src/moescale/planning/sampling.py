@@ -10,8 +10,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from moescale.checkpoint.safetensors.header import Header
-from moescale.checkpoint.tensor import Tensor
+from moescale.checkpoint.tensor import Header, Tensor
 from moescale.errors import CheckpointError, UnsupportedError
 from moescale.factors.samples import Sample
 from moescale.families.config import CONFIG

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from moescale.checkpoint.safetensors.header import LENGTH_BYTES, Header, header_length, parse_header
+from moescale.checkpoint.safetensors.header import LENGTH_BYTES, header_length, parse_header
 from moescale.checkpoint.safetensors.index import (
     INDEX,
     SINGLE,
@@ -20,7 +20,7 @@ from moescale.checkpoint.safetensors.index import (
     parse_index,
     shards_without_index,
 )
-from moescale.checkpoint.tensor import Tensor
+from moescale.checkpoint.tensor import Header, Tensor
 from moescale.errors import CheckpointError
 from moescale.storage.base import FileInfo, Source, check_name
 

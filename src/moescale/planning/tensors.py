@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from moescale.checkpoint.edit import TensorEdit
 from moescale.checkpoint.rewrite import Segment
-from moescale.checkpoint.safetensors.header import LENGTH_BYTES, Header, relaid_header
-from moescale.checkpoint.tensor import Tensor
+from moescale.checkpoint.safetensors.header import LENGTH_BYTES, relaid_header
+from moescale.checkpoint.tensor import Header, Tensor
 from moescale.errors import UnsupportedError
 from moescale.families.find import Moe
 from moescale.families.formats import scaled_tensors

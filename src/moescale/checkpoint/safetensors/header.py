@@ -11,12 +11,11 @@ import functools
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from moescale.checkpoint.dtypes import BITS
 from moescale.checkpoint.json_text import parse_strict
-from moescale.checkpoint.tensor import Tensor
+from moescale.checkpoint.tensor import Header, Tensor
 from moescale.errors import CheckpointError
 
 LENGTH_BYTES = 8
@@ -37,26 +36,6 @@ _OTHERS = (
 _CUT = "The file is truncated or has extra bytes at its end; fetch it again."
 _WRONG = "Not a valid safetensors file; write it again with the program that made it."
 _FIELDS = {"dtype", "shape", "data_offsets"}
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """The header of one shard.
-
-    Attributes:
-        tensors: in the order of their data.
-        data_start: offset of the first tensor in the file.
-        file_size: size of the whole file in bytes.
-    """
-
-    tensors: tuple[Tensor, ...]
-    data_start: int
-    file_size: int
-
-    @property
-    def by_name(self) -> dict[str, Tensor]:
-        """A new mapping from name to tensor."""
-        return {tensor.name: tensor for tensor in self.tensors}
 
 
 def header_length(first: bytes, file_size: int, where: str) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from moescale.checkpoint.json_faults import decoded, not_json
 from moescale.checkpoint.json_text import parse_strict
-from moescale.checkpoint.safetensors.header import Header
+from moescale.checkpoint.tensor import Header
 from moescale.errors import CheckpointError
 
 SUFFIX = ".safetensors"

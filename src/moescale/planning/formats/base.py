@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from moescale.checkpoint.edit import TensorEdit
-from moescale.checkpoint.safetensors.header import Header
-from moescale.checkpoint.tensor import Tensor
+from moescale.checkpoint.tensor import Header, Tensor
 from moescale.families.config import CONFIG
 from moescale.families.find import Moe
 from moescale.families.projections import Layer

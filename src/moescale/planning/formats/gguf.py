@@ -14,9 +14,8 @@ from moescale.checkpoint.gguf.edit import F32, F64, U32, HeaderEdit, NewTensor, 
 from moescale.checkpoint.gguf.header import STRING, GgufHeader, parse_header
 from moescale.checkpoint.gguf.names import part_name, parts_of
 from moescale.checkpoint.gguf.types import BY_NAME, GgmlType
-from moescale.checkpoint.safetensors.header import Header
 from moescale.checkpoint.stored_provenance import KEY
-from moescale.checkpoint.tensor import Tensor
+from moescale.checkpoint.tensor import Header, Tensor
 from moescale.errors import CheckpointError, SourceError, UnsupportedError
 from moescale.families import llama_cpp
 from moescale.families.gguf import find_gguf_moe
