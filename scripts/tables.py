@@ -67,7 +67,7 @@ def options_table() -> str:
     command = typer.main.get_command(app)
     rows = option_rows(OutputOptions) | option_rows(ConvertOptions)
     lines = ["| option | meaning |", "|---|---|"]
-    for parameter in command.params:
+    for parameter in command.get_params(typer.Context(command)):  # with the texts of --help
         if parameter.param_type_name == "option":
             row = rows.get(parameter.name)
             lines.append(f"| {spelling(parameter)} | {row.text if row else parameter.help} |")

@@ -283,7 +283,7 @@ def convert(
     check, evaluate = options.get("verify", False), options.get("evaluate") is not None
     origin, target = source_location(source), destination_location(destination)
     _check_files(options, origin, target)
-    if evaluate and target.path is None:
+    if evaluate and target.on_hub:
         raise UsageError(
             "--evaluate needs the output on this disk, and DST is on the Hub",
             hint="--dry-run --evaluate shows the loss without writing anything.",
@@ -442,7 +442,7 @@ def _source(source: Location, destination: Location | None, given: Mapping[str, 
     Raises:
         UnsupportedError: `evaluate` is given, and the source is GGUF.
     """
-    local = destination is None or destination.path is not None
+    local = destination is None or not destination.on_hub
     reader = open_source(source, given.get("revision"), local or given.get("follow_links", False))
     if reader.gguf_set is not None and given.get("evaluate") is not None:
         raise UnsupportedError(
