@@ -317,10 +317,10 @@ def _count_attributes(block: nn.Module, count: int, total: int) -> list[tuple[An
 
 
 @contextmanager
-def _counts(places: Sequence[tuple[Any, str]], k: int) -> Iterator[None]:
+def _counts(attributes: Sequence[tuple[Any, str]], k: int) -> Iterator[None]:
     """Run with `k` experts per token."""
-    old = [(holder, name, vars(holder)[name]) for holder, name in places]
-    for holder, name in places:
+    old = [(holder, name, vars(holder)[name]) for holder, name in attributes]
+    for holder, name in attributes:
         setattr(holder, name, k)
     try:
         yield

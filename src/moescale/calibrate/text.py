@@ -199,8 +199,8 @@ def overlap(one: Text, other: Text) -> bool:
 
 def _find(part: list[int], whole: list[int]) -> int:
     """The position of one list in another; 0 if absent."""
-    places = range(len(whole) - len(part) + 1)
-    return next((i for i in places if whole[i : i + len(part)] == part), 0)
+    starts = range(len(whole) - len(part) + 1)
+    return next((i for i in starts if whole[i : i + len(part)] == part), 0)
 
 
 def _decoded(data: bytes, where: str) -> str:

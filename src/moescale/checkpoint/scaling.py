@@ -78,8 +78,10 @@ def _scale_table_scaler(
     """Like `_table_scaler`, for scales: normal ones must stay normal, and nonzero ones nonzero."""
     table = table.astype("<u2")
     before, after = np.arange(1 << 16) & 0x7FFF, table & 0x7FFF
-    sunk = (after < (infinity & -infinity)) & (before >= (infinity & -infinity))
-    lost = sunk | ((after == 0) & (before > 0)) | ((after == infinity) & (before < infinity))
+    below_normal = (after < (infinity & -infinity)) & (before >= (infinity & -infinity))
+    lost = (
+        below_normal | ((after == 0) & (before > 0)) | ((after == infinity) & (before < infinity))
+    )
 
     def scale(source: Bytes, result: Bytes) -> int:
         codes = source.view("<u2")

@@ -97,7 +97,7 @@ def _address(scheduler: str) -> str:
 
 @contextmanager
 def _quiet_client() -> Iterator[None]:
-    """Replace the client's log of a lost connection by one error of ours."""
+    """Silence the client's log of a lost connection, which moescale reports as one error."""
     loggers = [logging.getLogger(f"distributed.{name}") for name in ("client", "comm", "core")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -49,9 +49,9 @@ def repair(
     )
     again, only = destination.open_output(), sizes.keys() - keep.keys()
     phase("verifying", {name: sizes[name] for name in only})
-    mended = verify_files(plan, source, again, jobs=jobs, only=only, progress=progress, pool=pool)
-    mended.raise_if_different()
-    fill_digests(destination, plan, {**mended.written, **keep}, again)
+    repaired = verify_files(plan, source, again, jobs=jobs, only=only, progress=progress, pool=pool)
+    repaired.raise_if_different()
+    fill_digests(destination, plan, {**repaired.written, **keep}, again)
     return "repair"
 
 

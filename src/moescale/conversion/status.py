@@ -101,10 +101,10 @@ def _describe_existing(plan: Plan, destination: Destination, existing: Mapping[s
     if not isinstance(name, str) or options is None:
         return "holds another output of moescale"
     rule = str(found.get("rule"))[:20]
-    theirs = provenance.described(options, rule)
-    ours = provenance.described(plan.options, plan.rule)
-    this = ours if name == plan.source.name else f"{plan.source.name} with {ours}"
-    return f"holds {name} with {theirs}; this run is {this}"
+    existing_job = provenance.described(options, rule)
+    new_job = provenance.described(plan.options, plan.rule)
+    this = new_job if name == plan.source.name else f"{plan.source.name} with {new_job}"
+    return f"holds {name} with {existing_job}; this run is {this}"
 
 
 def _status_if_replaceable(destination: Destination, overwrite: bool, why: str) -> Status:

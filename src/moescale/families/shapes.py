@@ -26,7 +26,7 @@ _GATE_UP_WORDS: Final[Mapping[str, tuple[str, ...]]] = {
     "linear_1": ("linear", "linear_v"),
 }
 """Names of the gate- and up-projections, by the name of the down-projection."""
-_JOINED: Final[Mapping[str, tuple[int, ...]]] = {
+_MATRIX_COUNTS: Final[Mapping[str, tuple[int, ...]]] = {
     **dict.fromkeys(("gate_up_proj", "gate_up_projs", "w13", "input_linear", "fc"), (2,)),
     "fc1": (1, 2),  # Aria's is gate and up, Nemotron's is up alone
 }
@@ -223,9 +223,9 @@ class _GateUp:
             _refuse_empty(by_suffix, other)
             if down.weight_shape is None or other.weight_shape is None:
                 continue
-            joined = _JOINED.get(_split_module(module)[1], (1,))
+            matrix_counts = _MATRIX_COUNTS.get(_split_module(module)[1], (1,))
             if not _is_transpose(
-                down.weight_shape, other.weight_shape, joined, projection.expert is None
+                down.weight_shape, other.weight_shape, matrix_counts, projection.expert is None
             ):
                 raise _not_transposed(projection, down, by_suffix, other)
             paired = True
@@ -242,7 +242,7 @@ def _split_module(module: str) -> tuple[str, str, str]:
 
 
 def _is_transpose(
-    down: tuple[int, ...], up: tuple[int, ...], joined: tuple[int, ...], stacked: bool
+    down: tuple[int, ...], up: tuple[int, ...], matrix_counts: tuple[int, ...], stacked: bool
 ) -> bool:
     """Whether the shapes are ``[..., hidden, inner]`` and ``[..., inner, hidden]``.
 
@@ -255,7 +255,7 @@ def _is_transpose(
     if len(down) != len(up) or len(down) < 2 or down[:-2] > up[:-2]:
         return False
     (x, y), shape = up[-2:], down[-2:]
-    return any(shape in ((y, x / many), (y / many, x)) for many in joined)
+    return any(shape in ((y, x / matrices), (y / matrices, x)) for matrices in matrix_counts)
 
 
 def _not_transposed(

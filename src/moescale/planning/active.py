@@ -55,14 +55,14 @@ def active(
         experts_by_layer: number of routed experts in each layer.
         experts: experts per token.
     """
-    homes = {p.module.rpartition(".")[0]: (p.layer, p.expert is None) for p in projections}
+    parents = {p.module.rpartition(".")[0]: (p.layer, p.expert is None) for p in projections}
     plain = all(tensor.dtype in SCALABLE for tensor in tensors)
     routed: dict[Layer, int] = defaultdict(int)
     total = 0
     for tensor in tensors:
         amount = math.prod(tensor.shape) if plain else tensor.nbytes
         total += amount
-        if (layer := _layer_of(tensor, homes, experts_by_layer)) is not None:
+        if (layer := _layer_of(tensor, parents, experts_by_layer)) is not None:
             routed[layer] += amount
     rest = total - sum(routed.values())
     shares = [(size, experts.at(at), experts_by_layer[at]) for at, size in routed.items()]
@@ -73,15 +73,15 @@ def active(
 
 
 def _layer_of(
-    tensor: Tensor, homes: Mapping[str, tuple[Layer, bool]], experts_by_layer: Mapping[Layer, int]
+    tensor: Tensor, parents: Mapping[str, tuple[Layer, bool]], experts_by_layer: Mapping[Layer, int]
 ) -> Layer | None:
     """The layer whose routed experts a tensor belongs to; None if it belongs to none."""
     at = plain_name(tensor.name)
     while at:
         at = at.rpartition(".")[0]
-        if at in homes:
-            layer, fused = homes[at]
-            apart = not fused or "expert" in at
+        if at in parents:
+            layer, fused = parents[at]
+            only_experts = not fused or "expert" in at
             stacked = len(tensor.shape) > 2 and tensor.shape[0] == experts_by_layer[layer]
-            return layer if apart or stacked else None
+            return layer if only_experts or stacked else None
     return None

@@ -113,8 +113,8 @@ def classify_extra_files(source: Source, found: ShardSet, moe: Moe) -> ExtraFile
         CheckpointError: a file holds routed experts of the model but can neither be scaled with
             the others nor left out, or is part of a second set of weights.
     """
-    ours = {*found.headers, *found.left_out, found.shards.index, CONFIG}
-    names = [name for name in source.files() if name not in ours]
+    known = {*found.headers, *found.left_out, found.shards.index, CONFIG}
+    names = [name for name in source.files() if name not in known]
     result = ExtraFiles(left_out=dict(found.left_out))
     sizes = {name: file.size for name, file in source.files().items()}
     if weights := [name for name in names if _may_be_weights(name, sizes[name])]:
@@ -195,18 +195,18 @@ class _Inspector:
         """Decide about a set with routed experts: a twin, another model, or unlisted shards."""
         first = next(name for name, look in looks.items() if look.layers or look.same)
         same = any(look.same for look in looks.values())
-        ours = layers & self._layers
-        whole = self._layers <= layers or (ours and not _is_shard(first))
+        shared = layers & self._layers
+        whole = self._layers <= layers or (shared and not _is_shard(first))
         other = not same and any(look.other for look in looks.values())
-        if other or self._is_other_model(first, same or bool(ours)):
+        if other or self._is_other_model(first, same or bool(shared)):
             self._warn(first, "has experts of another model")
-        elif whole or (same and ours == layers):
+        elif whole or (same and shared == layers):
             self._check_single(list(looks))
             self._result.left_out |= dict.fromkeys(looks, TWIN if same else LAYOUT)
         elif not _is_shard(first):
             self._warn(first, f"has routed experts of layer {min(layers)} that are not rescaled")
-        elif ours or "/" in first:
-            raise _undecided(first, layers - ours or layers)
+        elif shared or "/" in first:
+            raise _undecided(first, layers - shared or layers)
         else:
             self._join(looks)
 

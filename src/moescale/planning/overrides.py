@@ -131,10 +131,10 @@ def new_scales(
 
 
 def _new_counts(count_keys: Sequence[ConfigKey], count: int) -> Iterator[NewValue]:
-    for place in count_keys:
-        after = [count] * len(place.value) if isinstance(place.value, tuple) else count
-        if after != (list(place.value) if isinstance(place.value, tuple) else place.value):
-            yield NewValue(place.path, place.value, after)
+    for key in count_keys:
+        after = [count] * len(key.value) if isinstance(key.value, tuple) else count
+        if after != (list(key.value) if isinstance(key.value, tuple) else key.value):
+            yield NewValue(key.path, key.value, after)
 
 
 def loader_of(config: Mapping[str, Any]) -> str:

@@ -142,8 +142,8 @@ def find_gates(moe: Moe, headers: Mapping[str, Header]) -> Routers:
     found = find_routers(kind, moe.config, moe.projections, tensors, RULE)
     names = {tensor.name for router in found for tensor in router.present}
     shards = {t.name: shard for shard, h in headers.items() for t in h.tensors if t.name in names}
-    gate = gate_of(moe, kind, any(router.bias for router in found))
-    return Routers(moe, gate, kind.zero_centred, found, shards)
+    spec = gate_of(moe, kind, any(router.bias for router in found))
+    return Routers(moe, spec, kind.zero_centred, found, shards)
 
 
 def read_gates(source: Source, routers: Routers) -> Iterator[tuple[RouterTensors, RouterArrays]]:
@@ -186,13 +186,13 @@ def _weights(routers: Routers, tensors: RouterTensors, data: list[bytes]) -> Rou
         return found[tensor].reshape(shape)
 
     assert tensors.norm is not None, "scaling has no effect without this norm, and is refused"
-    moe, gate = routers.moe, routers.gate
-    experts = moe.experts_by_layer[tensors.layer] + gate.zero_experts
-    logits = 2 * math.isqrt(experts) if gate.product_keys else experts + gate.shared
+    moe, spec = routers.moe, routers.gate
+    experts = moe.experts_by_layer[tensors.layer] + spec.zero_experts
+    logits = 2 * math.isqrt(experts) if spec.product_keys else experts + spec.shared
     hidden = math.prod(tensors.norm.shape)
-    if gate.groups is not None and experts % gate.groups[0]:
+    if spec.groups is not None and experts % spec.groups[0]:
         raise CheckpointError(
-            f"{CONFIG}: {experts} experts do not form {gate.groups[0]} equal groups"
+            f"{CONFIG}: {experts} experts do not form {spec.groups[0]} equal groups"
         )
     norm = values(tensors.norm, hidden)
     return RouterArrays(

@@ -134,19 +134,19 @@ def same_weights(source: Source, one: Mapping[str, Header], other: Mapping[str, 
 
     Always False on the Hub, where a comparison would take as long as two downloads.
     """
-    places = {t.name: (shard, t) for shard, header in other.items() for t in header.tensors}
-    pairs = {s: [(t, places.get(t.name)) for t in h.tensors] for s, h in one.items()}
-    found = [(t, place[1]) for pair in pairs.values() for t, place in pair if place]
+    by_name = {t.name: (shard, t) for shard, header in other.items() for t in header.tensors}
+    pairs = {s: [(t, by_name.get(t.name)) for t in h.tensors] for s, h in one.items()}
+    found = [(t, entry[1]) for pair in pairs.values() for t, entry in pair if entry]
     alike = all((a.dtype, a.shape) == (b.dtype, b.shape) for a, b in found)
-    if not alike or not len(found) == len(places) == sum(map(len, pairs.values())):
+    if not alike or not len(found) == len(by_name) == sum(map(len, pairs.values())):
         return False
     if source.remote:
         return False
     return all(
-        _same_bytes(source, shard, tensor, *place)
+        _same_bytes(source, shard, tensor, *entry)
         for shard, pair in pairs.items()
-        for tensor, place in pair
-        if place is not None
+        for tensor, entry in pair
+        if entry is not None
     )
 
 

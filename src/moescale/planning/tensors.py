@@ -68,10 +68,10 @@ def find_scaled_routers(moe: Moe, tensors: Sequence[Tensor]) -> ScaledRouters:
 
 def in_shards(edits: Sequence[TensorEdit], headers: Mapping[str, Header]) -> tuple[TensorEdit, ...]:
     """The edits, each with the shard that holds its tensor."""
-    home = dict.fromkeys((edit.tensor.name for edit in edits), "")
+    shard_of = dict.fromkeys((edit.tensor.name for edit in edits), "")
     for shard, header in headers.items():
-        home.update((t.name, shard) for t in header.tensors if t.name in home)
-    return tuple(edit.with_(shard=home[edit.tensor.name]) for edit in edits)
+        shard_of.update((t.name, shard) for t in header.tensors if t.name in shard_of)
+    return tuple(edit.with_(shard=shard_of[edit.tensor.name]) for edit in edits)
 
 
 def new_headers(

@@ -256,7 +256,7 @@ def measuring_printer(stream: TextIO | None) -> Callable[[int, int], None]:
     start = last = time.monotonic()
     moves = stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
 
-    def tell(done: int, total: int) -> None:
+    def report(done: int, total: int) -> None:
         nonlocal last
         now = time.monotonic()
         if stream is None or now - start < BAR_DELAY:
@@ -268,4 +268,4 @@ def measuring_printer(stream: TextIO | None) -> Callable[[int, int], None]:
         end = "\n" if done == total or not moves else "\r"
         print(f"measuring: {done:,} of {total:,} {unit}", end=end, file=stream, flush=True)
 
-    return tell
+    return report

@@ -82,41 +82,41 @@ _SCORES: Final[Mapping[Score, Callable[[Array], Array]]] = MappingProxyType(
 )
 
 
-def gate_weights(logits: Array, k: int, gate: RouterSpec, bias: Array | None = None) -> Array:
+def gate_weights(logits: Array, k: int, spec: RouterSpec, bias: Array | None = None) -> Array:
     """The gate weights of the `k` experts chosen for each token.
 
     Args:
         logits: output of the router's matrix, ``[tokens, experts]``, the shared experts last; of a
             grid, ``[tokens, 2 sqrt(experts)]``.
         k: experts per token.
-        gate: how this router works.
+        spec: how this router works.
         bias: ``[experts]``, added for the choice only: to the scores, or to the logits if
-            `gate.chosen_by_logits`.
+            `spec.chosen_by_logits`.
 
     Returns:
         ``[tokens, k]``, the largest weight of a token first.
     """
-    score = _SCORES[gate.score]
-    logits = _prepared(logits, gate)
-    routed = logits[:, : logits.shape[1] - gate.shared]
-    scores = routed if gate.chosen_by_logits else score(routed)
-    chosen = _best(_limited(scores if bias is None else scores + bias, gate), k)
+    score = _SCORES[spec.score]
+    logits = _prepared(logits, spec)
+    routed = logits[:, : logits.shape[1] - spec.shared]
+    scores = routed if spec.chosen_by_logits else score(routed)
+    chosen = _best(_limited(scores if bias is None else scores + bias, spec), k)
     weights = np.take_along_axis(scores, chosen, axis=1)
-    if gate.chosen_by_logits:
+    if spec.chosen_by_logits:
         weights = score(weights)
-    if gate.normalised:
+    if spec.normalised:
         total = weights.sum(axis=1, keepdims=True)
-        if gate.shared:
-            total = total + score(logits[:, -gate.shared :]).sum(axis=1, keepdims=True)
+        if spec.shared:
+            total = total + score(logits[:, -spec.shared :]).sum(axis=1, keepdims=True)
         weights = weights / total
-    weights = np.where(chosen < routed.shape[1] - gate.zero_experts, weights, 0.0)
+    weights = np.where(chosen < routed.shape[1] - spec.zero_experts, weights, 0.0)
     return -np.sort(-weights, axis=1)
 
 
-def _prepared(logits: Array, gate: RouterSpec) -> Array:
-    if gate.cap is not None:
-        logits = np.tanh(logits / gate.cap) * gate.cap
-    if not gate.product_keys:
+def _prepared(logits: Array, spec: RouterSpec) -> Array:
+    if spec.cap is not None:
+        logits = np.tanh(logits / spec.cap) * spec.cap
+    if not spec.product_keys:
         return logits
     first, second = np.split(logits, 2, axis=1)
     return (first[:, :, None] + second[:, None, :]).reshape(len(logits), -1)
@@ -129,13 +129,13 @@ def _best(scores: Array, k: int) -> np.ndarray[Any, np.dtype[np.intp]]:
     return np.argpartition(-scores, k - 1, axis=1)[:, :k]
 
 
-def _limited(scores: Array, gate: RouterSpec) -> Array:
+def _limited(scores: Array, spec: RouterSpec) -> Array:
     """The scores with minus infinity for every expert outside the best groups of its token."""
-    if gate.groups is None:
+    if spec.groups is None:
         return scores
-    groups, allowed = gate.groups
+    groups, allowed = spec.groups
     by_group = scores.reshape(len(scores), groups, -1)
-    best = -np.sort(-by_group, axis=2)[:, :, : gate.group_best].sum(axis=2)
+    best = -np.sort(-by_group, axis=2)[:, :, : spec.group_best].sum(axis=2)
     open_groups = np.zeros((len(scores), groups), bool)
     np.put_along_axis(open_groups, _best(best, allowed), True, axis=1)
     return np.where(open_groups[:, :, None], by_group, -np.inf).reshape(scores.shape)
@@ -160,7 +160,7 @@ class RouterArrays:
 
 def sample_layer(
     router: RouterArrays,
-    gate: RouterSpec,
+    spec: RouterSpec,
     counts: tuple[int, int],
     seed: Sequence[int],
     router_scale: float = 1.0,
@@ -170,7 +170,7 @@ def sample_layer(
 
     Args:
         router: its tensors.
-        gate: how it works.
+        spec: how it works.
         counts: experts per token, as trained and new.
         seed: integers that are different for each layer.
         router_scale: what the logits are multiplied by for the new count.
@@ -179,7 +179,7 @@ def sample_layer(
     weights: tuple[list[Array], list[Array]] = ([], [])
     for logits in drawn_logits(router, seed):
         for pieces, k, scale in zip(weights, counts, (1.0, router_scale), strict=True):
-            pieces.append(gate_weights(logits * scale, k, gate, router.bias))
+            pieces.append(gate_weights(logits * scale, k, spec, router.bias))
     before, after = (np.concatenate(pieces) for pieces in weights)
     error = _factor_error(_expected_squares(before, rho), _expected_squares(after, rho))
     return Sample(moments(before), moments(after), error=error)

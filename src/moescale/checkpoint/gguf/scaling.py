@@ -107,8 +107,8 @@ def _codes(blocks: Bytes, at: int, kind: GgmlType) -> np.ndarray[Any, Any]:
         return np.ascontiguousarray(blocks[:, at : at + 2]).view("<u2")[:, 0]
     words = np.ascontiguousarray(blocks[:, at : at + 8]).view("<u2")
     shifts = np.arange(0, 16, 4, dtype=np.uint16)
-    joined: np.ndarray[Any, Any] = np.bitwise_or.reduce((words >> 12) << shifts, axis=1)
-    return joined
+    codes: np.ndarray[Any, Any] = np.bitwise_or.reduce((words >> 12) << shifts, axis=1)
+    return codes
 
 
 def _put_codes(

@@ -267,11 +267,11 @@ def _doubled(
     headers: Mapping[str, Header], unlisted: Mapping[str, Collection[str]] | None
 ) -> Iterator[Doubled]:
     """Tensors in several shards; the listed copy is kept, else the last one, as in loaders."""
-    home: dict[str, str] = {}
+    first_shards: dict[str, str] = {}
     copies: dict[str, list[str]] = {}
     for shard, header in headers.items():
         for tensor in header.tensors:
-            if (first := home.setdefault(tensor.name, shard)) != shard:
+            if (first := first_shards.setdefault(tensor.name, shard)) != shard:
                 copies.setdefault(tensor.name, [first]).append(shard)
     for name, shards in copies.items():
         listed = [s for s in shards if unlisted is not None and name not in unlisted.get(s, ())]
