@@ -63,7 +63,11 @@ def torch_loss(folder: Path, data: bytes) -> float:
 def test_the_loss_is_at_most_that_of_the_edit(
     client: Client, tmp_path: Path, trained: Trained
 ) -> None:
-    """Router scales and factors were fitted on the safetensors model, and used for each type."""
+    """Router scales and factors were fitted on the safetensors model, and used for each type.
+
+    ``gates`` never sees a loss, and may raise it by little. It must change it as in the safetensors
+    model, up to the error of the type; a wrong factor changes it by several hundredths.
+    """
     torch.set_num_threads(1)
     byte_models.train(trained.name, tmp_path)
     data = (tmp_path / "val.bin").read_bytes()
@@ -76,6 +80,12 @@ def test_the_loss_is_at_most_that_of_the_edit(
         calibrate=tmp_path / "text.bin",
     )
     factors = tmp_path / "fitted" / "moescale.json"
+    for rule in ("none", "gates"):
+        model = tmp_path / trained.name
+        moescale.convert(model, tmp_path / rule, experts=trained.more, rule=rule)
+    plain_edit, plain_gates = (
+        torch_loss(tmp_path / rule, data[-HELD_BACK:]) for rule in ("none", "gates")
+    )
     plain, source, out = (tmp_path / f"{name}.gguf" for name in ("plain", "source", "out"))
     arch = trained_gguf.write(tmp_path / trained.name, plain)
 
@@ -98,5 +108,6 @@ def test_the_loss_is_at_most_that_of_the_edit(
         moescale.convert(source, out, rule="gates", **given)
         gates = loss(out)
         print(trained.name, kind, f"{edit:.4f} {fitted:.4f} {gates:.4f}")
+        print(f"without quantisation {plain_edit:.4f} {plain_gates:.4f}")
         assert fitted <= edit
-        assert gates <= edit or not trained.renormalised
+        assert abs((gates - edit) - (plain_gates - plain_edit)) < 0.01
