@@ -65,8 +65,9 @@ def test_the_loss_is_at_most_that_of_the_edit(
 ) -> None:
     """Router scales and factors were fitted on the safetensors model, and used for each type.
 
-    ``gates`` never sees a loss, and may raise it by little. It must change it as in the safetensors
-    model, up to the error of the type; factors off by half change it by 0.008 to 0.05.
+    ``gates`` never sees a loss. It must change it as in the safetensors model, up to the error of
+    the type (factors off by half change it by 0.008 to 0.05), and lower it for routers that
+    renormalise, unless it raises that of the safetensors model too.
     """
     torch.set_num_threads(1)
     byte_models.train(trained.name, tmp_path)
@@ -110,4 +111,5 @@ def test_the_loss_is_at_most_that_of_the_edit(
         print(trained.name, kind, f"{edit:.4f} {fitted:.4f} {gates:.4f}")
         print(f"without quantisation {plain_edit:.4f} {plain_gates:.4f}")
         assert fitted <= edit
+        assert gates <= edit or not trained.renormalised or plain_gates > plain_edit
         assert abs((gates - edit) - (plain_gates - plain_edit)) < 0.01
