@@ -17,7 +17,7 @@ import moescale
 from moescale.families import architectures
 from moescale.families.config import Config, find_count_keys, parse_config, set_count
 from moescale.families.duplicate_counts import duplicate_count_keys
-from moescale.planning.overrides import ConfigOverrides, by_engine, find_overrides
+from moescale.planning.overrides import ConfigOverrides, by_engine, find_overrides, loader_of
 from moescale.report.run_commands import commands_text
 from moescale.report.terminal import plan_text
 from moescale.storage.base import SourceId
@@ -63,8 +63,9 @@ def test_transformers_gets_the_config_of_the_output(kind: str, tmp_path: Path) -
     wanted = loaded(set_count(config, count_keys, 1).text, tmp_path).to_dict()
     if found.depth <= 2:
         assert loaded(config.text, tmp_path, **found.values).to_dict() == wanted
-        line = by_engine(found, HERE)["transformers"]
-        assert line.startswith(f"{found.loader}.from_pretrained('some/model', ")
+        loader = loader_of(config.value)
+        line = by_engine(found, loader, HERE)["transformers"]
+        assert line.startswith(f"{loader}.from_pretrained('some/model', ")
     updated = loaded(config.text, tmp_path)
     update(updated, found.values)
     assert updated.to_dict() == wanted
@@ -151,8 +152,9 @@ def test_deep_sections_are_for_vllm_alone() -> None:
     found = find_overrides(config, row, count_keys, 3, [1.0])
     assert isinstance(found, ConfigOverrides)
     assert found.values == {"thinker_config": {"text_config": {"num_experts_per_tok": 3}}}
-    assert "vllm" in by_engine(found, HERE)
-    assert not {"sglang", "transformers"} & by_engine(found, HERE).keys()
+    lines = by_engine(found, loader_of(config.value), HERE)
+    assert "vllm" in lines
+    assert not {"sglang", "transformers"} & lines.keys()
 
 
 def test_engines_do_not_load_a_folder_of_a_repo() -> None:
@@ -164,8 +166,10 @@ def test_engines_do_not_load_a_folder_of_a_repo() -> None:
     )
     assert found is not None
     folder = SourceId("org/name/sub", None, "c" * 40, "org/name")
-    assert by_engine(found, folder).keys() == {"llama.cpp"}
-    assert "vllm serve org/name " in by_engine(found, SourceId("org/name", None, "c" * 40))["vllm"]
+    loader = loader_of(config.value)
+    assert by_engine(found, loader, folder).keys() == {"llama.cpp"}
+    repo = SourceId("org/name", None, "c" * 40)
+    assert "vllm serve org/name " in by_engine(found, loader, repo)["vllm"]
 
 
 def test_keys_of_a_gguf_file(tmp_path: Path) -> None:

@@ -75,22 +75,21 @@ def test_only_what_opens_a_location_knows_what_is_there() -> None:
     assert {path.relative_to(PACKAGE).as_posix() for path in others} == {"storage/opening.py"}
 
 
-@pytest.mark.parametrize(("own", "other"), [("hub", "local"), ("local", "hub")])
-def test_local_and_hub_storages_know_nothing_of_each_other(own: str, other: str) -> None:
-    """A module of one does not name the other."""
-    files = sorted((PACKAGE / "storage" / own).glob("*.py"))
+@pytest.mark.parametrize(
+    ("package", "own", "other"),
+    [
+        ("storage", "hub", "local"),
+        ("storage", "local", "hub"),
+        ("checkpoint", "gguf", "safetensors"),
+        ("checkpoint", "safetensors", "gguf"),
+    ],
+)
+def test_siblings_know_nothing_of_each_other(package: str, own: str, other: str) -> None:
+    """A module of one does not name the other; what they share is beside their folders."""
+    files = sorted((PACKAGE / package / own).glob("*.py"))
     assert files
     for path in files:
-        assert f"moescale.storage.{other}" not in path.read_text("utf-8"), path
-
-
-@pytest.mark.parametrize(("own", "other"), [("gguf", "safetensors"), ("safetensors", "gguf")])
-def test_formats_of_files_know_nothing_of_each_other(own: str, other: str) -> None:
-    """What they share is beside their folders."""
-    files = sorted((PACKAGE / "checkpoint" / own).glob("*.py"))
-    assert files
-    for path in files:
-        assert f"moescale.checkpoint.{other}" not in path.read_text("utf-8"), path
+        assert f"moescale.{package}.{other}" not in path.read_text("utf-8"), path
 
 
 def test_nothing_imports_the_command() -> None:

@@ -20,6 +20,7 @@ from moescale.checkpoint.arithmetic import (
     ScaleFunction,
     exponent,
     float_16bit,
+    look_up,
     table_16bit,
 )
 from moescale.checkpoint.edit import Operation, TensorEdit
@@ -59,8 +60,7 @@ def _table_scaler(table: np.ndarray[Any, np.dtype[np.uint16]], infinity: int) ->
 
     def scale(source: Bytes, result: Bytes) -> int:
         codes, scaled = source.view("<u2"), result.view("<u2")
-        # Every code is in bounds; "wrap" is the fastest of the modes.
-        np.take(table, codes, out=scaled, mode="wrap")
+        look_up(table, codes, scaled)
         # Positive infinities and NaNs are the largest values as int16, negative ones as uint16.
         if scaled.size and (
             scaled.view("<i2").max() >= infinity or scaled.max() >= infinity | 0x8000
@@ -85,8 +85,8 @@ def _scale_table_scaler(
 
     def scale(source: Bytes, result: Bytes) -> int:
         codes = source.view("<u2")
-        np.take(table, codes, out=result.view("<u2"), mode="wrap")
-        return int(np.count_nonzero(np.take(lost, codes, mode="wrap")))
+        look_up(table, codes, result.view("<u2"))
+        return int(np.count_nonzero(look_up(lost, codes)))
 
     return scale
 
@@ -161,8 +161,8 @@ def _shift_scaler(k: int) -> ScaleFunction:
     table = np.clip(shifted, 0, 255).astype(np.uint8)
 
     def scale(source: Bytes, result: Bytes) -> int:
-        np.take(table, source, out=result, mode="wrap")
-        return int(np.count_nonzero(np.take(lost, source, mode="wrap")))
+        look_up(table, source, result)
+        return int(np.count_nonzero(look_up(lost, source)))
 
     return scale
 

@@ -78,14 +78,14 @@ def make_plan(
     factors = choose_factors(rule, moe, experts, options, findings, known)
     if scalable and not scalable.experts:
         factors = dict.fromkeys(factors, 1.0)
-    factors, rounding_notes = averaged_for_fold(factors, rule, options)
+    factors, averaging_notes = averaged_for_fold(factors, rule, options)
     scales = choose_scales(rule, moe, options, findings, known)
     edits = checkpoint.edits(factors)
     made_for = getattr(options.factors, "made_for", {})
     warnings += [
         *checkpoint.remarks(edits, factors, experts),
         *(scalable.remarks if scalable else ()),
-        *rounding_notes,
+        *averaging_notes,
         *remarks(rule, moe, experts, options),
         *of_another_job(made_for, moe, experts, options),
     ]

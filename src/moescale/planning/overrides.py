@@ -56,14 +56,11 @@ class ConfigOverrides:
         counts: the experts per token at every key; empty if unchanged.
         scales: the routed scaling key in every section; empty if nothing is scaled.
         model_type: the model type of the config.
-        loader: the transformers class that loads the model; None for a GGUF file, where paths are
-            the names of GGUF keys.
     """
 
     counts: Sequence[NewValue]
     scales: Sequence[NewValue]
     model_type: str
-    loader: str | None
 
     @property
     def depth(self) -> int:
@@ -109,7 +106,7 @@ def find_overrides(
     if not counts and not scales:
         return None
     name = str(config.value.get("model_type", architecture.model_type))
-    return ConfigOverrides(counts, scales, name, loader_of(config.value))
+    return ConfigOverrides(counts, scales, name)
 
 
 def new_scales(
@@ -145,9 +142,16 @@ def loader_of(config: Mapping[str, Any]) -> str:
     return "AutoModelForImageTextToText" if images else "AutoModelForCausalLM"
 
 
-def by_engine(overrides: ConfigOverrides, source: SourceId) -> dict[str, str]:
-    """For each engine, the command that runs the unchanged source with the new values."""
-    if overrides.loader is None:
+def by_engine(overrides: ConfigOverrides, loader: str | None, source: SourceId) -> dict[str, str]:
+    """For each engine, the command that runs the unchanged source with the new values.
+
+    Args:
+        overrides: the new values.
+        loader: class of transformers that loads the model; None for GGUF, where the paths of the
+            values are the names of keys.
+        source: where the checkpoint is.
+    """
+    if loader is None:
         here = source.path is not None and is_gguf(source.id)
         file = source.id if here else "MODEL.gguf"
         keys = [(value.path, value.after) for value in (*overrides.counts, *overrides.scales)]
@@ -163,7 +167,7 @@ def by_engine(overrides: ConfigOverrides, source: SourceId) -> dict[str, str]:
                 f" --json-model-override-args {shlex.quote(values)}"
             )
             given = ", ".join(f"{key}={value!r}" for key, value in overrides.values.items())
-            lines["transformers"] = f"{overrides.loader}.from_pretrained({model!r}, {given})"
+            lines["transformers"] = f"{loader}.from_pretrained({model!r}, {given})"
     name = llama_cpp_name(overrides.model_type, bool(overrides.scales))
     if name is not None and not any(isinstance(value.after, list) for value in overrides.counts):
         keys = [(f"{name}.{key}", value) for key, value in _keys(overrides)]

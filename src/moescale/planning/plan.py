@@ -244,7 +244,9 @@ class Plan:
     @property
     def overrides(self) -> dict[str, str]:
         """By engine, a command that has the same effect without rewriting; may be empty."""
-        return by_engine(self.config_overrides, self.source) if self.config_overrides else {}
+        if self.config_overrides is None:
+            return {}
+        return by_engine(self.config_overrides, self.loader, self.source)
 
     @property
     def predicted_norm(self) -> dict[str, ByLayer]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from moescale.checkpoint.arithmetic import Bytes, ScaleFunction, exponent, table_16bit
+from moescale.checkpoint.arithmetic import Bytes, ScaleFunction, exponent, look_up, table_16bit
 from moescale.checkpoint.gguf.types import GgmlType
 from moescale.checkpoint.rounding import Rounding as Rounding
 
@@ -39,7 +39,7 @@ def scale_blocks(
     else:
         for at in kind.scales:
             codes = _codes(blocks, at, kind)
-            _put_codes(new, at, kind, _at(_table(kind.kind, factor).new, codes))
+            _put_codes(new, at, kind, look_up(_table(kind.kind, factor).new, codes))
             _count(_table(kind.kind, factor), codes, seen)
 
 
@@ -88,17 +88,12 @@ def _values(codes: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
 
 
 def _count(table: _Table, codes: np.ndarray[Any, Any], seen: Rounding) -> None:
-    error = _at(table.error, codes)
+    error = look_up(table.error, codes)
     seen.squares += float(np.square(error).sum())
-    seen.counted += int(np.count_nonzero(_at(table.counted, codes)))
+    seen.counted += int(np.count_nonzero(look_up(table.counted, codes)))
     seen.worst = max(seen.worst, float(error.max(initial=0.0)))
-    seen.zeroed += int(np.count_nonzero(_at(table.zeroed, codes)))
-    seen.lost += int(np.count_nonzero(_at(table.lost, codes)))
-
-
-def _at(table: np.ndarray[Any, Any], codes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """``table[codes]``, but faster: every code is in bounds, so that nothing wraps."""
-    return np.take(table, codes, mode="wrap")
+    seen.zeroed += int(np.count_nonzero(look_up(table.zeroed, codes)))
+    seen.lost += int(np.count_nonzero(look_up(table.lost, codes)))
 
 
 def _codes(blocks: Bytes, at: int, kind: GgmlType) -> np.ndarray[Any, Any]:

@@ -258,9 +258,7 @@ class GgufCheckpoint:
         if factor != 1.0:
             scale = self._weights_scale(self._scale_name)
             scales = [NewValue(self._scale_name, scale, scale * factor)]
-        return (
-            ConfigOverrides(counts, scales, self.moe.model_type, None) if counts or scales else None
-        )
+        return ConfigOverrides(counts, scales, self.moe.model_type) if counts or scales else None
 
     def _keys(self, factors: Mapping[Layer, float], experts: Experts) -> dict[str, Any]:
         """The keys of the model that change, with their new values."""
