@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import os
+import sys
+
 from moescale import interrupts
 
 
 def main() -> None:
-    """Run the command; Ctrl-C prints one line even during imports."""
+    """Run the command, and end the process; Ctrl-C prints one line even during imports."""
     interrupts.install_handlers()
+    status = 1
+
+    def end_process() -> None:
+        """Exit without freeing every object first, which would take another 0.04 s."""
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(status)
+
+    atexit.register(end_process)  # the first to be registered, so it runs after all others
     try:
         from moescale import cli
     except KeyboardInterrupt:
         interrupts.exit_now()
-    cli.main()
+    try:
+        cli.main()
+    except SystemExit as exit_:
+        status = int(exit_.code or 0)
+        raise
 
 
 if __name__ == "__main__":

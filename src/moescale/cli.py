@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import inspect
 import io
@@ -500,8 +501,10 @@ def _flush_output() -> None:
     """Flush stdout, without complaining if its reader has gone away."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing tries it again
+        if not isinstance(error, BrokenPipeError):
+            raise
 
 
 def _run() -> NoReturn:
@@ -509,6 +512,7 @@ def _run() -> NoReturn:
         code = app(prog_name="moescale", standalone_mode=False)
         if code == EXIT_CODES[errors.InterruptedRun]:  # Typer handled Ctrl-C without a message
             raise KeyboardInterrupt
+        _flush_output()
         sys.exit(code)
     except _UsageError as error:
         if isinstance(error, typer.BadParameter) or sys.argv[1:]:
@@ -561,5 +565,6 @@ def _fail(error: errors.MoescaleError) -> NoReturn:
     code = next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1)
     if code == interrupts.EXIT_CODE:
         interrupts.silence()
-    print(f"{colour.painted('moescale:', colour.RED, sys.stderr)} {error}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the exit code still tells
+        print(f"{colour.painted('moescale:', colour.RED, sys.stderr)} {error}", file=sys.stderr)
     sys.exit(code)

@@ -1073,7 +1073,7 @@ def test_no_arguments_are_a_usage_error(moescale: Command) -> None:
     assert "Examples:" in done.out + done.err
 
 
-# Closed pipes -------------------------------------------------------------------------------------
+# The ends of the streams and of the process ------------------------------------------------------
 
 
 def test_a_reader_that_went_away_is_no_traceback(source: Path) -> None:
@@ -1085,6 +1085,69 @@ def test_a_reader_that_went_away_is_no_traceback(source: Path) -> None:
     os.close(write)
     assert "Traceback" not in child.stderr
     assert "Exception ignored" not in child.stderr
+
+
+FULL_DISK = Path("/dev/full")
+full_disk = pytest.mark.skipif(not FULL_DISK.exists(), reason="this system has no /dev/full")
+
+
+def buffered() -> dict[str, str]:
+    """The environment of a user: the streams are flushed when they are full, or at the end."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
+@full_disk
+@pytest.mark.parametrize("option", ["--version", "--list-types"])
+def test_output_that_nobody_can_read_is_an_error(option: str) -> None:
+    """A full disk behind stdout gives one line, for a short text and for a long one."""
+    with FULL_DISK.open("w") as full:
+        command = [sys.executable, "-m", "moescale", option]
+        pipe = subprocess.PIPE
+        done = subprocess.run(
+            command, stdout=full, stderr=pipe, text=True, env=buffered(), check=False
+        )
+    assert (done.returncode, done.stderr) == (1, "moescale: output: No space left on device\n")
+
+
+@full_disk
+def test_the_exit_code_does_not_need_stderr() -> None:
+    """Where the message of an error cannot be written, its exit code remains."""
+    with FULL_DISK.open("w") as full:
+        command = [sys.executable, "-m", "moescale", "nothing", "-k", "3"]
+        done = subprocess.run(command, stderr=full, env=buffered(), check=False)
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--version"], 0), (["nothing", "-k", "3"], 2)])
+def test_the_process_ends_after_its_exit_handlers(arguments: list[str], code: int) -> None:
+    """Handlers of other libraries run, what they print is written, and no object is freed."""
+    script = (
+        "import atexit\n"
+        "from moescale.__main__ import main\n"
+        "class Freed:\n"
+        "    def __del__(self): print('freed')\n"
+        "freed = Freed()\n"
+        "def handler(): print('handler')\n"
+        "try: main()\n"
+        "finally: atexit.register(handler)\n"
+    )
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=buffered(), check=False)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (code, "handler")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_mistake_of_ours_is_a_traceback() -> None:
+    """An exception that nobody expects is shown, with exit code 1."""
+    script = (
+        "from moescale import cli; from moescale.__main__ import main\n"
+        "cli.main = lambda: 1 / 0\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
 
 
 def test_output_of_any_name_can_be_printed(tmp_path: Path) -> None:
