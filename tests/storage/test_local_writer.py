@@ -276,8 +276,7 @@ def test_a_source_that_ends_early_ends_the_copy(
 
 # Past the page cache ------------------------------------------------------------------------------
 
-MIB = bytes(range(256)) * 4096
-assert len(MIB) == PIECE
+FULL = bytes(range(256)) * (PIECE // 256)
 
 
 def refuses_direct(folder: Path) -> str:
@@ -303,11 +302,11 @@ def test_a_disk_is_written_past_the_page_cache(
     import fcntl
 
     with destination.writers.open("x.bin", 2 * PIECE + len(tail)) as writer:
-        writer.write(memoryview(MIB + MIB))
+        writer.write(memoryview(FULL + FULL))
         assert fcntl.fcntl(writer.fd, fcntl.F_GETFL) & os.O_DIRECT
         writer.write(memoryview(tail))
         destination.commit_file("x.bin", writer.finish())
-    assert (destination.root / "x.bin").read_bytes() == MIB + MIB + tail
+    assert (destination.root / "x.bin").read_bytes() == FULL + FULL + tail
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems are not asked for room")
@@ -382,11 +381,11 @@ def test_a_disk_that_refuses_such_writes(
     monkeypatch.setattr(local_writer, "set_direct_io", switch)
     monkeypatch.setattr(os, "write", write)
     with destination.writers.open("x.bin", 2 * PIECE + 5) as writer:
-        writer.write(memoryview(MIB + MIB + b"12345"))
+        writer.write(memoryview(FULL + FULL + b"12345"))
         made = writer.finish()
     monkeypatch.undo()
     destination.commit_file("x.bin", made)
-    assert (destination.root / "x.bin").read_bytes() == MIB + MIB + b"12345"
+    assert (destination.root / "x.bin").read_bytes() == FULL + FULL + b"12345"
 
 
 def test_what_fails_in_the_writing_thread_ends_the_file(
@@ -403,7 +402,7 @@ def test_what_fails_in_the_writing_thread_ends_the_file(
         destination.writers.open("x.bin", 9 * PIECE) as writer,
     ):
         for _ in range(3):  # the first is in progress, and the second waits for it
-            writer.write(memoryview(MIB))
+            writer.write(memoryview(FULL))
         pytest.fail("nobody noticed")
     assert not [t for t in threading.enumerate() if t.name.startswith("moescale-write")]
     assert not list((destination.root / STATE).glob("*.tmp"))
@@ -412,6 +411,6 @@ def test_what_fails_in_the_writing_thread_ends_the_file(
 def test_a_digest_is_that_of_all_bytes(destination: LocalDestination) -> None:
     """The writing thread computes it, piece by piece."""
     with destination.writers.open("x.bin", 2 * PIECE + 3, digest=True) as writer:
-        writer.write(memoryview(MIB + MIB + b"123"))
+        writer.write(memoryview(FULL + FULL + b"123"))
         made = writer.finish()
-    assert made.record.sha256 == hashlib.sha256(MIB + MIB + b"123").hexdigest()
+    assert made.record.sha256 == hashlib.sha256(FULL + FULL + b"123").hexdigest()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 
-from moescale.conversion import card
 from moescale.families.config import CONFIG
 from moescale.planning.files import CARD
 from moescale.planning.plan import Plan
@@ -22,6 +21,8 @@ def generated_files(plan: Plan, source: Source) -> dict[str, bytes]:
     """The generated and edited files: card, config, and an index if the source has none."""
     result = {}
     if (row := next((f for f in plan.files if f.name == CARD), None)) is not None:
+        from moescale.conversion import card  # imported here: YAML slows start-up
+
         result[CARD] = card.render(plan, source.read(CARD) if row.action == "edit" else None)
     if plan.index is not None and plan.index[1] is not None:
         result[plan.index[0]] = plan.index[1]
