@@ -180,8 +180,8 @@ def paused(base: Path, at: int) -> tuple[subprocess.Popen[str], Path]:
     marker.unlink(missing_ok=True)
     command = [sys.executable, "-c", PAUSED, TESTS, str(at), marker, place]
     command += [place / "source", output, "-k", "3", "-q", "-j", "1"]
-    pipe = subprocess.PIPE
-    child = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+    pipe, traced = subprocess.PIPE, {**os.environ, "PYTHONFAULTHANDLER": "1"}
+    child = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=traced)
     while not marker.exists() and child.poll() is None:
         time.sleep(0.005)
     assert marker.exists(), child.communicate()
@@ -227,7 +227,7 @@ def test_a_run_that_is_interrupted(
         child.send_signal(number)
         time.sleep(0.01)
     out, err = child.communicate(timeout=120)
-    assert (child.returncode, out) == (130, "")
+    assert (child.returncode, out) == (130, ""), err
     assert err.startswith(RESUMES)
     assert len(err.splitlines()) <= 2  # the second message says what has to be done again
     check_resumed(base, output, whole)

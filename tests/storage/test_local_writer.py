@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 from support import checkpoints
 
-from moescale.checkpoint.rewrite import PIECE
 from moescale.errors import RewriteError
 from moescale.storage.base import FileRecord
 from moescale.storage.local import destination as local_destination
@@ -276,7 +275,7 @@ def test_a_source_that_ends_early_ends_the_copy(
 
 # Past the page cache ------------------------------------------------------------------------------
 
-FULL = bytes(range(256)) * (PIECE // 256)
+FULL = bytes(range(256)) * (local_writer.BUFFER // 256)
 
 
 def refuses_direct(folder: Path) -> str:
@@ -301,7 +300,7 @@ def test_a_disk_is_written_past_the_page_cache(
         pytest.skip(why)
     import fcntl
 
-    with destination.writers.open("x.bin", 2 * PIECE + len(tail)) as writer:
+    with destination.writers.open("x.bin", 2 * local_writer.BUFFER + len(tail)) as writer:
         writer.write(memoryview(FULL + FULL))
         assert fcntl.fcntl(writer.fd, fcntl.F_GETFL) & os.O_DIRECT
         writer.write(memoryview(tail))
@@ -380,7 +379,7 @@ def test_a_disk_that_refuses_such_writes(
     real = os.write
     monkeypatch.setattr(local_writer, "set_direct_io", switch)
     monkeypatch.setattr(os, "write", write)
-    with destination.writers.open("x.bin", 2 * PIECE + 5) as writer:
+    with destination.writers.open("x.bin", 2 * local_writer.BUFFER + 5) as writer:
         writer.write(memoryview(FULL + FULL + b"12345"))
         made = writer.finish()
     monkeypatch.undo()
@@ -399,7 +398,7 @@ def test_what_fails_in_the_writing_thread_ends_the_file(
     monkeypatch.setattr(os, "write", full)
     with (
         pytest.raises(OSError, match="No space"),
-        destination.writers.open("x.bin", 9 * PIECE) as writer,
+        destination.writers.open("x.bin", 9 * local_writer.BUFFER) as writer,
     ):
         for _ in range(3):  # the first is in progress, and the second waits for it
             writer.write(memoryview(FULL))
@@ -410,7 +409,7 @@ def test_what_fails_in_the_writing_thread_ends_the_file(
 
 def test_a_digest_is_that_of_all_bytes(destination: LocalDestination) -> None:
     """The writing thread computes it, piece by piece."""
-    with destination.writers.open("x.bin", 2 * PIECE + 3, digest=True) as writer:
+    with destination.writers.open("x.bin", 2 * local_writer.BUFFER + 3, digest=True) as writer:
         writer.write(memoryview(FULL + FULL + b"123"))
         made = writer.finish()
     assert made.record.sha256 == hashlib.sha256(FULL + FULL + b"123").hexdigest()

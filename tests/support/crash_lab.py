@@ -87,7 +87,7 @@ class Scenario:
 
         with pytest.MonkeyPatch.context() as patch:
             if self.piece:
-                patch.setattr(local_writer, "PIECE", self.piece)
+                patch.setattr(local_writer, "BUFFER", self.piece)
                 patch.setattr(local_writer, "_BLOCK", self.piece // 4)
                 patch.setattr(local_writer, "set_direct_io", lambda fd, on: on)
             return convert(source, output, jobs=1, **{"experts": 3, **self.options}).status

@@ -10,7 +10,7 @@ from moescale.checkpoint.edit import TensorEdit
 from moescale.checkpoint.rounding import Rounding
 from moescale.errors import CheckpointError, RewriteError
 
-PIECE = 2 << 20
+PIECE = 1 << 20
 """Bytes read and written at a time, for each shard in progress."""
 
 EDIT_PIECE = 1 << 18
@@ -149,7 +149,7 @@ def _read_replaced(reader: Reader, segment: Segment) -> None:
 
 
 def pieces(reader: Reader, start: int, stop: int) -> Iterator[memoryview]:
-    """Bytes `start` to `stop` in pieces of at most `PIECE`, each valid until the next is read."""
+    """Bytes `start` to `stop` in pieces of at most 1 MiB, each valid until the next is read."""
     buffer = memoryview(bytearray(min(PIECE, stop - start)))
     while start < stop:
         piece = buffer[: stop - start]
