@@ -22,7 +22,8 @@ def main() -> None:
                 stream.flush()
         os._exit(status)
 
-    atexit.register(end_process)  # the first to be registered, so it runs after all others
+    if not atexit._ncallbacks():  # otherwise it would come before a handler that exists already
+        atexit.register(end_process)
     try:
         from moescale import cli
     except KeyboardInterrupt:

@@ -1118,22 +1118,28 @@ def test_the_exit_code_does_not_need_stderr() -> None:
     assert done.returncode == 2
 
 
+ENDS = """
+import atexit, sys
+class Freed:
+    def __del__(self): print("freed")
+freed = Freed()
+if {earlier}: atexit.register(print, "earlier")
+from moescale.__main__ import main
+try: main()
+finally: atexit.register(print, "later")
+"""
+
+
 @pytest.mark.parametrize(("arguments", "code"), [(["--version"], 0), (["nothing", "-k", "3"], 2)])
-def test_the_process_ends_after_its_exit_handlers(arguments: list[str], code: int) -> None:
-    """Handlers of other libraries run, what they print is written, and no object is freed."""
-    script = (
-        "import atexit\n"
-        "from moescale.__main__ import main\n"
-        "class Freed:\n"
-        "    def __del__(self): print('freed')\n"
-        "freed = Freed()\n"
-        "def handler(): print('handler')\n"
-        "try: main()\n"
-        "finally: atexit.register(handler)\n"
-    )
-    command = [sys.executable, "-c", script, *arguments]
+@pytest.mark.parametrize("earlier", [False, True])
+def test_the_process_ends_after_all_exit_handlers(
+    arguments: list[str], code: int, earlier: bool
+) -> None:
+    """No object is freed then, unless a program registered a handler before it called `main`."""
+    command = [sys.executable, "-c", ENDS.format(earlier=earlier), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=buffered(), check=False)
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (code, "handler")
+    printed = ["later", "earlier", "freed"] if earlier else ["later"]
+    assert (done.returncode, done.stdout.splitlines()[code == 0 :]) == (code, printed)
     assert "Traceback" not in done.stderr
 
 
