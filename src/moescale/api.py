@@ -61,6 +61,7 @@ from moescale.options import (
     VerifyOptions,
     not_a_path,
     options_of,
+    read_factors,
     signature_and_doc,
     wrong_keyword,
 )
@@ -111,6 +112,8 @@ def _with_options(keywords: type) -> Callable[[Callable[_P, _R]], Callable[_P, _
             locations = (*args, given.get("source"), given.get("destination"))
             if wrong := [p for p in locations if not isinstance(p, str | os.PathLike | None)]:
                 raise TypeError(not_a_path(verb.__name__, wrong[0]))
+            if isinstance(factors := given.get("factors"), str | os.PathLike):
+                given["factors"] = read_factors(factors)  # here, since a pipe is read only once
             return verb(*args, **given)
 
         setattr(checked, "__signature__", signature)  # noqa: B010 - mypy knows no such attribute
@@ -125,7 +128,7 @@ def plan(
     source: StrPath,
     destination: StrPath | None = None,
     *,
-    measuring: Measuring = ignore,
+    measuring: Measuring | None = None,
     **options: Unpack[PlanOptions],
 ) -> Plan:
     """Plan a conversion without writing; reads the config, the index and the shard headers.
@@ -134,7 +137,7 @@ def plan(
     is not checked.
 
     >>> import moescale
-    >>> plan = moescale.plan("Mixtral-8x7B", experts=3)
+    >>> plan = moescale.plan("Mixtral-8x7B", experts=3, rule="preserve")
     >>> plan.experts.trained, plan.experts.after
     (2, 3)
     >>> plan.factors["0"]
@@ -154,6 +157,7 @@ def plan(
         TemporaryError: the Hub does not answer.
     """
     report, revision = options.get("report"), options.get("revision")
+    measuring = measuring or ignore
     origin = source_location(source)
     target = None if destination is None else destination_location(destination)
     _check_files(options, origin, target)
@@ -186,7 +190,7 @@ def compare(
     *,
     experts: Sequence[int],
     rules: Sequence[Rule | None] = (None,),
-    measuring: Measuring = ignore,
+    measuring: Measuring | None = None,
     **options: Unpack[CompareOptions],
 ) -> Several:
     """Plan every number of experts with every rule, side by side, without writing.
@@ -206,6 +210,7 @@ def compare(
         MoescaleError: as for `plan`.
     """
     origin, reader, made, losses = source_location(source), None, [], None
+    measuring = measuring or ignore
     _check_files(options, origin)
     own: Text | None = None
     with _loader(options) as loader:
@@ -236,9 +241,9 @@ def convert(
     destination: StrPath,
     *,
     progress: Progress | bool | None = None,
-    phase: Phase = ignore,
-    planned: Callable[[Plan], None] = ignore,
-    measuring: Measuring = ignore,
+    phase: Phase | None = None,
+    planned: Callable[[Plan], None] | None = None,
+    measuring: Measuring | None = None,
     **options: Unpack[ConvertOptions],
 ) -> Result:
     """Rescale a checkpoint, or continue an interrupted run of the same job.
@@ -281,6 +286,7 @@ def convert(
     report, revision = options.get("report"), options.get("revision")
     overwrite, jobs = options.get("overwrite", False), options.get("jobs")
     check, evaluate = options.get("verify", False), options.get("evaluate") is not None
+    measuring, phase, planned = measuring or ignore, phase or ignore, planned or ignore
     origin, target = source_location(source), destination_location(destination)
     _check_files(options, origin, target)
     if evaluate and target.on_hub:
@@ -345,7 +351,7 @@ def verify(
     destination: StrPath,
     *,
     progress: Progress | bool | None = None,
-    measuring: Measuring = ignore,
+    measuring: Measuring | None = None,
     **options: Unpack[VerifyOptions],
 ) -> Result:
     """Verify that `destination` is the output of `convert` from `source` with the same options.
@@ -373,7 +379,7 @@ def verify(
         DestinationError: the destination cannot be read, or its provenance cannot be completed.
         TemporaryError: the Hub or the cluster failed for now.
     """
-    jobs = options.get("jobs")
+    jobs, measuring = options.get("jobs"), measuring or ignore
     _check_jobs(jobs)
     target = destination_location(destination)
     reader = open_source(source_location(source), options.get("revision"))

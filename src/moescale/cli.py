@@ -136,7 +136,8 @@ class OutputOptions(TypedDict, total=False):
         Option(
             "Print the plan; write nothing.",
             kind=bool,
-            more="Also reports what a run would refuse. DST is optional.",
+            more="Also reports what a run would refuse. DST is optional. Several numbers of experts"
+            " or several rules make a table.",
         ),
     ]
     list_types: Annotated[

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import math
 import os
+import re
 import struct
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -87,7 +88,7 @@ class ChoiceOptions(TypedDict, total=False):
             flags=("-k", "--experts"),
             kind=int,
             more="Optional with --factor, --factors or --gate-scale, and when --verify finds a"
-            " finished output. With --dry-run, several numbers make a table.",
+            " finished output.",
         ),
     ]
     rule: Annotated[
@@ -369,13 +370,15 @@ def signature_and_doc(verb: Callable[..., Any], keywords: type) -> tuple[inspect
         default = False if hints[name] is bool else None
         named.append(inspect.Parameter(name, by_name, default=default, annotation=hints[name]))
         text = f"{name}: {row.text} {row.python}".rstrip()
-        lines.append(_wrap(text))
+        lines.append(_wrap(_LONG_OPTION.sub(lambda m: f"`{m[1].replace('-', '_')}`", text)))
     before, raises, after = (inspect.getdoc(verb) or "").partition("\nRaises:\n")
     of_python = "    TypeError: a keyword is unknown, or a location is not a path.\n"
     return signature.replace(parameters=named), "\n".join(
         [before.rstrip("\n"), *lines, raises + of_python + after]
     )
 
+
+_LONG_OPTION = re.compile(r"--([a-z][a-z-]*)")
 
 _wrap = textwrap.TextWrapper(
     100, initial_indent=" " * 4, subsequent_indent=" " * 8, break_on_hyphens=False
@@ -417,7 +420,7 @@ _SYNONYMS: Mapping[str, str] = {
     **dict.fromkeys(("scale", "scaling_factor", "scaling"), "factor"),
     **dict.fromkeys(("text", "dataset", "calibration"), "calibrate"),
     **dict.fromkeys(("architecture", "model_type"), "arch"),
-    **dict.fromkeys(("callback", "progress_bar", "on_progress"), "progress"),
+    **dict.fromkeys(("callback", "progress_bar", "on_progress", "quiet"), "progress"),
 }
 """Other words for our options, in lower case."""
 
@@ -559,7 +562,7 @@ def check_factor(factor: float, what: str = "the factor") -> None:
 def options_of(given: Rescaling, calibrate: str | None) -> Options:
     """The options from keywords; `calibrate` is the digest of the text.
 
-    Numbers of other libraries, such as numpy, are accepted; a file of factors is read.
+    Numbers of other libraries, such as numpy, are accepted. Factors are a mapping.
 
     Raises:
         UsageError: a value is invalid.
@@ -575,8 +578,6 @@ def options_of(given: Rescaling, calibrate: str | None) -> Options:
     factors = values.get("factors")
     if isinstance(factors, Mapping):
         values["factors"] = factors_of(factors, "--factors")
-    elif factors is not None:
-        values["factors"] = read_factors(factors)
     return Options(**values)
 
 

@@ -146,7 +146,7 @@ def test_a_destination_that_looks_like_a_repo_is_said_to_be_a_folder(
     said = "warning: me/out is a local folder, not a repo; to upload, give hf://me/out\n"
     for more in (["--dry-run"], ["-q", "--dry-run"], ["--json", "--dry-run"], ["-q"]):
         assert moescale(source, "me/out", "-k", 3, *more).err == said
-    assert "me/out (local directory)" in moescale(source, "me/out", "-k", 3, "--dry-run").out
+    assert "me/out (local)" in moescale(source, "me/out", "-k", 3, "--dry-run").out
     for place in ("me/other", "./us/out", "a/b/c", "out"):
         assert moescale(source, place, "-k", 3, "-q").err == ""
 
@@ -452,6 +452,20 @@ def test_factors_that_do_not_fit(
 def test_a_missing_factors_file(moescale: Command, source: Path, out: Path, tmp_path: Path) -> None:
     """The error names the file."""
     fails(moescale(source, out, "--factors", tmp_path / "none.json"), 2, "none.json")
+
+
+STDIN = Path("/dev/stdin")
+
+
+@pytest.mark.skipif(not STDIN.exists(), reason="this system has no /dev/stdin")
+@pytest.mark.parametrize("more", [["--dry-run"], [], ["--verify"], ["--dry-run", "-k", "4"]])
+def test_factors_may_come_from_a_pipe(source: Path, out: Path, more: list[str]) -> None:
+    """They are read once: ``--factors <(jq ...)``, also for several numbers of experts."""
+    destination = [] if "4" in more else [out]
+    options = {"input": '{"factors": {"0": 1.25, "1": 1.5}}'}
+    done = shell(source, *destination, "-k", 3, "--factors", STDIN, *more, **options)
+    assert done.code == 0, done.err
+    assert out.exists() == ("--dry-run" not in more)
 
 
 def test_the_factors_of_an_earlier_output(moescale: Command, source: Path, tmp_path: Path) -> None:

@@ -453,7 +453,7 @@ def _provenance(plan: Plan) -> Iterator[str]:
         [
             ("moescale", __version__),
             ("source", plan.source.name),
-            ("commit", plan.source.revision or "none: a local directory"),
+            ("commit", plan.source.revision or "none: a local source"),
             *((f"--{name.replace('_', '-')}", _option(value)) for name, value in given.items()),
         ]
     )

@@ -47,7 +47,7 @@ class SourceId:
     @property
     def where(self) -> str:
         """The kind of source, in words, with the commit of a repo."""
-        return f"Hub, commit {self.revision}" if self.path is None else "local directory"
+        return f"Hub, commit {self.revision}" if self.path is None else "local"
 
     @property
     def model_id(self) -> str | None:

@@ -30,7 +30,7 @@ class LocalPath:
     """
 
     text: str
-    kind: ClassVar[str] = "local directory"
+    kind: ClassVar[str] = "local"
     on_hub: ClassVar[bool] = False
     revision: ClassVar[None] = None
 
