@@ -628,7 +628,7 @@ def test_another_job_is_refused(source: Path, tmp_path: Path, options: dict[str,
     convert(source, tmp_path / "out", experts=3)
     before = checkpoints.tree(tmp_path / "out")
     with pytest.raises(
-        DestinationError, match=r"holds source with 3 experts per token \(preserve\); this run is"
+        DestinationError, match=r"holds source with 3 experts per token \(preserve\); this run has"
     ) as caught:
         convert(source, tmp_path / "out", **options)
     assert "--overwrite" in (caught.value.hint or "")

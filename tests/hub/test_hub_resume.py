@@ -339,7 +339,7 @@ def test_a_rival_in_the_last_moment_is_not_overrun(lab: Lab) -> None:
     hub.fault(LAST, run(lambda: hub.commit(DST, {"rival.txt": b"1"})))
     outcome = lab.run(SRC, PLACE, "-k", "3", "-q")
     assert outcome.code == 3
-    assert "the branch was changed by somebody else meanwhile (412)" in outcome.failure
+    assert "someone else has changed the branch (412)" in outcome.failure
     assert set(hub.files(DST)) == {".gitattributes", "rival.txt"}
     hub.log.clear()
     again = lab.run(SRC, PLACE, "-k", "3", "-q")

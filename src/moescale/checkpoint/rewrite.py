@@ -143,7 +143,7 @@ def expected(reader: Reader, segments_: Iterable[Segment]) -> Iterator[tuple[Seg
 
 
 def _read_replaced(reader: Reader, segment: Segment) -> None:
-    """Read the bytes that are replaced: a source may hash everything that it sends."""
+    """Replaced bytes are read too, because the source may be hashing."""
     for _ in pieces(reader, segment.start, segment.stop):
         pass
 

@@ -250,7 +250,7 @@ class Workers(Pool):
 
 
 async def check_storages(storages: tuple[Writers | Source, ...]) -> None:
-    """Check that this machine reaches the sources and writers; in a thread, to not block Dask."""
+    """Check that this machine reaches the storages, in a thread so as not to block Dask."""
 
     def check() -> None:
         for storage in storages:

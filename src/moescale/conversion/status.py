@@ -104,7 +104,7 @@ def _describe_existing(plan: Plan, destination: Destination, existing: Mapping[s
     existing_job = provenance.described(options, rule)
     new_job = provenance.described(plan.options, plan.rule)
     this = new_job if name == plan.source.name else f"{plan.source.name} with {new_job}"
-    return f"holds {name} with {existing_job}; this run is {this}"
+    return f"holds {name} with {existing_job}; this run has {this}"
 
 
 def _status_if_replaceable(destination: Destination, overwrite: bool, why: str) -> Status:

@@ -147,8 +147,9 @@ def _missing_count(
     empty = any(
         key in (config.section(name) or {}) for name in row.sections for key in row.count_keys
     )
-    has = "has null at" if empty else "has no"
-    missing = f"{CONFIG}: {has} {' or '.join(row.count_keys)}, the experts per token"
+    keys = " or ".join(row.count_keys)
+    has = f"null at {keys}, the key of" if empty else f"no key {keys} for"
+    missing = f"{CONFIG}: has {has} the experts per token"
     likely = _likely_key(config)
     if experts_key is not None and likely != "KEY":
         path, _, key = likely.rpartition(".")

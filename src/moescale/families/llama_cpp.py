@@ -157,7 +157,7 @@ ROWS: Final[tuple[Row, ...]] = (
     Row("kimi-linear", "always", _BIASED, None, True, True, nodes=32),
     replace(
         _keyed("kimi-k3"),
-        router=OtherRouter("its input is formed of several layers"),
+        router=OtherRouter("its input comes from several layers"),
         no_effect=_ROUTED_NORM,
         no_effect_if="ffn_routed_norm.weight",
         nodes=64,

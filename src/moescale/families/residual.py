@@ -77,9 +77,10 @@ def _check_complete(found: set[str | None], layers: set[int]) -> None:
     wanted = {None, *map(str, layers)}
     if found != wanted:
         missing, surplus = sorted(map(str, wanted - found)), sorted(map(str, found - wanted))
-        what = f"layer {missing[0]} has no" if missing else f"layer {surplus[0]} has a surplus"
         if missing[:1] == ["None"]:
-            what = "the checkpoint has no embedding, so no first"
+            what = "has no embedding, the first tensor written to the residual stream"
+            raise CheckpointError(f"--fold residual: the checkpoint {what}")
+        what = f"layer {missing[0]} has no" if missing else f"layer {surplus[0]} has a surplus"
         raise CheckpointError(f"--fold residual: {what} writer into the residual stream")
 
 

@@ -80,7 +80,7 @@ def unknown_tensors(
 
 
 def _longest_prefix(prefixes: Collection[str]) -> Callable[[str], str | None]:
-    """A function that finds a name's longest prefix, in a time that its length does not affect."""
+    """A function that finds a name's longest prefix, in time independent of its length."""
     lengths = sorted({len(part) for part in prefixes if part.endswith(".")}, reverse=True)
     return lambda name: next((name[:n] for n in lengths if name[:n] in prefixes), None)
 

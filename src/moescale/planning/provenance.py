@@ -73,7 +73,10 @@ def options_given(options: Options) -> dict[str, Any]:
 
 
 def same_job(one: Any, other: Mapping[str, Any]) -> bool:
-    """Whether two provenances are of the same job, without digests, which one of them may lack."""
+    """Whether two provenances are of the same job.
+
+    Digests are ignored, since one of them may lack them.
+    """
     return bool(_without_digests(one) == _without_digests(other))
 
 

@@ -157,7 +157,7 @@ class Progress:
         return f"{self._phase}: {done}, {bytes_text(rate)}/s, {left} left"
 
     def unfinished_text(self) -> str | None:
-        """The work that an interruption now would lose; None if nothing was begun."""
+        """The work that would be lost by interrupting now; None if nothing was begun."""
         if not self._done:
             return None
         if self._phase != "writing":

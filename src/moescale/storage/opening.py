@@ -263,7 +263,7 @@ def check_output_file(option: str, path: Path, *folders: Path) -> None:
             raise UsageError(f"{option} {path}: lies in {folder}", hint="Give a path outside it.")
     try:
         existed = path.exists()
-        if not path.is_fifo():  # its reader would take the close for the end
+        if not path.is_fifo():  # closing it would signal end of file
             path.open("ab").close()
         if not existed:
             path.resolve().unlink()

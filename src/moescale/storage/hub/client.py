@@ -273,7 +273,7 @@ _REFUSALS = {
     ),
     404: ("not found (404)", "Check the name and the revision."),
     412: (
-        "the branch was changed by somebody else meanwhile (412)",
+        "someone else has changed the branch (412)",
         "Look at the branch; the same command resumes, --overwrite replaces the new content.",
     ),
 }

@@ -450,7 +450,7 @@ class HubDestination:
                 )
 
     def _clean_up(self) -> None:
-        """Remove our branches, last the one with the journal, so that a rerun gets here again."""
+        """Remove our branches, the one with the journal last, so that a rerun can finish."""
         self._repo.delete_branch(self._finished_branch)
         self._repo.delete_branch(self._work_branch)
 

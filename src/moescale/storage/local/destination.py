@@ -288,7 +288,7 @@ class LocalDestination:
                 leftover.unlink()
 
     def _remove_content(self, keep: Collection[str]) -> None:
-        """Remove all files except those of `keep`, first those that loading needs."""
+        """Remove all files except those of `keep`, starting with those that loaders need."""
         gone = self.existing().keys() - set(keep)
         last = sorted(gone, key=lambda name: not name.endswith(".index.json"))
         first = {"config.json", first_of(last)}

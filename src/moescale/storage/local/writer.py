@@ -133,7 +133,7 @@ class LocalWriter:
             data = data[size:]
 
     def _copy_in_kernel(self, source: int, start: int, stop: int) -> int:
-        """Let the kernel copy or clone one piece; 0 if it cannot, or not faster than we can."""
+        """Let the kernel copy or clone one piece; 0 if it cannot, or would be no faster."""
         size = min(_KERNEL_PIECE, stop - start)
         if self._uncached:
             size -= size % _BLOCK
