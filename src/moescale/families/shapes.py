@@ -299,7 +299,7 @@ def _check_width(
 def _is_transposed(
     size: tuple[int, ...], widths: Collection[int], router: Tensor | None, hidden: int
 ) -> bool:
-    """Whether a separate expert is transposed, but the router is not. (Paddle transposes both.)"""
+    """Whether a separate expert is transposed, but the router is not; Paddle transposes both."""
     transposed = len(size) > 1 and size[-1] == hidden and size[-2] not in widths
     return transposed and (router is None or router.shape[-1] == hidden)
 
