@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from moescale.api import Measuring, compare, convert, model_types, plan, record, verify
     from moescale.options import Options, Rescaling
     from moescale.planning.plan import Plan
-    from moescale.planning.several import Several
+    from moescale.planning.plan_table import PlanTable
     from moescale.results import Record, Result
     from moescale.storage.base import Phase, Progress
 
@@ -25,11 +25,11 @@ __all__ = [
     "Options",
     "Phase",
     "Plan",
+    "PlanTable",
     "Progress",
     "Record",
     "Rescaling",
     "Result",
-    "Several",
     "__version__",
     "compare",
     "convert",
@@ -49,7 +49,7 @@ _MODULES = {
     "Record": "moescale.results",
     "Rescaling": "moescale.options",
     "Result": "moescale.results",
-    "Several": "moescale.planning.several",
+    "PlanTable": "moescale.planning.plan_table",
     "compare": "moescale.api",
     "convert": "moescale.api",
     "model_types": "moescale.api",

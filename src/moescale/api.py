@@ -67,7 +67,7 @@ from moescale.options import (
 )
 from moescale.planning.decide import make_plan
 from moescale.planning.plan import Plan
-from moescale.planning.several import Several
+from moescale.planning.plan_table import PlanTable
 from moescale.report.progress import progress_callbacks
 from moescale.report.view import PLAN_VIEW
 from moescale.results import Record, Result
@@ -192,7 +192,7 @@ def compare(
     rules: Sequence[Rule | None] = (None,),
     measuring: Measuring | None = None,
     **options: Unpack[CompareOptions],
-) -> Several:
+) -> PlanTable:
     """Plan every number of experts with every rule, side by side, without writing.
 
     >>> import moescale
@@ -227,7 +227,7 @@ def compare(
             raise UsageError("--experts is missing: the number of experts per token")
         if options.get("evaluate") is not None:
             losses = _evaluate(made, reader, options, measuring, loader)
-    table = Several(tuple(made), losses)
+    table = PlanTable(tuple(made), losses)
     return replace(table, remarks=tuple(_report_warnings(table, options.get("report"))))
 
 
@@ -601,7 +601,7 @@ def _with_report(plan: Plan, file: StrPath | None) -> Plan:
     return replace(plan, warnings=(*plan.warnings, *_report_warnings(plan, file)))
 
 
-def _report_warnings(found: Plan | Several, file: StrPath | None) -> list[str]:
+def _report_warnings(found: Plan | PlanTable, file: StrPath | None) -> list[str]:
     """Write a page; a failure is only a warning, since the plan may have taken hours."""
     if file is not None:
         from moescale.report import page

@@ -336,7 +336,7 @@ def _compare(source: str, counts: list[int], given: dict[str, Any], as_json: boo
     if as_json:
         _print_json(table.as_json())
     else:
-        print(losses.several_text(table))
+        print(losses.plan_table_text(table))
 
 
 def _no_destination(source: str, given: dict[str, Any], counts: list[int]) -> errors.UsageError:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from moescale.errors import printable
 from moescale.factors.evaluation import Evaluation
 from moescale.factors.fitted import Guard
-from moescale.planning.several import Several
+from moescale.planning.plan_table import PlanTable
 from moescale.report.table import count_text, span, table
 
 GUARD_HEADER = ("", "tried", "loss", "vs. config edit", "KL", "vs. config edit")
@@ -75,12 +75,12 @@ def evaluation_text(evaluation: Evaluation | None) -> str:
     return f"{table(rows, header=EVALUATION_HEADER)}\n{evaluation_note(evaluation)}"
 
 
-SEVERAL_HEADER = ("experts", "rule", "factor", "router scale", "norm", "active")
+PLAN_TABLE_HEADER = ("experts", "rule", "factor", "router scale", "norm", "active")
 
 
-def several_rows(several: Several) -> Iterator[tuple[str, ...]]:
+def plan_table_rows(plan_table: PlanTable) -> Iterator[tuple[str, ...]]:
     """A row for each plan."""
-    for plan in several.plans:
+    for plan in plan_table.plans:
         norm = span(plan.comparison.norms.get(plan.comparison.taken, ()), ".3f")
         active = plan.active
         yield (
@@ -99,21 +99,21 @@ SEVERAL_NOTE = (
 )
 
 
-def several_lead(several: Several) -> str:
+def plan_table_lead(plan_table: PlanTable) -> str:
     """The model of the plans, in one line."""
-    first = several.plans[0]
+    first = plan_table.plans[0]
     return (
         f"{printable(first.source.id)}: {first.model_type}, {len(first.factors)} MoE layers of"
         f" {first.experts.total} routed experts"
     )
 
 
-def several_text(several: Several) -> str:
+def plan_table_text(plan_table: PlanTable) -> str:
     """Plans side by side, with their losses if evaluated."""
     parts = [
-        several_lead(several),
-        table(several_rows(several), header=SEVERAL_HEADER),
+        plan_table_lead(plan_table),
+        table(plan_table_rows(plan_table), header=PLAN_TABLE_HEADER),
         SEVERAL_NOTE,
-        evaluation_text(several.evaluation),
+        evaluation_text(plan_table.evaluation),
     ]
     return "\n\n".join(part for part in parts if part)

@@ -17,8 +17,8 @@ from moescale.factors.evaluation import Evaluation
 from moescale.factors.samples import Moments, Sample
 from moescale.planning.comparison import BASES, Basis, Comparison
 from moescale.planning.plan import Plan
+from moescale.planning.plan_table import PlanTable
 from moescale.planning.provenance import options_given
-from moescale.planning.several import Several
 from moescale.report import chart, losses, terminal
 from moescale.report.chart import LINE_STYLES, LineStyle, Series
 from moescale.report.table import count_text, span
@@ -107,14 +107,14 @@ _CELL_STYLE = (
 )
 
 
-def write(shown: Plan | Several, path: Path) -> None:
+def write(shown: Plan | PlanTable, path: Path) -> None:
     """Write the page of a plan, or of several, to a path that was checked before.
 
     Raises:
         MoescaleError: the file cannot be written after all.
     """
     try:
-        text = page(shown) if isinstance(shown, Plan) else several_page(shown)
+        text = page(shown) if isinstance(shown, Plan) else plan_table_page(shown)
         path.write_bytes(text.encode("utf-8", "replace"))
     except OSError as error:
         raise MoescaleError(f"--report {path}: {error.strerror}") from None
@@ -134,19 +134,19 @@ def page(plan: Plan) -> str:
     return _whole(plan, title, _lead(plan, compared), plan.warnings, parts)
 
 
-def several_page(several: Several) -> str:
+def plan_table_page(plan_table: PlanTable) -> str:
     """The page of plans side by side, with their losses if evaluated."""
-    first = several.plans[0]
-    counts = list(dict.fromkeys(count_text(plan.experts.after) for plan in several.plans))
+    first = plan_table.plans[0]
+    counts = list(dict.fromkeys(count_text(plan.experts.after) for plan in plan_table.plans))
     title = f"{first.source.repo or first.source.name}, {', '.join(counts)} experts per token"
     parts = [
         "<h2>Plans</h2>",
-        _table(losses.several_rows(several), losses.SEVERAL_HEADER),
+        _table(losses.plan_table_rows(plan_table), losses.PLAN_TABLE_HEADER),
         f'<p class="note">{_text(losses.SEVERAL_NOTE)}</p>',
     ]
-    if several.evaluation:
-        parts += ["<h2>Losses</h2>", *_evaluation(several.evaluation)]
-    return _whole(first, title, losses.several_lead(several), several.warnings, parts)
+    if plan_table.evaluation:
+        parts += ["<h2>Losses</h2>", *_evaluation(plan_table.evaluation)]
+    return _whole(first, title, losses.plan_table_lead(plan_table), plan_table.warnings, parts)
 
 
 def _whole(plan: Plan, title: str, lead: str, warnings: Iterable[str], parts: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from moescale.planning.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
-class Several:
+class PlanTable:
     """Plans to compare; nothing is written.
 
     Attributes:
