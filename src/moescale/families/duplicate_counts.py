@@ -59,7 +59,7 @@ def duplicate_count_keys(
     other_parts = (r for r in ROWS if r.model_type == row.model_type and r.part != row.part)
     known |= {(s, key) for r in other_parts for s in r.sections for key in r.count_keys}
     found, warnings = [], []
-    for path, value in _counts(config.value, count, ()):
+    for path, value in _counts(config.parsed, count, ()):
         section, key = ".".join(path[:-1]), path[-1]
         if (section, key) in known or _LEFT_ALONE & set(path):
             continue

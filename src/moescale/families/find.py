@@ -6,17 +6,17 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from moescale.checkpoint.tensor import Tensor
 from moescale.errors import CheckpointError, UnsupportedError
 from moescale.families import architectures
-from moescale.families.architectures import TEXT_SECTIONS, Architecture, Flag
+from moescale.families.architectures import Architecture, Flag
 from moescale.families.complete import check_complete
 from moescale.families.config import CONFIG, Config, ConfigKey, find_count_keys
+from moescale.families.config_search import has_norm_key, likely_count_key, values_at_count_keys
 from moescale.families.duplicate_counts import duplicate_count_keys
 from moescale.families.likely_experts import likely_down_projection
-from moescale.families.moe_config import MoeConfig, normalisation_of, read_moe_config
+from moescale.families.moe_config import MoeConfig, configured_router, moe_config_of
 from moescale.families.names import plain_name, refuse_unmerged_adapter
 from moescale.families.pattern import find_by_pattern
 from moescale.families.projections import (
@@ -46,6 +46,8 @@ class Moe:
         warnings: for the user.
         layer_aliases: the model's names for its layers in the other format; None for a layer that
             this checkpoint lacks.
+        configured_router: the config's model type and its normalisation, if the user named another
+            type; None if the config has no known type.
     """
 
     architecture: Architecture
@@ -57,6 +59,7 @@ class Moe:
     projections: Sequence[Projection]
     warnings: list[str]
     layer_aliases: Mapping[str, Layer | None] = field(default_factory=dict)
+    configured_router: tuple[str, Normalisation] | None = None
 
     @property
     def layers(self) -> list[Layer]:
@@ -109,7 +112,7 @@ def find_moe(
         projections = find_projections(tensors, row, _other_parts(row))
     if not projections:
         raise _nothing_found(model_type, row, tensors, pattern)
-    moe_config = read_moe_config(_section(config, count_keys, row), row)
+    moe_config = moe_config_of(config, row, count_keys)
     _check_lists(count_keys, moe_config.layers)
     experts_by_layer = check_complete(projections, tensors, row, moe_config, _other_parts(row))
     check_shapes(
@@ -134,6 +137,9 @@ def find_moe(
             *unknown_keys(row, moe_config),
             *unknown_tensors(row, moe_config, projections, tensors),
         ],
+        configured_router=(
+            configured_router(config, row, model_type, count_keys) if arch is not None else None
+        ),
     )
 
 
@@ -142,19 +148,16 @@ def _missing_count(
 ) -> UnsupportedError:
     """The error for a config without the experts per token."""
     if _is_dense(plain_name(tensor.name) for tensor in tensors):
-        model_type = next(iter(_model_types(config)), row.model_type)
+        model_type = next(iter(config.model_types), row.model_type)
         return _dense_error(f"model type {model_type!r}")
-    empty = any(
-        key in (config.section(name) or {}) for name in row.sections for key in row.count_keys
-    )
     keys = " or ".join(row.count_keys)
+    empty = values_at_count_keys(config, row)
     has = f"null at {keys}, the key of" if empty else f"no key {keys} for"
     missing = f"{CONFIG}: has {has} the experts per token"
-    likely = _likely_key(config)
-    if experts_key is not None and likely != "KEY":
-        path, _, key = likely.rpartition(".")
-        value = (config.section(path) or {}).get(key)
-        return UnsupportedError(missing, hint=f"A key that looks like it: {likely} = {value!r}.")
+    likely = likely_count_key(config)
+    if experts_key is not None and likely is not None:
+        path, value = likely
+        return UnsupportedError(missing, hint=f"A key that looks like it: {path} = {value!r}.")
     return UnsupportedError(
         missing, hint="Add the key with the number that the model was trained with."
     )
@@ -216,19 +219,6 @@ def _expert_number_warnings(config: MoeConfig, found: Mapping[Layer, int]) -> It
         )
 
 
-def configured_router(config: Config, moe: Moe) -> tuple[str, Normalisation] | None:
-    """The config's model type and its normalisation, if the user named another type."""
-    for model_type in _model_types(config):
-        if parts := architectures.parts(model_type):
-            row = next((p for p in parts if p.part == moe.architecture.part), parts[0])
-            if model_type == moe.model_type:
-                return None
-            return model_type, normalisation_of(
-                row, _section(config, moe.count_keys, moe.architecture)
-            )
-    return None
-
-
 def _row(
     config: Config,
     tensors: Sequence[Tensor],
@@ -237,7 +227,7 @@ def _row(
     has_pattern: bool,
 ) -> tuple[str, Architecture]:
     """The row for `arch`, or for the first model type of the config that the table knows."""
-    named = _model_types(config) if arch is None else [arch]
+    named = config.model_types if arch is None else [arch]
     known = [model_type for model_type in named if architectures.parts(model_type)]
     if known:
         row = architectures.find(known[0], part)
@@ -255,13 +245,6 @@ def _differ(one: Architecture, other: Architecture) -> bool:
         return row.normalisation, row.no_effect, row.fixed, row.partial_effect
 
     return decisive(one) != decisive(other)
-
-
-def _section(
-    config: Config, count_keys: Sequence[ConfigKey], row: Architecture
-) -> Mapping[str, Any]:
-    """The section that describes the MoE: that of the count, or else the row's last."""
-    return config.section(count_keys[0].section if count_keys else row.sections[-1]) or {}
 
 
 def _check_lists(count_keys: Sequence[ConfigKey], layers: int) -> None:
@@ -287,7 +270,7 @@ def _with_key(row: Architecture, dotted: str) -> Architecture:
 
 def _inner_type_warning(config: Config, row: Architecture) -> Iterator[str]:
     """A warning if the row is that of the text model, not of the config's model type."""
-    outer = _model_types(config)[0]
+    outer = config.model_types[0]
     if architectures.parts(outer) and outer != row.model_type:
         yield f"{outer!r} may hold any text model; the router is that of {row.model_type!r}"
     elif outer != row.model_type:
@@ -295,13 +278,6 @@ def _inner_type_warning(config: Config, row: Architecture) -> Iterator[str]:
             f"model type {outer!r} is not known, so it is treated as its text model,"
             f" {row.model_type!r}; its experts and router may differ"
         )
-
-
-def _model_types(config: Config) -> list[str]:
-    """The config's model type, then those of its text sections."""
-    sections = ("", *(s for s in TEXT_SECTIONS if s))
-    found = [(config.section(section) or {}).get("model_type") for section in sections]
-    return [model_type for model_type in found if isinstance(model_type, str)]
 
 
 def _unknown_type(
@@ -329,10 +305,15 @@ def _unknown_type(
     if routed:
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", r"\\d+", re.escape(routed).replace(r"\.", "."))
         pattern = pattern.replace(".", r"\.").replace(r"\_", "_")
+        key, _ = likely_count_key(config) or ("KEY", None)
+        rule = (
+            ""
+            if has_norm_key(config)
+            else " with --factor or --rule published, since its router is not known"
+        )
         advice.append(
             f"{routed!r} looks like a routed down-projection:"
-            f" try --pattern '{pattern}' --experts-key {_likely_key(config)}"
-            f"{_likely_rule_option(config)}."
+            f" try --pattern '{pattern}' --experts-key {key}{rule}."
         )
     return UnsupportedError(f"{what} is not known", hint=" ".join(advice) or None)
 
@@ -340,7 +321,7 @@ def _unknown_type(
 def _types_named_alike(name: str, config: Config) -> list[str]:
     """Types that use such names of down-projections and this config's key of the count."""
     rows = (row for row in architectures.ROWS if any(_matches(name, form) for form in row.experts))
-    known = (row.model_type for row in rows if any(_count_values(config, row)))
+    known = (row.model_type for row in rows if any(values_at_count_keys(config, row)))
     return list(dict.fromkeys(known))
 
 
@@ -348,31 +329,6 @@ def _matches(name: str, template: str) -> bool:
     """Whether a name contains a row's template."""
     numbers = re.sub(r"\\\{[LE]\\\}", r"\\d+", re.escape(template))
     return re.search(rf"(?:^|\.){numbers}(?:[._]|$)", name) is not None
-
-
-def _count_values(config: Config, row: Architecture) -> Iterator[Any]:
-    """The config's values at a row's keys of the experts per token."""
-    sections = (config.section(section) or {} for section in row.sections)
-    return (section[key] for section in sections for key in row.count_keys if key in section)
-
-
-def _likely_key(config: Config) -> str:
-    """A config key that looks like the number of experts per token."""
-    sections = [(section, config.section(section) or {}) for section in TEXT_SECTIONS]
-    for likely in (r"(expert|moe).*(per_tok|top_?k)|top_?k.*expert|^moe_k$", "^top_?k$"):
-        for section, keys in sections:
-            for key in keys:
-                if re.search(likely, key):
-                    return f"{section}.{key}" if section else key
-    return "KEY"
-
-
-def _likely_rule_option(config: Config) -> str:
-    """The option that --pattern also needs if the config does not tell the normalisation."""
-    sections = (config.section(section) or {} for section in TEXT_SECTIONS)
-    if any("norm_topk_prob" in section for section in sections):
-        return ""
-    return " with --factor or --rule published, since its router is not known"
 
 
 def _other_parts(row: Architecture) -> list[Architecture]:

@@ -16,18 +16,18 @@ humming-kernels 0.1, sglang 0.5.23, transformers 5.24.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final
+from typing import Final
 
 from moescale.checkpoint.dtypes import BITS, SCALABLE
 from moescale.checkpoint.edit import FIRST, Layer, Operation, Role, TensorEdit
 from moescale.checkpoint.tensor import Tensor
 from moescale.errors import CheckpointError, UnsupportedError
+from moescale.families.config import Quantisation
 
 BySuffix = Mapping[str, Tensor]
 Shape = tuple[int, ...]
@@ -816,17 +816,15 @@ def _most_similar(tensors: BySuffix) -> Format | None:
 
 # The config ---------------------------------------------------------------------------------------
 
-_SECTIONS = frozenset({"quantization_config", "compression_config", "quantization"})
-
 
 def check_quantisation_config(
-    edits: Iterable[TensorEdit], config: Mapping[str, Any], alternative: str | None = None
+    edits: Iterable[TensorEdit], quantisation: Quantisation, alternative: str | None = None
 ) -> list[str]:
     """Check the config for facts that the tensors do not show, and warn of rounding.
 
     Args:
         edits: the tensors to scale.
-        config: the whole ``config.json``.
+        quantisation: what the config says.
         alternative: as in `scaled_tensors`.
 
     Returns:
@@ -835,12 +833,9 @@ def check_quantisation_config(
     Raises:
         UnsupportedError: the config says that the scales have another format than the table's.
     """
-    sections = list(_quantization_sections(config))
-    e5m3 = "e5m3" in json.dumps(sections).lower()
-    ue8m0 = any(section.get("scale_fmt") == "ue8m0" for section in sections)
     rounded: dict[str, None] = {}
     for edit in edits:
-        if edit.operation == "shift" and e5m3:
+        if edit.operation == "shift" and quantisation.e5m3:
             raise UnsupportedError(
                 f"{edit.tensor.name}: the config says E5M3, so its bytes are not powers of two",
                 hint="Rescale the unquantised checkpoint and quantise the result.",
@@ -849,16 +844,9 @@ def check_quantisation_config(
             continue
         if _rounds(edit):
             rounded[_rounding_remark(edit)] = None
-        elif edit.format == "FP8" and ue8m0:
+        elif edit.format == "FP8" and quantisation.ue8m0:
             rounded[_ue8m0_remark(alternative)] = None
     return list(rounded)
-
-
-def _quantization_sections(value: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """All sections that describe a quantisation, at any depth."""
-    for key, section in value.items():
-        if isinstance(section, dict):
-            yield from (section,) if key in _SECTIONS else _quantization_sections(section)
 
 
 def _rounding_remark(edit: TensorEdit) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from moescale.errors import CheckpointError, UnsupportedError
+from moescale.families import architectures
 from moescale.families.architectures import (
     TEXT_SECTIONS,
     All,
@@ -18,13 +19,17 @@ from moescale.families.architectures import (
     SharedSum,
     SparseStep,
 )
-from moescale.families.config import CONFIG, MAX_NUMBER, Config, read_integer
+from moescale.families.config import (
+    CONFIG,
+    MAX_NUMBER,
+    Config,
+    ConfigKey,
+    Section,
+    read_integer,
+)
 from moescale.families.unread_keys import group_keys, unread_keys
 from moescale.routers.kinds import RouterKind
 from moescale.routers.normalisation import Normalisation
-
-Section = Mapping[str, Any]
-"""The object in the config that describes the MoE; only this module and `unread_keys` read it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +100,38 @@ class MoeConfig:
         return min(experts, chosen * (experts // groups))
 
 
+def moe_config_of(config: Config, row: Architecture, count_keys: Sequence[ConfigKey]) -> MoeConfig:
+    """As `read_moe_config`, of the section with the experts per token."""
+    return read_moe_config(_moe_section(config, row, count_keys), row)
+
+
+def configured_router(
+    config: Config, row: Architecture, model_type: str, count_keys: Sequence[ConfigKey]
+) -> tuple[str, Normalisation] | None:
+    """The model type of the config and its normalisation; None if it is unknown or `model_type`.
+
+    Args:
+        config: the checkpoint's config.
+        row: the row of the type that the user named.
+        model_type: that type.
+        count_keys: the keys of the experts per token.
+
+    Raises:
+        UnsupportedError: the closed forms do not cover the normalisation.
+    """
+    named = next((name for name in config.model_types if architectures.parts(name)), model_type)
+    if named == model_type:
+        return None
+    parts = architectures.parts(named)
+    own = next((p for p in parts if p.part == row.part), parts[0])
+    return named, _normalisation_of(own, _moe_section(config, row, count_keys))
+
+
+def _moe_section(config: Config, row: Architecture, count_keys: Sequence[ConfigKey]) -> Section:
+    """The section that describes the MoE: that of the count, or else the row's last."""
+    return config.section(count_keys[0].section if count_keys else row.sections[-1]) or {}
+
+
 def read_moe_config(section: Section, row: Architecture) -> MoeConfig:
     """Read the config's description of one MoE.
 
@@ -160,7 +197,7 @@ def total_experts(row: Architecture, section: Section) -> int:
     )
 
 
-def normalisation_of(row: Architecture, section: Section) -> Normalisation:
+def _normalisation_of(row: Architecture, section: Section) -> Normalisation:
     """The normalisation of the weights of the chosen experts.
 
     Raises:
@@ -212,7 +249,7 @@ def _integer(value: Any) -> int | None:
 def _normalisation(row: Architecture, section: Section) -> Normalisation | None:
     """None if neither a row of the table nor the config tells."""
     if row.model_type or "norm_topk_prob" in section:
-        return normalisation_of(row, section)
+        return _normalisation_of(row, section)
     return None
 
 

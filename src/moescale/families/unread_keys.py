@@ -6,11 +6,11 @@ The names come from transformers 5.24, sglang 0.5.23, mlx-lm 0.32.2 and the code
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Final
 
 from moescale.families.architectures import Architecture, Flag, PowerNorm
-from moescale.families.config import read_integer
+from moescale.families.config import Section, read_integer
 from moescale.routers.kinds import RouterKind
 from moescale.routers.normalisation import Normalisation
 
@@ -55,7 +55,7 @@ _NORM: Final = re.compile(r".*(?:rout|moe|expert).*norm.*|.*norm.*(?:rout|moe|ex
 
 
 def unread_keys(
-    row: Architecture, section: Mapping[str, Any], normalisation: Normalisation | None
+    row: Architecture, section: Section, normalisation: Normalisation | None
 ) -> Iterator[tuple[str, Any]]:
     """Find config keys that change the routing of some model types and that this row does not read.
 
@@ -74,7 +74,7 @@ def unread_keys(
             yield key, value
 
 
-def group_keys(section: Mapping[str, Any]) -> tuple[int, int]:
+def group_keys(section: Section) -> tuple[int, int]:
     """Number of groups of experts, and of groups that a token may use; 0 without a key."""
     groups = read_integer(section, "n_group", read_integer(section, "num_expert_group", 0))
     return groups, read_integer(section, "topk_group", 0)

@@ -21,11 +21,10 @@ from moescale.checkpoint.foreign import (
     torch_names,
     weights_suffix,
 )
-from moescale.checkpoint.json_text import parse_lenient
 from moescale.checkpoint.safetensors.index import SINGLE, SUFFIX, check_parts, set_of
 from moescale.checkpoint.tensor import Header, Tensor
 from moescale.errors import CheckpointError, SourceError
-from moescale.families.config import CONFIG, Config
+from moescale.families.config import CONFIG, parse_config
 from moescale.families.find import Moe
 from moescale.families.foreign_names import layers_from_names, layers_of
 from moescale.families.moe_config import sizes
@@ -274,15 +273,15 @@ class _Inspector:
             return False
         if not alike:
             return True
+        data = self._source.read(at)
         try:
-            value = parse_lenient(self._source.read(at).decode())
-        except ValueError:
+            other_config = parse_config(data)
+        except CheckpointError:
             return False
-        nested = Config("", value if isinstance(value, dict) else {})
         expected = self._moe.config.hidden_size, self._moe.config.layers
         return any(
             other not in (None, size) and bool(size)
-            for others in sizes(nested)
+            for others in sizes(other_config)
             for other, size in zip(others, expected, strict=True)
         )
 

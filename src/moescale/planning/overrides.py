@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,8 +105,10 @@ def find_overrides(
     counts = [] if count is None else list(_new_counts(count_keys, count))
     if not counts and not scales:
         return None
-    name = str(config.value.get("model_type", architecture.model_type))
-    return ConfigOverrides(counts, scales, name)
+    model_type = config.model_type
+    return ConfigOverrides(
+        counts, scales, architecture.model_type if model_type is None else model_type
+    )
 
 
 def new_scales(
@@ -132,14 +134,6 @@ def _new_counts(count_keys: Sequence[ConfigKey], count: int) -> Iterator[NewValu
         after = [count] * len(key.value) if isinstance(key.value, tuple) else count
         if after != (list(key.value) if isinstance(key.value, tuple) else key.value):
             yield NewValue(key.path, key.value, after)
-
-
-def loader_of(config: Mapping[str, Any]) -> str:
-    """The auto class of transformers for the first architecture of a config."""
-    architectures = config.get("architectures")
-    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
-    images = name.endswith("ForConditionalGeneration")
-    return "AutoModelForImageTextToText" if images else "AutoModelForCausalLM"
 
 
 def by_engine(overrides: ConfigOverrides, loader: str | None, source: SourceId) -> dict[str, str]:

@@ -9,7 +9,7 @@ from moescale.errors import SourceError
 from moescale.factors import closed_form
 from moescale.families.config import CONFIG, Config, parse_config, set_count
 from moescale.families.duplicate_counts import candidate_files, common_count, replace_count
-from moescale.families.find import Moe, configured_router
+from moescale.families.find import Moe
 from moescale.families.formats import check_quantisation_config
 from moescale.families.projections import Layer
 from moescale.families.scale_key import fold_factor
@@ -18,7 +18,7 @@ from moescale.planning.experts import Experts
 from moescale.planning.factors import one_factor
 from moescale.planning.files import PROVENANCE, left_out_warnings, plan_files
 from moescale.planning.formats.base import Output
-from moescale.planning.overrides import ConfigOverrides, find_overrides, loader_of
+from moescale.planning.overrides import ConfigOverrides, find_overrides
 from moescale.planning.plan import Plan
 from moescale.planning.shards import output_index
 from moescale.planning.tensors import alternative, new_headers, scaled_weights
@@ -44,7 +44,7 @@ class SafetensorsCheckpoint:
         self.moe = self._weights.moe
         self.tensors = self._weights.tensors
         self.headers = self._weights.found.headers
-        self.loader: str | None = loader_of(self._config.value)
+        self.loader: str | None = self._config.loader
         again = f"the source is itself an output of moescale ({PROVENANCE}); its factors remain"
         self.warnings: Sequence[str] = [*self._weights.warnings, *([again] * (PROVENANCE in files))]
 
@@ -57,9 +57,9 @@ class SafetensorsCheckpoint:
     ) -> Iterator[str]:
         """Warnings about the planned changes."""
         yield from check_quantisation_config(
-            edits, self._config.value, alternative(self.moe, factors)
+            edits, self._config.quantisation, alternative(self.moe, factors)
         )
-        yield from _of_arch(self._config, self.moe, experts, self._options)
+        yield from _of_arch(self.moe, experts, self._options)
 
     def output(
         self, edits: Sequence[TensorEdit], factors: Mapping[Layer, float], experts: Experts
@@ -149,12 +149,11 @@ def _second_files(
     return edits, warnings
 
 
-def _of_arch(config: Config, moe: Moe, experts: Experts, options: Options) -> Iterator[str]:
+def _of_arch(moe: Moe, experts: Experts, options: Options) -> Iterator[str]:
     """A warning if --arch contradicts a known type of the config."""
-    configured = configured_router(config, moe) if options.arch is not None else None
-    if configured is None or moe.config.normalisation is None:
+    if moe.configured_router is None or moe.config.normalisation is None:
         return
-    known_type, known_router = configured
+    known_type, known_router = moe.configured_router
     n, _, m = experts.at(moe.layers[0])
     asked, known = (
         closed_form.preserve(n, m, router.balanced_weight, options.rho or 0.0)
