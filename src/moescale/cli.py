@@ -487,7 +487,8 @@ def main() -> None:
     try:
         _run()
     finally:
-        _flush_output()
+        with contextlib.suppress(OSError):  # `_run` has reported it
+            _flush_output()
 
 
 def _open_streams() -> None:
@@ -525,6 +526,10 @@ def _run() -> NoReturn:
     except errors.MoescaleError as error:
         _fail(error)
     except (KeyboardInterrupt, typer.Abort):
+        _fail(errors.InterruptedRun(interrupts.MESSAGE))
+    except RuntimeError as error:  # Python 3.11 wraps an interrupt while it makes a class
+        if not isinstance(error.__cause__, KeyboardInterrupt):
+            raise
         _fail(errors.InterruptedRun(interrupts.MESSAGE))
     except OSError as error:
         _fail(errors.MoescaleError(f"{error.filename or 'output'}: {error.strerror}"))

@@ -1111,7 +1111,7 @@ def buffered() -> dict[str, str]:
 
 
 @full_disk
-@pytest.mark.parametrize("option", ["--version", "--list-types"])
+@pytest.mark.parametrize("option", ["--version", "--list-types", "--help"])
 def test_output_that_nobody_can_read_is_an_error(option: str) -> None:
     """A full disk behind stdout gives one line, for a short text and for a long one."""
     with FULL_DISK.open("w") as full:
@@ -1155,6 +1155,44 @@ def test_the_process_ends_after_all_exit_handlers(
     printed = ["later", "earlier", "freed"] if earlier else ["later"]
     assert (done.returncode, done.stdout.splitlines()[code == 0 :]) == (code, printed)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "cli._open_streams = interrupt",
+        "cli._fail = interrupt",
+        "cli._flush_output = interrupt",
+        "cli.app = wrapped",
+    ],
+)
+def test_an_interrupt_outside_of_a_run_is_one_line(moment: str) -> None:
+    """Also before and after the run, and while Python makes a class (3.11 wraps the exception)."""
+    script = (
+        "import os, signal\n"
+        "from moescale import cli; from moescale.__main__ import main\n"
+        "def interrupt(*_): os.kill(os.getpid(), signal.SIGINT)\n"
+        "class Field:\n"
+        "    def __set_name__(self, *_): interrupt()\n"
+        "def wrapped(**_): type('Made', (), {'field': Field()})\n"
+        f"{moment}\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", script, "nothing", "-k", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    line = "moescale: interrupted; the same command resumes\n"
+    assert (done.returncode, done.stderr[-len(line) :]) == (130, line)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_stream_that_a_program_took_away_is_no_error() -> None:
+    """Such as by ``python -m cProfile -m moescale --version | head -1``."""
+    script = (
+        "import sys; from moescale.__main__ import main\ntry: main()\nfinally: sys.stdout = None\n"
+    )
+    command = [sys.executable, "-c", script, "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_mistake_of_ours_is_a_traceback() -> None:
