@@ -27,7 +27,7 @@ ODD = (
 def edited(text: str, new: int, keys: tuple[str, ...] = KEYS) -> str:
     """The config with `new` experts per token."""
     config = parse_config(text.encode())
-    return set_count(config, find_count_keys(config, TEXT_SECTIONS, keys), new).text
+    return set_count(config.text, find_count_keys(config, TEXT_SECTIONS, keys), new)
 
 
 def changes_only_numbers(before: str, after: str, old: str, new: str) -> None:
@@ -130,7 +130,7 @@ def test_a_dotted_section_is_found() -> None:
     config = parse_config(b'{"thinker_config": {"text_config": {"num_experts_per_tok": 8}}}')
     [place] = find_count_keys(config, ("thinker_config.text_config",), KEYS)
     assert place.path == "thinker_config.text_config.num_experts_per_tok"
-    assert '"num_experts_per_tok": 9}' in set_count(config, [place], 9).text
+    assert '"num_experts_per_tok": 9}' in set_count(config.text, [place], 9)
 
 
 def test_a_list_for_each_layer_is_set_number_by_number() -> None:
@@ -165,7 +165,7 @@ def test_only_the_numbers_change(value: dict[str, Any], indent: Any) -> None:
         count_keys = find_count_keys(config, TEXT_SECTIONS, KEYS)
     except CheckpointError:
         return
-    after = set_count(config, count_keys, 7).text
+    after = set_count(config.text, count_keys, 7)
     if all(key.value == 2 for key in count_keys):
         changes_only_numbers(text, after, "2", "7")
     again = parse_config(after.encode())
@@ -185,7 +185,7 @@ def test_every_row_of_the_table_can_be_set(row: architectures.Architecture) -> N
             config = parse_config(json.dumps(value).encode())
             count_keys = find_count_keys(config, row.sections, row.count_keys)
             assert [(p.section, p.key, p.value) for p in count_keys] == [(section, key, 2)]
-            assert set_count(config, count_keys, 5).text == json.dumps(value).replace("2}", "5}")
+            assert set_count(config.text, count_keys, 5) == json.dumps(value).replace("2}", "5}")
 
 
 # Invalid counts -----------------------------------------------------------------------------------

@@ -285,6 +285,17 @@ def test_a_scaling_key_that_is_no_number_is_refused(value: Any, tmp_path: Path) 
     assert "\n" not in caught.value.message and caught.value.hint
 
 
+def test_a_scaling_key_that_no_loader_sees_is_refused(tmp_path: Path) -> None:
+    """Of a section that occurs twice, loaders read the last; the first would hold the factor."""
+    source = checkpoints.deepseek(tmp_path / "in")
+    path = source / "config.json"
+    twice = '{"text_config": {"routed_scaling_factor": 2.5}, "text_config": {}, '
+    path.write_text(path.read_text("utf-8").replace("{", twice, 1), encoding="utf-8")
+    with pytest.raises(UnsupportedError, match="has no routed_scaling_factor"):
+        api.plan(source, factor=2.0, fold="config")
+    assert api.plan(source, factor=2.0).overrides == {}
+
+
 # Files with factors -------------------------------------------------------------------------------
 
 

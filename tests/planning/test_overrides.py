@@ -58,9 +58,9 @@ def test_transformers_gets_the_config_of_the_output(kind: str, tmp_path: Path) -
     config, row = tiny_config(TINY[kind]), architectures.find(kind)
     count_keys = find_count_keys(config, row.sections, row.count_keys)
     count_keys += duplicate_count_keys(config, row, count_keys)[0]
-    found = find_overrides(config, row, count_keys, 1, [1.0])
+    found = find_overrides(row.model_type, count_keys, 1)
     assert found is not None
-    wanted = loaded(set_count(config, count_keys, 1).text, tmp_path).to_dict()
+    wanted = loaded(set_count(config.text, count_keys, 1), tmp_path).to_dict()
     if found.depth <= 2:
         assert loaded(config.text, tmp_path, **found.values).to_dict() == wanted
         line = by_engine(found, config.loader, HERE)["transformers"]
@@ -148,7 +148,7 @@ def test_deep_sections_are_for_vllm_alone() -> None:
     row = architectures.find("mixtral")
     section = "thinker_config.text_config"
     count_keys = find_count_keys(config, [section], row.count_keys)
-    found = find_overrides(config, row, count_keys, 3, [1.0])
+    found = find_overrides(row.model_type, count_keys, 3)
     assert isinstance(found, ConfigOverrides)
     assert found.values == {"thinker_config": {"text_config": {"num_experts_per_tok": 3}}}
     lines = by_engine(found, config.loader, HERE)
@@ -160,9 +160,8 @@ def test_engines_do_not_load_a_folder_of_a_repo() -> None:
     """Engines load whole repos."""
     config = parse_config(b'{"num_experts_per_tok": 2}')
     row = architectures.find("mixtral")
-    found = find_overrides(
-        config, row, find_count_keys(config, row.sections, row.count_keys), 3, [1.0]
-    )
+    count_keys = find_count_keys(config, row.sections, row.count_keys)
+    found = find_overrides(row.model_type, count_keys, 3)
     assert found is not None
     folder = SourceId("org/name/sub", None, "c" * 40, "org/name")
     loader = config.loader

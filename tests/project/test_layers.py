@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import checkpoints
@@ -170,15 +172,32 @@ def test_the_config_is_read_once() -> None:
     )
     users = {p for p in PACKAGE.rglob("*.py") if uses.search(p.read_text("utf-8"))}
     users = {p for p in users if p.parent.name != "families"}
-    assert {p.name for p in users} == {
-        *("safetensors.py", "weights.py", "overrides.py", "extra_files.py")
-    }
+    assert {p.name for p in users} == {*("safetensors.py", "weights.py", "extra_files.py")}
     parsers = {p for p in users if "parse_config(" in p.read_text("utf-8")}
     assert {p.name for p in parsers} == {"safetensors.py", "extra_files.py"}
     readers = {
         p.name for p in PACKAGE.rglob("*.py") if '"per_layer_config"' in p.read_text("utf-8")
     }
     assert readers == {"moe_config.py"}
+
+
+@pytest.mark.parametrize("options", [{}, {"fold": "config"}])
+def test_a_plan_parses_the_config_once(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output's config is the source's text with other numbers, and is not parsed again."""
+    source = checkpoints.deepseek(tmp_path / "in", routed_scaling_factor=2.5)
+    texts, loads = [], json.loads
+
+    def load(text: str | bytes, **given: Any) -> Any:
+        texts.append(text)
+        return loads(text, **given)
+
+    monkeypatch.setattr(json, "loads", load)
+    plan = moescale.plan(source, experts=3, rule="preserve", **options)
+    assert "vllm" in plan.overrides and b'"num_experts_per_tok": 3' in (plan.config or b"")
+    configs = [text for text in texts if "routed_scaling_factor" in str(text)]
+    assert configs == [(source / "config.json").read_text("utf-8")]
 
 
 def test_files_import_one_another_in_no_circle() -> None:

@@ -57,10 +57,10 @@ class Config:
     loader: str
     quantisation: Quantisation
 
-    def section(self, dotted: str) -> Section | None:
+    def section(self, path: str) -> Section | None:
         """The object at a dotted path; the whole config for an empty path, None if absent."""
         value: Any = self.parsed
-        for key in dotted.split(".") if dotted else ():
+        for key in split_path(path):
             value = value.get(key) if isinstance(value, dict) else None
         return value if isinstance(value, dict) else None
 
@@ -82,7 +82,7 @@ class ConfigKey:
     @property
     def path(self) -> str:
         """The dotted path of the key."""
-        return f"{self.section}.{self.key}" if self.section else self.key
+        return dotted(self.section, self.key)
 
 
 def parse_config(data: bytes) -> Config:
@@ -139,6 +139,21 @@ def _quantisation_sections(value: Section) -> Iterator[Section]:
             yield from (section,) if key in _QUANTISATION else _quantisation_sections(section)
 
 
+@dataclass(frozen=True, slots=True)
+class NewValue:
+    """A config value to change.
+
+    Attributes:
+        path: its dotted path; for GGUF, the name of the key.
+        before: the value in the source.
+        after: the value for the output.
+    """
+
+    path: str
+    before: Any
+    after: Any
+
+
 def find_count_keys(
     config: Config, sections: Sequence[str], keys: Sequence[str]
 ) -> list[ConfigKey]:
@@ -148,18 +163,20 @@ def find_count_keys(
         CheckpointError: a value is neither a whole number above 0 nor a list of such numbers.
     """
     return [
-        ConfigKey(section, key, _count(value, f"{section}.{key}" if section else key))
-        for section, key, value in _present(config, sections, keys)
+        ConfigKey(section, key, _count(value, dotted(section, key)))
+        for section, key, value in values_at(config, sections, keys)
+        if value is not None
     ]
 
 
-def _present(
+def values_at(
     config: Config, sections: Sequence[str], keys: Sequence[str]
 ) -> Iterator[tuple[str, str, Any]]:
+    """Section, key and value of each of these keys that is present."""
     for section in sections:
-        content = config.section(section)
-        for key in keys if content is not None else ():
-            if content is not None and content.get(key) is not None:
+        content = config.section(section) or {}
+        for key in keys:
+            if key in content:
                 yield section, key, content[key]
 
 
@@ -174,24 +191,27 @@ def _count(value: Any, path: str) -> int | tuple[int, ...]:
     )
 
 
-def set_count(config: Config, count_keys: Sequence[ConfigKey], new: int) -> Config:
-    """The config with `new` at all `count_keys`; all other bytes stay."""
+def set_count(text: str, count_keys: Sequence[ConfigKey], new: int) -> str:
+    """The text of a config with `new` at all `count_keys`; all other bytes stay."""
     paths = {(*split_path(key.section), key.key) for key in count_keys}
 
     def wanted(path: Path) -> bool:
         return path in paths or path[:-1] in paths
 
     edits = [
-        (span, str(new))
-        for path, span in value_spans(config.text, wanted)
-        if config.text[span[0]] not in "[{"
+        (span, str(new)) for path, span in value_spans(text, wanted) if text[span[0]] not in "[{"
     ]
-    return parse_config(replace_spans(config.text, edits).encode())
+    return replace_spans(text, edits)
 
 
-def split_path(dotted: str) -> tuple[str, ...]:
+def split_path(path: str) -> tuple[str, ...]:
     """Split a dotted path into keys."""
-    return tuple(dotted.split(".")) if dotted else ()
+    return tuple(path.split(".")) if path else ()
+
+
+def dotted(section: str, key: str) -> str:
+    """The dotted path of a key in a section."""
+    return f"{section}.{key}" if section else key
 
 
 def read_integer(section: Section, key: str, default: int) -> int:

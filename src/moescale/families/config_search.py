@@ -6,13 +6,12 @@ import re
 from typing import Any
 
 from moescale.families.architectures import TEXT_SECTIONS, Architecture
-from moescale.families.config import Config
+from moescale.families.config import Config, dotted, values_at
 
 
 def values_at_count_keys(config: Config, row: Architecture) -> list[Any]:
     """The config's values at a row's keys of the experts per token."""
-    sections = [config.section(section) or {} for section in row.sections]
-    return [section[key] for section in sections for key in row.count_keys if key in section]
+    return [value for _, _, value in values_at(config, row.sections, row.count_keys)]
 
 
 def likely_count_key(config: Config) -> tuple[str, Any] | None:
@@ -22,7 +21,7 @@ def likely_count_key(config: Config) -> tuple[str, Any] | None:
         for section, values in sections:
             for key, value in values.items():
                 if re.search(likely, key):
-                    return f"{section}.{key}" if section else key, value
+                    return dotted(section, key), value
     return None
 
 

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from moescale.checkpoint.json_text import Path, replace_spans, value_spans
 from moescale.errors import UnsupportedError
 from moescale.families.architectures import Architecture
-from moescale.families.config import CONFIG, Config, parse_config, split_path
+from moescale.families.config import CONFIG, Config, NewValue, dotted, split_path, values_at
 
 
-def fold_factor(config: Config, architecture: Architecture, factor: float) -> Config:
-    """The config with the routed scaling key multiplied by `factor`; all other bytes stay.
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """A config with a factor in its routed scaling key.
+
+    Attributes:
+        text: its text; all other bytes are those of the source.
+        values: the key in every section that has it; empty if the factor is 1.
+    """
+
+    text: str
+    values: Sequence[NewValue] = ()
+
+
+def fold_factor(config: Config, architecture: Architecture, factor: float) -> Folded:
+    """Multiply the routed scaling key of a config by `factor`.
 
     Raises:
         UnsupportedError: the result would differ from scaling the weights, or the key is missing.
@@ -27,24 +42,34 @@ def fold_factor(config: Config, architecture: Architecture, factor: float) -> Co
             f"--fold config cannot be used with model type {architecture.model_type!r}: {why}",
             hint="Leave --fold out; the weights are scaled then.",
         )
-    paths = {(*split_path(section), key) for section in architecture.sections}
-
-    def wanted(path: Path) -> bool:
-        return path in paths
-
-    spans = [span for _, span in value_spans(config.text, wanted)]
-    if not spans:
+    present = list(values_at(config, architecture.sections, [key]))
+    if not present:
         raise UnsupportedError(
             f"{CONFIG}: has no {key}, so --fold config has no number to multiply",
             hint="Leave --fold out; the weights are scaled then.",
         )
     if factor == 1.0:
-        return config
-    edits = [(span, _product(config.text[slice(*span)], factor, key)) for span in spans]
-    return parse_config(replace_spans(config.text, edits).encode())
+        return Folded(config.text)
+    paths = {(*split_path(section), key) for section in architecture.sections}
+
+    def wanted(path: Path) -> bool:
+        return path in paths
+
+    new = [
+        (path, span, _product(config.text[slice(*span)], factor, key))
+        for path, span in value_spans(config.text, wanted)
+    ]
+    after = {path: product for path, _, product in new}
+    return Folded(
+        replace_spans(config.text, [(span, repr(product)) for _, span, product in new]),
+        [
+            NewValue(dotted(section, key), before, after[(*split_path(section), key)])
+            for section, _, before in present
+        ],
+    )
 
 
-def _product(old: str, factor: float, key: str) -> str:
+def _product(old: str, factor: float, key: str) -> float:
     try:
         new = float(old) * factor
     except ValueError:
@@ -54,4 +79,4 @@ def _product(old: str, factor: float, key: str) -> str:
             f"{CONFIG}: {key} is {' '.join(old.split())[:60]}, which cannot be multiplied",
             hint="Leave --fold out; the weights are scaled then.",
         )
-    return repr(new)
+    return new

@@ -25,27 +25,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from moescale.checkpoint.gguf.names import is_gguf
-from moescale.errors import UnsupportedError
-from moescale.families.architectures import Architecture
-from moescale.families.config import Config, ConfigKey, split_path
+from moescale.families.config import ConfigKey, NewValue, split_path
 from moescale.families.llama_cpp_names import llama_cpp_name
-from moescale.families.scale_key import fold_factor
 from moescale.storage.base import SourceId
-
-
-@dataclass(frozen=True, slots=True)
-class NewValue:
-    """A config value to change.
-
-    Attributes:
-        path: its dotted path; for GGUF, the name of the key.
-        before: the value in the source.
-        after: the value for the output.
-    """
-
-    path: str
-    before: Any
-    after: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,52 +63,21 @@ class ConfigOverrides:
 
 
 def find_overrides(
-    config: Config,
-    architecture: Architecture,
+    model_type: str,
     count_keys: Sequence[ConfigKey],
     count: int | None,
-    factors: Iterable[float],
+    scales: Sequence[NewValue] = (),
 ) -> ConfigOverrides | None:
-    """The new values; None if a config cannot express the change, or nothing changes.
+    """The new values; None if nothing changes.
 
     Args:
-        config: the source's config.
-        architecture: the row of the model type.
+        model_type: the model type of the config.
         count_keys: the keys of the experts per token.
         count: the new number; None if unchanged.
-        factors: the factors of all layers.
+        scales: the new values of the routed scaling key; empty for the factor 1.
     """
-    different = set(factors)
-    if len(different) != 1:
-        return None
-    scales = list(new_scales(config, architecture, different.pop()) or [])
-    if not scales and set(factors) != {1.0}:
-        return None
     counts = [] if count is None else list(_new_counts(count_keys, count))
-    if not counts and not scales:
-        return None
-    model_type = config.model_type
-    return ConfigOverrides(
-        counts, scales, architecture.model_type if model_type is None else model_type
-    )
-
-
-def new_scales(
-    config: Config, architecture: Architecture, factor: float
-) -> Sequence[NewValue] | None:
-    """The routed scaling key times `factor` in every section; None if it is missing."""
-    if factor == 1.0:
-        return []
-    try:
-        folded = fold_factor(config, architecture, factor)
-    except UnsupportedError:
-        return None
-    key, found = architecture.scale_key or "", []
-    for name in architecture.sections:
-        before, after = config.section(name), folded.section(name)
-        if before is not None and after is not None and key in before:
-            found.append(NewValue(f"{name}.{key}" if name else key, before[key], after[key]))
-    return found
+    return ConfigOverrides(counts, scales, model_type) if counts or scales else None
 
 
 def _new_counts(count_keys: Sequence[ConfigKey], count: int) -> Iterator[NewValue]:

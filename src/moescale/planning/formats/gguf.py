@@ -18,6 +18,7 @@ from moescale.checkpoint.stored_provenance import KEY
 from moescale.checkpoint.tensor import Header, Tensor
 from moescale.errors import CheckpointError, SourceError, UnsupportedError
 from moescale.families import llama_cpp
+from moescale.families.config import NewValue
 from moescale.families.gguf import find_gguf_moe
 from moescale.families.llama_cpp import Row
 from moescale.families.llama_graph import GRAPHS, max_experts_per_token
@@ -28,7 +29,7 @@ from moescale.planning.experts import Experts
 from moescale.planning.factors import one_factor
 from moescale.planning.files import CARD, PlannedFile
 from moescale.planning.formats.base import Output
-from moescale.planning.overrides import ConfigOverrides, NewValue
+from moescale.planning.overrides import ConfigOverrides
 from moescale.planning.plan import NewHeader, Plan
 from moescale.storage.base import FileRecord, Source
 from moescale.version import __version__

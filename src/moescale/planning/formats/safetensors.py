@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from moescale.checkpoint.edit import TensorEdit
-from moescale.errors import SourceError
+from moescale.errors import SourceError, UnsupportedError
 from moescale.factors import closed_form
 from moescale.families.config import CONFIG, Config, parse_config, set_count
 from moescale.families.duplicate_counts import candidate_files, common_count, replace_count
 from moescale.families.find import Moe
 from moescale.families.formats import check_quantisation_config
 from moescale.families.projections import Layer
-from moescale.families.scale_key import fold_factor
+from moescale.families.scale_key import Folded, fold_factor
 from moescale.options import Options
 from moescale.planning.experts import Experts
 from moescale.planning.factors import one_factor
@@ -66,7 +66,8 @@ class SafetensorsCheckpoint:
     ) -> Output:
         """The files of the output."""
         source, left_out = self._source, self._weights.left_out
-        config = _edited(self._config, self.moe, factors, self._options)
+        folded = self._folded(factors)
+        text = self._new_text(folded)
         index = output_index(self._weights.found)
         others = {*self.headers, *left_out}
         others_edited, warnings = _second_files(source, self.moe, experts, others)
@@ -75,29 +76,57 @@ class SafetensorsCheckpoint:
             self.headers,
             {edit.shard for edit in edits if edit.factor != 1.0},
             index and index[0],
-            config.text != self._config.text,
+            text != self._config.text,
             others_edited,
             left_out,
         )
         return Output(
             files=files,
-            config=config.text.encode(),
+            config=text.encode(),
             index=index,
             new_headers=new_headers(source, self.headers, edits),
             edits=others_edited,
             warnings=(*warnings, *left_out_warnings(files)),
-            config_overrides=self._config_overrides(factors),
+            config_overrides=self._config_overrides(folded),
             fold_key=_fold_key(self.moe, self._options),
         )
 
-    def _config_overrides(self, factors: Mapping[Layer, float]) -> ConfigOverrides | None:
+    def _folded(self, factors: Mapping[Layer, float]) -> Folded | None:
+        """The config with the factor in it; None if it cannot hold the factors.
+
+        Raises:
+            UnsupportedError: it cannot, and the user asked for it.
+        """
+        row = self.moe.architecture
+        if self._options.fold == "config":
+            return fold_factor(self._config, row, one_factor(factors, self._options))
+        factor, *others = set(factors.values())
+        if others:
+            return None
+        if factor == 1.0:
+            return Folded(self._config.text)
+        try:
+            return fold_factor(self._config, row, factor)
+        except UnsupportedError:
+            return None
+
+    def _new_text(self, folded: Folded | None) -> str:
+        """The text of the output's config. Its numbers are replaced, and it is not parsed again."""
+        options = self._options
+        text = folded.text if options.fold == "config" and folded else self._config.text
+        if options.experts is None:
+            return text
+        return set_count(text, self.moe.count_keys, options.experts)
+
+    def _config_overrides(self, folded: Folded | None) -> ConfigOverrides | None:
         """The alternative: new values for the config instead of the weights."""
         options, moe = self._options, self.moe
-        if options.fold == "residual" or options.gate_scale is not None:
+        if folded is None or options.fold == "residual" or options.gate_scale is not None:
             return None
-        return find_overrides(
-            self._config, moe.architecture, moe.count_keys, options.experts, factors.values()
-        )
+        model_type = self._config.model_type
+        if model_type is None:
+            model_type = moe.architecture.model_type
+        return find_overrides(model_type, moe.count_keys, options.experts, folded.values)
 
     def completed(self, plan: Plan) -> Plan:
         """The plan, unchanged: it is already complete."""
@@ -114,15 +143,6 @@ def _read_config(source: Source, files: Collection[str]) -> Config:
             f"{such}.",
         )
     return parse_config(source.read(CONFIG))
-
-
-def _edited(config: Config, moe: Moe, factors: Mapping[Layer, float], options: Options) -> Config:
-    """The config of the output."""
-    if options.fold == "config":
-        config = fold_factor(config, moe.architecture, one_factor(factors, options))
-    if options.experts is not None:
-        config = set_count(config, moe.count_keys, options.experts)
-    return config
 
 
 def _fold_key(moe: Moe, options: Options) -> str | None:
