@@ -130,9 +130,9 @@ def test_a_file_of_another_kind_is_called_so(begin: bytes, kind: str) -> None:
     assert "fetch" not in str(caught.value)
 
 
-@pytest.mark.parametrize("length", [0x280, 0x04034B50])
+@pytest.mark.parametrize("length", [0x280, 0x04034B50, 0x213C, 0x213C20])
 def test_a_length_may_look_like_another_kind(length: int) -> None:
-    """A 640-byte header begins like a pickle; the size of the file tells them apart."""
+    """Lengths may begin like a pickle, a zip or a web page; the file's size tells them apart."""
     assert header_length(struct.pack("<Q", length), 1 << 30, "file") == length
 
 

@@ -162,7 +162,7 @@ NUMBER = struct.pack("<I", 1)
 BROKEN: dict[str, tuple[bytes, str]] = {
     "another file": (b"\x80\x02ckpt" + bytes(40), "is not a GGUF file"),
     "too short": (b"GGUF", "too few"),
-    "a pointer": (b"version https://git-lfs" + bytes(40), "is not a GGUF file"),
+    "a pointer": (b"version https://git-lfs" + bytes(40), "is a Git LFS pointer"),
     "version 1": (file(version=1), "version 1"),
     "version 4": (file(version=4), "version 4"),
     "big-endian": (file(version=0x03000000), "big-endian"),

@@ -332,7 +332,7 @@ def test_a_branch_that_a_rival_makes_is_not_taken_for_ours(lab: Lab) -> None:
     hub.fault(("POST", "/branch/k3"), rival)
     outcome = lab.run(SRC, f"{PLACE}@k3", "-k", "3", "-q")
     assert outcome.code == 3
-    assert "somebody else has just created the branch k3" in outcome.failure
+    assert "someone else has just created the branch k3" in outcome.failure
     assert set(hub.files(DST, "k3")) == {"old.txt", "rival.txt"}
 
 

@@ -41,7 +41,8 @@ def write_text(
     Raises:
         UnsupportedError: the model does not generate text.
     """
-    if not hasattr(model, "generate") or not model.can_generate() or _is_encoder_decoder(model):
+    generates = hasattr(model, "generate") and model.can_generate()
+    if not generates or getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedError(
             "the model cannot generate text", hint="Give a text: --calibrate FILE."
         )
@@ -55,10 +56,6 @@ def write_text(
             pieces += ids.flatten().tolist()
             progress(len(pieces), total * length)
     return Text(tuple(pieces), length=length)
-
-
-def _is_encoder_decoder(model: Any) -> bool:
-    return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
 def _first(tokeniser: Any, vocabulary: int, rows: int) -> Tensor:

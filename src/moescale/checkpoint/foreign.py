@@ -1,4 +1,4 @@
-"""Recognises weights in other formats by their first bytes; nothing is unpickled."""
+"""Recognises other formats, and placeholders for a file, by the first bytes; unpickles nothing."""
 
 from __future__ import annotations
 
@@ -18,6 +18,23 @@ HEAD = 16
 
 _TEXT = re.compile(rb"X(?P<long>.[\x00-\x03]\x00\x00)|\x8c(?P<short>.)", re.DOTALL)
 """The opcodes BINUNICODE and SHORT_BINUNICODE, each with the length of the text that follows."""
+
+
+_POINTER = b"version https://git-lfs"
+_PAGE_STARTS = (b"<!", b"<html", b"<head", b"<?xml")
+
+
+def placeholder(head: bytes) -> tuple[str, str] | None:
+    """What a file is that was stored in place of another, and the remedy; None for other files.
+
+    Args:
+        head: its first bytes, at least 8.
+    """
+    if len(head) >= 8 and _POINTER.startswith(head[: len(_POINTER)]):
+        return "is a Git LFS pointer, not the file itself", "Run git lfs pull."
+    if head.lstrip().lower().startswith(_PAGE_STARTS):
+        return "is a web page, not the file itself", "Fetch it again; the repo may be gated."
+    return None
 
 
 def weights_suffix(head: bytes) -> str:

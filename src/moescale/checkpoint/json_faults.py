@@ -6,6 +6,7 @@ import codecs
 import json
 import re
 
+from moescale.checkpoint.foreign import placeholder
 from moescale.errors import CheckpointError
 
 SAVE = "Save it as UTF-8 without a BOM."
@@ -37,9 +38,8 @@ def decoded(data: bytes) -> str:
     Raises:
         JsonError: it is not UTF-8, starts with a byte-order mark, or is not the file itself.
     """
-    for start, what, hint in _NO_FILES:
-        if data.lstrip().startswith(start):
-            raise JsonError(what, hint)
+    if found := placeholder(data.lstrip()[:64]):
+        raise JsonError(*found)
     for mark, name in _MARKS:
         if data.startswith(mark):
             raise JsonError(f"it starts with a byte-order mark ({name})", SAVE)
@@ -55,12 +55,6 @@ def decoded(data: bytes) -> str:
             f"line {line}, column {column}: the byte 0x{byte:02x} is not UTF-8", SAVE
         ) from None
 
-
-_NO_FILES = (
-    (b"version https://git-lfs", "is a Git LFS pointer, not the file itself", "Run git lfs pull."),
-    (b"<", "is a web page, not the file itself", "Fetch it again; the repo may be gated."),
-)
-"""First bytes of placeholders for a file, with a description and a remedy."""
 
 _MARKS = (
     (codecs.BOM_UTF8, "UTF-8"),

@@ -53,12 +53,6 @@ def render(plan: Plan, source_card: bytes | None) -> bytes:
     return (result.replace("\n", "\r\n") if windows else result).encode()
 
 
-def metadata_is_valid(source_card: bytes) -> bool:
-    """Whether the card's metadata, if it has any, is a YAML mapping."""
-    match = _FRONT_MATTER.match(source_card.decode(errors="replace").replace("\r\n", "\n"))
-    return match is None or _edit_metadata(match["yaml"], None) is not None
-
-
 def _edit_metadata(text: str, repo: str | None) -> str | None:
     """The metadata of the output; None if that of the source is not a YAML mapping.
 

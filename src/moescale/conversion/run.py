@@ -37,12 +37,10 @@ class RunOutcome:
 
     Attributes:
         status: see `moescale.results.Status`.
-        written: size and digest of every file of the output; empty if nothing was written.
         rounding: the effect of rounding block scales, by tensor.
     """
 
     status: Status
-    written: Mapping[str, FileRecord]
     rounding: Mapping[str, Rounding] = field(default_factory=dict)
 
 
@@ -77,7 +75,7 @@ def run(
     status = status_of(plan, source, destination, overwrite)
     if status in ("done", "stale", "changed", "outdated"):
         destination.close()
-        return RunOutcome(status, {})
+        return RunOutcome(status)
     _dry_run_scales(plan, source)
     rounding: dict[str, Rounding] = {}
     if (made := generated_files(plan, source).get(CARD)) is not None:
@@ -102,7 +100,7 @@ def run(
         destination.publish({**last, **small, **config}, keep=frozenset(written) | {plan.record})
     finally:
         destination.close()
-    return RunOutcome("repair" if keep else status, written, rounding)
+    return RunOutcome("repair" if keep else status, rounding)
 
 
 def _dry_run_scales(plan: Plan, source: Source) -> None:

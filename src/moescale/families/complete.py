@@ -32,7 +32,7 @@ def check_complete(
     """Refuse a checkpoint with missing or surplus routed down-projections.
 
     A pruned model may have a different number of experts in each layer, whatever its config says.
-    The number of a layer's tensors counts if the config or the layer's router confirms it.
+    The number of a layer's tensors is taken if the config or the layer's router confirms it.
 
     Args:
         projections: the projections that were found.

@@ -31,7 +31,8 @@ _LIKELY: Final = re.compile(
     r"(?=.*(?:expert|moe|rout)).*(?:per_tok|top_?k|select|activated|chosen).*"
 )
 _UNLIKELY: Final = re.compile(r"group|limit|device|loss|coef|size|dim|shared|capacity|dspark|mova")
-"""Patterns for unknown keys, with the key of their section, that may and may not hold the count."""
+"""Unknown keys, with that of their section, that may hold the count: the first must match a key,
+the second must not."""
 
 MAX_BYTES: Final = 1 << 20
 _CANDIDATE: Final = re.compile(r".*(?:params|config|args|settings|inference|model).*\.json")

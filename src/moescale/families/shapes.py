@@ -46,8 +46,8 @@ def check_shapes(
 ) -> None:
     """Refuse experts that cannot belong to one model.
 
-    Without a size in the config, tensors are compared only with each other; if a format's shapes do
-    not tell the size, only with tensors of the same kind.
+    Without a size in the config, tensors are compared only with each other. Those of a format whose
+    shapes do not tell the size are compared only with tensors of the same kind.
 
     Raises:
         CheckpointError: the tensor, its shape and the expected shape are named.
@@ -292,7 +292,7 @@ def _check_width(
         return
     router = routers.weight(projection)
     if paired and router is not None and hidden in router.shape:
-        return  # the router shows the hidden size, so an unknown key makes the experts narrower
+        return  # the router has the hidden size, so some unknown key makes the experts narrower
     raise _wrong_width(projection, hidden)
 
 
@@ -325,7 +325,7 @@ def _check_inner(projection: Projection, size: tuple[int, ...], stated: int | No
 
 
 def _check_biases(projections: Sequence[Projection], gate_up: _GateUp) -> None:
-    """Require a bias of all projections in one format if any, or their gate and up, has one."""
+    """Require a bias of each projection if another of its format, or its gate or up, has one."""
     with_bias: dict[Any, Projection] = {}
     without: dict[Any, Projection] = {}
     for p in projections:

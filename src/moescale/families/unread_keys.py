@@ -51,7 +51,7 @@ _BOUND: Final = re.compile(
 )
 """Keys of numbers that divide or bound the logits; 0, 1 and null have no effect."""
 _NORM: Final = re.compile(r".*(?:rout|moe|expert).*norm.*|.*norm.*(?:rout|moe|expert).*")
-"""Keys whose value true adds a norm inside the MoE block."""
+"""Keys that add a norm inside the MoE block if they are true."""
 
 
 def unread_keys(

@@ -205,7 +205,8 @@ def _norms_and_factors(compared: Comparison, key: str = "") -> Iterator[str]:
     yield '<div class="charts">'
     positions = _positions(compared.layers)
     if compared.norms:
-        trained = Series("as trained", LineStyle("ink", "1 3", "none"), _ends(positions))
+        whole_width = [(x, 1.0) for x in range(-1, int(positions[-1][0]) + 2)]
+        trained = Series("as trained", LineStyle("ink", "1 3", "none"), whole_width)
         drawn = [trained, *_by_rule(compared, compared.norms)]
         title, label = "Norm of the routed output", f"relative to trained, {BASES[compared.basis]}"
         described = _described(compared, compared.norms, "norm")
@@ -227,10 +228,6 @@ def _positions(layers: Sequence[str]) -> list[tuple[float, str]]:
         start = positions[-1][0] + 2 if positions else 0
         positions += [(start + i, layer) for i, layer in enumerate(group)]
     return positions
-
-
-def _ends(positions: Sequence[tuple[float, str]]) -> list[tuple[float, float]]:
-    return [(x, 1.0) for x in range(-1, int(positions[-1][0]) + 2)]
 
 
 def _by_rule(compared: Comparison, values: Mapping[str, Sequence[float]]) -> list[Series]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from moescale.checkpoint.foreign import placeholder
 from moescale.checkpoint.gguf.types import BY_NUMBER, REMOVED, GgmlType
 from moescale.errors import CheckpointError
 
@@ -246,10 +247,10 @@ _HEAD = struct.Struct("<4sIQQ")
 def _head(cursor: _Cursor) -> tuple[int, int, int]:
     if cursor.file_size < _HEAD.size:
         raise cursor.bad(f"{cursor.file_size} bytes are too few for a GGUF file")
+    head, at = cursor.peek(_HEAD.size)
     magic, version, tensors, keys = cursor.take(_HEAD)
     if magic != MAGIC:
-        lfs = "Run git lfs pull." if magic == b"vers" else None
-        raise cursor.bad("is not a GGUF file", lfs)
+        raise cursor.bad(*(placeholder(head[at : at + 64]) or ("is not a GGUF file", None)))
     if version not in VERSIONS:
         if version & 0xFFFF == 0:
             raise cursor.bad("is big-endian; only little-endian files are supported")

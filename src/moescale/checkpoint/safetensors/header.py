@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moescale.checkpoint.dtypes import BITS
+from moescale.checkpoint.foreign import placeholder
 from moescale.checkpoint.json_text import parse_strict
 from moescale.checkpoint.tensor import Header, Tensor
 from moescale.errors import CheckpointError
@@ -23,8 +24,6 @@ MAX_HEADER_BYTES = 100_000_000
 """A longer header is refused, as in safetensors."""
 
 _U64 = 1 << 64
-_LFS = b"version "
-"""First bytes of a Git LFS pointer."""
 _OTHERS = (
     (b"PK\x03\x04", "a zip file, such as torch.save writes"),
     (b"GGUF", "a GGUF file"),
@@ -46,16 +45,13 @@ def header_length(first: bytes, file_size: int, where: str) -> int:
     """
     if file_size < LENGTH_BYTES or len(first) < LENGTH_BYTES:
         raise _bad(where, f"{file_size} bytes are too few for a safetensors file", _CUT)
-    if first[:LENGTH_BYTES] == _LFS:
-        raise _bad(where, "is a Git LFS pointer, not the file itself", hint="Run git lfs pull.")
-    if first.lstrip().startswith((b"<!", b"<html", b"<?xml")):
-        raise _bad(
-            where, "is a web page, not the file itself", "Fetch it again; the repo may be gated."
-        )
     length = int.from_bytes(first[:LENGTH_BYTES], "little")
-    kind = next((kind for start, kind in _OTHERS if first.startswith(start)), None)
-    if kind is not None and length > min(file_size - LENGTH_BYTES, MAX_HEADER_BYTES):
-        raise _bad(where, f"is {kind}, despite its name", "Convert it to safetensors.")
+    if length > min(file_size - LENGTH_BYTES, MAX_HEADER_BYTES):
+        if (found := placeholder(first)) is not None:
+            raise _bad(where, *found)
+        kind = next((kind for start, kind in _OTHERS if first.startswith(start)), None)
+        if kind is not None:
+            raise _bad(where, f"is {kind}, despite its name", "Convert it to safetensors.")
     if length > file_size - LENGTH_BYTES:
         raise _bad(where, f"the header claims {length} bytes, but the file has {file_size}", _CUT)
     if length > MAX_HEADER_BYTES:

@@ -318,15 +318,13 @@ class GgufCheckpoint:
         existing = self._first.keys
         in_place = {name: value for name, value in keys.items() if name in existing}
         new = {name: (F32, value) for name, value in keys.items() if name not in existing}
+        blocks = max(layer.number for layer in self.moe.experts_by_layer) + 1
         return HeaderEdit(
             set={**in_place, **self._split(self._parts[0], len(added))},
-            add={**new, **_own_keys(plan, record, self._blocks())},
+            add={**new, **_own_keys(plan, record, blocks)},
             drop=[name for name in existing if name.startswith(_OWN)],
             tensors=added,
         )
-
-    def _blocks(self) -> int:
-        return max(layer.number for layer in self.moe.experts_by_layer) + 1
 
     def _split(self, name: str, added: int) -> dict[str, int]:
         """The number of tensors in the whole set, which every part states."""

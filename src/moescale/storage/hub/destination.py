@@ -197,7 +197,8 @@ class HubDestination:
         self._job = job
         self._head = self._repo.head(self.branch)
         self._check_branch()
-        self._streams = can_stream(self.ref.repo, self._base(), self.identity)
+        base = self.branch if self._head is not None else "main"
+        self._streams = can_stream(self.ref.repo, base, self.identity)
         if self._streams and (name := missing_client_name()):
             self._streams = False
             self.remarks.append(
@@ -237,10 +238,6 @@ class HubDestination:
                 f"{self.identity}: {self.branch} is not a branch",
                 hint="Give a branch, new or existing; --create-pr opens a pull request.",
             )
-
-    def _base(self) -> str:
-        """The branch from which new ones start."""
-        return self.branch if self._head is not None else "main"
 
     def _start(self) -> None:
         """Create the working branch; its first commit shows that the token may write."""

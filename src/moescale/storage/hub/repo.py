@@ -145,7 +145,7 @@ class HubRepo:
         """Create a branch at a commit.
 
         Raises:
-            DestinationError: somebody else has just created a branch of this name.
+            DestinationError: someone else has just created a branch of this name.
         """
 
         def create() -> str:
@@ -157,7 +157,7 @@ class HubRepo:
 
         if self._retry(create) != commit:
             raise DestinationError(
-                f"{self.name}: somebody else has just created the branch {branch}",
+                f"{self.name}: someone else has just created the branch {branch}",
                 hint="Is another run writing there? Wait for it, or give another destination.",
             )
 
@@ -236,9 +236,9 @@ class HubRepo:
         )
         for pull in pulls:
             revision = f"refs/pr/{pull.num}"
-            if pull.status == "open" and pull.is_pull_request and pull.title == message:  # noqa: SIM102
-                if not unapplied(operations, self.tree(revision)):
-                    return Commit(revision, self.url("discussions", str(pull.num)))
+            meant = pull.status == "open" and pull.is_pull_request and pull.title == message
+            if meant and not unapplied(operations, self.tree(revision)):
+                return Commit(revision, self.url("discussions", str(pull.num)))
         return None
 
     def _create_commit(
@@ -308,13 +308,13 @@ class HubRepo:
 
 
 def _raise_if_unauthorized(error: Any) -> None:
-    """A repo that is not found does not exist, unless an expired token hides it."""
+    """Raise the error of a repo that was not found if an expired token may be hiding it."""
     if error.response.status_code == 401 and client.has_token():
         raise error
 
 
 def _copy_for_attempt(operation: Any) -> Any:
-    """A copy of an operation for one attempt: the client does not reuse one, or rewind its file."""
+    """A copy of an operation for one attempt: the client cannot use it twice, or rewind its file."""
     if isinstance(operation, CopyOperation):
         return operation.operation()
     content = getattr(operation, "path_or_fileobj", None)

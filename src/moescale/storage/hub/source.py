@@ -343,7 +343,7 @@ def _cached_path(repo: str, name: str, revision: str | None) -> str | None:
 
 
 def _cached_commit(ref: HubRef) -> str:
-    """The commit of a revision at the time when the cache was filled.
+    """The commit that a revision had when the cache was filled.
 
     Raises:
         SourceError: the cache has no file of this revision.
@@ -362,9 +362,9 @@ def _cached_commit(ref: HubRef) -> str:
 def _cached_files(
     repo: str, folder_in_repo: str, commit: str
 ) -> Iterator[tuple[str, int, str | None, str | None]]:
-    """The files of the repo: from the cache's list of the repo, otherwise from its files.
+    """The files of the repo, from the cache's list of them, or else from the cached files.
 
-    A file of the cache is a link to one that is named after its digest.
+    A cached file is a link to one that is named after its digest.
     """
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError

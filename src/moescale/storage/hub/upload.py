@@ -52,8 +52,8 @@ send it again. The user's ``HF_XET_*`` settings take precedence."""
 
 BLOCK_BYTES = 2 << 20
 """The bytes of one call of hf_xet. It cuts a block into chunks of about 64 kB, keeps new ones as
-slices of the block, and copies a chunk that spans two blocks: blocks of 256 kB took half as much
-memory again."""
+slices of the block, and copies a chunk that spans two blocks: blocks of 256 kB took 1.5 times the
+memory."""
 
 POLL_SECONDS = 0.01
 TRANSFER_WAIT_SECONDS = 20.0
@@ -120,7 +120,7 @@ def new_session() -> Any:
 
 
 def _return_memory() -> None:
-    """Make glibc return freed memory at once; otherwise it kept another 60 to 130 MiB."""
+    """Make glibc return freed memory at once; otherwise it keeps another 60 to 130 MiB."""
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).mallopt(_M_TRIM_THRESHOLD, 1 << 20)
 

@@ -346,7 +346,7 @@ class LocalDestination:
             self._remove_state()
 
     def _remove_state(self) -> None:
-        """Remove the state, the journal last: as long as it exists, a rerun gets here again."""
+        """Remove the state, the journal last: as long as it exists, a rerun can finish."""
         assert self._journal is not None
         self._journal.close()
         self._remove_marker()
@@ -383,7 +383,7 @@ class LocalDestination:
             sync_directory(self.root)
 
     def commit_file(self, name: str, pending: PendingFile) -> FileRecord:
-        """Rename a synced temporary file to its final name, sync the directory, note the file.
+        """Rename a synced file to its final name, sync the directory, add the file to the journal.
 
         Raises:
             RewriteError: the size differs from that reported by its writer.
@@ -400,7 +400,7 @@ class LocalDestination:
                 raise RewriteError(f"{name}: size differs between the worker and this machine")
             make_directory(target.parent)
             os.replace(temporary, target)
-        finally:  # also those of other workers, which died or only seemed to
+        finally:  # also those of workers that died, or only seemed to
             for attempt in self._state.glob(f"{temporary_stem(name)}.*.tmp"):
                 with contextlib.suppress(OSError):
                     attempt.unlink()

@@ -19,7 +19,7 @@ _NO_FOLLOW = BINARY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0
 _FICLONERANGE = 0x4020940D  # from linux/fs.h on x86 and ARM; other systems refuse it
 
 NOT_REGULAR = frozenset({errno.EISDIR, errno.ELOOP, errno.ENXIO, None})
-"""Errors of `open_regular` for a path that is not a regular file; all others are of the disk."""
+"""Errors of `open_regular` for a path that is not a regular file; the disk causes all others."""
 
 
 def open_regular(path: Path, flags: int) -> int:
@@ -49,7 +49,7 @@ def write_new(path: Path, data: bytes) -> None:
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """Write all bytes, also if the system takes few at a time."""
+    """Write all bytes, even if the system takes only some at a time."""
     left = memoryview(data)
     while left:
         left = left[os.write(fd, left) :]
@@ -94,7 +94,7 @@ if sys.platform == "linux":
         """Switch direct I/O (past the page cache) on or off; returns whether it is on.
 
         Only a file system on a block device of its own gets it. Network, memory and overlay file
-        systems, and btrfs with its checksums, are faster without.
+        systems, and btrfs with its checksums, are faster without it.
         """
         try:
             if not os.major(os.fstat(fd).st_dev):
@@ -113,7 +113,7 @@ if sys.platform == "linux":
     def clone_blocks(source: int, start: int, size: int, target: int, offset: int) -> bool:
         """Share whole blocks of one file with another (reflink); returns whether that worked.
 
-        The reason for a failure does not matter: reading and writing follow, and report it.
+        The reason for a failure does not matter: the reads and writes that follow report it.
         """
         try:
             fcntl.ioctl(target, _FICLONERANGE, struct.pack("@qQQQ", source, start, size, offset))

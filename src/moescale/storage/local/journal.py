@@ -61,7 +61,7 @@ class Journal:
 
     @staticmethod
     def job_of(path: Path) -> Any:
-        """The job of a journal; None without a journal, a text if it is not one of moescale."""
+        """The job of a journal; None if there is none, a text if moescale did not write it."""
         try:
             with open(open_regular(path, os.O_RDONLY), "rb") as file:
                 line = file.readline()
