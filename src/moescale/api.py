@@ -18,10 +18,10 @@ from dataclasses import replace
 from functools import wraps
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack, get_args
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack
 
 from moescale.calibrate.calibration import Calibration, open_calibration
-from moescale.calibrate.devices import DEVICES, check_installed, running
+from moescale.calibrate.devices import check_installed, running
 from moescale.calibrate.loading import Loader
 from moescale.calibrate.text import Text, check_kept
 from moescale.checkpoint.rounding import Rounding
@@ -48,11 +48,12 @@ from moescale.families import listing
 from moescale.families.architectures import ROWS, known_types
 from moescale.families.listing import ModelType
 from moescale.options import (
+    DEVICES,
+    FOLDS,
     RULES,
     RUN_RULES,
     CompareOptions,
     ConvertOptions,
-    Fold,
     Options,
     PlanOptions,
     Rescaling,
@@ -434,7 +435,7 @@ def values(option: str) -> list[str]:
     """The values of an option: ``rule``, ``fold``, ``arch``, ``part`` or ``device``."""
     found = {
         "rule": RULES,
-        "fold": get_args(Fold),
+        "fold": FOLDS,
         "arch": known_types(),
         "part": {row.part for row in ROWS if row.part},
         "device": DEVICES,

@@ -25,10 +25,20 @@ Fold = Literal["weights", "config", "scale", "residual"]
 
 RULES: tuple[Rule, ...] = get_args(Rule)
 
+FOLDS: tuple[Fold, ...] = get_args(Fold)
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+"""Where a model may run; ``auto`` uses a GPU if there is one."""
+
 RUN_RULES: tuple[Rule, ...] = ("measured", "fitted")
 """The rules that run the model."""
 
 StrPath = str | os.PathLike[str]
+
+
+def _choices(values: Sequence[str], default: str) -> str:
+    """The values of an option in words, the default first."""
+    return ", ".join([f"{default} (default)", *(value for value in values if value != default)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +93,7 @@ class ChoiceOptions(TypedDict, total=False):
     experts: Annotated[
         int | None,
         Option(
-            "Required: experts per token of the output.",
+            "Experts per token in the output (required).",
             "M[,M...]",
             flags=("-k", "--experts"),
             kind=int,
@@ -94,7 +104,7 @@ class ChoiceOptions(TypedDict, total=False):
     rule: Annotated[
         Rule | None,
         Option(
-            "gates (default), preserve, published, measured, fitted, none.",
+            f"How factors are found: {_choices(RULES, 'gates')}.",
             "RULE",
             FACTOR,
             more="The default is preserve if the router cannot be computed.",
@@ -141,7 +151,7 @@ class FactorOptions(TypedDict, total=False):
     device: Annotated[
         str | None,
         Option(
-            "Device for models: auto (default), cpu, cuda, mps.",
+            f"Device for models: {_choices(DEVICES, 'auto')}.",
             "DEVICE",
             FACTOR,
             completes=True,
@@ -160,7 +170,7 @@ class FactorOptions(TypedDict, total=False):
     fold: Annotated[
         Fold | None,
         Option(
-            "Into weights (default), config, scale or residual.",
+            f"Where the factor goes: {_choices(FOLDS, 'weights')}.",
             "WHERE",
             FACTOR,
             more="config: multiply the model's own routed scaling key and change no weight; scale:"
@@ -189,7 +199,7 @@ class FactorOptions(TypedDict, total=False):
     gate_scale: Annotated[
         float | None,
         Option(
-            "Multiply the routers: above 1 sharpens the gate.",
+            "Multiply router logits; above 1 sharpens the gate.",
             "F",
             FACTOR,
             kind=float,
@@ -206,7 +216,7 @@ class FactorOptions(TypedDict, total=False):
     pattern: Annotated[
         str | None,
         Option(
-            "Matches the names of the down-projections.",
+            "Regular expression for down-projection names.",
             "REGEX",
             MODEL,
             more="For an unknown architecture, together with --experts-key.",
@@ -234,7 +244,15 @@ class SourceOptions(TypedDict, total=False):
 class DestinationOptions(TypedDict, total=False):
     """Options for writing the destination."""
 
-    overwrite: Annotated[bool, Option("Replace a destination with other content.", kind=bool)]
+    overwrite: Annotated[
+        bool,
+        Option(
+            "Replace what the destination holds.",
+            kind=bool,
+            more="With --verify, in a finished output of the same job on disk: rewrite only the"
+            " files that differ.",
+        ),
+    ]
     private: Annotated[
         bool | None,
         Option(
@@ -257,10 +275,10 @@ class DestinationOptions(TypedDict, total=False):
     follow_links: Annotated[
         bool,
         Option(
-            "Publish files that are links out of SRC.",
+            "Also upload files that SRC links to elsewhere.",
             panel=HUB,
             kind=bool,
-            more="Shards that are links are always published.",
+            more="Linked shards are always uploaded; a local output has every linked file.",
         ),
     ]
 
@@ -308,12 +326,11 @@ class ExecutionOptions(TypedDict, total=False):
     jobs: Annotated[
         int | None,
         Option(
-            "Shards in parallel; default: cores, at most 8.",
+            "Shards in parallel; default: one per core, at most 8; 2 to the Hub.",
             "N",
             OUTPUT,
             ("-j", "--jobs"),
             int,
-            more="The default is 2 when uploading.",
         ),
     ]
     dask: Annotated[
@@ -490,9 +507,8 @@ class Options:
             raise UsageError(
                 f"--rho has no meaning for {self.method}; it is for preserve and gates"
             )
-        if self.fold not in (None, *get_args(Fold)):
-            named = ", ".join(get_args(Fold))
-            raise UsageError(f"--fold is {self.fold!r}: it must be one of {named}")
+        if self.fold not in (None, *FOLDS):
+            raise UsageError(f"--fold is {self.fold!r}: it must be one of {', '.join(FOLDS)}")
         if self.rule == "fitted" and self.fold in ("config", "residual"):
             raise UsageError(
                 f"--fold {self.fold} needs one factor for all layers; --rule fitted gives each"

@@ -1015,7 +1015,7 @@ def test_help_shows_the_options_in_sections(moescale: Command) -> None:
     assert len(headings) == 6
     first = text.partition("\nOptions:\n")[2].partition(headings[1])[0]
     assert re.findall(r"^  (?:-\w, )?--(\w+)", first, re.M)[:3] == ["experts", "dry", "verify"]
-    assert "Required: " in first.splitlines()[0]
+    assert "(required)" in first.splitlines()[0]
     names = re.findall(r"^  (?:-\w, )?(--[\w-]+)", text, re.M)
     assert len(names) == len(set(names)) == len(get_command(app).params) - 2 + 1  # --help
 

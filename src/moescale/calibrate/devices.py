@@ -10,9 +10,7 @@ from dataclasses import dataclass
 
 from moescale.calibrate.text import one_line
 from moescale.errors import UsageError
-
-DEVICES = ("auto", "cpu", "cuda", "mps")
-"""Where a model may run; ``auto`` uses a GPU if there is one."""
+from moescale.options import DEVICES
 
 _NEEDED = ("torch", "transformers", "accelerate")
 

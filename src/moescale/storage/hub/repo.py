@@ -314,7 +314,7 @@ def _raise_if_unauthorized(error: Any) -> None:
 
 
 def _copy_for_attempt(operation: Any) -> Any:
-    """A copy of an operation for one attempt: the client cannot use it twice, or rewind its file."""
+    """A copy of an operation for one attempt: the client cannot reuse it, or rewind its file."""
     if isinstance(operation, CopyOperation):
         return operation.operation()
     content = getattr(operation, "path_or_fileobj", None)
