@@ -496,7 +496,9 @@ def _open_streams() -> None:
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+            mode = "w" if number else "r"
+            stream = open(number, mode, closefd=False)  # noqa: SIM115 - stays open until the end
+            setattr(sys, name, stream)
 
 
 def _flush_output() -> None:

@@ -21,6 +21,9 @@ from typing import ClassVar
 LONGEST = 800
 """Characters of a message; it may quote names and values from foreign files."""
 
+LEAVE_FOLD_OUT = "Leave --fold out; the weights are scaled then."
+"""The hint for a ``--fold`` that the model does not allow."""
+
 
 def printable(text: str, most: int = LONGEST) -> str:
     """The text on one line, without control characters; the middle of a long text is left out."""

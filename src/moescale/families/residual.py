@@ -19,7 +19,7 @@ from typing import Final
 from moescale.checkpoint.dtypes import SCALABLE
 from moescale.checkpoint.edit import Role, TensorEdit
 from moescale.checkpoint.tensor import Tensor
-from moescale.errors import CheckpointError, UnsupportedError
+from moescale.errors import LEAVE_FOLD_OUT, CheckpointError, UnsupportedError
 from moescale.families.names import plain_name
 from moescale.families.projections import Layer
 
@@ -58,12 +58,12 @@ def residual_writers(
         raise UnsupportedError(
             f"--fold residual cannot be used with model type {model_type!r}: the modules that write"
             " into its residual stream are not known",
-            hint="Leave --fold out; the weights are scaled then.",
+            hint=LEAVE_FOLD_OUT,
         )
     if tied or not any(plain_name(t.name) == HEAD for t in tensors):
         raise UnsupportedError(
             "--fold residual divides the embedding, which is also the head of this model",
-            hint="Leave --fold out; the weights are scaled then.",
+            hint=LEAVE_FOLD_OUT,
         )
     escaped = re.escape(WRITERS[model_type]).replace(r"\{L\}", r"(?P<layer>[0-9]{1,9})")
     pattern = re.compile(rf"(?:model\.)?(?:{EMBEDDING}|{escaped})\.(?P<suffix>.+)")
@@ -88,7 +88,7 @@ def _divided(tensor: Tensor, suffix: str, layer: str | None, factor: float) -> T
     if suffix not in ("weight", "bias") or tensor.dtype not in SCALABLE:
         raise UnsupportedError(
             f"{tensor.name}: is {tensor.dtype}; --fold residual divides only unquantised tensors",
-            hint="Leave --fold out; the weights are scaled then.",
+            hint=LEAVE_FOLD_OUT,
         )
     role: Role = "weight" if suffix == "weight" else "bias"
     of_layer = Layer(EMBEDDING, 0) if layer is None else Layer("", int(layer))

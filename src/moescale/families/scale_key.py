@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moescale.checkpoint.json_text import Path, replace_spans, value_spans
-from moescale.errors import UnsupportedError
+from moescale.errors import LEAVE_FOLD_OUT, UnsupportedError
 from moescale.families.architectures import Architecture
 from moescale.families.config import CONFIG, Config, NewValue, dotted, split_path, values_at
 
@@ -40,13 +40,13 @@ def fold_factor(config: Config, architecture: Architecture, factor: float) -> Fo
         )
         raise UnsupportedError(
             f"--fold config cannot be used with model type {architecture.model_type!r}: {why}",
-            hint="Leave --fold out; the weights are scaled then.",
+            hint=LEAVE_FOLD_OUT,
         )
     present = list(values_at(config, architecture.sections, [key]))
     if not present:
         raise UnsupportedError(
             f"{CONFIG}: has no {key}, so --fold config has no number to multiply",
-            hint="Leave --fold out; the weights are scaled then.",
+            hint=LEAVE_FOLD_OUT,
         )
     if factor == 1.0:
         return Folded(config.text)
@@ -77,6 +77,6 @@ def _product(old: str, factor: float, key: str) -> float:
     if not math.isfinite(new):
         raise UnsupportedError(
             f"{CONFIG}: {key} is {' '.join(old.split())[:60]}, which cannot be multiplied",
-            hint="Leave --fold out; the weights are scaled then.",
+            hint=LEAVE_FOLD_OUT,
         )
     return new

@@ -9,7 +9,7 @@ from moescale.checkpoint.edit import TensorEdit
 from moescale.checkpoint.rewrite import Segment
 from moescale.checkpoint.safetensors.header import LENGTH_BYTES, relaid_header
 from moescale.checkpoint.tensor import Header, Tensor
-from moescale.errors import UnsupportedError
+from moescale.errors import LEAVE_FOLD_OUT, UnsupportedError
 from moescale.families.find import Moe
 from moescale.families.formats import scaled_tensors
 from moescale.families.projections import Layer
@@ -43,9 +43,7 @@ def scaled_weights(
     if options.fold == "config":
         return []
     if options.fold == "scale":
-        raise UnsupportedError(
-            "--fold scale needs a GGUF file", hint="Leave --fold out; the weights are scaled then."
-        )
+        raise UnsupportedError("--fold scale needs a GGUF file", hint=LEAVE_FOLD_OUT)
     if options.fold == "residual":
         divisor = one_factor(factors, options)
         layers = {projection.layer.number for projection in moe.projections}

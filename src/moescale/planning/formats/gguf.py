@@ -16,7 +16,7 @@ from moescale.checkpoint.gguf.names import part_name, parts_of
 from moescale.checkpoint.gguf.types import BY_NAME, GgmlType
 from moescale.checkpoint.stored_provenance import KEY
 from moescale.checkpoint.tensor import Header, Tensor
-from moescale.errors import CheckpointError, SourceError, UnsupportedError
+from moescale.errors import LEAVE_FOLD_OUT, CheckpointError, SourceError, UnsupportedError
 from moescale.families import llama_cpp
 from moescale.families.config import NewValue
 from moescale.families.gguf import find_gguf_moe
@@ -140,7 +140,7 @@ class GgufCheckpoint:
                 why = "its embedding is also its output head"
             raise UnsupportedError(
                 f"--fold residual cannot be used with {self.moe.model_type!r}: {why}",
-                hint="Leave --fold out; the weights are scaled then.",
+                hint=LEAVE_FOLD_OUT,
             )
         divisor = 1 / one_factor(factors, self._options)
         wanted = {"token_embd.weight": Layer("token_embd", 0)}
@@ -191,7 +191,7 @@ class GgufCheckpoint:
             raise UnsupportedError(
                 f"--fold {fold} cannot be used with {self.moe.model_type!r}: llama.cpp does not"
                 f" {what[fold]} for it, so the file would load and nothing would change",
-                hint="Leave --fold out; the weights are scaled then.",
+                hint=LEAVE_FOLD_OUT,
             )
         if fold == "config":
             one_factor(factors, self._options)
