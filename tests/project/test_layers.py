@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from support import checkpoints
 
 import moescale
+from moescale.families.config import Config
 
 PACKAGE = Path(__file__).parents[2] / "src" / "moescale"
 
@@ -158,23 +160,80 @@ def test_only_the_command_touches_the_process() -> None:
     assert {"print", "sys.exit", "os.environ.setdefault"} <= found["cli.py"]
 
 
-def test_the_config_is_read_once() -> None:
-    """Only the modules that make a record of the MoE section take it as an argument."""
-    takers = {
-        path.name
-        for path in PACKAGE.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.arg) and node.arg == "section"
+PARSERS = {
+    *("config.py", "config_search.py", "duplicate_counts.py"),
+    *("moe_config.py", "unread_keys.py"),
+}
+"""The modules of `families` that see the parsed values of a config; all others get records."""
+
+OTHER_MAPPINGS = {
+    "api.py": {"given"},  # options
+    "calibrate/blocks.py": {"named"},  # arguments of a module of the model
+    "conversion/recorded_output.py": {"content"},  # moescale.json, here and below
+    "planning/factors.py": {"made_for"},
+    "planning/formats/gguf.py": {"record"},
+    "planning/provenance.py": {"content", "other", "calibration"},
+}
+"""Parameters that are mappings of any values, but not those of a config."""
+
+ANY_VALUES = re.compile(r"\bSection\b|\b(?:Mapping|dict)\b(?!\[(?!str, (?:Any|object)\]))")
+"""An annotation that may be parsed JSON."""
+
+
+def above_the_parsers() -> dict[str, ast.Module]:
+    """The modules that get records of the config, by path."""
+    packages = ("families", "planning", "calibrate", "conversion", "results", "report", "api")
+    return {
+        path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text("utf-8"))
+        for package in packages
+        for path in files_of(package)
+        if package != "families" or path.name not in PARSERS
     }
-    assert takers == {"config.py", "moe_config.py", "unread_keys.py"}
-    uses = re.compile(
-        r"^from moescale\.families\.config import .*\b(?:Config|parse_config)\b", re.M
-    )
-    users = {p for p in PACKAGE.rglob("*.py") if uses.search(p.read_text("utf-8"))}
-    users = {p for p in users if p.parent.name != "families"}
-    assert {p.name for p in users} == {*("safetensors.py", "weights.py", "extra_files.py")}
-    parsers = {p for p in users if "parse_config(" in p.read_text("utf-8")}
-    assert {p.name for p in parsers} == {"safetensors.py", "extra_files.py"}
+
+
+def passed_mappings(path: str, module: ast.Module) -> set[str]:
+    """The parameters that are mappings of any values; in families, also what functions return."""
+    typed: list[tuple[str, ast.expr | None]] = []
+    for node in ast.walk(module):
+        if isinstance(node, ast.arg) and node.arg not in OTHER_MAPPINGS.get(path, set()):
+            typed.append((node.arg, node.annotation))
+        elif isinstance(node, ast.FunctionDef) and path.startswith("families/"):
+            typed.append((node.name, node.returns))
+    return {name for name, type_ in typed if type_ and ANY_VALUES.search(ast.unparse(type_))}
+
+
+def test_nothing_takes_a_parsed_config() -> None:
+    """Only the parsing modules pass the values of a config on as a mapping."""
+    modules = above_the_parsers().items()
+    found = {path: passed_mappings(path, module) for path, module in modules}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_the_values_of_a_config_stay_with_its_parsers() -> None:
+    """No other module asks a `Config` for what it has, or returns, as a mapping."""
+    raw = {field.name for field in fields(Config) if ANY_VALUES.search(str(field.type))}
+    for name, method in vars(Config).items():
+        if ANY_VALUES.search(str(getattr(method, "__annotations__", {}).get("return"))):
+            raw.add(name)
+    assert len(raw) == 2
+    found = {
+        (path, ast.unparse(node))
+        for path, module in above_the_parsers().items()
+        for node in ast.walk(module)
+        if isinstance(node, ast.Attribute) and node.attr in raw
+    }
+    assert found == set()
+
+
+def test_the_config_is_parsed_at_the_door() -> None:
+    """One module parses the config, one that of a model in a subfolder; one knows the layers."""
+    callers = {
+        path
+        for path, module in above_the_parsers().items()
+        for node in ast.walk(module)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "parse_config"
+    }
+    assert callers == {"planning/formats/safetensors.py", "planning/extra_files.py"}
     readers = {
         p.name for p in PACKAGE.rglob("*.py") if '"per_layer_config"' in p.read_text("utf-8")
     }
