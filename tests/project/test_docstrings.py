@@ -1,15 +1,17 @@
-"""Docstrings name only arguments and attributes that exist."""
+"""Docstrings name all fields of records, and only arguments and attributes that exist."""
 
 from __future__ import annotations
 
 import ast
 import re
 from pathlib import Path
+from typing import TypeGuard
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(p for folder in ("src", "scripts", "tests") for p in (ROOT / folder).rglob("*.py"))
+SOURCES = [path for path in FILES if path.is_relative_to(ROOT / "src")]
 
 Documented = ast.FunctionDef | ast.ClassDef
 
@@ -38,3 +40,31 @@ def test_a_docstring_lists_what_there_is(path: Path) -> None:
         if isinstance(node, Documented):
             assert listed(node, "Args") <= present(node), (path, node.name)
             assert listed(node, "Attributes") <= present(node), (path, node.name)
+
+
+def fields(record: ast.ClassDef) -> set[str]:
+    """The fields of a record that have no docstring of their own."""
+    following = [*record.body[1:], ast.Pass()]
+    return {
+        field.target.id
+        for field, after in zip(record.body, following, strict=True)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if not (isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant))
+    }
+
+
+def is_public_record(node: ast.AST) -> TypeGuard[ast.ClassDef]:
+    """Whether a node defines a public dataclass or named tuple."""
+    if not isinstance(node, ast.ClassDef) or node.name.startswith("_"):
+        return False
+    made = " ".join(map(ast.unparse, (*node.decorator_list, *node.bases)))
+    return "dataclass" in made or "NamedTuple" in made
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_field_is_described(path: Path) -> None:
+    """Each field of a public record is in its docstring, or has one."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if is_public_record(node):
+            public = {name for name in fields(node) if not name.startswith("_")}
+            assert public <= listed(node, "Attributes"), (path, node.name)

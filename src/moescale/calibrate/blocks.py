@@ -69,7 +69,12 @@ def _routed_module(parameter: str) -> str | None:
 
 
 class BlockProbe:
-    """A block that runs twice for each run of the model, and collects its experts' statistics."""
+    """A block that runs twice for each run of the model, and collects its experts' statistics.
+
+    Attributes:
+        path: the path of its experts in the model.
+        router: the multiplier of its router's logits; None if they cannot be multiplied.
+    """
 
     def __init__(
         self,

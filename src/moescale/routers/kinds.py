@@ -62,7 +62,11 @@ class RouterKind:
 
 @dataclass(frozen=True, slots=True)
 class OtherRouter:
-    """A router that `RouterKind` cannot describe, and the reason."""
+    """A router that `RouterKind` cannot describe.
+
+    Attributes:
+        why: the reason, for messages.
+    """
 
     why: str
 

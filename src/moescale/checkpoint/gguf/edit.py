@@ -17,7 +17,12 @@ U32, F32, F64 = 4, 6, 12
 
 @dataclass(frozen=True, slots=True)
 class NewTensor:
-    """A one-dimensional F32 tensor to add."""
+    """A one-dimensional F32 tensor to add.
+
+    Attributes:
+        name: its name.
+        values: its numbers.
+    """
 
     name: str
     values: tuple[float, ...]

@@ -15,7 +15,13 @@ _BESIDE = re.compile(r"mmproj|imatrix|^ggml-vocab", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class PartName:
-    """The parts of a GGUF file's name; a file that is not split has number 1 and no count."""
+    """The parts of a GGUF file's name.
+
+    Attributes:
+        stem: the path without number and suffix.
+        number: which file of the set it is, from 1; 1 if the model is not split.
+        count: how many files the set has; None if the model is not split.
+    """
 
     stem: str
     number: int = 1

@@ -143,7 +143,12 @@ def by_shard(weight_map: Mapping[str, str]) -> dict[str, list[str]]:
 
 @dataclass(frozen=True, slots=True)
 class Absent:
-    """A tensor that is not in the shard where the index lists it."""
+    """A tensor that is not in the shard where the index lists it.
+
+    Attributes:
+        name: the tensor.
+        shard: that shard.
+    """
 
     name: str
     shard: str
@@ -151,7 +156,13 @@ class Absent:
 
 @dataclass(frozen=True, slots=True)
 class Doubled:
-    """A tensor in two shards; `kept` is the shard that the index lists, else the last one."""
+    """A tensor in two shards.
+
+    Attributes:
+        name: the tensor.
+        kept: the shard that the index lists; the last shard if it lists neither.
+        other: the other shard.
+    """
 
     name: str
     kept: str

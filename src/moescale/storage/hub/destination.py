@@ -74,7 +74,12 @@ class HubOptions:
 
 
 class HubDestination:
-    """A branch of a model repo."""
+    """A branch of a model repo.
+
+    Attributes:
+        ref: the repo and the branch.
+        branch: the name of the branch; ``main`` if the user gave none.
+    """
 
     keeps_files = False
     remote = True

@@ -48,7 +48,12 @@ _MARKER = ".shared"
 
 
 class LocalDestination:
-    """An output directory."""
+    """An output directory.
+
+    Attributes:
+        root: its absolute path.
+        gguf_set: the files of the output, if the directory may have others.
+    """
 
     keeps_files = True
     remote = False
