@@ -798,9 +798,9 @@ def test_overflow(moescale: Command, source: Path, out: Path) -> None:
     """A value too large for its dtype gives 1; the error names the tensor, and nothing loads."""
     path = source / "model-00002-of-00003.safetensors"
     data = bytearray(path.read_bytes())
-    places = checkpoints.places(bytes(data))
-    name = checkpoints.routed(places)[0]
-    start = places[name][1]
+    spans = checkpoints.spans(bytes(data))
+    name = checkpoints.routed(spans)[0]
+    start = spans[name][1]
     data[start : start + 2] = np.array([0x7F7F], "<u2").tobytes()
     path.write_bytes(data)
     fails(moescale(source, out, "-k", 3, "-q"), 1, path.name, name, "1 value")
@@ -812,12 +812,12 @@ def test_a_difference(moescale: Command, source: Path, out: Path) -> None:
     assert moescale(source, out, "-k", 3).code == 0
     path = out / "model-00003-of-00003.safetensors"
     data = bytearray(path.read_bytes())
-    places = checkpoints.places(bytes(data))
-    name = checkpoints.routed(places)[0]
-    data[places[name][1] + 20] ^= 1
+    spans = checkpoints.spans(bytes(data))
+    name = checkpoints.routed(spans)[0]
+    data[spans[name][1] + 20] ^= 1
     path.write_bytes(data)
     done = moescale(source, out, "-k", 3, "--verify", "-q")
-    fails(done, 4, path.name, name, f"byte {places[name][1] + 20}")
+    fails(done, 4, path.name, name, f"byte {spans[name][1] + 20}")
 
 
 def test_a_full_disk_says_which_file(

@@ -64,7 +64,7 @@ def check_weights(
     for name in after.keys() - made:
         expected = before[name]
         if name.endswith(".safetensors"):
-            names = checkpoints.routed(checkpoints.places(expected))
+            names = checkpoints.routed(checkpoints.spans(expected))
             expected = checkpoints.rescaled(expected, {n: factor(n) for n in names})
         assert after[name] == expected, name
 

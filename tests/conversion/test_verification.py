@@ -158,7 +158,7 @@ def test_an_output_in_the_cache_of_the_hub_passes(source: Path, output: Path) ->
 
 def tensor_at(path: Path, offset: int) -> str:
     """The tensor that a byte of a shard belongs to; "header" for the bytes before the tensors."""
-    for name, (_, start, stop) in checkpoints.places(path.read_bytes()).items():
+    for name, (_, start, stop) in checkpoints.spans(path.read_bytes()).items():
         if start <= offset < stop:
             return name
     return "header"
@@ -220,7 +220,7 @@ def test_a_byte_of_a_promoted_scale(tmp_path: Path, where: str) -> None:
     path = output / SHARD
     start, stop = next(
         place
-        for name, (dtype, *place) in checkpoints.places(path.read_bytes()).items()
+        for name, (dtype, *place) in checkpoints.spans(path.read_bytes()).items()
         if dtype == "F32" and name.endswith("down_proj.weight_scale_inv")
     )
     offset = {"first": start, "last": stop - 1, "neighbour": start - 1, "header": 40}[where]
@@ -273,9 +273,9 @@ def test_a_pipe_in_the_output(source: Path, output: Path) -> None:
 @pytest.mark.parametrize("where", ["first", "middle", "last"])
 def test_a_byte_of_a_planned_tensor(source: Path, output: Path, where: str) -> None:
     """The error names file, tensor and offset."""
-    places = checkpoints.places((output / SHARD).read_bytes())
-    name = checkpoints.routed(places)[1]
-    _, start, stop = places[name]
+    spans = checkpoints.spans((output / SHARD).read_bytes())
+    name = checkpoints.routed(spans)[1]
+    _, start, stop = spans[name]
     offset = {"first": start, "middle": (start + stop) // 2, "last": stop - 1}[where]
     flip(output / SHARD, offset)
     message = difference(source, output)
@@ -287,19 +287,19 @@ def test_a_byte_of_a_planned_tensor(source: Path, output: Path, where: str) -> N
 @pytest.mark.parametrize("special", [0, 2, 5, 7, 9, 13])
 def test_a_bit_of_zero_infinity_or_nan(source: Path, output: Path, special: int) -> None:
     """Values that scaling does not change are compared bit for bit too."""
-    places = checkpoints.places((output / SHARD).read_bytes())
-    name = checkpoints.routed(places)[0]
-    flip(output / SHARD, places[name][1] + special)
+    spans = checkpoints.spans((output / SHARD).read_bytes())
+    name = checkpoints.routed(spans)[0]
+    flip(output / SHARD, spans[name][1] + special)
     assert repr(name) in difference(source, output)
 
 
 def test_a_byte_of_another_tensor(source: Path, output: Path) -> None:
     """A copied tensor is compared too."""
-    places = checkpoints.places((output / SHARD).read_bytes())
-    other = next(name for name in places if name not in checkpoints.routed(places))
-    flip(output / SHARD, places[other][1] + 3)
+    spans = checkpoints.spans((output / SHARD).read_bytes())
+    other = next(name for name in spans if name not in checkpoints.routed(spans))
+    flip(output / SHARD, spans[other][1] + 3)
     message = difference(source, output)
-    assert f"byte {places[other][1] + 3}" in message
+    assert f"byte {spans[other][1] + 3}" in message
     assert message.startswith(SHARD)
 
 
@@ -394,8 +394,8 @@ def test_a_wrong_digest_in_the_provenance(source: Path, output: Path) -> None:
 
 def test_a_source_that_was_changed_since(source: Path, output: Path) -> None:
     """An output verified against a changed source is wrong."""
-    places = checkpoints.places((source / SHARD).read_bytes())
-    _, start, _ = places[checkpoints.routed(places)[0]]
+    spans = checkpoints.spans((source / SHARD).read_bytes())
+    _, start, _ = spans[checkpoints.routed(spans)[0]]
     flip(source / SHARD, start + 41)
     assert "in tensor" in difference(source, output)
 
@@ -439,9 +439,9 @@ def test_the_first_difference_of_a_large_file_is_found(tmp_path: Path) -> None:
     (source / "config.json").write_text(json.dumps(config))
     convert(source, tmp_path / "out", experts=3)
     shard = tmp_path / "out" / "model.safetensors"
-    places = checkpoints.places(shard.read_bytes())
+    spans = checkpoints.spans(shard.read_bytes())
     for tensor in ("big", name):
-        offset = places[tensor][2] - 5
+        offset = spans[tensor][2] - 5
         flip(shard, offset)
         assert f"byte {offset}" in difference(source, tmp_path / "out")
         flip(shard, offset)

@@ -64,7 +64,7 @@ def kill(
 ) -> Fault:
     """Run the command in a child that is killed when a request meets the fault.
 
-    Shards are noted as finished while the next one is under way, so the kill also waits for `done`.
+    A shard is listed as finished while the next one is under way, so the kill waits for `done`.
     """
     fault = lab.hub.fault(match, action, nth, times=None)
     options = ("-k", "3", "-q", "-j", "1")
@@ -185,11 +185,11 @@ def test_a_killed_run_to_disk_fetches_the_rest_only(lab: Lab) -> None:
     match, action, _, _ = KILLS["in the middle of a download"]
     journal = target / STATE / LOCAL_JOURNAL
 
-    def noted() -> bool:
+    def is_in_journal() -> bool:
         _, *files, _ = journal.read_text().split("\n")  # the job, and the start of a line
         return any(SHARDS[1] in line for line in files)
 
-    kill(lab, match, action, 3, str(target), done=noted)
+    kill(lab, match, action, 3, str(target), done=is_in_journal)
     assert not (target / "config.json").exists()
     hub.log.clear()
     lab.done(SRC, str(target), "-k", "3", "-q")

@@ -14,7 +14,7 @@ import torch
 from support import checkpoints, tiny_models
 from support.gated_checkpoints import GATE, LAYERS, gated_mixtral
 from support.tiny_models import TINY, build
-from test_gating import FORMED, build_formed, routers_of, transformers_weights
+from test_weights import FORMED, build_formed, routers_of, transformers_weights
 
 from moescale import api
 from moescale.errors import CheckpointError, UnsupportedError, UsageError, VerificationError

@@ -66,8 +66,8 @@ def shard(tensors: Mapping[str, Raw], metadata: Mapping[str, str] | None = None)
     return header(entries) + b"".join(data for _, _, data in tensors.values())
 
 
-def places(data: bytes) -> dict[str, tuple[str, int, int]]:
-    """Dtype, first byte and last byte of every tensor of a shard."""
+def spans(data: bytes) -> dict[str, tuple[str, int, int]]:
+    """Dtype, start and end of every tensor in a shard."""
     (length,) = struct.unpack_from("<Q", data)
     entries = json.loads(data[8 : 8 + length])
     entries.pop("__metadata__", None)
@@ -81,7 +81,7 @@ def places(data: bytes) -> dict[str, tuple[str, int, int]]:
 def rescaled(data: bytes, factors: Mapping[str, float]) -> bytes:
     """The expected output: a whole shard with the named tensors multiplied."""
     result = bytearray(data)
-    for name, (dtype, start, stop) in places(data).items():
+    for name, (dtype, start, stop) in spans(data).items():
         if name in factors:
             result[start:stop] = rounding.scaled(dtype, data[start:stop], factors[name])
     return bytes(result)

@@ -62,7 +62,7 @@ def rescaled(files: Mapping[str, bytes], factor: float = FACTOR) -> dict[str, by
     """The shards that the output must have, computed without moescale."""
     return {
         name: checkpoints.rescaled(
-            data, dict.fromkeys(checkpoints.routed(checkpoints.places(data)), factor)
+            data, dict.fromkeys(checkpoints.routed(checkpoints.spans(data)), factor)
         )
         for name, data in files.items()
         if name in SHARDS

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 import pytest
 from support.properties import MemorySource
 
-from moescale.conversion import executor as parallel
+from moescale.conversion import executor
 from moescale.conversion.executor import JobResult, Monitor, Pool, run_jobs
 from moescale.errors import InterruptedRun
 from moescale.storage.base import Source
@@ -102,7 +102,7 @@ def test_the_first_failure_stops_the_others() -> None:
 
 def test_a_thread_that_has_failed_begins_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """A failed thread starts no other job, even before the main thread notices the failure."""
-    monkeypatch.setattr(parallel, "wait", lambda left, *_: wait(left))
+    monkeypatch.setattr(executor, "wait", lambda left, *_: wait(left))
     started: list[str] = []
 
     def work(name: str, check: Callable[[], None]) -> None:

@@ -167,12 +167,12 @@ def test_a_model_larger_than_the_memory_lies_on_disk(
     lain: list[str] = []
     forward = runner.forward
 
-    def watched(model: Any, ids: Any) -> None:
+    def checked_forward(model: Any, ids: Any) -> None:
         lain.extend(path.name for path in offload.rglob("*.safetensors"))
         assert any(parameter.device.type == "meta" for parameter in model.parameters())
         forward(model, ids)
 
-    monkeypatch.setattr(runner, "forward", watched)
+    monkeypatch.setattr(runner, "forward", checked_forward)
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     assert samples(source, "mixtral", experts=3, max_memory=size // 2) == whole
     assert any("experts" in name for name in lain)

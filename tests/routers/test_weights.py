@@ -24,8 +24,8 @@ from moescale.routers.kinds import UNKNOWN, RouterKind
 from moescale.routers.weights import RouterArrays, gate_weights
 from moescale.storage.local.source import LocalSource
 
-GATINGS = {row.model_type + (f"/{row.part}" if row.part else ""): row.router for row in ROWS}
-NAMES = sorted(GATINGS)
+ROUTERS = {row.model_type + (f"/{row.part}" if row.part else ""): row.router for row in ROWS}
+NAMES = sorted(ROUTERS)
 
 
 def names_of(row: Any) -> tuple[Any, ...]:
@@ -33,8 +33,8 @@ def names_of(row: Any) -> tuple[Any, ...]:
     return row.weight, row.norm, row.bias, row.logit_bias
 
 
-FORMED = [e for e in TINY if isinstance(GATINGS[e], RouterKind) and GATINGS[e].norm]
-RENAMED = [e for e in FORMED if any(len(n) > 1 for n in names_of(GATINGS[e]))]
+FORMED = [e for e in TINY if isinstance(ROUTERS[e], RouterKind) and ROUTERS[e].norm]
+RENAMED = [e for e in FORMED if any(len(n) > 1 for n in names_of(ROUTERS[e]))]
 REFUSED = [e for e in TINY if e not in FORMED]
 
 pytestmark = [
@@ -71,8 +71,8 @@ def transformers_weights(block: tiny_models.MoE, entry: str, hidden: Tensor, rou
     seen: dict[str, Tensor] = {}
     if entry == "doge":
         return _doge(block.block, hidden)
-    watched = block.block.router if entry == "jetmoe" else block.routed
-    hook = watched.register_forward_hook(partial(_note, seen))
+    module = block.block.router if entry == "jetmoe" else block.routed
+    hook = module.register_forward_hook(partial(_record, seen))
     tiny_models.FEEDS[TINY[entry].feed](block.block, hidden, torch.zeros(hidden.shape[:2]).long())
     hook.remove()
     weights, index = seen["weights"].double(), seen["index"]
@@ -82,7 +82,7 @@ def transformers_weights(block: tiny_models.MoE, entry: str, hidden: Tensor, rou
     return weights.sort(dim=-1, descending=True)[0].numpy()
 
 
-def _note(seen: dict[str, Tensor], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+def _record(seen: dict[str, Tensor], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     if type(module).__name__ == "JetMoeTopKGating":
         order, batch, gates, *_ = output
         by_token = batch.argsort(stable=True)
@@ -201,7 +201,7 @@ def test_both_layouts_hold_the_same_routers(entry: str, tmp_path: Path) -> None:
 
 def test_every_model_type_has_a_row() -> None:
     """Every router in the table of architectures is computed, or refused with a reason."""
-    assert not [name for name, kind in GATINGS.items() if kind is UNKNOWN]
+    assert not [name for name, kind in ROUTERS.items() if kind is UNKNOWN]
 
 
 @pytest.mark.parametrize("entry", [*REFUSED, "deepseek_v4"])
