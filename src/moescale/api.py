@@ -30,6 +30,7 @@ from moescale.conversion.preflight import with_refusal, with_space_warning
 from moescale.conversion.previous import (
     check_same_job,
     previous_options,
+    previous_run,
     with_original_options,
 )
 from moescale.conversion.recorded_output import read_record
@@ -312,14 +313,22 @@ def convert(
         if plan.changes_nothing:
             return Result(plan, "nothing", False)
         jobs = jobs or _default_jobs(opened, pool)
-        original = with_original_options(plan, reader, opened)
+        previous = previous_run(opened)
+        original = with_original_options(plan, reader, previous)
         rounding: Mapping[str, Rounding] = {}
-        if check and overwrite and may_repair(original, opened):
+        if check and overwrite and may_repair(original, opened, previous):
             status = repair(original, reader, opened, jobs, step, begin, pool)
         else:
             begin("writing", plan.large_sizes)
             outcome = run(
-                original, reader, opened, jobs=jobs, overwrite=overwrite, progress=step, pool=pool
+                original,
+                reader,
+                opened,
+                previous,
+                jobs=jobs,
+                overwrite=overwrite,
+                progress=step,
+                pool=pool,
             )
             status, rounding = outcome.status, outcome.rounding
             if check:
@@ -389,8 +398,9 @@ def verify(
         with _loader(options) as loader:
             wanted, calibration = _parsed_options(options, measuring, loader, opened)
             plan = _make_plan(reader, wanted, target, calibration, measuring, opened)
-        check_same_job(plan, opened)
-        plan = with_original_options(plan, reader, opened)
+        previous = previous_run(opened)
+        check_same_job(plan, previous, opened)
+        plan = with_original_options(plan, reader, previous)
         begin("verifying", plan.large_sizes)
         verify_output(plan, reader, opened, jobs or _default_jobs(opened, pool), step, pool)
     return Result(plan, "done", True)
@@ -631,8 +641,9 @@ def _dry_run(
         made = _make_plan(source, wanted, target, calibration, measuring)
     try:
         if not destination.remote:
-            original = with_original_options(made, source, destination)
-            check_status(status_of(original, source, destination, overwrite), target)
+            previous = previous_run(destination)
+            original = with_original_options(made, source, previous)
+            check_status(status_of(original, source, destination, previous, overwrite), target)
             destination.check_writable()
         return with_space_warning(made, destination)
     except DestinationError as error:

@@ -26,6 +26,7 @@ from moescale.errors import (
     UsageError,
     VerificationError,
 )
+from moescale.planning import provenance
 from moescale.planning.plan import Plan
 from moescale.storage import reader as files
 from moescale.storage.local.destination import LocalDestination
@@ -541,7 +542,16 @@ def test_an_unfinished_run_goes_on_in_other_words(
 
 @pytest.mark.parametrize(
     "options",
-    [{"rule": 3}, {"rule": "best"}, {"experts": "3"}, {"nothing": 1}, {"pattern": ["x"]}, 7, None],
+    [
+        {"rule": 3},
+        {"rule": "best"},
+        {"experts": "3"},
+        {"factor": 10**400},
+        {"nothing": 1},
+        {"pattern": ["x"]},
+        7,
+        None,
+    ],
 )
 def test_words_that_make_no_sense_are_not_taken(source: Path, tmp_path: Path, options: Any) -> None:
     """If recorded options make no sense, the error says that the output was changed."""
@@ -551,6 +561,21 @@ def test_words_that_make_no_sense_are_not_taken(source: Path, tmp_path: Path, op
     (out / "moescale.json").write_text(json.dumps({**content, "options": options}))
     with pytest.raises(DestinationError, match="was changed since"):
         convert(source, out, experts=3)
+
+
+def test_a_record_is_read_once(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run decodes the output's record once; its verification decodes the bytes it verifies."""
+    decode, seen = provenance.decode, []
+    monkeypatch.setattr(provenance, "decode", lambda data: seen.append(data) or decode(data))
+    convert(source, tmp_path / "out", experts=3)
+    assert seen == []
+    with pytest.raises(DestinationError, match="this run has 4 experts"):
+        convert(source, tmp_path / "out", experts=4)
+    assert len(seen) == 1
+    convert(source, tmp_path / "out", experts=3, verify=True)
+    assert len(seen) == 3
 
 
 def test_overwrite_writes_again(source: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from support import checkpoints
 from moescale.options import Options, parse_factors
 from moescale.planning import provenance
 from moescale.planning.decide import make_plan
+from moescale.planning.factors import KnownFactors
 from moescale.planning.plan import Plan
+from moescale.planning.provenance import PreviousRun
 from moescale.storage.base import FileRecord
 from moescale.storage.local.source import LocalSource
 from moescale.storage.location import LocalPath
@@ -31,6 +34,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plan_of(folder: Path, location: LocalPath | None = None, **options: Any) -> Plan:
     """A plan, from 2 to 3 experts unless the options say otherwise."""
     return make_plan(LocalSource(folder), Options(**{"experts": 3, **options}), location)
+
+
+def decoded(content: Any) -> PreviousRun:
+    """The record in the file of an output."""
+    return provenance.decode(json.dumps(content).encode())
+
+
+def difference(one: Any, other: Mapping[str, Any]) -> str:
+    """The difference of an unfinished run from another job."""
+    return provenance.job_difference(provenance.decode_job(one), other)
 
 
 def test_it_says_what_was_done(folder: Path) -> None:
@@ -100,6 +113,48 @@ def test_factors_that_were_given_are_in_it(folder: Path) -> None:
     assert content["options"]["factors"] == content["factors"] == {"0": 1.5, "1": 2.0}
 
 
+# Reading it ---------------------------------------------------------------------------------------
+
+
+def test_it_is_read_as_it_was_written(folder: Path) -> None:
+    """The record of an output, and that of an unfinished run, have the facts of the plan."""
+    plan = plan_of(folder, rho=0.25)
+    output = provenance.decode(provenance.encode(provenance.provenance(plan, WRITTEN)))
+    begun = provenance.decode_job(provenance.job(plan))
+    assert (output.finished, begun.finished) == (True, False)
+    assert (output.rule, begun.rule) == ("preserve", None)
+    assert output.files == {"a": (1, "0" * 64), "b": (2, None)}
+    assert output.known == KnownFactors(dict(plan.factors), {})
+    for found in (output, begun):
+        assert (found.version, found.options) == (__version__, plan.options)
+        assert provenance.same_decisions(found, plan)
+        assert not provenance.same_decisions(found, plan_of(folder, rho=0.5))
+
+
+@pytest.mark.parametrize("value", [None, 1, True, "x", [1], [{"name": [1]}], {"0": "x"}, {"0": -1}])
+def test_a_malformed_value_is_not_read(folder: Path, value: Any) -> None:
+    """Each attribute has its type, whatever its key holds."""
+    content = provenance.provenance(plan_of(folder), WRITTEN)
+    for key in (*content, "calibration", "router_scales"):
+        found = decoded({**content, key: value})
+        assert found.content[key] == value
+        assert isinstance(found.options, Options) == (key != "options")
+        assert (found.known is None) == (key in ("factors", "router_scales"))
+        assert found.files == ({} if key == "files" else {"a": (1, "0" * 64), "b": (2, None)})
+        assert found.calibration == {}
+        for text in (found.version, found.plan, found.rule):
+            assert text is None or isinstance(text, str)
+        assert isinstance(found.source, dict)
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff", b"[]", b"1", b"{", b"[" * 100_000])
+def test_another_file_is_an_empty_record(folder: Path, data: bytes) -> None:
+    """It has no content, and is no run of any plan."""
+    found = provenance.decode(data)
+    assert (found.content, found.options, found.version) == ({}, None, None)
+    assert not provenance.same_source(found, plan_of(folder))
+
+
 # The same job -------------------------------------------------------------------------------------
 
 
@@ -108,14 +163,15 @@ def test_digests_do_not_make_another_job(folder: Path) -> None:
     plan = plan_of(folder)
     with_digest = provenance.provenance(plan, {"a": FileRecord(1, "0" * 64)})
     without = provenance.provenance(plan, {"a": FileRecord(1, None)})
-    assert provenance.same_job(with_digest, without)
-    assert not provenance.same_job(provenance.provenance(plan, {"a": FileRecord(2)}), without)
+    assert provenance.same_job(decoded(with_digest), without)
+    other = provenance.provenance(plan, {"a": FileRecord(2)})
+    assert not provenance.same_job(decoded(other), without)
 
 
 @pytest.mark.parametrize("found", [None, [], "text", 1, {}, {"files": 3}])
 def test_something_else_is_another_job(folder: Path, found: Any) -> None:
     """A file of that name is compared, whatever it contains."""
-    assert not provenance.same_job(found, provenance.provenance(plan_of(folder), WRITTEN))
+    assert not provenance.same_job(decoded(found), provenance.provenance(plan_of(folder), WRITTEN))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +187,7 @@ def test_other_options_are_another_job(folder: Path, options: dict[str, Any], wo
     """An unfinished run is continued only with the options that started it."""
     one, other = provenance.job(plan_of(folder)), provenance.job(plan_of(folder, **options))
     assert one != other
-    assert provenance.job_difference(one, other) == word
+    assert difference(one, other) == word
 
 
 def test_a_changed_source_is_another_job(tmp_path: Path) -> None:
@@ -139,7 +195,7 @@ def test_a_changed_source_is_another_job(tmp_path: Path) -> None:
     folder = checkpoints.mixtral(tmp_path / "m")
     before = provenance.job(plan_of(folder))
     (folder / "tokenizer.json").write_bytes(b"{}")
-    assert "changed" in provenance.job_difference(before, provenance.job(plan_of(folder)))
+    assert "changed" in difference(before, provenance.job(plan_of(folder)))
 
 
 def test_the_job_survives_a_journal(folder: Path) -> None:
@@ -159,10 +215,10 @@ def test_the_job_does_not_depend_on_places(folder: Path, monkeypatch: pytest.Mon
 def test_another_version_is_another_job(folder: Path) -> None:
     """A newer version does not finish what an older one began."""
     job = provenance.job(plan_of(folder))
-    assert provenance.job_difference({**job, "version": "0"}, job) == "another version"
-    assert provenance.job_difference("text", job) == "another program"
-    assert provenance.job_difference({**job, "plan": "0"}, job) == "other options (experts=3)"
-    assert provenance.job_difference({**job, "options": 1}, job) == "other options"
+    assert difference({**job, "version": "0"}, job) == "another version"
+    assert difference("text", job) == "another program"
+    assert difference({**job, "plan": "0"}, job) == "other options (experts=3)"
+    assert difference({**job, "options": 1}, job) == "other options"
 
 
 # Names that are not UTF-8 -------------------------------------------------------------------------

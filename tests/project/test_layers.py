@@ -169,10 +169,9 @@ PARSERS = {
 OTHER_MAPPINGS = {
     "api.py": {"given"},  # options
     "calibrate/blocks.py": {"named"},  # arguments of a module of the model
-    "conversion/recorded_output.py": {"content"},  # moescale.json, here and below
     "planning/factors.py": {"made_for"},
     "planning/formats/gguf.py": {"record"},
-    "planning/provenance.py": {"content", "other", "calibration"},
+    "planning/provenance.py": {"content", "wanted", "calibration"},  # moescale.json
 }
 """Parameters that are mappings of any values, but not those of a config."""
 

@@ -329,7 +329,9 @@ def test_two_jobs_do_not_mix(destinations: Callable[..., Destination]) -> None:
     destination.close()
     found = destinations().unfinished_job()
     assert found == JOB
-    assert provenance.job_difference(found, {**JOB, "version": "9"}) == "another version"
+    assert provenance.job_difference(provenance.decode_job(found), {**JOB, "version": "9"}) == (
+        "another version"
+    )
 
 
 # Every source to every destination ----------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from moescale.checkpoint.rewrite import PIECE
 from moescale.checkpoint.stored_provenance import PROVENANCE, names_here, stored_provenance
@@ -25,32 +24,23 @@ def read_record(output: Source, verify: bool) -> Record | None:
     """
     files = output.files()
     data = stored_provenance({name: file.size for name, file in files.items()}, output.read)
-    content = provenance.decode(data) if data is not None else None
-    if content is None or "moescale" not in content:
+    found = None if data is None else provenance.decode(data)
+    if found is None or "moescale" not in found.content:
         return None
-    entries = dict(_recorded_files(content))
-    names = names_here(entries, files)
-    listed = {names[name]: value for name, value in entries.items()}
+    names = names_here(found.files, files)
+    listed = {names[name]: value for name, value in found.files.items()}
     wanted = {n: sum_ for n, (_, sum_) in listed.items() if sum_ and n in files}
     read = {n for n in wanted if verify or files[n].size <= SMALL_BYTES}
     differences = dict(_differences(output, files, listed, read))
     sized = len(listed.keys() & files.keys()) - len(read)
-    words = provenance.in_words(content)
-    return Record(output.identity.id, content, words, differences, len(read), sized)
-
-
-def _recorded_files(content: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Name, size and SHA-256 of every file, without malformed entries."""
-    files = content.get("files")
-    for file in files if isinstance(files, list) else []:
-        if isinstance(file, dict) and isinstance(file.get("name"), str):
-            yield file["name"], (file.get("size"), file.get("sha256"))
+    words = None if found.options is None else provenance.in_words(found.options)
+    return Record(output.identity.id, found.content, words, differences, len(read), sized)
 
 
 def _differences(
     output: Source,
     files: Mapping[str, FileInfo],
-    listed: Mapping[str, tuple[Any, Any]],
+    listed: Mapping[str, tuple[object, object]],
     read: set[str],
 ) -> Iterator[tuple[str, str]]:
     for name, (size, digest) in listed.items():

@@ -7,16 +7,16 @@ from moescale.conversion.previous import previous_run
 from moescale.conversion.run import fill_digests, run
 from moescale.conversion.verify import verify_files
 from moescale.planning.plan import Plan
-from moescale.planning.provenance import same_decisions
+from moescale.planning.provenance import PreviousRun, same_decisions
 from moescale.results import Status
 from moescale.storage.base import Destination, Phase, Progress, Source, ignore
 
 
-def may_repair(plan: Plan, destination: Destination) -> bool:
+def may_repair(plan: Plan, destination: Destination, found: PreviousRun | None) -> bool:
     """Whether the destination holds an output of the same plan, perhaps damaged."""
-    if not destination.keeps_files or destination.unfinished_job() is not None:
+    if found is None or not found.finished:
         return False
-    return same_decisions(previous_run(destination), plan)
+    return destination.keeps_files and same_decisions(found, plan)
 
 
 def repair(
@@ -41,6 +41,7 @@ def repair(
         plan,
         source,
         destination,
+        previous_run(destination),
         jobs=jobs,
         overwrite=True,
         keep=keep,

@@ -18,6 +18,7 @@ from moescale.families.config import CONFIG
 from moescale.planning import provenance
 from moescale.planning.files import CARD, PlannedFile
 from moescale.planning.plan import Plan
+from moescale.planning.provenance import PreviousRun
 from moescale.results import Status
 from moescale.storage.base import (
     Destination,
@@ -48,6 +49,7 @@ def run(
     plan: Plan,
     source: Source,
     destination: Destination,
+    found: PreviousRun | None,
     *,
     jobs: int,
     overwrite: bool = False,
@@ -61,6 +63,7 @@ def run(
         plan: the plan.
         source: the checkpoint.
         destination: where the output goes.
+        found: the record of the previous run there.
         jobs: how many shards are rewritten in parallel.
         overwrite: replace any existing content.
         keep: correct large files of a finished output, which are not written again.
@@ -72,7 +75,7 @@ def run(
         RewriteError: a file could not be written, or a value would overflow.
         InterruptedRun: a part of the run was stopped; the same call resumes.
     """
-    status = status_of(plan, source, destination, overwrite)
+    status = status_of(plan, source, destination, found, overwrite)
     if status in ("done", "stale", "changed", "outdated"):
         destination.close()
         return RunOutcome(status)

@@ -9,6 +9,7 @@ from moescale.conversion.small_files import record_of, small_files
 from moescale.errors import DestinationError
 from moescale.planning import provenance
 from moescale.planning.plan import Plan
+from moescale.planning.provenance import PreviousRun
 from moescale.results import Status
 from moescale.storage.base import Destination, FileRecord, Source
 from moescale.storage.location import Location
@@ -18,18 +19,26 @@ SmallFiles = Callable[[], Mapping[str, bytes]]
 """Returns the small files of the output, as `small_files` does."""
 
 
-def status_of(plan: Plan, source: Source, destination: Destination, overwrite: bool) -> Status:
+def status_of(
+    plan: Plan, source: Source, destination: Destination, found: PreviousRun | None, overwrite: bool
+) -> Status:
     """What the run finds at the destination, and will do.
+
+    Args:
+        plan: the plan.
+        source: the checkpoint.
+        destination: where the output goes.
+        found: the record of the previous run there.
+        overwrite: replace any existing content.
 
     Raises:
         DestinationError: the destination has other content, and `overwrite` is false.
     """
-    unfinished = destination.unfinished_job()
-    if unfinished is not None:
+    if found is not None and not found.finished:
         wanted = provenance.job(plan)
-        if unfinished == wanted:
+        if found.content == wanted:
             return "resume"
-        difference = provenance.job_difference(unfinished, wanted)
+        difference = provenance.job_difference(found, wanted)
         return _status_if_replaceable(
             destination, overwrite, f"holds an unfinished run of {difference}"
         )
@@ -37,7 +46,7 @@ def status_of(plan: Plan, source: Source, destination: Destination, overwrite: b
     if not existing:
         return "new"
     small = cache(partial(small_files, plan, source))  # read at most once
-    same_job = _is_output(plan, destination, small)
+    same_job = found is not None and _is_output(plan, found, small)
     complete = _is_complete(plan, destination, existing, small) and bool(same_job or small())
     if same_job or complete:
         if overwrite:
@@ -45,11 +54,10 @@ def status_of(plan: Plan, source: Source, destination: Destination, overwrite: b
         if not (same_job and complete):
             return "changed"
         return "done" if source.last_changed() <= destination.changed_at(plan.record) else "stale"
-    if not overwrite and _has_same_options(plan, destination):
+    if not overwrite and found is not None and _has_same_options(plan, found):
         return "outdated"
-    return _status_if_replaceable(
-        destination, overwrite, _describe_existing(plan, destination, existing)
-    )
+    why = _describe_existing(plan, found, existing)
+    return _status_if_replaceable(destination, overwrite, why)
 
 
 def check_status(status: Status, destination: Location) -> None:
@@ -76,32 +84,21 @@ def check_status(status: Status, destination: Location) -> None:
         )
 
 
-def _has_same_options(plan: Plan, destination: Destination) -> bool:
-    """Whether the destination was made with the same options from other files of this source."""
-    recorded = destination.read_provenance()
-    found = None if recorded is None else provenance.decode(recorded)
-    options = provenance.made_with(found)
-    if found is None or options is None:
-        return False
-    now = provenance.provenance(plan, {})
-    same = all(found.get(key) == now[key] for key in ("moescale", "source"))
-    return same and provenance.options_given(options) == now["options"]
+def _has_same_options(plan: Plan, found: PreviousRun) -> bool:
+    """Whether it was made with the same options from other files of this source."""
+    return provenance.same_source(found, plan) and found.options == plan.options
 
 
-def _describe_existing(plan: Plan, destination: Destination, existing: Mapping[str, int]) -> str:
-    if (recorded := destination.read_provenance()) is None:
+def _describe_existing(plan: Plan, found: PreviousRun | None, existing: Mapping[str, int]) -> str:
+    if found is None:
         some = ", ".join(sorted(existing)[:3])
         return f"is not empty ({some}{', ...' if len(existing) > 3 else ''})"
-    found = provenance.decode(recorded) or {}
-    version, options = found.get("moescale"), provenance.made_with(found)
-    if isinstance(version, str) and version != __version__:
-        return f"holds an output of moescale {version[:20]}; this is {__version__}"
-    source = found.get("source")
-    name = source.get("id") if isinstance(source, dict) else None
-    if not isinstance(name, str) or options is None:
+    if found.version not in (None, __version__):
+        return f"holds an output of moescale {found.version[:20]}; this is {__version__}"
+    name = found.source.get("id")
+    if not isinstance(name, str) or found.options is None:
         return "holds another output of moescale"
-    rule = str(found.get("rule"))[:20]
-    existing_job = provenance.described(options, rule)
+    existing_job = provenance.described(found.options, str(found.rule)[:20])
     new_job = provenance.described(plan.options, plan.rule)
     this = new_job if name == plan.source.name else f"{plan.source.name} with {new_job}"
     return f"holds {name} with {existing_job}; this run has {this}"
@@ -126,14 +123,11 @@ def _status_if_replaceable(destination: Destination, overwrite: bool, why: str) 
     raise DestinationError(f"{destination.identity}: {why}", hint=hint)
 
 
-def _is_output(plan: Plan, destination: Destination, small: SmallFiles) -> bool:
-    """Whether the destination's provenance is that of this job."""
-    if (recorded := destination.read_provenance()) is None:
-        return False
+def _is_output(plan: Plan, found: PreviousRun, small: SmallFiles) -> bool:
+    """Whether a provenance is that of this job."""
     sizes = {f.name: FileRecord(plan.output_size(f)) for f in plan.large_files}
     others = {name: record_of(data) for name, data in small().items()}
-    wanted = provenance.provenance(plan, {**sizes, **others})
-    return provenance.same_job(provenance.decode(recorded), wanted)
+    return provenance.same_job(found, provenance.provenance(plan, {**sizes, **others}))
 
 
 def _is_complete(

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 from moescale.checkpoint.rewrite import PIECE, Segment, expected
 from moescale.checkpoint.safetensors.header import LENGTH_BYTES, header_length, parse_header
@@ -144,7 +143,7 @@ def _provenance_differences(
     plan: Plan, data: bytes, written: Mapping[str, FileRecord]
 ) -> Iterator[Difference]:
     """Compare every byte, except digests that may not be recorded yet."""
-    listed = _recorded_digests(provenance.decode(data))
+    listed = {name: digest for name, (_, digest) in provenance.decode(data).files.items()}
     for name, digest in listed.items():
         if name in written and digest not in (None, written[name].sha256):
             yield Difference(name, f"its SHA-256 is not the one recorded in {PROVENANCE}")
@@ -158,12 +157,6 @@ def _provenance_differences(
     if data != wanted({name for name, digest in listed.items() if digest is not None}):
         usual = (wanted(written), wanted(written.keys() - large))
         yield Difference(PROVENANCE, _differs(max(_first_difference(data, one) for one in usual)))
-
-
-def _recorded_digests(found: Any) -> dict[str, Any]:
-    files = found.get("files") if isinstance(found, dict) else None
-    entries = [file for file in files if isinstance(file, dict)] if isinstance(files, list) else []
-    return {f["name"]: f.get("sha256") for f in entries if isinstance(f.get("name"), str)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,14 +10,15 @@ import hashlib
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from itertools import chain
-from typing import Any
+from typing import Any, TypeGuard
 
 from moescale.checkpoint.edit import TensorEdit
 from moescale.checkpoint.json_text import parse_lenient
 from moescale.errors import UsageError
-from moescale.options import RUN_RULES, Options, factors_of, options_of
+from moescale.options import RUN_RULES, Options, factors_of, is_calibration, options_of
+from moescale.planning.factors import KnownFactors
 from moescale.planning.plan import Plan
 from moescale.storage.base import FileRecord
 from moescale.version import __version__
@@ -32,11 +33,7 @@ def provenance(plan: Plan, written: Mapping[str, FileRecord]) -> dict[str, Any]:
     listed = written.keys() & (shards - {plan.record} if plan.record in shards else written)
     return {
         "moescale": __version__,
-        "source": {
-            "kind": plan.source.kind,
-            "id": plan.source.name,
-            "revision": plan.source.revision,
-        },
+        "source": _source(plan),
         "options": options_given(plan.options),
         "plan": decided(plan),
         **plan.decisions(),
@@ -57,35 +54,19 @@ def encode(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def decode(data: bytes) -> Any:
-    """The content of a ``moescale.json``; None if the bytes are not one."""
-    try:
-        content = parse_lenient(data.decode())
-    except ValueError:
-        return None
-    return content if isinstance(content, dict) else None
-
-
 def options_given(options: Options) -> dict[str, Any]:
     """The options that the user gave."""
     given = {f.name: getattr(options, f.name) for f in fields(options)}
     return {name: value for name, value in given.items() if value is not None}
 
 
-def same_job(one: Any, other: Mapping[str, Any]) -> bool:
-    """Whether two provenances are of the same job.
-
-    Digests are ignored, since one of them may lack them.
-    """
-    return bool(_without_digests(one) == _without_digests(other))
+def _source(plan: Plan) -> dict[str, Any]:
+    source = plan.source
+    return {"kind": source.kind, "id": source.name, "revision": source.revision}
 
 
-def _without_digests(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {k: _without_digests(v) for k, v in content.items() if k != "sha256"}
-    if isinstance(content, (list, tuple)):  # JSON has no tuples
-        return [_without_digests(item) for item in content]
-    return content
+def _source_with_files(plan: Plan) -> dict[str, Any]:
+    return {**_source(plan), "files": dict(plan.states)}
 
 
 def decided(plan: Plan) -> str:
@@ -119,33 +100,96 @@ def job(plan: Plan) -> dict[str, Any]:
     """The facts that must be the same in an unfinished run for this one to resume it."""
     return {
         "version": __version__,
-        "source": {
-            "kind": plan.source.kind,
-            "id": plan.source.name,
-            "revision": plan.source.revision,
-            "files": dict(plan.states),
-        },
+        "source": _source_with_files(plan),
         "options": options_given(plan.options),
         **_measured(plan),
         "plan": decided(plan),
     }
 
 
-def same_decisions(found: Any, plan: Plan) -> bool:
-    """Whether a provenance or an unfinished job has the decisions and the source of this plan."""
-    if not isinstance(found, dict):
-        return False
-    wanted = job(plan) if "version" in found else provenance(plan, {})
-    alike = ("version", "moescale", "source", "plan")
-    return all(found.get(key) == wanted.get(key) for key in alike)
+def _measured(plan: Plan) -> dict[str, Any]:
+    """The results that a resumed run reuses: a second measurement may differ in a digit."""
+    if plan.rule not in RUN_RULES:
+        return {}
+    return {
+        "factors": dict(plan.factors),
+        "router_scales": dict(plan.router_scales),
+        "calibration": dict(plan.calibration),
+    }
 
 
-def made_with(found: Any) -> Options | None:
-    """The options in a provenance or in the job of an unfinished run.
+@dataclass(frozen=True, slots=True)
+class PreviousRun:
+    """The record of a run: the provenance of an output, or the job of an unfinished run.
 
-    None if they are invalid: the file is untrusted input.
+    Anybody may have edited it: whatever is missing or malformed is None or empty.
+
+    Attributes:
+        content: the whole record.
+        finished: whether it is that of an output.
+        version: the version of moescale.
+        source: the facts of the source.
+        options: the options that were given.
+        plan: the digest of the plan; see `decided`.
+        rule: the rule, even if it was not given.
+        known: the factors and router scales.
+        calibration: the text, and how much of it was used.
+        files: the size and SHA-256 of each file as recorded, even if malformed.
     """
-    given = found.get("options") if isinstance(found, dict) else None
+
+    content: Mapping[str, object]
+    finished: bool
+    version: str | None
+    source: Mapping[str, object]
+    options: Options | None
+    plan: str | None
+    rule: str | None
+    known: KnownFactors | None
+    calibration: Mapping[str, Any]
+    files: Mapping[str, tuple[object, object]]
+
+
+def decode(data: bytes) -> PreviousRun:
+    """The record in a ``moescale.json``."""
+    try:
+        content = parse_lenient(data.decode())
+    except ValueError:
+        content = None
+    return _decoded(content, finished=True)
+
+
+def decode_job(job: object) -> PreviousRun:
+    """The record in the job of an unfinished run."""
+    return _decoded(job, finished=False)
+
+
+def _decoded(record: object, finished: bool) -> PreviousRun:
+    content = _mapping(record)
+    calibration = content.get("calibration")
+    return PreviousRun(
+        content,
+        finished,
+        version=_text(content.get("moescale" if finished else "version")),
+        source=_mapping(content.get("source")),
+        options=_options(content),
+        plan=_text(content.get("plan")),
+        rule=_text(content.get("rule")),
+        known=_known(content),
+        calibration=calibration if is_calibration(calibration) else {},
+        files=_files(content.get("files")),
+    )
+
+
+def _mapping(found: object) -> dict[str, Any]:
+    return found if isinstance(found, dict) else {}
+
+
+def _text(found: object) -> str | None:
+    return found if isinstance(found, str) else None
+
+
+def _options(content: Mapping[str, Any]) -> Options | None:
+    given = content.get("options")
     if not isinstance(given, dict) or not given.keys() <= {f.name for f in fields(Options)}:
         return None
     if any(type(given[name]) is not str for name in _TEXTS & given.keys()):
@@ -153,20 +197,74 @@ def made_with(found: Any) -> Options | None:
     words: Any = {name: value for name, value in given.items() if name != "calibrate"}
     try:
         if "factors" in words:
-            words["factors"] = factors_of({**found, "factors": words["factors"]}, "moescale.json")
+            words["factors"] = factors_of({**content, "factors": words["factors"]}, "moescale.json")
         return options_of(words, given.get("calibrate"))
-    except (UsageError, TypeError, ValueError):
+    except (UsageError, TypeError, ValueError, OverflowError):
         return None
 
 
 _TEXTS = frozenset({"rule", "calibrate", "fold", "part", "arch", "pattern", "experts_key"})
 
 
-def in_words(found: Any) -> str | None:
-    """The options of a provenance or a job, in words; None if they are missing or invalid."""
-    options = made_with(found)
-    if options is None:
-        return None
+def _known(content: Mapping[str, Any]) -> KnownFactors | None:
+    factors, scales = content.get("factors"), content.get("router_scales", {})
+    if _are_factors(factors) and _are_factors(scales):
+        return KnownFactors(factors, scales)
+    return None
+
+
+def _are_factors(found: object) -> TypeGuard[Mapping[str, float]]:
+    if not isinstance(found, dict):
+        return False
+    return all(type(value) in (float, int) and 0 < value < 1e30 for value in found.values())
+
+
+def _files(found: object) -> dict[str, tuple[object, object]]:
+    entries = map(_mapping, found if isinstance(found, list) else [])
+    return {
+        name: (entry.get("size"), entry.get("sha256"))
+        for entry in entries
+        if isinstance(name := entry.get("name"), str)
+    }
+
+
+def same_job(found: PreviousRun, content: Mapping[str, Any]) -> bool:
+    """Whether a record has this content, without digests, which one of them may lack."""
+    return bool(_without_digests(found.content) == _without_digests(content))
+
+
+def _without_digests(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {k: _without_digests(v) for k, v in content.items() if k != "sha256"}
+    if isinstance(content, (list, tuple)):  # JSON has no tuples
+        return [_without_digests(item) for item in content]
+    return content
+
+
+def same_source(found: PreviousRun, plan: Plan) -> bool:
+    """Whether this version made it from this source, with the same files if it is unfinished."""
+    wanted = _source(plan) if found.finished else _source_with_files(plan)
+    return found.version == __version__ and found.source == wanted
+
+
+def same_decisions(found: PreviousRun, plan: Plan) -> bool:
+    """Whether it has the source and the decisions of this plan."""
+    return same_source(found, plan) and found.plan == decided(plan)
+
+
+def job_difference(found: PreviousRun, wanted: Mapping[str, Any]) -> str:
+    """The difference between two jobs, in words."""
+    if not found.content:
+        return "another program"
+    if found.version != wanted["version"]:
+        return "another version"
+    if found.source != wanted["source"]:
+        return "another source, or one that has changed"
+    return f"other options ({in_words(found.options)})" if found.options else "other options"
+
+
+def in_words(options: Options) -> str:
+    """The options as in the API."""
     given = {**options_given(options), "rule": options.rule}
     shown = {name: value for name, value in given.items() if isinstance(value, int | float | str)}
     if options.factors is not None:
@@ -185,29 +283,6 @@ def described(options: Options, rule: str) -> str:
         text = [f"on text {options.calibrate[:12]}…" if options.calibrate else "on its own text"]
     words = [rule, *text, *(f"{name}={value}" for name, value in others.items())]
     return f"{what} ({', '.join(words)})"
-
-
-def _measured(plan: Plan) -> dict[str, Any]:
-    """The results that a resumed run reuses: a second measurement may differ in a digit."""
-    if plan.rule not in RUN_RULES:
-        return {}
-    return {
-        "factors": dict(plan.factors),
-        "router_scales": dict(plan.router_scales),
-        "calibration": dict(plan.calibration),
-    }
-
-
-def job_difference(one: Any, other: Mapping[str, Any]) -> str:
-    """The difference between two jobs, in words."""
-    if not isinstance(one, dict):
-        return "another program"
-    names = {"version": "another version", "source": "another source, or one that has changed"}
-    for key, name in names.items():
-        if one.get(key) != other[key]:
-            return name
-    words = in_words(one)
-    return f"other options ({words})" if words else "other options"
 
 
 def measured_on(calibration: Mapping[str, Any]) -> str:
