@@ -96,6 +96,12 @@ def test_siblings_know_nothing_of_each_other(package: str, own: str, other: str)
         assert f"moescale.{package}.{other}" not in path.read_text("utf-8"), path
 
 
+def test_a_run_knows_no_format() -> None:
+    """A run and its verification read a plan; only planning names the formats."""
+    for path in files_of("conversion"):
+        assert not re.search(r"checkpoint\.(?:safetensors|gguf)\b", path.read_text("utf-8")), path
+
+
 def test_nothing_imports_the_command() -> None:
     """Only ``__main__`` imports the command line."""
     users = {p.name for p in PACKAGE.rglob("*.py") if "cli" in imports(p)}

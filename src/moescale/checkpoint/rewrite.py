@@ -50,6 +50,13 @@ class Segment:
     edit: TensorEdit | None = None
     data: bytes | None = None
 
+    @property
+    def new_size(self) -> int:
+        """Size in the output, in bytes."""
+        if self.data is not None:
+            return len(self.data)
+        return self.stop - self.start if self.edit is None else self.edit.nbytes
+
 
 def segments(
     edits: Sequence[TensorEdit], file_size: int, patches: Sequence[Segment] = ()

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 
 from moescale.checkpoint.rewrite import PIECE, Segment, expected
-from moescale.checkpoint.safetensors.header import LENGTH_BYTES, header_length, parse_header
-from moescale.checkpoint.safetensors.index import SUFFIX
 from moescale.conversion.executor import JobResult, Monitor, Pool, run_jobs
 from moescale.conversion.small_files import generated_files
-from moescale.errors import CheckpointError, SourceError, VerificationError
+from moescale.errors import SourceError, VerificationError
 from moescale.planning import provenance
 from moescale.planning.files import PROVENANCE, PlannedFile
 from moescale.planning.plan import Plan
-from moescale.storage.base import FileRecord, Progress, Source, ignore, io_errors
+from moescale.planning.shards import shard_header
+from moescale.storage.base import FileInfo, FileRecord, Progress, Source, ignore, io_errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,40 +245,22 @@ class _Digest:
 
 def _describe_offset(file: PlannedFile, plan: Plan, source: Source, offset: int) -> str:
     """The part of the output at an offset: the header, or a tensor by name."""
-    if not file.name.endswith(SUFFIX):
-        return _describe_in_segments(plan.segments(file), offset)
-    try:
-        first = _first_bytes(file, plan, source)
-        header = parse_header(first[LENGTH_BYTES:], plan.output_size(file), file.name)
-    except CheckpointError:  # it has the name of a shard, but is not one
-        return ""
-    if offset < header.data_start:
+    segments = plan.segments(file)
+    ends = accumulate(segment.new_size for segment in segments)
+    segment, end = next(pair for pair in zip(segments, ends, strict=True) if offset < pair[1])
+    if segment.edit is not None:
+        return f", in tensor {segment.edit.tensor.name!r}, which is scaled"
+    if segment.data is not None:
         return ", in the header"
-    name = next(t.name for t in header.tensors if t.start <= offset < t.stop)
-    planned = any(t.tensor.name == name for t in plan.changed_tensors)
-    return f", in tensor {name!r}, which is {'scaled' if planned else 'copied'}"
-
-
-def _describe_in_segments(parts: Sequence[Segment], offset: int) -> str:
-    """The part at an offset of a file, unless all of the file is copied."""
-    position = 0
-    for part in parts if len(parts) > 1 else ():
-        size = part.stop - part.start if part.data is None else len(part.data)
-        if offset < position + size:
-            if part.edit is not None:
-                return f", in tensor {part.edit.tensor.name!r}, which is scaled"
-            if part.data is not None:
-                return ", in the header"
-            return f", which is copied from byte {part.start + offset - position} of the source"
-        position += size
-    return ""
-
-
-def _first_bytes(file: PlannedFile, plan: Plan, source: Source) -> bytes:
-    if file.name in plan.new_headers:
-        return plan.new_headers[file.name].patches[0].data or b""
-    length = header_length(source.read(file.name, 0, LENGTH_BYTES), file.size or 0, file.name)
-    return source.read(file.name, 0, LENGTH_BYTES + length)
+    copied = segment.stop - (end - offset)
+    header = shard_header(source, FileInfo(file.name, file.size or 0))
+    if header is None:
+        whole = len(segments) == 1
+        return "" if whole else f", which is copied from byte {copied} of the source"
+    if copied < header.data_start:
+        return ", in the header"
+    name = next(t.name for t in header.tensors if t.start <= copied < t.stop)
+    return f", in tensor {name!r}, which is copied"
 
 
 def _differs(offset: int, where: str = "") -> str:

@@ -168,6 +168,14 @@ def read_header(source: Source, file: FileInfo) -> Header:
     return parse_header(source.read(file.name, LENGTH_BYTES, length), file.size, file.name)
 
 
+def shard_header(source: Source, file: FileInfo) -> Header | None:
+    """The header of a shard; None if the file is not one, whatever its name."""
+    try:
+        return read_header(source, file) if file.name.endswith(SUFFIX) else None
+    except CheckpointError:
+        return None
+
+
 def read_headers(
     source: Source, files: Mapping[str, FileInfo], names: Iterable[str]
 ) -> Iterator[tuple[str, Header]]:
