@@ -18,13 +18,14 @@ from dataclasses import replace
 from functools import wraps
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack
+from typing import Any, ParamSpec, TypeVar, Unpack
 
 from moescale.calibrate.calibration import Calibration, open_calibration
 from moescale.calibrate.devices import check_installed, running
 from moescale.calibrate.loading import Loader
 from moescale.calibrate.text import Text, check_kept
 from moescale.checkpoint.rounding import Rounding
+from moescale.conversion.executor import Pool
 from moescale.conversion.measured_plan import measured_plan
 from moescale.conversion.preflight import with_refusal, with_space_warning
 from moescale.conversion.previous import (
@@ -89,9 +90,6 @@ from moescale.storage.opening import (
     open_destination,
     open_source,
 )
-
-if TYPE_CHECKING:
-    from moescale.conversion.cluster import Workers
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -312,7 +310,7 @@ def convert(
         planned(plan)
         if plan.changes_nothing:
             return Result(plan, "nothing", False)
-        jobs = jobs or _default_jobs(opened, pool)
+        jobs = jobs or pool.default_jobs(opened)
         previous = previous_run(opened)
         original = with_original_options(plan, reader, previous)
         rounding: Mapping[str, Rounding] = {}
@@ -402,7 +400,7 @@ def verify(
         check_same_job(plan, previous, opened)
         plan = with_original_options(plan, reader, previous)
         begin("verifying", plan.large_sizes)
-        verify_output(plan, reader, opened, jobs or _default_jobs(opened, pool), step, pool)
+        verify_output(plan, reader, opened, jobs or pool.default_jobs(opened), step, pool)
     return Result(plan, "done", True)
 
 
@@ -584,13 +582,6 @@ def _check_jobs(jobs: int | None) -> None:
         raise UsageError(f"--jobs is {jobs}: it must be 1 or more")
 
 
-def _default_jobs(destination: Destination, pool: Workers | None) -> int:
-    """The destination's default, at most the number of cores; or the number of workers."""
-    if pool is not None:
-        return pool.size()
-    return min(destination.default_jobs, os.cpu_count() or 1)
-
-
 def _check_files(
     options: PlanOptions | CompareOptions | ConvertOptions, *locations: Location | None
 ) -> None:
@@ -651,10 +642,10 @@ def _dry_run(
 
 
 @contextmanager
-def _pool(dask: StrPath | None) -> Iterator[Workers | None]:
-    """The workers of a cluster; None for threads of this process."""
+def _pool(dask: StrPath | None) -> Iterator[Pool]:
+    """The workers of a cluster, or threads of this process."""
     if dask is None:
-        yield None
+        yield Pool()
         return
     try:
         from moescale.conversion.cluster import connect

@@ -402,12 +402,12 @@ def test_a_worker_that_comes_later_is_refused_too(
 
 
 def test_a_run_does_not_wait_for_workers_for_ever(
-    workers: Workers, monkeypatch: pytest.MonkeyPatch
+    workers: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If there has been no worker for a long time, the error says so, and a rerun resumes."""
     monkeypatch.setattr(on_cluster, "WORKER_CHECK_SECONDS", 0.0)
     with on_cluster.connect(workers.address) as found:
-        assert found.size() == 2
+        assert found.default_jobs(LocalDestination(tmp_path)) == 2
         found.check_alive()
         monkeypatch.setattr(found._client, "nthreads", dict)
         found.check_alive()

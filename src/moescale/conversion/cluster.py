@@ -31,7 +31,7 @@ from moescale.errors import (
     TemporaryError,
     UsageError,
 )
-from moescale.storage.base import Progress, Source, Writers
+from moescale.storage.base import Destination, Progress, Source, Writers
 from moescale.version import __version__
 
 _R = TypeVar("_R")
@@ -157,10 +157,19 @@ class Workers(Pool):
         self._topic = f"moescale-{secrets.token_hex(8)}"
         client.subscribe_topic(self._topic, lambda event: self._on_position(*event[1]))
 
-    def size(self) -> int:
-        """How many files the workers can do in parallel."""
+    def default_jobs(self, destination: Destination) -> int:
+        """The number of threads of all workers."""
         threads: dict[str, int] = self._client.nthreads()
         return max(1, sum(threads.values()))
+
+    def prepare(self, source: Source, destination: Destination) -> None:
+        """Let every worker reach the source and the destination.
+
+        Raises:
+            MoescaleError: the error of the first worker that does not reach them.
+        """
+        destination.prepare_for_workers()
+        self.check_reachable(source, destination.writers)
 
     def check_reachable(self, *storages: Writers | Source) -> None:
         """Let every worker check the sources and writers.

@@ -6,6 +6,7 @@ jobs, and so does Ctrl-C.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
@@ -15,7 +16,7 @@ from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
 from moescale.errors import InterruptedRun
-from moescale.storage.base import Progress, Source, Writers, ignore
+from moescale.storage.base import Destination, Progress, Source, Writers, ignore
 
 _R = TypeVar("_R")
 _R_co = TypeVar("_R_co", covariant=True)
@@ -94,6 +95,13 @@ class Pool:
 
     def __init__(self) -> None:
         self._stop = threading.Event()
+
+    def default_jobs(self, destination: Destination) -> int:
+        """How many files are written in parallel if the user does not say."""
+        return min(destination.default_jobs, os.cpu_count() or 1)
+
+    def prepare(self, source: Source, destination: Destination) -> None:
+        """Let every worker reach the source and the destination; threads always do."""
 
     def check_reachable(self, *storages: Writers | Source) -> None:
         """Check that every worker reaches the sources and writers; threads always do."""

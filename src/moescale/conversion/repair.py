@@ -9,7 +9,7 @@ from moescale.conversion.verify import verify_files
 from moescale.planning.plan import Plan
 from moescale.planning.provenance import PreviousRun, same_decisions
 from moescale.results import Status
-from moescale.storage.base import Destination, Phase, Progress, Source, ignore
+from moescale.storage.base import Destination, Phase, Progress, Source
 
 
 def may_repair(plan: Plan, destination: Destination, found: PreviousRun | None) -> bool:
@@ -26,7 +26,7 @@ def repair(
     jobs: int,
     progress: Progress,
     phase: Phase,
-    pool: Pool | None,
+    pool: Pool,
 ) -> Status:
     """Rewrite the files of a finished output that differ, and verify them."""
     output, sizes = destination.open_output(), plan.large_sizes
@@ -61,8 +61,8 @@ def verify_output(
     source: Source,
     destination: Destination,
     jobs: int,
-    progress: Progress = ignore,
-    pool: Pool | None = None,
+    progress: Progress,
+    pool: Pool,
 ) -> None:
     """Verify a finished output, and add the digests to its provenance."""
     output = destination.open_output()

@@ -55,7 +55,7 @@ def run(
     overwrite: bool = False,
     keep: Mapping[str, FileRecord] = MappingProxyType({}),
     progress: Progress = ignore,
-    pool: Pool | None = None,
+    pool: Pool,
 ) -> RunOutcome:
     """Carry out a plan, unless its output is already done.
 
@@ -68,7 +68,7 @@ def run(
         overwrite: replace any existing content.
         keep: correct large files of a finished output, which are not written again.
         progress: called for every piece, from several threads.
-        pool: rewrites the shards; by default threads of this process.
+        pool: rewrites the shards.
 
     Raises:
         DestinationError: the destination has other content, or a worker cannot reach it.
@@ -84,15 +84,10 @@ def run(
     if (made := generated_files(plan, source).get(CARD)) is not None:
         destination.check_card(made)
     try:
-        if pool is not None:  # before any old content is removed
-            destination.prepare_for_workers()
-            pool.check_reachable(
-                source.subset(f.name for f in plan.large_files), destination.writers
-            )
+        large = source.subset(f.name for f in plan.large_files)
+        pool.prepare(large, destination)  # before any old content is removed
         destination.begin(provenance.job(plan), replace=status == "replace", keep=keep)
-        written = _write_large_files(
-            plan, source, destination, jobs, progress, pool or Pool(), rounding
-        )
+        written = _write_large_files(plan, source, destination, jobs, progress, pool, rounding)
         small = small_files(plan, source)  # late, since an index may have many megabytes
         written |= {name: record_of(data) for name, data in small.items()}
         if CARD in small:

@@ -75,7 +75,7 @@ def verify_files(
     jobs: int,
     only: Collection[str] | None = None,
     progress: Progress = ignore,
-    pool: Pool | None = None,
+    pool: Pool,
 ) -> Proof:
     """Compare every byte of the output with the plan.
 
@@ -86,7 +86,7 @@ def verify_files(
         jobs: how many files are read in parallel.
         only: the large files to read; None for all.
         progress: called for every piece, from several threads.
-        pool: reads the large files; by default threads of this process.
+        pool: reads the large files.
     """
     small = generated_files(plan, source)
     large = {file.name for file in plan.large_files}
@@ -95,7 +95,6 @@ def verify_files(
     found = _found_names(output)
     differences = list(_name_differences({*files, *small, plan.record}, found))
     read = [n for n in files if n in found and (only is None or n in only or n not in large)]
-    pool = pool or Pool()
     pool.check_reachable(source.subset(files), output.subset(read))
 
     def keep(name: str, done: JobResult[FileRecord | str | int]) -> FileRecord | str:
