@@ -2,7 +2,7 @@
 # Sets up an environment and runs every check and every test.
 #   --latest    with the newest versions, instead of those of the lock
 #   --no-torch  without torch and the tests that need it
-#   --fast      in under a minute: no torch, no Hub, no GGUF, no Dask, no crashes
+#   --fast      in a minute or two: no torch, no Hub, no GGUF, no Dask, no crashes
 #   --coverage  with a report of the lines and branches that ran; takes twice as long
 # Other arguments go to pytest: ./scripts/test.sh tests/checkpoint/test_header.py
 set -euo pipefail
