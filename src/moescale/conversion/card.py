@@ -200,8 +200,8 @@ def _file_in_repo(plan: Plan) -> str:
 
 
 def _provenance_location(plan: Plan) -> str:
-    named = f"`{plan.record}`"
-    return named if plan.record == PROVENANCE else f"the keys `moescale.*` of {named}"
+    named = f"`{plan.provenance_file}`"
+    return named if plan.provenance_file == PROVENANCE else f"the keys `moescale.*` of {named}"
 
 
 def _override_note(plan: Plan) -> list[str]:

@@ -93,9 +93,11 @@ def run(
         if CARD in small:
             with io_errors(CARD):
                 destination.write_small(CARD, small.pop(CARD))
-        last = {} if plan.record in written else {plan.record: provenance_bytes(plan, written)}
+        last = dict[str, bytes]()
+        if plan.provenance_file not in written:
+            last[plan.provenance_file] = provenance_bytes(plan, written)
         config = {CONFIG: small.pop(CONFIG)} if CONFIG in small else {}
-        destination.publish({**last, **small, **config}, keep=frozenset(written) | {plan.record})
+        destination.publish({**last, **small, **config}, keep=frozenset(written) | {*last})
     finally:
         destination.close()
     return RunOutcome("repair" if keep else status, rounding)
@@ -230,9 +232,9 @@ def fill_digests(
 
     Provenance inside a shard has no digests: no file can contain its own.
     """
-    if plan.record in written:
+    if plan.provenance_file in written:
         return
     content = provenance_bytes(plan, written)
-    if content != output.read(plan.record):
-        with io_errors(plan.record):
-            destination.replace_small(plan.record, content)
+    if content != output.read(plan.provenance_file):
+        with io_errors(plan.provenance_file):
+            destination.replace_small(plan.provenance_file, content)

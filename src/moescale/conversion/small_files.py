@@ -26,7 +26,7 @@ def generated_files(plan: Plan, source: Source) -> dict[str, bytes]:
         result[CARD] = card.render(plan, source.read(CARD) if row.action == "edit" else None)
     if plan.index is not None and plan.index[1] is not None:
         result[plan.index[0]] = plan.index[1]
-    return {**result, **plan.edits, **({} if plan.config is None else {CONFIG: plan.config})}
+    return {**result, **plan.edited_files, **({} if plan.config is None else {CONFIG: plan.config})}
 
 
 def record_of(data: bytes) -> FileRecord:

@@ -53,7 +53,8 @@ def status_of(
             return "replace"
         if not (same_job and complete):
             return "changed"
-        return "done" if source.last_changed() <= destination.changed_at(plan.record) else "stale"
+        finished = destination.changed_at(plan.provenance_file)
+        return "done" if source.last_changed() <= finished else "stale"
     if not overwrite and found is not None and _has_same_options(plan, found):
         return "outdated"
     why = _describe_existing(plan, found, existing)

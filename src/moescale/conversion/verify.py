@@ -93,7 +93,7 @@ def verify_files(
     # A copied index can be large, so it is read like a shard.
     files = {f.name: f for f in plan.files if f.name in large or plan.index == (f.name, None)}
     found = _found_names(output)
-    differences = list(_name_differences({*files, *small, plan.record}, found))
+    differences = list(_name_differences({*files, *small, plan.provenance_file}, found))
     read = [n for n in files if n in found and (only is None or n in only or n not in large)]
     pool.check_reachable(source.subset(files), output.subset(read))
 
@@ -112,7 +112,7 @@ def verify_files(
     results |= {n: _verify_small(data, output.read(n)) for n, data in small.items() if n in found}
     differences += [Difference(name, how) for name, how in results.items() if isinstance(how, str)]
     written = {name: file for name, file in results.items() if isinstance(file, FileRecord)}
-    if not differences and only is None and plan.record not in large:
+    if not differences and only is None and plan.provenance_file not in large:
         differences += _provenance_differences(plan, output.read(PROVENANCE), written)
     return Proof(written, tuple(differences))
 

@@ -84,9 +84,9 @@ class Plan:
         loader: class of transformers that loads the output; None for GGUF.
         index: name of the index, and its content if it is new; None without an index.
         new_headers: replacements in headers of shards, by file.
-        edits: new content of other small files, by file.
+        edited_files: new content of other small files, by file.
         keys: values to set in the header of a shard, by key.
-        record: name of the file that holds the provenance.
+        provenance_file: name of the file that holds the provenance.
         last_file: name of the file without which the output does not load; it is written last.
         samples: gate and expert statistics, by layer; empty if the rule needs none.
         calibration: facts of the calibration text; empty without one.
@@ -119,9 +119,9 @@ class Plan:
     loader: str | None
     index: tuple[str, bytes | None] | None
     new_headers: Mapping[str, NewHeader]
-    edits: Mapping[str, bytes] = field(default_factory=dict)
+    edited_files: Mapping[str, bytes] = field(default_factory=dict)
     keys: Mapping[str, Any] = field(default_factory=dict)
-    record: str = PROVENANCE
+    provenance_file: str = PROVENANCE
     last_file: str = CONFIG
     samples: Mapping[str, Sample] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
@@ -224,7 +224,7 @@ class Plan:
         name, made = self.index or ("", b"")
         sizes = {f.name: f.size or 0 for f in self.files}
         index = len(made) if made is not None else sizes[name]
-        edited = len(self.config or b"") + sum(map(len, self.edits.values()))
+        edited = len(self.config or b"") + sum(map(len, self.edited_files.values()))
         return self.bytes_streamed + edited + index
 
     @property

@@ -30,7 +30,9 @@ def provenance(plan: Plan, written: Mapping[str, FileRecord]) -> dict[str, Any]:
     If it is stored in a shard, it lists neither that shard nor files that are written later.
     """
     shards = {file.name for file in plan.large_files}
-    listed = written.keys() & (shards - {plan.record} if plan.record in shards else written)
+    listed = written.keys() & (
+        shards - {plan.provenance_file} if plan.provenance_file in shards else written
+    )
     return {
         "moescale": __version__,
         "source": _source(plan),
@@ -77,7 +79,7 @@ def decided(plan: Plan) -> str:
     digest = hashlib.sha256(plan.config or b"")
     if plan.keys:
         digest.update(json.dumps(dict(plan.keys)).encode())
-    for name, data in sorted(plan.edits.items()):
+    for name, data in sorted(plan.edited_files.items()):
         digest.update(json.dumps([name, data.decode()]).encode())
     files = ([f.name, f.action] for f in plan.files)
     tensors = map(_as_applied, plan.changed_tensors)

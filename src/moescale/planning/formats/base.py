@@ -26,9 +26,9 @@ class Output:
         config: the config of the output; None if it is not a separate file.
         index: the name of the index, and its content if it is new; None without an index.
         new_headers: replacements of the headers of shards.
-        edits: other small files that change, with their new content.
+        edited_files: other small files that change, with their new content.
         keys: values set in the header of a shard, by key.
-        record: name of the file that holds the provenance.
+        provenance_file: name of the file that holds the provenance.
         last_file: name of the file without which the output does not load; it is written last.
         warnings: warnings for the user.
         config_overrides: the alternative without rewriting; None if there is none.
@@ -39,9 +39,9 @@ class Output:
     config: bytes | None = None
     index: tuple[str, bytes | None] | None = None
     new_headers: Mapping[str, NewHeader] = field(default_factory=dict)
-    edits: Mapping[str, bytes] = field(default_factory=dict)
+    edited_files: Mapping[str, bytes] = field(default_factory=dict)
     keys: Mapping[str, Any] = field(default_factory=dict)
-    record: str = PROVENANCE
+    provenance_file: str = PROVENANCE
     last_file: str = CONFIG
     warnings: Sequence[str] = ()
     config_overrides: ConfigOverrides | None = None

@@ -236,7 +236,7 @@ class GgufCheckpoint:
         return Output(
             files=tuple(rows),
             keys={**keys, **{tensor.name: tensor.values[0] for tensor in added}},
-            record=self._parts[0],
+            provenance_file=self._parts[0],
             last_file=self._parts[0],
             config_overrides=self._in_keys(factors, experts),
             fold_key=self._scale_name if self._row.scale_key else None,

@@ -85,7 +85,7 @@ class SafetensorsCheckpoint:
             config=text.encode(),
             index=index,
             new_headers=new_headers(source, self.headers, edits),
-            edits=others_edited,
+            edited_files=others_edited,
             warnings=(*warnings, *left_out_warnings(files)),
             config_overrides=self._config_overrides(folded),
             fold_key=_fold_key(self.moe, self._options),
