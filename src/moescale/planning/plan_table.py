@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moescale.factors.evaluation import Evaluation
+from moescale.planning.comparison import BASES
 from moescale.planning.plan import Plan
 
 
@@ -29,6 +30,18 @@ class PlanTable:
         found = [warning for plan in self.plans for warning in plan.warnings]
         cost = self.evaluation.warnings if self.evaluation else ()
         return tuple(dict.fromkeys([*found, *cost, *self.remarks]))
+
+    def norms(self, plan: Plan) -> tuple[float, ...]:
+        """The relative norm in each layer with the rule of one of the plans; empty if unknown.
+
+        Plans with the same number of experts share the best origin that one of them has: a plan
+        without a rule samples no router.
+        """
+        taken, factors = plan.comparison.taken, plan.comparison.factors
+        alike = (p.comparison for p in self.plans if p.experts.after == plan.experts.after)
+        known = [c for c in alike if taken in c.norms and c.factors[taken] == factors[taken]]
+        best = min(known, key=lambda c: [*BASES].index(c.basis), default=plan.comparison)
+        return best.norms.get(taken, ())
 
     def as_json(self) -> dict[str, Any]:
         """For ``--dry-run --json``."""

@@ -81,7 +81,7 @@ PLAN_TABLE_HEADER = ("experts", "rule", "factor", "router scale", "norm", "activ
 def plan_table_rows(plan_table: PlanTable) -> Iterator[tuple[str, ...]]:
     """A row for each plan."""
     for plan in plan_table.plans:
-        norm = span(plan.comparison.norms.get(plan.comparison.taken, ()), ".3f")
+        norm = span(plan_table.norms(plan), ".3f")
         active = plan.active
         yield (
             f"{count_text(plan.experts.before)} -> {count_text(plan.experts.after)}",
@@ -93,7 +93,7 @@ def plan_table_rows(plan_table: PlanTable) -> Iterator[tuple[str, ...]]:
         )
 
 
-SEVERAL_NOTE = (
+PLAN_TABLE_NOTE = (
     "norm: of the routed output, relative to the model as trained; active: weights that a token"
     " uses"
 )
@@ -113,7 +113,7 @@ def plan_table_text(plan_table: PlanTable) -> str:
     parts = [
         plan_table_lead(plan_table),
         table(plan_table_rows(plan_table), header=PLAN_TABLE_HEADER),
-        SEVERAL_NOTE,
+        PLAN_TABLE_NOTE,
         evaluation_text(plan_table.evaluation),
     ]
     return "\n\n".join(part for part in parts if part)

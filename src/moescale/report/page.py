@@ -142,7 +142,7 @@ def plan_table_page(plan_table: PlanTable) -> str:
     parts = [
         "<h2>Plans</h2>",
         _table(losses.plan_table_rows(plan_table), losses.PLAN_TABLE_HEADER),
-        f'<p class="note">{_text(losses.SEVERAL_NOTE)}</p>',
+        f'<p class="note">{_text(losses.PLAN_TABLE_NOTE)}</p>',
     ]
     if plan_table.evaluation:
         parts += ["<h2>Losses</h2>", *_evaluation(plan_table.evaluation)]
