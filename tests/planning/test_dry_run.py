@@ -204,6 +204,8 @@ def test_a_folder_in_the_place_of_a_file_is_found_at_once(name: str, source: Pat
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "Git LFS", "git lfs pull"),
         (b"<!DOCTYPE html>\n<html><head></head></html>", "web page", "Fetch it again"),
+        (b"<Error><Code>AccessDenied</Code></Error>", "web page", "Fetch it again"),
+        (b"\n <BODY>503 Service Unavailable</BODY>", "web page", "Fetch it again"),
     ],
 )
 def test_what_stands_in_place_of_a_file_is_called_so(

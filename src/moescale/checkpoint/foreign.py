@@ -21,7 +21,8 @@ _TEXT = re.compile(rb"X(?P<long>.[\x00-\x03]\x00\x00)|\x8c(?P<short>.)", re.DOTA
 
 
 _POINTER = b"version https://git-lfs"
-_PAGE_STARTS = (b"<!", b"<html", b"<head", b"<?xml")
+_TAG = re.compile(rb"\s*<[!?/a-z]", re.IGNORECASE)
+"""The start of HTML or XML, such as the error page of a server."""
 
 
 def placeholder(head: bytes) -> tuple[str, str] | None:
@@ -32,7 +33,7 @@ def placeholder(head: bytes) -> tuple[str, str] | None:
     """
     if len(head) >= 8 and _POINTER.startswith(head[: len(_POINTER)]):
         return "is a Git LFS pointer, not the file itself", "Run git lfs pull."
-    if head.lstrip().lower().startswith(_PAGE_STARTS):
+    if _TAG.match(head):
         return "is a web page, not the file itself", "Fetch it again; the repo may be gated."
     return None
 

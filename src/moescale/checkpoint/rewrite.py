@@ -11,7 +11,7 @@ from moescale.checkpoint.rounding import Rounding
 from moescale.errors import CheckpointError, RewriteError
 
 PIECE = 1 << 20
-"""Bytes read and written at a time, for each shard in progress."""
+"""Bytes read at a time, for each shard in progress."""
 
 EDIT_PIECE = 1 << 18
 """Bytes edited at a time: source, result and table then fit into the L2 cache."""
