@@ -13,7 +13,8 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypedDict
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, TypedDict
 
 import typer
 
@@ -83,11 +84,14 @@ class _Command(typer.core.TyperCommand):
         formatter.write_usage(ctx.command_path, USAGE)
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """All parameters, with shorter help for those that Typer adds."""
+        """All parameters; those that Typer adds get shorter help."""
         found: list[Any] = super().get_params(ctx)
         for parameter in found:
             if short := _COMPLETION.get(parameter.name):
                 parameter.help = short
+            parameter.get_runtime_param = partial(
+                _Conversion, _PARSERS.get(parameter.name, _unchanged)
+            )
         return sorted(found, key=lambda parameter: parameter.name in _COMPLETION)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
@@ -109,6 +113,24 @@ _COMPLETION = {
 }
 
 app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+def _unchanged(value: Any) -> Any:
+    return value
+
+
+class _Conversion(NamedTuple):
+    """Converts the value of a parameter without pydantic.
+
+    Typer 0.29 imports pydantic to convert the first value and builds an adapter for every
+    parameter, which takes longer than to plan a model. Older versions do not use this.
+    """
+
+    parse: Callable[[Any], Any]
+
+    def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
+        """The value of the parameter; None if it is not given."""
+        return None if value is None else self.parse(value)
 
 
 def _values(option: str) -> Callable[[], list[str]]:
@@ -165,15 +187,18 @@ class OutputOptions(TypedDict, total=False):
     ]
 
 
+_ROWS = option_rows(Rescaling) | option_rows(OutputOptions) | option_rows(ConvertOptions)
+"""The options of the command, by name."""
+
+
 def _parameters() -> list[inspect.Parameter]:
     """The parameters of the command, from which Typer reads its options."""
-    rows = option_rows(Rescaling) | option_rows(OutputOptions) | option_rows(ConvertOptions)
     source, destination = typer.Argument(metavar="SRC"), typer.Argument(metavar="DST")
     version = typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     return [
         _parameter("source", Annotated[str | None, source], None),
         _parameter("destination", Annotated[str | None, destination], None),
-        *(_option(name, rows[name]) for name in sorted(rows, key=lambda n: _rank(rows[n].panel))),
+        *(_option(name, row) for name, row in sorted(_ROWS.items(), key=_panel_rank)),
         _parameter("version", Annotated[bool, version], False),
     ]
 
@@ -181,23 +206,50 @@ def _parameters() -> list[inspect.Parameter]:
 _PANELS = ("Options", FACTOR, HUB, MODEL, OUTPUT, OTHER)
 """The headings of ``--help``, in order; under each, options are in table order."""
 
-_rank = _PANELS.index
+
+def _panel_rank(item: tuple[str, Option]) -> int:
+    return _PANELS.index(item[1].panel)
 
 
 def _option(name: str, row: Option) -> inspect.Parameter:
     option = typer.Option(
         *row.spellings(name),
-        parser=_parse_counts if name == "experts" else None,
+        parser=_PARSERS[name] if row.kind in _NUMBERS else None,
         metavar=row.metavar or None,
         help=row.help,
         rich_help_panel=row.panel,
         autocompletion=_values(name) if row.completes else None,
     )
-    if name == "experts":
-        return _parameter(name, Annotated[Any, option], None)
-    yes_or_no = row.kind is bool and "/" not in "".join(row.flags)
-    kind = bool if yes_or_no else row.kind | None
-    return _parameter(name, Annotated[kind, option], False if yes_or_no else None)
+    if row.kind is bool and "/" not in "".join(row.flags):
+        return _parameter(name, Annotated[bool, option], False)
+    return _parameter(name, Annotated[row.kind | None, option], None)
+
+
+_NUMBERS: dict[type, str] = {int: "a whole number, such as 3", float: "a number, such as 1.2"}
+
+
+def _number_parser(name: str, row: Option) -> Callable[[str], Any]:
+    """The function that converts the value of an option which takes numbers."""
+
+    def parse(text: str) -> Any:
+        try:
+            return _parse_counts(text) if name == "experts" else row.kind(text)
+        except ValueError:
+            raise errors.UsageError(
+                f"{row.spellings(name)[-1]} is {text!r}: it must be {_NUMBERS[row.kind]}",
+                hint=_HELP_HINT,
+            ) from None
+
+    return parse
+
+
+_HELP_HINT = "Try 'moescale --help' for help."
+
+_PARSERS: Mapping[str, Callable[[Any], Any]] = {
+    name: _number_parser(name, row) if row.kind in _NUMBERS else row.kind
+    for name, row in _ROWS.items()
+}
+"""What converts the value of each option."""
 
 
 def _parse_counts(text: str) -> list[int]:
@@ -522,7 +574,7 @@ def _run() -> NoReturn:
         if isinstance(error, typer.BadParameter) or sys.argv[1:]:
             if sys.argv[1:2] and sys.argv[1] in _SUBCOMMANDS:
                 _fail(_no_subcommand(sys.argv[1]))
-            _fail(errors.UsageError(_parser_message(error), hint="Try 'moescale --help' for help."))
+            _fail(errors.UsageError(_parser_message(error), hint=_HELP_HINT))
         error.show()  # without arguments, the error shows the help
         sys.exit(2)
     except errors.MoescaleError as error:
@@ -537,17 +589,8 @@ def _run() -> NoReturn:
         _fail(errors.MoescaleError(f"{error.filename or 'output'}: {error.strerror}"))
 
 
-_NUMBERS: dict[type, str] = {int: "a whole number, such as 3", float: "a number, such as 1.2"}
-
-
 def _parser_message(error: Any) -> str:
-    """The parser's message, with values that are not numbers, and without remote suggestions."""
-    option = getattr(error, "param", None)
-    row = option_rows(ConvertOptions).get(getattr(option, "name", None) or "")
-    if option is not None and row is not None and row.kind in _NUMBERS:
-        value = _value_of(option.opts)
-        if value is not None:
-            return f"{option.opts[-1]} is {value!r}: it must be {_NUMBERS[row.kind]}"
+    """The parser's message, without remote suggestions."""
     if known := getattr(error, "possibilities", None):
         asked = error.option_name.strip("-")
         error.possibilities = [
@@ -556,17 +599,6 @@ def _parser_message(error: Any) -> str:
             if k.strip("-").startswith(asked) or get_close_matches(asked, [k.strip("-")])
         ]
     return str(error.format_message())
-
-
-def _value_of(spellings: list[str]) -> str | None:
-    """The invalid value of an option on the command line."""
-    words = sys.argv[1:]
-    for word, value in zip(words, [*words[1:], None], strict=True):
-        if word in spellings:
-            return value
-        if (name := word.partition("=")[0]) in spellings and "=" in word:
-            return word[len(name) + 1 :]
-    return None
 
 
 def _fail(error: errors.MoescaleError) -> NoReturn:

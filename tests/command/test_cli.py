@@ -347,6 +347,8 @@ def test_usage_errors(
     [
         (["-k", "x"], "--experts is 'x': it must be a whole number"),
         (["--experts=4,x"], "--experts is '4,x': it must be a whole number"),
+        (["-kx"], "--experts is 'x': it must be a whole number"),
+        (["-k3", "-n2.0"], "--trained-experts is '2.0': it must be a whole number"),
         (["--experts=4,6"], "Add --dry-run, or give only one of them"),
         (["--factor", "abc"], "--factor is 'abc': it must be a number, such as 1.2"),
         (["--lits"], "No such option: --lits"),
@@ -1218,12 +1220,13 @@ def test_output_of_any_name_can_be_printed(tmp_path: Path) -> None:
 
 
 def test_a_small_run_needs_little_time_and_no_hub(source: Path, out: Path) -> None:
-    """A local run imports neither the Hub's client nor torch."""
+    """A local run imports no package that takes long and that it does not need."""
     code = (
         "import sys; from moescale.cli import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
-        "print(sorted({'huggingface_hub', 'torch', 'httpx', 'hf_xet'} & sys.modules.keys()))"
+        "print(sorted({'huggingface_hub', 'torch', 'httpx', 'hf_xet', 'pydantic'}"
+        " & sys.modules.keys()))"
     )
     command = [sys.executable, "-c", code, source, out, "-k", "3", "-q", "--verify"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
