@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import os
 import sys
 
@@ -13,6 +14,7 @@ from moescale import interrupts
 def main() -> None:
     """Run the command, and end the process; Ctrl-C prints one line even during imports."""
     interrupts.install_handlers()
+    gc.set_threshold(100_000, 50, 100)  # imports and plans make many objects without cycles
     status = 1
 
     def end_process() -> None:

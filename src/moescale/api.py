@@ -18,15 +18,12 @@ from dataclasses import replace
 from functools import wraps
 from itertools import product
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack
 
-from moescale.calibrate.calibration import Calibration, open_calibration
 from moescale.calibrate.devices import check_installed, running
 from moescale.calibrate.loading import Loader
-from moescale.calibrate.text import Text, check_kept
 from moescale.checkpoint.rounding import Rounding
 from moescale.conversion.executor import Pool
-from moescale.conversion.measured_plan import measured_plan
 from moescale.conversion.preflight import with_refusal, with_space_warning
 from moescale.conversion.previous import (
     check_same_job,
@@ -90,6 +87,12 @@ from moescale.storage.opening import (
     open_destination,
     open_source,
 )
+
+if TYPE_CHECKING:
+    from moescale.calibrate.calibration import Calibration
+    from moescale.calibrate.text import Text
+
+# Imports take most of the time of a plan, so functions import the modules that few calls need.
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -534,9 +537,13 @@ def _parsed_options(
             )
         if there.rule not in RUN_RULES:
             return there, None
+        from moescale.calibrate.calibration import open_calibration
+
         return there, open_calibration(None, loader, progress=measuring)
     if text is None and rule not in RUN_RULES:
         return options_of(given, None), None
+    from moescale.calibrate.calibration import open_calibration
+
     calibration = open_calibration(
         None if text is None else Path(expand_user(text)),
         loader,
@@ -595,6 +602,8 @@ def _check_files(
         check_output_file("--report", Path(expand_user(report)), *folders)
     if (text := options.get("calibrate_out")) is not None:
         check_output_file("--calibrate-out", Path(expand_user(text)), *folders)
+        from moescale.calibrate.text import check_kept
+
         check_kept(Path(expand_user(text)))
 
 
@@ -671,6 +680,8 @@ def _make_plan(
     if calibration is None:
         made = make_plan(source, wanted, target, progress=measuring)
     else:
+        from moescale.conversion.measured_plan import measured_plan
+
         made = measured_plan(source, wanted, target, calibration, destination, overwrite)
     remarks = () if target is None else remarks_on(target)
     return replace(made, view=PLAN_VIEW, warnings=(*made.warnings, *remarks))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import inspect
 import io
 import json
@@ -531,7 +530,6 @@ def main() -> None:
     _open_streams()
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # we report problems ourselves
     interrupts.install_handlers()
-    gc.set_threshold(100_000, 50, 100)  # a plan has many objects without cycles
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # the terminal may lack characters of a path
             exact = stream is sys.stdout and stream.encoding.lower() == "utf-8"  # for scripts

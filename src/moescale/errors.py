@@ -37,6 +37,12 @@ def printable(text: str, most: int = LONGEST) -> str:
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
+def one_line(error: BaseException) -> str:
+    """An exception's message as one line of at most 200 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:199] + "…"
+
+
 def bytes_text(count: float) -> str:
     """A number of bytes with a unit, in powers of 1,000 as on the Hub."""
     for unit in _UNITS:

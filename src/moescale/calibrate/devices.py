@@ -8,8 +8,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from moescale.calibrate.text import one_line
-from moescale.errors import UsageError
+from moescale.errors import UsageError, one_line
 from moescale.options import DEVICES
 
 _NEEDED = ("torch", "transformers", "accelerate")

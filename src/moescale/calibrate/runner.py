@@ -25,7 +25,6 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from moescale.calibrate.devices import Running
-from moescale.calibrate.text import one_line
 from moescale.errors import (
     CheckpointError,
     MoescaleError,
@@ -33,6 +32,7 @@ from moescale.errors import (
     UnsupportedError,
     UsageError,
     bytes_text,
+    one_line,
 )
 
 LONGEST = 2_048

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moescale.errors import UnsupportedError, UsageError
+from moescale.errors import UnsupportedError, UsageError, one_line
 
 MIN_TOKENS, MAX_TOKENS = 2_048, 65_536
 """Limits of a text in tokens: a shorter text is refused, a longer one is cut."""
@@ -227,9 +227,3 @@ def _tokeniser(folder: Path) -> Any:
             f"the model's tokeniser cannot be loaded: {one_line(error)}",
             hint="Remote code is never run; --rule gates needs no tokeniser.",
         ) from None
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's message as one line of at most 200 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:199] + "…"

@@ -24,7 +24,6 @@ from moescale.checkpoint.arithmetic import (
     table_16bit,
 )
 from moescale.checkpoint.edit import Operation, TensorEdit
-from moescale.checkpoint.gguf.scaling import block_scaler
 from moescale.checkpoint.gguf.types import BLOCKS
 from moescale.checkpoint.json_text import parse_strict, replace_spans, value_spans
 from moescale.checkpoint.rounding import Rounding
@@ -36,6 +35,8 @@ def scaler(edit: TensorEdit, seen: Rounding | None = None) -> ScaleFunction:
     if edit.operation == "nested_offset":
         return _nested_offset_scaler(edit.tensor.name, edit.factor)
     if (kind := BLOCKS.get(edit.tensor.dtype)) is not None:
+        from moescale.checkpoint.gguf.scaling import block_scaler
+
         return block_scaler(kind, edit.factor, seen or Rounding())
     scale = edit.role == "scale"
     return _scaler(edit.tensor.dtype, edit.factor, edit.operation, edit.store_as, scale)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-from moescale.checkpoint.gguf.header import parse_header
 from moescale.checkpoint.gguf.names import first_of, is_gguf, part_name
 from moescale.errors import CheckpointError
 
@@ -28,6 +27,7 @@ def stored_provenance(files: Mapping[str, int], read: Read) -> bytes | None:
         return read(PROVENANCE, 0, files[PROVENANCE])
     if (first := first_of(files)) is None:
         return None
+    from moescale.checkpoint.gguf.header import parse_header
 
     def stretch(start: int, size: int) -> bytes:
         return read(first, start, size)

@@ -26,7 +26,6 @@ from typing import Any
 
 from moescale.checkpoint.gguf.names import is_gguf
 from moescale.families.config import ConfigKey, NewValue, split_path
-from moescale.families.llama_cpp_names import llama_cpp_name
 from moescale.storage.base import SourceId
 
 
@@ -113,6 +112,8 @@ def by_engine(overrides: ConfigOverrides, loader: str | None, source: SourceId) 
             )
             given = ", ".join(f"{key}={value!r}" for key, value in overrides.values.items())
             lines["transformers"] = f"{loader}.from_pretrained({model!r}, {given})"
+    from moescale.families.llama_cpp_names import llama_cpp_name
+
     name = llama_cpp_name(overrides.model_type, bool(overrides.scales))
     if name is not None and not any(isinstance(value.after, list) for value in overrides.counts):
         keys = [(f"{name}.{key}", value) for key, value in _keys(overrides)]

@@ -19,7 +19,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from moescale.checkpoint.gguf.header import MAGIC
 from moescale.checkpoint.gguf.names import first_of
 from moescale.checkpoint.stored_provenance import stored_provenance
 from moescale.errors import DestinationError, RewriteError
@@ -231,6 +230,8 @@ class LocalDestination:
 
     def _check_gguf(self) -> None:
         """Refuse to remove a file that only has the name of a GGUF model."""
+        from moescale.checkpoint.gguf.header import MAGIC
+
         for name in self.existing():
             if self.read_existing(name, 0, len(MAGIC)) != MAGIC:
                 raise DestinationError(
