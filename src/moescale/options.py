@@ -14,7 +14,16 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, TypedDict, TypeGuard, get_args, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    TypedDict,
+    TypeGuard,
+    get_args,
+    get_type_hints,
+)
 
 from moescale.checkpoint.json_text import parse_strict
 from moescale.errors import UsageError
@@ -41,8 +50,7 @@ def _choices(values: Sequence[str], default: str) -> str:
     return ", ".join([f"{default} (default)", *(value for value in values if value != default)])
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
+class Option(NamedTuple):
     """The table row of an option.
 
     The command, its completion, the signatures and docstrings of the API, and docs/options.md are

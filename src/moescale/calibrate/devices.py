@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import math
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from moescale.errors import UsageError, one_line
 from moescale.options import DEVICES
@@ -57,8 +57,7 @@ def parse_memory(text: str) -> int:
     return int(size)
 
 
-@dataclass(frozen=True, slots=True)
-class Running:
+class Running(NamedTuple):
     """How a model is run.
 
     Attributes:

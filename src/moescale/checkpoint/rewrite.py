@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from moescale.checkpoint.edit import TensorEdit
 from moescale.checkpoint.rounding import Rounding
@@ -34,8 +33,7 @@ class Writer(Protocol):
         """Append bytes `start` to `stop` of `reader`; yield the size of each finished piece."""
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """Consecutive bytes of a shard: copied, edited or replaced.
 
     Attributes:

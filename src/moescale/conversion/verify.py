@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 from moescale.checkpoint.rewrite import PIECE, Segment, expected
 from moescale.conversion.executor import JobResult, Monitor, Pool, run_jobs
@@ -19,8 +20,7 @@ from moescale.planning.shards import shard_header
 from moescale.storage.base import FileInfo, FileRecord, Progress, Source, ignore, io_errors
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
+class Difference(NamedTuple):
     """A file of an output that differs from the plan.
 
     Attributes:
@@ -32,8 +32,7 @@ class Difference:
     how: str
 
 
-@dataclass(frozen=True, slots=True)
-class Proof:
+class Proof(NamedTuple):
     """The result of a verification.
 
     Attributes:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from moescale.errors import UnsupportedError
 from moescale.routers import kinds
@@ -128,8 +128,7 @@ TEXT_SECTIONS: Final = ("text_config", "language_config", "llm_config", "")
 """Config sections that may hold the MoE keys; transformers reads the first that does."""
 
 
-@dataclass(frozen=True, slots=True)
-class Architecture:
+class Architecture(NamedTuple):
     """The facts about one model type.
 
     Attributes:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from moescale.checkpoint.json_faults import decoded, not_json
 from moescale.checkpoint.json_text import (
@@ -24,8 +23,7 @@ Section = Mapping[str, Any]
 """An object of a parsed config."""
 
 
-@dataclass(frozen=True, slots=True)
-class Quantisation:
+class Quantisation(NamedTuple):
     """Facts about quantised tensors that their dtypes do not show.
 
     Attributes:
@@ -37,8 +35,7 @@ class Quantisation:
     ue8m0: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
+class Config(NamedTuple):
     """A ``config.json``.
 
     Attributes:
@@ -65,8 +62,7 @@ class Config:
         return value if isinstance(value, dict) else None
 
 
-@dataclass(frozen=True, slots=True)
-class ConfigKey:
+class ConfigKey(NamedTuple):
     """A key of the config that holds the experts per token.
 
     Attributes:
@@ -139,8 +135,7 @@ def _quantisation_sections(value: Section) -> Iterator[Section]:
             yield from (section,) if key in _QUANTISATION else _quantisation_sections(section)
 
 
-@dataclass(frozen=True, slots=True)
-class NewValue:
+class NewValue(NamedTuple):
     """A config value to change.
 
     Attributes:

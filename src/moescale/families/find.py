@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from moescale.checkpoint.tensor import Tensor
 from moescale.errors import CheckpointError, UnsupportedError
@@ -265,7 +265,7 @@ def _with_key(row: Architecture, dotted: str) -> Architecture:
     """The row with the user's config key for the experts per token."""
     section, _, key = dotted.rpartition(".")
     sections = (section,) if section else row.sections
-    return replace(row, count_keys=(key,), sections=sections, moe_layers=None)
+    return row._replace(count_keys=(key,), sections=sections, moe_layers=None)
 
 
 def _inner_type_warning(config: Config, row: Architecture) -> Iterator[str]:

@@ -19,9 +19,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final
+from typing import Final, NamedTuple
 
 from moescale.checkpoint.dtypes import BITS, SCALABLE
 from moescale.checkpoint.edit import FIRST, Layer, Operation, Role, TensorEdit
@@ -33,8 +32,7 @@ BySuffix = Mapping[str, Tensor]
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ScaledTensor:
+class ScaledTensor(NamedTuple):
     """A tensor of a format that changes when the projection is scaled.
 
     Attributes:
@@ -48,8 +46,7 @@ class ScaledTensor:
     as_f32: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Format:
+class Format(NamedTuple):
     """How one format stores a projection.
 
     Attributes:
@@ -75,8 +72,7 @@ class Format:
     source: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class UnsupportedFormat:
+class UnsupportedFormat(NamedTuple):
     """A format that moescale recognises and cannot scale.
 
     Attributes:
@@ -594,8 +590,7 @@ def split_name(name: str) -> tuple[str, str]:
     return (match["module"], match["suffix"]) if match else (name, "weight")
 
 
-@dataclass(frozen=True, slots=True)
-class ShapeInfo:
+class ShapeInfo(NamedTuple):
     """What the shapes of a projection's tensors tell.
 
     Attributes:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final
+from typing import Final, NamedTuple
 
 from moescale.checkpoint.dtypes import SCALABLE
 from moescale.checkpoint.edit import TensorEdit
@@ -55,8 +54,7 @@ def router_kind_of(
     return row
 
 
-@dataclass(frozen=True, slots=True)
-class RouterTensors:
+class RouterTensors(NamedTuple):
     """The tensors of one layer's router; see `RouterKind`.
 
     Attributes:
@@ -139,8 +137,7 @@ def find_routers(
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class ScaledRouters:
+class ScaledRouters(NamedTuple):
     """The edits that multiply the logits of all routers.
 
     Attributes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from moescale.checkpoint.json_text import Path, replace_spans, value_spans
 from moescale.errors import LEAVE_FOLD_OUT, UnsupportedError
@@ -12,8 +12,7 @@ from moescale.families.architectures import Architecture
 from moescale.families.config import CONFIG, Config, NewValue, dotted, split_path, values_at
 
 
-@dataclass(frozen=True, slots=True)
-class Folded:
+class Folded(NamedTuple):
     """A config with a factor in its routed scaling key.
 
     Attributes:

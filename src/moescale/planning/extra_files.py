@@ -10,7 +10,8 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from moescale.checkpoint.foreign import (
     GGUF_HEAD,
@@ -73,8 +74,7 @@ _SIZE_DIVISOR = 32
 """A twin has at least the size of the scaled tensors divided by this: 16 bits in half a bit."""
 
 
-@dataclass(frozen=True, slots=True)
-class FileContents:
+class FileContents(NamedTuple):
     """The contents of a file that is not among the shards.
 
     Attributes:
@@ -263,7 +263,7 @@ class _Inspector:
         for shard, look in looks.items():
             if (header := look.header) is not None:
                 new = tuple(t for t in header.tensors if t.name not in names)
-                self._result.unlisted_shards[shard] = replace(header, tensors=new)
+                self._result.unlisted_shards[shard] = header._replace(tensors=new)
 
     def _is_other_model(self, name: str, alike: bool) -> bool:
         """Whether the folder of a file has its own config; if `alike`, one with other sizes."""

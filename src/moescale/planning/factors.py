@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from moescale.errors import UnsupportedError, UsageError
 from moescale.factors import closed_form, fitted, gates, measured
@@ -15,8 +14,7 @@ from moescale.options import Options
 from moescale.planning.experts import Experts
 
 
-@dataclass(frozen=True, slots=True)
-class Findings:
+class Findings(NamedTuple):
     """The findings of a rule that sampled a model.
 
     Attributes:
@@ -28,8 +26,7 @@ class Findings:
     chosen_rule: str = "fitted"
 
 
-@dataclass(frozen=True, slots=True)
-class KnownFactors:
+class KnownFactors(NamedTuple):
     """Factors and router scales of an earlier run of the same job.
 
     Attributes:

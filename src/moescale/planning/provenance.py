@@ -10,9 +10,9 @@ import hashlib
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from itertools import chain
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 from moescale.checkpoint.edit import TensorEdit
 from moescale.checkpoint.json_text import parse_lenient
@@ -120,8 +120,7 @@ def _measured(plan: Plan) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class PreviousRun:
+class PreviousRun(NamedTuple):
     """The record of a run: the provenance of an output, or the job of an unfinished run.
 
     Anybody may have edited it: whatever is missing or malformed is None or empty.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from moescale.checkpoint.tensor import Header, Tensor
 from moescale.errors import CheckpointError, UnsupportedError
@@ -21,8 +20,7 @@ if TYPE_CHECKING:
 BY_DEFAULT = "default: it samples the model's own routers"
 
 
-@dataclass(frozen=True, slots=True)
-class RuleChoice:
+class RuleChoice(NamedTuple):
     """The chosen rule.
 
     Attributes:
@@ -102,8 +100,7 @@ def remarks(rule: str, moe: Moe, experts: Experts, options: Options) -> Iterator
         )
 
 
-@dataclass(frozen=True, slots=True)
-class ScalableParts:
+class ScalableParts(NamedTuple):
     """The parts of a model that the rule ``fitted`` can multiply.
 
     Attributes:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
@@ -67,8 +66,7 @@ def _score(kind: RouterKind, stated: Any, biased: bool) -> Score:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Routers:
+class Routers(NamedTuple):
     """The routers of a checkpoint: their kind, and their tensors with shards.
 
     Attributes:

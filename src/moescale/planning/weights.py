@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from moescale.checkpoint.tensor import Header, Tensor
 from moescale.errors import CheckpointError
@@ -16,8 +17,7 @@ from moescale.planning.shards import ShardSet, read_shards
 from moescale.storage.base import Source
 
 
-@dataclass(frozen=True, slots=True)
-class Weights:
+class Weights(NamedTuple):
     """The weights of a checkpoint.
 
     Attributes:

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 
@@ -32,8 +31,7 @@ _FEW, _COLUMNS = 64, 1024
 router are multiplied at a time."""
 
 
-@dataclass(frozen=True, slots=True)
-class RouterSpec:
+class RouterSpec(NamedTuple):
     """How a router turns logits into the gate weights of the chosen experts.
 
     Constants that multiply all weights are left out: they cancel.
@@ -141,8 +139,7 @@ def _limited(scores: Array, spec: RouterSpec) -> Array:
     return np.where(open_groups[:, :, None], by_group, -np.inf).reshape(scores.shape)
 
 
-@dataclass(frozen=True, slots=True)
-class RouterArrays:
+class RouterArrays(NamedTuple):
     """The tensors of one layer's router, as float64.
 
     Attributes:

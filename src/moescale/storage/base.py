@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from moescale.checkpoint.rewrite import Reader, Writer
 from moescale.checkpoint.rounding import Rounding
@@ -62,8 +62,7 @@ class SourceId:
         return name.encode(errors="backslashreplace").decode()
 
 
-@dataclass(frozen=True, slots=True)
-class FileInfo:
+class FileInfo(NamedTuple):
     """A file of a source.
 
     Attributes:
@@ -124,8 +123,7 @@ class Source(Protocol):
         """Check that this machine sees the files as they were when planned."""
 
 
-@dataclass(frozen=True, slots=True)
-class FileRecord:
+class FileRecord(NamedTuple):
     """A finished file of the output.
 
     Attributes:

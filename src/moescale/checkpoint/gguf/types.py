@@ -10,16 +10,14 @@ block structures) and ``ggml/src/ggml-quants.c`` (how a block is dequantised).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 ScaleKind = Literal["F32", "F16", "BF16", "E8M0", "NIBBLES"]
 """How a scale is stored. ``NIBBLES``: an F16 whose nibbles, the lowest first, are the top nibbles
 of four 16-bit words. ``E8M0``: the exponent of a power of two."""
 
 
-@dataclass(frozen=True, slots=True)
-class GgmlType:
+class GgmlType(NamedTuple):
     """One tensor type.
 
     Attributes:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from moescale.checkpoint.json_faults import decoded, not_json
 from moescale.checkpoint.json_text import parse_strict
@@ -141,8 +142,7 @@ def by_shard(weight_map: Mapping[str, str]) -> dict[str, list[str]]:
     return listed
 
 
-@dataclass(frozen=True, slots=True)
-class Absent:
+class Absent(NamedTuple):
     """A tensor that is not in the shard where the index lists it.
 
     Attributes:
@@ -154,8 +154,7 @@ class Absent:
     shard: str
 
 
-@dataclass(frozen=True, slots=True)
-class Doubled:
+class Doubled(NamedTuple):
     """A tensor in two shards.
 
     Attributes:
@@ -295,7 +294,7 @@ def _single(headers: Mapping[str, Header], doubled: Iterable[Doubled]) -> dict[s
     dropped = {(d.other, d.name) for d in doubled}
     shards = {shard for shard, _ in dropped}
     return {
-        shard: replace(h, tensors=tuple(t for t in h.tensors if (shard, t.name) not in dropped))
+        shard: h._replace(tensors=tuple(t for t in h.tensors if (shard, t.name) not in dropped))
         if shard in shards
         else h
         for shard, h in headers.items()
