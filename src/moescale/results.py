@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -52,6 +51,8 @@ class Result:
 
     def _repr_html_(self) -> str | None:
         """The HTML for a notebook."""
+        import html  # only notebooks need it
+
         shown = self.plan._repr_html_()
         return shown and f"<p><b>{html.escape(self._outcome())}</b></p>\n{shown}"
 
