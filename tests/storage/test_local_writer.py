@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import mmap
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -289,6 +291,27 @@ def refuses_direct(folder: Path) -> str:
     except OSError as error:
         return f"{folder} cannot be written past the page cache: {error}"
     return ""
+
+
+def test_buffers_are_in_huge_pages() -> None:
+    """Each buffer of 2 MiB fills one huge page, where the system has any; none overlap."""
+    buffers = disk.make_buffers(3, 2 << 20)
+    for number, buffer in enumerate(buffers):
+        buffer[:] = bytes([number]) * len(buffer)
+    assert [set(buffer[:: 1 << 12]) for buffer in buffers] == [{0}, {1}, {2}]
+    if not Path("/sys/kernel/mm/transparent_hugepage").is_dir():
+        pytest.skip("this system has no huge pages")
+    addresses = [ctypes.addressof(ctypes.c_char.from_buffer(buffer)) for buffer in buffers]
+    assert [address % (2 << 20) for address in addresses] == [0, 0, 0]
+    mappings = Path("/proc/self/smaps").read_text().split("VmFlags:")
+    holding = next(text for text in mappings if holds(text, addresses[0]))
+    assert "hg" in mappings[mappings.index(holding) + 1].split("\n")[0].split()
+
+
+def holds(mapping: str, address: int) -> bool:
+    """Whether an address is in the mapping at the end of a part of ``/proc/self/smaps``."""
+    found = re.search(r"^([0-9a-f]+)-([0-9a-f]+) ", mapping, re.MULTILINE)
+    return found is not None and int(found[1], 16) <= address < int(found[2], 16)
 
 
 @pytest.mark.parametrize("tail", [b"", b"x", b"x" * 4096])

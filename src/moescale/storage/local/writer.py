@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import mmap
 import os
 import secrets
 from collections.abc import Iterator
@@ -17,7 +16,13 @@ from typing import ClassVar
 from moescale.checkpoint.rewrite import Reader
 from moescale.errors import DestinationError, RewriteError
 from moescale.storage.base import FileRecord, OnSent, PendingFile, ignore
-from moescale.storage.local.filesystem import BINARY, clone_blocks, preallocate, set_direct_io
+from moescale.storage.local.filesystem import (
+    BINARY,
+    clone_blocks,
+    make_buffers,
+    preallocate,
+    set_direct_io,
+)
 from moescale.storage.local.source import SHARE_HINT
 from moescale.storage.reader import FileReader
 
@@ -54,7 +59,7 @@ class LocalWriter:
         self.finished = False
         self._digest = hashlib.sha256() if digest else None
         self._kernel = not digest
-        self._gathering, self._other = (memoryview(mmap.mmap(-1, BUFFER)) for _ in range(2))
+        self._gathering, self._other = make_buffers(2, BUFFER)
         self._gathered = 0
         self._position = 0  # includes the gathered bytes
         self._thread = ThreadPoolExecutor(1, "moescale-write")
