@@ -19,6 +19,7 @@ from support import checkpoints
 from support.gated_checkpoints import gated_mixtral
 
 from moescale.api import convert, plan, verify
+from moescale.conversion import run as run_module
 from moescale.errors import (
     DestinationError,
     InterruptedRun,
@@ -935,3 +936,22 @@ def test_a_count_for_each_layer_is_done_and_proven_like_any_other(tmp_path: Path
     assert convert(source, tmp_path / "out", experts=3).status == "done"
     after = json.loads((tmp_path / "out" / "config.json").read_text())
     assert after["moe_topk"] == [3, 3, 3, 3]
+
+
+@pytest.mark.parametrize(("shards", "jobs", "threads"), [(1, 8, {6}), (3, 8, {2}), (3, 2, {3})])
+def test_fewer_shards_than_cores_use_all_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int, jobs: int, threads: set[int]
+) -> None:
+    """The cores are divided among the shards that are rewritten at the same time."""
+    given, rewrite = set[int](), run_module.rewrite
+
+    def counted(*arguments: Any) -> Any:
+        given.add(arguments[-1])
+        return rewrite(*arguments)
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(run_module, "rewrite", counted)
+    source = checkpoints.mixtral(tmp_path / "source", shards=shards)
+    convert(source, tmp_path / "out", experts=3, jobs=jobs)
+    assert given == threads
+    check_weights(source, tmp_path / "out", factor_by_layer(UP))

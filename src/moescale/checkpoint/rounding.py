@@ -27,6 +27,15 @@ class Rounding:
     lost: int = 0
     empty: bool = False
 
+    def add(self, other: Rounding) -> None:
+        """Add the numbers of another part of the same tensor."""
+        self.blocks += other.blocks
+        self.squares += other.squares
+        self.counted += other.counted
+        self.worst = max(self.worst, other.worst)
+        self.zeroed += other.zeroed
+        self.lost += other.lost
+
     @property
     def rms(self) -> float:
         """Root mean square of the relative errors."""
@@ -35,3 +44,7 @@ class Rounding:
     def as_json(self) -> dict[str, float]:
         """The numbers as JSON."""
         return {"rms": self.rms, "worst": self.worst, "zeroed": self.zeroed}
+
+
+EditedPiece = tuple[memoryview, int, Rounding]
+"""New bytes, the number of results among them that are out of range, and their rounding."""

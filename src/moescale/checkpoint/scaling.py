@@ -26,8 +26,35 @@ from moescale.checkpoint.arithmetic import (
 from moescale.checkpoint.edit import Operation, TensorEdit
 from moescale.checkpoint.gguf.types import BLOCKS
 from moescale.checkpoint.json_text import parse_strict, replace_spans, value_spans
-from moescale.checkpoint.rounding import Rounding
-from moescale.errors import RewriteError
+from moescale.checkpoint.rounding import EditedPiece, Rounding
+from moescale.errors import CheckpointError, RewriteError
+
+
+def edit_pieces(
+    edit: TensorEdit, source: memoryview, result: memoryview, length: int
+) -> list[EditedPiece]:
+    """Edit a part of a tensor.
+
+    Args:
+        edit: the edit of the tensor.
+        source: the bytes of the part.
+        result: the first `edit.widening` times as many bytes of it become the result.
+        length: the size of a piece in bytes.
+
+    Raises:
+        CheckpointError: a scale is NaN or infinite.
+    """
+    done = []
+    for start in range(0, len(source), length):
+        old, seen = np.frombuffer(source[start : start + length], np.uint8), Rounding()
+        if edit.role == "scale":
+            _check_finite(edit, old)
+            seen.empty = not old.any()
+        at = start * edit.widening
+        piece = result[at : at + len(old) * edit.widening]
+        lost = scaler(edit, seen)(old, np.frombuffer(piece, np.uint8))
+        done.append((piece, lost, seen))
+    return done
 
 
 def scaler(edit: TensorEdit, seen: Rounding | None = None) -> ScaleFunction:
@@ -124,14 +151,23 @@ def _promoting_scaler(dtype: str, factor: float, scales: bool) -> ScaleFunction:
     return scale
 
 
-def has_non_finite(edit: TensorEdit, data: memoryview) -> bool:
-    """Whether any of the values is NaN or infinite."""
+def _check_finite(edit: TensorEdit, data: Bytes) -> None:
+    """Refuse a scale that is NaN or infinite."""
+    if _has_non_finite(edit, data):
+        raise CheckpointError(
+            f"tensor {edit.tensor.name!r}: holds a scale that is NaN or infinite, and so is every"
+            " weight that it scales",
+            hint="The tensor is damaged; quantise the model again, or fetch the file again.",
+        )
+
+
+def _has_non_finite(edit: TensorEdit, data: Bytes) -> bool:
     dtype = edit.tensor.dtype
     if edit.operation == "shift":
-        return bool((np.frombuffer(data, np.uint8) == 255).any())
+        return bool((data == 255).any())
     if dtype in INFINITY_16:
-        return bool(((np.frombuffer(data, "<u2") & 0x7FFF) >= INFINITY_16[dtype]).any())
-    return dtype == "F32" and not np.isfinite(np.frombuffer(data, "<f4")).all()
+        return bool(((data.view("<u2") & 0x7FFF) >= INFINITY_16[dtype]).any())
+    return dtype == "F32" and not np.isfinite(data.view("<f4")).all()
 
 
 def _restore_nans_count_infinities(

@@ -162,6 +162,10 @@ class Workers(Pool):
         threads: dict[str, int] = self._client.nthreads()
         return max(1, sum(threads.values()))
 
+    def editing_threads(self, jobs: int) -> int:
+        """One: each thread of a worker has a job of its own."""
+        return 1
+
     def prepare(self, source: Source, destination: Destination) -> None:
         """Let every worker reach the source and the destination.
 

@@ -24,6 +24,9 @@ _K = TypeVar("_K")
 
 WAKE_SECONDS = 0.5
 
+_EDITING_THREADS = 8
+"""The largest number in all jobs; each takes 2 MiB of memory, or 3 if it stores a wider dtype."""
+
 
 class Monitor(Protocol):
     """Takes a job's progress, and can stop it."""
@@ -99,6 +102,10 @@ class Pool:
     def default_jobs(self, destination: Destination) -> int:
         """How many files are written in parallel if the user does not say."""
         return min(destination.default_jobs, os.cpu_count() or 1)
+
+    def editing_threads(self, jobs: int) -> int:
+        """How many threads edit the tensors of each job, so that a few jobs use all cores."""
+        return max(1, min(os.cpu_count() or 1, _EDITING_THREADS) // max(1, jobs))
 
     def prepare(self, source: Source, destination: Destination) -> None:
         """Let every worker reach the source and the destination; threads always do."""

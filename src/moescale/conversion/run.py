@@ -154,7 +154,11 @@ def _write_large_files(
         [n for n in left if n != plan.last_file],
         [n for n in left if n == plan.last_file],
     ):
-        work = (rewrite_job(left[name], plan, source, destination.writers) for name in group)
+        rewritten = sum(left[name].action == "rewrite" for name in group)
+        threads = pool.editing_threads(min(jobs, rewritten))
+        work = (
+            rewrite_job(left[name], plan, source, destination.writers, threads) for name in group
+        )
         done |= run_jobs(work, jobs, keep, progress, pool, destination.cancel)
     return done
 
@@ -186,6 +190,7 @@ class RewriteJob:
         source: limited to this file.
         writers: open the writer for it.
         digest: whether to compute its SHA-256.
+        threads: how many threads edit its tensors.
     """
 
     name: str
@@ -194,6 +199,7 @@ class RewriteJob:
     source: Source
     writers: Writers
     digest: bool
+    threads: int
 
     def __call__(self, monitor: Monitor) -> PendingFile:
         """Write the file."""
@@ -205,11 +211,13 @@ class RewriteJob:
 
         with io_errors(name), self.writers.open(name, self.size, self.digest, count) as writer:
             with self.source.open(name) as reader:
-                rounding = rewrite(reader, writer, self.segments, name, advance)
+                rounding = rewrite(reader, writer, self.segments, name, advance, self.threads)
             return replace(writer.finish(), rounding=rounding)
 
 
-def rewrite_job(file: PlannedFile, plan: Plan, source: Source, writers: Writers) -> RewriteJob:
+def rewrite_job(
+    file: PlannedFile, plan: Plan, source: Source, writers: Writers, threads: int = 1
+) -> RewriteJob:
     """The job for one large file."""
     size, segments, part = (
         plan.output_size(file),
@@ -217,7 +225,7 @@ def rewrite_job(file: PlannedFile, plan: Plan, source: Source, writers: Writers)
         source.subset([file.name]),
     )
     digest = source.remote  # its bytes go through memory anyway
-    return RewriteJob(file.name, size, segments, part, writers, digest)
+    return RewriteJob(file.name, size, segments, part, writers, digest, threads)
 
 
 def provenance_bytes(plan: Plan, written: Mapping[str, FileRecord]) -> bytes:
