@@ -41,12 +41,13 @@ def rewritten(
     "change",
     [
         edit("BF16", 11 * EDIT_PIECE + 40, factor=1.25),
-        edit("BF16", 5 * EDIT_PIECE, factor=1.25, store_as="F32"),
-        edit("F32", 4 * EDIT_PIECE, factor=0.3),
+        edit("BF16", 9 * EDIT_PIECE, factor=1.25, store_as="F32"),
+        edit("F32", 8 * EDIT_PIECE, factor=0.3),
+        edit("F32", 8 * EDIT_PIECE + 4, factor=0.3),
         edit("F32", 100, factor=0.3),
         edit("Q4_0", 9 * EDIT_PIECE, factor=1.25),
         edit("Q4_K", 9 * EDIT_PIECE, factor=1.25),
-        edit("MXFP4", 6 * EDIT_PIECE, factor=2.0),
+        edit("MXFP4", 12 * EDIT_PIECE, factor=2.0),
     ],
     ids=lambda change: f"{change.tensor.dtype}-{change.tensor.nbytes}",
 )

@@ -19,6 +19,7 @@ from support import checkpoints
 from support.gated_checkpoints import gated_mixtral
 
 from moescale.api import convert, plan, verify
+from moescale.conversion import executor
 from moescale.conversion import run as run_module
 from moescale.errors import (
     DestinationError,
@@ -949,7 +950,7 @@ def test_fewer_shards_than_cores_use_all_cores(
         given.add(arguments[-1])
         return rewrite(*arguments)
 
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(executor, "cores", lambda: 6)
     monkeypatch.setattr(run_module, "rewrite", counted)
     source = checkpoints.mixtral(tmp_path / "source", shards=shards)
     convert(source, tmp_path / "out", experts=3, jobs=jobs)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain, cycle
+from math import ceil
 from typing import NamedTuple, Protocol
 
 from moescale.checkpoint.edit import TensorEdit
@@ -20,7 +21,8 @@ EDIT_PIECE = 1 << 18
 """Bytes edited at a time: source, result and table then fit into the L2 cache."""
 
 _BATCH = 4
-"""Pieces that an editing thread takes at a time: handing over takes as long as a tenth of this."""
+"""Pieces that an editing thread takes at a time; handing over takes as long as half a piece.
+Tensors of up to two times this are edited by the thread that reads them."""
 
 
 class Reader(Protocol):
@@ -178,8 +180,8 @@ def edited(
 ) -> Iterator[tuple[memoryview, int]]:
     """Yield the edited bytes of a tensor in pieces, each with its number of results out of range.
 
-    `seen` collects the rounding of block scales, and whether all scales are 0. The pieces are
-    edited by `editors`, or if there are none by this thread; each is valid until the next one.
+    `seen` collects the rounding of block scales, and whether all scales are 0. `editors` edit
+    the pieces of a large tensor, and this thread all others; each is valid until the next one.
 
     Raises:
         CheckpointError: a scale is NaN or infinite.
@@ -191,7 +193,8 @@ def edited(
     whole = tensor.nbytes if edit.operation == "nested_offset" else EDIT_PIECE
     length = min(whole - whole % edit.unit, tensor.nbytes)
 
-    def batches(count: int, size: int) -> Iterator[Callable[[], list[EditedPiece]]]:
+    def batches(ahead: int, size: int) -> Iterator[Callable[[], list[EditedPiece]]]:
+        count = min(ahead + 1, ceil(tensor.nbytes / size))
         sources = [memoryview(bytearray(size)) for _ in range(count)]
         results = [memoryview(bytearray(size * edit.widening)) for _ in range(count)]
         buffers = cycle(zip(sources, results, strict=True))
@@ -202,10 +205,10 @@ def edited(
             yield partial(edit_pieces, edit, old, result, length)
 
     done: Iterator[list[EditedPiece]]
-    if editors is None:
-        done = (edit_batch() for edit_batch in batches(1, length))
+    if editors is None or tensor.nbytes <= 2 * _BATCH * length:
+        done = (edit_batch() for edit_batch in batches(0, length))
     else:
-        done = editors.run(batches(editors.ahead + 1, min(length * _BATCH, tensor.nbytes)))
+        done = editors.run(batches(editors.ahead, _BATCH * length))
     for piece, lost, rounding in chain.from_iterable(done):
         empty = empty and rounding.empty
         if seen is not None:

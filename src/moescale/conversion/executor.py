@@ -28,6 +28,13 @@ _EDITING_THREADS = 8
 """The largest number in all jobs; each takes 2 MiB of memory, or 3 if it stores a wider dtype."""
 
 
+def cores() -> int:
+    """The number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 class Monitor(Protocol):
     """Takes a job's progress, and can stop it."""
 
@@ -101,11 +108,11 @@ class Pool:
 
     def default_jobs(self, destination: Destination) -> int:
         """How many files are written in parallel if the user does not say."""
-        return min(destination.default_jobs, os.cpu_count() or 1)
+        return min(destination.default_jobs, cores())
 
     def editing_threads(self, jobs: int) -> int:
         """How many threads edit the tensors of each job, so that a few jobs use all cores."""
-        return max(1, min(os.cpu_count() or 1, _EDITING_THREADS) // max(1, jobs))
+        return max(1, min(cores(), _EDITING_THREADS) // max(1, jobs))
 
     def prepare(self, source: Source, destination: Destination) -> None:
         """Let every worker reach the source and the destination; threads always do."""
