@@ -83,7 +83,7 @@ class _Command(typer.core.TyperCommand):
         formatter.write_usage(ctx.command_path, USAGE)
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """All parameters; those that Typer adds get shorter help."""
+        """All parameters: with our conversion of values, and our help for those that Typer adds."""
         found: list[Any] = super().get_params(ctx)
         for parameter in found:
             if short := _COMPLETION.get(parameter.name):

@@ -18,6 +18,7 @@ from moescale.checkpoint.rewrite import EDIT_PIECE, Segment, rewrite
 from moescale.checkpoint.rounding import Rounding
 from moescale.checkpoint.tensor import Tensor
 from moescale.errors import CheckpointError, RewriteError
+from moescale.storage.base import ignore
 
 
 def edit(dtype: str, size: int, **fields: Any) -> TensorEdit:
@@ -48,14 +49,16 @@ def rewritten(
         edit("Q4_0", 9 * EDIT_PIECE, factor=1.25),
         edit("Q4_K", 9 * EDIT_PIECE, factor=1.25),
         edit("MXFP4", 12 * EDIT_PIECE, factor=2.0),
+        edit("F32", 10 * EDIT_PIECE, factor=0.3, role="scale"),
+        edit("F8_E8M0", 10 * EDIT_PIECE, factor=2.0, role="scale", operation="shift"),
     ],
     ids=lambda change: f"{change.tensor.dtype}-{change.tensor.nbytes}",
 )
 def test_threads_change_nothing(change: TensorEdit) -> None:
     """Bytes, pieces, and every digit of the rounding are those of one thread."""
     generator = np.random.default_rng(1)
-    # Small exponents, so that nothing overflows.
-    data = (generator.integers(0, 256, change.tensor.nbytes, np.uint8) & 0x3B).tobytes()
+    # Exponents that are neither large nor small, so that no result is out of range.
+    data = (generator.integers(0, 256, change.tensor.nbytes, np.uint8) & 0x1B | 0x20).tobytes()
     alone = rewritten(change, data, 1)
     assert alone[0] != data
     for threads in (2, 3, 5):
@@ -67,14 +70,19 @@ def test_pieces_are_edited_in_several_threads(monkeypatch: pytest.MonkeyPatch) -
     from moescale.checkpoint import scaling
 
     meeting, names = threading.Barrier(2, timeout=20), set[str]()
-    edit_pieces = scaling.edit_pieces
+    part_editor = scaling.part_editor
 
     def met(*arguments: Any) -> Any:
-        names.add(threading.current_thread().name)
-        meeting.wait()
-        return edit_pieces(*arguments)
+        edit_part = part_editor(*arguments)
 
-    monkeypatch.setattr(scaling, "edit_pieces", met)
+        def edit(*memory: memoryview) -> Any:
+            names.add(threading.current_thread().name)
+            meeting.wait()
+            return edit_part(*memory)
+
+        return edit
+
+    monkeypatch.setattr(scaling, "part_editor", met)
     change = edit("BF16", 16 * EDIT_PIECE, factor=1.25)  # an even number of batches
     rewritten(change, bytes(change.tensor.nbytes), 2)
     assert len(names) == 2
@@ -121,3 +129,52 @@ def test_results_come_in_order_and_calls_when_they_are_due() -> None:
     with Editors(2) as editors:
         for number in editors.run(calls()):
             assert taken == list(range(min(number + editors.ahead + 1, 6)))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("last", [0.0, 1.0])
+def test_only_scales_that_are_all_zero_are_reported(threads: int, last: float) -> None:
+    """One scale in the last piece makes the difference."""
+    change = edit("F32", 9 * EDIT_PIECE, factor=2.0, role="scale")
+    data = np.zeros(change.tensor.nbytes // 4, np.float32)
+    data[-1] = last
+    rounding = rewritten(change, data.tobytes(), threads)[2]
+    assert [one.empty for one in rounding.values()] == [True] * (last == 0)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_the_first_error_in_the_file_is_reported(threads: int) -> None:
+    """Reading runs ahead of editing; a file that ends early does not hide an earlier bad scale."""
+    change = edit("F32", 32 * EDIT_PIECE, factor=2.0, role="scale")
+    data = np.ones(change.tensor.nbytes // 4, np.float32)
+    data[0] = np.inf
+
+    class Short(MemoryReader):
+        def read_into(self, buffer: memoryview, offset: int) -> None:
+            if offset >= 5 * EDIT_PIECE:
+                raise OSError("ended early")
+            super().read_into(buffer, offset)
+
+    parts = [Segment(0, change.tensor.stop, change)]
+    with pytest.raises(CheckpointError, match="NaN or infinite"):
+        rewrite(Short(data.tobytes()), MemoryWriter(), parts, "x", ignore, threads)
+    data[0] = 1
+    with pytest.raises(OSError, match="ended early"):
+        rewrite(Short(data.tobytes()), MemoryWriter(), parts, "x", ignore, threads)
+
+
+@pytest.mark.parametrize("piece", [1, 6, 30])
+def test_a_run_that_is_stopped_leaves_no_thread(piece: int) -> None:
+    """Ctrl-C ends a run between two pieces of a tensor."""
+    change, sizes = edit("BF16", 32 * EDIT_PIECE, factor=1.25), list[int]()
+
+    def stop(size: int) -> None:
+        sizes.append(size)
+        if len(sizes) == piece:
+            raise KeyboardInterrupt
+
+    reader = MemoryReader(bytes(change.tensor.nbytes))
+    parts = [Segment(0, change.tensor.stop, change)]
+    with pytest.raises(KeyboardInterrupt):
+        rewrite(reader, MemoryWriter(), parts, "x", stop, 3)
+    assert not [t for t in threading.enumerate() if t.name.startswith("moescale-edit")]

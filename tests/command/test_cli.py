@@ -1220,7 +1220,7 @@ def test_output_of_any_name_can_be_printed(tmp_path: Path) -> None:
 
 
 def test_a_small_run_needs_little_time_and_no_hub(source: Path, out: Path) -> None:
-    """A local run imports no package that takes long and that it does not need."""
+    """A local run imports no slow package that it does not need."""
     code = (
         "import sys; from moescale.cli import main\n"
         "try: main()\n"

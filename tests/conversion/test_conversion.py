@@ -19,6 +19,8 @@ from support import checkpoints
 from support.gated_checkpoints import gated_mixtral
 
 from moescale.api import convert, plan, verify
+from moescale.checkpoint import rewrite as checkpoint_rewrite
+from moescale.checkpoint.editors import Editors
 from moescale.conversion import executor
 from moescale.conversion import run as run_module
 from moescale.errors import (
@@ -944,15 +946,21 @@ def test_fewer_shards_than_cores_use_all_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int, jobs: int, threads: set[int]
 ) -> None:
     """The cores are divided among the shards that are rewritten at the same time."""
-    given, rewrite = set[int](), run_module.rewrite
+    given, used, rewrite, run = set[int](), set[int](), run_module.rewrite, Editors.run
 
     def counted(*arguments: Any) -> Any:
         given.add(arguments[-1])
         return rewrite(*arguments)
 
+    def used_for(editors: Editors, calls: Any) -> Any:
+        used.add(editors.ahead)
+        return run(editors, calls)
+
     monkeypatch.setattr(executor, "cores", lambda: 6)
+    monkeypatch.setattr(Editors, "run", used_for)
+    monkeypatch.setattr(checkpoint_rewrite, "EDIT_PIECE", 8)  # the tensors are small
     monkeypatch.setattr(run_module, "rewrite", counted)
     source = checkpoints.mixtral(tmp_path / "source", shards=shards)
     convert(source, tmp_path / "out", experts=3, jobs=jobs)
-    assert given == threads
+    assert given == used == threads
     check_weights(source, tmp_path / "out", factor_by_layer(UP))

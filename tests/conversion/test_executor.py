@@ -122,11 +122,11 @@ def test_results_are_by_name() -> None:
 
 @pytest.mark.parametrize(
     ("cores", "jobs", "threads"),
-    [(1, 1, 1), (2, 1, 2), (2, 2, 1), (16, 1, 8), (16, 3, 2), (16, 8, 1), (64, 40, 1)],
+    [(1, 1, 1), (2, 1, 2), (2, 2, 1), (16, 1, 6), (16, 3, 2), (16, 4, 1), (64, 40, 1)],
 )
 def test_a_few_jobs_share_all_cores(
     monkeypatch: pytest.MonkeyPatch, cores: int, jobs: int, threads: int
 ) -> None:
-    """Idle cores edit, up to eight at a time: each thread takes memory."""
+    """Idle cores edit, up to six at a time: each thread takes memory."""
     monkeypatch.setattr(executor, "cores", lambda: cores)
     assert Pool().editing_threads(jobs) == threads

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 _R = TypeVar("_R")
 
@@ -25,8 +25,8 @@ class Editors:
 
     def run(self, calls: Iterable[Callable[[], _R]]) -> Iterator[_R]:
         """The results in order; a call is only taken from the iterable when its turn comes."""
-        running = deque[Future[_R]]()
-        for call in calls:
+        running, left = deque[Future[_R]](), iter(calls)
+        while (call := _next(left, running)) is not None:
             running.append(self._executor.submit(call))
             if len(running) > self.ahead:
                 yield running.popleft().result()
@@ -44,3 +44,13 @@ class Editors:
     ) -> None:
         """Wait for the end of the threads."""
         self._executor.shutdown(cancel_futures=True)
+
+
+def _next(calls: Iterator[_R], running: Iterable[Future[Any]]) -> _R | None:
+    """The next call; if there is an error, that of an earlier call comes first."""
+    try:
+        return next(calls, None)
+    except Exception:
+        for earlier in running:
+            earlier.result()
+        raise

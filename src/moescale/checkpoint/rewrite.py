@@ -99,8 +99,8 @@ def rewrite(
 ) -> dict[str, Rounding]:
     """Send every segment from `reader` to `writer`, in pieces.
 
-    `advance` is called with the size of each piece; an exception from it ends the run. With several
-    `threads`, these edit, and the caller's thread only reads and writes.
+    `advance` is called with the size of each piece; an exception from it ends the run. Several
+    `threads` edit large tensors, while the caller's thread reads and writes.
 
     Returns:
         The rounding of scales, by tensor name.
@@ -187,11 +187,12 @@ def edited(
         CheckpointError: a scale is NaN or infinite.
         RewriteError: the tensor is malformed.
     """
-    from moescale.checkpoint.scaling import edit_pieces  # a plan needs no arithmetic
+    from moescale.checkpoint.scaling import part_editor  # a plan needs no arithmetic
 
     tensor, empty = edit.tensor, edit.role == "scale"
     whole = tensor.nbytes if edit.operation == "nested_offset" else EDIT_PIECE
     length = min(whole - whole % edit.unit, tensor.nbytes)
+    edit_part = part_editor(edit, length)
 
     def batches(ahead: int, size: int) -> Iterator[Callable[[], list[EditedPiece]]]:
         count = min(ahead + 1, ceil(tensor.nbytes / size))
@@ -202,7 +203,7 @@ def edited(
             source, result = next(buffers)
             old = source[: tensor.stop - start]
             reader.read_into(old, start)
-            yield partial(edit_pieces, edit, old, result, length)
+            yield partial(edit_part, old, result)
 
     done: Iterator[list[EditedPiece]]
     if editors is None or tensor.nbytes <= 2 * _BATCH * length:

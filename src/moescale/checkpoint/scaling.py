@@ -9,6 +9,7 @@ is as fast as arithmetic, and exact by construction.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -30,31 +31,31 @@ from moescale.checkpoint.rounding import EditedPiece, Rounding
 from moescale.errors import CheckpointError, RewriteError
 
 
-def edit_pieces(
-    edit: TensorEdit, source: memoryview, result: memoryview, length: int
-) -> list[EditedPiece]:
-    """Edit a part of a tensor.
+def part_editor(
+    edit: TensorEdit, length: int
+) -> Callable[[memoryview, memoryview], list[EditedPiece]]:
+    """The function that edits a part of a tensor, in pieces of `length` bytes; for any thread.
 
-    Args:
-        edit: the edit of the tensor.
-        source: the bytes of the part.
-        result: the first `edit.widening` times as many bytes of it become the result.
-        length: the size of a piece in bytes.
-
-    Raises:
-        CheckpointError: a scale is NaN or infinite.
+    It gets the bytes of the part, and room for the result, which has `edit.widening` times as many.
+    It raises a `CheckpointError` if a scale is NaN or infinite.
     """
-    done = []
-    for start in range(0, len(source), length):
-        old, seen = np.frombuffer(source[start : start + length], np.uint8), Rounding()
-        if edit.role == "scale":
-            _check_finite(edit, old)
-            seen.empty = not old.any()
-        at = start * edit.widening
-        piece = result[at : at + len(old) * edit.widening]
-        lost = scaler(edit, seen)(old, np.frombuffer(piece, np.uint8))
-        done.append((piece, lost, seen))
-    return done
+    # The function for GGUF blocks also counts, for one piece.
+    of_all = None if edit.tensor.dtype in BLOCKS else scaler(edit)
+
+    def edit_part(source: memoryview, result: memoryview) -> list[EditedPiece]:
+        done = []
+        for start in range(0, len(source), length):
+            old, seen = np.frombuffer(source[start : start + length], np.uint8), Rounding()
+            if edit.role == "scale":
+                _check_finite(edit, old)
+                seen.empty = not old.any()
+            at = start * edit.widening
+            piece = result[at : at + len(old) * edit.widening]
+            lost = (of_all or scaler(edit, seen))(old, np.frombuffer(piece, np.uint8))
+            done.append((piece, lost, seen))
+        return done
+
+    return edit_part
 
 
 def scaler(edit: TensorEdit, seen: Rounding | None = None) -> ScaleFunction:

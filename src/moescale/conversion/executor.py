@@ -24,8 +24,8 @@ _K = TypeVar("_K")
 
 WAKE_SECONDS = 0.5
 
-_EDITING_THREADS = 8
-"""The largest number in all jobs; each takes 2 MiB of memory, or 3 if it stores a wider dtype."""
+_EDITING_THREADS = 6
+"""The largest number in all jobs. Each takes 4 to 6 MiB of memory."""
 
 
 def cores() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
@@ -109,8 +108,15 @@ if sys.platform == "linux":
         area = mmap.mmap(-1, count * size + _HUGE_PAGE, flags=flags)
         with suppress(OSError):
             area.madvise(mmap.MADV_HUGEPAGE)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(area))
-        return _buffers(area, -address % _HUGE_PAGE, count, size)
+        return _buffers(area, -_address(area) % _HUGE_PAGE, count, size)
+
+    def _address(area: mmap.mmap) -> int:
+        """The address of a mapping; 0 if this Python cannot say, and Linux 6.7 aligns it anyway."""
+        try:
+            import ctypes
+        except ImportError:  # built without libffi
+            return 0
+        return ctypes.addressof(ctypes.c_char.from_buffer(area))
 
     def set_direct_io(fd: int, on: bool) -> bool:
         """Switch direct I/O (past the page cache) on or off; returns whether it is on.
