@@ -339,6 +339,7 @@ class ExecutionOptions(TypedDict, total=False):
             OUTPUT,
             ("-j", "--jobs"),
             int,
+            more="Cores without a shard of their own edit large tensors of the others.",
         ),
     ]
     dask: Annotated[
