@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Any, TypeVar
 
 _R = TypeVar("_R")
 
 
-class Editors:
-    """Threads that run calls in order.
+class Editors(ThreadPoolExecutor):
+    """Threads that run calls in order; leaving the `with` block waits for their end.
 
     Attributes:
         ahead: how many further calls run while the result of one is in use.
@@ -20,30 +19,18 @@ class Editors:
 
     def __init__(self, threads: int) -> None:
         """The threads start when they are needed."""
+        super().__init__(threads, "moescale-edit")
         self.ahead = threads
-        self._executor = ThreadPoolExecutor(threads, "moescale-edit")
 
     def run(self, calls: Iterable[Callable[[], _R]]) -> Iterator[_R]:
         """The results in order; a call is only taken from the iterable when its turn comes."""
         running, left = deque[Future[_R]](), iter(calls)
         while (call := _next(left, running)) is not None:
-            running.append(self._executor.submit(call))
+            running.append(self.submit(call))
             if len(running) > self.ahead:
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
-
-    def __enter__(self) -> Editors:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Wait for the end of the threads."""
-        self._executor.shutdown(cancel_futures=True)
 
 
 def _next(calls: Iterator[_R], running: Iterable[Future[Any]]) -> _R | None:
